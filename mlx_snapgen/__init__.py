@@ -1,0 +1,18 @@
+"""SnapGen++ in MLX: text to image on Apple Silicon, one elastic network in three widths."""
+
+from mlx_snapgen._blas import load_openblas
+from mlx_snapgen._version import __version__
+
+__all__ = ["OPENBLAS", "SnapGenPipeline", "__version__"]
+
+OPENBLAS = load_openblas()
+"""Name of the OpenBLAS library put before mlx (Linux only), or None."""
+
+
+def __getattr__(name: str):
+    # Importing the pipeline imports mlx; `import mlx_snapgen` alone stays instant.
+    if name == "SnapGenPipeline":
+        from mlx_snapgen.pipeline import SnapGenPipeline
+
+        return SnapGenPipeline
+    raise AttributeError(f"module 'mlx_snapgen' has no attribute '{name}'")

@@ -1,0 +1,248 @@
+"""Attention of the Efficient DiT: 2-D RoPE, dense, blockwise neighbourhood, ASSA, and cross.
+
+Shapes: h is (B, N, d) with the N = H * W tokens of a grid in raster order; q, k and v are
+(B, heads, tokens, head_dim). Grouped-query attention keeps the ratio of query to kv heads over all
+widths, so cutting heads from the end leaves every remaining head with the kv head it had.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.elastic import ElasticLinear, PerWidth
+
+
+class Grid(NamedTuple):
+    """A token grid. `stride` is the distance of neighbouring tokens in finest-grid tokens."""
+
+    height: int
+    width: int
+    stride: int = 1
+
+    def halved(self) -> "Grid":
+        """The grid of its 2x2 cells."""
+        return Grid(self.height // 2, self.width // 2, self.stride * 2)
+
+
+@functools.lru_cache(maxsize=32)
+def rope_table(grid: Grid, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Cosines and sines (N, head_dim/2) of 2-D rotary positions: rows first, then columns.
+
+    A token of stride s stands at the centre of the s x s finest tokens that it covers, so a 2x2
+    cell's key is rotated to the middle of its cell.
+    """
+    frequencies = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
+    rows, columns = (
+        (np.arange(n) * grid.stride + (grid.stride - 1) / 2)[:, None] * frequencies
+        for n in (grid.height, grid.width)
+    )
+    shape = (grid.height, grid.width, head_dim // 4)
+    angles = np.concatenate(
+        [np.broadcast_to(rows[:, None], shape), np.broadcast_to(columns[None], shape)], axis=-1
+    ).reshape(grid.height * grid.width, head_dim // 2)
+    return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
+
+
+@mx.compile
+def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    x1, x2 = mx.split(x, 2, axis=-1)
+    return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def apply_rope(x: mx.array, grid: Grid, theta: float) -> mx.array:
+    """Rotate x (B, heads, N, head_dim) to the positions of `grid`."""
+    cos, sin = rope_table(grid, x.shape[-1], theta)
+    return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype))
+
+
+def split_heads(x: mx.array, head_dim: int) -> mx.array:
+    """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
+    b, n, _ = x.shape
+    return x.reshape(b, n, -1, head_dim).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """(B, heads, N, head_dim) -> (B, N, heads * head_dim)."""
+    b, heads, n, head_dim = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b, n, heads * head_dim)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
+    """Softmax attention with scale 1/sqrt(head_dim); kv heads are shared in order (GQA)."""
+    return mx.fast.scaled_dot_product_attention(
+        q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask=mask
+    )
+
+
+def neighbourhood_attention(
+    q: mx.array, k: mx.array, v: mx.array, grid: Grid, num_bands: int, radius: int
+) -> mx.array:
+    """Blockwise neighbourhood attention, BNA (eqs. 2-3).
+
+    The rows of the grid are cut into bands of ceil(H / num_bands) rows, the last one shorter where
+    they do not divide. Band b attends to bands b - radius .. b + radius that exist.
+
+    On Metal and CUDA all bands with a full neighbourhood go into one batched call, since launches
+    are dear there; on the CPU a loop over bands is as fast and needs less memory.
+    """
+    band = math.ceil(grid.height / num_bands) * grid.width
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return _bands_batched(q, k, v, band, radius)
+    return _bands_looped(q, k, v, band, radius)
+
+
+def _bands_looped(q: mx.array, k: mx.array, v: mx.array, band: int, radius: int) -> mx.array:
+    out = []
+    for start in range(0, q.shape[2], band):
+        near = slice(max(0, start - radius * band), start + (radius + 1) * band)
+        out.append(attend(q[:, :, start : start + band], k[:, :, near], v[:, :, near]))
+    return mx.concatenate(out, axis=2)
+
+
+def _bands_batched(q: mx.array, k: mx.array, v: mx.array, band: int, radius: int) -> mx.array:
+    """The inner bands, which all see 2 * radius + 1 whole bands, as one batch; edges looped."""
+    b, heads, n, head_dim = q.shape
+    span = 2 * radius + 1
+    inner = n // band - 2 * radius
+    if inner < 2:
+        return _bands_looped(q, k, v, band, radius)
+
+    def windows(x: mx.array) -> mx.array:
+        """(B, heads, N, D) -> (B * inner, heads, span * band, D), overlapping."""
+        shifted = [x[:, :, i * band : (i + inner) * band] for i in range(span)]
+        x = mx.stack(shifted, axis=2).reshape(b, x.shape[1], span, inner, band, head_dim)
+        x = x.transpose(0, 3, 1, 2, 4, 5)
+        return x.reshape(b * inner, x.shape[2], span * band, head_dim)
+
+    first, last = radius * band, (radius + inner) * band
+    q_inner = q[:, :, first:last].reshape(b, heads, inner, band, head_dim)
+    q_inner = q_inner.transpose(0, 2, 1, 3, 4).reshape(b * inner, heads, band, head_dim)
+    out = attend(q_inner, windows(k), windows(v))
+    out = out.reshape(b, inner, heads, band, head_dim).transpose(0, 2, 1, 3, 4)
+    parts = [out.reshape(b, heads, inner * band, head_dim)]
+    for start in reversed(range(0, first, band)):
+        near = slice(0, start + (radius + 1) * band)
+        parts.insert(0, attend(q[:, :, start : start + band], k[:, :, near], v[:, :, near]))
+    for start in range(last, n, band):
+        near = slice(start - radius * band, n)
+        parts.append(attend(q[:, :, start : start + band], k[:, :, near], v[:, :, near]))
+    return mx.concatenate(parts, axis=2)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with QK LayerNorm and 2-D RoPE over a whole grid."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        d, head_dim = config.hidden_size, config.head_dim
+        kv = config.num_kv_heads * head_dim
+        # A single kv head (multi-query attention) is shared by all widths.
+        slice_kv = config.num_kv_heads > 1
+        self.q_proj = ElasticLinear(d, d)
+        self.k_proj = ElasticLinear(d, kv, slice_out=slice_kv)
+        self.v_proj = ElasticLinear(d, kv, slice_out=slice_kv)
+        self.out_proj = ElasticLinear(d, d)
+        self.q_norm = PerWidth(config.widths, lambda _: nn.LayerNorm(head_dim))
+        self.k_norm = PerWidth(config.widths, lambda _: nn.LayerNorm(head_dim))
+        self._head_dim, self._theta = head_dim, config.rope_theta
+
+    def project(self, h: mx.array, width: float) -> tuple[mx.array, mx.array, mx.array]:
+        """h (B, N, d) -> q, k, v by heads, q and k normalised but not yet rotated."""
+        q = split_heads(self.q_proj(h, width), self._head_dim)
+        k = split_heads(self.k_proj(h, width), self._head_dim)
+        v = split_heads(self.v_proj(h, width), self._head_dim)
+        return self.q_norm(q, width=width), self.k_norm(k, width=width), v
+
+    def __call__(self, h: mx.array, grid: Grid, width: float = 1.0) -> mx.array:
+        q, k, v = self.project(h, width)
+        q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
+        return self.out_proj(merge_heads(attend(q, k, v)), width)
+
+
+class SparseSelfAttention(SelfAttention):
+    """Adaptive sparse self-attention, ASSA (SnapGen++ section 3.1).
+
+    A global branch over 2x2-compressed keys and values (eq. 1) and a local branch (BNA, eqs. 2-3)
+    share q, k and v; each head mixes them per token with a sigmoid weight read from the input.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        kv = config.num_kv_heads * config.head_dim
+        sliced = config.num_kv_heads > 1
+        self.k_compress = _compression(kv, sliced)
+        self.v_compress = _compression(kv, sliced)
+        self.mix_proj = ElasticLinear(config.hidden_size, config.num_heads)
+        self._num_bands, self._radius = config.num_bands, config.band_radius
+
+    def compress(
+        self, x: mx.array, grid: Grid, projection: ElasticLinear, width: float
+    ) -> mx.array:
+        """2x2 convolution with stride 2 over the grid: (B, heads, N, D) -> (B, heads, N/4, D)."""
+        b, heads, _, dim = x.shape
+        rows, columns = grid.height // 2, grid.width // 2
+        x = x.reshape(b, heads, rows, 2, columns, 2, dim).transpose(0, 2, 4, 3, 5, 1, 6)
+        x = projection(x.reshape(b, rows * columns, 4 * heads * dim), width)
+        return split_heads(x, dim)
+
+    def __call__(self, h: mx.array, grid: Grid, width: float = 1.0) -> mx.array:
+        q, k, v = self.project(h, width)
+        cells = grid.halved()
+        k_cells = self.compress(k, grid, self.k_compress, width)
+        v_cells = self.compress(v, grid, self.v_compress, width)
+        q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
+        out_global = attend(q, apply_rope(k_cells, cells, self._theta), v_cells)
+        out_local = neighbourhood_attention(q, k, v, grid, self._num_bands, self._radius)
+        # (B, N, heads) -> (B, heads, N, 1)
+        mix = mx.sigmoid(self.mix_proj(h, width)).transpose(0, 2, 1)[..., None]
+        out = out_local + mix * (out_global - out_local)
+        return self.out_proj(merge_heads(out), width)
+
+
+def _compression(kv: int, sliced: bool) -> ElasticLinear:
+    """A 2x2 stride-2 convolution over kv channels that starts as the mean of its cell."""
+    layer = ElasticLinear(4 * kv, kv, bias=False, in_groups=4, slice_in=sliced, slice_out=sliced)
+    layer.weight = mx.tile(mx.eye(kv) / 4, (1, 4))
+    return layer
+
+
+class CrossAttention(nn.Module):
+    """Attention from picture tokens to text tokens.
+
+    The kv projections are never sliced. Query head i reads kv head i mod num_kv_heads, which
+    cutting query heads from the end does not change.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        d, head_dim = config.hidden_size, config.head_dim
+        self._num_kv_heads, self._head_dim = config.num_cross_kv_heads, head_dim
+        kv = config.num_cross_kv_heads * head_dim
+        fixed = {"slice_in": False, "slice_out": False}
+        self.q_proj = ElasticLinear(d, d)
+        self.k_proj = ElasticLinear(config.text_width, kv, **fixed)
+        self.v_proj = ElasticLinear(config.text_width, kv, **fixed)
+        self.out_proj = ElasticLinear(d, d)
+        self.out_proj.weight = mx.zeros_like(self.out_proj.weight)
+
+    def __call__(
+        self, h: mx.array, text: mx.array, mask: mx.array | None, width: float = 1.0
+    ) -> mx.array:
+        """h (B, N, d), text (B, L, text_width), mask (B, L) true where a token counts."""
+        q = split_heads(self.q_proj(h, width), self._head_dim)
+        k = split_heads(self.k_proj(text), self._head_dim)
+        v = split_heads(self.v_proj(text), self._head_dim)
+        b, heads, n, head_dim = q.shape
+        kv_heads = min(heads, self._num_kv_heads)
+        k, v = k[:, :kv_heads], v[:, :kv_heads]
+        # Heads that share a kv head become neighbours: i mod kv_heads runs slowest.
+        q = q.reshape(b, heads // kv_heads, kv_heads, n, head_dim).swapaxes(1, 2)
+        q = q.reshape(b, heads, n, head_dim)
+        out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        out = out.reshape(b, kv_heads, heads // kv_heads, n, head_dim).swapaxes(1, 2)
+        return self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), width)

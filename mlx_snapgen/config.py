@@ -1,0 +1,237 @@
+"""What a model is made of, as frozen dataclasses. No mlx here: a config can be read anywhere.
+
+Presets `full`, `small` and `tiny` are the paper's three widths as stand-alone models,
+`supernetwork` holds all three, `ladder-a` to `ladder-d` are the paper's ablation (at the small
+width), and `stickers` is the default model of this package.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_snapgen.errors import UserError, nearest
+
+WIDTH_NAMES = {"full": 1.0, "small": 0.5, "tiny": 0.375}
+"""The paper's names for the share of every hidden dimension that a sub-network keeps."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The Efficient DiT (SnapGen++ section 3). Sizes are those of the widest network.
+
+    A single-resolution network (ladder A) has all its blocks in the first stage: `(28, 0, 0)`.
+    """
+
+    hidden_size: int = 2048
+    head_dim: int = 64
+    num_kv_heads: int = 8
+    """Key/value heads of self-attention at full width; sliced together with the query heads."""
+    num_cross_kv_heads: int = 4
+    """Key/value heads of cross-attention, the same at every width."""
+    blocks: tuple[int, int, int] = (8, 10, 10)
+    """Blocks in the Down, Middle and Up stages."""
+    ffn_ratio: tuple[float, float, float] = (4.0, 3.0, 4.0)
+    sparse_attention: bool = True
+    """ASSA in the Down and Up stages; dense self-attention when false."""
+    num_bands: int = 16
+    """Blocks of blockwise neighbourhood attention, as bands of token rows."""
+    band_radius: int = 1
+    long_skips: bool = True
+    """Dense long skip connections inside the Middle stage."""
+    patch_size: int = 2
+    latent_channels: int = 16
+    text_dims: tuple[int, ...] = (2560, 512)
+    """State width of each text encoder, in order."""
+    text_width: int = 2560
+    """Width that every encoder's states are projected to before they are concatenated."""
+    frequency_dim: int = 256
+    rope_theta: float = 10000.0
+    widths: tuple[float, ...] = (1.0, 0.5, 0.375)
+    """Widths this network can run at, the widest first."""
+
+    def __post_init__(self):
+        if self.widths[0] != 1.0 or list(self.widths) != sorted(self.widths, reverse=True):
+            raise UserError(f"widths must start with 1.0 and fall, got {self.widths}")
+        if self.head_dim % 4:
+            raise UserError(f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}")
+        if len(self.blocks) != 3 or len(self.ffn_ratio) != 3:
+            raise UserError("blocks and ffn_ratio take three numbers: Down, Middle, Up")
+        if bool(self.blocks[1]) != bool(self.blocks[2]) or not self.blocks[0]:
+            raise UserError(f"blocks must be (n, 0, 0) or three positive numbers: {self.blocks}")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"{self.num_heads} heads do not divide by {self.num_kv_heads} kv heads")
+        for width in self.widths:
+            heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
+            if heads % 1 or (self.num_kv_heads > 1 and kv_heads % 1):
+                raise UserError(
+                    f"width {width} cuts through a head: {heads} query and {kv_heads} kv heads "
+                    f"of {self.head_dim}"
+                )
+            if heads % self.num_cross_kv_heads and heads > self.num_cross_kv_heads:
+                raise UserError(
+                    f"width {width}: {heads:g} heads do not divide by {self.num_cross_kv_heads} "
+                    "cross-attention kv heads"
+                )
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads at full width."""
+        return self.hidden_size // self.head_dim
+
+    def standalone(self, width: float) -> "TransformerConfig":
+        """Config of the sub-network of `width` as a network of its own."""
+        self.width_index(width)
+        return dataclasses.replace(
+            self,
+            hidden_size=round(self.hidden_size * width),
+            num_kv_heads=max(1, round(self.num_kv_heads * width)),
+            widths=(1.0,),
+        )
+
+    def width_index(self, width: float) -> int:
+        """Place of `width` in `widths`; `UserError` when the network does not hold it."""
+        if width not in self.widths:
+            held = ", ".join(f"{w:g}" for w in self.widths)
+            raise UserError(f"this network holds the widths {held}, not {width:g}")
+        return self.widths.index(width)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Convolutional autoencoder with a down-sampling factor of 8."""
+
+    latent_channels: int = 8
+    encoder_channels: tuple[int, int] = (64, 128)
+    """Channels at 1/4 and 1/8 of the picture's side."""
+    decoder_channels: tuple[int, int, int] = (128, 64, 32)
+    """Channels at 1/8, 1/4 and 1/2 of the picture's side."""
+    encoder_blocks: tuple[int, int] = (1, 2)
+    decoder_blocks: tuple[int, int, int] = (2, 2, 1)
+    latents_mean: tuple[float, ...] = ()
+    """Per channel, subtracted before the transformer sees a latent; empty means 0."""
+    latents_std: tuple[float, ...] = ()
+
+    downsampling = 8
+
+    def __post_init__(self):
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) not in (0, self.latent_channels):
+                raise UserError(f"{name} needs {self.latent_channels} numbers, one per channel")
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Bidirectional transformer over sentencepiece tokens (the default model's text encoder)."""
+
+    kind: str = "transformer"
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    num_layers: int = 3
+    num_heads: int = 4
+    max_length: int = 24
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """What a model asks of the sampler when the caller does not say."""
+
+    num_inference_steps: int = 28
+    guidance_scale: float = 4.0
+    time_shift: float = 3.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole text-to-image model: one `config.json`."""
+
+    name: str = ""
+    image_size: tuple[int, int] = (1024, 1024)
+    """Default (height, width) in pixels."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoders: tuple[TextEncoderConfig, ...] = ()
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    quantization: dict[str, Any] | None = None
+    """How the stored weights are quantized: per component `{"bits": 8, "group_size": 32}`."""
+
+    def __post_init__(self):
+        if self.transformer.latent_channels != self.autoencoder.latent_channels:
+            raise UserError(
+                f"the transformer takes {self.transformer.latent_channels} latent channels, "
+                f"the autoencoder gives {self.autoencoder.latent_channels}"
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build config `cls` from JSON values; an unknown key is a `UserError` naming the nearest."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
+    return cls(**{key: _read(fields[key].type, value) for key, value in values.items()})
+
+
+def _read(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value)
+    if isinstance(value, list):
+        item = getattr(kind, "__args__", (None,))[0]
+        return tuple(_read(item, v) for v in value)
+    return value
+
+
+_LADDER_B = TransformerConfig(
+    hidden_size=1024,
+    num_kv_heads=1,
+    blocks=(6, 14, 8),
+    ffn_ratio=(3.0, 3.0, 3.0),
+    sparse_attention=False,
+    long_skips=False,
+    widths=(1.0,),
+)
+
+TRANSFORMERS: dict[str, TransformerConfig] = {
+    "supernetwork": TransformerConfig(),
+    "full": TransformerConfig().standalone(1.0),
+    "small": TransformerConfig().standalone(0.5),
+    "tiny": TransformerConfig().standalone(0.375),
+    "ladder-a": dataclasses.replace(_LADDER_B, blocks=(28, 0, 0)),
+    "ladder-b": _LADDER_B,
+    "ladder-c": dataclasses.replace(_LADDER_B, sparse_attention=True),
+    "ladder-d": TransformerConfig().standalone(0.5),
+    "stickers": TransformerConfig(
+        hidden_size=256,
+        head_dim=32,
+        num_kv_heads=8,
+        num_cross_kv_heads=4,
+        blocks=(2, 6, 3),
+        num_bands=4,
+        latent_channels=8,
+        text_dims=(256,),
+        text_width=256,
+    ),
+}
+"""Transformer presets by name."""
+
+
+def transformer_preset(name: str) -> TransformerConfig:
+    """The named transformer preset; `UserError` with the nearest name when there is none."""
+    if name not in TRANSFORMERS:
+        raise UserError(f"no preset '{name}'{nearest(name, TRANSFORMERS)}")
+    return TRANSFORMERS[name]
+
+
+STICKERS = ModelConfig(
+    name="stickers",
+    image_size=(128, 128),
+    transformer=TRANSFORMERS["stickers"],
+    text_encoders=(TextEncoderConfig(),),
+    sampler=SamplerConfig(time_shift=1.0),
+)
+"""The default model: 128 px stickers, trained from scratch by `train/`."""

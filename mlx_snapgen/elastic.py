@@ -1,0 +1,142 @@
+"""The slicing rule of the elastic supernetwork (SnapGen++ section 3), and nothing else.
+
+A sub-network of width m keeps the first m * d of every hidden dimension d: whole heads in
+attention, the leading channels elsewhere. Parameters tied to the hidden length (norms,
+modulation) exist once per width. `extract` makes a stand-alone network of one width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def slice_groups(x: mx.array, axis: int, groups: int, width: float) -> mx.array:
+    """Keep the leading `width` of each of `groups` equal runs along `axis` (0 or -1)."""
+    if width == 1.0:
+        return x
+    length = x.shape[axis] // groups
+    kept = round(length * width)
+    if axis == 0:
+        return x.reshape(groups, length, *x.shape[1:])[:, :kept].reshape(-1, *x.shape[1:])
+    return x.reshape(*x.shape[:-1], groups, length)[..., :kept].reshape(*x.shape[:-1], -1)
+
+
+class ElasticLinear(nn.Module):
+    """y = x W^T + b whose hidden dimensions shrink with the width.
+
+    Args:
+        in_dims, out_dims: sizes at full width.
+        slice_in, slice_out: which sides are hidden dimensions.
+        in_groups, out_groups: runs of channels that are each a hidden vector of their own, as after
+            a 2x2 space-to-depth (4).
+    """
+
+    def __init__(
+        self,
+        in_dims: int,
+        out_dims: int,
+        bias: bool = True,
+        slice_in: bool = True,
+        slice_out: bool = True,
+        in_groups: int = 1,
+        out_groups: int = 1,
+    ):
+        super().__init__()
+        bound = (3.0 / in_dims) ** 0.5
+        self.weight = mx.random.uniform(-bound, bound, (out_dims, in_dims))
+        if bias:
+            self.bias = mx.zeros((out_dims,))
+        self.slice_in, self.slice_out = slice_in, slice_out
+        self.in_groups, self.out_groups = in_groups, out_groups
+
+    def sliced(self, width: float) -> dict[str, mx.array]:
+        """Weight and bias of the sub-network of `width`."""
+        weight = self.weight
+        if self.slice_out:
+            weight = slice_groups(weight, 0, self.out_groups, width)
+        if self.slice_in:
+            weight = slice_groups(weight, -1, self.in_groups, width)
+        if "bias" not in self:
+            return {"weight": weight}
+        bias = self.bias
+        if self.slice_out:
+            bias = slice_groups(bias, 0, self.out_groups, width)
+        return {"weight": weight, "bias": bias}
+
+    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+        p = self.sliced(width)
+        if "bias" in p:
+            return mx.addmm(p["bias"], x, p["weight"].T)
+        return x @ p["weight"].T
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4, **kwargs: Any) -> nn.Module:
+        """Quantized layer of this width alone (`mlx.nn.quantize` calls this)."""
+        return QuantizedElasticLinear.from_linear(self, group_size, bits, **kwargs)
+
+
+class QuantizedElasticLinear(nn.QuantizedLinear):
+    """A quantized `ElasticLinear`: packed columns cannot be cut, so it has one width only."""
+
+    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+        if width != 1.0:
+            raise ValueError("a quantized layer has one width: extract it first, then quantize")
+        return super().__call__(x)
+
+
+class PerWidth(nn.Module):
+    """One module per width, for what is tied to the hidden length.
+
+    Args:
+        widths: the network's widths.
+        make: builds the member of one width, given the width.
+    """
+
+    def __init__(self, widths: Sequence[float], make: Callable[[float], nn.Module]):
+        super().__init__()
+        self._widths = tuple(widths)
+        self.members = [make(width) for width in widths]
+
+    def at(self, width: float) -> nn.Module:
+        """The member of `width`."""
+        return self.members[self._widths.index(width)]
+
+    def __call__(self, *args: Any, width: float = 1.0) -> Any:
+        return self.at(width)(*args)
+
+
+class Table(nn.Module):
+    """A learned (rows, dims) table that starts at zero, as modulation does."""
+
+    def __init__(self, rows: int, dims: int):
+        super().__init__()
+        self.weight = mx.zeros((rows, dims))
+
+    def __call__(self) -> mx.array:
+        return self.weight
+
+
+def sliced_parameters(module: Any, width: float) -> Any:
+    """Parameters of `module`'s sub-network of `width`, nested like `module.parameters()`."""
+    if isinstance(module, ElasticLinear):
+        return module.sliced(width)
+    if isinstance(module, PerWidth):
+        return {"members": [module.at(width).parameters()]}
+    if isinstance(module, nn.Module):
+        items = {k: v for k, v in module.items() if nn.Module.valid_parameter_filter(module, k, v)}
+        return {k: sliced_parameters(v, width) for k, v in items.items()}
+    if isinstance(module, list):
+        return [sliced_parameters(item, width) for item in module]
+    return module
+
+
+def extract(network: nn.Module, width: float) -> nn.Module:
+    """A stand-alone network holding only the sub-network of `width`.
+
+    `network` is built from a config that knows its own `standalone(width)`. The result computes
+    what `network` computes at `width`.
+    """
+    alone = type(network)(network.config.standalone(width))
+    alone.update(sliced_parameters(network, width))
+    return alone

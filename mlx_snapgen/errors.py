@@ -1,0 +1,27 @@
+"""A user's mistake is one line and exit code 2; a bug keeps its traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake of the caller. The message is one line: what was wrong and the way out."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint " (did you mean 'x'?)" with the known name closest to `name`, or ""."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: 0, its own code, 2 after a `UserError`, 130 after Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

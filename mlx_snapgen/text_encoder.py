@@ -1,0 +1,125 @@
+"""Text encoders: prompts in, token states (B, L, D) and mask (B, L) out.
+
+Every encoder of a model follows `TextEncoder`; the transformer joins their states token-wise. The
+default model's is a small bidirectional transformer over sentencepiece tokens, trained with it.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import sentencepiece
+
+from mlx_snapgen.activations import gelu
+from mlx_snapgen.attention import attend, merge_heads, split_heads
+from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.errors import UserError
+
+
+class TextEncoder(Protocol):
+    """What the pipeline and the trainers ask of a text encoder."""
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> tokens (B, L) int32 and mask (B, L), true where a token counts.
+
+        L is fixed by the encoder. The empty prompt still has one token that counts.
+        """
+
+    def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        """Tokens and mask (B, L) -> states (B, L, D)."""
+
+
+class Tokenizer:
+    """Sentencepiece tokens between begin and end marks, padded to a fixed length.
+
+    Args:
+        model: serialized sentencepiece model; unk 0, begin 1, end 2, pad 3.
+        max_length: tokens per prompt, marks included.
+    """
+
+    def __init__(self, model: bytes, max_length: int):
+        self.model, self.max_length = model, max_length
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @classmethod
+    def from_file(cls, path: Path, max_length: int) -> "Tokenizer":
+        """Read a sentencepiece `.model` file."""
+        try:
+            return cls(path.read_bytes(), max_length)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one prompt without marks or padding, untruncated."""
+        return self._processor.encode(normalise(prompt))
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        begin, end, pad = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))
+        rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
+        tokens = [row + [pad] * (self.max_length - len(row)) for row in rows]
+        mask = [[i < len(row) for i in range(self.max_length)] for row in rows]
+        return mx.array(tokens, mx.int32), mx.array(mask)
+
+
+def normalise(prompt: str) -> str:
+    """Lower case, composed Unicode, single spaces; the training captions pass through it too."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).lower().split())
+
+
+class _Layer(nn.Module):
+    def __init__(self, dims: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dims)
+        self.qkv_proj = nn.Linear(dims, 3 * dims)
+        self.out_proj = nn.Linear(dims, dims)
+        self.norm2 = nn.LayerNorm(dims)
+        self.linear1 = nn.Linear(dims, 4 * dims)
+        self.linear2 = nn.Linear(4 * dims, dims)
+        self._head_dim = dims // num_heads
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        q, k, v = mx.split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
+        q, k, v = (split_heads(y, self._head_dim) for y in (q, k, v))
+        x = x + self.out_proj(merge_heads(attend(q, k, v, mask)))
+        return x + self.linear2(gelu(self.linear1(self.norm2(x))))
+
+
+class TransformerTextEncoder(nn.Module):
+    """Bidirectional pre-norm transformer with learned positions."""
+
+    def __init__(self, config: TextEncoderConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config = config
+        self._tokenizer = tokenizer
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = mx.random.normal((config.max_length, config.hidden_size)) * 0.02
+        self.layers = [
+            _Layer(config.hidden_size, config.num_heads) for _ in range(config.num_layers)
+        ]
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; `UserError` when the encoder was built without one."""
+        if self._tokenizer is None:
+            raise UserError("this text encoder was built without a tokenizer")
+        return self._tokenizer
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """See `TextEncoder.tokenize`."""
+        return self.tokenizer(prompts)
+
+    def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        """See `TextEncoder.__call__`; D is `config.hidden_size`."""
+        x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None, :])
+        return self.norm(x)

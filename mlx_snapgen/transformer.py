@@ -1,0 +1,289 @@
+"""The Efficient DiT: three stages, Down -> Middle -> Up, over one elastic set of weights.
+
+Blocks are PixArt-alpha's: modulated self-attention, cross-attention to the text without norm or
+gate, modulated FFN; one timestep projection shared by all blocks (adaLN-single) plus a learned
+table in each. Down and Up see the full token grid through ASSA, Middle a quarter of the tokens
+with dense attention and long skip connections.
+"""
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_snapgen.activations import gelu
+from mlx_snapgen.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
+from mlx_snapgen.autoencoder import depth_to_space, space_to_depth
+from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.elastic import ElasticLinear, PerWidth, Table
+from mlx_snapgen.errors import UserError
+
+
+class TextStates(tuple):
+    """States (B, L, D) and mask (B, L; true where a token counts) of one text encoder."""
+
+    def __new__(cls, states: mx.array, mask: mx.array):
+        return super().__new__(cls, (states, mask))
+
+
+@mx.compile
+def _modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    return x * (1 + scale) + shift
+
+
+def layer_norm(x: mx.array) -> mx.array:
+    """LayerNorm without affine parameters: the modulation supplies them."""
+    return mx.fast.layer_norm(x, None, None, 1e-6)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> embedding (B, dims) of sinusoids of 1000 t through an MLP."""
+
+    def __init__(self, frequency_dim: int, dims: int):
+        super().__init__()
+        self.linear1 = nn.Linear(frequency_dim, dims)
+        self.linear2 = nn.Linear(dims, dims)
+        self._half = frequency_dim // 2
+
+    def __call__(self, t: mx.array) -> mx.array:
+        frequencies = mx.exp(-math.log(10000) * mx.arange(self._half) / self._half)
+        angles = 1000 * t.astype(mx.float32)[:, None] * frequencies
+        x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+        return self.linear2(nn.silu(self.linear1(x.astype(self.linear1.bias.dtype))))
+
+
+class AdaLNSingle(nn.Module):
+    """The one timestep projection shared by all blocks: t -> (B, dims) and (B, 6, dims)."""
+
+    def __init__(self, frequency_dim: int, dims: int):
+        super().__init__()
+        self.embedder = TimestepEmbedder(frequency_dim, dims)
+        self.linear = nn.Linear(dims, 6 * dims)
+        # Zero gates: every block starts as the identity (adaLN-zero).
+        self.linear.weight = mx.zeros_like(self.linear.weight)
+        self.linear.bias = mx.zeros_like(self.linear.bias)
+
+    def __call__(self, t: mx.array) -> tuple[mx.array, mx.array]:
+        embedding = self.embedder(t)
+        modulation = self.linear(nn.silu(embedding))
+        return embedding, modulation.reshape(t.shape[0], 6, -1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dims: int, ratio: float):
+        super().__init__()
+        self.linear1 = ElasticLinear(dims, round(dims * ratio))
+        self.linear2 = ElasticLinear(round(dims * ratio), dims)
+
+    def __call__(self, x: mx.array, width: float) -> mx.array:
+        return self.linear2(gelu(self.linear1(x, width)), width)
+
+
+class Block(nn.Module):
+    """PixArt-alpha block at one stage's resolution."""
+
+    def __init__(self, config: TransformerConfig, ffn_ratio: float, sparse: bool):
+        super().__init__()
+        d = config.hidden_size
+        self.self_attention = (SparseSelfAttention if sparse else SelfAttention)(config)
+        self.cross_attention = CrossAttention(config)
+        self.ffn = FeedForward(d, ffn_ratio)
+        self.modulation = PerWidth(config.widths, lambda w: Table(6, round(d * w)))
+
+    def __call__(
+        self,
+        x: mx.array,
+        modulation: mx.array,
+        text: mx.array,
+        mask: mx.array | None,
+        grid: Grid,
+        width: float,
+    ) -> mx.array:
+        table = self.modulation(width=width) + modulation
+        # six of (B, 1, d)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
+        h = _modulate(layer_norm(x), shift_a, scale_a)
+        x = x + gate_a * self.self_attention(h, grid, width)
+        x = x + self.cross_attention(x, text, mask, width)
+        h = _modulate(layer_norm(x), shift_f, scale_f)
+        return x + gate_f * self.ffn(h, width)
+
+
+class LongSkip(nn.Module):
+    """Concatenate with an earlier output and project 2d -> d (U-ViT); starts by ignoring it."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = ElasticLinear(2 * dims, dims, in_groups=2)
+        self.linear.weight = mx.concatenate([mx.eye(dims), mx.zeros((dims, dims))], axis=1)
+
+    def __call__(self, x: mx.array, skip: mx.array, width: float) -> mx.array:
+        return self.linear(mx.concatenate([x, skip], axis=-1), width)
+
+
+class Downsample(nn.Module):
+    """2x2 cells of tokens -> one token: concatenate, bias-free linear 4d -> d."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = ElasticLinear(4 * dims, dims, bias=False, in_groups=4)
+
+    def __call__(self, x: mx.array, grid: Grid, width: float) -> mx.array:
+        b, n, d = x.shape
+        cells = space_to_depth(x.reshape(b, grid.height, grid.width, d), 2)
+        return self.linear(cells.reshape(b, n // 4, 4 * d), width)
+
+
+class Upsample(nn.Module):
+    """One token -> a 2x2 cell (linear d -> 4d), then a learned mix with the Down stage's output."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = ElasticLinear(dims, 4 * dims, bias=False, out_groups=4)
+        self.skip_weight = mx.array([0.5])
+
+    def __call__(self, x: mx.array, skip: mx.array, grid: Grid, width: float) -> mx.array:
+        """x (B, N/4, d) of the Middle stage, skip (B, N, d) of the Down stage on `grid`."""
+        b, n, d = x.shape
+        cells = self.linear(x, width).reshape(b, grid.height // 2, grid.width // 2, 4 * d)
+        x = depth_to_space(cells, 2).reshape(b, 4 * n, d)
+        return skip + self.skip_weight * (x - skip)
+
+
+class TextProjection(nn.Module):
+    """States of one encoder to the width that all encoders share: RMS norm, then a linear layer."""
+
+    def __init__(self, dims: int, text_width: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(dims)
+        self.linear = nn.Linear(dims, text_width)
+
+    def __call__(self, states: mx.array) -> mx.array:
+        return self.linear(self.norm(states))
+
+
+class Head(nn.Module):
+    """Modulated norm and the linear layer to the velocity of a patch."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        d, out = config.hidden_size, config.patch_size**2 * config.latent_channels
+        self.modulation = PerWidth(config.widths, lambda w: Table(2, round(d * w)))
+        self.linear = ElasticLinear(d, out, slice_out=False)
+        self.linear.weight = mx.zeros_like(self.linear.weight)
+
+    def __call__(self, x: mx.array, embedding: mx.array, width: float) -> mx.array:
+        shift, scale = mx.split(self.modulation(width=width) + embedding[:, None], 2, axis=1)
+        return self.linear(_modulate(layer_norm(x), shift, scale), width)
+
+
+class EfficientDiT(nn.Module):
+    """Velocity v = eps - x0 of latents x_t = (1 - t) x0 + t eps (SnapGen++ section 3).
+
+    One instance holds every width in `config.widths`; `elastic.extract` takes one out.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        d, sparse = config.hidden_size, config.sparse_attention
+        down, middle, up = config.blocks
+        self.patch_embed = ElasticLinear(
+            config.patch_size**2 * config.latent_channels, d, slice_in=False
+        )
+        self.time = PerWidth(
+            config.widths, lambda w: AdaLNSingle(config.frequency_dim, round(d * w))
+        )
+        self.text = [TextProjection(dims, config.text_width) for dims in config.text_dims]
+        self.down_blocks = [Block(config, config.ffn_ratio[0], sparse) for _ in range(down)]
+        if middle:
+            self.downsample = Downsample(d)
+            self.middle_blocks = [Block(config, config.ffn_ratio[1], False) for _ in range(middle)]
+            if config.long_skips:
+                self.long_skips = [LongSkip(d) for _ in range(middle // 2)]
+            self.upsample = Upsample(d)
+            self.up_blocks = [Block(config, config.ffn_ratio[2], sparse) for _ in range(up)]
+        self.head = Head(config)
+
+    def encode_text(self, states: Sequence[TextStates]) -> tuple[mx.array, mx.array]:
+        """Project each encoder's states and join them token-wise.
+
+        Args:
+            states: one `TextStates` for each of `config.text_dims`, in order. An encoder whose mask
+                is all false is ignored.
+
+        Returns:
+            text (B, L, text_width) and mask (B, L), L the sum of the encoders' lengths.
+        """
+        if len(states) != len(self.text):
+            raise UserError(f"{len(self.text)} text encoders expected, got {len(states)}")
+        projected = [project(s) for project, (s, _) in zip(self.text, states, strict=True)]
+        return mx.concatenate(projected, axis=1), mx.concatenate([m for _, m in states], axis=1)
+
+    def __call__(
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        text: mx.array,
+        mask: mx.array | None = None,
+        width: float = 1.0,
+        return_features: bool = False,
+    ) -> mx.array | tuple[mx.array, mx.array]:
+        """Predict the velocity.
+
+        Args:
+            x_t: noisy latents (B, H, W, C); H and W must divide by twice the patch size.
+            t: noise level (B,) in [0, 1].
+            text: joined text states (B, L, text_width) from `encode_text`.
+            mask: (B, L), true where a text token counts; None when all do.
+            width: one of `config.widths`.
+            return_features: also return the last block's output (B, N, width * hidden_size).
+
+        Returns:
+            v (B, H, W, C), and the features when asked for.
+        """
+        config = self.config
+        config.width_index(width)
+        b, height, row, _ = x_t.shape
+        patch = config.patch_size
+        if height % (2 * patch) or row % (2 * patch):
+            raise UserError(
+                f"latents of {height}x{row} do not divide by {2 * patch}: choose a picture size "
+                f"that divides by {16 * patch}"
+            )
+        grid = Grid(height // patch, row // patch)
+        x = space_to_depth(x_t, patch).reshape(b, grid.height * grid.width, -1)
+        x = self.patch_embed(x, width)
+        embedding, modulation = self.time(t, width=width)
+        for block in self.down_blocks:
+            x = block(x, modulation, text, mask, grid, width)
+        if config.blocks[1]:
+            skip = x
+            x = self.downsample(x, grid, width)
+            x = self._middle(x, modulation, text, mask, grid.halved(), width)
+            x = self.upsample(x, skip, grid, width)
+            for block in self.up_blocks:
+                x = block(x, modulation, text, mask, grid, width)
+        v = self.head(x, embedding, width)
+        v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch)
+        return (v, x) if return_features else v
+
+    def _middle(self, x, modulation, text, mask, grid: Grid, width: float) -> mx.array:
+        """Middle stage: block i's output returns at the input of block n - 1 - i."""
+        count = len(self.middle_blocks)
+        outputs = []
+        for i, block in enumerate(self.middle_blocks):
+            mirrored = count - 1 - i
+            if self.config.long_skips and mirrored < i:
+                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored], width)
+            x = block(x, modulation, text, mask, grid, width)
+            outputs.append(x)
+        return x
+
+
+def count_parameters(config: TransformerConfig) -> int:
+    """Parameters of a network of `config`; mlx arrays are lazy, so nothing is allocated."""
+    from mlx.utils import tree_flatten
+
+    return sum(p.size for _, p in tree_flatten(EfficientDiT(config).parameters()))

@@ -1,0 +1,444 @@
+"""The rendered scenes are what their captions say, reproducible, and keep combinations apart."""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_snapgen.errors import UserError
+from train import captions, stickers
+from train import scenes as sampling
+from train.vocabulary import COLOUR_LOST_ON, pluralise
+
+ROOT = Path(__file__).parent.parent
+TRAINING = [next(stickers.scenes(5, start=k)) for k in range(3000)]
+FIRST_100 = list(itertools.islice(stickers.scenes(6, num_nouns=100), 1500))
+
+
+@pytest.fixture(scope="module")
+def font() -> Path:
+    try:
+        return stickers.find_font()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def held_out_combinations(scene):
+    """The held-out pairs and colours that a scene shows."""
+    names = {placed.noun.name for placed in scene.placed}
+    pairs = [p for p in itertools.combinations(names, 2) if stickers.is_held_out_pair(*p)]
+    colours = [
+        (placed.noun.name, placed.colour)
+        for placed in scene.placed
+        if placed.colour and stickers.is_held_out_colour(placed.noun.name, placed.colour)
+    ]
+    return pairs + colours
+
+
+def words_for(noun):
+    """A pattern for any name of a noun."""
+    forms = (noun.name, noun.plural, *noun.synonyms, *map(pluralise, noun.synonyms))
+    return r"\b(" + "|".join(re.escape(form) for form in forms) + r")\b"
+
+
+# --- vocabulary -------------------------------------------------------------------------------
+
+
+def test_vocabulary_has_its_size_and_no_word_twice():
+    nouns = stickers.NOUNS
+    assert len(nouns) >= 220
+    assert sum(noun.recolour for noun in nouns) >= 80
+    assert sum(noun.recolour for noun in nouns[:100]) >= 40
+    words = [word for noun in nouns for word in (noun.name, *noun.synonyms)]
+    assert sorted(set(words)) == sorted(words)
+    assert len({noun.emoji for noun in nouns}) == len(nouns)
+    assert len(stickers.COLOURS) >= 8 and len(stickers.BACKGROUNDS) == 10
+    assert set(COLOUR_LOST_ON) == set(stickers.COLOURS)
+    lost = {name for noun in nouns for name in noun.lost_on}
+    assert lost.union(*COLOUR_LOST_ON.values()) <= set(stickers.BACKGROUNDS)
+    assert all("white" not in noun.lost_on for noun in nouns)
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("puppy", "puppies"),
+        ("monkey", "monkeys"),
+        ("fox", "foxes"),
+        ("slice of pizza", "slices of pizza"),
+        ("maple leaf", "maple leaves"),
+        ("blowfish", "blowfish"),
+        ("torch", "torches"),
+    ],
+)
+def test_pluralise(one, many):
+    assert pluralise(one) == many
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+def test_scene_depends_on_seed_and_index_only():
+    again = list(itertools.islice(stickers.scenes(5, start=100), 20))
+    assert again == TRAINING[100:120]
+    assert list(itertools.islice(stickers.scenes(7), 20)) != TRAINING[:20]
+
+
+def test_validation_set_is_fixed_and_apart_from_training():
+    chosen = stickers.validation_scenes(40)
+    assert chosen[:10] == stickers.validation_scenes(10)
+    # Scores of different days compare only while this list stays; change it knowingly.
+    assert [stickers.plain_caption(scene) for scene in chosen[:4]] == PINNED
+    for k, scene in enumerate(chosen):
+        assert bool(held_out_combinations(scene)) == (k % 4 == 3)
+    training = list(itertools.islice(stickers.scenes(0), 40))
+    assert sum(a.placed == b.placed for a, b in zip(chosen, training, strict=True)) == 0
+
+
+PINNED = [
+    "an orange fire extinguisher",
+    "a crown above a compass",
+    "a gold medal",
+    "a box of popcorn above a boxing glove",
+]
+
+
+def test_training_never_shows_a_held_out_combination():
+    for scene in TRAINING + FIRST_100:
+        assert held_out_combinations(scene) == [], scene.caption
+
+
+@pytest.mark.parametrize("num_nouns", [sampling.MIN_NOUNS, 100, None])
+@pytest.mark.parametrize("category", [None, *sampling.HELD_OUT_CATEGORIES])
+def test_held_out_scenes_show_a_held_out_combination(num_nouns, category):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        scene = stickers.sample_scene(rng, num_nouns, held_out=True, category=category)
+        assert held_out_combinations(scene), scene.caption
+        assert category in (None, scene.category)
+
+
+def test_about_a_tenth_is_held_out_and_order_does_not_matter():
+    names = [noun.name for noun in stickers.NOUNS[:100]]
+    pairs = list(itertools.combinations(names, 2))
+    share = sum(stickers.is_held_out_pair(a, b) for a, b in pairs) / len(pairs)
+    assert 0.08 < share < 0.12
+    assert all(stickers.is_held_out_pair(a, b) == stickers.is_held_out_pair(b, a) for a, b in pairs)
+    colours = [(a, c) for a in names for c in stickers.COLOURS]
+    share = sum(stickers.is_held_out_colour(*pair) for pair in colours) / len(colours)
+    assert 0.07 < share < 0.13
+    # The digest is part of the data: these hold on every machine.
+    assert stickers.is_held_out_pair(*PINNED_PAIR)
+    assert stickers.is_held_out_colour(*PINNED_COLOUR)
+
+
+PINNED_PAIR = ("apple", "house")
+PINNED_COLOUR = ("car", "orange")
+
+
+def test_cells_lie_inside_and_apart():
+    for scene in TRAINING:
+        assert 1 <= len(scene.placed) <= 4
+        for placed in scene.placed:
+            x, y, w, h = placed.cell
+            assert x >= 0 and y >= 0 and x + w <= stickers.SIDE and y + h <= stickers.SIDE
+            assert placed.size_px % sampling.SIZE_STEP == 0
+        for a, b in itertools.combinations(scene.placed, 2):
+            (ax, ay, aw, ah), (bx, by, bw, bh) = a.cell, b.cell
+            assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
+
+
+def test_categories_show_what_they_promise():
+    seen = {scene.category for scene in TRAINING}
+    assert seen == set(stickers.CATEGORIES)
+    for scene in TRAINING:
+        placed = scene.placed
+        nouns = {p.noun.name for p in placed}
+        colours = [p.colour for p in placed if p.colour]
+        if scene.category == "single_object":
+            assert len(placed) == 1 and not colours
+        elif scene.category in ("two_objects", "position"):
+            assert len(placed) == len(nouns) == 2 and not colours
+        elif scene.category == "counting":
+            assert 2 <= len(placed) <= 4 and len(nouns) == 1 and not colours
+        elif scene.category == "colors":
+            assert len(placed) == len(colours) == 1
+        elif scene.category == "color_attribution":
+            assert len(placed) == len(nouns) == len(set(colours)) == 2
+        assert (scene.relation is not None) or scene.category != "position"
+        assert all(p.noun.recolour for p in placed if p.colour)
+
+
+def test_glyphs_stand_out_on_their_background():
+    for scene in TRAINING:
+        for placed in scene.placed:
+            lost_on = COLOUR_LOST_ON[placed.colour] if placed.colour else placed.noun.lost_on
+            assert scene.background not in lost_on
+            assert scene.background != placed.colour
+    unsaid = [scene.background for scene in TRAINING if not scene.background_said]
+    assert 0.65 < unsaid.count("white") / len(unsaid) < 0.8
+
+
+def test_positions_meet_the_rule_of_geneval():
+    scenes = [scene for scene in TRAINING if scene.relation]
+    assert {scene.relation for scene in scenes} == set(captions.RELATIONS)
+    for scene in scenes:
+        a, b = scene.placed
+        offset = np.subtract(a.centre, b.centre)
+        dead_zone = 0.1 * (a.size_px + b.size_px)
+        offset = np.maximum(np.abs(offset) - dead_zone, 0) * np.sign(offset)
+        dx, dy = offset / np.linalg.norm(offset)
+        said = {"left": dx < -0.5, "right": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+        assert [name for name, holds in said.items() if holds] == [scene.relation]
+
+
+@pytest.mark.parametrize("num_nouns", [0, -3, sampling.MIN_NOUNS - 1, len(stickers.NOUNS) + 1])
+def test_impossible_number_of_nouns_is_refused(num_nouns):
+    with pytest.raises(UserError, match="num_nouns"):
+        next(stickers.scenes(0, num_nouns=num_nouns))
+
+
+def test_unknown_category_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'colors'"):
+        stickers.sample_scene(np.random.default_rng(0), category="colours")
+    with pytest.raises(UserError, match="counting"):
+        stickers.sample_scene(np.random.default_rng(0), held_out=True, category="counting")
+
+
+def test_few_nouns_use_the_first_ones_only():
+    allowed = {noun.name for noun in stickers.NOUNS[:100]}
+    assert {placed.noun.name for scene in FIRST_100 for placed in scene.placed} == allowed
+
+
+# --- captions ---------------------------------------------------------------------------------
+
+
+def test_articles_are_right():
+    sounds_like_consonant = ("unicorn", "ufo")
+    sounds_like_vowel = ("hourglass",)
+    seen = set()
+    for scene in TRAINING:
+        for text in (scene.caption, stickers.plain_caption(scene)):
+            for article, word in re.findall(r"\b(an?) ([\w-]+)", text.lower()):
+                vowel = word[0] in "aeiou" and word not in sounds_like_consonant
+                assert (article == "an") == (vowel or word in sounds_like_vowel), text
+                seen.add(article)
+            assert "  " not in text and "{" not in text and text == text.strip()
+    assert seen == {"a", "an"}
+
+
+def test_captions_name_every_thing_shown():
+    for scene in TRAINING:
+        for placed in scene.placed:
+            for text in (scene.caption.lower(), stickers.plain_caption(scene)):
+                assert re.search(words_for(placed.noun), text), text
+                assert placed.colour is None or placed.colour in text
+        text = scene.caption.lower().replace("gray", "grey")
+        named = [name for name in stickers.BACKGROUNDS if f"{name} background" in text]
+        if scene.background_said:
+            assert scene.background in named or f" on {scene.background}" in text, text
+        else:
+            assert named == [], text
+
+
+def test_counts_in_captions_agree():
+    numbers = {"two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4, "couple": 2, "another": 2}
+    scenes = [scene for scene in TRAINING if scene.category == "counting"]
+    assert {len(scene.placed) for scene in scenes} == {2, 3, 4}
+    for scene in scenes:
+        for text in (scene.caption.lower(), stickers.plain_caption(scene)):
+            said = [numbers[word] for word in re.findall(r"[\w-]+", text) if word in numbers]
+            assert said == [len(scene.placed)], text
+
+
+FIRST_THEN_SECOND = {
+    "left": [
+        r"(.+?) (?:is )?(?:to the |on the )?left of (.+)",
+        r"on the left (.+?)(?:,| and) on the right (.+)",
+        r"left: (.+), right: (.+)",
+        r"(.+) with (.+) on its right",
+        r"(.+) on the left and (.+) on the right",
+        r"(.+) on the left side, (.+) on the right side",
+    ],
+    "right": [
+        r"(.+?) (?:is )?(?:to the |on the )?right of (.+)",
+        r"on the right (.+), on the left (.+)",
+        r"(.+) with (.+) on its left",
+        r"(.+) on the right and (.+) on the left",
+    ],
+    "above": [
+        r"(.+?) (?:is )?(?:above|over|higher up than) ((?!it\b).+)",
+        r"at the top (.+), at the bottom (.+)",
+        r"top: (.+), bottom: (.+)",
+        r"(.+) with (.+) below it",
+        r"(.+) at the top and (.+) at the bottom",
+    ],
+    "below": [
+        r"(.+?) (?:is )?(?:below|under|underneath) ((?!it\b).+)",
+        r"at the bottom (.+), at the top (.+)",
+        r"(.+) with (.+) above it",
+        r"(.+) at the bottom and (.+) at the top",
+    ],
+}
+
+
+def test_positions_in_captions_agree_with_the_boxes():
+    scenes = [scene for scene in FIRST_100 if scene.category == "position"]
+    assert len(scenes) > 100
+    rng = np.random.default_rng(0)
+    for scene in scenes:
+        scene = dataclasses.replace(scene, background_said=False)
+        texts = [captions.caption(scene, rng) for _ in range(5)]
+        for text in [stickers.plain_caption(scene), *texts]:
+            text = re.sub(r"(, clip art|, sticker style)?\.?$", "", text.lower())
+            matches = [
+                (relation, match.groups())
+                for relation, patterns in FIRST_THEN_SECOND.items()
+                for match in (re.fullmatch(pattern, text) for pattern in patterns)
+                if match
+            ]
+            assert len(matches) == 1, (text, matches)
+            relation, parts = matches[0]
+            first, second = (
+                next(p for p in scene.placed if re.search(words_for(p.noun), part))
+                for part in parts
+            )
+            assert first is not second, text
+            (ax, ay), (bx, by) = first.centre, second.centre
+            agrees = {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}
+            assert agrees[relation], text
+
+
+def test_wording_varies():
+    rng = np.random.default_rng(0)
+    for category in stickers.CATEGORIES:
+        scene = stickers.sample_scene(rng, category=category)
+        assert len({captions.caption(scene, rng) for _ in range(300)}) >= 40, category
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def test_batch_equals_its_scenes(font):
+    images, texts = stickers.batch(5, 10, 12)
+    assert images.shape == (12, 128, 128, 3) and images.dtype == np.uint8
+    assert texts == [scene.caption for scene in TRAINING[10:22]]
+    for image, scene in zip(images, TRAINING[10:22], strict=True):
+        np.testing.assert_array_equal(image, stickers.render(scene))
+
+
+def test_every_noun_has_a_picture_of_its_own(font):
+    canvas = np.full((len(stickers.NOUNS), 48, 48, 3), 255.0)
+    for picture, noun in zip(canvas, stickers.NOUNS, strict=True):
+        drawn = stickers.sprite(noun, None, 48)
+        h, w = drawn.rgb.shape[:2]
+        assert max(h, w) == 48
+        assert (drawn.keep < 128).mean() > 0.1, noun.name
+        y, x = (48 - h) // 2, (48 - w) // 2
+        picture[y : y + h, x : x + w] *= drawn.keep / 256
+        picture[y : y + h, x : x + w] += drawn.rgb
+    flat = canvas.reshape(len(canvas), -1)
+    squares = (flat**2).sum(axis=1)
+    distance = np.sqrt(
+        np.maximum(squares[:, None] + squares - 2 * flat @ flat.T, 0) / flat.shape[1]
+    )
+    np.fill_diagonal(distance, np.inf)
+    k = np.unravel_index(distance.argmin(), distance.shape)
+    assert distance.min() > 20, [stickers.NOUNS[i].name for i in k]
+
+
+def test_glyphs_are_drawn_where_the_scene_says(font):
+    for scene in TRAINING[:150]:
+        picture = stickers.render(scene)
+        plain = np.array(stickers.BACKGROUNDS[scene.background])
+        changed = (picture != plain).any(axis=-1)
+        for placed in scene.placed:
+            x, y, w, h = stickers.drawn_box(placed)
+            assert max(w, h) == placed.size_px
+            cx, cy, cw, ch = placed.cell
+            assert cx <= x and cy <= y and x + w <= cx + cw and y + h <= cy + ch
+            assert changed[y : y + h, x : x + w].mean() > 0.1
+            changed[y : y + h, x : x + w] = False
+        assert not changed.any(), scene.caption
+
+
+@pytest.mark.parametrize("size", [32, 100, 256])
+def test_other_sizes_show_the_same_scene(font, size):
+    for scene in TRAINING[:25]:
+        picture = stickers.render(scene, size)
+        assert picture.shape == (size, size, 3)
+        small, reference = (
+            np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX), float)
+            for p in (picture, stickers.render(scene))
+        )
+        assert np.abs(small - reference).mean() < 12
+
+
+def test_recoloured_glyphs_have_the_named_colour(font):
+    nouns = [noun for noun in stickers.NOUNS if noun.recolour]
+    for k, noun in enumerate(nouns):
+        for colour in list(stickers.COLOURS)[k % 5 :: 5]:
+            drawn = stickers.sprite(noun, colour, 64)
+            pixels = drawn.rgb[drawn.keep[..., 0] < 8]
+            hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"), float)[0] / 255
+            hue, saturation, value = 360 * hsv[:, 0], hsv[:, 1], hsv[:, 2]
+            target = stickers.COLOURS[colour]
+            if colour in ("black", "white"):
+                near = (np.abs(value - target[2]) < 0.2) & (saturation < 0.3)
+            else:
+                off = np.abs((hue - target[0] + 180) % 360 - 180)
+                bins, _ = np.histogram(hue, 36, (0, 360), weights=(saturation > 0.2) * 1.0)
+                mode = 10 * int((bins + np.roll(bins, 1) + np.roll(bins, -1)).argmax()) + 5
+                assert abs((mode - target[0] + 180) % 360 - 180) < 20, (noun.name, colour)
+                near = (off < 15) & (np.abs(value - target[2]) < 0.35) & (saturation > 0.15)
+            assert near.mean() > 0.15, (noun.name, colour, near.mean())
+
+
+def test_missing_font_tells_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(stickers, "FONT_FOLDERS", (str(tmp_path),))
+    with pytest.raises(UserError, match="apt install fonts-noto-color-emoji") as caught:
+        stickers.find_font()
+    assert "brew install --cask font-noto-color-emoji" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="apt install"):
+        stickers.find_font(tmp_path / "none.ttf")
+    (tmp_path / "NotoColorEmoji-Regular.ttf").touch()
+    assert stickers.find_font() == tmp_path / "NotoColorEmoji-Regular.ttf"
+
+
+def test_font_without_bitmaps_is_refused(tmp_path):
+    broken = tmp_path / "NotoColorEmoji.ttf"
+    broken.write_bytes(b"no font")
+    with pytest.raises(UserError, match="bitmaps"):
+        stickers.render(TRAINING[0], font=broken)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def test_contact_sheet_is_written_once(font, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    stickers.main(["--output", str(sheet), "--count", "4", "--num-nouns", "20"])
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and image.width > 4 * 128
+    with pytest.raises(UserError, match="exists"):
+        stickers.main(["--output", str(sheet)])
+    with pytest.raises(UserError, match="no folder"):
+        stickers.main(["--output", str(tmp_path / "none" / "sheet.png")])
+    with pytest.raises(UserError, match="num_nouns"):
+        stickers.main(["--output", str(tmp_path / "b.png"), "--glyphs", "--num-nouns", "9999"])
+
+
+def test_users_mistake_is_one_line_and_code_2(tmp_path):
+    sheet = tmp_path / "sheet.png"
+    sheet.touch()
+    command = [sys.executable, "-m", "train.stickers", "--output", str(sheet)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "exists" in done.stderr

@@ -1,0 +1,147 @@
+"""Train the autoencoder on rendered sticker scenes: `python -m train.autoencoder --run-dir DIR`.
+
+It learns from random 64 px crops (most of a scene is plain background), with an L1 loss on values
+and on neighbour differences (edges), and a small KL term that keeps the latents near a unit
+Gaussian. Afterwards the latents' mean and standard deviation per channel are measured, so that
+the transformer sees normalised latents.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import STICKERS, AutoencoderConfig
+from mlx_snapgen.errors import run_command
+from train import stickers
+from train.engine import Trainer, TrainingConfig, load_ema
+
+
+def crops(seed: int, step: int, count: int, num_nouns: int | None, size: int) -> mx.array:
+    """Random crops of training scenes, (count, size, size, 3) in [-1, 1]."""
+    pictures, _ = stickers.batch(seed, step * count, count, num_nouns)
+    rng = np.random.default_rng((seed, step, 1))
+    tops, lefts = rng.integers(0, pictures.shape[1] - size + 1, (2, count))
+    rows = tops[:, None, None] + np.arange(size)[None, :, None]
+    columns = lefts[:, None, None] + np.arange(size)[None, None, :]
+    return to_float(pictures[np.arange(count)[:, None, None], rows, columns])
+
+
+def to_float(pictures: np.ndarray) -> mx.array:
+    """uint8 pictures -> float32 in [-1, 1]."""
+    return mx.array(pictures).astype(mx.float32) / 127.5 - 1
+
+
+def gradients(model: Autoencoder, batch: dict, key: mx.array, kl_weight: float):
+    """Reconstruction and KL loss of one batch of crops."""
+
+    def loss_fn(params):
+        model.update(params)
+        x = batch["pictures"]
+        mean, log_var = model.encoder(x)
+        latents = mean + mx.exp(0.5 * log_var) * mx.random.normal(mean.shape, key=key)
+        y = model.decoder(latents)
+        error = y - x
+        edges = (
+            mx.abs(error[:, 1:] - error[:, :-1]).mean()
+            + mx.abs(error[:, :, 1:] - error[:, :, :-1]).mean()
+        )
+        reconstruction = mx.abs(error).mean()
+        kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
+        loss = reconstruction + 0.5 * edges + kl_weight * kl
+        noise = mx.exp(0.5 * log_var).mean()
+        return loss, {"l1": reconstruction, "edges": edges, "kl": kl, "noise": noise}
+
+    (_, metrics), grads = mx.value_and_grad(loss_fn)(model.trainable_parameters())
+    return grads, metrics
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 pictures."""
+    return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2) / 255**2))
+
+
+def reconstruct(model: Autoencoder, pictures: np.ndarray) -> np.ndarray:
+    """uint8 pictures (B, H, W, 3) through the autoencoder and back, 16 at a time."""
+    out = []
+    for i in range(0, len(pictures), 16):
+        y = model.decode(model.encode(to_float(pictures[i : i + 16])))
+        out.append(np.array(mx.round((mx.clip(y, -1, 1) + 1) * 127.5).astype(mx.uint8)))
+    return np.concatenate(out)
+
+
+def measure_latents(model: Autoencoder, num_nouns: int | None, count: int = 512) -> tuple:
+    """Mean and standard deviation per channel of raw latents over `count` scenes."""
+    pictures, _ = stickers.batch(12345, 0, count, num_nouns)
+    means = [
+        np.array(model.encoder(to_float(pictures[i : i + 16]))[0]) for i in range(0, count, 16)
+    ]
+    flat = np.concatenate(means).reshape(-1, model.config.latent_channels)
+    return tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))
+
+
+def load_autoencoder(run_dir: Path, num_nouns: int | None) -> Autoencoder:
+    """The averaged autoencoder of a run, with its latents' statistics measured."""
+    model = Autoencoder(STICKERS.autoencoder)
+    model.update(tree_unflatten(list(load_ema(run_dir).items())))
+    mean, std = measure_latents(model, num_nouns)
+    config: AutoencoderConfig = dataclasses.replace(
+        model.config, latents_mean=mean, latents_std=std
+    )
+    model.config = config
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.autoencoder",
+        description="Train the stickers autoencoder. Run again with the same folder to resume.",
+    )
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=32, help="crops per step")
+    parser.add_argument("--crop", type=int, default=64, help="side of a crop in pixels")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--kl-weight", type=float, default=1e-3)
+    parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    mx.random.seed(args.seed)
+    model = Autoencoder(STICKERS.autoencoder)
+    validation = np.stack([stickers.render(s) for s in stickers.validation_scenes(48)])
+
+    def validate(trainer: Trainer) -> dict[str, float]:
+        current = model.trainable_parameters()
+        model.update(trainer.ema_parameters)
+        value = psnr(validation, reconstruct(model, validation))
+        model.update(current)
+        return {"validation_psnr": value}
+
+    config = TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=0.0,
+        warmup_steps=300,
+        seed=args.seed,
+    )
+    Trainer(
+        model,
+        gradients,
+        lambda step: {
+            "pictures": crops(args.seed, step, args.batch_size, args.num_nouns, args.crop)
+        },
+        config,
+        args.run_dir,
+        static=lambda step: (args.kl_weight,),
+        validate=validate,
+    ).run()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,324 @@
+"""Scenes and the many ways to say in everyday English what one shows."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.vocabulary import Noun, pluralise
+
+RELATIONS = {
+    "left": "to the left of",
+    "right": "to the right of",
+    "above": "above",
+    "below": "below",
+}
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "big": ("big", "big", "large", "huge")}
+
+DETERMINERS = ("a",) * 15 + ("one",) * 2 + ("",) * 2 + ("the",)
+
+# {x} is the whole subject: "a cat", "two red apples", "a cat and a dog".
+WRAPPERS = (
+    "a picture of {x}",
+    "an image of {x}",
+    "a sticker of {x}",
+    "an emoji of {x}",
+    "an icon of {x}",
+    "a drawing of {x}",
+    "a cartoon of {x}",
+    "an illustration of {x}",
+    "a simple drawing of {x}",
+    "a picture with {x}",
+    "a photo of {x}",
+    "sticker of {x}",
+    "picture of {x}",
+    "draw {x}",
+    "draw me {x}",
+    "please draw {x}",
+    "show me {x}",
+    "make {x}",
+    "create an image of {x}",
+    "make a picture of {x}",
+    "i want {x}",
+    "i would like to see {x}",
+    "can you draw {x}",
+    "{x}, clip art",
+    "{x}, sticker style",
+)
+SINGULAR_WRAPPERS = ("there is {x}", "this is {x}", "here is {x}")
+
+# {n} is the number as word or digit, {p} the plural, {s} the singular.
+COUNTING = (
+    "{n} {p}",
+    "{n} {p}",
+    "{n} {p}",
+    "{n} {p} together",
+    "exactly {n} {p}",
+    "a group of {n} {p}",
+    "a set of {n} {p}",
+    "{p}, {n} of them",
+    "{n} of the same {s}",
+    "just {n} {p}",
+)
+COUNTING_TWO = ("a couple of {p}", "a {s} and another {s}")
+
+# {a} and {b} are noun phrases in either order.
+TWO_OBJECTS = (
+    "{a} and {b}",
+    "{a} and {b}",
+    "{a} and {b}",
+    "{a} with {b}",
+    "{a}, {b}",
+    "{a} & {b}",
+    "{a} together with {b}",
+    "{a} and also {b}",
+    "{a} plus {b}",
+    "{a} as well as {b}",
+)
+BOTH = ("both {a} and {b}",)
+NEIGHBOURS = (
+    "{a} next to {b}",
+    "{a} beside {b}",
+    "{a} and {b} side by side",
+    "{a} and {b} next to each other",
+)
+
+# {a} is the left one, {b} the right one.
+LEFT_RIGHT = (
+    "{a} to the left of {b}",
+    "{a} left of {b}",
+    "{a} on the left of {b}",
+    "{b} to the right of {a}",
+    "{b} right of {a}",
+    "{b} on the right of {a}",
+    "{b} with {a} on its left",
+    "{a} with {b} on its right",
+    "{a} on the left and {b} on the right",
+    "{b} on the right and {a} on the left",
+    "{a} on the left side, {b} on the right side",
+)
+LEFT_RIGHT_SENTENCES = (
+    "on the left {a}, on the right {b}",
+    "on the right {b}, on the left {a}",
+    "left: {a}, right: {b}",
+    "{a} is to the left of {b}",
+    "{b} is to the right of {a}",
+    "on the left there is {a} and on the right there is {b}",
+)
+# {a} is the upper one, {b} the lower one.
+ABOVE_BELOW = (
+    "{a} above {b}",
+    "{a} over {b}",
+    "{b} below {a}",
+    "{b} under {a}",
+    "{b} underneath {a}",
+    "{b} with {a} above it",
+    "{a} with {b} below it",
+    "{a} at the top and {b} at the bottom",
+    "{b} at the bottom and {a} at the top",
+    "{a} higher up than {b}",
+)
+ABOVE_BELOW_SENTENCES = (
+    "at the top {a}, at the bottom {b}",
+    "at the bottom {b}, at the top {a}",
+    "top: {a}, bottom: {b}",
+    "{a} is above {b}",
+    "{b} is below {a}",
+    "there is {a} at the top and {b} at the bottom",
+)
+
+ON_BACKGROUND = (
+    "{x} on a {c} background",
+    "{x} on a {c} background",
+    "{x} with a {c} background",
+    "{x} against a {c} background",
+    "{x} in front of a {c} background",
+    "{x} on {c}",
+    "{x}, {c} background",
+    "{c} background, {x}",
+    "{x} on a plain {c} background",
+)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One glyph in a scene.
+
+    Attributes:
+        noun: what it shows.
+        colour: a name of COLOURS, or None for the glyph's own colours.
+        size_px: the longer side of the glyph and the side of its square cell.
+        x, y: left and top edge of the cell. The glyph sits in the middle of it.
+        size_word: "small" or "big" if the caption says so, else None.
+    """
+
+    noun: Noun
+    colour: str | None
+    size_px: int
+    x: int
+    y: int
+    size_word: str | None = None
+
+    @property
+    def cell(self) -> tuple[int, int, int, int]:
+        """The square that no other glyph enters: (x, y, w, h) in pixels."""
+        return self.x, self.y, self.size_px, self.size_px
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """The middle of cell and glyph: (x, y) in pixels."""
+        return self.x + self.size_px / 2, self.y + self.size_px / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What `render` draws and what the caption says.
+
+    Attributes:
+        category: a key of CATEGORIES.
+        placed: the glyphs; equal ones stand next to each other. With a relation there are two.
+        background: a name of BACKGROUNDS.
+        caption: one phrasing out of many.
+        relation: how placed[0] lies to placed[1], a key of RELATIONS, or None if not said.
+        background_said: whether the caption names the background.
+    """
+
+    category: str
+    placed: tuple[Placed, ...]
+    background: str
+    caption: str = ""
+    relation: str | None = None
+    background_said: bool = False
+
+
+def pick(rng: np.random.Generator, options: Sequence):
+    """One of `options`, all equally likely; several times faster than rng.choice."""
+    return options[int(rng.random() * len(options))]
+
+
+def with_article(phrase: str) -> str:
+    """The phrase after "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
+    vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "ufo"))
+    return ("an " if vowel or phrase.startswith("hour") else "a ") + phrase
+
+
+def _groups(scene: Scene) -> list[tuple[int, Placed]]:
+    """(how many, example) for each run of glyphs with the same noun and looks."""
+    runs = itertools.groupby(scene.placed, lambda p: (p.noun.name, p.colour, p.size_word))
+    return [(len(run), run[0]) for run in (list(group) for _, group in runs)]
+
+
+def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, determiner: str) -> str:
+    """Such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
+    noun, colour, size = item.noun, item.colour, item.size_word
+    singular, plural = noun.name, noun.plural
+    tail = ""
+    if rng is not None:
+        if noun.synonyms and rng.random() < 0.2:
+            singular = pick(rng, noun.synonyms)
+            plural = pluralise(singular)
+        size = size and pick(rng, SIZE_WORDS[size])
+        if colour is not None and rng.random() < 0.2:
+            form = pick(rng, _COLOUR_FORMS)
+            if form.startswith("{c}"):
+                colour = form.format(c=colour)
+            else:
+                colour, tail = None, form.format(c=colour, be="is" if count == 1 else "are")
+    words = " ".join(word for word in (size, colour, singular if count == 1 else plural) if word)
+    if count > 1:
+        digit = rng is not None and rng.random() < 0.35
+        return f"{count if digit else NUMBERS[count]} {words}{tail}"
+    if determiner == "a":
+        return with_article(words) + tail
+    return f"{determiner} {words}{tail}".lstrip()
+
+
+_COLOUR_FORMS = (
+    "{c}-colored",
+    "{c} colored",
+    "{c}-coloured",
+    " that {be} {c}",
+    " in {c}",
+    " of {c} color",
+    " colored {c}",
+)
+
+
+def _join(phrases: list[str]) -> str:
+    if len(phrases) < 3:
+        return " and ".join(phrases)
+    return ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def plain_caption(scene: Scene) -> str:
+    """The canonical phrasing: "a red apple to the left of a cat on a white background"."""
+    phrases = [_noun_phrase(count, item, None, "a") for count, item in _groups(scene)]
+    text = f" {RELATIONS[scene.relation]} ".join(phrases) if scene.relation else _join(phrases)
+    if scene.background_said:
+        text = f"{text} on {with_article(scene.background)} background"
+    return text
+
+
+def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
+    """The caption's core and whether it is a noun phrase (else a sentence of its own)."""
+    groups = _groups(scene)
+    determiner = pick(rng, DETERMINERS)
+    if len(groups) == 1:
+        (count, item), style = groups[0], rng.random()
+        if count == 1 and style < 0.04:
+            determiner = "a single"
+        if count == 1 and item.colour and not item.size_word and style > 0.95:
+            return f"the {item.noun.name} is {item.colour}", False
+        if count > 1 and item.colour is None and style < 0.4:
+            number = str(count) if rng.random() < 0.4 else NUMBERS[count]
+            forms = COUNTING + COUNTING_TWO if count == 2 else COUNTING
+            form = pick(rng, forms).format(n=number, p=item.noun.plural, s=item.noun.name)
+            return form, True
+        return _noun_phrase(count, item, rng, determiner), True
+    phrases = [_noun_phrase(count, item, rng, determiner) for count, item in groups]
+    if scene.relation:
+        if scene.relation in ("right", "below"):
+            phrases.reverse()
+        horizontal = scene.relation in ("left", "right")
+        sentence = rng.random() < 0.25
+        if sentence:
+            forms = LEFT_RIGHT_SENTENCES if horizontal else ABOVE_BELOW_SENTENCES
+        else:
+            forms = LEFT_RIGHT if horizontal else ABOVE_BELOW
+        return pick(rng, forms).format(a=phrases[0], b=phrases[1]), not sentence
+    order = rng.permutation(len(phrases))
+    phrases = [phrases[k] for k in order]
+    if len(phrases) == 2:
+        forms = TWO_OBJECTS
+        if len(scene.placed) == 2:
+            forms += BOTH + (NEIGHBOURS if _side_by_side(scene) else ())
+        if all(item.colour and not item.size_word for _, item in groups) and rng.random() < 0.07:
+            (_, a), (_, b) = (groups[k] for k in order)
+            return f"the {a.noun.name} is {a.colour} and the {b.noun.name} is {b.colour}", False
+        return pick(rng, forms).format(a=phrases[0], b=phrases[1]), True
+    return ", ".join(phrases) if rng.random() < 0.15 else _join(phrases), True
+
+
+def _side_by_side(scene: Scene) -> bool:
+    (ax, ay), (bx, by) = scene.placed[0].centre, scene.placed[1].centre
+    return abs(ay - by) < 0.6 * abs(ax - bx)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One of many phrasings of what the scene shows, mostly in lower case."""
+    text, is_phrase = _subject(scene, rng)
+    if scene.background_said:
+        name = scene.background
+        if name == "grey" and rng.random() < 0.5:
+            name = "gray"
+        form = pick(rng, ON_BACKGROUND) if is_phrase else "{x}, {c} background"
+        text = form.format(x=text, c=name)
+        is_phrase = is_phrase and not form.startswith("{c}")
+    if is_phrase and rng.random() < 0.45:
+        wrappers = WRAPPERS + SINGULAR_WRAPPERS if len(scene.placed) == 1 else WRAPPERS
+        text = pick(rng, wrappers).format(x=text)
+    if rng.random() < 0.12:
+        text = text[0].upper() + text[1:]
+    return text + "." if rng.random() < 0.12 else text

@@ -1,0 +1,214 @@
+"""Train the elastic supernetwork by flow matching: `python -m train.flow --run-dir DIR ...`.
+
+Every step runs the full network and one sampled sub-network on the same noisy latents
+(SnapGen++ section 3.2): both learn the velocity (eq. 4), the sub-network also learns from the full
+one (eq. 5), and the two gradients are brought to the same norm before they are added. The text
+encoder learns along. Scenes are rendered and encoded on the fly, so no picture is seen twice.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import STICKERS, ModelConfig
+from mlx_snapgen.errors import run_command
+from mlx_snapgen.sampler import shift_time
+from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.transformer import EfficientDiT, TextStates
+from train import stickers
+from train.autoencoder import load_autoencoder, to_float
+from train.engine import Batch, Trainer, TrainingConfig, load_ema
+
+
+class TextToLatents(nn.Module):
+    """Transformer and text encoders, the parts that flow matching trains together."""
+
+    def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer]):
+        super().__init__()
+        self.transformer = EfficientDiT(config.transformer)
+        self.text_encoders = [
+            TransformerTextEncoder(c, t)
+            for c, t in zip(config.text_encoders, tokenizers, strict=True)
+        ]
+
+
+def gradients(model: TextToLatents, batch: Batch, key: mx.array, width: float, shift: float):
+    """Gradients of the full network and of the sub-network of `width`, balanced and added.
+
+    Args:
+        batch: `latents` (B, H, W, C), and for text encoder i `tokens_i` and `mask_i` (B, L).
+        width: the sampled sub-network's; 1.0 trains the full network alone.
+        shift: timestep shift.
+
+    Returns:
+        gradients like `model.trainable_parameters()`, and the losses as metrics.
+    """
+    x0 = batch["latents"]
+    key_t, key_eps = mx.random.split(key)
+    t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
+    eps = mx.random.normal(x0.shape, key=key_eps)
+    sigma = t[:, None, None, None]
+    x_t, v = (1 - sigma) * x0 + sigma * eps, eps - x0
+
+    transformer, encoders = model.transformer, model.text_encoders
+    params = transformer.trainable_parameters()
+    masks = [batch[f"mask_{i}"] for i in range(len(encoders))]
+
+    def encode(*flat: mx.array) -> list[mx.array]:
+        for encoder, leaves in zip(encoders, _chunks(flat, names), strict=True):
+            encoder.update(tree_unflatten(leaves))
+        return [e(batch[f"tokens_{i}"], masks[i]) for i, e in enumerate(encoders)]
+
+    def loss_fn(params, states, width, teacher):
+        transformer.update(params)
+        text, mask = transformer.encode_text(
+            [TextStates(s, m) for s, m in zip(states, masks, strict=True)]
+        )
+        predicted = transformer(x_t, t, text, mask, width)
+        diffusion = (predicted - v).square().mean()
+        if teacher is None:
+            return diffusion, (predicted, {"loss": diffusion})
+        distillation = (predicted - teacher).square().mean()
+        metrics = {f"loss_{width:g}": diffusion, f"distillation_{width:g}": distillation}
+        return diffusion + distillation, (predicted, metrics)
+
+    grad_fn = mx.value_and_grad(loss_fn, argnums=(0, 1))
+    names = [[k for k, _ in tree_flatten(e.trainable_parameters())] for e in encoders]
+    text_params = [p for e in encoders for _, p in tree_flatten(e.trainable_parameters())]
+    states = encode(*text_params)
+    (_, (teacher, metrics)), grads = grad_fn(params, states, 1.0, None)
+    if width != 1.0:
+        (_, (_, more)), sub_grads = grad_fn(params, states, width, mx.stop_gradient(teacher))
+        grads = add_balanced(grads, sub_grads)
+        metrics |= more
+    transformer.update(params)
+    # The text encoders run once for both widths: pull the states' gradient through them here.
+    _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
+    encode(*text_params)
+    return {
+        "transformer": grads[0],
+        "text_encoders": [tree_unflatten(g) for g in _chunks(text_grads, names)],
+    }, metrics
+
+
+def _chunks(flat: Sequence[mx.array], names: list[list[str]]) -> list[list[tuple]]:
+    """Cut a flat list of parameters into (name, parameter) lists, one per encoder."""
+    out, start = [], 0
+    for keys in names:
+        out.append(list(zip(keys, flat[start : start + len(keys)], strict=True)))
+        start += len(keys)
+    return out
+
+
+def add_balanced(full, sub):
+    """full + s * sub with s such that both have the same global norm."""
+    norms = [mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(tree))) for tree in (full, sub)]
+    scale = norms[0] / mx.maximum(norms[1], 1e-12)
+    return tree_map(lambda a, b: a + scale * b, full, sub)
+
+
+class Data:
+    """Batches of encoded scenes with tokenized captions.
+
+    Args:
+        drop_caption: share of captions replaced by the empty prompt, for guidance; with several
+            encoders each drops on its own.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        tokenizers: Sequence[Tokenizer],
+        batch_size: int,
+        num_nouns: int | None,
+        seed: int,
+        drop_caption: float,
+    ):
+        self.tokenizers, self.batch_size, self.num_nouns = tokenizers, batch_size, num_nouns
+        self.seed, self.drop_caption = seed, drop_caption
+        self.encode = mx.compile(autoencoder.encode)
+
+    def __call__(self, number: int) -> Batch:
+        """Batch `number` of the stream; the same whenever it is asked for."""
+        start = number * self.batch_size
+        pictures, captions = stickers.batch(self.seed, start, self.batch_size, self.num_nouns)
+        batch = {"latents": self.encode(to_float(pictures))}
+        rng = np.random.default_rng((self.seed, number, 2))
+        for i, tokenizer in enumerate(self.tokenizers):
+            dropped = rng.random(self.batch_size) < self.drop_caption
+            kept = ["" if d else c for d, c in zip(dropped, captions, strict=True)]
+            batch[f"tokens_{i}"], batch[f"mask_{i}"] = tokenizer(kept)
+        return batch
+
+
+def sampled_width(widths: Sequence[float], seed: int, step: int) -> float:
+    """The sub-network of a step: uniform over the widths below 1, the same on every machine."""
+    subs = [w for w in widths if w != 1.0]
+    return float(np.random.default_rng((seed, step, 3)).choice(subs)) if subs else 1.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.flow",
+        description="Train the elastic stickers model. Run again with the same folder to resume.",
+    )
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--autoencoder", type=Path, required=True, help="autoencoder run's folder")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=32, help="scenes per step and process")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--final-learning-rate", type=float, default=2e-5)
+    parser.add_argument("--warmup-steps", type=int, default=200)
+    parser.add_argument("--ema-decay", type=float, default=0.999)
+    parser.add_argument("--checkpoint-every", type=int, default=250)
+    parser.add_argument("--drop-caption", type=float, default=0.1)
+    parser.add_argument("--time-shift", type=float, default=1.0)
+    parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
+    parser.add_argument("--init-from", type=Path, help="run whose averaged weights to start from")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    mx.random.seed(args.seed)
+    config = STICKERS
+    tokenizers = [Tokenizer.from_file(args.tokenizer, c.max_length) for c in config.text_encoders]
+    model = TextToLatents(config, tokenizers)
+    if args.init_from:
+        model.update(tree_unflatten(list(load_ema(args.init_from).items())))
+    data = Data(
+        load_autoencoder(args.autoencoder, args.num_nouns),
+        tokenizers,
+        args.batch_size,
+        args.num_nouns,
+        args.seed,
+        args.drop_caption,
+    )
+    training = TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        final_learning_rate=args.final_learning_rate,
+        warmup_steps=args.warmup_steps,
+        ema_decay=args.ema_decay,
+        checkpoint_every=args.checkpoint_every,
+        seed=args.seed,
+    )
+    widths = config.transformer.widths
+    Trainer(
+        model,
+        gradients,
+        data,
+        training,
+        args.run_dir,
+        static=lambda step: (sampled_width(widths, args.seed, step), args.time_shift),
+    ).run()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,329 @@
+"""Random scenes over the six categories of GenEval, with combinations kept for the test.
+
+The categories are those of GenEval (arXiv 2310.11513: single object, two objects, counting, colors,
+position, color attribution) and sizes, backgrounds and mixtures. A tenth of the noun pairs and a
+tenth of the noun-colour pairs never occur in training, so that a score on them tells composition
+from memory.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mlx_snapgen.errors import UserError, nearest
+from train.captions import RELATIONS, Placed, Scene, caption, pick
+from train.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, Noun
+
+SIDE = 128  # pixels of a scene's side; Placed is in these pixels
+SIZE_STEP = 4  # glyphs are drawn at multiples of this, so that resized ones can be kept
+MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
+
+# How often each category is drawn for training.
+CATEGORIES = {
+    "single_object": 0.18,
+    "two_objects": 0.16,
+    "counting": 0.15,
+    "colors": 0.13,
+    "position": 0.14,
+    "color_attribution": 0.11,
+    "size": 0.04,
+    "background": 0.04,
+    "mixed": 0.05,
+}
+_CATEGORY_EDGES = np.cumsum(list(CATEGORIES.values()))[:-1]
+HELD_OUT_CATEGORIES = ("two_objects", "position", "colors", "color_attribution")
+TRAINING, VALIDATION = 0, 1  # first word of a scene's random seed
+
+
+def _held_out(*names: str) -> bool:
+    digest = hashlib.blake2b("|".join(names).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
+
+
+@functools.lru_cache(maxsize=200_000)
+def is_held_out_pair(a: str, b: str) -> bool:
+    """Whether the nouns named `a` and `b`, in either order, never meet in a training scene."""
+    return a != b and _held_out("pair", *sorted((a, b)))
+
+
+_OWN_COLOURS = {noun.name: noun.own_colour for noun in NOUNS}
+
+
+@functools.lru_cache(maxsize=20_000)
+def is_held_out_colour(noun: str, colour: str) -> bool:
+    """Whether the noun named `noun` never has the colour `colour` in a training scene.
+
+    Its own colour is never held out, since training shows it without naming it.
+    """
+    return colour != _OWN_COLOURS.get(noun) and _held_out("colour", noun, colour)
+
+
+def first_nouns(num_nouns: int | None) -> tuple[Noun, ...]:
+    """The first `num_nouns` of NOUNS, or all; a UserError if there are not so many."""
+    num_nouns = len(NOUNS) if num_nouns is None else num_nouns
+    if not MIN_NOUNS <= num_nouns <= len(NOUNS):
+        raise UserError(f"num_nouns is {num_nouns}; it must lie in {MIN_NOUNS} ... {len(NOUNS)}")
+    return NOUNS[:num_nouns]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The choices that the first `num_nouns` nouns leave."""
+
+    nouns: tuple[Noun, ...]
+    recolourable: tuple[Noun, ...]
+    held_out_pairs: tuple[tuple[Noun, Noun], ...]
+    held_out_colours: tuple[tuple[Noun, str], ...]
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(num_nouns: int | None) -> _Pool:
+    nouns = first_nouns(num_nouns)
+    recolourable = tuple(noun for noun in nouns if noun.recolour)
+    pairs = tuple(
+        (a, b) for a, b in itertools.combinations(nouns, 2) if is_held_out_pair(a.name, b.name)
+    )
+    colours = tuple(
+        (noun, colour)
+        for noun in recolourable
+        for colour in COLOURS
+        if is_held_out_colour(noun.name, colour)
+    )
+    return _Pool(nouns, recolourable, pairs, colours)
+
+
+def _size(rng: np.random.Generator, low: int, high: int) -> int:
+    """A multiple of SIZE_STEP from `low` to `high`, both included."""
+    return low + SIZE_STEP * int(rng.random() * ((high - low) // SIZE_STEP + 1))
+
+
+def _slack(rng: np.random.Generator, room: float) -> int:
+    """A place in [0, room], more often near the middle."""
+    return int(room * (rng.random() + rng.random()) / 2 + 0.5)
+
+
+def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -> list[Noun]:
+    """`count` different nouns of which no pair is held out."""
+    while True:
+        nouns = [pick(rng, options) for _ in range(count)]
+        pairs = itertools.combinations(nouns, 2)
+        if all(a is not b and not is_held_out_pair(a.name, b.name) for a, b in pairs):
+            return nouns
+
+
+def _colour_of(rng: np.random.Generator, noun: Noun, taken: str | None = None) -> str:
+    """A colour for `noun` that is neither held out nor `taken`."""
+    while True:
+        colour = pick(rng, tuple(COLOURS))
+        if colour != taken and not is_held_out_colour(noun.name, colour):
+            return colour
+
+
+def _subjects(
+    rng: np.random.Generator, pool: _Pool, category: str, held_out: bool
+) -> list[tuple[Noun, str | None]]:
+    """The noun and colour of each glyph, equal ones next to each other."""
+    if category == "counting":
+        return [(pick(rng, pool.nouns), None)] * (2 + int(rng.random() * 3))
+    if category in ("two_objects", "position"):
+        if held_out:
+            pair = list(pick(rng, pool.held_out_pairs))
+            pair = pair if rng.random() < 0.5 else pair[::-1]
+        else:
+            pair = _noun_set(rng, pool.nouns, 2)
+        return [(noun, None) for noun in pair]
+    if category == "colors":
+        if held_out:
+            return [pick(rng, pool.held_out_colours)]
+        noun = pick(rng, pool.recolourable)
+        return [(noun, _colour_of(rng, noun))]
+    if category == "color_attribution":
+        if held_out:
+            first = pick(rng, pool.held_out_colours)
+            second = pick(rng, [noun for noun in pool.recolourable if noun is not first[0]])
+            pair = [first, (second, _colour_of(rng, second, taken=first[1]))]
+            return pair if rng.random() < 0.5 else pair[::-1]
+        a, b = _noun_set(rng, pool.recolourable, 2)
+        colour = _colour_of(rng, a)
+        return [(a, colour), (b, _colour_of(rng, b, taken=colour))]
+    if category == "mixed":
+        return _mixed_subjects(rng, pool)
+    if category == "size" and rng.random() < 0.35:
+        return [(noun, None) for noun in _noun_set(rng, pool.nouns, 2)]
+    noun = pick(rng, pool.nouns)
+    can_colour = category in ("size", "background") and noun.recolour
+    return [(noun, _colour_of(rng, noun) if can_colour and rng.random() < 0.4 else None)]
+
+
+def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, str | None]]:
+    """Coloured counts, counts of two kinds, three or four kinds, one coloured of two."""
+    kind = rng.random()
+    if kind < 0.3:
+        noun = pick(rng, pool.recolourable)
+        return [(noun, _colour_of(rng, noun))] * (2 + int(rng.random() * 3))
+    if kind < 0.55:
+        a, b = _noun_set(rng, pool.nouns, 2)
+        count_a, count_b = pick(rng, ((2, 1), (1, 2), (2, 2), (3, 1), (1, 3)))
+        return [(a, None)] * count_a + [(b, None)] * count_b
+    if kind < 0.8:
+        count = 3 if rng.random() < 0.7 else 4
+        return [(noun, None) for noun in _noun_set(rng, pool.nouns, count)]
+    a, b = _noun_set(rng, pool.recolourable, 2)
+    pair = [(a, _colour_of(rng, a)), (b, None)]
+    return pair if rng.random() < 0.5 else pair[::-1]
+
+
+def _sizes(rng: np.random.Generator, category: str, count: int) -> list[tuple[int, str | None]]:
+    """Pixels and size word of each glyph."""
+    if category == "size" and count == 1:
+        word = pick(rng, ("small", "big"))
+        return [(_size(rng, 28, 40) if word == "small" else _size(rng, 104, 120), word)]
+    if category == "size":
+        pair = [(_size(rng, 64, 76), "big"), (_size(rng, 28, 36), "small")]
+        return pair if rng.random() < 0.5 else pair[::-1]
+    if count == 1:
+        return [(_size(rng, 60, 96), None)]
+    if category == "counting" or count > 2:
+        size = _size(rng, 44, 60) if count == 2 else _size(rng, 40, 52)
+        return [(size, None)] * count
+    return [(_size(rng, 44, 60), None) for _ in range(count)]
+
+
+def _two_corners(
+    rng: np.random.Generator, sizes: list[int], relation: str | None
+) -> list[tuple[int, int]]:
+    """Top-left corners of two cells, apart along one axis.
+
+    With a relation their centres differ along the other axis by at most a third of the distance,
+    so that GenEval's rule (cosine over 0.5 after the dead zone) is met with room to spare.
+    """
+    horizontal = rng.random() < 0.65 if relation is None else relation in ("left", "right")
+    swap = relation in ("right", "below")
+    first, second = sizes[::-1] if swap else sizes
+    slack = SIDE - first - second
+    gap = 2 + _slack(rng, max(slack - 4, 0))
+    start = _slack(rng, slack - gap)
+    along = [start, start + first + gap]
+    if relation is None:
+        across = [_slack(rng, SIDE - first), _slack(rng, SIDE - second)]
+    else:
+        distance = gap + (first + second) / 2
+        middle = SIDE / 2 + (rng.random() - 0.5) * (SIDE - max(sizes) - distance / 3)
+        shift = (rng.random() - 0.5) * distance / 3
+        across = [
+            min(max(round(middle + sign * shift - size / 2), 0), SIDE - size)
+            for sign, size in ((1, first), (-1, second))
+        ]
+    corners = list(zip(along, across, strict=True))
+    corners = corners if horizontal else [corner[::-1] for corner in corners]
+    return corners[::-1] if swap else corners
+
+
+def _corners(
+    rng: np.random.Generator, sizes: list[int], relation: str | None
+) -> list[tuple[int, int]]:
+    """Top-left corners (x, y) of cells that do not overlap and lie inside the picture."""
+    if len(sizes) == 1:
+        return [(_slack(rng, SIDE - sizes[0]), _slack(rng, SIDE - sizes[0]))]
+    if len(sizes) == 2:
+        return _two_corners(rng, sizes, relation)
+    half = SIDE // 2
+    room = half - max(sizes)
+    if len(sizes) == 3 and rng.random() < 0.5:
+        middle = half // 2
+        quadrants = pick(
+            rng,
+            (
+                ((0, 0), (half, 0), (middle, half)),
+                ((middle, 0), (0, half), (half, half)),
+                ((0, 0), (0, half), (half, middle)),
+                ((0, middle), (half, 0), (half, half)),
+            ),
+        )
+    else:
+        quadrants = ((0, 0), (half, 0), (0, half), (half, half))
+    order = rng.permutation(len(quadrants))[: len(sizes)]
+    return [
+        (quadrants[k][0] + _slack(rng, room), quadrants[k][1] + _slack(rng, room)) for k in order
+    ]
+
+
+def _background(
+    rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
+) -> tuple[str, bool]:
+    """A background that every glyph stands out on, and whether the caption names it."""
+    lost = {
+        name
+        for noun, colour in subjects
+        for name in (noun.lost_on if colour is None else COLOUR_LOST_ON[colour])
+    }
+    options = [name for name in BACKGROUNDS if name not in lost]
+    said = category == "background" or rng.random() < 0.06
+    if not said and "white" in options and rng.random() < 0.7:
+        return "white", False
+    return pick(rng, options), said
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    num_nouns: int | None = None,
+    held_out: bool = False,
+    category: str | None = None,
+) -> Scene:
+    """A random scene with its caption.
+
+    Args:
+        rng: the only source of randomness.
+        num_nouns: use the first so many of NOUNS; None for all.
+        held_out: use a held-out pair of nouns or a held-out colour of a noun. Otherwise none.
+        category: a key of CATEGORIES; None draws one. Of HELD_OUT_CATEGORIES if `held_out`.
+
+    Raises:
+        UserError: num_nouns out of range, or no such category.
+    """
+    pool = _pool(num_nouns)
+    names = HELD_OUT_CATEGORIES if held_out else tuple(CATEGORIES)
+    if category is None and held_out:
+        category = pick(rng, names)
+    elif category is None:
+        category = names[int(np.searchsorted(_CATEGORY_EDGES, rng.random(), side="right"))]
+    elif category not in names:
+        raise UserError(f"unknown category '{category}'{nearest(category, names)}")
+    subjects = _subjects(rng, pool, category, held_out)
+    sizes = _sizes(rng, category, len(subjects))
+    relation = None
+    if category == "position" or (
+        category == "mixed" and len(subjects) == 2 and subjects[0] != subjects[1]
+    ):
+        relation = pick(rng, tuple(RELATIONS))
+    corners = _corners(rng, [size for size, _ in sizes], relation)
+    background, said = _background(rng, category, subjects)
+    placed = tuple(
+        Placed(noun, colour, size, *corner, word)
+        for (noun, colour), (size, word), corner in zip(subjects, sizes, corners, strict=True)
+    )
+    scene = Scene(category, placed, background, "", relation, said)
+    return replace(scene, caption=caption(scene, rng))
+
+
+def training_scene(seed: int, k: int, num_nouns: int | None = None) -> Scene:
+    """Scene number k of a seed; both are non-negative."""
+    return sample_scene(np.random.default_rng((TRAINING, seed, k)), num_nouns)
+
+
+def scenes(seed: int, num_nouns: int | None = None, start: int = 0) -> Iterator[Scene]:
+    """Training scenes without end; scene k depends on (seed, num_nouns, k) alone."""
+    for k in itertools.count(start):
+        yield training_scene(seed, k, num_nouns)
+
+
+def validation_scenes(n: int, num_nouns: int | None = None) -> list[Scene]:
+    """The first `n` of a fixed list; every fourth uses a held-out combination."""
+    return [
+        sample_scene(np.random.default_rng((VALIDATION, 0, k)), num_nouns, held_out=k % 4 == 3)
+        for k in range(n)
+    ]
