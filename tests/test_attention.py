@@ -1,0 +1,198 @@
+"""ASSA and its parts against plain numpy written from the paper's formulas."""
+
+import dataclasses
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from mlx_snapgen import attention
+from mlx_snapgen.attention import (
+    CrossAttention,
+    Grid,
+    SelfAttention,
+    SparseSelfAttention,
+    apply_rope,
+    attend,
+)
+from mlx_snapgen.config import TransformerConfig
+
+CONFIG = TransformerConfig(
+    hidden_size=64,
+    head_dim=8,
+    num_kv_heads=4,
+    num_cross_kv_heads=2,
+    text_width=24,
+    num_bands=4,
+    widths=(1.0, 0.5),
+)
+
+
+def randomised(module, seed=0):
+    """The module with every parameter moved off its initial value."""
+    mx.random.seed(seed)
+    module.update(tree_map(lambda p: p + 0.3 * mx.random.normal(p.shape), module.parameters()))
+    return module
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def band_mask(grid, num_bands, radius):
+    """(N, N), true where the band of the query may see the band of the key."""
+    band = np.arange(grid.height) // math.ceil(grid.height / num_bands)
+    band = np.repeat(band, grid.width)
+    return np.abs(band[:, None] - band[None, :]) <= radius
+
+
+def numpy_rope(x, rows, columns, theta):
+    """Rotate one head's vectors (N, D): first half of the pairs by rows, rest by columns."""
+    half = x.shape[-1] // 2
+    out = np.empty_like(x)
+    for pair in range(half):
+        position = rows if pair < half // 2 else columns
+        angle = position * theta ** -((pair % (half // 2)) / (half // 2))
+        a, b = x[:, pair], x[:, pair + half]
+        out[:, pair] = a * np.cos(angle) - b * np.sin(angle)
+        out[:, pair + half] = a * np.sin(angle) + b * np.cos(angle)
+    return out
+
+
+def numpy_layer_norm(x, norm):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * np.array(norm.weight) + np.array(norm.bias)
+
+
+def numpy_linear(x, layer):
+    y = x @ np.array(layer.weight).T
+    return y + np.array(layer.bias) if "bias" in layer else y
+
+
+def numpy_assa(module, h, grid, config):
+    """Equations 1-3 of the paper and the per-head mix for one picture h (N, d), in loops."""
+    dim, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
+    q, k, v = (numpy_linear(h, getattr(module, f"{n}_proj")) for n in "qkv")
+    q = numpy_layer_norm(q.reshape(-1, heads, dim), module.q_norm.members[0])
+    k = numpy_layer_norm(k.reshape(-1, kv_heads, dim), module.k_norm.members[0])
+    v = v.reshape(-1, kv_heads, dim)
+    rows, columns = np.divmod(np.arange(grid.height * grid.width), grid.width)
+
+    def convolve(x, layer):  # 2x2, stride 2, over all kv channels
+        kernel = np.array(layer.weight).reshape(kv_heads * dim, 2, 2, kv_heads * dim)
+        x = x.reshape(grid.height, grid.width, kv_heads * dim)
+        cells = [
+            sum(kernel[:, i, j] @ x[r + i, c + j] for i in (0, 1) for j in (0, 1))
+            for r in range(0, grid.height, 2)
+            for c in range(0, grid.width, 2)
+        ]
+        return np.stack(cells).reshape(-1, kv_heads, dim)
+
+    k_cells, v_cells = convolve(k, module.k_compress), convolve(v, module.v_compress)
+    cell_rows, cell_columns = np.divmod(np.arange(len(k_cells)), grid.width // 2)
+    mask = band_mask(grid, config.num_bands, config.band_radius)
+    mix = 1 / (1 + np.exp(-numpy_linear(h, module.mix_proj)))
+    out = np.empty((len(h), heads, dim))
+    for head in range(heads):
+        kv = head // (heads // kv_heads)
+        query = numpy_rope(q[:, head], rows, columns, config.rope_theta)
+        near = numpy_rope(k[:, kv], rows, columns, config.rope_theta)
+        far = numpy_rope(
+            k_cells[:, kv], 2 * cell_rows + 0.5, 2 * cell_columns + 0.5, config.rope_theta
+        )
+        scores = np.where(mask, query @ near.T / math.sqrt(dim), -np.inf)
+        out_local = softmax(scores) @ v[:, kv]
+        out_global = softmax(query @ far.T / math.sqrt(dim)) @ v_cells[:, kv]
+        weight = mix[:, head, None]
+        out[:, head] = weight * out_global + (1 - weight) * out_local
+    return numpy_linear(out.reshape(len(h), -1), module.out_proj)
+
+
+@pytest.mark.parametrize("grid", [Grid(8, 8), Grid(6, 4), Grid(10, 2), Grid(2, 6), Grid(14, 4)])
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_assa_matches_the_formulas(grid, radius):
+    config = dataclasses.replace(CONFIG, band_radius=radius)
+    module = randomised(SparseSelfAttention(config))
+    h = np.random.default_rng(0).normal(size=(2, grid.height * grid.width, 64))
+    out = np.array(module(mx.array(h, mx.float32), grid))
+    for i in range(2):
+        np.testing.assert_allclose(out[i], numpy_assa(module, h[i], grid, config), atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["_bands_looped", "_bands_batched"])
+@pytest.mark.parametrize(
+    ("height", "num_bands"), [(16, 16), (16, 4), (10, 4), (6, 16), (2, 4), (18, 5), (64, 16)]
+)
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_bna_equals_dense_attention_under_the_band_mask(form, height, num_bands, radius):
+    grid = Grid(height, 6)
+    n = grid.height * grid.width
+    mx.random.seed(1)
+    q, k, v = (mx.random.normal((2, heads, n, 8)) for heads in (4, 2, 2))
+    band = math.ceil(height / num_bands) * grid.width
+    out = getattr(attention, form)(q, k, v, band, radius)
+    dense = attend(q, k, v, mx.array(band_mask(grid, num_bands, radius)))
+    np.testing.assert_allclose(np.array(out), np.array(dense), atol=1e-5)
+
+
+def test_bna_forms_have_the_same_gradients():
+    mx.random.seed(2)
+    qkv = [mx.random.normal((1, 2, 96, 8)) for _ in range(3)]
+
+    def loss(form):
+        return lambda q, k, v: getattr(attention, form)(q, k, v, 12, 1).square().sum()
+
+    pairs = zip(
+        mx.grad(loss("_bands_looped"), argnums=(0, 1, 2))(*qkv),
+        mx.grad(loss("_bands_batched"), argnums=(0, 1, 2))(*qkv),
+        strict=True,
+    )
+    for looped, batched in pairs:
+        np.testing.assert_allclose(np.array(looped), np.array(batched), atol=1e-5)
+
+
+def test_rope_scores_depend_on_relative_position_only():
+    grid = Grid(6, 8)
+    mx.random.seed(3)
+    q, k = (mx.broadcast_to(mx.random.normal((8,)), (1, 1, 48, 8)) for _ in range(2))
+    scores = np.array(
+        apply_rope(q, grid, 100.0)[0, 0] @ apply_rope(k, grid, 100.0)[0, 0].T
+    ).reshape(6, 8, 6, 8)
+    np.testing.assert_allclose(scores[1, 2, 4, 5], scores[0, 1, 3, 4], atol=1e-5)
+    assert abs(scores[1, 2, 4, 5] - scores[1, 2, 5, 5]) > 1e-3
+    assert abs(scores[1, 2, 4, 5] - scores[1, 2, 4, 6]) > 1e-3
+
+
+def test_grouped_queries_share_keys_in_order():
+    config = dataclasses.replace(CONFIG, sparse_attention=False)
+    module = randomised(SelfAttention(config))
+    wide = randomised(SelfAttention(dataclasses.replace(config, num_kv_heads=8)), seed=5)
+    for name in ("q_proj", "out_proj", "q_norm", "k_norm"):
+        getattr(wide, name).update(getattr(module, name).parameters())
+    for name in ("k_proj", "v_proj"):  # each of 4 kv heads, twice
+        for key, p in getattr(module, name).parameters().items():
+            p = mx.repeat(p.reshape(4, 8, *p.shape[1:]), 2, axis=0)
+            getattr(wide, name)[key] = p.reshape(64, *p.shape[2:])
+    h = mx.random.normal((2, 16, 64))
+    np.testing.assert_allclose(
+        np.array(module(h, Grid(4, 4))), np.array(wide(h, Grid(4, 4))), atol=1e-5
+    )
+
+
+def test_cross_attention_matches_numpy_and_ignores_masked_tokens():
+    module = randomised(CrossAttention(CONFIG))
+    rng = np.random.default_rng(0)
+    h, text = rng.normal(size=(2, 5, 64)), rng.normal(size=(2, 7, 24))
+    mask = np.arange(7)[None] < np.array([[4], [7]])
+    out = np.array(module(*map(mx.array, (h.astype("f"), text.astype("f"), mask))))
+    for i in range(2):
+        seen = text[i][mask[i]]
+        q = numpy_linear(h[i], module.q_proj).reshape(5, 8, 8)
+        k = numpy_linear(seen, module.k_proj).reshape(-1, 2, 8)
+        v = numpy_linear(seen, module.v_proj).reshape(-1, 2, 8)
+        heads = [softmax(q[:, n] @ k[:, n % 2].T / math.sqrt(8)) @ v[:, n % 2] for n in range(8)]
+        expected = numpy_linear(np.stack(heads, 1).reshape(5, 64), module.out_proj)
+        np.testing.assert_allclose(out[i], expected, atol=2e-5)
