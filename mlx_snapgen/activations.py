@@ -35,6 +35,7 @@ def _value(x: mx.array) -> mx.array:
 
 @mx.compile
 def _gradient(x: mx.array, cotangent: mx.array) -> mx.array:
+    x = mx.clip(x, -12.0, 12.0)  # beyond, the slope is 0 or 1 to the last digit
     s = _sigmoid(2 * _C * (x + 0.044715 * x * x * x))
     return cotangent * (s + x * s * (1 - s) * (2 * _C * (1 + 0.134145 * x * x)))
 

@@ -17,7 +17,7 @@ from mlx_snapgen.config import (
 from mlx_snapgen.errors import UserError
 
 
-@pytest.mark.parametrize("config", [STICKERS, *TRANSFORMERS.values()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("config", [STICKERS, *TRANSFORMERS.values()])
 def test_json_round_trip(config):
     read = from_dict(type(config), json.loads(json.dumps(to_dict(config))))
     assert read == config

@@ -1,0 +1,457 @@
+"""The checkpoint format: a model is a folder, written whole or not at all, loaded strictly.
+
+    config.json                  ModelConfig, and `format_version`
+    transformer.safetensors      every width of the supernetwork
+    autoencoder.safetensors
+    text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model
+    vocabulary.json              optional: the words the model knows, {"nouns": ["apple", ...], ...}
+
+Weights may be stored quantized (`X.weight` packed, `X.scales`, `X.biases`, as `mx.quantize` gives
+them), recorded in config.json as `{"transformer": {"bits": 4, "group_size": 32}}`.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
+from mlx_snapgen.elastic import ElasticLinear, extract
+from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.transformer import EfficientDiT
+
+FORMAT_VERSION = 1
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+Quantization = Mapping[str, Mapping[str, int]]
+"""Component name -> {"bits", "group_size"}."""
+
+
+@dataclasses.dataclass
+class Components:
+    """A model in memory."""
+
+    config: ModelConfig
+    transformer: EfficientDiT
+    autoencoder: Autoencoder
+    text_encoders: list[Any]
+    vocabulary: dict[str, list[str]] | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every part that has weights, by the name of its file."""
+        encoders = {f"text_encoder_{i}": e for i, e in enumerate(self.text_encoders)}
+        return {"transformer": self.transformer, "autoencoder": self.autoencoder, **encoders}
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    folder: str | Path,
+    components: Components,
+    quantize: Quantization | None = None,
+    dtype: mx.Dtype | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        components: the model; the configs of its modules are what is written.
+        quantize: per component, store its matrices quantized where the last dimension divides by
+            `group_size`. This makes the file small, not the loaded model: an elastic network
+            slices its weights, which packed ones do not allow, so loading dequantizes them.
+        dtype: floating type to store parameters in; None keeps theirs.
+        texts: more text files by name, such as {"README.md": ..., "LICENSE": ...}.
+
+    Raises:
+        UserError: the folder holds something, or the quantization is impossible.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: choose another folder or delete it")
+    modules = components.modules()
+    _check_quantization(quantize or {}, modules)
+    config = dataclasses.replace(
+        components.config,
+        transformer=components.transformer.config,
+        autoencoder=components.autoencoder.config,
+        text_encoders=tuple(e.config for e in components.text_encoders),
+        quantization={name: dict(how) for name, how in quantize.items()} if quantize else None,
+    )
+    files = {"config.json": json.dumps({"format_version": FORMAT_VERSION} | to_dict(config), indent=1)}
+    if components.vocabulary is not None:
+        files["vocabulary.json"] = json.dumps(components.vocabulary, indent=1, ensure_ascii=False)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent}: {error.strerror}") from None
+    try:
+        for name, text in (files | dict(texts or {})).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        for i, encoder in enumerate(components.text_encoders):
+            (partial / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
+        for name, module in modules.items():
+            stored = _stored(module, (quantize or {}).get(name), dtype)
+            mx.save_safetensors(str(partial / f"{name}.safetensors"), stored, {"format": "mlx"})
+        # mkdtemp makes a private folder; a model is as readable as any other folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stored(
+    module: nn.Module, quantize: Mapping[str, int] | None, dtype: mx.Dtype | None
+) -> dict[str, mx.array]:
+    """Flat parameters as they go into the file."""
+    stored = dict(tree_flatten(module.parameters()))
+    if dtype is not None:
+        stored = {name: value.astype(dtype) for name, value in stored.items()}
+    if quantize:
+        for name in _matrices(module, quantize["group_size"]):
+            packed, scales, biases = mx.quantize(stored[f"{name}.weight"], **quantize)
+            stored |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
+    return stored
+
+
+def _matrices(module: nn.Module, group_size: int) -> list[str]:
+    """Paths of the linear layers and embeddings whose rows divide into groups."""
+    return [
+        path
+        for path, m in module.named_modules()
+        if isinstance(m, (ElasticLinear, nn.Linear, nn.Embedding))
+        and m.weight.shape[-1] % group_size == 0
+    ]
+
+
+def _check_quantization(quantization: Quantization, components: Sequence[str]) -> None:
+    for name, how in quantization.items():
+        if name not in components:
+            raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")
+        if set(how) != {"bits", "group_size"}:
+            raise UserError(f"quantization of {name} needs bits and group_size, got {dict(how)}")
+        if how["bits"] not in BITS or how["group_size"] not in GROUP_SIZES:
+            raise UserError(
+                f"{name} cannot be quantized to {how['bits']} bits in groups of "
+                f"{how['group_size']}: bits are one of {BITS}, groups one of {GROUP_SIZES}"
+            )
+
+
+# --- finding ----------------------------------------------------------------------------------
+
+
+def default_model_path() -> Path:
+    """Folder of the model that comes with the package; `UserError` when it is not there."""
+    folder = Path(__file__).parent / "models" / "stickers"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the default model is missing ({folder}): reinstall mlx_snapgen, train it as "
+            "train/README.md tells, or name a model with --model"
+        )
+    return folder
+
+
+def find_model(path_or_repo: str | Path | None = None, revision: str | None = None) -> Path:
+    """Folder of a model: a folder, a Hugging Face repository (downloaded once), or the default.
+
+    Args:
+        path_or_repo: folder, repository "owner/name", or None for the default model.
+        revision: branch, tag or commit of a repository; None for its main branch.
+
+    Raises:
+        UserError: no such folder or repository, or offline and not in the cache.
+    """
+    folder = default_model_path() if path_or_repo is None else Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{folder} is a folder: a revision belongs to a Hugging Face repository")
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file: give the model's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
+        raise UserError(f"no model folder {path_or_repo}")
+    return _download(str(path_or_repo), revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def snapshot(**kwargs: Any) -> Path:
+        patterns = ["*.json", "*.safetensors", "*.model"]
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, **kwargs
+            )
+        )
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return snapshot()
+    except errors.HFValidationError:
+        raise UserError(f"no model folder {repo}, and no name of a repository either") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"the repository {repo} has no revision '{revision}'") from None
+    except errors.GatedRepoError:
+        raise UserError(f"{repo} is gated: ask for access on its page, then `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{repo} is neither a folder here nor a repository on Hugging Face (a private one "
+            "needs `hf auth login`)"
+        ) from None
+    except Exception as error:
+        # Each version of the hub client has its own exceptions for a network that fails.
+        reason = str(error).strip().splitlines()
+        try:
+            return snapshot(local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            raise UserError(
+                f"no folder {repo}; as a Hugging Face repository{at} it is not in the cache and "
+                f"cannot be reached ({type(error).__name__}: {reason[0] if reason else 'no answer'})"
+            ) from None
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """`config.json` of a model folder; `UserError` when it is missing, foreign or too new."""
+    values = _read_json(folder / "config.json")
+    if not isinstance(values, dict) or "format_version" not in values:
+        raise UserError(f"{folder} is not an mlx_snapgen model: config.json has no format_version")
+    version = values.pop("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
+            "upgrade it"
+        )
+    try:
+        config = from_dict(ModelConfig, values)
+        quantization = config.quantization or {}
+        _check_quantization(
+            quantization,
+            ["transformer", "autoencoder"]
+            + [f"text_encoder_{i}" for i in range(len(config.text_encoders))],
+        )
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
+        raise UserError(f"{folder / 'config.json'} has a value of the wrong kind: {error}") from None
+    dims = tuple(encoder.hidden_size for encoder in config.text_encoders)
+    if dims != config.transformer.text_dims:
+        raise UserError(
+            f"{folder / 'config.json'}: the text encoders give states of {dims}, the transformer "
+            f"takes {config.transformer.text_dims}"
+        )
+    return config
+
+
+def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
+    """The words a model knows, by category, or None when its folder does not say."""
+    path = folder / "vocabulary.json"
+    if not path.exists():
+        return None
+    vocabulary = _read_json(path)
+    good = isinstance(vocabulary, dict) and all(
+        isinstance(words, list) and all(isinstance(word, str) for word in words)
+        for words in vocabulary.values()
+    )
+    if not good:
+        raise UserError(f"{path} must map each category to a list of words")
+    return vocabulary
+
+
+def load_pretrained(
+    path_or_repo: str | Path | None = None,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    model_width: float | None = None,
+) -> Components:
+    """Load a model from a folder or a Hugging Face repository (see `find_model`).
+
+    Args:
+        dtype: floating type of the transformer and the text encoders. None takes float32 on the
+            CPU, where anything else is some fifty times slower, and the stored type on a GPU. The
+            autoencoder always runs in float32: bfloat16 shows as bands on plain backgrounds.
+        model_width: load only the sub-network of this width; None keeps the supernetwork.
+
+    Raises:
+        UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
+    """
+    folder = find_model(path_or_repo, revision)
+    config = load_config(folder)
+    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    transformer = _load_transformer(folder, config, model_width)
+    _materialise(transformer, dtype)
+    autoencoder = Autoencoder(config.autoencoder)
+    _load(autoencoder, folder, "autoencoder", config)
+    _materialise(autoencoder, mx.float32)
+    encoders = []
+    for i, encoder_config in enumerate(config.text_encoders):
+        encoder = _text_encoder(folder, i, encoder_config)
+        _load(encoder, folder, f"text_encoder_{i}", config)
+        _materialise(encoder, dtype)
+        encoders.append(encoder)
+    config = dataclasses.replace(config, transformer=transformer.config)
+    return Components(config, transformer, autoencoder, encoders, load_vocabulary(folder))
+
+
+def _load_transformer(folder: Path, config: ModelConfig, width: float | None) -> EfficientDiT:
+    if width is not None:
+        config.transformer.width_index(width)
+    transformer = EfficientDiT(config.transformer)
+    _load(transformer, folder, "transformer", config)
+    if width is None or config.transformer.widths == (1.0,):
+        return transformer
+    return extract(transformer, width)
+
+
+def _load_sentencepiece_transformer(
+    folder: Path, index: int, config: TextEncoderConfig
+) -> TransformerTextEncoder:
+    path = folder / f"tokenizer_{index}.model"
+    tokenizer = Tokenizer.from_file(path, config.max_length)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens, its text encoder {config.vocab_size}"
+        )
+    return TransformerTextEncoder(config, tokenizer)
+
+
+TEXT_ENCODERS = {"transformer": _load_sentencepiece_transformer}
+"""`TextEncoderConfig.kind` -> builder of the encoder from (folder, index, config)."""
+
+
+def _text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> Any:
+    if config.kind not in TEXT_ENCODERS:
+        raise UserError(
+            f"{folder / 'config.json'}: unknown text encoder kind '{config.kind}', known: "
+            + ", ".join(TEXT_ENCODERS)
+        )
+    return TEXT_ENCODERS[config.kind](folder, index, config)
+
+
+def _load(module: nn.Module, folder: Path, name: str, config: ModelConfig) -> None:
+    """Put the weights of `name`.safetensors into `module`, all of them and nothing else."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} is incomplete: {path.name} is missing")
+    try:
+        found = mx.load(str(path))
+        found = _dequantized(found, (config.quantization or {}).get(name))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    expected = dict(tree_flatten(module.parameters()))
+    faults = [
+        _listed("lacks", [k for k in expected if k not in found]),
+        _listed("has the unknown", [k for k in found if k not in expected]),
+        _listed(
+            "misshapes",
+            [
+                f"{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}"
+                for k, v in found.items()
+                if k in expected and v.shape != expected[k].shape
+            ],
+        ),
+        _listed(
+            "stores as whole numbers",
+            [k for k, v in found.items() if not mx.issubdtype(v.dtype, mx.floating)],
+        ),
+    ]
+    if any(faults):
+        raise UserError(f"{path} does not fit its config: it " + "; ".join(filter(None, faults)))
+    module.update(tree_unflatten(list(found.items())))
+
+
+def _listed(fault: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{fault} {', '.join(keys[:3])}{more}" if keys else ""
+
+
+def _dequantized(
+    weights: dict[str, mx.array], how: Mapping[str, int] | None
+) -> dict[str, mx.array]:
+    """Replace every packed `X.weight`, `X.scales`, `X.biases` by a floating `X.weight`."""
+    if how is None:
+        return weights
+    weights = dict(weights)
+    for key in [k for k in weights if k.endswith(".scales")]:
+        name = key.removesuffix(".scales")
+        scales, biases = weights.pop(key), weights.pop(f"{name}.biases", None)
+        if biases is None or f"{name}.weight" not in weights:
+            raise ValueError(f"{key} has no {name}.weight and {name}.biases beside it")
+        weights[f"{name}.weight"] = mx.dequantize(
+            weights[f"{name}.weight"], scales, biases, **how
+        )
+    return weights
+
+
+def _materialise(module: nn.Module, dtype: mx.Dtype | None) -> None:
+    """Read the lazy weights one by one, so that a sub-network's peak is not the supernetwork's."""
+    cast = [
+        # A slice would otherwise keep the whole tensor it was cut from.
+        (name, mx.contiguous(value if dtype is None else value.astype(dtype)))
+        for name, value in tree_flatten(module.parameters())
+    ]
+    module.update(tree_unflatten(cast))
+    for _, value in cast:
+        mx.eval(value)
+
+
+# --- quantization at run time -----------------------------------------------------------------
+
+
+def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int = 32) -> int:
+    """Quantize a single-width transformer's linear layers in place.
+
+    Layers whose rows do not divide by `group_size` keep their precision. On Metal and CUDA the
+    layers are replaced by packed ones. On the CPU, where MLX's quantized product is forty times
+    slower than a dense one, weights are rounded to what the packed ones would hold and stay dense:
+    the pictures show the quantization, memory and speed do not.
+
+    Returns:
+        The number of parameters that are now quantized.
+
+    Raises:
+        UserError: impossible bits or groups, several widths, or not one layer divides.
+    """
+    _check_quantization(
+        {"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"]
+    )
+    if transformer.config.widths != (1.0,):
+        raise UserError("extract one width before quantizing: packed weights cannot be sliced")
+    layers = {path: m for path, m in transformer.named_modules()}
+    chosen = _matrices(transformer, group_size)
+    if not chosen:
+        raise UserError(f"no layer's rows divide into groups of {group_size}")
+    count = sum(layers[path].weight.size for path in chosen)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        for path in chosen:
+            weight = layers[path].weight
+            packed = mx.quantize(weight, group_size=group_size, bits=bits)
+            rounded = mx.dequantize(*packed, group_size=group_size, bits=bits)
+            layers[path].weight = rounded.astype(weight.dtype)
+            mx.eval(layers[path].weight)
+    else:
+        nn.quantize(transformer, group_size, bits, class_predicate=lambda p, _: p in set(chosen))
+        mx.eval(transformer.parameters())
+    return count

@@ -1,0 +1,63 @@
+"""Assemble trained parts into a model folder: `python -m train.export --output FOLDER ...`.
+
+The default model is exported to `mlx_snapgen/models/stickers`, from where the package ships it.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+from mlx_snapgen.weights import Components, save_pretrained
+
+from mlx_snapgen.config import STICKERS
+from mlx_snapgen.errors import run_command
+from mlx_snapgen.text_encoder import Tokenizer
+from train.autoencoder import load_autoencoder
+from train.engine import load_ema
+from train.flow import TextToLatents
+from train.scenes import first_nouns
+from train.vocabulary import BACKGROUNDS, COLOURS
+
+
+def assemble(
+    flow_run: Path, autoencoder_run: Path, tokenizer: Path, num_nouns: int | None
+) -> Components:
+    """The averaged weights of both runs as one model."""
+    tokenizers = [Tokenizer.from_file(tokenizer, c.max_length) for c in STICKERS.text_encoders]
+    autoencoder = load_autoencoder(autoencoder_run, num_nouns)
+    config = dataclasses.replace(STICKERS, autoencoder=autoencoder.config)
+    trained = TextToLatents(config, tokenizers)
+    trained.update(tree_unflatten(list(load_ema(flow_run).items())))
+    nouns = first_nouns(num_nouns)
+    vocabulary = {
+        "nouns": [n.name for n in nouns],
+        "other_words": sorted({w for n in nouns for w in (n.plural, *n.synonyms)}),
+        "colours": list(COLOURS),
+        "recolourable": [n.name for n in nouns if n.recolour],
+        "backgrounds": list(BACKGROUNDS),
+    }
+    return Components(config, trained.transformer, autoencoder, trained.text_encoders, vocabulary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__)
+    parser.add_argument("--flow", type=Path, required=True, help="flow run's folder")
+    parser.add_argument("--autoencoder", type=Path, required=True, help="autoencoder run's folder")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument("--num-nouns", type=int, help="nouns that the run was trained on")
+    parser.add_argument(
+        "--bits", type=int, choices=[0, 8], default=8, help="0 stores bfloat16 instead of 8 bit"
+    )
+    args = parser.parse_args()
+    components = assemble(args.flow, args.autoencoder, args.tokenizer, args.num_nouns)
+    quantize = {"transformer": {"bits": args.bits, "group_size": 32}} if args.bits else None
+    save_pretrained(args.output, components, quantize=quantize, dtype=mx.bfloat16)
+    size = sum(f.stat().st_size for f in args.output.iterdir())
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)
