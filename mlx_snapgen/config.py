@@ -127,7 +127,7 @@ class TextEncoderConfig:
     kind: str = "transformer"
     vocab_size: int = 2048
     hidden_size: int = 256
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
     max_length: int = 24
 
@@ -210,7 +210,7 @@ TRANSFORMERS: dict[str, TransformerConfig] = {
         head_dim=32,
         num_kv_heads=8,
         num_cross_kv_heads=4,
-        blocks=(2, 6, 3),
+        blocks=(1, 6, 2),
         num_bands=4,
         latent_channels=8,
         text_dims=(256,),

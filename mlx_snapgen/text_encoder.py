@@ -60,6 +60,17 @@ class Tokenizer:
         """Token ids of one prompt without marks or padding, untruncated."""
         return self._processor.encode(normalise(prompt))
 
+    def cut(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `max_length`; "" when all of it does."""
+        return self._processor.decode(self.encode(prompt)[self.max_length - 2 :])
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The parts of a prompt that no token stands for, mostly foreign characters."""
+        pieces = self._processor.encode(normalise(prompt), out_type=str)
+        unk = self._processor.unk_id()
+        tokens = zip(pieces, self.encode(prompt), strict=True)
+        return [piece.strip("\u2581") for piece, token in tokens if token == unk]
+
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
         begin, end, pad = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))

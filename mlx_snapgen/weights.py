@@ -13,7 +13,6 @@ them), recorded in config.json as `{"transformer": {"bits": 4, "group_size": 32}
 import dataclasses
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict, to_dict
 from mlx_snapgen.elastic import ElasticLinear, extract
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.hub import find_model
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.transformer import EfficientDiT
 
@@ -91,7 +91,8 @@ def save_pretrained(
         text_encoders=tuple(e.config for e in components.text_encoders),
         quantization={name: dict(how) for name, how in quantize.items()} if quantize else None,
     )
-    files = {"config.json": json.dumps({"format_version": FORMAT_VERSION} | to_dict(config), indent=1)}
+    values = {"format_version": FORMAT_VERSION} | to_dict(config)
+    files = {"config.json": json.dumps(values, indent=1)}
     if components.vocabulary is not None:
         files["vocabulary.json"] = json.dumps(components.vocabulary, indent=1, ensure_ascii=False)
     try:
@@ -155,86 +156,13 @@ def _check_quantization(quantization: Quantization, components: Sequence[str]) -
             )
 
 
-# --- finding ----------------------------------------------------------------------------------
-
-
-def default_model_path() -> Path:
-    """Folder of the model that comes with the package; `UserError` when it is not there."""
-    folder = Path(__file__).parent / "models" / "stickers"
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"the default model is missing ({folder}): reinstall mlx_snapgen, train it as "
-            "train/README.md tells, or name a model with --model"
-        )
-    return folder
-
-
-def find_model(path_or_repo: str | Path | None = None, revision: str | None = None) -> Path:
-    """Folder of a model: a folder, a Hugging Face repository (downloaded once), or the default.
-
-    Args:
-        path_or_repo: folder, repository "owner/name", or None for the default model.
-        revision: branch, tag or commit of a repository; None for its main branch.
-
-    Raises:
-        UserError: no such folder or repository, or offline and not in the cache.
-    """
-    folder = default_model_path() if path_or_repo is None else Path(path_or_repo).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise UserError(f"{folder} is a folder: a revision belongs to a Hugging Face repository")
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder} is a file: give the model's folder")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
-        raise UserError(f"no model folder {path_or_repo}")
-    return _download(str(path_or_repo), revision)
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def snapshot(**kwargs: Any) -> Path:
-        patterns = ["*.json", "*.safetensors", "*.model"]
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, **kwargs
-            )
-        )
-
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return snapshot()
-    except errors.HFValidationError:
-        raise UserError(f"no model folder {repo}, and no name of a repository either") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"the repository {repo} has no revision '{revision}'") from None
-    except errors.GatedRepoError:
-        raise UserError(f"{repo} is gated: ask for access on its page, then `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{repo} is neither a folder here nor a repository on Hugging Face (a private one "
-            "needs `hf auth login`)"
-        ) from None
-    except Exception as error:
-        # Each version of the hub client has its own exceptions for a network that fails.
-        reason = str(error).strip().splitlines()
-        try:
-            return snapshot(local_files_only=True)
-        except errors.LocalEntryNotFoundError:
-            raise UserError(
-                f"no folder {repo}; as a Hugging Face repository{at} it is not in the cache and "
-                f"cannot be reached ({type(error).__name__}: {reason[0] if reason else 'no answer'})"
-            ) from None
-
-
 # --- reading ----------------------------------------------------------------------------------
 
 
 def load_config(folder: Path) -> ModelConfig:
     """`config.json` of a model folder; `UserError` when it is missing, foreign or too new."""
-    values = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    values = _read_json(path)
     if not isinstance(values, dict) or "format_version" not in values:
         raise UserError(f"{folder} is not an mlx_snapgen model: config.json has no format_version")
     version = values.pop("format_version")
@@ -252,16 +180,25 @@ def load_config(folder: Path) -> ModelConfig:
             + [f"text_encoder_{i}" for i in range(len(config.text_encoders))],
         )
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / 'config.json'} has a value of the wrong kind: {error}") from None
+        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
     dims = tuple(encoder.hidden_size for encoder in config.text_encoders)
     if dims != config.transformer.text_dims:
         raise UserError(
-            f"{folder / 'config.json'}: the text encoders give states of {dims}, the transformer "
-            f"takes {config.transformer.text_dims}"
+            f"{path}: the text encoders give states of {dims}, the transformer takes "
+            f"{config.transformer.text_dims}"
         )
     return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
@@ -399,9 +336,7 @@ def _dequantized(
         scales, biases = weights.pop(key), weights.pop(f"{name}.biases", None)
         if biases is None or f"{name}.weight" not in weights:
             raise ValueError(f"{key} has no {name}.weight and {name}.biases beside it")
-        weights[f"{name}.weight"] = mx.dequantize(
-            weights[f"{name}.weight"], scales, biases, **how
-        )
+        weights[f"{name}.weight"] = mx.dequantize(weights[f"{name}.weight"], scales, biases, **how)
     return weights
 
 
@@ -434,9 +369,7 @@ def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int =
     Raises:
         UserError: impossible bits or groups, several widths, or not one layer divides.
     """
-    _check_quantization(
-        {"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"]
-    )
+    _check_quantization({"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"])
     if transformer.config.widths != (1.0,):
         raise UserError("extract one width before quantizing: packed weights cannot be sliced")
     layers = {path: m for path, m in transformer.named_modules()}

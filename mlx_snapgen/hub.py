@@ -1,0 +1,80 @@
+"""Finding a model: a folder, a Hugging Face repository, or the one that comes with the package."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_snapgen.errors import UserError
+
+
+def default_model_path() -> Path:
+    """Folder of the model that comes with the package; `UserError` when it is not there."""
+    folder = Path(__file__).parent / "models" / "stickers"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the default model is missing ({folder}): reinstall mlx_snapgen, train the model as "
+            "its README.md tells, or name another one"
+        )
+    return folder
+
+
+def find_model(path_or_repo: str | Path | None = None, revision: str | None = None) -> Path:
+    """Folder of a model; a repository is downloaded once and then found in the cache.
+
+    Args:
+        path_or_repo: folder, Hugging Face repository "owner/name", or None for the default model.
+        revision: branch, tag or commit of a repository; None for its main branch.
+
+    Raises:
+        UserError: no such folder or repository, or offline and not in the cache.
+    """
+    folder = default_model_path() if path_or_repo is None else Path(path_or_repo).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{folder} is a folder: only a Hugging Face repository has revisions")
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file: give the model's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
+        raise UserError(f"no model folder {path_or_repo}")
+    return _download(str(path_or_repo), revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def snapshot(**kwargs: Any) -> Path:
+        patterns = ["*.json", "*.safetensors", "*.model"]
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, **kwargs
+            )
+        )
+
+    try:
+        return snapshot()
+    except errors.HFValidationError:
+        raise UserError(f"no model folder {repo}, and no name of a repository either") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"the repository {repo} has no revision '{revision}'") from None
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{repo} is gated: ask for access on its page, then run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{repo} is neither a folder here nor a repository on Hugging Face (a private one "
+            "needs `hf auth login`)"
+        ) from None
+    except Exception as error:
+        # Each version of the hub client has its own exceptions for a network that fails.
+        reason = (str(error).strip().splitlines() or ["no answer"])[0]
+        try:
+            return snapshot(local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            at = f" at revision {revision}" if revision else ""
+            raise UserError(
+                f"no folder {repo}, and as a Hugging Face repository{at} it is not in the cache "
+                f"and cannot be fetched: {type(error).__name__}: {reason}"
+            ) from None

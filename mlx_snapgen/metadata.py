@@ -1,0 +1,113 @@
+"""What a picture knows about its making: JSON in a PNG's text chunk `parameters`."""
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from mlx_snapgen.errors import UserError
+
+KEY = "parameters"
+"""The chunk's keyword, where picture viewers and other generators look for settings too."""
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The settings that a picture was made with; `UserError` when it carries none."""
+    path = Path(path).expanduser()
+    try:
+        with Image.open(path) as image:
+            kind, text = image.format, image.info.get(KEY)
+    except FileNotFoundError:
+        raise UserError(f"no picture {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable picture: {error}") from None
+    if kind != "PNG":
+        raise UserError(f"{path} is a {kind}: settings are kept in PNG pictures only")
+    if text is None:
+        raise UserError(f"{path} carries no settings: it was saved without them or edited since")
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or "mlx_snapgen" not in values:
+        raise UserError(f"{path} carries the settings of another program")
+    return values
+
+
+def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """A picture as PNG bytes, with `metadata` (JSON values) as its text chunk."""
+    chunks = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        # A text that Latin-1 cannot hold becomes an iTXt chunk by itself.
+        chunks.add_text(KEY, json.dumps(metadata, ensure_ascii=False))
+    buffer = io.BytesIO()
+    image.save(buffer, "png", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def save_picture(
+    image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a PNG whole or not at all, never over another file.
+
+    Missing folders are created. When `path` is taken, the first free one of `name-1.png`,
+    `name-2.png`, ... is used, also when other processes write there.
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    data = encode_png(image, metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _write_exclusively(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _write_exclusively(path: Path, data: bytes) -> Path:
+    descriptor, partial = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as f:
+            f.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        for candidate in _numbered(path):
+            if candidate.exists():
+                continue
+            try:
+                _move_to_free(partial, candidate)
+            except FileExistsError:
+                continue
+            return candidate
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    raise AssertionError("numbers do not end")
+
+
+def _move_to_free(source: str, target: Path) -> None:
+    """Move a file to a name that must be free (`FileExistsError`)."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # exFAT and some network drives have no links: claim the name, then replace the claim.
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(source, target)
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    number = 1
+    while True:
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1

@@ -1,0 +1,375 @@
+"""Text to picture: `SnapGenPipeline`."""
+
+import math
+import operator
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_snapgen._version import __version__
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.hub import find_model
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
+from mlx_snapgen.text_encoder import normalise
+from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.weights import (
+    Components,
+    Quantization,
+    load_config,
+    load_pretrained,
+    quantize_transformer,
+    save_pretrained,
+)
+
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+
+
+class PromptWarning(UserWarning):
+    """A prompt that is drawn, but not as its writer may think."""
+
+
+class GenerationStep(NamedTuple):
+    """One step of one picture, as `SnapGenPipeline.generate` yields it."""
+
+    image: int
+    """Which of the pictures, from 0."""
+    seed: int
+    index: int
+    """The step, from 0."""
+    num_steps: int
+    sigma: float
+    """Noise level that the step started from, 1 to 0."""
+    x0: mx.array
+    """Estimate of the clean latents (1, h, w, C); the result at the last step."""
+    decode: Callable[[mx.array], Image.Image]
+    metadata: dict[str, Any]
+    """All it takes to make the picture again."""
+
+    @property
+    def final(self) -> bool:
+        """Whether `x0` is the finished picture."""
+        return self.index == self.num_steps - 1
+
+    def preview(self) -> Image.Image:
+        """The picture as this step estimates it; decoded at each call."""
+        return self.decode(self.x0)
+
+
+class SnapGenPipeline:
+    """A model ready to draw. Pixel sizes are `height` and `width`, the network's is `model_width`.
+
+    Args:
+        components: the model; its transformer has one width.
+        model_width: name of that width.
+        quantize: bits that the transformer was quantized to in memory, or None.
+        source, revision: where the model came from, for the pictures' metadata.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        model_width: str = "full",
+        quantize: int | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+    ):
+        self.config = components.config
+        self.components = components
+        self.transformer = components.transformer
+        self.autoencoder = components.autoencoder
+        self.text_encoders = components.text_encoders
+        self.vocabulary = components.vocabulary
+        self.model_width, self.quantize = model_width, quantize
+        self.source, self.revision = source, revision
+        # The norm is the one weight that quantization leaves alone.
+        self.dtype = self.transformer.text[0].norm.weight.dtype
+        names = known_names(self.vocabulary)
+        self._names = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b") if names else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path | None = None,
+        revision: str | None = None,
+        model_width: str = "full",
+        quantize: int | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> "SnapGenPipeline":
+        """Load a model; only the sub-network of `model_width` stays in memory.
+
+        Args:
+            path_or_repo: folder, Hugging Face repository "owner/name", or None for the default
+                model.
+            revision: branch, tag or commit of a repository.
+            model_width: "full", "small" or "tiny".
+            quantize: bits, 2 to 8, to quantize the transformer to in memory (see
+                `weights.quantize_transformer`); None leaves it.
+            dtype: see `weights.load_pretrained`.
+        """
+        width = parse_width(model_width)
+        folder = find_model(path_or_repo, revision)
+        check_width(load_config(folder), model_width)
+        if path_or_repo is not None and not Path(path_or_repo).expanduser().is_dir():
+            revision = folder.name  # the commit that a branch or tag stands for now
+        components = load_pretrained(folder, None, dtype, width)
+        if quantize is not None:
+            quantize_transformer(components.transformer, quantize)
+        source = None if path_or_repo is None else str(path_or_repo)
+        return cls(components, model_width, quantize, source, revision)
+
+    def save_pretrained(self, folder: str | Path, quantize: Quantization | None = None) -> None:
+        """Write the model, at its one width, as a folder (see `weights.save_pretrained`)."""
+        if self.quantize is not None:
+            raise UserError(
+                "this pipeline is quantized in memory: load it without, then save it with "
+                f'quantize={{"transformer": {{"bits": {self.quantize}, "group_size": 32}}}}'
+            )
+        save_pretrained(folder, self.components, quantize)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = 0,
+        num_images: int = 1,
+        callback: Callable[[GenerationStep], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw a prompt.
+
+        Args:
+            prompt: what to draw.
+            negative_prompt: what guidance leads away from; needs a guidance scale other than 1.
+            height, width: pixels; None takes the model's own size.
+            num_inference_steps: None takes the model's own.
+            guidance_scale: 1 is no guidance and half the work; None takes the model's own.
+            seed: of the first picture; picture k is the one that seed + k draws alone. None takes
+                a random seed.
+            num_images: how many, drawn one after the other.
+            callback: called after each step.
+
+        Returns:
+            RGB pictures.
+
+        Raises:
+            UserError: an impossible argument, or numbers that stop being finite.
+        """
+        settings = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "num_images": num_images,
+        }
+        pictures = []
+        for step in self.generate(prompt, **settings):
+            if callback is not None:
+                callback(step)
+            if step.final:
+                pictures.append(step.preview())
+        return pictures
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = 0,
+        num_images: int = 1,
+    ) -> Iterator[GenerationStep]:
+        """Draw a prompt, yielding after every step; stop iterating to cancel.
+
+        Arguments are those of `__call__` and are checked at once. Warns with `PromptWarning` about
+        a prompt that is too long or holds no word the model knows.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError("the prompt is empty: say what to draw")
+        defaults = self.config.sampler
+        height = self.config.image_size[0] if height is None else height
+        width = self.config.image_size[1] if width is None else width
+        check_size(self.config, height, width)
+        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        steps = _whole_number("num_inference_steps", steps, 1, MAX_STEPS)
+        if not math.isfinite(scale):
+            raise UserError(f"guidance_scale must be a finite number, got {scale}")
+        num_images = _whole_number("num_images", num_images, 1)
+        seed = random_seed() if seed is None else seed
+        seed = _whole_number("seed", seed, 0, MAX_SEED - num_images + 1)
+        self._warn_about(prompt, negative_prompt, scale)
+        metadata = self.describe() | {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+        }
+        return self._steps(metadata, seed, num_images)
+
+    def describe(self) -> dict[str, Any]:
+        """The part of a picture's metadata that all pictures of this pipeline share."""
+        return {
+            "mlx_snapgen": __version__,
+            "mlx": mx.__version__,
+            "device": mx.default_device().type.name,
+            "model": self.source,
+            "revision": self.revision,
+            "model_name": self.config.name,
+            "model_width": self.model_width,
+            "quantize": self.quantize,
+            "dtype": str(self.dtype).removeprefix("mlx.core."),
+            "time_shift": self.config.sampler.time_shift,
+        }
+
+    def _steps(self, metadata: dict[str, Any], seed: int, num_images: int):
+        steps, scale = metadata["num_inference_steps"], metadata["guidance_scale"]
+        schedule = get_schedule(steps, self.config.sampler.time_shift)
+        prompts = [metadata["prompt"]]
+        if scale != 1:
+            prompts.insert(0, metadata["negative_prompt"])
+        text, mask = self.encode_prompts(prompts)
+        mx.eval(text, mask)
+
+        def velocity(x_t: mx.array, sigma: float) -> mx.array:
+            batch = mx.repeat(x_t.astype(self.dtype), len(prompts), axis=0)
+            v = self.transformer(batch, mx.full((len(prompts),), sigma), text, mask)
+            v = v.astype(mx.float32)
+            if scale == 1:
+                return v
+            v_uncond, v_cond = mx.split(v, 2)
+            return guide(v_cond, v_uncond, scale)
+
+        factor = self.autoencoder.config.downsampling
+        h, w = metadata["height"] // factor, metadata["width"] // factor
+        for k in range(num_images):
+            noise = get_noise(seed + k, h, w, self.autoencoder.config.latent_channels)
+            for step in denoise(velocity, noise, schedule):
+                if not mx.isfinite(step.x_t).all().item():
+                    raise UserError(
+                        f"latents are not finite at step {step.index + 1} of {steps} (seed "
+                        f"{seed + k}): the weights are damaged, or {metadata['dtype']} or a "
+                        f"guidance scale of {scale:g} is too much for them"
+                    )
+                yield GenerationStep(
+                    image=k,
+                    seed=seed + k,
+                    index=step.index,
+                    num_steps=steps,
+                    sigma=schedule[step.index],
+                    x0=step.x_t if step.index == steps - 1 else step.x0,
+                    decode=self.decode,
+                    metadata=metadata | {"seed": seed + k},
+                )
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> text (B, L, text_width) and mask (B, L), all text encoders joined."""
+        states = []
+        for encoder in self.text_encoders:
+            tokens, mask = encoder.tokenize(prompts)
+            states.append(TextStates(encoder(tokens, mask).astype(self.dtype), mask))
+        return self.transformer.encode_text(states)
+
+    def decode(self, latents: mx.array) -> Image.Image:
+        """Latents (1, h, w, C) -> RGB picture of 8h x 8w pixels."""
+        x = self.autoencoder.decode(latents.astype(mx.float32))[0]
+        if not mx.isfinite(x).all().item():
+            raise UserError("the decoded picture is not finite: the autoencoder is damaged")
+        pixels = mx.round((mx.clip(x, -1, 1) + 1) * 127.5).astype(mx.uint8)
+        return Image.fromarray(np.array(pixels))
+
+    def _warn_about(self, prompt: str, negative_prompt: str, scale: float) -> None:
+        """Say what of the prompts will not be seen in the picture."""
+
+        def warn(message: str) -> None:
+            warnings.warn(message, PromptWarning, stacklevel=4)
+
+        if scale == 1 and negative_prompt.strip():
+            warn("the negative prompt has no effect at a guidance scale of 1")
+        for what, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
+            for encoder in self.text_encoders:
+                tokenizer = getattr(encoder, "tokenizer", None)
+                if tokenizer is None:
+                    continue
+                if cut := tokenizer.cut(text):
+                    warn(f"the {what} is longer than {tokenizer.max_length} tokens, cut: '{cut}'")
+                if unknown := tokenizer.unknown(text):
+                    warn(f"the {what} has parts that mean nothing here: {' '.join(unknown)}")
+        if self._names and not self._names.search(normalise(prompt)):
+            nouns = ", ".join(self.vocabulary["nouns"][:5])
+            warn(f"the prompt names nothing that this model can draw (such as {nouns})")
+
+
+def random_seed() -> int:
+    """A seed short enough to type."""
+    return secrets.randbelow(2**32)
+
+
+def known_names(vocabulary: dict[str, list[str]] | None) -> list[str]:
+    """All names of things that a model can draw: its nouns, their plurals and synonyms."""
+    vocabulary = vocabulary or {}
+    return [
+        normalise(word)
+        for category in ("nouns", "other_words")
+        for word in vocabulary.get(category, [])
+    ]
+
+
+def parse_width(name: str) -> float:
+    """`WIDTH_NAMES[name]`; an unknown name is a `UserError`."""
+    if name not in WIDTH_NAMES:
+        known = ", ".join(WIDTH_NAMES)
+        raise UserError(f"no model width '{name}'{nearest(str(name), WIDTH_NAMES)}, known: {known}")
+    return WIDTH_NAMES[name]
+
+
+def check_width(config: ModelConfig, name: str) -> None:
+    """`UserError` unless the model of `config` holds the named width."""
+    held = [n for n, width in WIDTH_NAMES.items() if width in config.transformer.widths]
+    if parse_width(name) not in config.transformer.widths:
+        raise UserError(
+            f"this model has no width '{name}', only {', '.join(held)}: choose one with model_width"
+        )
+
+
+def check_size(config: ModelConfig, height: int, width: int) -> None:
+    """`UserError` naming the nearest good size unless the network takes pictures of this size."""
+    # Two tokens per side make a compressed one, a token covers patch_size latents.
+    unit = config.autoencoder.downsampling * config.transformer.patch_size * 2
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, int):
+            raise UserError(f"{name} takes pixels, got {side!r} (the network's is model_width)")
+        if side < 1 or side % unit:
+            good = max(unit, round(side / unit) * unit)
+            raise UserError(
+                f"{name} must be a positive multiple of {unit} pixels: {side} is not, {good} is"
+            )
+
+
+def _whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise UserError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return number
