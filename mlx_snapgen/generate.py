@@ -344,10 +344,11 @@ def _draw(pipeline: SnapGenPipeline, prompt: str, args: argparse.Namespace) -> N
     )
     for k in range(args.num_images):
         started = time.perf_counter()
-        with tqdm(bar_format=BAR, leave=False, disable=None) as bar:
+        count = f"{k + 1}/{args.num_images}"
+        with tqdm(desc=count, bar_format=BAR, leave=False, disable=None) as bar:
             for step in steps:
                 bar.total = step.num_steps
-                bar.set_description_str(f"{k + 1}/{args.num_images} seed {step.seed}", False)
+                bar.set_description_str(f"{count} seed {step.seed}", False)
                 per_step = (time.perf_counter() - started) / (step.index + 1)
                 bar.set_postfix_str(f"{per_step:.2f} s/step", False)
                 bar.update()

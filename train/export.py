@@ -20,6 +20,11 @@ from train.flow import TextToLatents
 from train.scenes import first_nouns
 from train.vocabulary import BACKGROUNDS, COLOURS
 
+NOTICE = """\
+These weights are under the MIT licence of mlx_snapgen. They were trained on pictures drawn with the
+Noto Color Emoji font, Copyright 2013 Google LLC, SIL Open Font License 1.1.
+"""
+
 
 def assemble(
     flow_run: Path, autoencoder_run: Path, tokenizer: Path, num_nouns: int | None
@@ -53,8 +58,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     components = assemble(args.flow, args.autoencoder, args.tokenizer, args.num_nouns)
-    quantize = {"transformer": {"bits": args.bits, "group_size": 32}} if args.bits else None
-    save_pretrained(args.output, components, quantize=quantize, dtype=mx.bfloat16)
+    how = {"bits": args.bits, "group_size": 32}
+    quantize = {"transformer": how, "text_encoder_0": how} if args.bits else None
+    save_pretrained(args.output, components, quantize, mx.bfloat16, {"LICENSE": NOTICE})
     size = sum(f.stat().st_size for f in args.output.iterdir())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 

@@ -1,0 +1,393 @@
+"""The command: files, metadata, repeatability, and one line for every mistake."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from mlx_snapgen import generate, metadata
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.generate import main, slug
+from mlx_snapgen.metadata import read_metadata, save_picture
+from mlx_snapgen.pipeline import SnapGenPipeline
+
+ROOT = Path(__file__).parents[1]
+FAST = ("--steps", "1")
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Every test draws into its own folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(model_folder):
+    def run(*arguments):
+        return main([*arguments, "--model", str(model_folder)])
+
+    return run
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that fails with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda: main(list(arguments)))
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def test_the_command_draws_what_the_pipeline_draws(run, model_folder, capsys):
+    assert run("a red apple", "--seed", "3", "--guidance", "2", "--negative-prompt", "blue") == 0
+    pipe = SnapGenPipeline.from_pretrained(model_folder)
+    [expected] = pipe("a red apple", seed=3, guidance_scale=2, negative_prompt="blue")
+    assert np.array_equal(pixels("a-red-apple.png"), np.array(expected))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("a-red-apple.png (seed 3, ")
+    assert out[1].startswith("peak memory: ")
+
+
+def test_files_are_numbered_and_never_overwritten(run):
+    Path("a-red-apple.png").write_text("mine")
+    run("a red apple", *FAST, "--num-images", "2", "--seed", "1")
+    run("a red apple", *FAST, "--seed", "2")
+    assert Path("a-red-apple.png").read_text() == "mine"
+    numbered = [f"a-red-apple-{i}.png" for i in (1, 2, 3)]
+    assert sorted(os.listdir()) == [*numbered, "a-red-apple.png"]
+    assert np.array_equal(pixels("a-red-apple-2.png"), pixels("a-red-apple-3.png"))
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [("b/c/x.png", "b/c/x.png"), ("new/", "new/a-red-apple.png"), (".", "a-red-apple.png")],
+)
+def test_outputs(run, output, expected):
+    run("a red apple", *FAST, "--output", output)
+    assert pixels(expected).shape == (32, 64, 3)
+
+
+def test_width_in_pixels_and_width_of_the_network(run):
+    run("a red apple", *FAST, "--width", "32", "--height", "64", "--model-width", "tiny")
+    assert pixels("a-red-apple.png").shape == (64, 32, 3)
+    assert read_metadata("a-red-apple.png")["model_width"] == "tiny"
+
+
+def test_a_random_seed_is_printed_and_kept(run, capsys):
+    run("a red apple", *FAST)
+    seed = read_metadata("a-red-apple.png")["seed"]
+    assert f"(seed {seed}," in capsys.readouterr().out
+    run("a red apple", *FAST, "--seed", str(seed))
+    assert np.array_equal(pixels("a-red-apple.png"), pixels("a-red-apple-1.png"))
+
+
+def test_stepwise_pictures(run):
+    run("a red apple", "--steps", "3", "--seed", "5", "--stepwise-dir", "steps/all")
+    names = [f"a-red-apple-seed-5-step-{i:02d}.png" for i in (1, 2, 3)]
+    assert sorted(os.listdir("steps/all")) == names
+    final = pixels("a-red-apple.png")
+    assert np.array_equal(pixels(f"steps/all/{names[2]}"), final)
+    assert not np.array_equal(pixels(f"steps/all/{names[0]}"), final)
+
+
+def test_json_lines_are_all_of_stdout(run, capsys):
+    run("a red apple", *FAST, "--num-images", "2", "--seed", "8", "--json")
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["path"], r["seed"]) for r in results] == [
+        ("a-red-apple.png", 8),
+        ("a-red-apple-1.png", 9),
+    ]
+    assert all(r["seconds"] > 0 and r["peak_mlx_bytes"] > 0 for r in results)
+    assert results[0]["prompt"] == "a red apple"
+
+
+def test_vocabulary(run, capsys):
+    run("--vocabulary")
+    assert "nouns (4): apple, car, cat, ice cream cone" in capsys.readouterr().out
+    run("--vocabulary", "--json")
+    assert json.loads(capsys.readouterr().out)["colours"] == ["red", "blue", "green"]
+
+
+def test_notices_are_one_line_on_stderr(run, capsys):
+    run("a red ice", *FAST)
+    err = capsys.readouterr().err
+    assert err.startswith("note: the prompt names nothing")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A red  apple!", "a-red-apple"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("ein Käse", "ein-käse"),
+        ("???", "snapgen"),
+        ("蘋" * 100, "蘋" * 26),
+        ("a " * 100, "-".join("a" * 40)),
+    ],
+)
+def test_slugs(prompt, name):
+    assert slug(prompt) == name
+
+
+# --- prompts files ------------------------------------------------------------------------------
+
+
+def test_prompts_file(run, model_folder, monkeypatch):
+    Path("prompts.txt").write_text("\ufeff# two\na red apple\n\n  a blue cat  \n# end\n", "utf-8")
+    loads = []
+    load = SnapGenPipeline.from_pretrained
+    monkeypatch.setattr(
+        SnapGenPipeline, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k)
+    )
+    run("--prompts-file", "prompts.txt", *FAST, "--seed", "1", "--output", "out/")
+    assert sorted(os.listdir("out")) == ["a-blue-cat.png", "a-red-apple.png"]
+    assert len(loads) == 1
+
+
+def test_prompts_are_read_as_they_come(run, monkeypatch):
+    def lines():
+        yield "a red apple\n"
+        assert os.listdir() == ["a-red-apple.png"]
+        yield "a blue cat\n"
+
+    monkeypatch.setattr(sys, "stdin", lines())
+    run("--prompts-file", "-", *FAST)
+    assert sorted(os.listdir()) == ["a-blue-cat.png", "a-red-apple.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"# nothing\n", "holds no prompt"), (b"\xff\xfe\n", "cannot read")]
+)
+def test_bad_prompts_files(capsys, model_folder, content, message):
+    Path("prompts.txt").write_bytes(content)
+    arguments = ("--prompts-file", "prompts.txt", "--model", str(model_folder))
+    assert message in fails(capsys, *arguments)
+
+
+# --- metadata -----------------------------------------------------------------------------------
+
+
+def test_config_from_image_repeats_the_picture(run):
+    run("a red apple", "--seed", "7", "--steps", "2", "--guidance", "0", "--width", "32")
+    run(
+        "a blue cat",
+        "--num-images",
+        "2",
+        "--model-width",
+        "small",
+        "--quantize",
+        "8",
+        "--seed",
+        "4",
+    )
+    for name in ("a-red-apple", "a-blue-cat-1"):
+        assert main(["--config-from-image", f"{name}.png", "--output", "again.png"]) == 0
+        assert np.array_equal(pixels("again.png"), pixels(f"{name}.png"))
+        assert read_metadata("again.png") == read_metadata(f"{name}.png")
+        assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
+        os.remove("again.png")
+
+
+def test_options_win_over_the_picture(run):
+    run("a red apple", "--seed", "7", *FAST)
+    main(["a blue cat", "--config-from-image", "a-red-apple.png", "--seed", "8", "--guidance", "0"])
+    before, after = read_metadata("a-red-apple.png"), read_metadata("a-blue-cat.png")
+    changed = {key: after[key] for key in after if after[key] != before[key]}
+    assert changed == {"prompt": "a blue cat", "seed": 8, "guidance_scale": 0.0}
+
+
+def test_a_picture_of_other_versions_is_repeated_with_a_notice(run, capsys):
+    run("a red apple", *FAST)
+    old = read_metadata("a-red-apple.png") | {"mlx": "0.1", "device": "elsewhere"}
+    save_picture(Image.open("a-red-apple.png"), "old.png", old)
+    main(["--config-from-image", "old.png"])
+    err = capsys.readouterr().err
+    assert "made with mlx 0.1, this is" in err
+    assert "made with device elsewhere" in err
+    assert np.array_equal(pixels("a-red-apple.png"), pixels("a-red-apple-1.png"))
+
+
+def test_metadata_says_all_that_matters(run, model_folder):
+    run("a red 蘋果 apple", *FAST, "--seed", "7")
+    found = read_metadata("a-red-蘋果-apple.png")
+    assert found["prompt"] == "a red 蘋果 apple"
+    expected = {"seed": 7, "num_inference_steps": 1, "guidance_scale": 3.0, "time_shift": 2.0}
+    expected |= {"height": 32, "width": 64, "model_name": "random", "model_width": "full"}
+    expected |= {"model": str(model_folder), "quantize": None, "negative_prompt": ""}
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_no_metadata(run, capsys):
+    run("a red apple", *FAST, "--no-metadata")
+    assert Image.open("a-red-apple.png").info == {}
+    capsys.readouterr()
+    assert "carries no settings" in fails(capsys, "--config-from-image", "a-red-apple.png")
+
+
+def test_pictures_that_cannot_be_repeated(capsys):
+    image = Image.new("RGB", (8, 8))
+    image.save("photo.jpg")
+    foreign = PngImagePlugin.PngInfo()
+    foreign.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a")
+    image.save("foreign.png", pnginfo=foreign)
+    save_picture(image, "partial.png", {"mlx_snapgen": "0.1", "prompt": 3})
+    Path("text.png").write_text("no picture")
+    for name, message in {
+        "photo.jpg": "is a JPEG",
+        "foreign.png": "another program",
+        "partial.png": "no usable 'prompt'",
+        "text.png": "not a readable picture",
+        "missing.png": "no picture missing.png",
+    }.items():
+        assert message in fails(capsys, "--config-from-image", name)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_a_name_taken_meanwhile_is_not_overwritten(monkeypatch):
+    """Another process creates the file after it was seen to be free."""
+    link = os.link
+
+    def race(source, target):
+        if Path(target).name == "x.png":
+            Path(target).write_text("theirs")
+        link(source, target)
+
+    monkeypatch.setattr(metadata.os, "link", race)
+    assert save_picture(Image.new("RGB", (8, 8)), "x.png").name == "x-1.png"
+    assert Path("x.png").read_text() == "theirs"
+
+
+def test_a_file_system_without_links(monkeypatch):
+    def refuse(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(metadata.os, "link", refuse)
+    for name in ("x.png", "x-1.png"):
+        assert save_picture(Image.new("RGB", (8, 8)), "x.png") == Path(name)
+    assert sorted(os.listdir()) == ["x-1.png", "x.png"]
+    assert pixels("x-1.png").shape == (8, 8, 3)
+
+
+def test_a_write_that_fails_leaves_nothing(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metadata.os, "fdopen", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_picture(Image.new("RGB", (8, 8)), "x.png")
+    assert os.listdir() == []
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to draw"),
+        ([" "], "prompt is empty"),
+        (["a", "--width", "tiny"], "use --model-width tiny"),
+        (["a", "--model-width", "64"], "in pixels is --width"),
+        (["a", "--model-width", "huge"], "not full, small or tiny"),
+        (["a", "--steps", "0"], "not between 1 and"),
+        (["a", "--steps", "few"], "a whole number expected, not 'few'"),
+        (["a", "--guidance", "nan"], "finite"),
+        (["a", "--seed", "-1"], "not between 0"),
+        (["a", "--num-images", "0"], "not between 1"),
+        (["a", "--quantize", "3"], "invalid choice"),
+        (["a", "--ouput", "x.png"], "unknown option --ouput (did you mean '--output'?)"),
+        (["a", "red", "apple"], "quotes"),
+        (["a", "--output", "x.jpg"], "ending in .png"),
+        (["a", "--output", "x"], "ending in .png, or a folder ending in /"),
+        (["a", "--output", "file/x.png"], "file is a file, not a folder"),
+        (["a", "--stepwise-dir", "file"], "file is a file, not a folder"),
+        (["a", "--prompts-file", "file"], "either a prompt or --prompts-file"),
+        (["--prompts-file", "missing"], "cannot read missing"),
+        (["a", "--seed", str(2**63 - 1), "--num-images", "2"], "no room"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_model_is_loaded(
+    capsys, model_folder, monkeypatch, arguments, message
+):
+    Path("file").write_text("")
+    monkeypatch.setattr(SnapGenPipeline, "from_pretrained", None)
+    assert message in fails(capsys, *arguments, "--model", str(model_folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "100"], "100 is not, 96 is"),
+        (["--model", "nowhere"], "no model folder nowhere"),
+        (["--revision", "main"], "only a Hugging Face repository has revisions"),
+    ],
+)
+def test_models_and_sizes_that_do_not_fit(capsys, model_folder, monkeypatch, arguments, message):
+    monkeypatch.setattr(SnapGenPipeline, "from_pretrained", None)
+    assert message in fails(capsys, "a", "--model", str(model_folder), *arguments)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for action in generate.build_parser()._actions:
+        assert action.help
+        assert all(option in text for option in action.option_strings)
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_snapgen.generate", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_line_exits_with_2_and_no_traceback(model_folder):
+    done = command("a red apple", "--model", str(model_folder), "--height", "33")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: height must be a positive multiple of 32 pixels: 33 is not, 32 is\n"
+    )
+
+
+def test_a_cached_repository_draws_offline(model_folder, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--random"
+    (repo / "snapshots").mkdir(parents=True)
+    (repo / "snapshots" / commit).symlink_to(model_folder)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = command("a red apple", *FAST, "--model", "someone/random", "--json", **offline)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["model"], result["revision"]) == ("someone/random", commit)
+    assert Image.open(io.BytesIO(Path(result["path"]).read_bytes())).size == (64, 32)
