@@ -4,6 +4,9 @@ It learns from random 64 px crops (most of a scene is plain background), with an
 and on neighbour differences (edges), and a small KL term that keeps the latents near a unit
 Gaussian. Afterwards the latents' mean and standard deviation per channel are measured, so that
 the transformer sees normalised latents.
+
+`--decoder-only --init-from RUN` trains the decoder further under latents that stay what they are,
+with noise on them, so that it forgives a transformer's small errors.
 """
 
 import argparse
@@ -16,7 +19,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import STICKERS, AutoencoderConfig
-from mlx_snapgen.errors import run_command
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.weights import load_pretrained
 from train import stickers
 from train.engine import Trainer, TrainingConfig, load_ema
 
@@ -36,14 +40,28 @@ def to_float(pictures: np.ndarray) -> mx.array:
     return mx.array(pictures).astype(mx.float32) / 127.5 - 1
 
 
-def gradients(model: Autoencoder, batch: dict, key: mx.array, kl_weight: float):
-    """Reconstruction and KL loss of one batch of crops."""
+DECODER_NOISE = 0.1
+"""Noise on the latents while the decoder trains alone, in standard deviations of a channel."""
+
+
+def gradients(
+    model: Autoencoder, batch: dict, key: mx.array, kl_weight: float, decoder_only: bool = False
+):
+    """Reconstruction and KL loss of one batch of crops.
+
+    With `decoder_only` no gradient reaches the encoder, and its weights stay as they are.
+    """
 
     def loss_fn(params):
         model.update(params)
         x = batch["pictures"]
         mean, log_var = model.encoder(x)
-        latents = mean + mx.exp(0.5 * log_var) * mx.random.normal(mean.shape, key=key)
+        std = mx.exp(0.5 * log_var)
+        if decoder_only:
+            mean = mx.stop_gradient(mean)
+            log_var = mx.stop_gradient(log_var)
+            std = DECODER_NOISE * mx.sqrt(mx.var(mean, axis=(0, 1, 2)))
+        latents = mean + std * mx.random.normal(mean.shape, key=key)
         y = model.decoder(latents)
         error = y - x
         edges = (
@@ -53,7 +71,7 @@ def gradients(model: Autoencoder, batch: dict, key: mx.array, kl_weight: float):
         reconstruction = mx.abs(error).mean()
         kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
         loss = reconstruction + 0.5 * edges + kl_weight * kl
-        noise = mx.exp(0.5 * log_var).mean()
+        noise = std.mean()
         return loss, {"l1": reconstruction, "edges": edges, "kl": kl, "noise": noise}
 
     (_, metrics), grads = mx.value_and_grad(loss_fn)(model.trainable_parameters())
@@ -84,10 +102,15 @@ def measure_latents(model: Autoencoder, num_nouns: int | None, count: int = 512)
     return tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))
 
 
-def load_autoencoder(run_dir: Path, num_nouns: int | None) -> Autoencoder:
-    """The averaged autoencoder of a run, with its latents' statistics measured."""
+def load_autoencoder(folder: Path, num_nouns: int | None) -> Autoencoder:
+    """The autoencoder of a model folder, or the averaged one of a run.
+
+    A run's has its latents' statistics measured, over scenes of the first `num_nouns` nouns.
+    """
+    if (folder / "config.json").is_file():
+        return load_pretrained(folder).autoencoder
     model = Autoencoder(STICKERS.autoencoder)
-    model.update(tree_unflatten(list(load_ema(run_dir).items())))
+    model.update(tree_unflatten(list(load_ema(folder).items())))
     mean, std = measure_latents(model, num_nouns)
     config: AutoencoderConfig = dataclasses.replace(
         model.config, latents_mean=mean, latents_std=std
@@ -108,11 +131,19 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--kl-weight", type=float, default=1e-3)
     parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
+    parser.add_argument("--init-from", type=Path, help="run or model folder to start from")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="leave the encoder, and so the latents, alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    if args.decoder_only and not args.init_from:
+        raise UserError("--decoder-only needs --init-from: an encoder must be there first")
     mx.random.seed(args.seed)
     model = Autoencoder(STICKERS.autoencoder)
+    if args.init_from:
+        model.update(load_autoencoder(args.init_from, args.num_nouns).parameters())
     validation = np.stack([stickers.render(s) for s in stickers.validation_scenes(48)])
 
     def validate(trainer: Trainer) -> dict[str, float]:
@@ -138,7 +169,7 @@ def main() -> None:
         },
         config,
         args.run_dir,
-        static=lambda step: (args.kl_weight,),
+        static=lambda step: (args.kl_weight, args.decoder_only),
         validate=validate,
     ).run()
 

@@ -8,15 +8,13 @@ import dataclasses
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
-from mlx_snapgen.weights import Components, save_pretrained
 
 from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.text_encoder import Tokenizer
+from mlx_snapgen.weights import Components, save_pretrained
 from train.autoencoder import load_autoencoder
-from train.engine import load_ema
-from train.flow import TextToLatents
+from train.flow import TextToLatents, load_trained
 from train.scenes import first_nouns
 from train.vocabulary import BACKGROUNDS, COLOURS
 
@@ -26,15 +24,13 @@ Noto Color Emoji font, Copyright 2013 Google LLC, SIL Open Font License 1.1.
 """
 
 
-def assemble(
-    flow_run: Path, autoencoder_run: Path, tokenizer: Path, num_nouns: int | None
-) -> Components:
-    """The averaged weights of both runs as one model."""
+def assemble(flow: Path, autoencoder: Path, tokenizer: Path, num_nouns: int | None) -> Components:
+    """The averaged weights of both runs (or model folders) as one model."""
     tokenizers = [Tokenizer.from_file(tokenizer, c.max_length) for c in STICKERS.text_encoders]
-    autoencoder = load_autoencoder(autoencoder_run, num_nouns)
-    config = dataclasses.replace(STICKERS, autoencoder=autoencoder.config)
+    pictures = load_autoencoder(autoencoder, num_nouns)
+    config = dataclasses.replace(STICKERS, autoencoder=pictures.config)
     trained = TextToLatents(config, tokenizers)
-    trained.update(tree_unflatten(list(load_ema(flow_run).items())))
+    trained.update(load_trained(flow))
     nouns = first_nouns(num_nouns)
     vocabulary = {
         "nouns": [n.name for n in nouns],
@@ -43,7 +39,7 @@ def assemble(
         "recolourable": [n.name for n in nouns if n.recolour],
         "backgrounds": list(BACKGROUNDS),
     }
-    return Components(config, trained.transformer, autoencoder, trained.text_encoders, vocabulary)
+    return Components(config, trained.transformer, pictures, trained.text_encoders, vocabulary)
 
 
 def main() -> None:

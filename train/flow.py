@@ -21,6 +21,7 @@ from mlx_snapgen.errors import run_command
 from mlx_snapgen.sampler import shift_time
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.transformer import EfficientDiT, TextStates
+from mlx_snapgen.weights import load_pretrained
 from train import stickers
 from train.autoencoder import load_autoencoder, to_float
 from train.engine import Batch, Trainer, TrainingConfig, load_ema
@@ -147,6 +148,15 @@ class Data:
         return batch
 
 
+def load_trained(folder: Path) -> dict:
+    """Weights for `TextToLatents` from a model folder, or the averaged ones of a flow run."""
+    if (folder / "config.json").is_file():
+        model = load_pretrained(folder)
+        encoders = [e.parameters() for e in model.text_encoders]
+        return {"transformer": model.transformer.parameters(), "text_encoders": encoders}
+    return tree_unflatten(list(load_ema(folder).items()))
+
+
 def sampled_width(widths: Sequence[float], seed: int, step: int) -> float:
     """The sub-network of a step: uniform over the widths below 1, the same on every machine."""
     subs = [w for w in widths if w != 1.0]
@@ -159,7 +169,9 @@ def main() -> None:
         description="Train the elastic stickers model. Run again with the same folder to resume.",
     )
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--autoencoder", type=Path, required=True, help="autoencoder run's folder")
+    parser.add_argument(
+        "--autoencoder", type=Path, required=True, help="folder of an autoencoder run or a model"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per step and process")
@@ -171,7 +183,7 @@ def main() -> None:
     parser.add_argument("--drop-caption", type=float, default=0.1)
     parser.add_argument("--time-shift", type=float, default=1.0)
     parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
-    parser.add_argument("--init-from", type=Path, help="run whose averaged weights to start from")
+    parser.add_argument("--init-from", type=Path, help="flow run or model folder to start from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -180,7 +192,7 @@ def main() -> None:
     tokenizers = [Tokenizer.from_file(args.tokenizer, c.max_length) for c in config.text_encoders]
     model = TextToLatents(config, tokenizers)
     if args.init_from:
-        model.update(tree_unflatten(list(load_ema(args.init_from).items())))
+        model.update(load_trained(args.init_from))
     data = Data(
         load_autoencoder(args.autoencoder, args.num_nouns),
         tokenizers,
