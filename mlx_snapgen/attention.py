@@ -72,15 +72,57 @@ def merge_heads(x: mx.array) -> mx.array:
     return x.transpose(0, 2, 1, 3).reshape(b, n, heads * head_dim)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
-    """Softmax attention with scale 1/sqrt(head_dim); kv heads are shared in order (GQA)."""
+@functools.lru_cache(maxsize=32)
+def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
+    """EDT's attention modulation matrix (arXiv 2410.23788): (query tokens, key tokens).
+
+    M = exp(cos(2 pi d / T)) / 2 with T = 4 sqrt(2) (n - 1), and 0 beyond R = sqrt((n - 1)^2 + 4).
+    d is the distance of the tokens' centres in finest-grid tokens, n the longer side of the query
+    grid.
+    """
+
+    def centres(grid: Grid) -> np.ndarray:
+        rows, columns = np.divmod(np.arange(grid.height * grid.width), grid.width)
+        return np.stack([rows, columns], axis=-1) * grid.stride + (grid.stride - 1) / 2
+
+    offsets = centres(queries)[:, None] - centres(keys)[None]
+    distance = np.sqrt((offsets**2).sum(-1))
+    n = max(queries.height, queries.width)
+    period, reach = 4 * math.sqrt(2) * (n - 1), math.sqrt((n - 1) ** 2 + 4)
+    matrix = 0.5 * np.exp(np.cos(2 * np.pi * distance / period))
+    return mx.array(np.where(distance > reach, 0, matrix), mx.float32)
+
+
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    mask: mx.array | None = None,
+    modulation: mx.array | None = None,
+) -> mx.array:
+    """Softmax attention with scale 1/sqrt(head_dim); kv heads are shared in order (GQA).
+
+    `modulation` (queries, keys) multiplies the attention weights after the softmax, and nothing
+    brings their sum back to 1 (EDT).
+    """
+    if modulation is not None:
+        share = q.shape[1] // k.shape[1]
+        k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
+        weights = mx.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), axis=-1)
+        return (weights * modulation.astype(q.dtype)) @ v
     return mx.fast.scaled_dot_product_attention(
         q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask=mask
     )
 
 
 def neighbourhood_attention(
-    q: mx.array, k: mx.array, v: mx.array, grid: Grid, num_bands: int, radius: int
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    grid: Grid,
+    num_bands: int,
+    radius: int,
+    modulation: mx.array | None = None,
 ) -> mx.array:
     """Blockwise neighbourhood attention, BNA (eqs. 2-3).
 
@@ -91,16 +133,25 @@ def neighbourhood_attention(
     are dear there; on the CPU a loop over bands is as fast and needs less memory.
     """
     band = math.ceil(grid.height / num_bands) * grid.width
-    if mx.default_device().type == mx.DeviceType.gpu:
+    if modulation is None and mx.default_device().type == mx.DeviceType.gpu:
         return _bands_batched(q, k, v, band, radius)
-    return _bands_looped(q, k, v, band, radius)
+    return _bands_looped(q, k, v, band, radius, modulation)
 
 
-def _bands_looped(q: mx.array, k: mx.array, v: mx.array, band: int, radius: int) -> mx.array:
+def _bands_looped(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    band: int,
+    radius: int,
+    modulation: mx.array | None = None,
+) -> mx.array:
     out = []
     for start in range(0, q.shape[2], band):
+        here = slice(start, start + band)
         near = slice(max(0, start - radius * band), start + (radius + 1) * band)
-        out.append(attend(q[:, :, start : start + band], k[:, :, near], v[:, :, near]))
+        weights = None if modulation is None else modulation[here, near]
+        out.append(attend(q[:, :, here], k[:, :, near], v[:, :, near], modulation=weights))
     return mx.concatenate(out, axis=2)
 
 
@@ -158,10 +209,14 @@ class SelfAttention(nn.Module):
         v = split_heads(self.v_proj(h, width), self._head_dim)
         return self.q_norm(q, width=width), self.k_norm(k, width=width), v
 
-    def __call__(self, h: mx.array, grid: Grid, width: float = 1.0) -> mx.array:
+    def __call__(
+        self, h: mx.array, grid: Grid, width: float = 1.0, modulate: bool = False
+    ) -> mx.array:
+        """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
         q, k, v = self.project(h, width)
         q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
-        return self.out_proj(merge_heads(attend(q, k, v)), width)
+        matrix = modulation_matrix(grid, grid) if modulate else None
+        return self.out_proj(merge_heads(attend(q, k, v, modulation=matrix)), width)
 
 
 class SparseSelfAttention(SelfAttention):
@@ -190,14 +245,20 @@ class SparseSelfAttention(SelfAttention):
         x = projection(x.reshape(b, rows * columns, 4 * heads * dim), width)
         return split_heads(x, dim)
 
-    def __call__(self, h: mx.array, grid: Grid, width: float = 1.0) -> mx.array:
+    def __call__(
+        self, h: mx.array, grid: Grid, width: float = 1.0, modulate: bool = False
+    ) -> mx.array:
+        """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
         q, k, v = self.project(h, width)
         cells = grid.halved()
+        near = modulation_matrix(grid, grid) if modulate else None
+        far = modulation_matrix(grid, cells) if modulate else None
         k_cells = self.compress(k, grid, self.k_compress, width)
         v_cells = self.compress(v, grid, self.v_compress, width)
         q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
-        out_global = attend(q, apply_rope(k_cells, cells, self._theta), v_cells)
-        out_local = neighbourhood_attention(q, k, v, grid, self._num_bands, self._radius)
+        k_cells = apply_rope(k_cells, cells, self._theta)
+        out_global = attend(q, k_cells, v_cells, modulation=far)
+        out_local = neighbourhood_attention(q, k, v, grid, self._num_bands, self._radius, near)
         # (B, N, heads) -> (B, heads, N, 1)
         mix = mx.sigmoid(self.mix_proj(h, width)).transpose(0, 2, 1)[..., None]
         out = out_local + mix * (out_global - out_local)

@@ -99,12 +99,13 @@ class Block(nn.Module):
         mask: mx.array | None,
         grid: Grid,
         width: float,
+        modulate_attention: bool = False,
     ) -> mx.array:
         table = self.modulation(width=width) + modulation
         # six of (B, 1, d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
         h = _modulate(layer_norm(x), shift_a, scale_a)
-        x = x + gate_a * self.self_attention(h, grid, width)
+        x = x + gate_a * self.self_attention(h, grid, width, modulate_attention)
         x = x + self.cross_attention(x, text, mask, width)
         h = _modulate(layer_norm(x), shift_f, scale_f)
         return x + gate_f * self.ffn(h, width)
@@ -129,8 +130,13 @@ class Downsample(nn.Module):
         super().__init__()
         self.linear = ElasticLinear(4 * dims, dims, bias=False, in_groups=4)
 
-    def __call__(self, x: mx.array, grid: Grid, width: float) -> mx.array:
+    def __call__(
+        self, x: mx.array, grid: Grid, width: float, keep: mx.array | None = None
+    ) -> mx.array:
+        """x (B, N, d) -> (B, N/4, d); tokens where `keep` (B, N) is false count as zeros."""
         b, n, d = x.shape
+        if keep is not None:
+            x = mx.where(keep[..., None], x, 0)
         cells = space_to_depth(x.reshape(b, grid.height, grid.width, d), 2)
         return self.linear(cells.reshape(b, n // 4, 4 * d), width)
 
@@ -229,6 +235,8 @@ class EfficientDiT(nn.Module):
         mask: mx.array | None = None,
         width: float = 1.0,
         return_features: bool = False,
+        modulate_attention: bool = False,
+        keep: mx.array | None = None,
     ) -> mx.array | tuple[mx.array, mx.array]:
         """Predict the velocity.
 
@@ -239,6 +247,9 @@ class EfficientDiT(nn.Module):
             mask: (B, L), true where a text token counts; None when all do.
             width: one of `config.widths`.
             return_features: also return the last block's output (B, N, width * hidden_size).
+            modulate_attention: EDT's attention modulation, in every second block of the Up stage.
+            keep: (B, N) over patch tokens; where false a token is masked on its way to the Middle
+                stage (EDT's masking training). None keeps all.
 
         Returns:
             v (B, H, W, C), and the features when asked for.
@@ -260,11 +271,12 @@ class EfficientDiT(nn.Module):
             x = block(x, modulation, text, mask, grid, width)
         if config.blocks[1]:
             skip = x
-            x = self.downsample(x, grid, width)
+            x = self.downsample(x, grid, width, keep)
             x = self._middle(x, modulation, text, mask, grid.halved(), width)
             x = self.upsample(x, skip, grid, width)
-            for block in self.up_blocks:
-                x = block(x, modulation, text, mask, grid, width)
+            for i, block in enumerate(self.up_blocks):
+                local = modulate_attention and i % 2 == 1
+                x = block(x, modulation, text, mask, grid, width, local)
         v = self.head(x, embedding, width)
         v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch)
         return (v, x) if return_features else v

@@ -196,3 +196,35 @@ def test_cross_attention_matches_numpy_and_ignores_masked_tokens():
         heads = [softmax(q[:, n] @ k[:, n % 2].T / math.sqrt(8)) @ v[:, n % 2] for n in range(8)]
         expected = numpy_linear(np.stack(heads, 1).reshape(5, 64), module.out_proj)
         np.testing.assert_allclose(out[i], expected, atol=2e-5)
+
+
+def test_attention_modulation_follows_edt():
+    n = 4
+    matrix = np.array(attention.modulation_matrix(Grid(n, n), Grid(n, n))).reshape(n, n, n, n)
+    period = 4 * math.sqrt(2) * (n - 1)
+    assert matrix[1, 1, 1, 1] == pytest.approx(0.5 * math.e)
+    assert matrix[0, 0, 1, 2] == pytest.approx(
+        0.5 * math.exp(math.cos(2 * math.pi * math.sqrt(5) / period))
+    )
+    assert matrix[0, 0, 3, 3] == 0 < matrix[0, 0, 3, 2], "sqrt(18) is beyond sqrt(13), sqrt(13) not"
+    cells = np.array(attention.modulation_matrix(Grid(n, n), Grid(2, 2, 2)))
+    distance = math.hypot(0.5, 2.5)  # token (0, 0) to the centre of cell (0, 1), at (.5, 2.5)
+    assert cells[0, 1] == pytest.approx(0.5 * math.exp(math.cos(2 * math.pi * distance / period)))
+
+
+def test_modulated_assa_weighs_attention_after_the_softmax():
+    grid = Grid(8, 4)
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((1, heads, 32, 8)) for heads in (4, 2, 2))
+    matrix = attention.modulation_matrix(grid, grid)
+    out = attention.neighbourhood_attention(q, k, v, grid, 4, 1, matrix)
+    mask = band_mask(grid, 4, 1)
+    for head in range(4):
+        scores = np.array(q[0, head] @ k[0, head // 2].T) / math.sqrt(8)
+        weights = softmax(np.where(mask, scores, -np.inf)) * np.array(matrix)
+        expected = weights @ np.array(v[0, head // 2])
+        np.testing.assert_allclose(np.array(out[0, head]), expected, atol=1e-5)
+    module = randomised(SparseSelfAttention(CONFIG))
+    h = mx.random.normal((1, 32, 64))
+    change = mx.abs(module(h, grid, 1.0, True) - module(h, grid)).max().item()
+    assert change > 1e-3

@@ -211,3 +211,34 @@ def test_long_skips_and_stage_skip_carry_signal():
         skip.linear.weight = kept
     network.upsample.skip_weight = mx.array([1.0])
     assert float(mx.abs(run(network, x_t, t, states) - before).max()) > 1e-3
+
+
+def test_attention_modulation_touches_every_second_up_block():
+    x_t, t, states = inputs()
+    one = random_network(dataclasses.replace(CONFIG, blocks=(2, 2, 1)))
+    two = random_network(dataclasses.replace(CONFIG, blocks=(2, 2, 2)))
+    for network, changes in ((one, False), (two, True)):
+        plain = run(network, x_t, t, states)
+        modulated = run(network, x_t, t, states, modulate_attention=True)
+        assert (float(mx.abs(plain - modulated).max()) > 1e-4) == changes
+
+
+def test_masked_tokens_do_not_reach_the_middle_stage(network):
+    """A masked token's content still arrives by the Down -> Up skip, but the Middle stage and so
+    the other tokens' keys from it do not see it: with the skip closed the output ignores it."""
+    x_t, t, states = inputs()
+    network = random_network(dataclasses.replace(CONFIG, blocks=(1, 5, 1)))
+    everything = run(network, x_t, t, states)
+    keep = mx.ones((2, 24), mx.bool_)
+    np.testing.assert_allclose(
+        np.array(run(network, x_t, t, states, keep=keep)), np.array(everything), atol=1e-6
+    )
+    masked = run(network, x_t, t, states, keep=mx.arange(24)[None] > mx.array([[10], [0]]))
+    assert float(mx.abs(masked - everything).max()) > 1e-3
+    network.upsample.skip_weight = mx.array([1.0])
+    nothing = mx.zeros((2, 24), mx.bool_)
+    np.testing.assert_allclose(
+        np.array(run(network, x_t, t, states, keep=nothing)),
+        np.array(run(network, 3 * x_t, t, states, keep=nothing)),
+        atol=1e-6,
+    )
