@@ -51,19 +51,20 @@ class ElasticLinear(nn.Module):
         self.slice_in, self.slice_out = slice_in, slice_out
         self.in_groups, self.out_groups = in_groups, out_groups
 
+    def slice_inputs(self, x: mx.array, width: float) -> mx.array:
+        """Cut x (..., in_dims) to the inputs of the sub-network of `width`."""
+        return slice_groups(x, -1, self.in_groups, width) if self.slice_in else x
+
+    def slice_outputs(self, x: mx.array, width: float) -> mx.array:
+        """Cut x (out_dims, ...) to the outputs of the sub-network of `width`."""
+        return slice_groups(x, 0, self.out_groups, width) if self.slice_out else x
+
     def sliced(self, width: float) -> dict[str, mx.array]:
         """Weight and bias of the sub-network of `width`."""
-        weight = self.weight
-        if self.slice_out:
-            weight = slice_groups(weight, 0, self.out_groups, width)
-        if self.slice_in:
-            weight = slice_groups(weight, -1, self.in_groups, width)
+        weight = self.slice_inputs(self.slice_outputs(self.weight, width), width)
         if "bias" not in self:
             return {"weight": weight}
-        bias = self.bias
-        if self.slice_out:
-            bias = slice_groups(bias, 0, self.out_groups, width)
-        return {"weight": weight, "bias": bias}
+        return {"weight": weight, "bias": self.slice_outputs(self.bias, width)}
 
     def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
         p = self.sliced(width)
@@ -102,6 +103,10 @@ class PerWidth(nn.Module):
         """The member of `width`."""
         return self.members[self._widths.index(width)]
 
+    def sliced(self, width: float) -> dict[str, list]:
+        """Parameters of the one member that the sub-network of `width` has."""
+        return {"members": [self.at(width).parameters()]}
+
     def __call__(self, *args: Any, width: float = 1.0) -> Any:
         return self.at(width)(*args)
 
@@ -118,12 +123,13 @@ class Table(nn.Module):
 
 
 def sliced_parameters(module: Any, width: float) -> Any:
-    """Parameters of `module`'s sub-network of `width`, nested like `module.parameters()`."""
-    if isinstance(module, ElasticLinear):
-        return module.sliced(width)
-    if isinstance(module, PerWidth):
-        return {"members": [module.at(width).parameters()]}
+    """Parameters of `module`'s sub-network of `width`, nested like `module.parameters()`.
+
+    A module that depends on the width defines `sliced(width)`; all others are taken whole.
+    """
     if isinstance(module, nn.Module):
+        if hasattr(module, "sliced"):
+            return module.sliced(width)
         items = {k: v for k, v in module.items() if nn.Module.valid_parameter_filter(module, k, v)}
         return {k: sliced_parameters(v, width) for k, v in items.items()}
     if isinstance(module, list):
@@ -135,8 +141,23 @@ def extract(network: nn.Module, width: float) -> nn.Module:
     """A stand-alone network holding only the sub-network of `width`.
 
     `network` is built from a config that knows its own `standalone(width)`. The result computes
-    what `network` computes at `width`.
+    what `network` computes at `width`. A module put around one of the network's own, as an adapter
+    is, defines `around(module, width)`: itself, at that width, around another module.
     """
-    alone = type(network)(network.config.standalone(width))
+    alone = _wrapped(type(network)(network.config.standalone(width)), network, width)
     alone.update(sliced_parameters(network, width))
+    return alone
+
+
+def _wrapped(alone: Any, network: Any, width: float) -> Any:
+    """`alone` with the modules that `network` has around its own."""
+    if hasattr(network, "around"):
+        return network.around(alone, width)
+    if isinstance(network, PerWidth):
+        alone.members[0] = _wrapped(alone.members[0], network.at(width), 1.0)
+    elif isinstance(network, list):
+        return [_wrapped(a, n, width) for a, n in zip(alone, network, strict=True)]
+    elif isinstance(network, nn.Module):
+        for key, child in network.children().items():
+            alone[key] = _wrapped(alone[key], child, width)
     return alone

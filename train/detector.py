@@ -1,10 +1,11 @@
 """Find the glyphs of a scene again in a picture that a model made.
 
-Everything that differs from the plain background is foreground. Its box is cut in two wherever a
-row or a column holds little of it, again and again; every box on the way is compared with every
+Everything that differs from the plain background is foreground. Its box is cut in two where a row
+or a column holds none of it or little, again and again; every box on the way is compared with every
 noun in every colour, drawn on the same background; the cuts whose boxes match best win.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,25 @@ from PIL import Image
 from train.stickers import sprite
 from train.vocabulary import COLOURS, Noun
 
-ACCEPT = 0.62  # least score of a detection
-SURE = 0.85  # from here on a box is one object and is not cut further
-BASE = 0.5  # a box explains its foreground to the extent that its score is above this
-MAX_CUTS = 5  # of a picture until an object
+ACCEPT = 0.96  # least score of a detection
+SURE = 1.15  # from here on a box is one object and is not cut further
+BASE = 0.7  # a box explains its foreground to the extent that its score is above this
 
-GRID = 24  # pixels of the square in which a box and a glyph are compared
-DRAWN = 96  # pixels at which a glyph is drawn before it is shrunk to GRID
-COARSE = 0.7  # share of the coarse structure, common to many glyphs, taken out before comparing
 FOREGROUND = 20  # least difference from the background in some channel, out of 255
-SMALLEST = 14  # pixels of an object's longer side; the scenes' glyphs have 28 and more
-INSETS = (0.0, 1.0, 2.0)  # pixels tried on each side, since a blurred glyph's box is too large
+SMALLEST = 24  # pixels of an object's longer side; the scenes' glyphs have 28 and more
+EDGE_WEIGHT = 2.0  # of edges against colours, when a box and a glyph are compared
+MAX_CUTS = 5  # one after the other, from the whole picture to an object
+MAX_BOXES = 24  # compared after as many cuts; only pictures without order have more
+THICKEST = 0.4  # place to cut through where there is no gap, of the thickness elsewhere
+MAX_GAPS = 3  # empty runs of rows or columns that are tried for one cut
+
+GRID, POOLED = 24, 8  # sides of the squares that boxes are drawn in, and of their features
+DRAWN = 96  # pixels at which a glyph is drawn before it is shrunk to GRID
+INSETS = (0, 1, 2)  # pixels tried on each side, because a blurred glyph's box is too large
+TINT = 16  # backgrounds are told apart in steps of this, out of 255
 
 Box = tuple[int, int, int, int]
+"""(x, y, w, h) in pixels."""
 
 
 @dataclass(frozen=True)
@@ -38,46 +45,13 @@ class Detection:
         noun: its name.
         colour: a name of COLOURS, or None if the noun is never given another colour.
         box: (x, y, w, h) in pixels.
-        score: likeness to the glyph, ACCEPT to 1.
+        score: likeness to the glyph (at most 1) plus its lead over the likest other noun.
     """
 
     noun: str
     colour: str | None
     box: Box
     score: float
-
-
-def _gaussian(sigma: float) -> np.ndarray:
-    """Matrix (GRID, GRID) that blurs a column."""
-    x = np.arange(GRID)
-    kernel = np.exp(-0.5 * ((x[:, None] - x) / sigma) ** 2)
-    return (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _blur(squares: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Blur (N, GRID, GRID, C) in both directions."""
-    return np.einsum("ij,njkc,lk->nilc", kernel, squares, kernel, optimize=True)
-
-
-FINE, ROUGH = _gaussian(0.7), _gaussian(2.0)
-
-
-def _structure(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, GRID, GRID, C) -> smooth (N, GRID, GRID, C) and without the coarse structure."""
-    smooth = _blur(squares, FINE)
-    return smooth, smooth - COARSE * _blur(smooth, ROUGH)
-
-
-def _template(noun: Noun, colour: str | None, font: str | Path | None) -> np.ndarray:
-    """The glyph centred in a square, (GRID, GRID, 4): colours times alpha, and alpha, in [0, 1]."""
-    drawn = sprite(noun, colour, DRAWN, font)
-    h, w = drawn.rgb.shape[:2]
-    y, x = (DRAWN - h) // 2, (DRAWN - w) // 2
-    square = np.zeros((DRAWN, DRAWN, 4), np.float32)
-    square[y : y + h, x : x + w, :3] = drawn.rgb / 255
-    square[y : y + h, x : x + w, 3:] = 1 - drawn.keep / 256
-    step = DRAWN // GRID
-    return square.reshape(GRID, step, GRID, step, 4).mean(axis=(1, 3))
 
 
 class Detector:
@@ -89,133 +63,198 @@ class Detector:
     """
 
     def __init__(self, nouns: Sequence[Noun], font: str | Path | None = None):
-        looks = [(n, c) for n in nouns for c in ((None, *COLOURS) if n.recolour else (None,))]
-        self.nouns = np.array([noun.name for noun, _ in looks])
-        self.colours = [noun.own_colour if colour is None else colour for noun, colour in looks]
-        self._glyphs = np.stack([_template(noun, colour, font) for noun, colour in looks])
-        self._smooth, self._fine = _structure(self._glyphs)
+        self.nouns = tuple(nouns)
+        looks = [(noun, c) for noun in nouns for c in _colours(noun)]
+        self._glyphs = np.stack([_glyph(noun, colour, font) for noun, colour in looks])
+        self._starts = np.cumsum([0] + [len(_colours(noun)) for noun in nouns])
+        self._templates = functools.lru_cache(maxsize=16)(self._templates_on)
 
     def __call__(self, picture: np.ndarray) -> list[Detection]:
         """What `picture`, uint8 (H, W, 3), shows, best first."""
-        background = _background(picture)
-        mask = _foreground(picture, background)
-        smooth, fine = (_over(t, background) for t in (self._smooth, self._fine))
+        background = background_colour(picture)
+        mask = foreground(picture, background)
+        whole = _tight(mask, (0, 0, mask.shape[1], mask.shape[0]))
         found: dict[Box, Detection] = {}
         cuts: dict[Box, list[list[Box]]] = {}
-        whole = _tight(mask, (0, 0, mask.shape[1], mask.shape[0]))
         level = [whole] if whole else []
         for _ in range(MAX_CUTS + 1):
-            if not level:
-                break
-            squares = np.concatenate([_squares(picture, background, box) for box in level])
-            of_level = self._classify(squares, smooth, fine, level)
-            for detection in of_level:
-                found[detection.box] = detection
-                if detection.score < SURE:
-                    cuts[detection.box] = _cuts(mask, detection.box)
-            level = list({b for box in level for cut in cuts.get(box, ()) for b in cut if b not in found})
-        return sorted(_explain(whole, mask, found, cuts)[1], key=lambda d: -d.score) if whole else []
+            found |= {d.box: d for d in self._classify(picture, background, level)}
+            cuts |= {box: _cuts(mask, box) for box in level if found[box].score < SURE}
+            parts = [part for box in level for cut in cuts.get(box, ()) for part in cut]
+            level = [box for box in dict.fromkeys(parts) if box not in found][:MAX_BOXES]
+        _, detections = _explain(whole, mask, found, cuts, {})
+        return sorted(detections, key=lambda d: -d.score)
 
-    def _classify(self, squares, smooth, fine, boxes) -> list[Detection]:
-        s, f = (x.reshape(len(x), -1) for x in _structure(squares))
-        scores = _likeness(f, fine).reshape(len(boxes), len(INSETS), -1)
-        inset, label = np.unravel_index(scores.reshape(len(boxes), -1).argmax(1), scores.shape[1:])
+    def _templates_on(self, background: tuple[float, float, float]) -> np.ndarray:
+        """Features of all glyphs over a background, in [0, 1]."""
+        colours, alpha = self._glyphs[..., :3], self._glyphs[..., 3:]
+        return _features(colours - np.array(background, np.float32) * alpha)
+
+    def _classify(
+        self, picture: np.ndarray, background: np.ndarray, boxes: list[Box]
+    ) -> list[Detection]:
+        """The likest noun of each box."""
+        if not boxes:
+            return []
+        squares = np.concatenate([_squares(picture, background, box) for box in boxes])
+        features = _features(squares)
+        tint = np.minimum(np.rint(background / TINT) * TINT, 255) / 255
+        templates = self._templates(tuple(tint.tolist()))
+        likeness = _likeness(features, templates).reshape(len(boxes), len(INSETS), -1).max(axis=1)
+        of_noun = np.maximum.reduceat(likeness, self._starts[:-1], axis=1)
         out = []
         for k, box in enumerate(boxes):
-            i, j = inset[k], label[k]
-            same = np.flatnonzero(self.nouns == self.nouns[j])
-            near = _likeness(s[k * len(INSETS) + i][None], smooth[same])[0]
-            colour = self.colours[same[near.argmax()]]
-            out.append(Detection(str(self.nouns[j]), colour, box, float(scores[k, i, j])))
+            second, first = np.argsort(of_noun[k])[-2:]
+            noun = self.nouns[first]
+            look = likeness[k, self._starts[first] : self._starts[first + 1]].argmax()
+            colour = _colours(noun)[look] or noun.own_colour
+            score = 2 * of_noun[k, first] - of_noun[k, second]
+            out.append(Detection(noun.name, colour, box, float(score)))
         return out
 
 
-def _explain(box, mask, found, cuts):
-    own = found.get(box)
-    if own is None:
-        return 0.0, ()
+def background_colour(picture: np.ndarray) -> np.ndarray:
+    """(3,) median of the two outermost pixels all round."""
+    rim = np.ones(picture.shape[:2], bool)
+    rim[2:-2, 2:-2] = False
+    return np.median(picture[rim], axis=0).astype(np.float32)
+
+
+def foreground(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """(H, W) bool: where the picture, smoothed over 3x3 pixels, is not the background."""
+    difference = np.pad(picture - background, ((1, 1), (1, 1), (0, 0)))
+    rows = difference[:-2] + difference[1:-1] + difference[2:]
+    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    return np.abs(total).max(axis=-1) > 9 * FOREGROUND
+
+
+def _tight(mask: np.ndarray, box: Box) -> Box | None:
+    """The part of `box` that the mask fills; None if that is too small for an object."""
     x, y, w, h = box
-    best = (mask[y : y + h, x : x + w].sum() * (own.score - BASE), (own,)) if own.score >= ACCEPT else (0.0, ())
+    inside = mask[y : y + h, x : x + w]
+    columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
+    if not len(rows):
+        return None
+    (left, right), (top, bottom) = columns[[0, -1]].tolist(), rows[[0, -1]].tolist()
+    w, h = right - left + 1, bottom - top + 1
+    return (x + left, y + top, w, h) if max(w, h) >= SMALLEST else None
+
+
+def _cuts(mask: np.ndarray, box: Box) -> list[list[Box]]:
+    """The ways to cut `box` in two, each as the tight boxes of its parts."""
+    x, y, w, h = box
+    inside = mask[y : y + h, x : x + w]
+    halves = [((x, y, k, h), (x + k, y, w - k, h)) for k in _valleys(inside.sum(axis=0))]
+    halves += [((x, y, w, k), (x, y + k, w, h - k)) for k in _valleys(inside.sum(axis=1))]
+    cuts = [[part for half in pair if (part := _tight(mask, half))] for pair in halves]
+    return [parts for parts in cuts if parts]
+
+
+def _valleys(counts: np.ndarray) -> list[int]:
+    """Where to cut: in the widest gaps, or, without any, at the thinnest place."""
+    edges = np.flatnonzero(np.diff(counts == 0))
+    gaps = edges.reshape(-1, 2)  # the box is tight, so that both ends are filled
+    if len(gaps):
+        widest = np.argsort(gaps[:, 0] - gaps[:, 1], kind="stable")[:MAX_GAPS]
+        return [int(gaps[k].sum()) // 2 + 1 for k in widest]
+    inner = counts[SMALLEST:-SMALLEST]
+    if not len(inner) or inner.min() > THICKEST * counts.max():
+        return []
+    return [SMALLEST + int(inner.argmin())]
+
+
+Account = tuple[float, tuple[Detection, ...]]
+"""How much foreground some detections explain, and these."""
+
+
+def _explain(
+    box: Box | None,
+    mask: np.ndarray,
+    found: dict[Box, Detection],
+    cuts: dict[Box, list[list[Box]]],
+    known: dict[Box, Account],
+) -> Account:
+    """The best account of a box, as one object or cut up; `known` keeps those already made."""
+    if box not in found:
+        return 0.0, ()
+    if box in known:
+        return known[box]
+    best = 0.0, ()
+    detection = found[box]
+    if detection.score >= ACCEPT:
+        x, y, w, h = box
+        mass = int(mask[y : y + h, x : x + w].sum())
+        best = mass * (detection.score - BASE), (detection,)
     for cut in cuts.get(box, ()):
-        parts = [_explain(part, mask, found, cuts) for part in cut]
-        value = sum(v for v, _ in parts)
-        if value > best[0]:
-            best = value, tuple(d for _, ds in parts for d in ds)
+        accounts = [_explain(part, mask, found, cuts, known) for part in cut]
+        total = sum(value for value, _ in accounts)
+        if total > best[0]:
+            best = total, tuple(d for _, detections in accounts for d in detections)
+    known[box] = best
     return best
 
 
-def _background(picture):
-    frame = np.ones(picture.shape[:2], bool)
-    frame[2:-2, 2:-2] = False
-    return np.median(picture[frame], axis=0)
+def _colours(noun: Noun) -> tuple[str | None, ...]:
+    return (None, *COLOURS) if noun.recolour else (None,)
 
 
-def _foreground(picture, background):
-    p = np.pad(picture.astype(np.float32) - background.astype(np.float32), ((1, 1), (1, 1), (0, 0)))
-    p = p[:-2] + p[1:-1] + p[2:]
-    p = p[:, :-2] + p[:, 1:-1] + p[:, 2:]
-    return np.abs(p).max(-1) > 9 * FOREGROUND
+def _glyph(noun: Noun, colour: str | None, font: str | Path | None) -> np.ndarray:
+    """A glyph in the middle of a square, (GRID, GRID, 4): colour times alpha, and alpha."""
+    drawn = sprite(noun, colour, DRAWN, font)
+    h, w = drawn.rgb.shape[:2]
+    y, x = (DRAWN - h) // 2, (DRAWN - w) // 2
+    square = np.zeros((DRAWN, DRAWN, 4), np.float32)
+    square[y : y + h, x : x + w, :3] = drawn.rgb / 255
+    square[y : y + h, x : x + w, 3:] = 1 - drawn.keep / 256
+    step = DRAWN // GRID
+    return square.reshape(GRID, step, GRID, step, 4).mean(axis=(1, 3))
 
 
-def _tight(mask, box):
-    x, y, w, h = box
-    inside = mask[y : y + h, x : x + w]
-    columns, rows = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
-    if not len(columns) or max(np.ptp(columns), np.ptp(rows)) + 1 < SMALLEST:
-        return None
-    return (
-        x + int(columns[0]),
-        y + int(rows[0]),
-        int(columns[-1] - columns[0]) + 1,
-        int(rows[-1] - rows[0]) + 1,
-    )
-
-
-def _cuts(mask, box):
-    x, y, w, h = box
-    inside = mask[y : y + h, x : x + w]
-    out = []
-    for axis in (0, 1):
-        counts = inside.sum(axis)
-        for k in _valleys(counts):
-            if axis == 0:
-                halves = (x, y, k, h), (x + k, y, w - k, h)
-            else:
-                halves = (x, y, w, k), (x, y + k, w, h - k)
-            parts = [t for t in (_tight(mask, half) for half in halves) if t]
-            if parts and parts != [box]:
-                out.append(parts)
-    return out
-
-
-def _valleys(counts):
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], counts == 0, [0]]).astype(int)))
-    gaps = edges.reshape(-1, 2)
-    if len(gaps):
-        widest = gaps[np.argsort(gaps[:, 0] - gaps[:, 1], kind="stable")][:4]
-        return [int(g.mean()) for g in widest]
-    if len(counts) < 2 * SMALLEST:
-        return []
-    inner = counts[SMALLEST:-SMALLEST]
-    return [SMALLEST + int(inner.argmin())] if len(inner) else []
-
-
-def _squares(picture, background, box):
+def _squares(picture: np.ndarray, background: np.ndarray, box: Box) -> np.ndarray:
+    """A box in the middle of a square, minus the background: (INSETS, GRID, GRID, 3)."""
     x, y, w, h = box
     side = max(w, h)
-    canvas = np.empty((side, side, 3), np.uint8)
-    canvas[:] = np.rint(background)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = np.rint(background)
     top, left = (side - h) // 2, (side - w) // 2
-    canvas[top : top + h, left : left + w] = picture[y : y + h, x : x + w]
-    image = Image.fromarray(canvas)
-    out = []
-    for inset in INSETS:
-        out.append(np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX, box=(inset, inset, side - inset, side - inset))))
-    return np.stack(out).astype(np.float32) / 255 - (background / 255).astype(np.float32)
+    square[top : top + h, left : left + w] = picture[y : y + h, x : x + w]
+    image = Image.fromarray(square)
+    shrunk = [
+        image.resize((GRID, GRID), Image.Resampling.BOX, box=(k, k, side - k, side - k))
+        for k in INSETS
+    ]
+    return (np.stack([np.asarray(s) for s in shrunk]) - background) / 255
 
 
-def _over(t, background):
-    return (t[..., :3] - (background / 255).astype(np.float32) * t[..., 3:]).reshape(len(t), -1)
+def _gaussians(rows: int, sigma: float) -> np.ndarray:
+    """(rows, GRID): evenly spaced Gaussian windows over GRID pixels."""
+    centres = (np.arange(rows) + 0.5) * GRID / rows - 0.5
+    windows = np.exp(-0.5 * ((np.arange(GRID) - centres[:, None]) / sigma) ** 2)
+    return (windows / windows.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+_SMOOTH, _POOL = _gaussians(GRID, 0.5), _gaussians(POOLED, 1.5)
+
+
+def _filter(windows: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,njkc,lk->nilc", windows, squares, windows, optimize=True)
+
+
+def _features(squares: np.ndarray) -> np.ndarray:
+    """Colour and edges of four directions, pooled so that a little deformation matters little.
+
+    Args:
+        squares: (N, GRID, GRID, 3), zero where there is background.
+
+    Returns:
+        (N, 15 POOLED^2).
+    """
+    smooth = _filter(_SMOOTH, squares)
+    padded = np.pad(smooth, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    dx = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    dy = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    edges = [EDGE_WEIGHT * np.maximum(d, 0) for d in (dx, -dx, dy, -dy)]
+    return _filter(_POOL, np.concatenate([smooth, *edges], axis=-1)).reshape(len(squares), -1)
 
 
 def _likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,0 +1,489 @@
+"""LoRA: low-rank adapters beside linear layers, at every width of an elastic network.
+
+A layer with adapters computes y = base(x) + sum_i weight_i * alpha_i / rank_i * (x A_i^T) B_i^T,
+with A (rank, in) and B (out, rank). At width m the columns of A and the rows of B are cut by the
+base layer's own rule, so B A is cut exactly as the base weight is: one adapter serves all widths,
+and fusing it at full width fuses it at each.
+
+Files are safetensors with the keys of diffusers and PEFT: `transformer.<layer>.lora_A.weight`,
+`transformer.<layer>.lora_B.weight` and a scalar `transformer.<layer>.alpha`.
+"""
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_snapgen.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
+from mlx_snapgen.errors import UserError, nearest
+
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
+"""What files put before a layer's path; `save_lora` writes the first."""
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+"""kohya's, before a path whose dots have become underscores."""
+PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
+
+
+class Adapter(nn.Module):
+    """One low-rank update B A of a layer.
+
+    Args:
+        a: (rank, in).
+        b: (out, rank).
+        alpha: the update is scaled by alpha / rank.
+        weight: a further factor, a plain number; at 0 the layer ignores the adapter.
+    """
+
+    def __init__(self, a: mx.array, b: mx.array, alpha: float, weight: float = 1.0):
+        super().__init__()
+        self.a, self.b = a, b
+        self.alpha, self.weight = alpha, weight
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """weight * alpha / rank; at 0 the adapter is off."""
+        return self.weight * self.alpha / self.rank
+
+
+class LoRALinear(nn.Module):
+    """A linear layer, elastic, quantized or plain, with named adapters beside it."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+        self.adapters: dict[str, Adapter] = {}
+
+    @property
+    def bias(self) -> mx.array:
+        # The timestep embedding reads its dtype from a layer's bias.
+        return self.linear.bias
+
+    def active(self) -> list[Adapter]:
+        """The adapters that are on."""
+        return [adapter for adapter in self.adapters.values() if adapter.scale]
+
+    def matrices(self, adapter: Adapter, width: float) -> tuple[mx.array, mx.array]:
+        """`adapter`'s A and B in the sub-network of `width`."""
+        if isinstance(self.linear, ElasticLinear):
+            a = self.linear.slice_inputs(adapter.a, width)
+            return a, self.linear.slice_outputs(adapter.b, width)
+        return adapter.a, adapter.b
+
+    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+        elastic = isinstance(self.linear, (ElasticLinear, QuantizedElasticLinear))
+        y = self.linear(x, width) if elastic else self.linear(x)
+        for adapter in self.active():
+            a, b = self.matrices(adapter, width)
+            y = y + (adapter.scale * ((x @ a.T) @ b.T)).astype(y.dtype)
+        return y
+
+    def sliced(self, width: float) -> dict[str, Any]:
+        """Parameters of the sub-network of `width` (see `elastic.sliced_parameters`)."""
+        pairs = {name: self.matrices(adapter, width) for name, adapter in self.adapters.items()}
+        return {
+            "linear": sliced_parameters(self.linear, width),
+            "adapters": {name: {"a": a, "b": b} for name, (a, b) in pairs.items()},
+        }
+
+    def around(self, linear: nn.Module, width: float) -> "LoRALinear":
+        """These adapters at `width` around another layer (see `elastic.extract`)."""
+        other = LoRALinear(linear)
+        for name, adapter in self.adapters.items():
+            pair = self.matrices(adapter, width)
+            other.adapters[name] = Adapter(*pair, adapter.alpha, adapter.weight)
+        return other
+
+
+def add_lora(
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    name: str = "default",
+) -> list[str]:
+    """Give layers a new adapter to train, and freeze all else in `module`, other adapters too.
+
+    A starts uniform in +-1/sqrt(in), B at zero, so the network computes what it did before. Both
+    are float32, whatever the base is.
+
+    Args:
+        module: the network, changed in place.
+        rank: of the update; at least 1.
+        alpha: the update is scaled by alpha / rank.
+        targets: patterns with the wildcards * ? [ ] of `fnmatch`. Each must match the whole dotted
+            path of a linear layer, or its end from a dot on: "q_proj", "self_attention.*_proj" and
+            "down_blocks.*" are patterns; * matches dots as well.
+        name: the adapter's, to switch and save it by.
+
+    Returns:
+        Paths of the layers that have it.
+
+    Raises:
+        UserError: a pattern without a layer, or a rank, alpha or name that cannot be.
+    """
+    targets = [targets] if isinstance(targets, str) else targets
+    if rank < 1 or not math.isfinite(alpha):
+        raise UserError(f"a LoRA needs a rank from 1 and a finite alpha, got {rank} and {alpha}")
+    if not targets:
+        raise UserError("a LoRA needs at least one target")
+    layers = _linear_layers(module)
+    chosen: set[str] = set()
+    for target in targets:
+        matched = {p for p in layers if fnmatchcase(p, target) or fnmatchcase(p, f"*.{target}")}
+        if not matched:
+            raise UserError(f"no linear layer matches '{target}'{_near(target, layers)}")
+        chosen |= matched
+    adapters = {}
+    for path in sorted(chosen):
+        out_dims, in_dims = _dims(layers[path])
+        bound = in_dims**-0.5
+        a = mx.random.uniform(-bound, bound, (rank, in_dims))
+        adapters[path] = Adapter(a, mx.zeros((out_dims, rank)), alpha)
+    _attach(module, adapters, name)
+    _train_only(module, adapters)
+    return list(adapters)
+
+
+# --- weights of adapters ------------------------------------------------------------------------
+
+
+def get_lora_weights(module: nn.Module) -> dict[str, float]:
+    """Name -> weight of all adapters in `module`."""
+    layers = _adapted(module).values()
+    return {name: a.weight for layer in layers for name, a in layer.adapters.items()}
+
+
+def set_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> None:
+    """Give adapters new weights, others keep theirs; 0 switches one off, without a trace.
+
+    A weight is a plain number that `mx.compile` builds into the graph. A compiled function has to
+    set it inside itself, or take it as an argument: set from outside, the old one goes on.
+
+    Raises:
+        UserError: no adapter of that name, or a weight that is not finite.
+    """
+    known = get_lora_weights(module)
+    for name, weight in weights.items():
+        if name not in known:
+            have = ", ".join(known) or "none"
+            raise UserError(f"no LoRA '{name}'{nearest(name, known)}: there is {have}")
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of a LoRA must be a finite number, got {weight}")
+    for layer in _adapted(module).values():
+        for name, adapter in layer.adapters.items():
+            adapter.weight = float(weights.get(name, adapter.weight))
+
+
+@contextlib.contextmanager
+def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """`set_lora_weights` for the length of a block; base weights are neither copied nor changed.
+
+    The few-step teacher is the teacher inside `with lora_weights(teacher, {"few_step": 1.0}):`.
+    """
+    before = get_lora_weights(module)
+    set_lora_weights(module, weights)
+    try:
+        yield
+    finally:
+        set_lora_weights(module, {name: before[name] for name in weights})
+
+
+def remove_lora(module: nn.Module, names: Sequence[str] | None = None) -> None:
+    """Take adapters off (all by default); a layer without any is its base again."""
+    for path, layer in _adapted(module).items():
+        for name in list(layer.adapters) if names is None else names:
+            layer.adapters.pop(name, None)
+        if not layer.adapters:
+            module.update_modules(tree_unflatten([(path, layer.linear)]))
+
+
+def fuse_lora(module: nn.Module) -> list[str]:
+    """Fold the adapters that are on into the base weights, for all widths, and take them off.
+
+    Quantized layers are refused. Packing the sum again rounds it anew, by more than a LoRA is: at
+    4 bits by 3.4 times an update of 1% of the weights. So fuse first, then quantize; an adapter
+    beside a quantized layer works unfused.
+
+    Returns:
+        Names of the adapters fused. Those at weight 0 stay, switched off.
+
+    Raises:
+        UserError: an active adapter beside a quantized layer; nothing is changed then.
+    """
+    active = {path: layer for path, layer in _adapted(module).items() if layer.active()}
+    for path, layer in active.items():
+        if isinstance(layer.linear, nn.QuantizedLinear):
+            raise UserError(f"{path} is quantized: fuse the LoRA first, then quantize")
+    fused = [name for name, weight in get_lora_weights(module).items() if weight]
+    for layer in active.values():
+        weight = layer.linear.weight
+        total = weight.astype(mx.float32)
+        for adapter in layer.active():
+            a, b = adapter.a.astype(mx.float32), adapter.b.astype(mx.float32)
+            total = total + adapter.scale * (b @ a)
+        layer.linear.weight = total.astype(weight.dtype)
+        # One by one, so that the peak is one layer's.
+        mx.eval(layer.linear.weight)
+    remove_lora(module, fused)
+    return fused
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def save_lora(
+    path: str | Path, module: nn.Module, name: str = "default", base_model: str | None = None
+) -> None:
+    """Write one adapter to a new .safetensors file, whole or not at all.
+
+    The header tells rank, alpha, name and format, and `base_model`, the name of the model that the
+    adapter belongs to. The adapter's weight is not written: it is the user's choice.
+
+    Raises:
+        UserError: no such adapter, a file that exists, or one that cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: give a name ending in .safetensors")
+    found = {p: m.adapters[name] for p, m in _adapted(module).items() if name in m.adapters}
+    if not found:
+        raise UserError(f"no LoRA '{name}' to save{nearest(name, get_lora_weights(module))}")
+    tensors = {}
+    for layer, adapter in found.items():
+        key = PREFIXES[0] + layer.removeprefix(PREFIXES[0])
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.a, adapter.b
+        tensors[f"{key}.alpha"] = mx.array(adapter.alpha, mx.float32)
+    header = {
+        "format": "mlx",
+        "name": name,
+        "rank": ",".join(str(n) for n in sorted({a.rank for a in found.values()})),
+        "alpha": ",".join(f"{n:g}" for n in sorted({a.alpha for a in found.values()})),
+    }
+    if base_model is not None:
+        header["base_model"] = base_model
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            mx.save_safetensors(str(partial), tensors, header)
+            # Claim the name, which fails when it is taken, then replace the claim.
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                raise UserError(f"{path} exists already: choose another name") from None
+            os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors (lazy) and header of a LoRA file; `UserError` when it is none.
+
+    Only safetensors are read: the pickled .pt, .bin and .ckpt can run code when opened.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
+    if not path.is_file():
+        raise UserError(f"no LoRA file {path}")
+    try:
+        tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    return tensors, header
+
+
+def load_lora(
+    path: str | Path,
+    module: nn.Module,
+    weight: float = 1.0,
+    name: str | None = None,
+    base_model: str | None = None,
+    trainable: bool = False,
+) -> list[str]:
+    """Put the adapter of a file beside the layers of `module`.
+
+    Read are the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
+    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha comes from the
+    layer's `.alpha`, else from PEFT's `lora_alpha` in the header, else it is the rank.
+
+    Args:
+        path: a .safetensors file.
+        module: the network, at full width when it is elastic; changed in place.
+        weight: the adapter's; 0 loads it switched off.
+        name: the adapter's; None takes the file's.
+        base_model: name of the network's model; a file that is for another one is warned about.
+        trainable: freeze all else and train this adapter on, in float32. False freezes it, in the
+            base's floating type.
+
+    Returns:
+        Paths of the layers that have it.
+
+    Raises:
+        UserError: no LoRA, or one with keys or shapes that the network has no place for. Nothing
+            is changed then.
+    """
+    path = Path(path).expanduser()
+    tensors, header = read_lora(path)
+    if not math.isfinite(weight):
+        raise UserError(f"the weight of a LoRA must be a finite number, got {weight}")
+    if name is None:
+        name = re.sub(r"^[^a-zA-Z]+", "", re.sub(r"[^\w-]", "_", path.stem, flags=re.A)) or "lora"
+    layers = _linear_layers(module)
+    default_alpha = _alpha_of_header(path, header)
+    adapters = {}
+    for layer, parts in _by_layer(path, tensors, layers).items():
+        dtype = mx.float32 if trainable else _dtype(layers[layer])
+        a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
+        alpha = parts["alpha"].item() if "alpha" in parts else default_alpha
+        adapters[layer] = Adapter(a, b, a.shape[0] if alpha is None else alpha, float(weight))
+    made_for = header.get("base_model")
+    if base_model and made_for and base_model != made_for:
+        warnings.warn(
+            f"{path} was made for the model '{made_for}', not '{base_model}'", stacklevel=2
+        )
+    _attach(module, adapters, name)
+    if trainable:
+        _train_only(module, adapters)
+    else:
+        for adapter in adapters.values():
+            adapter.freeze()
+    return list(adapters)
+
+
+def _by_layer(
+    path: Path, tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module]
+) -> dict[str, dict[str, mx.array]]:
+    """Layer path -> its "a", "b" and perhaps "alpha", all checked against the layer."""
+    aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
+    aliases |= {p + layer.replace(".", "_"): layer for p in FLAT_PREFIXES for layer in layers}
+    aliases |= {layer: layer for layer in layers}
+    found: dict[str, dict[str, mx.array]] = {}
+    faults = []
+    for key, value in tensors.items():
+        match = re.fullmatch(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))", key)
+        part = match and ("alpha" if match[3] else PARTS.get(match[2]))
+        if part is None:
+            faults.append(f"{key} is no part of a LoRA that is known here")
+        elif match[1] not in aliases:
+            # The search is slow, and no more than three faults are told.
+            hint = nearest(match[1], aliases) if len(faults) < 3 else ""
+            faults.append(f"{match[1]} is no layer{hint}")
+        elif part in found.setdefault(aliases[match[1]], {}):
+            faults.append(f"{key} is there twice")
+        else:
+            found[aliases[match[1]]][part] = value
+    for layer, parts in found.items():
+        faults += _misfits(layer, parts, layers[layer])
+    if faults or not found:
+        more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        told = "; ".join(faults[:3]) or "it is empty"
+        raise UserError(f"{path} does not fit this network: {told}{more}")
+    return found
+
+
+def _misfits(layer: str, parts: Mapping[str, mx.array], linear: nn.Module) -> Iterator[str]:
+    """What is wrong with one layer's tensors."""
+    if not {"a", "b"} <= parts.keys():
+        yield f"{layer} lacks " + ("lora_B" if "a" in parts else "lora_A")
+        return
+    out_dims, in_dims = _dims(linear)
+    rank = max(1, *parts["a"].shape[:1])
+    for what, part, shape in (("lora_A", "a", (rank, in_dims)), ("lora_B", "b", (out_dims, rank))):
+        if parts[part].shape != shape:
+            yield f"{layer} has {what} {parts[part].shape} instead of {shape}"
+        elif not mx.issubdtype(parts[part].dtype, mx.floating):
+            yield f"{layer} has {what} in whole numbers"
+    alpha = parts.get("alpha", mx.array(1.0))
+    if alpha.size != 1 or not math.isfinite(alpha.item()):
+        yield f"{layer} has an alpha that is not one finite number"
+
+
+def _alpha_of_header(path: Path, header: Mapping[str, str]) -> float | None:
+    """PEFT's `lora_alpha`, which diffusers keeps in the header, or None."""
+    try:
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix(PREFIXES[0]): value for key, value in config.items()}
+        alpha = config.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} has a damaged header: get it again") from None
+    for key in ("use_dora", "use_rslora", "alpha_pattern"):
+        if config.get(key):
+            raise UserError(f"{path} is a LoRA with '{key}', which is not supported")
+    return alpha
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def _adapted(module: nn.Module) -> dict[str, LoRALinear]:
+    return {p: m for p, m in _linear_layers(module).items() if isinstance(m, LoRALinear)}
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Dotted path -> linear layer below `module`, those with adapters as `LoRALinear`."""
+    kinds = (LoRALinear, ElasticLinear, nn.Linear, nn.QuantizedLinear)
+    found = {p: m for p, m in module.named_modules() if p and isinstance(m, kinds)}
+    inner = {f"{p}.linear" for p, m in found.items() if isinstance(m, LoRALinear)}
+    return {p: found[p] for p in sorted(found) if p not in inner}
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.linear if isinstance(layer, LoRALinear) else layer
+
+
+def _dims(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) at full width."""
+    layer = _base(layer)
+    if isinstance(layer, nn.QuantizedLinear):
+        return layer.weight.shape[0], layer.scales.shape[1] * layer.group_size
+    return layer.weight.shape
+
+
+def _dtype(layer: nn.Module) -> mx.Dtype:
+    layer = _base(layer)
+    return (layer.scales if isinstance(layer, nn.QuantizedLinear) else layer.weight).dtype
+
+
+def _attach(module: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+    if not re.fullmatch(r"[a-zA-Z][\w-]*", name, flags=re.A):
+        raise UserError(f"a LoRA's name is letters, digits, - and _, got '{name}'")
+    if name in get_lora_weights(module):
+        raise UserError(f"there is a LoRA '{name}' already: give this one another name")
+    layers = _linear_layers(module)
+    for path, adapter in adapters.items():
+        layer = layers[path]
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            module.update_modules(tree_unflatten([(path, layer)]))
+        layer.adapters[name] = adapter
+
+
+def _train_only(module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    module.freeze()
+    for adapter in adapters.values():
+        adapter.unfreeze()
+
+
+def _near(target: str, paths: Mapping[str, Any]) -> str:
+    """Paths, or their ends from a dot on, that look like the pattern `target`."""
+    ends = {path[m.end() :] for path in paths for m in re.finditer(r"^|\.", path)}
+    close = difflib.get_close_matches(target, sorted(ends), n=3, cutoff=0.4)
+    return f" (near it: {', '.join(close)})" if close else ""

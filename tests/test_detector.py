@@ -1,0 +1,158 @@
+"""The detector finds what the renderer drew, in clean and in poor pictures, and little else."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mlx_snapgen.errors import UserError
+from train import stickers
+from train.captions import Placed, Scene
+from train.detector import Detector, background_colour, foreground
+from train.geneval import SIX, is_correct
+from train.scenes import first_nouns, sample_scene
+
+NUM_NOUNS = 100
+PER_CATEGORY = 35
+NOUN = {noun.name: noun for noun in stickers.NOUNS}
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    try:
+        stickers.find_font()
+    except UserError as error:
+        pytest.skip(str(error))
+    return Detector(first_nouns(NUM_NOUNS))
+
+
+def some_scenes(category, count=PER_CATEGORY):
+    c = SIX.index(category)
+    return [
+        sample_scene(np.random.default_rng((77, c, k)), NUM_NOUNS, category=category)
+        for k in range(count)
+    ]
+
+
+def blurred(picture, sigma):
+    """A Gaussian blur of `sigma` pixels."""
+    x = np.arange(-int(3 * sigma) - 1, int(3 * sigma) + 2)
+    kernel = np.exp(-0.5 * (x / sigma) ** 2)
+    kernel /= kernel.sum()
+    out = picture.astype(np.float64)
+    for axis in (0, 1):
+        pad = [(len(x) // 2,) * 2 if a == axis else (0, 0) for a in range(3)]
+        padded = np.pad(out, pad, mode="edge")
+        size = picture.shape[axis]
+        out = sum(w * padded.take(range(k, k + size), axis) for k, w in enumerate(kernel))
+    return out
+
+
+def poor(picture, seed, sigma=1.0, noise=8.0):
+    """Blurred and noisy."""
+    rng = np.random.default_rng(seed)
+    out = blurred(picture, sigma) + rng.normal(0, noise, picture.shape)
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+
+
+def shown(scene):
+    return Counter((p.noun.name, p.colour or p.noun.own_colour) for p in scene.placed)
+
+
+def found(detections):
+    return Counter((d.noun, d.colour) for d in detections)
+
+
+def alone(name, size=72, background="white"):
+    """One glyph in the middle."""
+    corner = (stickers.SIDE - size) // 2
+    return Scene("single_object", (Placed(NOUN[name], None, size, corner, corner),), background)
+
+
+@pytest.mark.parametrize("category", SIX)
+def test_finds_exactly_what_was_rendered(detector, category):
+    right = [shown(s) == found(detector(stickers.render(s))) for s in some_scenes(category)]
+    assert np.mean(right) >= 0.97
+
+
+def test_finds_it_in_blurred_and_noisy_pictures(detector):
+    scenes = [scene for category in SIX for scene in some_scenes(category, 12)]
+    pictures = [poor(stickers.render(scene), k) for k, scene in enumerate(scenes)]
+    found_in = [detector(picture) for picture in pictures]
+    assert np.mean([shown(s) == found(d) for s, d in zip(scenes, found_in, strict=True)]) >= 0.95
+    assert np.mean([is_correct(s, d) for s, d in zip(scenes, found_in, strict=True)]) >= 0.95
+
+
+@pytest.mark.parametrize("category", SIX)
+def test_pictures_of_other_prompts_score_about_nothing(detector, category):
+    scenes = some_scenes(category)
+    pictures = [stickers.render(scene) for scene in scenes]
+    wrong = [
+        is_correct(scene, detector(picture))
+        for scene, picture in zip(scenes, pictures[1:] + pictures[:1], strict=True)
+    ]
+    assert np.mean(wrong) <= 0.06
+
+
+def test_boxes_lie_where_the_glyphs_are(detector):
+    for scene in some_scenes("position", 10):
+        boxes = {d.noun: d.box for d in detector(stickers.render(scene))}
+        for placed in scene.placed:
+            drawn = stickers.drawn_box(placed)
+            assert np.abs(np.array(boxes[placed.noun.name]) - drawn).max() <= 4
+
+
+def test_objects_that_touch_are_told_apart(detector):
+    for a, b in (("apple", "car"), ("cat", "tree"), ("house", "fish"), ("heart", "turtle")):
+        left, right = (stickers.sprite(NOUN[name], None, 56) for name in (a, b))
+        picture = np.full((stickers.SIDE, stickers.SIDE, 3), 255, np.uint8)
+        x = 8
+        for drawn in (left, right):
+            h, w = drawn.rgb.shape[:2]
+            under = picture[40 : 40 + h, x : x + w]
+            under[:] = (under * drawn.keep >> 8) + drawn.rgb
+            x += w
+        assert sorted(d.noun for d in detector(picture)) == sorted((a, b))
+
+
+def test_garbage_is_mostly_nothing(detector):
+    rng = np.random.default_rng(0)
+    names = [noun.name for noun in detector.nouns]
+    pairs = [rng.choice(names, 2, replace=False) for _ in range(40)]
+    both = [np.stack([stickers.render(alone(name)) for name in pair]) for pair in pairs]
+    mixtures = [np.rint(b.mean(axis=0)).astype(np.uint8) for b in both]
+    assert np.mean([len(detector(picture)) for picture in mixtures]) <= 0.3
+    halves = [b[0].copy() for b in both]
+    for picture in halves:
+        picture[:, stickers.SIDE // 2 :] = 255
+    assert np.mean([len(detector(picture)) for picture in halves]) <= 0.15
+    blots = []
+    for _ in range(20):
+        spots = blurred(rng.normal(0, 1, (stickers.SIDE, stickers.SIDE, 3)), 6.0)
+        edge = blurred(rng.normal(0, 1, (stickers.SIDE, stickers.SIDE, 1)), 8.0)
+        edge = edge / edge.std() - np.hypot(*np.mgrid[-2:2:128j, -2:2:128j])[..., None] + 1
+        blots.append(np.where(edge > 0, np.clip(128 + 80 * spots / spots.std(), 0, 255), 255))
+    assert np.mean([len(detector(blot.astype(np.uint8))) for blot in blots]) <= 0.15
+
+
+def test_an_empty_picture_holds_nothing(detector):
+    assert detector(np.full((stickers.SIDE, stickers.SIDE, 3), 200, np.uint8)) == []
+    noise = np.random.default_rng(0).normal(128, 8, (stickers.SIDE, stickers.SIDE, 3))
+    assert detector(noise.astype(np.uint8)) == []
+
+
+def test_noun_without_other_colours_has_none_and_own_colour_has_a_name(detector):
+    (cat,) = detector(stickers.render(alone("cat")))
+    (apple,) = detector(stickers.render(alone("apple")))
+    assert (cat.noun, cat.colour) == ("cat", None)
+    assert (apple.noun, apple.colour) == ("apple", "red")
+    assert 0.96 < cat.score < 2
+
+
+def test_background_and_foreground_of_a_glyph_at_the_edge():
+    picture = np.full((64, 64, 3), 150, np.uint8)
+    picture[:30, :20] = (200, 30, 30)
+    background = background_colour(picture)
+    assert background.tolist() == [150, 150, 150]
+    mask = foreground(picture, background)
+    assert mask[:30, :20].all() and not mask[32:].any() and not mask[:, 22:].any()

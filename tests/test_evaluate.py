@@ -1,0 +1,329 @@
+"""Scores follow GenEval's rules, the validation loss its formula, the command its promises."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import mlx_snapgen  # noqa: F401
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule
+from train import evaluate, stickers
+from train.captions import Placed, Scene, plain_caption
+from train.detector import Detection
+from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
+from train.sampling import encode_prompts, sample
+from train.scenes import HELD_OUT_CATEGORIES
+
+NOUN = {noun.name: noun for noun in stickers.NOUNS}
+
+
+@pytest.fixture(scope="module")
+def font():
+    try:
+        return stickers.find_font()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def scene(category, *things, relation=None):
+    """A scene of (noun, colour) things."""
+    placed = tuple(Placed(NOUN[name], colour, 48, 0, 0) for name, colour in things)
+    return Scene(category, placed, "white", relation=relation)
+
+
+def seen(noun, colour=None, box=(0, 0, 40, 40), score=1.1):
+    return Detection(noun, colour, box, score)
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def test_prompts_are_fixed_and_longer_lists_begin_with_shorter_ones():
+    prompts = fixed_prompts(8, 100)
+    assert [p.scene.category for p in prompts] == [c for c in SIX for _ in range(8)]
+    longer = fixed_prompts(25, 100)
+    by_number = {prompt.number: prompt for prompt in longer}
+    assert len(by_number) == 150
+    assert all(by_number[prompt.number] == prompt for prompt in prompts)
+    assert len({p.scene.placed for p in longer}) > 140
+
+
+def test_half_of_the_prompts_are_plain_and_a_quarter_of_the_combinations_held_out():
+    prompts = fixed_prompts(24, 100)
+    for k, prompt in enumerate(prompts):
+        if k % 2 == 0:
+            assert prompt.text == plain_caption(prompt.scene)
+    for category in SIX:
+        held_out = [p.held_out for p in prompts if p.scene.category == category]
+        assert sum(held_out) == (6 if category in HELD_OUT_CATEGORIES else 0)
+
+
+# --- judgement --------------------------------------------------------------------------------
+
+
+def test_relations_need_distance_and_direction():
+    box = (40, 40, 20, 20)
+    assert relations((0, 40, 20, 20), box) == {"left"}
+    assert relations((80, 40, 20, 20), box) == {"right"}
+    assert relations((40, 0, 20, 20), box) == {"above"}
+    assert relations((40, 80, 20, 20), box) == {"below"}
+    assert relations((0, 0, 20, 20), box) == {"left", "above"}
+    assert relations(box, box) == set()
+    # The dead zone is a tenth of 20 + 20: four pixels.
+    assert relations((44, 40, 20, 20), box) == set()
+    # Offset (40, 20), after the dead zone (36, 16): cosines .80 and .36 with the axes.
+    assert relations((80, 60, 20, 20), box) == {"right"}
+
+
+def test_single_object_needs_the_object():
+    apple = scene("single_object", ("apple", None))
+    assert is_correct(apple, [seen("cat"), seen("apple", "red")])
+    assert not is_correct(apple, [seen("cat")])
+    assert not is_correct(apple, [])
+
+
+def test_two_objects_needs_both():
+    both = scene("two_objects", ("apple", None), ("cat", None))
+    assert is_correct(both, [seen("cat"), seen("apple", "red")])
+    assert not is_correct(both, [seen("cat"), seen("cat")])
+
+
+def test_counting_is_exact():
+    three = scene("counting", *[("cat", None)] * 3)
+    assert is_correct(three, [seen("cat")] * 3)
+    assert is_correct(three, [seen("cat")] * 3 + [seen("dog")])
+    for wrong in (0, 1, 2, 4):
+        assert not is_correct(three, [seen("cat")] * wrong)
+
+
+def test_colours_belong_to_their_objects():
+    one = scene("colors", ("apple", "blue"))
+    assert is_correct(one, [seen("apple", "blue")])
+    assert not is_correct(one, [seen("apple", "red"), seen("car", "blue")])
+    two = scene("color_attribution", ("apple", "blue"), ("car", "green"))
+    assert is_correct(two, [seen("car", "green"), seen("apple", "blue")])
+    assert not is_correct(two, [seen("car", "blue"), seen("apple", "green")])
+
+
+def test_position_asks_the_best_detection_of_each():
+    left = scene("position", ("apple", None), ("cat", None), relation="left")
+    here, there = (0, 40, 30, 30), (80, 40, 30, 30)
+    assert is_correct(left, [seen("apple", box=here), seen("cat", box=there)])
+    assert not is_correct(left, [seen("apple", box=there), seen("cat", box=here)])
+    assert not is_correct(left, [seen("apple", box=here), seen("cat", box=here)])
+    assert not is_correct(left, [seen("apple", box=here)])
+
+
+def test_accuracies_average_categories_not_pictures():
+    prompts = [
+        Prompt("", scene(category, ("cat", None)), held_out=k == 1, number=k)
+        for category in SIX
+        for k in range(2)
+        if category in HELD_OUT_CATEGORIES or k == 0
+    ]
+    correct = [p.scene.category in ("colors", "counting") or p.held_out for p in prompts]
+    scores = accuracies(prompts, correct)
+    assert scores["counting"] == scores["colors"] == 1
+    assert scores["single_object"] == 0 and scores["position"] == 0.5
+    assert scores["overall"] == pytest.approx((0 + 0.5 + 1 + 1 + 0.5 + 0.5) / 6)
+    assert scores["held_out"] == 1
+    only_seen = [dataclasses.replace(p, held_out=False) for p in prompts]
+    assert accuracies(only_seen, correct)["held_out"] is None
+
+
+# --- ceilings ---------------------------------------------------------------------------------
+
+
+def test_rendered_prompts_score_near_one_and_shuffled_ones_near_zero(font):
+    prompts = fixed_prompts(8, 100)
+    pictures = [stickers.render(prompt.scene) for prompt in prompts]
+    right = accuracies(prompts, evaluate.judge(prompts, pictures, 100)[0])
+    assert right["overall"] >= 0.97 and right["held_out"] >= 0.97
+    shuffled = pictures[11:] + pictures[:11]
+    assert accuracies(prompts, evaluate.judge(prompts, shuffled, 100)[0])["overall"] <= 0.05
+
+
+# --- validation loss --------------------------------------------------------------------------
+
+
+class _Encoder:
+    """States that hold the prompt's length."""
+
+    def tokenize(self, prompts):
+        tokens = mx.array([[len(prompt)] for prompt in prompts], mx.int32)
+        return tokens, mx.ones(tokens.shape, mx.bool_)
+
+    def __call__(self, tokens, mask):
+        return tokens[..., None].astype(mx.float32)
+
+
+class _Velocity:
+    """v = a x_t + b t + c (prompt length) width."""
+
+    def encode_text(self, states):
+        ((text, mask),) = states
+        return text, mask
+
+    def __call__(self, x_t, t, text, mask, width):
+        last = 0.01 * text.reshape(-1, 1, 1, 1) * width
+        return 0.3 * x_t + 0.5 * t[:, None, None, None] + last
+
+
+def test_validation_losses_are_the_formula():
+    rng = np.random.default_rng(0)
+    x0, eps = rng.normal(size=(2, 5, 4, 4, 3)).astype(np.float32)
+    captions = ["a", "bc", "def", "ghij", "klmno"]
+    data = evaluate.ValidationSet(mx.array(x0), mx.array(eps), captions)
+    stub = SimpleNamespace(transformer=_Velocity(), text_encoders=[_Encoder()])
+    losses = evaluate.validation_losses(stub, data, 0.5, batch_size=2)
+    lengths = np.array([len(caption) for caption in captions]).reshape(-1, 1, 1, 1)
+    for k in range(8):
+        t = (k + 0.5) / 8
+        v = 0.3 * ((1 - t) * x0 + t * eps) + 0.5 * t + 0.01 * lengths * 0.5
+        assert losses[k] == pytest.approx(np.mean((v - (eps - x0)) ** 2), rel=1e-5)
+
+
+def test_validation_set_is_the_same_every_time(font, components):
+    first, again = (evaluate.validation_set(components, 6, 100) for _ in range(2))
+    assert mx.array_equal(first.latents, again.latents) and mx.array_equal(first.noise, again.noise)
+    shorter = evaluate.validation_set(components, 3, 100)
+    assert mx.array_equal(first.noise[:3], shorter.noise)
+    assert not mx.array_equal(first.noise[0], first.noise[1])
+    seed = evaluate.noise_seed(1, first.captions[1])
+    assert mx.array_equal(first.noise[1:2], get_noise(seed, *first.latents.shape[1:]))
+    # The digest is part of the metric: losses of different days compare only while it stays.
+    assert evaluate.noise_seed(0, "an apple") == PINNED_SEED
+
+
+PINNED_SEED = 2436758733
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+def test_pictures_do_not_depend_on_their_batch(components):
+    prompts, seeds = ["a red apple", "a cat", "a blue car"], [5, 6, 7]
+    together = sample(components, prompts, seeds, batch_size=3)
+    apart = sample(components, prompts, seeds, batch_size=2)
+    assert together.shape == (3, 32, 64, 3) and together.dtype == np.uint8
+    assert np.abs(together.astype(int) - apart).max() <= 1
+    assert np.abs(together[0].astype(int) - together[1]).max() > 20
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+def test_sampling_is_the_samplers_formula(components, guidance):
+    """Guidance 0 is the picture of the empty prompt, 1 that of the prompt alone."""
+    (picture,) = sample(components, ["a red apple"], [5], 0.5, 3, guidance, 2.0)
+    transformer = components.transformer
+    conditions = [encode_prompts(components, [prompt]) for prompt in ("", "a red apple")]
+
+    def velocity(x_t, sigma):
+        t = mx.array([sigma])
+        without, given = (transformer(x_t, t, text, mask, 0.5) for text, mask in conditions)
+        return (1 - guidance) * without + guidance * given
+
+    *_, last = denoise(velocity, get_noise(5, 4, 8, 4), get_schedule(3, 2.0))
+    expected = np.array(components.autoencoder.decode(last.x_t)[0])
+    expected = np.rint((np.clip(expected, -1, 1) + 1) * 127.5)
+    assert np.abs(picture - expected).max() <= 1
+
+
+def test_sampling_refuses_pictures_that_are_not_finite(components):
+    broken = dataclasses.replace(components, transformer=_Nan(components.transformer))
+    with pytest.raises(UserError, match="not finite"):
+        sample(broken, ["a cat"], [0])
+
+
+class _Nan:
+    def __init__(self, transformer):
+        self.encode_text = transformer.encode_text
+
+    def __call__(self, x_t, t, text, mask, width):
+        return mx.full(x_t.shape, float("nan"))
+
+
+def test_sampling_refuses_a_width_that_the_model_lacks(components):
+    with pytest.raises(UserError, match="holds the widths"):
+        sample(components, ["a cat"], [0], width=0.7)
+
+
+def test_quick_score_of_a_random_model_is_about_nothing(font, components):
+    scores = evaluate.quick_score(components, 100, 1, steps=1, width=0.375)
+    assert set(SIX) < set(scores) and scores["overall"] <= 0.2
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_table_has_a_line_per_row_and_gaps_where_a_ceiling_has_no_number():
+    scores = dict.fromkeys(SIX, 0.5) | {"overall": 0.5, "overall_error": 0.04, "held_out": 0.25}
+    rows = [
+        evaluate.Row("tiny", scores, [0.5, 0.7], 0.125, []),
+        evaluate.Row("rendered scenes", scores | {"held_out": None}, [], None, []),
+    ]
+    head, rule, tiny, ceiling = evaluate.table(rows).splitlines()
+    assert "| single object | two objects | counting |" in head
+    assert len({line.count("|") for line in (head, rule, tiny, ceiling)}) == 1
+    assert tiny.endswith("| 0.500 ± 0.040 | 0.25 | 0.6000 | 0.12 |")
+    assert ceiling.endswith("| 0.500 ± 0.040 |  |  |  |")
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evaluate", *map(str, arguments)])
+    evaluate.main()
+
+
+def test_command_writes_table_results_and_sheets(font, model_folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "scores"
+    arguments = ["--model", model_folder, "--output", output, "--num-nouns", 100]
+    arguments += ["--per-category", 1, "--validation-scenes", 2, "--widths", "tiny", "--steps", 1]
+    run(monkeypatch, *arguments)
+    assert (output / "table.md").read_text() == capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == [
+        "tiny",
+        "rendered scenes",
+        "reconstructed scenes",
+    ]
+    assert results["rows"][1]["scores"]["overall"] == 1
+    assert len(results["rows"][0]["validation_losses"]) == 8
+    assert results["settings"]["guidance"] == 3.0
+    for name in ("tiny", "rendered_scenes", "reconstructed_scenes"):
+        assert Image.open(output / f"{name}.png").width > 128
+    with pytest.raises(UserError, match="exists"):
+        run(monkeypatch, *arguments)
+
+
+def test_gallery(font, model_folder, tmp_path, monkeypatch):
+    arguments = ["--model", model_folder, "--output", tmp_path / "look", "--num-nouns", 100]
+    run(monkeypatch, *arguments, "--gallery", "--steps", 1, "--guidance", 1)
+    assert [p.name for p in (tmp_path / "look").iterdir()] == ["gallery.png"]
+    texts = evaluate.gallery_prompts(40, 100)
+    assert len(set(texts)) == 40 and texts[0] == "an apple"
+
+
+def test_mistakes_are_said(model_folder, tmp_path, monkeypatch):
+    for arguments, message in [
+        (["--per-category", 0], "at least 1"),
+        (["--seed", -1], "not be negative"),
+        (["--gallery"], "needs --output"),
+        ([], "say --num-nouns"),
+        (["--num-nouns", 100, "--widths", "tinny"], "did you mean 'tiny'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, "--model", model_folder, *arguments)
+
+
+def test_known_nouns_must_be_the_first_of_the_vocabulary(components):
+    names = [noun.name for noun in stickers.NOUNS[:30]]
+    good = dataclasses.replace(components, vocabulary={"nouns": names})
+    assert evaluate.known_nouns(good) == 30
+    with pytest.raises(UserError, match="other nouns"):
+        evaluate.known_nouns(dataclasses.replace(good, vocabulary={"nouns": names[::-1]}))

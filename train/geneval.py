@@ -1,0 +1,105 @@
+"""GenEval-style prompts, and GenEval's rules (arXiv 2310.11513) for what a picture must show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.captions import Scene, plain_caption
+from train.detector import Box, Detection
+from train.scenes import HELD_OUT_CATEGORIES, sample_scene
+
+SIX = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+"""GenEval's categories."""
+
+PROMPTS = 2  # first word of a prompt's random seed, beside those of scenes.py
+DEAD_ZONE = 0.1  # of the sum of two boxes' sizes; offsets this small are no relation
+MIN_COSINE = 0.5  # between an offset and the direction that a relation names
+SEEDS_PER_CATEGORY = 10_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what its picture is to show.
+
+    Attributes:
+        text: what the model is given.
+        scene: its category and what must be found.
+        held_out: whether training never shows this combination.
+        number: place among all prompts, the same however many are used of each category.
+    """
+
+    text: str
+    scene: Scene
+    held_out: bool
+    number: int
+
+
+def fixed_prompts(per_category: int, num_nouns: int | None = None) -> list[Prompt]:
+    """The first prompts of each of the `SIX` categories.
+
+    Every other one is in plain wording, the rest in free wording. In the categories that combine
+    things, a quarter are combinations held out of training.
+    """
+    prompts = []
+    for c, category in enumerate(SIX):
+        for k in range(per_category):
+            held_out = category in HELD_OUT_CATEGORIES and k // 2 % 4 == 3
+            rng = np.random.default_rng((PROMPTS, c, k))
+            scene = sample_scene(rng, num_nouns, held_out, category)
+            text = scene.caption if k % 2 else plain_caption(scene)
+            prompts.append(Prompt(text, scene, held_out, c * SEEDS_PER_CATEGORY + k))
+    return prompts
+
+
+def relations(a: Box, b: Box) -> set[str]:
+    """How box `a` lies to box `b`: keys of captions.RELATIONS, by GenEval's rule."""
+    centres = np.array([[x + w / 2, y + h / 2] for x, y, w, h in (a, b)])
+    offset = centres[0] - centres[1]
+    zone = DEAD_ZONE * (np.array(a[2:]) + np.array(b[2:]))
+    dx, dy = np.sign(offset) * np.maximum(np.abs(offset) - zone, 0) / max(np.hypot(*offset), 1e-6)
+    cosines = {"left": -dx, "right": dx, "above": -dy, "below": dy}
+    return {name for name, cosine in cosines.items() if cosine > MIN_COSINE}
+
+
+def is_correct(scene: Scene, detections: Sequence[Detection]) -> bool:
+    """Whether a picture in which these things were found, best first, shows `scene`."""
+    matches = [
+        [d for d in detections if d.noun == placed.noun.name and placed.colour in (None, d.colour)]
+        for placed in scene.placed
+    ]
+    if scene.category == "counting":
+        return len(matches[0]) == len(scene.placed)
+    if not all(matches):
+        return False
+    if scene.relation is None:
+        return True
+    return scene.relation in relations(matches[0][0].box, matches[1][0].box)
+
+
+def accuracies(prompts: Sequence[Prompt], correct: Sequence[bool]) -> dict[str, float | None]:
+    """Per category of `SIX`, `overall` (their mean) and `held_out` (mean over its categories).
+
+    `overall_error` is the standard error of `overall`, with as many prompts in each category;
+    `held_out` is None without held-out prompts.
+    """
+
+    def share(category: str, held_out: bool) -> float:
+        return np.mean(
+            [
+                ok
+                for p, ok in zip(prompts, correct, strict=True)
+                if p.scene.category == category and (p.held_out or not held_out)
+            ]
+        )
+
+    shares = np.array([share(category, held_out=False) for category in SIX])
+    variance = (shares * (1 - shares)).mean() / len(prompts)
+    held_out = None
+    if any(prompt.held_out for prompt in prompts):
+        held_out = float(np.mean([share(category, True) for category in HELD_OUT_CATEGORIES]))
+    return dict(zip(SIX, shares.tolist(), strict=True)) | {
+        "overall": float(shares.mean()),
+        "overall_error": float(np.sqrt(variance)),
+        "held_out": held_out,
+    }

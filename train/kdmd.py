@@ -1,0 +1,276 @@
+"""K-DMD: distil an elastic model to four steps: `python -m train.kdmd --model FOLDER ...`.
+
+SnapGen++ section 3.3, eqs. 9-10. Every iteration the student draws from noise (backward
+simulation) and a critic of its width learns to denoise what it drew. Every fifth, the student
+moves along the distribution-matching gradient (teacher with guidance against critic) and towards
+the few-step teacher's output and features, both at the student's own x_t. Student, critics and
+few-step teacher are LoRAs over one set of base weights, which is also the teacher.
+
+Without `--few-step-lora` this is DMD alone. Run so at `--widths full`, it makes the few-step
+teacher itself. No pictures are needed: captions are enough.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.lora import LoRALinear, add_lora, load_lora, save_lora
+from mlx_snapgen.sampler import get_schedule
+from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.weights import load_pretrained
+from train.engine import Batch, Trainer, TrainingConfig, load_ema
+from train.losses import (
+    add_noise,
+    dmd_loss,
+    expand,
+    features_loss,
+    per_sample,
+    sample_tau,
+)
+from train.scenes import training_scene
+from train.teacher import CheckpointTeacher, Condition, Teacher, acting
+
+TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
+STUDENT, FEW_STEP = "student", "few_step"
+
+
+def critic_name(width: float) -> str:
+    """Name of the critic's adapter of one width."""
+    return f"critic_{round(1000 * width)}"
+
+
+class Distilled(nn.Module):
+    """What K-DMD trains: adapters over a frozen network, and a feature projector per width."""
+
+    def __init__(
+        self,
+        network: EfficientDiT,
+        widths: Sequence[float],
+        feature_dims: int,
+        rank: int = 64,
+        alpha: float = 128.0,
+        targets: Sequence[str] = TARGETS,
+    ):
+        super().__init__()
+        self.network, self.widths = network, tuple(widths)
+        trained = [STUDENT, *map(critic_name, widths)]
+        for name in trained:
+            add_lora(network, rank, alpha, targets, name)
+        network.freeze()
+        for layer in network.modules():
+            if isinstance(layer, LoRALinear):
+                for name in trained:
+                    layer.adapters[name].unfreeze()
+        d = network.config.hidden_size
+        self.projectors = [nn.Linear(round(d * w), feature_dims) for w in widths]
+
+    def project(self, features: mx.array, width: float) -> mx.array:
+        """Student features (B, N, width * d) -> the teacher's size."""
+        return self.projectors[self.widths.index(width)](features)
+
+
+def only(gradients: dict, *parts: str) -> list[tuple[str, mx.array]]:
+    """The flat gradients whose path has one of `parts` as a component."""
+    return [(k, g) for k, g in tree_flatten(gradients) if set(parts) & set(k.split("."))]
+
+
+def make_gradients(
+    teacher: Teacher, guidance_scale: float, few_step: bool
+) -> Callable[..., tuple[dict, dict[str, mx.array]]]:
+    """The gradient function for `Trainer`: (model, batch, key, width, student_turn).
+
+    `batch` holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), and
+    the encoded prompts. The critic's gradients come every time, the student's and the projector's
+    on its turn; the optimizer leaves alone what has none.
+    """
+
+    def gradients(model: Distilled, batch: Batch, key: mx.array, width: float, student_turn: bool):
+        network, x_t, sigma = model.network, batch["x_t"], batch["sigma"]
+        condition = Condition(*(batch[name] for name in Condition._fields))
+        text, mask, critic = condition.text, condition.mask, critic_name(width)
+        keys = mx.random.split(key, 4)
+        params = model.trainable_parameters()
+
+        def student() -> tuple[mx.array, mx.array, mx.array]:
+            with acting(network, STUDENT):
+                v, features = network(x_t, sigma, text, mask, width, return_features=True)
+            return x_t - expand(sigma, x_t) * v, v, features
+
+        def critic_velocity(x: mx.array, t: mx.array) -> mx.array:
+            with acting(network, critic):
+                return network(x, t, text, mask, width)
+
+        def critic_loss(params, x0):
+            model.update(params)
+            tau = sample_tau(keys[0], len(x0))
+            eps = mx.random.normal(x0.shape, key=keys[1])
+            v = critic_velocity(add_noise(x0, eps, tau), tau)
+            return per_sample(eps - x0 - v).mean()
+
+        def student_loss(params):
+            model.update(params)
+            x0, v, features = student()
+            tau = sample_tau(keys[2], len(x0))
+            fixed = mx.stop_gradient(x0)
+            x_tau = add_noise(fixed, mx.random.normal(x0.shape, key=keys[3]), tau)
+            v_critic = mx.stop_gradient(critic_velocity(x_tau, tau))
+            v_teacher = mx.stop_gradient(teacher.velocity(x_tau, tau, condition, guidance_scale))
+            losses = {"dmd": dmd_loss(x0, x_tau, tau, v_critic, v_teacher)}
+            if few_step:
+                target, seen = map(
+                    mx.stop_gradient, teacher.velocity_and_features(x_t, sigma, condition, True)
+                )
+                losses["output"] = per_sample(v - target).mean()
+                projected = model.project(features, width)
+                losses["features"] = features_loss(projected, seen).mean()
+            return sum(losses.values()), (fixed, losses)
+
+        if student_turn:
+            (_, (x0, losses)), grads = mx.value_and_grad(student_loss)(params)
+            kept = only(grads, STUDENT, *(["projectors"] if few_step else []))
+        else:
+            x0, losses, kept = mx.stop_gradient(student()[0]), {}, []
+        value, grads = mx.value_and_grad(critic_loss)(params, x0)
+        model.update(params)
+        metrics = {f"{name}_{width:g}": loss for name, loss in losses.items()}
+        kept += only(grads, critic)
+        return tree_unflatten(kept), metrics | {f"critic_{width:g}": value}
+
+    return gradients
+
+
+class Simulation:
+    """Backward simulation: batches of x_t that the student itself would meet.
+
+    A batch picks a step of the schedule, runs the student up to it without gradient (predict x0,
+    noise it afresh to the next level), and stops there.
+    """
+
+    def __init__(
+        self,
+        model: Distilled,
+        teacher: Teacher,
+        shape: tuple[int, int, int],
+        batch_size: int,
+        prompts: Callable[[int], str],
+        width_of: Callable[[int], float],
+        num_steps: int = 4,
+        time_shift: float = 3.0,
+        seed: int = 0,
+    ):
+        self.model, self.teacher, self.shape = model, teacher, shape
+        self.batch_size, self.prompts, self.width_of = batch_size, prompts, width_of
+        self.levels = get_schedule(num_steps, time_shift)
+        self.seed = seed
+
+        def predict(x_t, sigma, text, mask, width):
+            with acting(model.network, STUDENT):
+                v = model.network(x_t, sigma, text, mask, width)
+            return x_t - expand(sigma, x_t) * v
+
+        self._predict = mx.compile(predict, inputs=model.state)
+
+    def __call__(self, number: int) -> Batch:
+        """Batch `number`, from the student as it is now."""
+        start, count = number * self.batch_size, self.batch_size
+        rng = np.random.default_rng((self.seed, number, 4))
+        stop, width = int(rng.integers(len(self.levels) - 1)), self.width_of(number)
+        prompts = [self.prompts(start + k) for k in range(count)]
+        condition = self.teacher.encode(prompts)
+        keys = mx.random.split(mx.random.key(int(rng.integers(2**32))), stop + 1)
+        x_t = mx.random.normal((count, *self.shape), key=keys[0])
+        for i in range(stop):
+            sigma, following = (mx.full((count,), s) for s in self.levels[i : i + 2])
+            x0 = self._predict(x_t, sigma, condition.text, condition.mask, width)
+            x_t = add_noise(x0, mx.random.normal(x0.shape, key=keys[i + 1]), following)
+        sigma = mx.full((count,), self.levels[stop])
+        return {"x_t": x_t, "sigma": sigma, **condition._asdict()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.kdmd",
+        description="Distil a model to four steps. Run again with the same folder to resume.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--output", type=Path, required=True, help="the student's LoRA to write")
+    parser.add_argument(
+        "--few-step-lora", type=Path, help="few-step teacher; without it, DMD alone"
+    )
+    parser.add_argument(
+        "--widths", nargs="+", choices=list(WIDTH_NAMES), default=list(WIDTH_NAMES), metavar="W"
+    )
+    parser.add_argument("--steps", type=int, default=2000, help="critic iterations")
+    parser.add_argument("--student-every", type=int, default=5, help="iterations per student step")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--guidance", type=float, default=4.0, help="of the teacher")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--alpha", type=float, default=128.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--num-nouns", type=int, help="caption the first N nouns only")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already: choose another name or delete it")
+
+    mx.random.seed(args.seed)
+    components = load_pretrained(args.model)
+    network, config = components.transformer, components.config
+    if args.few_step_lora:
+        load_lora(args.few_step_lora, network, 0.0, FEW_STEP)
+    few_step = FEW_STEP if args.few_step_lora else None
+    teacher = CheckpointTeacher(network, components.text_encoders, few_step)
+    widths = [WIDTH_NAMES[name] for name in args.widths]
+    for width in widths:
+        config.transformer.width_index(width)
+    model = Distilled(network, widths, teacher.feature_dims, args.rank, args.alpha)
+
+    def width_of(step: int) -> float:
+        # Held while the critic takes its iterations, so that each width's critic keeps up.
+        turn = step // args.student_every
+        return float(np.random.default_rng((args.seed, turn, 5)).choice(widths))
+
+    h, w = (side // components.autoencoder.config.downsampling for side in config.image_size)
+    batches = Simulation(
+        model,
+        teacher,
+        (h, w, config.transformer.latent_channels),
+        args.batch_size,
+        lambda k: training_scene(args.seed, k, args.num_nouns).caption,
+        width_of,
+        seed=args.seed,
+    )
+    training = TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_steps=50,
+        betas=(0.0, 0.99),
+        weight_decay=0.0,
+        ema_decay=0.99,
+        seed=args.seed,
+    )
+    finished = Trainer(
+        model,
+        make_gradients(teacher, args.guidance, bool(few_step)),
+        batches,
+        training,
+        args.run_dir,
+        static=lambda step: (width_of(step), (step + 1) % args.student_every == 0),
+    ).run()
+    if finished:
+        model.update(tree_unflatten(list(load_ema(args.run_dir).items())))
+        save_lora(args.output, network, STUDENT, config.name)
+        print(args.output)
+
+
+if __name__ == "__main__":
+    run_command(main)

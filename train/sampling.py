@@ -1,0 +1,105 @@
+"""Pictures of many prompts at once, for evaluation and for looks during training."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
+from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.weights import Components
+
+
+def encode_prompts(components: Components, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+    """Prompts -> text (B, L, text_width) and mask (B, L), all text encoders joined."""
+    states = []
+    for encoder in components.text_encoders:
+        tokens, mask = encoder.tokenize(prompts)
+        states.append(TextStates(encoder(tokens, mask), mask))
+    return components.transformer.encode_text(states)
+
+
+def to_pictures(decoded: mx.array) -> np.ndarray:
+    """Decoded pictures (B, H, W, 3), about [-1, 1] -> uint8; a UserError if not finite."""
+    if not mx.isfinite(decoded).all().item():
+        raise UserError(
+            "the model's pictures are not finite: its training has diverged, or it is damaged"
+        )
+    return np.array(mx.round((mx.clip(decoded, -1, 1) + 1) * 127.5).astype(mx.uint8))
+
+
+def sample(
+    components: Components,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    width: float = 1.0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    time_shift: float | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Draw one picture for each prompt, at the model's own size.
+
+    Args:
+        components: the model.
+        prompts, seeds: one of each per picture; a picture's noise is its seed's alone.
+        width: share of the hidden dimensions, one that the transformer holds.
+        steps, guidance, time_shift: None takes the model's own; guidance 1 is none at all.
+        batch_size: pictures at a time.
+        progress: called with the number of pictures that were just finished.
+
+    Returns:
+        uint8 (B, H, W, 3), RGB.
+
+    Raises:
+        UserError: the model does not hold `width`, or its pictures are not finite.
+    """
+    config = components.config
+    config.transformer.width_index(width)
+    own = config.sampler
+    steps = own.num_inference_steps if steps is None else steps
+    guidance = own.guidance_scale if guidance is None else guidance
+    schedule = get_schedule(steps, own.time_shift if time_shift is None else time_shift)
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        some = list(prompts[start : start + batch_size])
+        latents = _latents(components, some, seeds[start:], width, guidance, schedule)
+        pictures.append(to_pictures(components.autoencoder.decode(latents)))
+        if progress is not None:
+            progress(len(some))
+    return np.concatenate(pictures)
+
+
+def _latents(
+    components: Components,
+    prompts: list[str],
+    seeds: Sequence[int],
+    width: float,
+    guidance: float,
+    schedule: list[float],
+) -> mx.array:
+    """Clean latents (B, h, w, C) of one batch."""
+    config, transformer = components.config, components.transformer
+    guided = guidance != 1
+    text, mask = encode_prompts(components, ([""] * len(prompts) if guided else []) + prompts)
+    mx.eval(text, mask)
+    h, w = (side // config.autoencoder.downsampling for side in config.image_size)
+    channels = config.autoencoder.latent_channels
+    noise = mx.concatenate(
+        [get_noise(s, h, w, channels) for s, _ in zip(seeds, prompts, strict=False)]
+    )
+
+    def velocity(x_t: mx.array, sigma: float) -> mx.array:
+        x_t = x_t.astype(text.dtype)
+        batch = mx.concatenate([x_t, x_t]) if guided else x_t
+        t = mx.full((len(batch),), sigma)
+        v = transformer(batch, t, text, mask, width).astype(mx.float32)
+        if not guided:
+            return v
+        v_uncond, v_cond = mx.split(v, 2)
+        return guide(v_cond, v_uncond, guidance)
+
+    *_, last = denoise(velocity, noise, schedule)
+    return last.x_t

@@ -1,0 +1,110 @@
+"""What distillation asks of a teacher, and the first one: any checkpoint of this project.
+
+A teacher is a flow model with guidance, last-layer features, and a few-step mode that a LoRA
+switches on inside the same weights. Trainers know this interface and nothing of what is behind it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from mlx_snapgen.lora import get_lora_weights, lora_weights
+from mlx_snapgen.sampler import guide
+from mlx_snapgen.transformer import EfficientDiT, TextStates
+
+
+class Condition(NamedTuple):
+    """Encoded prompts: text (B, L, D), mask (B, L), and both of the empty prompt (1, ...)."""
+
+    text: mx.array
+    mask: mx.array
+    empty_text: mx.array
+    empty_mask: mx.array
+
+
+class Teacher(Protocol):
+    """A frozen flow model. x_t is (B, H, W, C), t is (B,), velocities are shaped like x_t."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts as this teacher wants them."""
+
+    def velocity(
+        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+    ) -> mx.array:
+        """The many-step model's velocity (xi); a scale of 1 is no guidance."""
+
+    def velocity_and_features(
+        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """Velocity without guidance and last-layer features (B, N, D).
+
+        With `few_step` the few-step LoRA is on (xi').
+        """
+
+    @property
+    def feature_dims(self) -> int:
+        """D of the features."""
+
+
+@contextlib.contextmanager
+def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
+    """Only the adapters `names` are on: one network plays teacher, student or critic in turn."""
+    weights = {name: float(name in names) for name in get_lora_weights(network)}
+    with lora_weights(network, weights):
+        yield
+
+
+class CheckpointTeacher:
+    """The full width of one of our own networks, its adapters off but for the few-step one.
+
+    Args:
+        network: may be the very network whose adapters are being trained: adapters that are off
+            leave no trace, so teacher, student and critic share one set of base weights.
+        text_encoders: the model's.
+        few_step: name of the few-step adapter in `network`, or None when there is none.
+    """
+
+    def __init__(
+        self, network: EfficientDiT, text_encoders: Sequence[Any], few_step: str | None = None
+    ):
+        self.network, self.text_encoders, self.few_step = network, text_encoders, few_step
+
+    @property
+    def feature_dims(self) -> int:
+        """See `Teacher.feature_dims`."""
+        return self.network.config.hidden_size
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Teacher.encode`."""
+        return Condition(*self._encode(prompts), *self._encode([""]))
+
+    def _encode(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        states = []
+        for encoder in self.text_encoders:
+            tokens, mask = encoder.tokenize(prompts)
+            states.append(TextStates(encoder(tokens, mask), mask))
+        with acting(self.network):
+            return self.network.encode_text(states)
+
+    def velocity(
+        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+    ) -> mx.array:
+        """See `Teacher.velocity`."""
+        with acting(self.network):
+            if guidance_scale == 1:
+                return self.network(x_t, t, condition.text, condition.mask)
+            count = len(x_t)
+            text = mx.concatenate([mx.repeat(condition.empty_text, count, 0), condition.text])
+            mask = mx.concatenate([mx.repeat(condition.empty_mask, count, 0), condition.mask])
+            v = self.network(mx.concatenate([x_t, x_t]), mx.concatenate([t, t]), text, mask)
+        v_uncond, v_cond = mx.split(v, 2)
+        return guide(v_cond, v_uncond, guidance_scale)
+
+    def velocity_and_features(
+        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """See `Teacher.velocity_and_features`."""
+        with acting(self.network, *([self.few_step] if few_step else [])):
+            return self.network(x_t, t, condition.text, condition.mask, return_features=True)
