@@ -38,6 +38,7 @@ examples:
   python -m mlx_snapgen.generate "three cats" --num-images 4 --seed 7 --output cats/
   python -m mlx_snapgen.generate "a purple car" --model-width tiny --steps 12 --guidance 3
   python -m mlx_snapgen.generate "two owls" --negative-prompt "a yellow background"
+  python -m mlx_snapgen.generate "a purple car" --lora crayons.safetensors 0.8
   python -m mlx_snapgen.generate --config-from-image a-purple-car.png --steps 40
   python -m mlx_snapgen.generate --prompts-file prompts.txt --output pictures/ --json
 
@@ -58,6 +59,7 @@ RECORDED: dict[str, tuple[type, ...]] = {
     "revision": (str, type(None)),
     "model_width": (str,),
     "quantize": (int, type(None)),
+    "loras": (list,),
 }
 """Options that `--config-from-image` takes over, and what they are in a picture's metadata."""
 
@@ -76,6 +78,20 @@ class _Parser(argparse.ArgumentParser):
             else:
                 message = f"unexpected '{first}': put the whole prompt in quotes"
         raise UserError(f"{message}; see --help")
+
+
+class _LoRAs(argparse.Action):
+    """`--lora PATH [SCALE]`, any number of times -> [(path, scale), ...]."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        path, *scales = values
+        try:
+            if len(scales) > 1:
+                raise argparse.ArgumentTypeError(f"'{scales[1]}' follows a file and its scale")
+            pair = path, _finite(scales[0]) if scales else 1.0
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, f"{error} (prompts go before it)") from None
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), pair])
 
 
 def _pixels(text: str) -> int:
@@ -165,6 +181,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(0, 4, 8),
         help="bits per weight in memory; 0 is off (default). Saves memory on a GPU; the CPU only "
         "shows what it does to pictures",
+    )
+    add(
+        "--lora",
+        dest="loras",
+        action=_LoRAs,
+        nargs="+",
+        metavar=("PATH", "SCALE"),
+        help="a .safetensors LoRA file and how strongly to apply it (default: 1); may be repeated",
     )
     add("--vocabulary", action="store_true", help="print the words the model knows and exit")
     files = parser.add_argument_group("files")
@@ -260,7 +284,12 @@ def _fill_from_image(args: argparse.Namespace) -> dict[str, Any]:
     """Take over what `--config-from-image` knows and the options leave open; returns all of it."""
     if args.config_from_image is None:
         return {}
-    origin = read_metadata(args.config_from_image)
+    # Pictures from before LoRAs say nothing of them.
+    origin = {"loras": []} | read_metadata(args.config_from_image)
+    try:
+        origin["loras"] = [(str(x["path"]), float(x["weight"])) for x in origin["loras"]]
+    except (TypeError, ValueError, LookupError):
+        origin["loras"] = None
     explicit_model = args.model is not None
     for key, kinds in RECORDED.items():
         if key not in origin or not isinstance(origin[key], kinds):
@@ -286,7 +315,7 @@ def _load(args: argparse.Namespace, folder: Path, origin: dict[str, Any]) -> Sna
         known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
         dtype = known.get(origin.get("dtype"))
     pipeline = SnapGenPipeline.from_pretrained(
-        args.model, args.revision, model_width, args.quantize or None, dtype
+        args.model, args.revision, model_width, args.quantize or None, dtype, args.loras or ()
     )
     _compare(origin, pipeline.describe())
     return pipeline

@@ -194,7 +194,9 @@ def set_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> None:
 def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
     """`set_lora_weights` for the length of a block; base weights are neither copied nor changed.
 
-    The few-step teacher is the teacher inside `with lora_weights(teacher, {"few_step": 1.0}):`.
+    The few-step teacher is the teacher inside `with lora_weights(teacher, {"few_step": 1.0}):`. To
+    take gradients through a network with checkpointed blocks, put the whole `mx.grad` call inside:
+    its backward pass computes them again, with the weights of that moment.
     """
     before = get_lora_weights(module)
     set_lora_weights(module, weights)

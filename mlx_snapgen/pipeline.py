@@ -1,11 +1,12 @@
 """Text to picture: `SnapGenPipeline`."""
 
+import dataclasses
 import math
 import operator
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from PIL import Image
 
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.lora import fuse_lora, load_lora, read_lora, remove_lora
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
 from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.transformer import TextStates
@@ -72,6 +75,7 @@ class SnapGenPipeline:
         model_width: name of that width.
         quantize: bits that the transformer was quantized to in memory, or None.
         source, revision: where the model came from, for the pictures' metadata.
+        loras: (file, weight) of each LoRA fused into the transformer, for the same.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class SnapGenPipeline:
         quantize: int | None = None,
         source: str | None = None,
         revision: str | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
     ):
         self.config = components.config
         self.components = components
@@ -90,6 +95,7 @@ class SnapGenPipeline:
         self.vocabulary = components.vocabulary
         self.model_width, self.quantize = model_width, quantize
         self.source, self.revision = source, revision
+        self.loras = [(str(path), float(weight)) for path, weight in loras]
         # The norm is the one weight that quantization leaves alone.
         self.dtype = self.transformer.text[0].norm.weight.dtype
         names = known_names(self.vocabulary)
@@ -103,6 +109,7 @@ class SnapGenPipeline:
         model_width: str = "full",
         quantize: int | None = None,
         dtype: mx.Dtype | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
     ) -> "SnapGenPipeline":
         """Load a model; only the sub-network of `model_width` stays in memory.
 
@@ -114,17 +121,23 @@ class SnapGenPipeline:
             quantize: bits, 2 to 8, to quantize the transformer to in memory (see
                 `weights.quantize_transformer`); None leaves it.
             dtype: see `weights.load_pretrained`.
+            loras: (file, weight) of LoRAs, fused into the weights before width and quantization
+                (see `lora.load_lora`).
         """
         width = parse_width(model_width)
         folder = find_model(path_or_repo, revision)
         check_width(load_config(folder), model_width)
         if path_or_repo is not None and not Path(path_or_repo).expanduser().is_dir():
             revision = folder.name  # the commit that a branch or tag stands for now
-        components = load_pretrained(folder, None, dtype, width)
+        for path, _ in loras:
+            read_lora(path)  # a missing file is found before the model is loaded
+        components = load_pretrained(folder, None, dtype, None if loras else width)
+        if loras:
+            components = _with_loras(components, loras, width)
         if quantize is not None:
             quantize_transformer(components.transformer, quantize)
         source = None if path_or_repo is None else str(path_or_repo)
-        return cls(components, model_width, quantize, source, revision)
+        return cls(components, model_width, quantize, source, revision, loras)
 
     def save_pretrained(self, folder: str | Path, quantize: Quantization | None = None) -> None:
         """Write the model, at its one width, as a folder (see `weights.save_pretrained`)."""
@@ -237,6 +250,7 @@ class SnapGenPipeline:
             "model_name": self.config.name,
             "model_width": self.model_width,
             "quantize": self.quantize,
+            "loras": [{"path": path, "weight": weight} for path, weight in self.loras],
             "dtype": str(self.dtype).removeprefix("mlx.core."),
             "time_shift": self.config.sampler.time_shift,
         }
@@ -317,6 +331,23 @@ class SnapGenPipeline:
         if self._names and not self._names.search(normalise(prompt)):
             nouns = ", ".join(self.vocabulary["nouns"][:5])
             warn(f"the prompt names nothing that this model can draw (such as {nouns})")
+
+
+def _with_loras(
+    components: Components, loras: Sequence[tuple[str | Path, float]], width: float
+) -> Components:
+    """`components` with LoRAs fused into the transformer, of which one width is kept."""
+    transformer = components.transformer
+    for i, (path, weight) in enumerate(loras):
+        load_lora(path, transformer, weight, f"lora_{i}", components.config.name)
+    fuse_lora(transformer)
+    remove_lora(transformer)
+    if len(transformer.config.widths) > 1:
+        transformer = extract(transformer, width)
+        # A slice would otherwise keep the whole tensor it was cut from.
+        mx.eval(transformer.apply(mx.contiguous).parameters())
+    config = dataclasses.replace(components.config, transformer=transformer.config)
+    return dataclasses.replace(components, config=config, transformer=transformer)
 
 
 def random_seed() -> int:
