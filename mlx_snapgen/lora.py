@@ -4,22 +4,15 @@ A layer with adapters computes y = base(x) + sum_i weight_i * alpha_i / rank_i *
 with A (rank, in) and B (out, rank). At width m the columns of A and the rows of B are cut by the
 base layer's own rule, so B A is cut exactly as the base weight is: one adapter serves all widths,
 and fusing it at full width fuses it at each.
-
-Files are safetensors with the keys of diffusers and PEFT: `transformer.<layer>.lora_A.weight`,
-`transformer.<layer>.lora_B.weight` and a scalar `transformer.<layer>.alpha`.
+`mlx_snapgen/lora_files.py` reads and writes them.
 """
 
 import contextlib
 import difflib
-import json
 import math
-import os
 import re
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -28,12 +21,6 @@ from mlx.utils import tree_unflatten
 
 from mlx_snapgen.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
 from mlx_snapgen.errors import UserError, nearest
-
-PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
-"""What files put before a layer's path; `save_lora` writes the first."""
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
-"""kohya's, before a path whose dots have become underscores."""
-PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
 
 
 class Adapter(nn.Module):
@@ -142,7 +129,7 @@ def add_lora(
         raise UserError(f"a LoRA needs a rank from 1 and a finite alpha, got {rank} and {alpha}")
     if not targets:
         raise UserError("a LoRA needs at least one target")
-    layers = _linear_layers(module)
+    layers = linear_layers(module)
     chosen: set[str] = set()
     for target in targets:
         matched = {p for p in layers if fnmatchcase(p, target) or fnmatchcase(p, f"*.{target}")}
@@ -151,12 +138,12 @@ def add_lora(
         chosen |= matched
     adapters = {}
     for path in sorted(chosen):
-        out_dims, in_dims = _dims(layers[path])
+        out_dims, in_dims = layer_dims(layers[path])
         bound = in_dims**-0.5
         a = mx.random.uniform(-bound, bound, (rank, in_dims))
         adapters[path] = Adapter(a, mx.zeros((out_dims, rank)), alpha)
-    _attach(module, adapters, name)
-    _train_only(module, adapters)
+    attach(module, adapters, name)
+    train_only(module, adapters)
     return list(adapters)
 
 
@@ -165,7 +152,7 @@ def add_lora(
 
 def get_lora_weights(module: nn.Module) -> dict[str, float]:
     """Name -> weight of all adapters in `module`."""
-    layers = _adapted(module).values()
+    layers = adapted_layers(module).values()
     return {name: a.weight for layer in layers for name, a in layer.adapters.items()}
 
 
@@ -185,7 +172,7 @@ def set_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> None:
             raise UserError(f"no LoRA '{name}'{nearest(name, known)}: there is {have}")
         if not math.isfinite(weight):
             raise UserError(f"the weight of a LoRA must be a finite number, got {weight}")
-    for layer in _adapted(module).values():
+    for layer in adapted_layers(module).values():
         for name, adapter in layer.adapters.items():
             adapter.weight = float(weights.get(name, adapter.weight))
 
@@ -208,7 +195,7 @@ def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[No
 
 def remove_lora(module: nn.Module, names: Sequence[str] | None = None) -> None:
     """Take adapters off (all by default); a layer without any is its base again."""
-    for path, layer in _adapted(module).items():
+    for path, layer in adapted_layers(module).items():
         for name in list(layer.adapters) if names is None else names:
             layer.adapters.pop(name, None)
         if not layer.adapters:
@@ -228,7 +215,7 @@ def fuse_lora(module: nn.Module) -> list[str]:
     Raises:
         UserError: an active adapter beside a quantized layer; nothing is changed then.
     """
-    active = {path: layer for path, layer in _adapted(module).items() if layer.active()}
+    active = {path: layer for path, layer in adapted_layers(module).items() if layer.active()}
     for path, layer in active.items():
         if isinstance(layer.linear, nn.QuantizedLinear):
             raise UserError(f"{path} is quantized: fuse the LoRA first, then quantize")
@@ -246,200 +233,14 @@ def fuse_lora(module: nn.Module) -> list[str]:
     return fused
 
 
-# --- files --------------------------------------------------------------------------------------
-
-
-def save_lora(
-    path: str | Path, module: nn.Module, name: str = "default", base_model: str | None = None
-) -> None:
-    """Write one adapter to a new .safetensors file, whole or not at all.
-
-    The header tells rank, alpha, name and format, and `base_model`, the name of the model that the
-    adapter belongs to. The adapter's weight is not written: it is the user's choice.
-
-    Raises:
-        UserError: no such adapter, a file that exists, or one that cannot be written.
-    """
-    path = Path(path).expanduser()
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: give a name ending in .safetensors")
-    found = {p: m.adapters[name] for p, m in _adapted(module).items() if name in m.adapters}
-    if not found:
-        raise UserError(f"no LoRA '{name}' to save{nearest(name, get_lora_weights(module))}")
-    tensors = {}
-    for layer, adapter in found.items():
-        key = PREFIXES[0] + layer.removeprefix(PREFIXES[0])
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.a, adapter.b
-        tensors[f"{key}.alpha"] = mx.array(adapter.alpha, mx.float32)
-    header = {
-        "format": "mlx",
-        "name": name,
-        "rank": ",".join(str(n) for n in sorted({a.rank for a in found.values()})),
-        "alpha": ",".join(f"{n:g}" for n in sorted({a.alpha for a in found.values()})),
-    }
-    if base_model is not None:
-        header["base_model"] = base_model
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            mx.save_safetensors(str(partial), tensors, header)
-            # Claim the name, which fails when it is taken, then replace the claim.
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                raise UserError(f"{path} exists already: choose another name") from None
-            os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-
-
-def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Tensors (lazy) and header of a LoRA file; `UserError` when it is none.
-
-    Only safetensors are read: the pickled .pt, .bin and .ckpt can run code when opened.
-    """
-    path = Path(path).expanduser()
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
-    if not path.is_file():
-        raise UserError(f"no LoRA file {path}")
-    try:
-        tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    return tensors, header
-
-
-def load_lora(
-    path: str | Path,
-    module: nn.Module,
-    weight: float = 1.0,
-    name: str | None = None,
-    base_model: str | None = None,
-    trainable: bool = False,
-) -> list[str]:
-    """Put the adapter of a file beside the layers of `module`.
-
-    Read are the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
-    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha comes from the
-    layer's `.alpha`, else from PEFT's `lora_alpha` in the header, else it is the rank.
-
-    Args:
-        path: a .safetensors file.
-        module: the network, at full width when it is elastic; changed in place.
-        weight: the adapter's; 0 loads it switched off.
-        name: the adapter's; None takes the file's.
-        base_model: name of the network's model; a file that is for another one is warned about.
-        trainable: freeze all else and train this adapter on, in float32. False freezes it, in the
-            base's floating type.
-
-    Returns:
-        Paths of the layers that have it.
-
-    Raises:
-        UserError: no LoRA, or one with keys or shapes that the network has no place for. Nothing
-            is changed then.
-    """
-    path = Path(path).expanduser()
-    tensors, header = read_lora(path)
-    if not math.isfinite(weight):
-        raise UserError(f"the weight of a LoRA must be a finite number, got {weight}")
-    if name is None:
-        name = re.sub(r"^[^a-zA-Z]+", "", re.sub(r"[^\w-]", "_", path.stem, flags=re.A)) or "lora"
-    layers = _linear_layers(module)
-    default_alpha = _alpha_of_header(path, header)
-    adapters = {}
-    for layer, parts in _by_layer(path, tensors, layers).items():
-        dtype = mx.float32 if trainable else _dtype(layers[layer])
-        a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
-        alpha = parts["alpha"].item() if "alpha" in parts else default_alpha
-        adapters[layer] = Adapter(a, b, a.shape[0] if alpha is None else alpha, float(weight))
-    made_for = header.get("base_model")
-    if base_model and made_for and base_model != made_for:
-        warnings.warn(
-            f"{path} was made for the model '{made_for}', not '{base_model}'", stacklevel=2
-        )
-    _attach(module, adapters, name)
-    if trainable:
-        _train_only(module, adapters)
-    else:
-        for adapter in adapters.values():
-            adapter.freeze()
-    return list(adapters)
-
-
-def _by_layer(
-    path: Path, tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module]
-) -> dict[str, dict[str, mx.array]]:
-    """Layer path -> its "a", "b" and perhaps "alpha", all checked against the layer."""
-    aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
-    aliases |= {p + layer.replace(".", "_"): layer for p in FLAT_PREFIXES for layer in layers}
-    aliases |= {layer: layer for layer in layers}
-    found: dict[str, dict[str, mx.array]] = {}
-    faults = []
-    for key, value in tensors.items():
-        match = re.fullmatch(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))", key)
-        part = match and ("alpha" if match[3] else PARTS.get(match[2]))
-        if part is None:
-            faults.append(f"{key} is no part of a LoRA that is known here")
-        elif match[1] not in aliases:
-            # The search is slow, and no more than three faults are told.
-            hint = nearest(match[1], aliases) if len(faults) < 3 else ""
-            faults.append(f"{match[1]} is no layer{hint}")
-        elif part in found.setdefault(aliases[match[1]], {}):
-            faults.append(f"{key} is there twice")
-        else:
-            found[aliases[match[1]]][part] = value
-    for layer, parts in found.items():
-        faults += _misfits(layer, parts, layers[layer])
-    if faults or not found:
-        more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
-        told = "; ".join(faults[:3]) or "it is empty"
-        raise UserError(f"{path} does not fit this network: {told}{more}")
-    return found
-
-
-def _misfits(layer: str, parts: Mapping[str, mx.array], linear: nn.Module) -> Iterator[str]:
-    """What is wrong with one layer's tensors."""
-    if not {"a", "b"} <= parts.keys():
-        yield f"{layer} lacks " + ("lora_B" if "a" in parts else "lora_A")
-        return
-    out_dims, in_dims = _dims(linear)
-    rank = max(1, *parts["a"].shape[:1])
-    for what, part, shape in (("lora_A", "a", (rank, in_dims)), ("lora_B", "b", (out_dims, rank))):
-        if parts[part].shape != shape:
-            yield f"{layer} has {what} {parts[part].shape} instead of {shape}"
-        elif not mx.issubdtype(parts[part].dtype, mx.floating):
-            yield f"{layer} has {what} in whole numbers"
-    alpha = parts.get("alpha", mx.array(1.0))
-    if alpha.size != 1 or not math.isfinite(alpha.item()):
-        yield f"{layer} has an alpha that is not one finite number"
-
-
-def _alpha_of_header(path: Path, header: Mapping[str, str]) -> float | None:
-    """PEFT's `lora_alpha`, which diffusers keeps in the header, or None."""
-    try:
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
-        config = {key.removeprefix(PREFIXES[0]): value for key, value in config.items()}
-        alpha = config.get("lora_alpha")
-        alpha = None if alpha is None else float(alpha)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} has a damaged header: get it again") from None
-    for key in ("use_dora", "use_rslora", "alpha_pattern"):
-        if config.get(key):
-            raise UserError(f"{path} is a LoRA with '{key}', which is not supported")
-    return alpha
-
-
 # --- layers -------------------------------------------------------------------------------------
 
 
-def _adapted(module: nn.Module) -> dict[str, LoRALinear]:
-    return {p: m for p, m in _linear_layers(module).items() if isinstance(m, LoRALinear)}
+def adapted_layers(module: nn.Module) -> dict[str, LoRALinear]:
+    return {p: m for p, m in linear_layers(module).items() if isinstance(m, LoRALinear)}
 
 
-def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Dotted path -> linear layer below `module`, those with adapters as `LoRALinear`."""
     kinds = (LoRALinear, ElasticLinear, nn.Linear, nn.QuantizedLinear)
     found = {p: m for p, m in module.named_modules() if p and isinstance(m, kinds)}
@@ -451,7 +252,7 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.linear if isinstance(layer, LoRALinear) else layer
 
 
-def _dims(layer: nn.Module) -> tuple[int, int]:
+def layer_dims(layer: nn.Module) -> tuple[int, int]:
     """(out, in) at full width."""
     layer = _base(layer)
     if isinstance(layer, nn.QuantizedLinear):
@@ -459,17 +260,17 @@ def _dims(layer: nn.Module) -> tuple[int, int]:
     return layer.weight.shape
 
 
-def _dtype(layer: nn.Module) -> mx.Dtype:
+def layer_dtype(layer: nn.Module) -> mx.Dtype:
     layer = _base(layer)
     return (layer.scales if isinstance(layer, nn.QuantizedLinear) else layer.weight).dtype
 
 
-def _attach(module: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+def attach(module: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
     if not re.fullmatch(r"[a-zA-Z][\w-]*", name, flags=re.A):
         raise UserError(f"a LoRA's name is letters, digits, - and _, got '{name}'")
     if name in get_lora_weights(module):
         raise UserError(f"there is a LoRA '{name}' already: give this one another name")
-    layers = _linear_layers(module)
+    layers = linear_layers(module)
     for path, adapter in adapters.items():
         layer = layers[path]
         if not isinstance(layer, LoRALinear):
@@ -478,7 +279,7 @@ def _attach(module: nn.Module, adapters: Mapping[str, Adapter], name: str) -> No
         layer.adapters[name] = adapter
 
 
-def _train_only(module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+def train_only(module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     module.freeze()
     for adapter in adapters.values():
         adapter.unfreeze()

@@ -19,7 +19,8 @@ from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
 from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora import fuse_lora, load_lora, read_lora, remove_lora
+from mlx_snapgen.lora import fuse_lora, remove_lora
+from mlx_snapgen.lora_files import load_lora, read_lora
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
 from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.transformer import TextStates
@@ -122,7 +123,7 @@ class SnapGenPipeline:
                 `weights.quantize_transformer`); None leaves it.
             dtype: see `weights.load_pretrained`.
             loras: (file, weight) of LoRAs, fused into the weights before width and quantization
-                (see `lora.load_lora`).
+                (see `lora_files.load_lora`).
         """
         width = parse_width(model_width)
         folder = find_model(path_or_repo, revision)

@@ -28,6 +28,7 @@ from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict, to_dic
 from mlx_snapgen.elastic import ElasticLinear, extract
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.lora import get_lora_weights
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.transformer import EfficientDiT
 
@@ -83,6 +84,8 @@ def save_pretrained(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another folder or delete it")
     modules = components.modules()
+    if names := list(get_lora_weights(components.transformer)):
+        raise UserError(f"fuse or remove the LoRAs first ({', '.join(names)}): a model has none")
     _check_quantization(quantize or {}, modules)
     config = dataclasses.replace(
         components.config,

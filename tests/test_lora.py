@@ -24,16 +24,15 @@ from mlx_snapgen.lora import (
     add_lora,
     fuse_lora,
     get_lora_weights,
-    load_lora,
     lora_weights,
     remove_lora,
-    save_lora,
     set_lora_weights,
 )
+from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.transformer import EfficientDiT
-from mlx_snapgen.weights import load_pretrained, quantize_transformer
+from mlx_snapgen.weights import load_pretrained, quantize_transformer, save_pretrained
 
 WIDTHS = (1.0, 0.5, 0.375)
 QUERY = "down_blocks.0.self_attention.q_proj"
@@ -652,3 +651,11 @@ def test_scale_is_weight_times_alpha_over_rank():
     """alpha 8 at rank 64, as in Qwen-Image-Lightning, is 1/8."""
     assert Adapter(mx.zeros((64, 2)), mx.zeros((2, 64)), 8).scale == 0.125
     assert Adapter(mx.zeros((64, 2)), mx.zeros((2, 64)), 8, weight=0.5).scale == 0.0625
+
+
+def test_a_model_with_adapters_is_not_saved(model_folder, tmp_path):
+    components = load_pretrained(model_folder)
+    add_lora(components.transformer, 2, 2.0, ["q_proj"], "mine")
+    with pytest.raises(UserError, match=r"fuse or remove the LoRAs first .mine."):
+        save_pretrained(tmp_path / "out", components)
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.lora import LoRALinear, add_lora, load_lora, save_lora
+from mlx_snapgen.lora import LoRALinear, add_lora
+from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.sampler import get_schedule
 from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import load_pretrained

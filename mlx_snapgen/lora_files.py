@@ -1,0 +1,218 @@
+"""LoRA files: safetensors with the keys of the ecosystem.
+
+Written are those of diffusers and PEFT: `transformer.<layer>.lora_A.weight`,
+`transformer.<layer>.lora_B.weight` and a scalar `transformer.<layer>.alpha`.
+"""
+
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.lora import (
+    Adapter,
+    adapted_layers,
+    attach,
+    get_lora_weights,
+    layer_dims,
+    layer_dtype,
+    linear_layers,
+    train_only,
+)
+
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
+"""What files put before a layer's path; `save_lora` writes the first."""
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+"""kohya's, before a path whose dots have become underscores."""
+PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
+
+
+def save_lora(
+    path: str | Path, module: nn.Module, name: str = "default", base_model: str | None = None
+) -> None:
+    """Write one adapter to a new .safetensors file, whole or not at all.
+
+    The header tells rank, alpha, name and format, and `base_model`, the name of the model that the
+    adapter belongs to. The adapter's weight is not written: it is the user's choice.
+
+    Raises:
+        UserError: no such adapter, a file that exists, or one that cannot be written.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: give a name ending in .safetensors")
+    found = {p: m.adapters[name] for p, m in adapted_layers(module).items() if name in m.adapters}
+    if not found:
+        raise UserError(f"no LoRA '{name}' to save{nearest(name, get_lora_weights(module))}")
+    tensors = {}
+    for layer, adapter in found.items():
+        key = PREFIXES[0] + layer.removeprefix(PREFIXES[0])
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.a, adapter.b
+        tensors[f"{key}.alpha"] = mx.array(adapter.alpha, mx.float32)
+    header = {
+        "format": "mlx",
+        "name": name,
+        "rank": ",".join(str(n) for n in sorted({a.rank for a in found.values()})),
+        "alpha": ",".join(f"{n:g}" for n in sorted({a.alpha for a in found.values()})),
+    }
+    if base_model is not None:
+        header["base_model"] = base_model
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            mx.save_safetensors(str(partial), tensors, header)
+            # Claim the name, which fails when it is taken, then replace the claim.
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                raise UserError(f"{path} exists already: choose another name") from None
+            os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Tensors (lazy) and header of a LoRA file; `UserError` when it is none.
+
+    Only safetensors are read: the pickled .pt, .bin and .ckpt can run code when opened.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
+    if not path.is_file():
+        raise UserError(f"no LoRA file {path}")
+    try:
+        tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    return tensors, header
+
+
+def load_lora(
+    path: str | Path,
+    module: nn.Module,
+    weight: float = 1.0,
+    name: str | None = None,
+    base_model: str | None = None,
+    trainable: bool = False,
+) -> list[str]:
+    """Put the adapter of a file beside the layers of `module`.
+
+    Read are the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
+    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha comes from the
+    layer's `.alpha`, else from PEFT's `lora_alpha` in the header, else it is the rank.
+
+    Args:
+        path: a .safetensors file.
+        module: the network, at full width when it is elastic; changed in place.
+        weight: the adapter's; 0 loads it switched off.
+        name: the adapter's; None takes the file's.
+        base_model: name of the network's model; a file that is for another one is warned about.
+        trainable: freeze all else and train this adapter on, in float32. False freezes it, in the
+            base's floating type.
+
+    Returns:
+        Paths of the layers that have it.
+
+    Raises:
+        UserError: no LoRA, or one with keys or shapes that the network has no place for. Nothing
+            is changed then.
+    """
+    path = Path(path).expanduser()
+    tensors, header = read_lora(path)
+    if not math.isfinite(weight):
+        raise UserError(f"the weight of a LoRA must be a finite number, got {weight}")
+    if name is None:
+        name = re.sub(r"^[^a-zA-Z]+", "", re.sub(r"[^\w-]", "_", path.stem, flags=re.A)) or "lora"
+    layers = linear_layers(module)
+    default_alpha = _alpha_of_header(path, header)
+    adapters = {}
+    for layer, parts in _by_layer(path, tensors, layers).items():
+        dtype = mx.float32 if trainable else layer_dtype(layers[layer])
+        a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
+        alpha = parts["alpha"].item() if "alpha" in parts else default_alpha
+        adapters[layer] = Adapter(a, b, a.shape[0] if alpha is None else alpha, float(weight))
+    made_for = header.get("base_model")
+    if base_model and made_for and base_model != made_for:
+        warnings.warn(
+            f"{path} was made for the model '{made_for}', not '{base_model}'", stacklevel=2
+        )
+    attach(module, adapters, name)
+    if trainable:
+        train_only(module, adapters)
+    else:
+        for adapter in adapters.values():
+            adapter.freeze()
+    return list(adapters)
+
+
+def _by_layer(
+    path: Path, tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module]
+) -> dict[str, dict[str, mx.array]]:
+    """Layer path -> its "a", "b" and perhaps "alpha", all checked against the layer."""
+    aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
+    aliases |= {p + layer.replace(".", "_"): layer for p in FLAT_PREFIXES for layer in layers}
+    aliases |= {layer: layer for layer in layers}
+    found: dict[str, dict[str, mx.array]] = {}
+    faults = []
+    for key, value in tensors.items():
+        match = re.fullmatch(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))", key)
+        part = match and ("alpha" if match[3] else PARTS.get(match[2]))
+        if part is None:
+            faults.append(f"{key} is no part of a LoRA that is known here")
+        elif match[1] not in aliases:
+            # The search is slow, and no more than three faults are told.
+            hint = nearest(match[1], aliases) if len(faults) < 3 else ""
+            faults.append(f"{match[1]} is no layer{hint}")
+        elif part in found.setdefault(aliases[match[1]], {}):
+            faults.append(f"{key} is there twice")
+        else:
+            found[aliases[match[1]]][part] = value
+    for layer, parts in found.items():
+        faults += _misfits(layer, parts, layers[layer])
+    if faults or not found:
+        more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        told = "; ".join(faults[:3]) or "it is empty"
+        raise UserError(f"{path} does not fit this network: {told}{more}")
+    return found
+
+
+def _misfits(layer: str, parts: Mapping[str, mx.array], linear: nn.Module) -> Iterator[str]:
+    """What is wrong with one layer's tensors."""
+    if not {"a", "b"} <= parts.keys():
+        yield f"{layer} lacks " + ("lora_B" if "a" in parts else "lora_A")
+        return
+    out_dims, in_dims = layer_dims(linear)
+    rank = max(1, *parts["a"].shape[:1])
+    for what, part, shape in (("lora_A", "a", (rank, in_dims)), ("lora_B", "b", (out_dims, rank))):
+        if parts[part].shape != shape:
+            yield f"{layer} has {what} {parts[part].shape} instead of {shape}"
+        elif not mx.issubdtype(parts[part].dtype, mx.floating):
+            yield f"{layer} has {what} in whole numbers"
+    alpha = parts.get("alpha", mx.array(1.0))
+    if alpha.size != 1 or not math.isfinite(alpha.item()):
+        yield f"{layer} has an alpha that is not one finite number"
+
+
+def _alpha_of_header(path: Path, header: Mapping[str, str]) -> float | None:
+    """PEFT's `lora_alpha`, which diffusers keeps in the header, or None."""
+    try:
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix(PREFIXES[0]): value for key, value in config.items()}
+        alpha = config.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} has a damaged header: get it again") from None
+    for key in ("use_dora", "use_rslora", "alpha_pattern"):
+        if config.get(key):
+            raise UserError(f"{path} is a LoRA with '{key}', which is not supported")
+    return alpha
