@@ -232,6 +232,6 @@ STICKERS = ModelConfig(
     image_size=(128, 128),
     transformer=TRANSFORMERS["stickers"],
     text_encoders=(TextEncoderConfig(),),
-    sampler=SamplerConfig(time_shift=1.0),
+    sampler=SamplerConfig(time_shift=4.0),
 )
 """The default model: 128 px stickers, trained from scratch by `train/`."""
