@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.activations import gelu
 from mlx_snapgen.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
@@ -111,6 +112,34 @@ class Block(nn.Module):
         return x + gate_f * self.ffn(h, width)
 
 
+def checkpointed(block: nn.Module, arrays: Sequence[mx.array], settings: Sequence) -> mx.array:
+    """block(*arrays, *settings), computed again for the backward pass instead of kept.
+
+    Gradients reach `arrays` and the block's trainable parameters. `nn.utils.checkpoint` saves
+    nothing here: evaluated lazily, it computes the input gradients of all blocks first and keeps
+    every block's activations for the weight gradients. Here each block waits for the gradient that
+    comes to it, and hands on its own only when those of its weights are done.
+    """
+    names = [name for name, _ in tree_flatten(block.trainable_parameters())]
+    weights = [weight for _, weight in tree_flatten(block.trainable_parameters())]
+    count = len(arrays)
+
+    def forward(*primals: mx.array) -> mx.array:
+        block.update(tree_unflatten(list(zip(names, primals[count:], strict=True))))
+        out = block(*primals[:count], *settings)
+        block.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        return out
+
+    run = mx.custom_function(forward)
+
+    @run.vjp
+    def backward(primals, cotangent, _):
+        _, grads = mx.vjp(forward, mx.depends(list(primals), [cotangent]), [cotangent])
+        return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
+
+    return run(*arrays, *weights)
+
+
 class LongSkip(nn.Module):
     """Concatenate with an earlier output and project 2d -> d (U-ViT); starts by ignoring it."""
 
@@ -193,6 +222,7 @@ class EfficientDiT(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
+        self._checkpoint = False
         d, sparse = config.hidden_size, config.sparse_attention
         down, middle, up = config.blocks
         self.patch_embed = ElasticLinear(
@@ -211,6 +241,13 @@ class EfficientDiT(nn.Module):
             self.upsample = Upsample(d)
             self.up_blocks = [Block(config, config.ffn_ratio[2], sparse) for _ in range(up)]
         self.head = Head(config)
+
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass, which computes each block again.
+
+        The gradients are the same; memory falls, and time grows by about one forward pass.
+        """
+        self._checkpoint = enabled
 
     def encode_text(self, states: Sequence[TextStates]) -> tuple[mx.array, mx.array]:
         """Project each encoder's states and join them token-wise.
@@ -241,7 +278,8 @@ class EfficientDiT(nn.Module):
         """Predict the velocity.
 
         Args:
-            x_t: noisy latents (B, H, W, C); H and W must divide by twice the patch size.
+            x_t: noisy latents (B, H, W, C); H and W must divide by twice the patch size. Any
+                floating type: the network computes in that of its weights.
             t: noise level (B,) in [0, 1].
             text: joined text states (B, L, text_width) from `encode_text`.
             mask: (B, L), true where a text token counts; None when all do.
@@ -252,7 +290,7 @@ class EfficientDiT(nn.Module):
                 stage (EDT's masking training). None keeps all.
 
         Returns:
-            v (B, H, W, C), and the features when asked for.
+            v (B, H, W, C), and the features when asked for, in the type of x_t.
         """
         config = self.config
         config.width_index(width)
@@ -265,10 +303,10 @@ class EfficientDiT(nn.Module):
             )
         grid = Grid(height // patch, row // patch)
         x = space_to_depth(x_t, patch).reshape(b, grid.height * grid.width, -1)
-        x = self.patch_embed(x, width)
+        x = self.patch_embed(x.astype(self.patch_embed.bias.dtype), width)
         embedding, modulation = self.time(t, width=width)
         for block in self.down_blocks:
-            x = block(x, modulation, text, mask, grid, width)
+            x = self._block(block, x, modulation, text, mask, grid, width)
         if config.blocks[1]:
             skip = x
             x = self.downsample(x, grid, width, keep)
@@ -276,10 +314,15 @@ class EfficientDiT(nn.Module):
             x = self.upsample(x, skip, grid, width)
             for i, block in enumerate(self.up_blocks):
                 local = modulate_attention and i % 2 == 1
-                x = block(x, modulation, text, mask, grid, width, local)
+                x = self._block(block, x, modulation, text, mask, grid, width, local)
         v = self.head(x, embedding, width)
-        v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch)
-        return (v, x) if return_features else v
+        v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch).astype(x_t.dtype)
+        return (v, x.astype(x_t.dtype)) if return_features else v
+
+    def _block(self, block: Block, x, modulation, text, *settings) -> mx.array:
+        if self._checkpoint:
+            return checkpointed(block, (x, modulation, text), settings)
+        return block(x, modulation, text, *settings)
 
     def _middle(self, x, modulation, text, mask, grid: Grid, width: float) -> mx.array:
         """Middle stage: block i's output returns at the input of block n - 1 - i."""
@@ -289,13 +332,11 @@ class EfficientDiT(nn.Module):
             mirrored = count - 1 - i
             if self.config.long_skips and mirrored < i:
                 x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored], width)
-            x = block(x, modulation, text, mask, grid, width)
+            x = self._block(block, x, modulation, text, mask, grid, width)
             outputs.append(x)
         return x
 
 
 def count_parameters(config: TransformerConfig) -> int:
     """Parameters of a network of `config`; mlx arrays are lazy, so nothing is allocated."""
-    from mlx.utils import tree_flatten
-
     return sum(p.size for _, p in tree_flatten(EfficientDiT(config).parameters()))

@@ -2,14 +2,26 @@
 
 import dataclasses
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
+import train.engine
+import train.plot
+from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.transformer import EfficientDiT
+from train.checkpoint import read_log
 from train.engine import (
     Trainer,
     TrainingConfig,
@@ -19,39 +31,51 @@ from train.engine import (
     load_ema,
 )
 
+ROOT = Path(__file__).parents[1]
 
-def gradients(model, batch, key):
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing the curves takes longer than all the rest of these runs."""
+    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+
+
+def gradients(model, batch, key, noise=0.1):
     def loss_fn(params):
         model.update(params)
-        x = batch["x"] + 0.1 * mx.random.normal(batch["x"].shape, key=key)
-        loss = (model(x) - 2 * batch["x"]).square().mean()
+        x = batch["x"] + noise * mx.random.normal(batch["x"].shape, key=key)
+        x = x.astype(model.layers[0].weight.dtype)
+        loss = (model(x).astype(mx.float32) - 2 * batch["x"]).square().mean()
         return loss, {"loss": loss}
 
     (_, metrics), grads = mx.value_and_grad(loss_fn)(model.trainable_parameters())
     return grads, metrics
 
 
-def trainer(run_dir, steps, hidden=8, **options):
+def batches(k):
+    return {"x": mx.array(np.random.default_rng(k).normal(size=(8, 4)), mx.float32)}
+
+
+def trainer(run_dir, stop_at=None, hidden=8, gradients=gradients, batches=batches, **options):
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(4, hidden), nn.Linear(hidden, 4))
-    config = TrainingConfig(
-        steps=20,
-        learning_rate=1e-1,
-        warmup_steps=3,
-        checkpoint_every=4,
-        log_every=1,
-        **options,
-    )
-    made = Trainer(
+    settings = {
+        "steps": 20,
+        "learning_rate": 1e-1,
+        "warmup_steps": 3,
+        "checkpoint_every": 4,
+        "log_every": 1,
+    }
+    return Trainer(
         model,
         gradients,
-        lambda k: {"x": mx.array(np.random.default_rng(k).normal(size=(8, 4)), mx.float32)},
-        config,
+        batches,
+        TrainingConfig(**(settings | {k: v for k, v in options.items() if k != "static"})),
         run_dir,
+        static=options.get("static", lambda step: ()),
         # Ending early must not change the schedule, so a stop is asked for instead.
-        validate=lambda t: setattr(t, "_stop", t.step >= steps) or {},
+        validate=lambda t: (t.step == stop_at and t.stop()) or {},
     )
-    return made
 
 
 def flat(run):
@@ -59,32 +83,70 @@ def flat(run):
     return {k: np.array(v) for k, v in tree_flatten(trees)}
 
 
+def assert_same(expected, found):
+    assert expected.keys() == found.keys()
+    for key in expected:
+        np.testing.assert_array_equal(expected[key], found[key], err_msg=key)
+
+
 def test_resumed_run_is_bit_identical(tmp_path):
-    straight = trainer(tmp_path / "a", 20)
+    straight = trainer(tmp_path / "a")
     assert straight.run()
-    first = trainer(tmp_path / "b", 8)
+    first = trainer(tmp_path / "b", stop_at=8)
     assert not first.run()
     assert first.step == 8
-    second = trainer(tmp_path / "b", 20)
+    second = trainer(tmp_path / "b")
     assert second.run()
-    expected, resumed = flat(straight), flat(second)
-    assert expected.keys() == resumed.keys()
-    for key in expected:
-        np.testing.assert_array_equal(expected[key], resumed[key], err_msg=key)
+    assert_same(flat(straight), flat(second))
+
+
+LONG = {"steps": 60, "checkpoint_every": 1, "seed": 3}
+
+
+def worker(run_dir):
+    """Runs in a process of its own."""
+    train.engine.plot_log = lambda run_dir: None
+    trainer(Path(run_dir), **LONG).run()
+
+
+def start(call):
+    code = f"import train, tests.test_engine as t; t.{call}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_run_killed_at_any_moment_resumes_bit_identical(tmp_path):
+    straight = trainer(tmp_path / "a", **LONG)
+    assert straight.run()
+    run_dir = tmp_path / "b"
+    moments = random.Random(time.time())
+    for target in (5, 20, 40):
+        process = start(f"worker({str(run_dir)!r})")
+        while not (found := latest_checkpoint(run_dir)) or int(found.name[5:]) < target:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+    (run_dir / ".step_7.partial").mkdir()
+    resumed = trainer(run_dir, **LONG)
+    assert resumed.run()
+    assert_same(flat(straight), flat(resumed))
+    assert [e["step"] for e in read_log(run_dir) if "loss" in e] == list(range(1, 61))
+    assert sorted(p.name for p in run_dir.iterdir()) == ["log.jsonl", "step_59", "step_60"]
 
 
 def test_it_learns_and_logs(tmp_path):
-    run = trainer(tmp_path, 20)
-    run.run()
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+    trainer(tmp_path).run()
+    losses = [entry["loss"] for entry in read_log(tmp_path) if "loss" in entry]
     assert len(losses) == 20
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert [c.name for c in checkpoints(tmp_path)] == ["step_16", "step_20"]
 
 
 def test_average_follows_its_definition(tmp_path):
-    run = trainer(tmp_path, 20, ema_decay=0.5)
+    run = trainer(tmp_path, ema_decay=0.5)
     name = "layers.0.weight"
     average = np.array(dict(tree_flatten(run.ema_parameters))[name])
     for step in range(3):
@@ -97,24 +159,242 @@ def test_average_follows_its_definition(tmp_path):
         np.testing.assert_allclose(found, average, atol=1e-6)
 
 
+def test_micro_batches_equal_one_large_batch(tmp_path):
+    def large(k):
+        return {"x": mx.concatenate([batches(3 * k + m)["x"] for m in range(3)])}
+
+    options = {"static": lambda step: (0.0,)}
+    whole = trainer(tmp_path / "a", batches=large, **options)
+    parts = trainer(tmp_path / "b", accumulate=3, **options)
+    assert whole.run() and parts.run()
+    expected, found = flat(whole), flat(parts)
+    for key in expected:
+        np.testing.assert_allclose(expected[key], found[key], atol=1e-5, err_msg=key)
+    losses = [[e["loss"] for e in read_log(tmp_path / name) if "loss" in e] for name in "ab"]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_accumulation_needs_the_memory_of_one_micro_batch(tmp_path):
+    def peak(name, size, accumulate):
+        batch = {"x": mx.ones((size, 4))}
+        run = trainer(
+            tmp_path / name, None, 256, batches=lambda k: batch, steps=1, accumulate=accumulate
+        )
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        run.run()
+        return mx.get_peak_memory() - before
+
+    assert peak("b", 1024, 8) < 0.3 * peak("a", 8192, 1)
+
+
+def test_bfloat16_computes_roughly_the_same_over_float32_weights(tmp_path):
+    seen = []
+
+    def spy(model, batch, key):
+        seen.append({p.dtype for _, p in tree_flatten(model.trainable_parameters())})
+        return gradients(model, batch, key)
+
+    exact = trainer(tmp_path / "a", precision="float32")
+    rough = trainer(tmp_path / "b", precision="bfloat16", gradients=spy)
+    assert exact.run() and rough.run()
+    assert seen and all(dtypes == {mx.bfloat16} for dtypes in seen)
+    expected, found = flat(exact), flat(rough)
+    assert {k: v.dtype for k, v in expected.items()} == {k: v.dtype for k, v in found.items()}
+    assert not all(np.array_equal(expected[k], found[k]) for k in expected)
+    for name in ("model.layers.0.weight", "ema.layers.1.weight"):
+        np.testing.assert_allclose(expected[name], found[name], atol=0.05)
+    with pytest.raises(UserError, match="precision 'half' is none of auto"):
+        TrainingConfig(steps=1, precision="half")
+
+
+def deep_network():
+    config = TransformerConfig(
+        hidden_size=32,
+        head_dim=8,
+        num_kv_heads=4,
+        num_cross_kv_heads=2,
+        widths=(1.0, 0.5),
+        blocks=(1, 24, 1),
+        num_bands=2,
+        latent_channels=4,
+        text_dims=(8,),
+        text_width=8,
+        frequency_dim=16,
+    )
+    mx.random.seed(0)
+    network = EfficientDiT(config)
+    network.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), network.parameters()))
+    mx.eval(network.parameters())
+    return network
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_checkpointed_blocks_give_the_same_gradients_in_less_memory(width):
+    network = deep_network()
+    x_t, text = mx.random.normal((32, 8, 8, 4)), mx.random.normal((32, 5, 8))
+    mask = mx.arange(5)[None] < mx.array([[4]] * 32)
+    params = network.trainable_parameters()
+
+    def loss(params, text):
+        network.update(params)
+        return network(x_t, mx.full((32,), 0.3), text, mask, width).square().mean()
+
+    found, peaks = [], []
+    for enabled in (False, True):
+        network.checkpoint_blocks(enabled)
+        mx.reset_peak_memory()
+        grads = mx.grad(loss, argnums=(0, 1))(params, text)
+        mx.eval(grads)
+        peaks.append(mx.get_peak_memory() - mx.get_active_memory())
+        found.append({k: np.array(v) for k, v in tree_flatten(grads)})
+        network.update(params)
+    assert max(np.abs(v).max() for v in found[0].values()) > 1e-3
+    for key in found[0]:
+        np.testing.assert_allclose(found[0][key], found[1][key], atol=1e-6, err_msg=key)
+    assert peaks[1] < 0.6 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, capsys, number):
+    def interrupted(k):
+        if k == 5:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        return batches(k)
+
+    before = signal.getsignal(number)
+    run = trainer(tmp_path, batches=interrupted)
+    assert not run.run()
+    assert latest_checkpoint(tmp_path).name == "step_6"
+    assert "stopped at step 6; resume with: " in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    resumed, straight = trainer(tmp_path), trainer(tmp_path / "straight")
+    assert resumed.run() and straight.run()
+    assert_same(flat(straight), flat(resumed))
+
+
+def stubborn(run_dir):
+    """Gets two Ctrl-C within one step; runs in a process of its own."""
+
+    def interrupted(k):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(600)
+
+    trainer(Path(run_dir), batches=interrupted).run()
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    process = start(f"stubborn({str(tmp_path)!r})")
+    process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert checkpoints(tmp_path) == []
+
+
 def test_foreign_and_damaged_checkpoints_are_refused_in_one_line(tmp_path):
-    trainer(tmp_path, 8).run()
+    trainer(tmp_path, stop_at=8).run()
     with pytest.raises(UserError, match="is of another model: 'layers") as error:
-        trainer(tmp_path, 20, hidden=6).run()
+        trainer(tmp_path, hidden=6).run()
     assert "\n" not in str(error.value)
-    weights = latest_checkpoint(tmp_path) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"step_8 is damaged .* to resume from .*step_4"):
-        trainer(tmp_path, 20).run()
+    for name, length in (("ema", 100), ("optimizer", -1), ("state", 20)):
+        path = next(latest_checkpoint(tmp_path).glob(f"{name}.*"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"step_8 is damaged .* to resume from .*step_4") as e:
+            trainer(tmp_path).run()
+        assert "\n" not in str(e.value)
+        path.write_bytes(whole)
+    for folder in checkpoints(tmp_path):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step_8 is damaged .* delete it to start again"):
+        trainer(tmp_path).run()
+
+
+def test_settings_that_change_the_data_must_stay_on_resume(tmp_path, capsys):
+    trainer(tmp_path, stop_at=8, accumulate=2).run()
+    for options, match in (
+        ({"accumulate": 2, "batch_size": 32}, "with batch_size 64, not 32: give 64"),
+        ({"accumulate": 2, "seed": 1}, "with seed 0, not 1: give 0"),
+        ({}, r"with 2 micro-batches a step \(processes x accumulate\), not 1 x 1"),
+    ):
+        with pytest.raises(UserError, match=match):
+            trainer(tmp_path, **options).run()
+    capsys.readouterr()
+    trainer(tmp_path, stop_at=12, accumulate=2, learning_rate=0.05, log_every=2).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert "resuming with other settings: learning_rate 0.1 -> 0.05" in lines
+
+
+def test_a_checkpoint_without_the_newer_settings_is_resumed(tmp_path):
+    trainer(tmp_path, stop_at=8).run()
+    path = tmp_path / "step_8/state.json"
+    state = json.loads(path.read_text())
+    for key in ("accumulate", "precision"):
+        del state["training"][key]
+    path.write_text(json.dumps({"step": 8, "training": state["training"]}))
+    assert trainer(tmp_path).run()
 
 
 def test_averaged_weights_of_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_ema(tmp_path)
-    run = trainer(tmp_path, 20)
+    run = trainer(tmp_path)
     run.run()
     for key, value in tree_flatten(run.ema_parameters):
         np.testing.assert_array_equal(np.array(load_ema(tmp_path)[key]), np.array(value))
+
+
+def test_steps_may_differ_in_static_arguments_and_metrics(tmp_path):
+    def alternating(model, batch, key, odd):
+        grads, metrics = gradients(model, batch, key)
+        return grads, metrics | ({"odd": mx.array(1.0)} if odd else {"even": mx.array(2.0)})
+
+    run = trainer(
+        tmp_path,
+        gradients=alternating,
+        static=lambda step: (step % 2 == 1,),
+        log_every=5,
+        accumulate=2,
+    )
+    assert run.run()
+    entries = [e for e in read_log(tmp_path) if "loss" in e]
+    assert [e["step"] for e in entries] == [5, 10, 15, 20]
+    assert all(e["odd"] == 1 and e["even"] == 2 for e in entries)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
+    run = trainer(tmp_path, batches=lambda k: {"x": batches(k)["x"] * (1 if k < 7 else np.nan)})
+    with pytest.raises(UserError, match=r"not finite at step 8: .* resume from .*step_4"):
+        run.run()
+    assert [c.name for c in checkpoints(tmp_path)] == ["step_4"]
+
+
+def test_validation_is_logged_and_may_write_pictures(tmp_path):
+    run = trainer(tmp_path)
+
+    def validate(run):
+        run.sample_path("cat").write_bytes(b"")
+        return {"score": 0.5 * run.step}
+
+    run.validate = validate
+    run.run()
+    scores = [(e["step"], e["score"]) for e in read_log(tmp_path) if "score" in e]
+    assert scores == [(s, 0.5 * s) for s in (4, 8, 12, 16, 20)]
+    names = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert names == [f"{s:07d}_cat.png" for s, _ in scores]
+
+
+def test_curves_are_drawn(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert train.plot.plot_log(tmp_path) is None
+    log = [{"step": s, "time": 0.0, "loss": 1 / s, "balance": s - 3} for s in range(1, 9)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log) + '{"step": 9')
+    assert train.plot.plot_log(tmp_path).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for _ in range(2):
+        assert train.plot.plot_log(tmp_path) is None
+    assert capsys.readouterr().err.count("matplotlib") == 2  # one line that names it twice
 
 
 def test_schedule_warms_up_and_decays():

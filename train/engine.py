@@ -1,15 +1,20 @@
 """The training loop that every trainer here shares.
 
-A run is a folder: `log.jsonl`, and `step_N/` checkpoints that hold all a resumed run needs. The
-step is compiled over explicit state. Nothing random is carried along: batch `k` and its noise
-depend on the run's seed and `k` alone, so a resumed run continues as if it had never stopped.
+A run is a folder: `log.jsonl`, `loss.png`, and `step_N/` checkpoints that hold all a resumed run
+needs. The step is compiled over explicit state. Nothing random is carried along: batch `k` and its
+noise depend on the run's seed and `k` alone, so a resumed run continues as if it had never stopped.
+
+A step averages the gradients of `accumulate` micro-batches in each of the job's processes. It is
+the same step however they are shared out: micro-batch m of process r is batch
+(step * accumulate + m) * processes + r.
 """
 
 import json
 import math
 import os
-import shutil
-import signal
+import shlex
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,14 +27,47 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError
+from train.checkpoint import (
+    append_log,
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    load_ema,
+    remove_partials,
+    rewind_log,
+    save_checkpoint,
+)
+from train.plot import plot_log
+from train.watch import GRACE, PeerWatch, StopSignals
+
+__all__ = [
+    "Batch",
+    "GradientFunction",
+    "Trainer",
+    "TrainingConfig",
+    "checkpoints",
+    "latest_checkpoint",
+    "learning_rate_schedule",
+    "load_ema",
+]
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Loop settings; sizes in samples and steps."""
+    """Loop settings; sizes in samples and steps.
+
+    Args:
+        batch_size: samples in a micro-batch, which is what memory must hold.
+        accumulate: micro-batches of each process in a step.
+        precision: what the gradient function computes in; weights, averages and optimizer stay
+            float32. "auto" takes bfloat16 on a GPU and float32 on the CPU, where it is faster.
+        keep_checkpoints: older ones are deleted; 0 keeps all.
+    """
 
     steps: int
     batch_size: int = 64
+    accumulate: int = 1
+    precision: str = "auto"
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup_steps: int = 200
@@ -42,24 +80,44 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every: int = 50
 
+    def __post_init__(self):
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"precision '{self.precision}' is none of auto, float32, bfloat16")
+        for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What `precision` means on this machine."""
+        if self.precision == "auto":
+            gpu = mx.default_device().type == mx.DeviceType.gpu
+            return mx.bfloat16 if gpu else mx.float32
+        return getattr(mx, self.precision)
+
 
 Batch = dict[str, mx.array]
 GradientFunction = Callable[..., tuple[dict, dict[str, mx.array]]]
-"""(model, batch, key, *static) -> (gradients, metrics); `static` comes from `Trainer.static`."""
+"""(model, batch, key, *static) -> (gradients, metrics) of one micro-batch.
+
+Gradients are nested like `model.trainable_parameters()`, metrics scalars; `static` comes from
+`Trainer.static`. The weights may be bfloat16 and the batch is as `batches` made it: cast what goes
+into the model, and take losses in float32.
+"""
 
 
 class Trainer:
-    """Trains `model` in place and keeps an exponential moving average of it in `ema`.
+    """Trains `model` in place and keeps an exponential moving average in `ema_parameters`.
 
     Args:
         model: module with the trainable parameters.
-        gradients: computes gradients and scalar metrics of one batch; compiled.
-        batches: number -> batch; must depend on the number (and its own seed) alone. With several
-            processes, process r of n takes batch step * n + r.
+        gradients: computes gradients and scalar metrics of one micro-batch; compiled.
+        batches: number -> micro-batch; must depend on the number (and its own seed) alone.
         config: loop settings.
         run_dir: folder of the run; created, or resumed from when it holds a checkpoint.
         static: step -> hashable arguments passed on to `gradients` (one compilation for each).
-        validate: called with (trainer) after every checkpoint; returns metrics to log.
+        validate: called with the trainer after every checkpoint, in the first process alone; may
+            write pictures to `sample_path`, and returns metrics to log.
     """
 
     def __init__(
@@ -76,6 +134,13 @@ class Trainer:
         self.run_dir, self.static, self.validate = Path(run_dir), static, validate
         self.group = mx.distributed.init()
         self.step = 0
+        self._stop = False
+        self._saving = threading.Lock()
+        if mx.default_device() == mx.cpu:
+            # The CPU backend's default cache of freed buffers is too small for a training step.
+            mx.set_cache_limit(4 << 30)
+
+        model.update(_cast(model.trainable_parameters(), mx.float32))
         self.optimizer = optim.AdamW(
             learning_rate=learning_rate_schedule(config),
             betas=list(config.betas),
@@ -83,20 +148,24 @@ class Trainer:
             bias_correction=True,
         )
         self.optimizer.init(model.trainable_parameters())
-        self.ema = tree_map(lambda p: mx.array(p), model.trainable_parameters())
-        self._stop = False
-        if mx.default_device() == mx.cpu:
-            # The CPU backend's default cache of freed buffers is too small for a training step.
-            mx.set_cache_limit(4 << 30)
-
         # mx.compile captures the containers, so the averages live in one dict for good.
-        self._averages = {"ema": self.ema}
-        state = [model.state, self.optimizer.state, self._averages]
+        self._averages = {"ema": tree_map(mx.array, model.trainable_parameters())}
 
-        def train_step(batch: Batch, key: mx.array, *static):
+        def add_gradients(total, batch: Batch, key: mx.array, *static):
+            """Sums of gradients and of metrics over a step's micro-batches; None starts one."""
+            weights = model.parameters()
+            model.update(_cast(weights, config.dtype))
             grads, metrics = gradients(model, batch, key, *static)
-            if self.group.size() > 1:
-                grads = nn.average_gradients(grads, self.group)
+            model.update(weights)
+            new = _cast((grads, metrics), mx.float32)
+            return new if total is None else tree_map(mx.add, total, new)
+
+        def update(grads, metrics, stop: mx.array):
+            """The step, from this process's sums; metrics and `stop` come back as means of all."""
+            grads = tree_map(lambda g: g / config.accumulate, grads)
+            grads = nn.average_gradients(grads, self.group)
+            values = mx.stack([*(m / config.accumulate for m in metrics.values()), stop])
+            values = mx.distributed.all_sum(values, group=self.group) / self.group.size()
             grads, norm = optim.clip_grad_norm(grads, config.max_grad_norm)
             self.optimizer.update(model, grads)
             # A short memory at first, so that the average is never dominated by the start.
@@ -107,121 +176,232 @@ class Trainer:
                 self._averages["ema"],
                 model.trainable_parameters(),
             )
-            return metrics | {"grad_norm": norm}
+            return dict(zip(metrics, values, strict=False)) | {"grad_norm": norm}, values[-1]
 
-        self._state = state
-        self._train_step = mx.compile(train_step, inputs=state, outputs=state)
-
-    def run(self) -> bool:
-        """Train to the last step, resuming when the run has a checkpoint.
-
-        Returns:
-            True when the last step was reached, False after Ctrl-C (state saved).
-        """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint = latest_checkpoint(self.run_dir)
-        if checkpoint:
-            self.load(checkpoint)
-        main = self.group.rank() == 0
-        previous = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not main)
-        sums: dict[str, mx.array] = {}
-        started = time.perf_counter()
-        try:
-            while self.step < self.config.steps and not self._stop:
-                key = mx.random.key(self.config.seed * 1_000_003 + self.step)
-                if self.group.size() > 1:
-                    key = mx.random.split(key, self.group.size())[self.group.rank()]
-                batch = self.batches(self.step * self.group.size() + self.group.rank())
-                metrics = self._train_step(batch, key, *self.static(self.step))
-                for name, value in metrics.items():
-                    sums.setdefault(name, []).append(value)
-                mx.eval(self._state, metrics)
-                self.step += 1
-                bar.update()
-                if self.step % self.config.log_every == 0:
-                    means = {k: float(mx.mean(mx.stack(v))) for k, v in sums.items()}
-                    sums = {}
-                    seconds = (time.perf_counter() - started) / self.config.log_every
-                    started = time.perf_counter()
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
-                    if not all(math.isfinite(v) for v in means.values()):
-                        raise UserError(
-                            f"the loss is not finite at step {self.step}: lower the learning rate "
-                            f"and resume from {latest_checkpoint(self.run_dir)}"
-                        )
-                    if main:
-                        self._log(means | {"seconds_per_step": seconds})
-                if main and self.step % self.config.checkpoint_every == 0:
-                    self.save()
-                    if self.validate:
-                        self._log(self.validate(self))
-                    started = time.perf_counter()
-            if main and not (self.run_dir / f"step_{self.step}").exists():
-                self.save()
-        finally:
-            bar.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return self.step >= self.config.steps
+        self._state = [model.state, self.optimizer.state, self._averages]
+        self._add_gradients = mx.compile(add_gradients, inputs=[model.state])
+        self._update = mx.compile(update, inputs=self._state, outputs=self._state)
 
     @property
     def ema_parameters(self) -> dict:
         """The averaged parameters, shaped like `model.trainable_parameters()`."""
         return self._averages["ema"]
 
-    def save(self) -> Path:
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that logs, saves and validates."""
+        return self.group.rank() == 0
+
+    @property
+    def _alone(self) -> bool:
+        return self.group.size() == 1
+
+    def stop(self) -> None:
+        """End the run after the step under way, in all processes; may be called from a thread."""
+        self._stop = True
+
+    def run(self) -> bool:
+        """Train to the last step, resuming when the run has a checkpoint.
+
+        Returns:
+            True when the last step was reached, False when it was asked to stop (state saved).
+
+        Raises:
+            UserError: the checkpoint does not fit, or a metric is not finite.
+        """
+        watch, orderly = PeerWatch(self.group, self._lost), False
+        try:
+            with StopSignals(self._interrupt):
+                self._resume()
+                self._loop()
+            orderly = True
+        except RuntimeError:
+            if not self._alone:
+                # Perhaps mlx has noticed a lost process before the watch, which tells which one.
+                time.sleep(2 * GRACE)
+            raise
+        finally:
+            watch.close(orderly)
+        finished = self.step >= self.config.steps
+        if not finished and self.is_main:
+            print(f"stopped at step {self.step}; {self._way_on()}", file=sys.stderr)
+        return finished
+
+    def _resume(self) -> None:
+        checkpoint = latest_checkpoint(self.run_dir)
+        if self.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            remove_partials(self.run_dir)
+            if checkpoint:
+                self.load(checkpoint)
+            rewind_log(self.run_dir, self.step)
+        if not self._alone:
+            self._share_state()
+
+    def _loop(self) -> None:
+        config = self.config
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main)
+        # Steps may differ in their metrics, as those of the elastic trainer do.
+        history: dict[str, list[float]] = {}
+        started = time.perf_counter()
+        agreed = False
+        with bar:
+            # With several processes, what counts is what all were told with the last step.
+            while self.step < config.steps and not (agreed or (self._stop and self._alone)):
+                metrics, agreed = self._train_step()
+                self.step += 1
+                bar.update()
+                if not all(math.isfinite(v) for v in metrics.values()):
+                    raise UserError(
+                        f"the loss is not finite at step {self.step}: lower the learning rate and "
+                        f"resume from {latest_checkpoint(self.run_dir)}"
+                    )
+                for name, value in metrics.items():
+                    history.setdefault(name, []).append(value)
+                if self.step % config.log_every == 0:
+                    means = {name: sum(values) / len(values) for name, values in history.items()}
+                    seconds = (time.perf_counter() - started) / len(history["grad_norm"])
+                    history, started = {}, time.perf_counter()
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                    self._log(means | {"seconds_per_step": seconds})
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    before = time.perf_counter()
+                    self._checkpoint()
+                    started += time.perf_counter() - before
+        self.save()
+        # All leave together: mpirun ends the job when one process does, perhaps amid the saving.
+        mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
+
+    def _train_step(self) -> tuple[dict[str, float], bool]:
+        """One step; returns the metrics, and whether any process was asked to stop."""
+        config, processes, rank = self.config, self.group.size(), self.group.rank()
+        count = config.accumulate * processes
+        key = mx.random.key(config.seed * 1_000_003 + self.step)
+        keys = mx.random.split(key, count) if count > 1 else [key]
+        static = self.static(self.step)
+        total = None
+        for micro in range(config.accumulate):
+            share = micro * processes + rank
+            batch = self.batches(self.step * count + share)
+            total = self._add_gradients(total, batch, keys[share], *static)
+            mx.eval(total)
+        metrics, stop = self._update(*total, mx.array(float(self._stop)))
+        del total
+        mx.eval(self._state, metrics, stop)
+        return {name: value.item() for name, value in metrics.items()}, stop.item() > 0
+
+    def _checkpoint(self) -> None:
+        if not self.is_main:
+            return
+        self.save()
+        plot_log(self.run_dir)
+        if self.validate:
+            self._log(self.validate(self))
+
+    def save(self) -> None:
         """Write `step_N` whole or not at all, then prune old checkpoints."""
-        final = self.run_dir / f"step_{self.step}"
-        partial = self.run_dir / f".step_{self.step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        trees = {
+        if not self.is_main or (self.run_dir / f"step_{self.step}").exists():
+            return
+        state = {
+            "step": self.step,
+            "training": asdict(self.config),
+            "processes": self.group.size(),
+        }
+        with self._saving:
+            save_checkpoint(self.run_dir, self._trees(), state, self.config.keep_checkpoints)
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from `checkpoint`; a foreign or damaged one is a `UserError`."""
+        trees, state = load_checkpoint(checkpoint, self._trees())
+        self._check_settings(checkpoint, state)
+        self._set_trees(trees)
+        self.step = state["step"]
+
+    def _trees(self) -> dict[str, dict]:
+        return {
             "model": self.model.trainable_parameters(),
             "ema": self._averages["ema"],
             "optimizer": self.optimizer.state,
         }
-        for name, tree in trees.items():
-            mx.save_safetensors(str(partial / f"{name}.safetensors"), dict(tree_flatten(tree)))
-        state = {"step": self.step, "training": asdict(self.config)}
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        os.replace(partial, final)
-        for old in checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
-        return final
 
-    def load(self, checkpoint: Path) -> None:
-        """Continue from `checkpoint`; a foreign or damaged one is a `UserError`."""
-        try:
-            state = json.loads((checkpoint / "state.json").read_text())
-            trees = {
-                name: mx.load(str(checkpoint / f"{name}.safetensors"))
-                for name in ("model", "ema", "optimizer")
-            }
-        except (OSError, ValueError, RuntimeError) as error:
-            others = [str(c) for c in checkpoints(self.run_dir) if c != checkpoint]
-            way_out = f"delete it to resume from {others[-1]}" if others else "delete it"
-            raise UserError(f"{checkpoint} is damaged ({error}): {way_out}") from None
-        expected = {k: v.shape for k, v in tree_flatten(self.model.trainable_parameters())}
-        found = {k: v.shape for k, v in trees["model"].items()}
-        if found != expected:
-            key = next(k for k in {**expected, **found} if expected.get(k) != found.get(k))
-            raise UserError(
-                f"{checkpoint} is of another model: '{key}' is {found.get(key)} there, "
-                f"{expected.get(key)} here"
-            )
-        self.model.update(tree_unflatten(list(trees["model"].items())))
-        self._averages["ema"] = tree_unflatten(list(trees["ema"].items()))
-        self.optimizer.state = tree_unflatten(list(trees["optimizer"].items()))
+    def _set_trees(self, trees: dict[str, dict]) -> None:
+        self.model.update(trees["model"])
+        self._averages["ema"] = trees["ema"]
+        self.optimizer.state = trees["optimizer"]
         self._state[1] = self.optimizer.state
-        self.step = state["step"]
+
+    def _share_state(self) -> None:
+        """Continue all processes from the first one's step and weights: the others have no run."""
+
+        def from_first(x: mx.array) -> mx.array:
+            return mx.distributed.all_sum(x if self.is_main else mx.zeros_like(x), group=self.group)
+
+        # Sorted, since all processes must share in the same order, and a loaded tree has its own.
+        shared = [(name, from_first(x)) for name, x in sorted(tree_flatten(self._trees()))]
+        mx.eval(shared)
+        self._set_trees(tree_unflatten(shared))
+        self.step = from_first(mx.array(self.step)).item()
+
+    def _check_settings(self, checkpoint: Path, state: dict) -> None:
+        """Refuse settings under which the steps to come would see other data; tell of others."""
+        now = json.loads(json.dumps(asdict(self.config)))
+        # What a checkpoint does not tell is taken as it is now or, of old ones, as it was then.
+        then = now | {"accumulate": 1} | state["training"]
+        for name in ("batch_size", "seed"):
+            if then[name] != now[name]:
+                raise UserError(
+                    f"{checkpoint} was trained with {name} {then[name]}, not {now[name]}: "
+                    f"give {then[name]}, or another run folder"
+                )
+        processes = self.group.size()
+        shares = then["accumulate"] * state.get("processes", processes)
+        if shares != now["accumulate"] * processes:
+            raise UserError(
+                f"{checkpoint} was trained with {shares} micro-batches a step (processes x "
+                f"accumulate), not {processes} x {now['accumulate']}: change either, or give "
+                "another run folder"
+            )
+        silent = {"accumulate", "checkpoint_every", "keep_checkpoints", "log_every"}
+        changed = [
+            f"{k} {then[k]} -> {now[k]}" for k in now if then[k] != now[k] and k not in silent
+        ]
+        if changed:
+            print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+
+    def sample_path(self, name: str) -> Path:
+        """Where a picture of the current step goes; for `validate`."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{self.step:07d}_{name}.png"
 
     def _log(self, values: dict[str, float]) -> None:
-        with open(self.run_dir / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": self.step, "time": time.time()} | values) + "\n")
+        if self.is_main:
+            append_log(self.run_dir, {"step": self.step, "time": time.time()} | values)
 
-    def _ask_to_stop(self, *_) -> None:
-        self._stop = True
+    def _way_on(self) -> str:
+        each = "" if self._alone else ", in every process,"
+        return f"resume{each} with: {shlex.join(sys.orig_argv)}"
+
+    def _interrupt(self) -> None:
+        print("\nfinishing the step and saving; once more to abort at once", file=sys.stderr)
+        self.stop()
+
+    def _lost(self, rank: int) -> None:
+        """End this process, whose main thread may wait for the lost one for ever."""
+        with self._saving:
+            saved = latest_checkpoint(self.run_dir)
+            print(
+                f"\nprocess {rank} of {self.group.size()} is gone, training ends at step "
+                f"{self.step}; {f'last checkpoint: {saved}; ' if saved else ''}{self._way_on()}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
+
+def _cast(tree, dtype: mx.Dtype):
+    """`tree` with its floating arrays in `dtype`."""
+    return tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, tree)
 
 
 def learning_rate_schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:
@@ -232,23 +412,3 @@ def learning_rate_schedule(config: TrainingConfig) -> Callable[[mx.array], mx.ar
     )
     rise = optim.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup)
     return optim.join_schedules([rise, decay], [warmup])
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    found = [p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, or None."""
-    found = checkpoints(run_dir)
-    return found[-1] if found else None
-
-
-def load_ema(run_dir: Path) -> dict[str, mx.array]:
-    """Averaged parameters of a run's newest checkpoint, flat; `UserError` when there is none."""
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise UserError(f"{run_dir} holds no checkpoint: train it first")
-    return mx.load(str(checkpoint / "ema.safetensors"))

@@ -1,0 +1,158 @@
+"""The folder of a run: `step_N/` checkpoints, each whole or absent, and `log.jsonl`.
+
+A checkpoint is written to `.step_N.partial`, flushed to the disk and renamed, and is renamed again
+before it is deleted: a process killed at any moment leaves nothing under the name `step_N` that
+cannot be resumed from.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_snapgen.errors import UserError
+
+TREES = ("model", "ema", "optimizer")
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def load_ema(run_dir: Path) -> dict[str, mx.array]:
+    """Averaged parameters of a run's newest checkpoint, flat; `UserError` when there is none."""
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise UserError(f"{run_dir} holds no checkpoint: train it first")
+    return mx.load(str(checkpoint / "ema.safetensors"))
+
+
+def save_checkpoint(run_dir: Path, trees: Mapping[str, dict], state: dict, keep: int) -> Path:
+    """Write `step_N` whole or not at all, then delete all but the newest `keep` (0: none).
+
+    Args:
+        trees: parameters by the names in `TREES`, nested as the module or optimizer has them.
+        state: what else a resumed run needs, as JSON; `state["step"]` is N.
+    """
+    final = run_dir / f"step_{state['step']}"
+    partial = _partial(final)
+    remove_partials(run_dir)
+    partial.mkdir(parents=True)
+    for name in TREES:
+        mx.save_safetensors(str(partial / f"{name}.safetensors"), dict(tree_flatten(trees[name])))
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    partial.rename(final)
+    _flush(run_dir)
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old.rename(_partial(old)))
+    return final
+
+
+def load_checkpoint(checkpoint: Path, expected: Mapping[str, dict]) -> tuple[dict, dict]:
+    """Read a checkpoint into memory.
+
+    Args:
+        expected: trees like those saved; names and shapes must agree.
+
+    Returns:
+        trees by name, nested like the expected ones, and the state.
+
+    Raises:
+        UserError: it is damaged or another model's.
+    """
+    try:
+        trees, state = _read(checkpoint)
+    except _DAMAGE as error:
+        good = [c for c in checkpoints(checkpoint.parent) if c != checkpoint and _is_whole(c)]
+        way_out = f"delete it to resume from {good[-1]}" if good else "delete it to start again"
+        raise UserError(f"{checkpoint} is damaged ({_line(error)}): {way_out}") from None
+    for name, tree in trees.items():
+        wanted = {k: v.shape for k, v in tree_flatten(expected[name])}
+        found = {k: v.shape for k, v in tree.items()}
+        if found != wanted:
+            key = next(k for k in {**wanted, **found} if wanted.get(k) != found.get(k))
+            raise UserError(
+                f"{checkpoint} is of another model: '{key}' is {found.get(key, 'missing')} in its "
+                f"{name}.safetensors, {wanted.get(key, 'missing')} here; use another run folder"
+            )
+    return {name: tree_unflatten(list(tree.items())) for name, tree in trees.items()}, state
+
+
+_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, dict[str, mx.array]], dict]:
+    state = json.loads((checkpoint / "state.json").read_text())
+    if not isinstance(state["step"], int) or not isinstance(state["training"], dict):
+        raise ValueError("state.json has no step or no training settings")
+    trees = {name: mx.load(str(checkpoint / f"{name}.safetensors")) for name in TREES}
+    # Loaded arrays are lazy: read them while a fault can still be told, and the files exist.
+    mx.eval(trees)
+    return trees, state
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        _read(checkpoint)
+    except _DAMAGE:
+        return False
+    return True
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def remove_partials(run_dir: Path) -> None:
+    """Delete what processes killed while they saved or deleted a checkpoint have left."""
+    for path in run_dir.glob(".step_*.partial"):
+        shutil.rmtree(path)
+
+
+def _partial(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file's contents or a folder's entries."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def append_log(run_dir: Path, entry: dict) -> None:
+    """Add a line to the run's log."""
+    with open(run_dir / "log.jsonl", "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+
+def read_log(run_dir: Path) -> list[dict]:
+    """The run's log; a last line torn by a killed process is left out."""
+    path = run_dir / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_log(run_dir: Path, step: int) -> None:
+    """Drop what was logged after `step`, which a resumed run logs again."""
+    if (run_dir / "log.jsonl").is_file():
+        kept = [json.dumps(e) + "\n" for e in read_log(run_dir) if e["step"] <= step]
+        partial = run_dir / ".log.jsonl.partial"
+        partial.write_text("".join(kept))
+        partial.replace(run_dir / "log.jsonl")

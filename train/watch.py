@@ -1,0 +1,182 @@
+"""What ends a run before its last step: a signal, or a process of the job that is gone.
+
+Threads notice both, because the main thread spends its time inside mlx: Python runs no signal
+handler there, and a collective operation may wait for a lost process for ever.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignals:
+    """While entered, the first Ctrl-C, SIGTERM or SIGHUP calls `ask`; a second ends the process."""
+
+    def __init__(self, ask: Callable[[], None]):
+        self._ask = ask
+
+    def __enter__(self) -> "StopSignals":
+        # A signal that is ignored, as SIGHUP under nohup, stays so.
+        mine = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._previous = {n: signal.signal(n, lambda *_: None) for n in mine}
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._sender.close()
+
+    def _listen(self) -> None:
+        asked = False
+        while received := self._receiver.recv(1):
+            number = received[0]
+            if number not in self._previous:
+                continue
+            if asked:
+                os._exit(128 + number)
+            asked = True
+            if number == signal.SIGHUP:
+                # The terminal is gone, and the next line printed there would end the run.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
+            self._ask()
+        self._receiver.close()
+
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+SILENCE = 60.0
+"""Seconds without one after which a process counts as gone."""
+GRACE = 2.0
+"""Seconds that the main thread has to end by itself, with its own message, after a loss."""
+
+_ALIVE, _GOODBYE = b".", b"q"
+_HELLO = struct.Struct("!16sI")
+
+
+class PeerWatch:
+    """Notices on any backend when a process of the job dies, hangs or loses its network.
+
+    Process 0 keeps a TCP connection to each other one, with a byte each way every `BEAT` seconds.
+    When a connection ends without a goodbye or stays silent, `lost` is called from a thread with
+    the rank of the process at its other end.
+    """
+
+    def __init__(self, group: mx.distributed.Group, lost: Callable[[int], None]):
+        self._lost, self._closed = lost, False
+        self._connections: list[socket.socket] = []
+        if group.size() == 1:
+            return
+        host = _host_of_first()
+        if group.rank() == 0:
+            self._server = _listener(host)
+            self._token = secrets.token_bytes(16)
+            port = self._server.getsockname()[1]
+            _share(group, [host or socket.gethostname(), port, self._token.hex()])
+            threading.Thread(target=self._accept, args=(group.size(),), daemon=True).start()
+            return
+        host, port, token = _share(group, None)
+        try:
+            connection = socket.create_connection((host, port), timeout=10)
+            connection.sendall(_HELLO.pack(bytes.fromhex(token), group.rank()))
+        except OSError as error:
+            print(
+                f"process {group.rank()} cannot watch process 0 at {host}:{port} ({error}): "
+                "if one dies, the other may wait for ever",
+                file=sys.stderr,
+            )
+            return
+        self._start(0, connection)
+
+    def close(self, orderly: bool) -> None:
+        """End the watch; `orderly` when the other processes shall not take it for a death."""
+        self._closed = True
+        for connection in self._connections:
+            try:
+                if orderly:
+                    connection.sendall(_GOODBYE)
+                connection.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+
+    def _accept(self, count: int) -> None:
+        while len(self._connections) < count - 1:
+            connection, _ = self._server.accept()
+            connection.settimeout(10)
+            try:
+                token, rank = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
+            except (OSError, struct.error):
+                token, rank = b"", 0
+            if secrets.compare_digest(token, self._token):
+                self._start(rank, connection)
+            else:
+                connection.close()
+        self._server.close()
+
+    def _start(self, rank: int, connection: socket.socket) -> None:
+        self._connections.append(connection)
+        threading.Thread(target=self._watch, args=(rank, connection), daemon=True).start()
+
+    def _watch(self, rank: int, connection: socket.socket) -> None:
+        connection.settimeout(BEAT)
+        heard = time.monotonic()
+        while time.monotonic() - heard < SILENCE:
+            try:
+                connection.sendall(_ALIVE)
+                received = connection.recv(64)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            if _GOODBYE in received:
+                return
+            if not received:
+                break
+            heard = time.monotonic()
+            time.sleep(BEAT)
+        time.sleep(GRACE)
+        if not self._closed:
+            self._lost(rank)
+
+
+def _listener(host: str | None) -> socket.socket:
+    """On the network that the processes share, or on all where that is unknown."""
+    try:
+        return socket.create_server((host or "", 0))
+    except OSError:
+        return socket.create_server(("", 0))
+
+
+def _host_of_first() -> str | None:
+    """Address of process 0 by the environment that mlx.launch sets; None with MPI."""
+    if path := os.environ.get("MLX_HOSTFILE"):
+        return json.loads(Path(path).read_text())[0][0].rsplit(":", 1)[0]
+    if address := os.environ.get("MLX_JACCL_COORDINATOR"):
+        return address.rsplit(":", 1)[0]
+    return os.environ.get("NCCL_HOST_IP")
+
+
+def _share(group: mx.distributed.Group, value: list | None) -> list:
+    """Process 0's `value`, as JSON, in every process."""
+    text = json.dumps(value).encode() if value is not None else b""
+    padded = mx.array(list(text.ljust(512, b" " if text else b"\0")), mx.int32)
+    shared = mx.distributed.all_sum(padded, group=group)
+    return json.loads(bytes(shared.tolist()))
