@@ -405,3 +405,42 @@ def test_schedule_warms_up_and_decays():
     assert values[0] == pytest.approx(0.1)
     assert values[-1] == pytest.approx(0.1, abs=1e-2)
     assert all(np.diff(values[:10]) > 0) and all(np.diff(values[11:]) < 0)
+
+
+def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):
+    def muon(run_dir, steps):
+        mx.random.seed(0)
+        # `nn.Sequential` keeps its parts in `layers`, as the blocks of a text encoder are.
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+        config = TrainingConfig(
+            steps=12,
+            optimizer="muon",
+            learning_rate=1e-2,
+            warmup_steps=2,
+            checkpoint_every=6,
+            log_every=1,
+        )
+        return Trainer(
+            model,
+            gradients,
+            lambda k: {"x": mx.array(np.random.default_rng(k).normal(size=(8, 4)), mx.float32)},
+            config,
+            run_dir,
+            validate=lambda t: (t.stop() if t.step >= steps else None) or {},
+        )
+
+    straight = muon(tmp_path / "a", 12)
+    before = np.array(straight.model.layers[0].weight)
+    assert straight.run()
+    change = np.array(straight.model.layers[0].weight) - before
+    # Orthogonalised steps use all directions alike; Adam's or SGD's would be far from it.
+    singular = np.linalg.svd(change, compute_uv=False)
+    assert singular[-1] > 0.2 * singular[0]
+    assert not muon(tmp_path / "b", 6).run()
+    resumed = muon(tmp_path / "b", 12)
+    assert resumed.run()
+    expected = dict(tree_flatten(straight.model.parameters()))
+    for name, value in tree_flatten(resumed.model.parameters()):
+        np.testing.assert_array_equal(np.array(value), np.array(expected[name]), err_msg=name)
+    with pytest.raises(UserError, match="'sgd' is none of adamw, muon"):
+        TrainingConfig(steps=1, optimizer="sgd")

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -61,6 +61,8 @@ class TrainingConfig:
         accumulate: micro-batches of each process in a step.
         precision: what the gradient function computes in; weights, averages and optimizer stay
             float32. "auto" takes bfloat16 on a GPU and float32 on the CPU, where it is faster.
+        optimizer: "adamw", or "muon": matrices inside the blocks by Muon at `MUON_RATE` times the
+            learning rate, all else by AdamW.
         keep_checkpoints: older ones are deleted; 0 keeps all.
     """
 
@@ -68,6 +70,7 @@ class TrainingConfig:
     batch_size: int = 64
     accumulate: int = 1
     precision: str = "auto"
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup_steps: int = 200
@@ -83,6 +86,8 @@ class TrainingConfig:
     def __post_init__(self):
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UserError(f"precision '{self.precision}' is none of auto, float32, bfloat16")
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"optimizer '{self.optimizer}' is none of adamw, muon")
         for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -141,12 +146,7 @@ class Trainer:
             mx.set_cache_limit(4 << 30)
 
         model.update(_cast(model.trainable_parameters(), mx.float32))
-        self.optimizer = optim.AdamW(
-            learning_rate=learning_rate_schedule(config),
-            betas=list(config.betas),
-            weight_decay=config.weight_decay,
-            bias_correction=True,
-        )
+        self.optimizer = make_optimizer(config)
         self.optimizer.init(model.trainable_parameters())
         # mx.compile captures the containers, so the averages live in one dict for good.
         self._averages = {"ema": tree_map(mx.array, model.trainable_parameters())}
@@ -169,7 +169,8 @@ class Trainer:
             grads, norm = optim.clip_grad_norm(grads, config.max_grad_norm)
             self.optimizer.update(model, grads)
             # A short memory at first, so that the average is never dominated by the start.
-            count = self.optimizer.state["step"].astype(mx.float32)
+            state = self.optimizer.state
+            count = state.get("states", [state])[0]["step"].astype(mx.float32)
             decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
             self._averages["ema"] = tree_map(
                 lambda a, p: decay * a + (1 - decay) * p,
@@ -402,6 +403,35 @@ class Trainer:
 def _cast(tree, dtype: mx.Dtype):
     """`tree` with its floating arrays in `dtype`."""
     return tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, tree)
+
+
+MUON_RATE = 20
+"""Muon's steps have a spectral norm of its learning rate, where Adam's have that in every entry."""
+
+
+def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
+    """The optimizer that `config` names, with its learning-rate schedule."""
+    adamw = optim.AdamW(
+        learning_rate=learning_rate_schedule(config),
+        betas=list(config.betas),
+        weight_decay=config.weight_decay,
+        bias_correction=True,
+    )
+    if config.optimizer == "adamw":
+        return adamw
+    faster = replace(
+        config,
+        learning_rate=MUON_RATE * config.learning_rate,
+        final_learning_rate=MUON_RATE * config.final_learning_rate,
+    )
+    muon = optim.Muon(learning_rate_schedule(faster), weight_decay=0.0)
+    return optim.MultiOptimizer([muon, adamw], [is_hidden_matrix])
+
+
+def is_hidden_matrix(path: str, weight: mx.array) -> bool:
+    """Whether Muon trains a parameter: a matrix from hidden to hidden, no table or embedding."""
+    inside = ("blocks.", "layers.", "long_skips.", "sample.")
+    return weight.ndim == 2 and "modulation" not in path and any(p in path for p in inside)
 
 
 def learning_rate_schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:

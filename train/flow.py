@@ -177,6 +177,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per step and process")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--final-learning-rate", type=float, default=2e-5)
+    parser.add_argument(
+        "--optimizer",
+        choices=["muon", "adamw"],
+        default="muon",
+        help="muon learns what the words mean in fewer steps, each a third dearer on a CPU",
+    )
     parser.add_argument("--warmup-steps", type=int, default=200)
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--checkpoint-every", type=int, default=250)
@@ -204,6 +210,7 @@ def main() -> None:
     training = TrainingConfig(
         steps=args.steps,
         batch_size=args.batch_size,
+        optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         final_learning_rate=args.final_learning_rate,
         warmup_steps=args.warmup_steps,
