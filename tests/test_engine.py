@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+import train.checkpoint
 import train.engine
 import train.plot
 from mlx_snapgen.config import TransformerConfig
@@ -100,7 +102,7 @@ def test_resumed_run_is_bit_identical(tmp_path):
     assert_same(flat(straight), flat(second))
 
 
-LONG = {"steps": 60, "checkpoint_every": 1, "seed": 3}
+LONG = {"steps": 60, "checkpoint_every": 2, "seed": 3}
 
 
 def worker(run_dir):
@@ -130,11 +132,41 @@ def test_a_run_killed_at_any_moment_resumes_bit_identical(tmp_path):
         process.kill()
         process.communicate()
     (run_dir / ".step_7.partial").mkdir()
+    with open(run_dir / "log.jsonl", "a") as f:
+        f.write('{"step": 59, "loss": 0}\n{"step": 6')
     resumed = trainer(run_dir, **LONG)
     assert resumed.run()
     assert_same(flat(straight), flat(resumed))
     assert [e["step"] for e in read_log(run_dir) if "loss" in e] == list(range(1, 61))
-    assert sorted(p.name for p in run_dir.iterdir()) == ["log.jsonl", "step_59", "step_60"]
+    assert sorted(p.name for p in run_dir.iterdir()) == ["log.jsonl", "step_58", "step_60"]
+
+
+@pytest.mark.parametrize("at", ["saving", "deleting"])
+def test_a_run_that_dies_amid_a_checkpoint_resumes_from_the_one_before(tmp_path, monkeypatch, at):
+    straight = trainer(tmp_path / "a")
+    assert straight.run()
+
+    def save(path, arrays):
+        if "step_12" in path and "ema" in path:
+            raise MemoryError
+        mx.save_safetensors(path, arrays)
+
+    def delete(folder):
+        (folder / "model.safetensors").unlink()
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        if at == "saving":
+            patch.setattr(train.checkpoint, "mx", SimpleNamespace(save_safetensors=save))
+        else:
+            patch.setattr(train.checkpoint, "shutil", SimpleNamespace(rmtree=delete))
+        with pytest.raises(MemoryError):
+            trainer(tmp_path / "b").run()
+    left = [c.name for c in checkpoints(tmp_path / "b")]
+    assert left == (["step_4", "step_8"] if at == "saving" else ["step_8", "step_12"])
+    resumed = trainer(tmp_path / "b")
+    assert resumed.run()
+    assert_same(flat(straight), flat(resumed))
 
 
 def test_it_learns_and_logs(tmp_path):
@@ -172,6 +204,19 @@ def test_micro_batches_equal_one_large_batch(tmp_path):
         np.testing.assert_allclose(expected[key], found[key], atol=1e-5, err_msg=key)
     losses = [[e["loss"] for e in read_log(tmp_path / name) if "loss" in e] for name in "ab"]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_micro_batches_have_noise_and_data_of_their_own(tmp_path):
+    def noted(model, batch, key):
+        grads, metrics = gradients(model, batch, key)
+        return grads, metrics | {"noise": mx.random.normal(key=key), "first": batch["x"][0, 0]}
+
+    trainer(tmp_path, gradients=noted, accumulate=2, steps=3, seed=5).run()
+    for step, entry in enumerate(read_log(tmp_path)[:3]):
+        keys = mx.random.split(mx.random.key(5 * 1_000_003 + step), 2)
+        noise = np.mean([mx.random.normal(key=key).item() for key in keys])
+        first = np.mean([batches(2 * step + m)["x"][0, 0].item() for m in range(2)])
+        np.testing.assert_allclose([entry["noise"], entry["first"]], [noise, first], atol=1e-6)
 
 
 def test_accumulation_needs_the_memory_of_one_micro_batch(tmp_path):

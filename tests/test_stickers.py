@@ -333,6 +333,18 @@ def test_batch_equals_its_scenes(font):
         np.testing.assert_array_equal(image, stickers.render(scene))
 
 
+def test_chosen_categories_keep_their_proportions(font):
+    chosen = ("colors", "single_object")
+    drawn = [stickers.training_scene(1, k, 20, chosen).category for k in range(600)]
+    assert set(drawn) == set(chosen)
+    expected = 0.18 / (0.18 + 0.13)
+    assert abs(drawn.count("single_object") / len(drawn) - expected) < 0.07
+    _, texts = stickers.batch(1, 3, 5, 20, categories=chosen)
+    assert texts == [stickers.training_scene(1, k, 20, chosen).caption for k in range(3, 8)]
+    with pytest.raises(UserError, match="unknown category 'color'.*colors"):
+        stickers.training_scene(1, 0, 20, ("color",))
+
+
 def test_every_noun_has_a_picture_of_its_own(font):
     canvas = np.full((len(stickers.NOUNS), 48, 48, 3), 255.0)
     for picture, noun in zip(canvas, stickers.NOUNS, strict=True):

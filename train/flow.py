@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import STICKERS, ModelConfig
+from mlx_snapgen.config import STICKERS, WIDTH_NAMES, ModelConfig
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.sampler import shift_time
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
@@ -25,6 +25,7 @@ from mlx_snapgen.weights import load_pretrained
 from train import stickers
 from train.autoencoder import load_autoencoder, to_float
 from train.engine import Batch, Trainer, TrainingConfig, load_ema
+from train.scenes import CATEGORIES
 
 
 class TextToLatents(nn.Module):
@@ -120,6 +121,7 @@ class Data:
     Args:
         drop_caption: share of captions replaced by the empty prompt, for guidance; with several
             encoders each drops on its own.
+        categories: kinds of scenes to draw, of `train.scenes.CATEGORIES`; None for all.
     """
 
     def __init__(
@@ -130,15 +132,19 @@ class Data:
         num_nouns: int | None,
         seed: int,
         drop_caption: float,
+        categories: Sequence[str] | None = None,
     ):
         self.tokenizers, self.batch_size, self.num_nouns = tokenizers, batch_size, num_nouns
+        self.categories = categories
         self.seed, self.drop_caption = seed, drop_caption
         self.encode = mx.compile(autoencoder.encode)
 
     def __call__(self, number: int) -> Batch:
         """Batch `number` of the stream; the same whenever it is asked for."""
         start = number * self.batch_size
-        pictures, captions = stickers.batch(self.seed, start, self.batch_size, self.num_nouns)
+        pictures, captions = stickers.batch(
+            self.seed, start, self.batch_size, self.num_nouns, categories=self.categories
+        )
         batch = {"latents": self.encode(to_float(pictures))}
         rng = np.random.default_rng((self.seed, number, 2))
         for i, tokenizer in enumerate(self.tokenizers):
@@ -189,6 +195,20 @@ def main() -> None:
     parser.add_argument("--drop-caption", type=float, default=0.1)
     parser.add_argument("--time-shift", type=float, default=1.0)
     parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        choices=list(CATEGORIES),
+        metavar="NAME",
+        help="train on these kinds of scenes alone, as a first stage: " + ", ".join(CATEGORIES),
+    )
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        choices=list(WIDTH_NAMES),
+        default=list(WIDTH_NAMES),
+        help="widths to train; 'full' alone takes two thirds of the time of a step",
+    )
     parser.add_argument("--init-from", type=Path, help="flow run or model folder to start from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -206,6 +226,7 @@ def main() -> None:
         args.num_nouns,
         args.seed,
         args.drop_caption,
+        args.categories,
     )
     training = TrainingConfig(
         steps=args.steps,
@@ -218,7 +239,7 @@ def main() -> None:
         checkpoint_every=args.checkpoint_every,
         seed=args.seed,
     )
-    widths = config.transformer.widths
+    widths = [WIDTH_NAMES[name] for name in args.widths]
     Trainer(
         model,
         gradients,

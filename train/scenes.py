@@ -9,7 +9,7 @@ from memory.
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -310,9 +310,25 @@ def sample_scene(
     return replace(scene, caption=caption(scene, rng))
 
 
-def training_scene(seed: int, k: int, num_nouns: int | None = None) -> Scene:
-    """Scene number k of a seed; both are non-negative."""
-    return sample_scene(np.random.default_rng((TRAINING, seed, k)), num_nouns)
+def training_scene(
+    seed: int, k: int, num_nouns: int | None = None, categories: Sequence[str] | None = None
+) -> Scene:
+    """Scene number k of a seed; both are non-negative.
+
+    Args:
+        seed, k: name the scene.
+        num_nouns: as for sample_scene.
+        categories: draw from these alone, as often relative to each other as in CATEGORIES.
+
+    Raises:
+        UserError: as sample_scene.
+    """
+    rng = np.random.default_rng((TRAINING, seed, k))
+    if not categories:
+        return sample_scene(rng, num_nouns)
+    edges = np.cumsum([CATEGORIES.get(name, 0.0) for name in categories])
+    chosen = categories[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
+    return sample_scene(rng, num_nouns, category=chosen)
 
 
 def scenes(seed: int, num_nouns: int | None = None, start: int = 0) -> Iterator[Scene]:

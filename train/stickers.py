@@ -11,6 +11,7 @@ import argparse
 import functools
 import io
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,8 +237,9 @@ def batch(
     count: int,
     num_nouns: int | None = None,
     font: str | Path | None = None,
+    categories: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """Training scenes start ... start + count - 1 of `scenes(seed, num_nouns)`.
+    """Training scenes start ... start + count - 1 of a seed; see `training_scene`.
 
     Returns:
         images: uint8 (count, 128, 128, 3), RGB.
@@ -246,7 +248,7 @@ def batch(
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     captions = []
     for k in range(count):
-        scene = training_scene(seed, start + k, num_nouns)
+        scene = training_scene(seed, start + k, num_nouns, categories)
         images[k] = render(scene, font=font)
         captions.append(scene.caption)
     return images, captions
