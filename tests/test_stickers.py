@@ -341,7 +341,7 @@ def test_chosen_categories_keep_their_proportions(font):
     assert abs(drawn.count("single_object") / len(drawn) - expected) < 0.07
     _, texts = stickers.batch(1, 3, 5, 20, categories=chosen)
     assert texts == [stickers.training_scene(1, k, 20, chosen).caption for k in range(3, 8)]
-    with pytest.raises(UserError, match="unknown category 'color'.*colors"):
+    with pytest.raises(UserError, match=r"unknown category 'color'.*colors"):
         stickers.training_scene(1, 0, 20, ("color",))
 
 

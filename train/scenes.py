@@ -326,7 +326,9 @@ def training_scene(
     rng = np.random.default_rng((TRAINING, seed, k))
     if not categories:
         return sample_scene(rng, num_nouns)
-    edges = np.cumsum([CATEGORIES.get(name, 0.0) for name in categories])
+    if unknown := [name for name in categories if name not in CATEGORIES]:
+        raise UserError(f"unknown category '{unknown[0]}'{nearest(unknown[0], CATEGORIES)}")
+    edges = np.cumsum([CATEGORIES[name] for name in categories])
     chosen = categories[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
     return sample_scene(rng, num_nouns, category=chosen)
 
