@@ -9,10 +9,15 @@ import pytest
 import sentencepiece
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+import train.engine
 from mlx_snapgen.config import STICKERS, TextEncoderConfig, TransformerConfig
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.text_encoder import Tokenizer
 from mlx_snapgen.transformer import TextStates
-from train.flow import TextToLatents, add_balanced, gradients, sampled_width
+from train.checkpoint import read_log, save_checkpoint
+from train.engine import Trainer, TrainingConfig
+from train.flow import gradients, kept_tokens
+from train.supernetwork import TextToLatents, add_balanced, noisy, sampled_width, start_from
 
 TEXT = TextEncoderConfig(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, max_length=6)
 CONFIG = dataclasses.replace(
@@ -133,6 +138,111 @@ def test_full_width_alone_is_plain_flow_matching(model, batch):
         np.testing.assert_allclose(
             np.array(found[name]), np.array(expected[name]), atol=1e-5, err_msg=name
         )
+
+
+@pytest.fixture
+def even_batch(batch):
+    return {name: mx.concatenate([rows, rows[:1]]) for name, rows in batch.items()}
+
+
+def test_masking_weighs_whole_and_masked_scenes_alike(model, even_batch):
+    """Each half goes through the network by itself here; the losses and noise are eq. 4's."""
+    key = mx.random.key(5)
+    grads, metrics = gradients(model, even_batch, key, 1.0, 1.0, 0.4)
+    x_t, t, v = noisy(even_batch["latents"], key, 1.0)
+    keep = kept_tokens(4, 4, 0.4, mx.random.split(key, 3)[2])
+    assert not keep[2:].all()
+
+    def half(rows, keep):
+        states = [
+            TextStates(
+                e(even_batch[f"tokens_{i}"][rows], even_batch[f"mask_{i}"][rows]),
+                even_batch[f"mask_{i}"][rows],
+            )
+            for i, e in enumerate(model.text_encoders)
+        ]
+        text, mask = model.transformer.encode_text(states)
+        predicted = model.transformer(x_t[rows], t[rows], text, mask, keep=keep)
+        return (predicted - v[rows]).square().mean()
+
+    def whole():
+        return half(slice(0, 2), None)
+
+    def masked():
+        return half(slice(2, 4), keep[2:])
+
+    assert float(metrics["loss"]) == pytest.approx(float(whole()), rel=1e-5)
+    assert float(metrics["masked"]) == pytest.approx(float(masked()), rel=1e-5)
+    assert float(masked()) != pytest.approx(float(half(slice(2, 4), None)), rel=1e-4)
+    expected = flat_grad(model, lambda: (whole() + masked()) / 2)
+    found = dict(tree_flatten(grads))
+    for name in expected:
+        np.testing.assert_allclose(
+            np.array(found[name]), np.array(expected[name]), atol=1e-5, err_msg=name
+        )
+
+
+def test_masking_leaves_noise_and_other_half_alone(model, even_batch):
+    key = mx.random.key(6)
+    masked = gradients(model, even_batch, key, 0.5, 1.0, 0.4)[1]
+    assert masked.keys() == {"loss", "masked", "loss_0.5", "masked_0.5", "distillation_0.5"}
+    half = {name: rows[:2] for name, rows in even_batch.items()}
+    x_t, t, v = (x[:2] for x in noisy(even_batch["latents"], key, 1.0))
+    states = [
+        TextStates(e(half[f"tokens_{i}"], half[f"mask_{i}"]), half[f"mask_{i}"])
+        for i, e in enumerate(model.text_encoders)
+    ]
+    text, mask = model.transformer.encode_text(states)
+    expected = (model.transformer(x_t, t, text, mask, 0.5) - v).square().mean()
+    assert float(masked["loss_0.5"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_masked_share():
+    keep = np.array(kept_tokens(101, 256, 0.45, mx.random.key(0)))
+    assert keep[:51].all()
+    assert keep[51:].mean() == pytest.approx(0.55, abs=0.02)
+    assert keep[51:].mean(1).std() > 0.01 and keep[51:].mean(0).std() > 0.01
+    with pytest.raises(UserError, match="two scenes"):
+        kept_tokens(1, 256, 0.45, mx.random.key(0))
+
+
+def test_masked_training_learns_compiled(even_batch, tmp_path, monkeypatch):
+    """The same scenes again and again: the whole ones' loss and the masked ones' both fall."""
+    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+    mx.random.seed(0)
+    transformer = dataclasses.replace(
+        CONFIG.transformer, hidden_size=32, head_dim=4, blocks=(1, 1, 1)
+    )
+    model = TextToLatents(dataclasses.replace(CONFIG, transformer=transformer), [None, None])
+    seen = []
+
+    def watched(*args):
+        seen.append(args[3:])
+        return gradients(*args)
+
+    training = TrainingConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=10)
+    Trainer(
+        model, watched, lambda k: even_batch, training, tmp_path, lambda step: (1.0, 1.0, 0.45)
+    ).run()
+    log = [entry for entry in read_log(tmp_path) if "masked" in entry]
+    for name in ("loss", "masked"):
+        assert log[-1][name] < 0.75 * log[0][name], name
+    assert len(seen) < 5, "traced, not run step by step"
+
+
+def test_weights_of_another_model_are_refused(model, tmp_path):
+    trees = {name: {} for name in ("model", "optimizer")} | {"ema": model.parameters()}
+    save_checkpoint(tmp_path, trees, {"step": 1}, 0)
+    same = TextToLatents(CONFIG, [None, None])
+    start_from(same, tmp_path)
+    for (name, a), (_, b) in zip(
+        tree_flatten(same.parameters()), tree_flatten(model.parameters()), strict=True
+    ):
+        np.testing.assert_array_equal(np.array(a), np.array(b), err_msg=name)
+    transformer = dataclasses.replace(CONFIG.transformer, blocks=(1, 2, 2))
+    other = TextToLatents(dataclasses.replace(CONFIG, transformer=transformer), [None, None])
+    with pytest.raises(UserError, match=r"up_blocks\.1.*missing there"):
+        start_from(other, tmp_path)
 
 
 def test_balanced_sum_has_equal_parts():

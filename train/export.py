@@ -14,8 +14,8 @@ from mlx_snapgen.errors import run_command
 from mlx_snapgen.text_encoder import Tokenizer
 from mlx_snapgen.weights import Components, save_pretrained
 from train.autoencoder import load_autoencoder
-from train.flow import TextToLatents, load_trained
 from train.scenes import first_nouns
+from train.supernetwork import TextToLatents, start_from
 from train.vocabulary import BACKGROUNDS, COLOURS
 
 NOTICE = """\
@@ -30,7 +30,7 @@ def assemble(flow: Path, autoencoder: Path, tokenizer: Path, num_nouns: int | No
     pictures = load_autoencoder(autoencoder, num_nouns)
     config = dataclasses.replace(STICKERS, autoencoder=pictures.config)
     trained = TextToLatents(config, tokenizers)
-    trained.update(load_trained(flow))
+    start_from(trained, flow)
     nouns = first_nouns(num_nouns)
     vocabulary = {
         "nouns": [n.name for n in nouns],

@@ -4,169 +4,91 @@ Every step runs the full network and one sampled sub-network on the same noisy l
 (SnapGen++ section 3.2): both learn the velocity (eq. 4), the sub-network also learns from the full
 one (eq. 5), and the two gradients are brought to the same norm before they are added. The text
 encoder learns along. Scenes are rendered and encoded on the fly, so no picture is seen twice.
+
+`--mask-ratio` adds EDT's masking training (arXiv 2410.23788): tokens are masked on their way into
+the Middle stage, which then has to guess them from the others. EDT adds the losses of a pass with
+all tokens and of a masked one; here they are those of the two halves of a batch, which weighs them
+alike at half the cost, each pass having scenes of its own.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import STICKERS, WIDTH_NAMES, ModelConfig
-from mlx_snapgen.errors import run_command
-from mlx_snapgen.sampler import shift_time
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
-from mlx_snapgen.transformer import EfficientDiT, TextStates
-from mlx_snapgen.weights import load_pretrained
-from train import stickers
-from train.autoencoder import load_autoencoder, to_float
-from train.engine import Batch, Trainer, TrainingConfig, load_ema
-from train.scenes import CATEGORIES
-
-
-class TextToLatents(nn.Module):
-    """Transformer and text encoders, the parts that flow matching trains together."""
-
-    def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer]):
-        super().__init__()
-        self.transformer = EfficientDiT(config.transformer)
-        self.text_encoders = [
-            TransformerTextEncoder(c, t)
-            for c, t in zip(config.text_encoders, tokenizers, strict=True)
-        ]
+from mlx_snapgen.config import STICKERS, WIDTH_NAMES
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.text_encoder import Tokenizer
+from train.autoencoder import load_autoencoder
+from train.engine import Batch, Trainer
+from train.losses import per_sample
+from train.supernetwork import (
+    Data,
+    TextToLatents,
+    add_arguments,
+    elastic_gradients,
+    noisy,
+    sampled_width,
+    start_from,
+    training_config,
+)
 
 
-def gradients(model: TextToLatents, batch: Batch, key: mx.array, width: float, shift: float):
+def gradients(
+    model: TextToLatents,
+    batch: Batch,
+    key: mx.array,
+    width: float,
+    shift: float,
+    mask_ratio: float = 0.0,
+):
     """Gradients of the full network and of the sub-network of `width`, balanced and added.
 
     Args:
         batch: `latents` (B, H, W, C), and for text encoder i `tokens_i` and `mask_i` (B, L).
         width: the sampled sub-network's; 1.0 trains the full network alone.
         shift: timestep shift.
+        mask_ratio: share of tokens masked in the second half of the batch.
 
     Returns:
-        gradients like `model.trainable_parameters()`, and the losses as metrics.
+        gradients like `model.trainable_parameters()`, and the losses as metrics; those of masked
+        scenes have names of their own.
     """
     x0 = batch["latents"]
-    key_t, key_eps = mx.random.split(key)
-    t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
-    eps = mx.random.normal(x0.shape, key=key_eps)
-    sigma = t[:, None, None, None]
-    x_t, v = (1 - sigma) * x0 + sigma * eps, eps - x0
+    x_t, t, v = noisy(x0, key, shift)
+    keep = None
+    if mask_ratio:
+        patch = model.transformer.config.patch_size
+        # A key that leaves t and the noise what they are without masking.
+        key_mask = mx.random.split(key, 3)[2]
+        keep = kept_tokens(len(x0), x0[0, ..., 0].size // patch**2, mask_ratio, key_mask)
 
-    transformer, encoders = model.transformer, model.text_encoders
-    params = transformer.trainable_parameters()
-    masks = [batch[f"mask_{i}"] for i in range(len(encoders))]
-
-    def encode(*flat: mx.array) -> list[mx.array]:
-        for encoder, leaves in zip(encoders, _chunks(flat, names), strict=True):
-            encoder.update(tree_unflatten(leaves))
-        return [e(batch[f"tokens_{i}"], masks[i]) for i, e in enumerate(encoders)]
-
-    def loss_fn(params, states, width, teacher):
-        transformer.update(params)
-        text, mask = transformer.encode_text(
-            [TextStates(s, m) for s, m in zip(states, masks, strict=True)]
-        )
-        predicted = transformer(x_t, t, text, mask, width)
+    def loss(text: mx.array, mask: mx.array, width: float, full: mx.array | None):
+        predicted = model.transformer(x_t, t, text, mask, width, keep=keep)
         diffusion = (predicted - v).square().mean()
-        if teacher is None:
-            return diffusion, (predicted, {"loss": diffusion})
-        distillation = (predicted - teacher).square().mean()
-        metrics = {f"loss_{width:g}": diffusion, f"distillation_{width:g}": distillation}
+        suffix = "" if full is None else f"_{width:g}"
+        metrics = {f"loss{suffix}": diffusion}
+        if keep is not None:
+            whole, masked = mx.split(per_sample(predicted - v), [(len(x0) + 1) // 2])
+            metrics = {f"loss{suffix}": whole.mean(), f"masked{suffix}": masked.mean()}
+        if full is None:
+            return diffusion, (predicted, metrics)
+        distillation = (predicted - full).square().mean()
+        metrics[f"distillation{suffix}"] = distillation
         return diffusion + distillation, (predicted, metrics)
 
-    grad_fn = mx.value_and_grad(loss_fn, argnums=(0, 1))
-    names = [[k for k, _ in tree_flatten(e.trainable_parameters())] for e in encoders]
-    text_params = [p for e in encoders for _, p in tree_flatten(e.trainable_parameters())]
-    states = encode(*text_params)
-    (_, (teacher, metrics)), grads = grad_fn(params, states, 1.0, None)
-    if width != 1.0:
-        (_, (_, more)), sub_grads = grad_fn(params, states, width, mx.stop_gradient(teacher))
-        grads = add_balanced(grads, sub_grads)
-        metrics |= more
-    transformer.update(params)
-    # The text encoders run once for both widths: pull the states' gradient through them here.
-    _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
-    encode(*text_params)
-    return {
-        "transformer": grads[0],
-        "text_encoders": [tree_unflatten(g) for g in _chunks(text_grads, names)],
-    }, metrics
+    return elastic_gradients(model, batch, width, loss)
 
 
-def _chunks(flat: Sequence[mx.array], names: list[list[str]]) -> list[list[tuple]]:
-    """Cut a flat list of parameters into (name, parameter) lists, one per encoder."""
-    out, start = [], 0
-    for keys in names:
-        out.append(list(zip(keys, flat[start : start + len(keys)], strict=True)))
-        start += len(keys)
-    return out
+def kept_tokens(count: int, tokens: int, ratio: float, key: mx.array) -> mx.array:
+    """Which tokens are not masked, (count, tokens): all of the first half of a batch.
 
-
-def add_balanced(full, sub):
-    """full + s * sub with s such that both have the same global norm."""
-    norms = [mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(tree))) for tree in (full, sub)]
-    scale = norms[0] / mx.maximum(norms[1], 1e-12)
-    return tree_map(lambda a, b: a + scale * b, full, sub)
-
-
-class Data:
-    """Batches of encoded scenes with tokenized captions.
-
-    Args:
-        drop_caption: share of captions replaced by the empty prompt, for guidance; with several
-            encoders each drops on its own.
-        categories: kinds of scenes to draw, of `train.scenes.CATEGORIES`; None for all.
+    In the second half each is masked with probability `ratio`, by itself.
     """
-
-    def __init__(
-        self,
-        autoencoder: Autoencoder,
-        tokenizers: Sequence[Tokenizer],
-        batch_size: int,
-        num_nouns: int | None,
-        seed: int,
-        drop_caption: float,
-        categories: Sequence[str] | None = None,
-    ):
-        self.tokenizers, self.batch_size, self.num_nouns = tokenizers, batch_size, num_nouns
-        self.categories = categories
-        self.seed, self.drop_caption = seed, drop_caption
-        self.encode = mx.compile(autoencoder.encode)
-
-    def __call__(self, number: int) -> Batch:
-        """Batch `number` of the stream; the same whenever it is asked for."""
-        start = number * self.batch_size
-        pictures, captions = stickers.batch(
-            self.seed, start, self.batch_size, self.num_nouns, categories=self.categories
-        )
-        batch = {"latents": self.encode(to_float(pictures))}
-        rng = np.random.default_rng((self.seed, number, 2))
-        for i, tokenizer in enumerate(self.tokenizers):
-            dropped = rng.random(self.batch_size) < self.drop_caption
-            kept = ["" if d else c for d, c in zip(dropped, captions, strict=True)]
-            batch[f"tokens_{i}"], batch[f"mask_{i}"] = tokenizer(kept)
-        return batch
-
-
-def load_trained(folder: Path) -> dict:
-    """Weights for `TextToLatents` from a model folder, or the averaged ones of a flow run."""
-    if (folder / "config.json").is_file():
-        model = load_pretrained(folder)
-        encoders = [e.parameters() for e in model.text_encoders]
-        return {"transformer": model.transformer.parameters(), "text_encoders": encoders}
-    return tree_unflatten(list(load_ema(folder).items()))
-
-
-def sampled_width(widths: Sequence[float], seed: int, step: int) -> float:
-    """The sub-network of a step: uniform over the widths below 1, the same on every machine."""
-    subs = [w for w in widths if w != 1.0]
-    return float(np.random.default_rng((seed, step, 3)).choice(subs)) if subs else 1.0
+    if count < 2:
+        raise UserError("masking is for one half of a batch: give at least two scenes per batch")
+    keep = mx.random.uniform(shape=(count, tokens), key=key) >= ratio
+    return keep | (mx.arange(count)[:, None] < (count + 1) // 2)
 
 
 def main() -> None:
@@ -174,51 +96,29 @@ def main() -> None:
         prog="python -m train.flow",
         description="Train the elastic stickers model. Run again with the same folder to resume.",
     )
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
+    add_arguments(parser)
     parser.add_argument(
         "--autoencoder", type=Path, required=True, help="folder of an autoencoder run or a model"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=32, help="scenes per step and process")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--final-learning-rate", type=float, default=2e-5)
     parser.add_argument(
-        "--optimizer",
-        choices=["muon", "adamw"],
-        default="muon",
-        help="muon learns what the words mean in fewer steps, each a third dearer on a CPU",
+        "--mask-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="mask this share of the tokens before the Middle stage, in half of the scenes "
+        "(EDT: .45; default 0)",
     )
-    parser.add_argument("--warmup-steps", type=int, default=200)
-    parser.add_argument("--ema-decay", type=float, default=0.999)
-    parser.add_argument("--checkpoint-every", type=int, default=250)
-    parser.add_argument("--drop-caption", type=float, default=0.1)
-    parser.add_argument("--time-shift", type=float, default=1.0)
-    parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
-    parser.add_argument(
-        "--categories",
-        nargs="+",
-        choices=list(CATEGORIES),
-        metavar="NAME",
-        help="train on these kinds of scenes alone, as a first stage: " + ", ".join(CATEGORIES),
-    )
-    parser.add_argument(
-        "--widths",
-        nargs="+",
-        choices=list(WIDTH_NAMES),
-        default=list(WIDTH_NAMES),
-        help="widths to train; 'full' alone takes two thirds of the time of a step",
-    )
-    parser.add_argument("--init-from", type=Path, help="flow run or model folder to start from")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not 0 <= args.mask_ratio < 1:
+        raise UserError(f"--mask-ratio is {args.mask_ratio}; it must be at least 0 and below 1")
 
     mx.random.seed(args.seed)
     config = STICKERS
     tokenizers = [Tokenizer.from_file(args.tokenizer, c.max_length) for c in config.text_encoders]
     model = TextToLatents(config, tokenizers)
     if args.init_from:
-        model.update(load_trained(args.init_from))
+        start_from(model, args.init_from)
     data = Data(
         load_autoencoder(args.autoencoder, args.num_nouns),
         tokenizers,
@@ -228,25 +128,18 @@ def main() -> None:
         args.drop_caption,
         args.categories,
     )
-    training = TrainingConfig(
-        steps=args.steps,
-        batch_size=args.batch_size,
-        optimizer=args.optimizer,
-        learning_rate=args.learning_rate,
-        final_learning_rate=args.final_learning_rate,
-        warmup_steps=args.warmup_steps,
-        ema_decay=args.ema_decay,
-        checkpoint_every=args.checkpoint_every,
-        seed=args.seed,
-    )
     widths = [WIDTH_NAMES[name] for name in args.widths]
     Trainer(
         model,
         gradients,
         data,
-        training,
+        training_config(args),
         args.run_dir,
-        static=lambda step: (sampled_width(widths, args.seed, step), args.time_shift),
+        static=lambda step: (
+            sampled_width(widths, args.seed, step),
+            args.time_shift,
+            args.mask_ratio,
+        ),
     ).run()
 
 

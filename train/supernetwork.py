@@ -1,0 +1,262 @@
+"""What flow matching and distillation share: the elastic student, its data and its gradients.
+
+Every step runs the full network and one sampled sub-network on the same noisy latents
+(SnapGen++ section 3.2), and the two gradients are brought to the same norm before they are added.
+What each of the two learns is the trainer's own loss. The text encoders learn along.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.sampler import shift_time
+from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.transformer import EfficientDiT, TextStates
+from mlx_snapgen.weights import load_pretrained
+from train import stickers
+from train.autoencoder import to_float
+from train.engine import Batch, TrainingConfig, load_ema
+from train.losses import add_noise
+from train.scenes import CATEGORIES
+
+
+class TextToLatents(nn.Module):
+    """Transformer and text encoders, the parts that train together."""
+
+    def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer]):
+        super().__init__()
+        self.transformer = EfficientDiT(config.transformer)
+        self.text_encoders = [
+            TransformerTextEncoder(c, t)
+            for c, t in zip(config.text_encoders, tokenizers, strict=True)
+        ]
+
+
+def load_trained(folder: Path) -> dict:
+    """Weights for `TextToLatents` from a model folder, or the averaged ones of a run."""
+    if (folder / "config.json").is_file():
+        model = load_pretrained(folder)
+        encoders = [e.parameters() for e in model.text_encoders]
+        return {"transformer": model.transformer.parameters(), "text_encoders": encoders}
+    trained = tree_unflatten(list(load_ema(folder).items()))
+    # A run may have trained more than a model keeps, such as the projectors of distillation.
+    return {name: trained[name] for name in ("transformer", "text_encoders") if name in trained}
+
+
+def start_from(model: TextToLatents, folder: Path) -> None:
+    """Put the weights of a model folder or a run into `model`; a `UserError` if they do not fit."""
+    weights = load_trained(folder)
+    found = {k: p.shape for k, p in tree_flatten(weights)}
+    wanted = {
+        f"{part}.{k}": p.shape
+        for part in ("transformer", "text_encoders")
+        for k, p in tree_flatten(model.parameters()[part])
+    }
+    if found != wanted:
+        key = next(k for k in {**wanted, **found} if wanted.get(k) != found.get(k))
+        raise UserError(
+            f"{folder} holds another model: '{key}' is {found.get(key, 'missing')} there, "
+            f"{wanted.get(key, 'missing')} here"
+        )
+    model.update(weights)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class Data:
+    """Batches of encoded scenes with tokenized captions.
+
+    Args:
+        drop_caption: share of captions replaced by the empty prompt, for guidance; with several
+            encoders each drops on its own.
+        categories: kinds of scenes to draw, of `train.scenes.CATEGORIES`; None for all.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        tokenizers: Sequence[Tokenizer],
+        batch_size: int,
+        num_nouns: int | None,
+        seed: int,
+        drop_caption: float,
+        categories: Sequence[str] | None = None,
+    ):
+        self.tokenizers, self.batch_size, self.num_nouns = tokenizers, batch_size, num_nouns
+        self.categories = categories
+        self.seed, self.drop_caption = seed, drop_caption
+        self.encode = mx.compile(autoencoder.encode)
+
+    def __call__(self, number: int) -> Batch:
+        """Batch `number` of the stream; the same whenever it is asked for."""
+        return self.with_prompts(number)[0]
+
+    def with_prompts(self, number: int) -> tuple[Batch, list[str]]:
+        """Batch `number` and what it was told: captions, "" where no encoder was given any."""
+        start = number * self.batch_size
+        pictures, captions = stickers.batch(
+            self.seed, start, self.batch_size, self.num_nouns, categories=self.categories
+        )
+        batch = {"latents": self.encode(to_float(pictures))}
+        rng = np.random.default_rng((self.seed, number, 2))
+        told = [""] * self.batch_size
+        for i, tokenizer in enumerate(self.tokenizers):
+            dropped = rng.random(self.batch_size) < self.drop_caption
+            kept = ["" if d else c for d, c in zip(dropped, captions, strict=True)]
+            batch[f"tokens_{i}"], batch[f"mask_{i}"] = tokenizer(kept)
+            told = [a or b for a, b in zip(kept, told, strict=True)]
+        return batch, told
+
+
+def sampled_width(widths: Sequence[float], seed: int, step: int) -> float:
+    """The sub-network of a step: uniform over the widths below 1, the same on every machine."""
+    subs = [w for w in widths if w != 1.0]
+    return float(np.random.default_rng((seed, step, 3)).choice(subs)) if subs else 1.0
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def noisy(x0: mx.array, key: mx.array, shift: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Latents x0 on their way to noise: x_t, the noise levels t (B,), and the velocity there.
+
+    t is logit-normal (SD3), then shifted.
+    """
+    key_t, key_eps = mx.random.split(key)
+    t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
+    eps = mx.random.normal(x0.shape, key=key_eps)
+    return add_noise(x0, eps, t), t, eps - x0
+
+
+Loss = Callable[..., tuple[mx.array, tuple[mx.array, dict[str, mx.array]]]]
+"""(text, mask, width, full) -> (loss, (velocity, metrics)) of the sub-network of `width`.
+
+text and mask (B, L, ...) are the joined text states; `full` is the full network's velocity without
+gradient, None when it is the full network's own turn.
+"""
+
+
+def elastic_gradients(
+    model: TextToLatents, batch: Batch, width: float, loss: Loss
+) -> tuple[dict, dict[str, mx.array]]:
+    """Gradients of the full network and of the sub-network of `width`, balanced and added.
+
+    Args:
+        model: `TextToLatents`, or one with further parts of its own that `loss` uses.
+        batch: for text encoder i `tokens_i` and `mask_i` (B, L).
+        width: the sampled sub-network's; 1.0 trains the full network alone.
+
+    Returns:
+        gradients like `model.trainable_parameters()`, and the metrics of both losses.
+    """
+    transformer, encoders = model.transformer, model.text_encoders
+    params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
+    masks = [batch[f"mask_{i}"] for i in range(len(encoders))]
+
+    def encode(*flat: mx.array) -> list[mx.array]:
+        for encoder, leaves in zip(encoders, _chunks(flat, names), strict=True):
+            encoder.update(tree_unflatten(leaves))
+        return [e(batch[f"tokens_{i}"], masks[i]) for i, e in enumerate(encoders)]
+
+    def loss_fn(params, states, width, full):
+        model.update(params)
+        text, mask = transformer.encode_text(
+            [TextStates(s, m) for s, m in zip(states, masks, strict=True)]
+        )
+        return loss(text, mask, width, full)
+
+    grad_fn = mx.value_and_grad(loss_fn, argnums=(0, 1))
+    names = [[k for k, _ in tree_flatten(e.trainable_parameters())] for e in encoders]
+    text_params = [p for e in encoders for _, p in tree_flatten(e.trainable_parameters())]
+    states = encode(*text_params)
+    (_, (full, metrics)), grads = grad_fn(params, states, 1.0, None)
+    if width != 1.0:
+        (_, (_, more)), sub_grads = grad_fn(params, states, width, mx.stop_gradient(full))
+        grads = add_balanced(grads, sub_grads)
+        metrics |= more
+    model.update(params)
+    # The text encoders run once for both widths: pull the states' gradient through them here.
+    _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
+    encode(*text_params)
+    text_grads = [tree_unflatten(g) for g in _chunks(text_grads, names)]
+    return grads[0] | {"text_encoders": text_grads}, metrics
+
+
+def _chunks(flat: Sequence[mx.array], names: list[list[str]]) -> list[list[tuple]]:
+    """Cut a flat list of parameters into (name, parameter) lists, one per encoder."""
+    out, start = [], 0
+    for keys in names:
+        out.append(list(zip(keys, flat[start : start + len(keys)], strict=True)))
+        start += len(keys)
+    return out
+
+
+def add_balanced(full, sub):
+    """full + s * sub with s such that both have the same global norm."""
+    norms = [mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(tree))) for tree in (full, sub)]
+    scale = norms[0] / mx.maximum(norms[1], 1e-12)
+    return tree_map(lambda a, b: a + scale * b, full, sub)
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every trainer of a supernetwork."""
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=32, help="scenes per step and process")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--final-learning-rate", type=float, default=2e-5)
+    parser.add_argument(
+        "--optimizer",
+        choices=["muon", "adamw"],
+        default="muon",
+        help="muon learns what the words mean in fewer steps, each a third dearer on a CPU",
+    )
+    parser.add_argument("--warmup-steps", type=int, default=200)
+    parser.add_argument("--ema-decay", type=float, default=0.999)
+    parser.add_argument("--checkpoint-every", type=int, default=250)
+    parser.add_argument("--drop-caption", type=float, default=0.1)
+    parser.add_argument("--time-shift", type=float, default=1.0)
+    parser.add_argument("--num-nouns", type=int, help="train on the first N nouns only")
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        choices=list(CATEGORIES),
+        metavar="NAME",
+        help="train on these kinds of scenes alone, as a first stage: " + ", ".join(CATEGORIES),
+    )
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        choices=list(WIDTH_NAMES),
+        default=list(WIDTH_NAMES),
+        help="widths to train; 'full' alone takes two thirds of the time of a step",
+    )
+    parser.add_argument("--init-from", type=Path, help="run or model folder to start from")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def training_config(args: argparse.Namespace) -> TrainingConfig:
+    """Loop settings from the options of `add_arguments`."""
+    return TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        final_learning_rate=args.final_learning_rate,
+        warmup_steps=args.warmup_steps,
+        ema_decay=args.ema_decay,
+        checkpoint_every=args.checkpoint_every,
+        seed=args.seed,
+    )
