@@ -21,9 +21,8 @@ from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora import fuse_lora, remove_lora
 from mlx_snapgen.lora_files import load_lora, read_lora
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
-from mlx_snapgen.text_encoder import normalise
-from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.text_encoder import encode_prompts, normalise
 from mlx_snapgen.weights import (
     Components,
     Quantization,
@@ -97,8 +96,7 @@ class SnapGenPipeline:
         self.model_width, self.quantize = model_width, quantize
         self.source, self.revision = source, revision
         self.loras = [(str(path), float(weight)) for path, weight in loras]
-        # The norm is the one weight that quantization leaves alone.
-        self.dtype = self.transformer.text[0].norm.weight.dtype
+        self.dtype = self.transformer.dtype
         names = known_names(self.vocabulary)
         self._names = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b") if names else None
 
@@ -262,18 +260,10 @@ class SnapGenPipeline:
         prompts = [metadata["prompt"]]
         if scale != 1:
             prompts.insert(0, metadata["negative_prompt"])
-        text, mask = self.encode_prompts(prompts)
+        text, mask = encode_prompts(prompts, self.text_encoders, self.transformer)
         mx.eval(text, mask)
 
-        def velocity(x_t: mx.array, sigma: float) -> mx.array:
-            batch = mx.repeat(x_t.astype(self.dtype), len(prompts), axis=0)
-            v = self.transformer(batch, mx.full((len(prompts),), sigma), text, mask)
-            v = v.astype(mx.float32)
-            if scale == 1:
-                return v
-            v_uncond, v_cond = mx.split(v, 2)
-            return guide(v_cond, v_uncond, scale)
-
+        velocity = guided_velocity(self.transformer, text, mask, scale)
         factor = self.autoencoder.config.downsampling
         h, w = metadata["height"] // factor, metadata["width"] // factor
         for k in range(num_images):
@@ -295,14 +285,6 @@ class SnapGenPipeline:
                     decode=self.decode,
                     metadata=metadata | {"seed": seed + k},
                 )
-
-    def encode_prompts(self, prompts: list[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> text (B, L, text_width) and mask (B, L), all text encoders joined."""
-        states = []
-        for encoder in self.text_encoders:
-            tokens, mask = encoder.tokenize(prompts)
-            states.append(TextStates(encoder(tokens, mask).astype(self.dtype), mask))
-        return self.transformer.encode_text(states)
 
     def decode(self, latents: mx.array) -> Image.Image:
         """Latents (1, h, w, C) -> RGB picture of 8h x 8w pixels."""

@@ -5,7 +5,7 @@ network's velocity is v = eps - x0. Everything that knows the schedule calls thi
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -34,9 +34,20 @@ def get_schedule(num_steps: int, shift: float = 1.0) -> list[float]:
     return [shift_time(1 - i / num_steps, shift) for i in range(num_steps + 1)]
 
 
-def get_noise(seed: int, height: int, width: int, channels: int) -> mx.array:
-    """Unit Gaussian latents (1, height, width, channels) of one picture's own seed."""
-    return mx.random.normal((1, height, width, channels), key=mx.random.key(seed))
+def get_noise(seed: int, height: int, width: int, channels: int, draw: int = 0) -> mx.array:
+    """Unit Gaussian latents (1, height, width, channels) of one picture's own seed.
+
+    Draw 0 is what sampling starts from, draw k + 1 what step k may add (see `denoise`).
+    """
+    key = mx.random.key(seed)
+    for _ in range(draw):
+        key = mx.random.split(key)[1]
+    return mx.random.normal((1, height, width, channels), key=key)
+
+
+def add_noise(x0: mx.array, eps: mx.array, sigma) -> mx.array:
+    """The point x_t on the straight path from x0 to eps; `sigma` broadcasts."""
+    return (1 - sigma) * x0 + sigma * eps
 
 
 def estimate_x0(x_t: mx.array, v: mx.array, sigma: float) -> mx.array:
@@ -54,8 +65,44 @@ def guide(v_cond: mx.array, v_uncond: mx.array, guidance_scale: float) -> mx.arr
     return v_uncond + guidance_scale * (v_cond - v_uncond)
 
 
-def denoise(velocity: Velocity, noise: mx.array, schedule: list[float]) -> Iterator[Step]:
-    """Integrate from noise to latents, yielding after every step.
+def guided_velocity(
+    network: Callable[..., mx.array],
+    text: mx.array,
+    mask: mx.array,
+    guidance_scale: float = 1.0,
+    **settings,
+) -> Velocity:
+    """The velocity that a sampler integrates: float32, with guidance.
+
+    Args:
+        network: `EfficientDiT` or alike, called with (x_t, t (B,), text, mask, **settings).
+        text, mask: (B, L, D) and (B, L); with guidance (2 B, ...), the prompts to lead away from
+            before those to draw.
+        guidance_scale: 1 is no guidance.
+        settings: further arguments of the network, such as its width.
+    """
+    guided = guidance_scale != 1
+
+    def velocity(x_t: mx.array, sigma: float) -> mx.array:
+        x_t = x_t.astype(text.dtype)
+        batch = mx.concatenate([x_t, x_t]) if guided else x_t
+        v = network(batch, mx.full((len(batch),), sigma), text, mask, **settings)
+        v = v.astype(mx.float32)
+        if not guided:
+            return v
+        v_uncond, v_cond = mx.split(v, 2)
+        return guide(v_cond, v_uncond, guidance_scale)
+
+    return velocity
+
+
+def denoise(
+    velocity: Velocity,
+    noise: mx.array,
+    schedule: Sequence[float],
+    fresh_noise: Callable[[int], mx.array] | None = None,
+) -> Iterator[Step]:
+    """Go from noise to latents, yielding after every step.
 
     Stop iterating to cancel; nothing is computed ahead.
 
@@ -63,11 +110,17 @@ def denoise(velocity: Velocity, noise: mx.array, schedule: list[float]) -> Itera
         velocity: the guided velocity.
         noise: latents (B, H, W, C) at noise level `schedule[0]`.
         schedule: falling noise levels, as from `get_schedule`.
+        fresh_noise: None takes Euler steps along the flow. A function from the step's index to
+            unit noise like `noise` puts new noise on each step's estimate instead, as models
+            distilled to few steps by distribution matching have learned it (DMD2 section 4.4).
     """
     x_t = noise
     for i, (sigma, next_sigma) in enumerate(itertools.pairwise(schedule)):
         v = velocity(x_t, sigma)
         x0 = estimate_x0(x_t, v, sigma)
-        x_t = euler_step(x_t, v, sigma, next_sigma)
+        if fresh_noise is None:
+            x_t = euler_step(x_t, v, sigma, next_sigma)
+        else:
+            x_t = x0 if next_sigma == 0 else add_noise(x0, fresh_noise(i), next_sigma)
         mx.eval(x_t, x0)
         yield Step(i, x_t, x0)

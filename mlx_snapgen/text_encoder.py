@@ -17,6 +17,7 @@ from mlx_snapgen.activations import gelu
 from mlx_snapgen.attention import attend, merge_heads, split_heads
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.transformer import EfficientDiT, TextStates
 
 
 class TextEncoder(Protocol):
@@ -30,6 +31,20 @@ class TextEncoder(Protocol):
 
     def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
         """Tokens and mask (B, L) -> states (B, L, D)."""
+
+
+def encode_prompts(
+    prompts: Sequence[str], encoders: Sequence[TextEncoder], transformer: EfficientDiT
+) -> tuple[mx.array, mx.array]:
+    """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
+
+    The states are cast to the transformer's floating type.
+    """
+    states = []
+    for encoder in encoders:
+        tokens, mask = encoder.tokenize(prompts)
+        states.append(TextStates(encoder(tokens, mask).astype(transformer.dtype), mask))
+    return transformer.encode_text(states)
 
 
 class Tokenizer:

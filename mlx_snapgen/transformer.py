@@ -242,6 +242,12 @@ class EfficientDiT(nn.Module):
             self.up_blocks = [Block(config, config.ffn_ratio[2], sparse) for _ in range(up)]
         self.head = Head(config)
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Floating type of the weights."""
+        # A norm's weight is never quantized.
+        return self.text[0].norm.weight.dtype
+
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass, which computes each block again.
 

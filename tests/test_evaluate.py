@@ -14,11 +14,12 @@ from PIL import Image
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule
+from mlx_snapgen.text_encoder import encode_prompts
 from train import evaluate, stickers
 from train.captions import Placed, Scene, plain_caption
 from train.detector import Detection
 from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
-from train.sampling import encode_prompts, sample
+from train.sampling import sample
 from train.scenes import HELD_OUT_CATEGORIES
 
 NOUN = {noun.name: noun for noun in stickers.NOUNS}
@@ -167,6 +168,8 @@ class _Encoder:
 class _Velocity:
     """v = a x_t + b t + c (prompt length) width."""
 
+    dtype = mx.float32
+
     def encode_text(self, states):
         ((text, mask),) = states
         return text, mask
@@ -222,7 +225,10 @@ def test_sampling_is_the_samplers_formula(components, guidance):
     """Guidance 0 is the picture of the empty prompt, 1 that of the prompt alone."""
     (picture,) = sample(components, ["a red apple"], [5], 0.5, 3, guidance, 2.0)
     transformer = components.transformer
-    conditions = [encode_prompts(components, [prompt]) for prompt in ("", "a red apple")]
+    conditions = [
+        encode_prompts([prompt], components.text_encoders, components.transformer)
+        for prompt in ("", "a red apple")
+    ]
 
     def velocity(x_t, sigma):
         t = mx.array([sigma])
@@ -243,7 +249,7 @@ def test_sampling_refuses_pictures_that_are_not_finite(components):
 
 class _Nan:
     def __init__(self, transformer):
-        self.encode_text = transformer.encode_text
+        self.encode_text, self.dtype = transformer.encode_text, transformer.dtype
 
     def __call__(self, x_t, t, text, mask, width):
         return mx.full(x_t.shape, float("nan"))

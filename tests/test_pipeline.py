@@ -15,6 +15,7 @@ from mlx_snapgen import SnapGenPipeline
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.pipeline import PromptWarning
 from mlx_snapgen.sampler import get_noise, get_schedule
+from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.transformer import TextStates
 from mlx_snapgen.weights import load_pretrained
 
@@ -95,7 +96,7 @@ def test_the_second_pass_runs_only_when_it_counts(model_folder, scale, batch):
     network = pipe.transformer
 
     class Recording:
-        encode_text = network.encode_text
+        encode_text, dtype = network.encode_text, network.dtype
 
         def __call__(self, x_t, *args):
             seen.append(x_t.shape[0])
@@ -156,7 +157,7 @@ def test_model_width_draws_what_the_supernetwork_draws_at_it(components, model_f
     whole = SnapGenPipeline(load_pretrained(model_folder))
     network = whole.transformer
     x_t, t = get_noise(0, 4, 8, 4), mx.array([0.7])
-    text, mask = whole.encode_prompts(["a red apple"])
+    text, mask = encode_prompts(["a red apple"], whole.text_encoders, whole.transformer)
     expected = network(x_t, t, text, mask, width=width)
     assert mx.allclose(pipe.transformer(x_t, t, text, mask), expected, atol=1e-5)
 

@@ -24,14 +24,15 @@ from tqdm import tqdm
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.pipeline import check_width, parse_width
-from mlx_snapgen.sampler import get_noise
+from mlx_snapgen.sampler import add_noise, get_noise
+from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import Components, load_pretrained
 from train import stickers
 from train.autoencoder import reconstruct, to_float
 from train.captions import with_article
 from train.detector import Detection, Detector
 from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct
-from train.sampling import encode_prompts, sample
+from train.sampling import sample
 from train.scenes import first_nouns, validation_scenes
 
 NUM_LEVELS = 8  # noise levels of the validation loss
@@ -123,11 +124,12 @@ def validation_losses(
     sums = np.zeros(NUM_LEVELS)
     for start in range(0, len(data.captions), batch_size):
         chosen = slice(start, start + batch_size)
-        text, mask = encode_prompts(components, data.captions[chosen])
+        captions = data.captions[chosen]
+        text, mask = encode_prompts(captions, components.text_encoders, components.transformer)
         x0, eps = data.latents[chosen], data.noise[chosen]
         for k in range(NUM_LEVELS):
             sigma = (k + 0.5) / NUM_LEVELS
-            x_t = ((1 - sigma) * x0 + sigma * eps).astype(text.dtype)
+            x_t = add_noise(x0, eps, sigma).astype(text.dtype)
             v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, width)
             error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
             sums[k] += error.sum().item()

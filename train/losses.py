@@ -6,6 +6,7 @@ Flow form throughout: x_t = (1 - t) x0 + t eps, v = eps - x0, and so x0 = x_t - 
 
 import mlx.core as mx
 
+from mlx_snapgen import sampler
 from mlx_snapgen.sampler import shift_time
 
 
@@ -15,9 +16,8 @@ def expand(t: mx.array, like: mx.array) -> mx.array:
 
 
 def add_noise(x0: mx.array, eps: mx.array, t: mx.array) -> mx.array:
-    """The point x_t on the straight path from x0 to eps (the paper's F)."""
-    s = expand(t, x0)
-    return (1 - s) * x0 + s * eps
+    """`sampler.add_noise` with one noise level per sample, t (B,): the paper's F."""
+    return sampler.add_noise(x0, eps, expand(t, x0))
 
 
 def logit_normal_density(t: mx.array) -> mx.array:

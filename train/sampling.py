@@ -6,18 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
-from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import Components
-
-
-def encode_prompts(components: Components, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-    """Prompts -> text (B, L, text_width) and mask (B, L), all text encoders joined."""
-    states = []
-    for encoder in components.text_encoders:
-        tokens, mask = encoder.tokenize(prompts)
-        states.append(TextStates(encoder(tokens, mask), mask))
-    return components.transformer.encode_text(states)
 
 
 def to_pictures(decoded: mx.array) -> np.ndarray:
@@ -82,8 +73,8 @@ def _latents(
 ) -> mx.array:
     """Clean latents (B, h, w, C) of one batch."""
     config, transformer = components.config, components.transformer
-    guided = guidance != 1
-    text, mask = encode_prompts(components, ([""] * len(prompts) if guided else []) + prompts)
+    negative = [] if guidance == 1 else [""] * len(prompts)
+    text, mask = encode_prompts(negative + prompts, components.text_encoders, transformer)
     mx.eval(text, mask)
     h, w = (side // config.autoencoder.downsampling for side in config.image_size)
     channels = config.autoencoder.latent_channels
@@ -91,15 +82,6 @@ def _latents(
         [get_noise(s, h, w, channels) for s, _ in zip(seeds, prompts, strict=False)]
     )
 
-    def velocity(x_t: mx.array, sigma: float) -> mx.array:
-        x_t = x_t.astype(text.dtype)
-        batch = mx.concatenate([x_t, x_t]) if guided else x_t
-        t = mx.full((len(batch),), sigma)
-        v = transformer(batch, t, text, mask, width).astype(mx.float32)
-        if not guided:
-            return v
-        v_uncond, v_cond = mx.split(v, 2)
-        return guide(v_cond, v_uncond, guidance)
-
+    velocity = guided_velocity(transformer, text, mask, guidance, width=width)
     *_, last = denoise(velocity, noise, schedule)
     return last.x_t

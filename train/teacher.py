@@ -6,13 +6,17 @@ switches on inside the same weights. Trainers know this interface and nothing of
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.lora import get_lora_weights, lora_weights
 from mlx_snapgen.sampler import guide
-from mlx_snapgen.transformer import EfficientDiT, TextStates
+from mlx_snapgen.text_encoder import encode_prompts
+from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.weights import load_pretrained
 
 
 class Condition(NamedTuple):
@@ -81,12 +85,8 @@ class CheckpointTeacher:
         return Condition(*self._encode(prompts), *self._encode([""]))
 
     def _encode(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        states = []
-        for encoder in self.text_encoders:
-            tokens, mask = encoder.tokenize(prompts)
-            states.append(TextStates(encoder(tokens, mask), mask))
         with acting(self.network):
-            return self.network.encode_text(states)
+            return encode_prompts(prompts, self.text_encoders, self.network)
 
     def velocity(
         self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
@@ -108,3 +108,10 @@ class CheckpointTeacher:
         """See `Teacher.velocity_and_features`."""
         with acting(self.network, *([self.few_step] if few_step else [])):
             return self.network(x_t, t, condition.text, condition.mask, return_features=True)
+
+
+def load_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
+    """A teacher and the autoencoder whose latents it knows, from a model folder."""
+    components = load_pretrained(folder)
+    teacher = CheckpointTeacher(components.transformer, components.text_encoders)
+    return teacher, components.autoencoder
