@@ -7,6 +7,7 @@ width), and `stickers` is the default model of this package.
 
 import dataclasses
 import json
+import types
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +140,8 @@ class SamplerConfig:
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
     time_shift: float = 3.0
+    fresh_noise: bool = False
+    """Put new noise on each step's estimate instead of taking Euler steps (`sampler.denoise`)."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ class ModelConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_encoders: tuple[TextEncoderConfig, ...] = ()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    few_step: SamplerConfig | None = None
+    """How to sample with the few-step LoRA that the model has beside its weights, if it has one."""
     quantization: dict[str, Any] | None = None
     """How the stored weights are quantized: per component `{"bits": 8, "group_size": 32}`."""
 
@@ -161,6 +166,27 @@ class ModelConfig:
                 f"the transformer takes {self.transformer.latent_channels} latent channels, "
                 f"the autoencoder gives {self.autoencoder.latent_channels}"
             )
+
+
+    def sampler_for(
+        self, num_inference_steps: int | None = None, few_step: bool | None = None
+    ) -> SamplerConfig:
+        """`few_step` or `sampler`, whichever a caller's wishes mean.
+
+        Args:
+            num_inference_steps: None or up to twice the few-step mode's own number mean that mode.
+            few_step: the caller's word on it; None leaves it to the number of steps.
+
+        Raises:
+            UserError: the few-step mode of a model that has none.
+        """
+        if few_step and self.few_step is None:
+            raise UserError("this model has no few-step mode: leave it out")
+        if self.few_step is None or few_step is False:
+            return self.sampler
+        most = 2 * self.few_step.num_inference_steps
+        few = few_step or num_inference_steps is None or num_inference_steps <= most
+        return self.few_step if few else self.sampler
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -178,6 +204,8 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _read(kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.UnionType) and isinstance(value, dict):
+        kind = next(filter(dataclasses.is_dataclass, kind.__args__), kind)
     if dataclasses.is_dataclass(kind):
         return from_dict(kind, value)
     if isinstance(value, list):

@@ -53,6 +53,7 @@ RECORDED: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
+    "few_step": (bool,),
     "height": (int,),
     "width": (int,),
     "model": (str, type(None)),
@@ -157,6 +158,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=_whole_number(1, MAX_STEPS),
         metavar="N",
         help="denoising steps; fewer is faster and rougher (default: the model's)",
+    )
+    add(
+        "--few-step",
+        action=argparse.BooleanOptionalAction,
+        help="use the model's few-step mode, if it has one (default: up to twice its own steps)",
     )
     add(
         "--guidance",
@@ -284,8 +290,8 @@ def _fill_from_image(args: argparse.Namespace) -> dict[str, Any]:
     """Take over what `--config-from-image` knows and the options leave open; returns all of it."""
     if args.config_from_image is None:
         return {}
-    # Pictures from before LoRAs say nothing of them.
-    origin = {"loras": []} | read_metadata(args.config_from_image)
+    # Older pictures know neither LoRAs nor a few-step mode.
+    origin = {"loras": [], "few_step": False} | read_metadata(args.config_from_image)
     try:
         origin["loras"] = [(str(x["path"]), float(x["weight"])) for x in origin["loras"]]
     except (TypeError, ValueError, LookupError):
@@ -323,7 +329,7 @@ def _load(args: argparse.Namespace, folder: Path, origin: dict[str, Any]) -> Sna
 
 def _compare(origin: dict[str, Any], now: dict[str, Any]) -> None:
     """Notice what may keep a repeated picture from being the same."""
-    for key in ("mlx_snapgen", "mlx", "device", "dtype", "time_shift"):
+    for key in ("mlx_snapgen", "mlx", "device", "dtype"):
         if key in origin and origin[key] != now[key]:
             warnings.warn(
                 f"the picture was made with {key} {origin[key]}, this is {now[key]}: pixels may "
@@ -368,6 +374,7 @@ def _draw(pipeline: SnapGenPipeline, prompt: str, args: argparse.Namespace) -> N
         width=args.width,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        few_step=args.few_step,
         seed=args.seed,
         num_images=args.num_images,
     )

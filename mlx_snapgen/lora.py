@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -193,6 +193,16 @@ def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[No
         set_lora_weights(module, {name: before[name] for name in weights})
 
 
+def switched(module: nn.Module, weights: Mapping[str, float]) -> Callable[..., Any]:
+    """`module` as a function, each call of which runs inside `lora_weights(module, weights)`."""
+
+    def call(*args, **settings):
+        with lora_weights(module, weights):
+            return module(*args, **settings)
+
+    return call
+
+
 def remove_lora(module: nn.Module, names: Sequence[str] | None = None) -> None:
     """Take adapters off (all by default); a layer without any is its base again."""
     for path, layer in adapted_layers(module).items():
@@ -231,6 +241,17 @@ def fuse_lora(module: nn.Module) -> list[str]:
         mx.eval(layer.linear.weight)
     remove_lora(module, fused)
     return fused
+
+
+@contextlib.contextmanager
+def without_lora(module: nn.Module) -> Iterator[None]:
+    """For the length of a block `module` has no adapters, and the parameter names of its base."""
+    layers = adapted_layers(module)
+    module.update_modules(tree_unflatten([(path, m.linear) for path, m in layers.items()]))
+    try:
+        yield
+    finally:
+        module.update_modules(tree_unflatten(list(layers.items())))
 
 
 # --- layers -------------------------------------------------------------------------------------

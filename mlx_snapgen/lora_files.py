@@ -36,12 +36,17 @@ PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
 
 
 def save_lora(
-    path: str | Path, module: nn.Module, name: str = "default", base_model: str | None = None
+    path: str | Path,
+    module: nn.Module,
+    name: str = "default",
+    base_model: str | None = None,
+    dtype: mx.Dtype | None = None,
 ) -> None:
     """Write one adapter to a new .safetensors file, whole or not at all.
 
     The header tells rank, alpha, name and format, and `base_model`, the name of the model that the
-    adapter belongs to. The adapter's weight is not written: it is the user's choice.
+    adapter belongs to. The adapter's weight is not written: it is the user's choice. `dtype` is
+    the floating type to store; None keeps the adapter's.
 
     Raises:
         UserError: no such adapter, a file that exists, or one that cannot be written.
@@ -55,7 +60,8 @@ def save_lora(
     tensors = {}
     for layer, adapter in found.items():
         key = PREFIXES[0] + layer.removeprefix(PREFIXES[0])
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = adapter.a, adapter.b
+        for part, matrix in (("lora_A", adapter.a), ("lora_B", adapter.b)):
+            tensors[f"{key}.{part}.weight"] = matrix if dtype is None else matrix.astype(dtype)
         tensors[f"{key}.alpha"] = mx.array(adapter.alpha, mx.float32)
     header = {
         "format": "mlx",

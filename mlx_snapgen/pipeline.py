@@ -1,6 +1,7 @@
 """Text to picture: `SnapGenPipeline`."""
 
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -15,15 +16,16 @@ import numpy as np
 from PIL import Image
 
 from mlx_snapgen._version import __version__
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, SamplerConfig
 from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora import fuse_lora, remove_lora
+from mlx_snapgen.lora import fuse_lora, remove_lora, switched
 from mlx_snapgen.lora_files import load_lora, read_lora
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
 from mlx_snapgen.text_encoder import encode_prompts, normalise
 from mlx_snapgen.weights import (
+    FEW_STEP,
     Components,
     Quantization,
     load_config,
@@ -130,7 +132,7 @@ class SnapGenPipeline:
             revision = folder.name  # the commit that a branch or tag stands for now
         for path, _ in loras:
             read_lora(path)  # a missing file is found before the model is loaded
-        components = load_pretrained(folder, None, dtype, None if loras else width)
+        components = load_pretrained(folder, None, dtype, None if loras else width, few_step=True)
         if loras:
             components = _with_loras(components, loras, width)
         if quantize is not None:
@@ -156,6 +158,7 @@ class SnapGenPipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        few_step: bool | None = None,
         seed: int | None = 0,
         num_images: int = 1,
         callback: Callable[[GenerationStep], None] | None = None,
@@ -168,6 +171,8 @@ class SnapGenPipeline:
             height, width: pixels; None takes the model's own size.
             num_inference_steps: None takes the model's own.
             guidance_scale: 1 is no guidance and half the work; None takes the model's own.
+            few_step: whether to use the model's few-step mode; None leaves it to the number of
+                steps (see `ModelConfig.sampler_for`).
             seed: of the first picture; picture k is the one that seed + k draws alone. None takes
                 a random seed.
             num_images: how many, drawn one after the other.
@@ -185,6 +190,7 @@ class SnapGenPipeline:
             "width": width,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "few_step": few_step,
             "seed": seed,
             "num_images": num_images,
         }
@@ -205,6 +211,7 @@ class SnapGenPipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        few_step: bool | None = None,
         seed: int | None = 0,
         num_images: int = 1,
     ) -> Iterator[GenerationStep]:
@@ -215,7 +222,7 @@ class SnapGenPipeline:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError("the prompt is empty: say what to draw")
-        defaults = self.config.sampler
+        defaults = self.config.sampler_for(num_inference_steps, few_step)
         height = self.config.image_size[0] if height is None else height
         width = self.config.image_size[1] if width is None else width
         check_size(self.config, height, width)
@@ -235,8 +242,10 @@ class SnapGenPipeline:
             "width": width,
             "num_inference_steps": steps,
             "guidance_scale": scale,
+            "few_step": self.config.few_step is not None and defaults is self.config.few_step,
+            "time_shift": defaults.time_shift,
         }
-        return self._steps(metadata, seed, num_images)
+        return self._steps(metadata, defaults, seed, num_images)
 
     def describe(self) -> dict[str, Any]:
         """The part of a picture's metadata that all pictures of this pipeline share."""
@@ -251,24 +260,29 @@ class SnapGenPipeline:
             "quantize": self.quantize,
             "loras": [{"path": path, "weight": weight} for path, weight in self.loras],
             "dtype": str(self.dtype).removeprefix("mlx.core."),
-            "time_shift": self.config.sampler.time_shift,
         }
 
-    def _steps(self, metadata: dict[str, Any], seed: int, num_images: int):
+    def _steps(
+        self, metadata: dict[str, Any], sampler: SamplerConfig, seed: int, num_images: int
+    ) -> Iterator[GenerationStep]:
         steps, scale = metadata["num_inference_steps"], metadata["guidance_scale"]
-        schedule = get_schedule(steps, self.config.sampler.time_shift)
+        schedule = get_schedule(steps, sampler.time_shift)
         prompts = [metadata["prompt"]]
         if scale != 1:
             prompts.insert(0, metadata["negative_prompt"])
         text, mask = encode_prompts(prompts, self.text_encoders, self.transformer)
         mx.eval(text, mask)
 
-        velocity = guided_velocity(self.transformer, text, mask, scale)
+        network = self.transformer
+        if self.config.few_step is not None:
+            network = switched(network, {FEW_STEP: float(metadata["few_step"])})
+        velocity = guided_velocity(network, text, mask, scale)
         factor = self.autoencoder.config.downsampling
-        h, w = metadata["height"] // factor, metadata["width"] // factor
+        shape = metadata["height"] // factor, metadata["width"] // factor
+        shape = *shape, self.autoencoder.config.latent_channels
         for k in range(num_images):
-            noise = get_noise(seed + k, h, w, self.autoencoder.config.latent_channels)
-            for step in denoise(velocity, noise, schedule):
+            draw = functools.partial(get_noise, seed + k, *shape)
+            for step in denoise(velocity, draw(0), schedule, draw if sampler.fresh_noise else None):
                 if not mx.isfinite(step.x_t).all().item():
                     raise UserError(
                         f"latents are not finite at step {step.index + 1} of {steps} (seed "
@@ -324,7 +338,7 @@ def _with_loras(
     for i, (path, weight) in enumerate(loras):
         load_lora(path, transformer, weight, f"lora_{i}", components.config.name)
     fuse_lora(transformer)
-    remove_lora(transformer)
+    remove_lora(transformer, [f"lora_{i}" for i in range(len(loras))])
     if len(transformer.config.widths) > 1:
         transformer = extract(transformer, width)
         # A slice would otherwise keep the whole tensor it was cut from.

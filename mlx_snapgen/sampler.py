@@ -37,7 +37,7 @@ def get_schedule(num_steps: int, shift: float = 1.0) -> list[float]:
 def get_noise(seed: int, height: int, width: int, channels: int, draw: int = 0) -> mx.array:
     """Unit Gaussian latents (1, height, width, channels) of one picture's own seed.
 
-    Draw 0 is what sampling starts from, draw k + 1 what step k may add (see `denoise`).
+    Draw 0 is what sampling starts from, the next ones are what its steps may add (see `denoise`).
     """
     key = mx.random.key(seed)
     for _ in range(draw):
@@ -110,8 +110,8 @@ def denoise(
         velocity: the guided velocity.
         noise: latents (B, H, W, C) at noise level `schedule[0]`.
         schedule: falling noise levels, as from `get_schedule`.
-        fresh_noise: None takes Euler steps along the flow. A function from the step's index to
-            unit noise like `noise` puts new noise on each step's estimate instead, as models
+        fresh_noise: None takes Euler steps along the flow. A function that returns unit noise like
+            `noise`, called with 1, 2, ..., puts it on each step's estimate instead, as models
             distilled to few steps by distribution matching have learned it (DMD2 section 4.4).
     """
     x_t = noise
@@ -121,6 +121,6 @@ def denoise(
         if fresh_noise is None:
             x_t = euler_step(x_t, v, sigma, next_sigma)
         else:
-            x_t = x0 if next_sigma == 0 else add_noise(x0, fresh_noise(i), next_sigma)
+            x_t = x0 if next_sigma == 0 else add_noise(x0, fresh_noise(i + 1), next_sigma)
         mx.eval(x_t, x0)
         yield Step(i, x_t, x0)

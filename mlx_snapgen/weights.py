@@ -2,6 +2,7 @@
 
     config.json                  ModelConfig, and `format_version`
     transformer.safetensors      every width of the supernetwork
+    few_step.safetensors         optional: the LoRA of its few-step mode (`config.few_step`)
     autoencoder.safetensors
     text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model
     vocabulary.json              optional: the words the model knows, {"nouns": ["apple", ...], ...}
@@ -28,13 +29,17 @@ from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict, to_dic
 from mlx_snapgen.elastic import ElasticLinear, extract
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora import get_lora_weights
+from mlx_snapgen.lora import get_lora_weights, without_lora
+from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.transformer import EfficientDiT
 
 FORMAT_VERSION = 1
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+
+FEW_STEP = "few_step"
+"""Name of the transformer's adapter for the few-step mode."""
 
 Quantization = Mapping[str, Mapping[str, int]]
 """Component name -> {"bits", "group_size"}."""
@@ -84,8 +89,11 @@ def save_pretrained(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another folder or delete it")
     modules = components.modules()
-    if names := list(get_lora_weights(components.transformer)):
+    adapters = set(get_lora_weights(components.transformer))
+    if names := sorted(adapters - {FEW_STEP}):
         raise UserError(f"fuse or remove the LoRAs first ({', '.join(names)}): a model has none")
+    if (components.config.few_step is None) != (FEW_STEP not in adapters):
+        raise UserError("a few-step mode takes both `config.few_step` and the few-step LoRA")
     _check_quantization(quantize or {}, modules)
     config = dataclasses.replace(
         components.config,
@@ -109,8 +117,12 @@ def save_pretrained(
         for i, encoder in enumerate(components.text_encoders):
             (partial / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
         for name, module in modules.items():
-            stored = _stored(module, (quantize or {}).get(name), dtype)
+            with without_lora(module):
+                stored = _stored(module, (quantize or {}).get(name), dtype)
             mx.save_safetensors(str(partial / f"{name}.safetensors"), stored, {"format": "mlx"})
+        if adapters:
+            path = partial / f"{FEW_STEP}.safetensors"
+            save_lora(path, components.transformer, FEW_STEP, config.name, dtype)
         # mkdtemp makes a private folder; a model is as readable as any other folder.
         umask = os.umask(0)
         os.umask(umask)
@@ -224,6 +236,7 @@ def load_pretrained(
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     model_width: float | None = None,
+    few_step: bool = False,
 ) -> Components:
     """Load a model from a folder or a Hugging Face repository (see `find_model`).
 
@@ -232,12 +245,16 @@ def load_pretrained(
             CPU, where anything else is some fifty times slower, and the stored type on a GPU. The
             autoencoder always runs in float32: bfloat16 shows as bands on plain backgrounds.
         model_width: load only the sub-network of this width; None keeps the supernetwork.
+        few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
+            `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
 
     Raises:
         UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
     """
     folder = find_model(path_or_repo, revision)
     config = load_config(folder)
+    if not few_step:
+        config = dataclasses.replace(config, few_step=None)
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
     transformer = _load_transformer(folder, config, model_width)
@@ -260,6 +277,8 @@ def _load_transformer(folder: Path, config: ModelConfig, width: float | None) ->
         config.transformer.width_index(width)
     transformer = EfficientDiT(config.transformer)
     _load(transformer, folder, "transformer", config)
+    if config.few_step is not None:
+        load_lora(folder / f"{FEW_STEP}.safetensors", transformer, 0.0, FEW_STEP, config.name)
     if width is None or config.transformer.widths == (1.0,):
         return transformer
     return extract(transformer, width)

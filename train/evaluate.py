@@ -256,13 +256,14 @@ def _sampling(args: argparse.Namespace) -> dict:
         "steps": args.steps,
         "guidance": args.guidance,
         "time_shift": args.time_shift,
+        "few_step": args.few_step,
         "batch_size": args.batch_size,
     }
 
 
 def _settings(args: argparse.Namespace, components: Components, num_nouns: int) -> dict:
     """What the scores depend on, for results.json."""
-    own = components.config.sampler
+    own = components.config.sampler_for(args.steps, args.few_step)
     return {
         "model": args.model,
         "num_nouns": num_nouns,
@@ -272,6 +273,7 @@ def _settings(args: argparse.Namespace, components: Components, num_nouns: int) 
         "steps": own.num_inference_steps if args.steps is None else args.steps,
         "guidance": own.guidance_scale if args.guidance is None else args.guidance,
         "time_shift": own.time_shift if args.time_shift is None else args.time_shift,
+        "few_step": own is components.config.few_step,
         "batch_size": args.batch_size,
     }
 
@@ -320,6 +322,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--time-shift", type=float, help="timestep shift (default: the model's)")
     parser.add_argument(
+        "--few-step",
+        action=argparse.BooleanOptionalAction,
+        help="use the model's few-step mode or not (default: for few steps, if it has one)",
+    )
+    parser.add_argument(
         "--per-category", type=int, default=25, metavar="N", help="prompts of each of the six"
     )
     parser.add_argument("--validation-scenes", type=int, default=128, metavar="N")
@@ -351,7 +358,7 @@ def main() -> None:
         raise UserError("--gallery needs --output, the folder for its picture")
     if args.output:
         _make_folder(args.output)
-    components = load_pretrained(args.model)
+    components = load_pretrained(args.model, few_step=True)
     num_nouns = args.num_nouns or known_nouns(components)
     held = [n for n, w in WIDTH_NAMES.items() if w in components.config.transformer.widths]
     widths = args.widths or held

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_snapgen.config import STICKERS
+from mlx_snapgen.config import STICKERS, SamplerConfig
 from mlx_snapgen.errors import run_command
+from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.text_encoder import Tokenizer
-from mlx_snapgen.weights import Components, save_pretrained
+from mlx_snapgen.weights import FEW_STEP, Components, save_pretrained
 from train.autoencoder import load_autoencoder
 from train.scenes import first_nouns
 from train.supernetwork import TextToLatents, start_from
@@ -52,8 +53,15 @@ def main() -> None:
     parser.add_argument(
         "--bits", type=int, choices=[0, 8], default=8, help="0 stores bfloat16 instead of 8 bit"
     )
+    parser.add_argument(
+        "--few-step-lora", type=Path, help="LoRA of train.kdmd, for drawing in four steps"
+    )
     args = parser.parse_args()
     components = assemble(args.flow, args.autoencoder, args.tokenizer, args.num_nouns)
+    if args.few_step_lora:
+        load_lora(args.few_step_lora, components.transformer, 0.0, FEW_STEP)
+        few_step = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
+        components.config = dataclasses.replace(components.config, few_step=few_step)
     how = {"bits": args.bits, "group_size": 32}
     quantize = {"transformer": how, "text_encoder_0": how} if args.bits else None
     save_pretrained(args.output, components, quantize, mx.bfloat16, {"LICENSE": NOTICE})

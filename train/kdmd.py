@@ -25,7 +25,7 @@ from mlx_snapgen.lora import LoRALinear, add_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.sampler import get_schedule
 from mlx_snapgen.transformer import EfficientDiT
-from mlx_snapgen.weights import load_pretrained
+from mlx_snapgen.weights import FEW_STEP, load_pretrained
 from train.engine import Batch, Trainer, TrainingConfig, load_ema
 from train.losses import (
     add_noise,
@@ -39,7 +39,7 @@ from train.scenes import training_scene
 from train.teacher import CheckpointTeacher, Condition, Teacher, acting
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
-STUDENT, FEW_STEP = "student", "few_step"
+STUDENT = "student"
 
 
 def critic_name(width: float) -> str:

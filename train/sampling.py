@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora import switched
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
 from mlx_snapgen.text_encoder import encode_prompts
-from mlx_snapgen.weights import Components
+from mlx_snapgen.weights import FEW_STEP, Components
 
 
 def to_pictures(decoded: mx.array) -> np.ndarray:
@@ -28,6 +30,7 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     time_shift: float | None = None,
+    few_step: bool | None = None,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
@@ -38,6 +41,7 @@ def sample(
         prompts, seeds: one of each per picture; a picture's noise is its seed's alone.
         width: share of the hidden dimensions, one that the transformer holds.
         steps, guidance, time_shift: None takes the model's own; guidance 1 is none at all.
+        few_step: whether to use the model's few-step mode (see `ModelConfig.sampler_for`).
         batch_size: pictures at a time.
         progress: called with the number of pictures that were just finished.
 
@@ -49,14 +53,14 @@ def sample(
     """
     config = components.config
     config.transformer.width_index(width)
-    own = config.sampler
+    own = config.sampler_for(steps, few_step)
     steps = own.num_inference_steps if steps is None else steps
     guidance = own.guidance_scale if guidance is None else guidance
     schedule = get_schedule(steps, own.time_shift if time_shift is None else time_shift)
     pictures = []
     for start in range(0, len(prompts), batch_size):
         some = list(prompts[start : start + batch_size])
-        latents = _latents(components, some, seeds[start:], width, guidance, schedule)
+        latents = _latents(components, some, seeds[start:], width, guidance, schedule, own)
         pictures.append(to_pictures(components.autoencoder.decode(latents)))
         if progress is not None:
             progress(len(some))
@@ -70,6 +74,7 @@ def _latents(
     width: float,
     guidance: float,
     schedule: list[float],
+    mode: SamplerConfig,
 ) -> mx.array:
     """Clean latents (B, h, w, C) of one batch."""
     config, transformer = components.config, components.transformer
@@ -78,10 +83,15 @@ def _latents(
     mx.eval(text, mask)
     h, w = (side // config.autoencoder.downsampling for side in config.image_size)
     channels = config.autoencoder.latent_channels
-    noise = mx.concatenate(
-        [get_noise(s, h, w, channels) for s, _ in zip(seeds, prompts, strict=False)]
-    )
 
-    velocity = guided_velocity(transformer, text, mask, guidance, width=width)
-    *_, last = denoise(velocity, noise, schedule)
+    def draw(number: int) -> mx.array:
+        return mx.concatenate(
+            [get_noise(s, h, w, channels, number) for s, _ in zip(seeds, prompts, strict=False)]
+        )
+
+    network = transformer
+    if config.few_step is not None:
+        network = switched(transformer, {FEW_STEP: float(mode is config.few_step)})
+    velocity = guided_velocity(network, text, mask, guidance, width=width)
+    *_, last = denoise(velocity, draw(0), schedule, draw if mode.fresh_noise else None)
     return last.x_t

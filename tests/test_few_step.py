@@ -1,0 +1,158 @@
+"""The few-step mode: a LoRA in the model's folder, and sampling with fresh noise."""
+
+import dataclasses
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_snapgen import SnapGenPipeline, sampler
+from mlx_snapgen.config import SamplerConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora import add_lora, fuse_lora, remove_lora, set_lora_weights
+from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.text_encoder import encode_prompts
+from mlx_snapgen.weights import FEW_STEP, load_pretrained, save_pretrained
+from train.sampling import sample
+
+MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, tmp_path_factory):
+    """The random model with a random few-step LoRA."""
+    made = load_pretrained(model_folder)
+    add_lora(made.transformer, 4, 8.0, ["*_proj", "ffn.linear*"], FEW_STEP)
+    adapters = made.transformer.trainable_parameters()
+    flat = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(adapters)]
+    made.transformer.update(tree_unflatten(flat))
+    made.config = dataclasses.replace(made.config, few_step=MODE)
+    path = tmp_path_factory.mktemp("few") / "model"
+    save_pretrained(path, made)
+    return path
+
+
+def velocity_of(components, width=1.0):
+    text, mask = encode_prompts(["a cat"], components.text_encoders, components.transformer)
+    x = sampler.get_noise(0, 4, 8, 4)
+    return np.array(components.transformer(x, mx.array([0.7]), text, mask, width))
+
+
+def test_fresh_noise_is_put_on_the_estimates():
+    """Three steps written out, the last of which adds none."""
+    x = noise = sampler.get_noise(1, 2, 2, 1)
+    levels = sampler.get_schedule(3, 2.0)
+    draws = {k: sampler.get_noise(1, 2, 2, 1, k) for k in (1, 2)}
+    for k, (sigma, following) in enumerate(itertools.pairwise(levels)):
+        x0 = x - sigma * (0.3 * x + sigma)
+        x = (1 - following) * x0 + following * draws[k + 1] if k < 2 else x0
+    *_, last = sampler.denoise(lambda x, s: 0.3 * x + s, noise, levels, draws.__getitem__)
+    np.testing.assert_allclose(np.array(last.x_t), np.array(x), rtol=1e-5)
+    assert not np.allclose(np.array(draws[1]), np.array(draws[2]))
+    assert not np.allclose(np.array(draws[1]), np.array(noise))
+
+
+def test_the_folder_keeps_base_and_lora_apart(folder, model_folder):
+    base, plain = load_pretrained(model_folder), load_pretrained(folder)
+    assert plain.config.few_step is None
+    ours, theirs = (dict(tree_flatten(c.transformer.parameters())) for c in (base, plain))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[k], theirs[k]) for k in ours)
+    both = load_pretrained(folder, few_step=True)
+    assert both.config.few_step == MODE
+    np.testing.assert_array_equal(velocity_of(both), velocity_of(base))
+    set_lora_weights(both.transformer, {FEW_STEP: 1.0})
+    load_lora(folder / "few_step.safetensors", base.transformer)
+    fuse_lora(base.transformer)
+    np.testing.assert_allclose(velocity_of(both), velocity_of(base), atol=1e-4)
+    assert np.abs(velocity_of(both) - velocity_of(plain)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["full", "tiny"])
+def test_the_mode_draws_with_the_lora_and_without_guidance(folder, name):
+    """Two steps without guidance of a network with the LoRA fused, written out."""
+    width = {"full": 1.0, "tiny": 0.375}[name]
+    model = load_pretrained(folder)
+    load_lora(folder / "few_step.safetensors", model.transformer)
+    fuse_lora(model.transformer)
+    text, mask = encode_prompts(["a cat"], model.text_encoders, model.transformer)
+    x = sampler.get_noise(4, 4, 8, 4)
+    for k, (sigma, following) in enumerate(itertools.pairwise(sampler.get_schedule(2, 3.0))):
+        x0 = x - sigma * model.transformer(x, mx.array([sigma]), text, mask, width)
+        x = sampler.add_noise(x0, sampler.get_noise(4, 4, 8, 4, k + 1), following)
+    expected = (np.clip(np.array(model.autoencoder.decode(x)[0]), -1, 1) + 1) * 127.5
+    pipe = SnapGenPipeline.from_pretrained(folder, model_width=name)
+    [picture] = pipe("a cat", seed=4)
+    assert np.abs(np.array(picture) - expected).max() < 0.6
+    batched = load_pretrained(folder, few_step=True)
+    [again] = sample(batched, ["a cat"], [4], width)
+    assert np.abs(again - expected).max() < 0.6
+
+
+def test_the_number_of_steps_chooses_the_mode(folder, model_folder):
+    pipe = SnapGenPipeline.from_pretrained(folder)
+    base = SnapGenPipeline.from_pretrained(model_folder)
+
+    def first(pipe, **settings):
+        return next(iter(pipe.generate("a cat", seed=1, **settings))).metadata
+
+    for settings, few in (
+        ({}, True),
+        ({"num_inference_steps": 4}, True),
+        ({"num_inference_steps": 5}, False),
+        ({"num_inference_steps": 2, "few_step": False}, False),
+        ({"num_inference_steps": 9, "few_step": True}, True),
+    ):
+        found = first(pipe, **settings)
+        assert found["few_step"] is few
+        assert found["guidance_scale"] == (1.0 if few else 3.0)
+        assert found["time_shift"] == (3.0 if few else 2.0)
+    for settings in ({"num_inference_steps": 5}, {"few_step": False}):
+        ours, theirs = (np.array(p("a cat", seed=1, **settings)[0]) for p in (pipe, base))
+        np.testing.assert_array_equal(ours, theirs)
+    assert first(base)["few_step"] is False
+    with pytest.raises(UserError, match="no few-step mode"):
+        base("a cat", few_step=True)
+
+
+def test_two_pictures_at_once_do_not_disturb_each_other(folder):
+    pipe = SnapGenPipeline.from_pretrained(folder)
+    few, many = (pipe.generate("a cat", seed=2, few_step=mode) for mode in (True, False))
+    pairs = list(zip(few, many, strict=True))
+    alone = [list(pipe.generate("a cat", seed=2, few_step=mode)) for mode in (True, False)]
+    for pair, one, other in zip(pairs, *alone, strict=True):
+        assert mx.array_equal(pair[0].x0, one.x0) and mx.array_equal(pair[1].x0, other.x0)
+
+
+def test_saving_again_keeps_the_mode(folder, tmp_path):
+    SnapGenPipeline.from_pretrained(folder, model_width="small").save_pretrained(tmp_path / "s")
+    again, first = (
+        SnapGenPipeline.from_pretrained(tmp_path / "s"),
+        SnapGenPipeline.from_pretrained(folder, model_width="small"),
+    )
+    for settings in ({}, {"few_step": False}):
+        ours, theirs = (np.array(p("a cat", seed=1, **settings)[0]) for p in (again, first))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_another_lora_goes_on_top_of_both_modes(folder):
+    style = folder / "few_step.safetensors"
+    plain, styled = (
+        SnapGenPipeline.from_pretrained(folder, loras=loras) for loras in ([], [(style, 0.5)])
+    )
+    for mode in (True, False):
+        ours, theirs = (np.array(p("a cat", few_step=mode)[0], int) for p in (plain, styled))
+        assert np.abs(ours - theirs).max() > 5
+
+
+def test_half_a_mode_is_refused(folder, tmp_path):
+    made = load_pretrained(folder, few_step=True)
+    remove_lora(made.transformer)
+    with pytest.raises(UserError, match="takes both"):
+        save_pretrained(tmp_path / "a", made)
+    made = load_pretrained(folder, few_step=True)
+    made.config = dataclasses.replace(made.config, few_step=None)
+    with pytest.raises(UserError, match="takes both"):
+        save_pretrained(tmp_path / "b", made)
