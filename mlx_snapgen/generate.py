@@ -54,6 +54,7 @@ RECORDED: dict[str, tuple[type, ...]] = {
     "num_inference_steps": (int,),
     "guidance_scale": (int, float),
     "few_step": (bool,),
+    "attention_modulation": (bool,),
     "height": (int,),
     "width": (int,),
     "model": (str, type(None)),
@@ -170,6 +171,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=_finite,
         metavar="G",
         help="how hard to follow the prompt; 1 is off and twice as fast (default: the model's)",
+    )
+    add(
+        "--attention-modulation",
+        action=argparse.BooleanOptionalAction,
+        help="let some blocks look harder at what is near them, as EDT does (default: no)",
     )
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -290,8 +296,9 @@ def _fill_from_image(args: argparse.Namespace) -> dict[str, Any]:
     """Take over what `--config-from-image` knows and the options leave open; returns all of it."""
     if args.config_from_image is None:
         return {}
-    # Older pictures know neither LoRAs nor a few-step mode.
-    origin = {"loras": [], "few_step": False} | read_metadata(args.config_from_image)
+    # What older pictures do not know of, they were drawn without.
+    older = {"loras": [], "few_step": False, "attention_modulation": False}
+    origin = older | read_metadata(args.config_from_image)
     try:
         origin["loras"] = [(str(x["path"]), float(x["weight"])) for x in origin["loras"]]
     except (TypeError, ValueError, LookupError):
@@ -375,6 +382,7 @@ def _draw(pipeline: SnapGenPipeline, prompt: str, args: argparse.Namespace) -> N
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         few_step=args.few_step,
+        attention_modulation=bool(args.attention_modulation),
         seed=args.seed,
         num_images=args.num_images,
     )

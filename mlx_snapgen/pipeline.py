@@ -159,6 +159,7 @@ class SnapGenPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         few_step: bool | None = None,
+        attention_modulation: bool = False,
         seed: int | None = 0,
         num_images: int = 1,
         callback: Callable[[GenerationStep], None] | None = None,
@@ -173,6 +174,7 @@ class SnapGenPipeline:
             guidance_scale: 1 is no guidance and half the work; None takes the model's own.
             few_step: whether to use the model's few-step mode; None leaves it to the number of
                 steps (see `ModelConfig.sampler_for`).
+            attention_modulation: EDT's: some blocks look harder at what is near them.
             seed: of the first picture; picture k is the one that seed + k draws alone. None takes
                 a random seed.
             num_images: how many, drawn one after the other.
@@ -191,6 +193,7 @@ class SnapGenPipeline:
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "few_step": few_step,
+            "attention_modulation": attention_modulation,
             "seed": seed,
             "num_images": num_images,
         }
@@ -212,6 +215,7 @@ class SnapGenPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         few_step: bool | None = None,
+        attention_modulation: bool = False,
         seed: int | None = 0,
         num_images: int = 1,
     ) -> Iterator[GenerationStep]:
@@ -244,6 +248,7 @@ class SnapGenPipeline:
             "guidance_scale": scale,
             "few_step": self.config.few_step is not None and defaults is self.config.few_step,
             "time_shift": defaults.time_shift,
+            "attention_modulation": attention_modulation,
         }
         return self._steps(metadata, defaults, seed, num_images)
 
@@ -276,7 +281,8 @@ class SnapGenPipeline:
         network = self.transformer
         if self.config.few_step is not None:
             network = switched(network, {FEW_STEP: float(metadata["few_step"])})
-        velocity = guided_velocity(network, text, mask, scale)
+        local = metadata["attention_modulation"]
+        velocity = guided_velocity(network, text, mask, scale, modulate_attention=local)
         factor = self.autoencoder.config.downsampling
         shape = metadata["height"] // factor, metadata["width"] // factor
         shape = *shape, self.autoencoder.config.latent_channels

@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+from pathlib import Path
 
 # Before mlx, so that the fast BLAS gets in first.
 import mlx_snapgen  # noqa: F401
@@ -21,13 +22,23 @@ from mlx_snapgen.config import (
     TextEncoderConfig,
     TransformerConfig,
 )
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import Components, save_pretrained
+from train.stickers import find_font
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
 COLOURS = ["red", "blue", "green"]
 VOCAB_SIZE = 64
+
+
+@pytest.fixture(scope="session")
+def font() -> Path:
+    try:
+        return find_font()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

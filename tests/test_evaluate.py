@@ -25,14 +25,6 @@ from train.scenes import HELD_OUT_CATEGORIES
 NOUN = {noun.name: noun for noun in stickers.NOUNS}
 
 
-@pytest.fixture(scope="module")
-def font():
-    try:
-        return stickers.find_font()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def scene(category, *things, relation=None):
     """A scene of (noun, colour) things."""
     placed = tuple(Placed(NOUN[name], colour, 48, 0, 0) for name, colour in things)
@@ -251,7 +243,7 @@ class _Nan:
     def __init__(self, transformer):
         self.encode_text, self.dtype = transformer.encode_text, transformer.dtype
 
-    def __call__(self, x_t, t, text, mask, width):
+    def __call__(self, x_t, t, text, mask, **settings):
         return mx.full(x_t.shape, float("nan"))
 
 

@@ -126,6 +126,29 @@ def test_two_pictures_at_once_do_not_disturb_each_other(folder):
         assert mx.array_equal(pair[0].x0, one.x0) and mx.array_equal(pair[1].x0, other.x0)
 
 
+def test_attention_modulation_reaches_the_network(folder):
+    pipe = SnapGenPipeline.from_pretrained(folder)
+    seen = []
+    network = pipe.transformer
+
+    class Recording:
+        encode_text, dtype, named_modules = (
+            network.encode_text,
+            network.dtype,
+            network.named_modules,
+        )
+
+        def __call__(self, *args, **settings):
+            seen.append(settings["modulate_attention"])
+            return network(*args, **settings)
+
+    pipe.transformer = Recording()
+    [step, *_] = pipe.generate("a cat", attention_modulation=True)
+    assert step.metadata["attention_modulation"] is True
+    list(pipe.generate("a cat"))
+    assert seen == [True, True, False, False]
+
+
 def test_saving_again_keeps_the_mode(folder, tmp_path):
     SnapGenPipeline.from_pretrained(folder, model_width="small").save_pretrained(tmp_path / "s")
     again, first = (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from mlx_snapgen.transformer import TextStates
 from train.checkpoint import read_log, save_checkpoint
 from train.engine import Trainer, TrainingConfig
 from train.flow import gradients, kept_tokens
-from train.supernetwork import TextToLatents, add_balanced, noisy, sampled_width, start_from
+from train.supernetwork import Data, TextToLatents, add_balanced, noisy, sampled_width, start_from
 
 TEXT = TextEncoderConfig(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, max_length=6)
 CONFIG = dataclasses.replace(
@@ -285,3 +286,22 @@ def test_checkpoint_names_are_stable(model):
     assert "text_encoders.1.layers.0.qkv_proj.weight" in names
     assert "transformer.time.members.2.linear.weight" in names
     assert tree_unflatten([(n, 0) for n in names]).keys() == {"transformer", "text_encoders"}
+
+
+def test_micro_batches_of_a_step_share_their_scenes(components, font, monkeypatch):
+    tokenizers = [e.tokenizer for e in components.text_encoders]
+    data = Data(components.autoencoder, tokenizers, 2, 20, 0, 0.0, noises_per_scene=2)
+    plain = Data(components.autoencoder, tokenizers, 2, 20, 0, 0.0)
+
+    def scenes(data, numbers):
+        return [data(k)["latents"] for k in numbers]
+
+    ours, theirs = scenes(data, range(6)), scenes(plain, range(3))
+    for number, latents in enumerate(ours):
+        assert mx.array_equal(latents, theirs[number // 2])
+    assert not mx.array_equal(theirs[0], theirs[1])
+    # Of two processes each has two batches of its own in step 0: numbers 0 and 2, 1 and 3.
+    monkeypatch.setattr(mx.distributed, "init", lambda: SimpleNamespace(size=lambda: 2))
+    first, second = scenes(data, (0, 2)), scenes(data, (1, 3))
+    assert mx.array_equal(first[0], first[1]) and mx.array_equal(first[0], theirs[0])
+    assert mx.array_equal(second[0], second[1]) and mx.array_equal(second[0], theirs[1])

@@ -98,9 +98,9 @@ def test_the_second_pass_runs_only_when_it_counts(model_folder, scale, batch):
     class Recording:
         encode_text, dtype = network.encode_text, network.dtype
 
-        def __call__(self, x_t, *args):
+        def __call__(self, x_t, *args, **settings):
             seen.append(x_t.shape[0])
-            return network(x_t, *args)
+            return network(x_t, *args, **settings)
 
     pipe.transformer = Recording()
     pipe("a red apple", guidance_scale=scale)

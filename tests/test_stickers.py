@@ -21,14 +21,6 @@ TRAINING = [next(stickers.scenes(5, start=k)) for k in range(3000)]
 FIRST_100 = list(itertools.islice(stickers.scenes(6, num_nouns=100), 1500))
 
 
-@pytest.fixture(scope="module")
-def font() -> Path:
-    try:
-        return stickers.find_font()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def held_out_combinations(scene):
     """The held-out pairs and colours that a scene shows."""
     names = {placed.noun.name for placed in scene.placed}

@@ -257,6 +257,7 @@ def _sampling(args: argparse.Namespace) -> dict:
         "guidance": args.guidance,
         "time_shift": args.time_shift,
         "few_step": args.few_step,
+        "attention_modulation": args.attention_modulation,
         "batch_size": args.batch_size,
     }
 
@@ -274,6 +275,7 @@ def _settings(args: argparse.Namespace, components: Components, num_nouns: int) 
         "guidance": own.guidance_scale if args.guidance is None else args.guidance,
         "time_shift": own.time_shift if args.time_shift is None else args.time_shift,
         "few_step": own is components.config.few_step,
+        "attention_modulation": args.attention_modulation,
         "batch_size": args.batch_size,
     }
 
@@ -325,6 +327,9 @@ def _parser() -> argparse.ArgumentParser:
         "--few-step",
         action=argparse.BooleanOptionalAction,
         help="use the model's few-step mode or not (default: for few steps, if it has one)",
+    )
+    parser.add_argument(
+        "--attention-modulation", action="store_true", help="as EDT does (default: no)"
     )
     parser.add_argument(
         "--per-category", type=int, default=25, metavar="N", help="prompts of each of the six"

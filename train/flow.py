@@ -127,6 +127,7 @@ def main() -> None:
         args.seed,
         args.drop_caption,
         args.categories,
+        args.noises_per_scene,
     )
     widths = [WIDTH_NAMES[name] for name in args.widths]
     Trainer(

@@ -1,11 +1,11 @@
 """Pictures of many prompts at once, for evaluation and for looks during training."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import switched
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
@@ -31,6 +31,7 @@ def sample(
     guidance: float | None = None,
     time_shift: float | None = None,
     few_step: bool | None = None,
+    attention_modulation: bool = False,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
@@ -42,6 +43,7 @@ def sample(
         width: share of the hidden dimensions, one that the transformer holds.
         steps, guidance, time_shift: None takes the model's own; guidance 1 is none at all.
         few_step: whether to use the model's few-step mode (see `ModelConfig.sampler_for`).
+        attention_modulation: EDT's (see `EfficientDiT`).
         batch_size: pictures at a time.
         progress: called with the number of pictures that were just finished.
 
@@ -53,45 +55,31 @@ def sample(
     """
     config = components.config
     config.transformer.width_index(width)
-    own = config.sampler_for(steps, few_step)
-    steps = own.num_inference_steps if steps is None else steps
-    guidance = own.guidance_scale if guidance is None else guidance
-    schedule = get_schedule(steps, own.time_shift if time_shift is None else time_shift)
+    mode = config.sampler_for(steps, few_step)
+    network = components.transformer
+    if config.few_step is not None:
+        network = switched(network, {FEW_STEP: float(mode is config.few_step)})
+    steps = mode.num_inference_steps if steps is None else steps
+    guidance = mode.guidance_scale if guidance is None else guidance
+    schedule = get_schedule(steps, mode.time_shift if time_shift is None else time_shift)
+    h, w = (side // config.autoencoder.downsampling for side in config.image_size)
+    shape = (h, w, config.autoencoder.latent_channels)
+    settings = {"width": width, "modulate_attention": attention_modulation}
     pictures = []
     for start in range(0, len(prompts), batch_size):
         some = list(prompts[start : start + batch_size])
-        latents = _latents(components, some, seeds[start:], width, guidance, schedule, own)
-        pictures.append(to_pictures(components.autoencoder.decode(latents)))
+        negative = [] if guidance == 1 else [""] * len(some)
+        encoded = encode_prompts(negative + some, components.text_encoders, components.transformer)
+        mx.eval(encoded)
+        velocity = guided_velocity(network, *encoded, guidance, **settings)
+        draw = functools.partial(_noise, seeds[start : start + len(some)], shape)
+        *_, last = denoise(velocity, draw(0), schedule, draw if mode.fresh_noise else None)
+        pictures.append(to_pictures(components.autoencoder.decode(last.x_t)))
         if progress is not None:
             progress(len(some))
     return np.concatenate(pictures)
 
 
-def _latents(
-    components: Components,
-    prompts: list[str],
-    seeds: Sequence[int],
-    width: float,
-    guidance: float,
-    schedule: list[float],
-    mode: SamplerConfig,
-) -> mx.array:
-    """Clean latents (B, h, w, C) of one batch."""
-    config, transformer = components.config, components.transformer
-    negative = [] if guidance == 1 else [""] * len(prompts)
-    text, mask = encode_prompts(negative + prompts, components.text_encoders, transformer)
-    mx.eval(text, mask)
-    h, w = (side // config.autoencoder.downsampling for side in config.image_size)
-    channels = config.autoencoder.latent_channels
-
-    def draw(number: int) -> mx.array:
-        return mx.concatenate(
-            [get_noise(s, h, w, channels, number) for s, _ in zip(seeds, prompts, strict=False)]
-        )
-
-    network = transformer
-    if config.few_step is not None:
-        network = switched(transformer, {FEW_STEP: float(mode is config.few_step)})
-    velocity = guided_velocity(network, text, mask, guidance, width=width)
-    *_, last = denoise(velocity, draw(0), schedule, draw if mode.fresh_noise else None)
-    return last.x_t
+def _noise(seeds: Sequence[int], shape: tuple[int, int, int], number: int) -> mx.array:
+    """Draw `number` of each seed, (B, h, w, C)."""
+    return mx.concatenate([get_noise(seed, *shape, number) for seed in seeds])
