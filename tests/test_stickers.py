@@ -14,6 +14,7 @@ from PIL import Image
 from mlx_snapgen.errors import UserError
 from train import captions, stickers
 from train import scenes as sampling
+from train.imagefolder import read_folder
 from train.vocabulary import COLOUR_LOST_ON, pluralise
 
 ROOT = Path(__file__).parent.parent
@@ -437,6 +438,20 @@ def test_contact_sheet_is_written_once(font, tmp_path):
         stickers.main(["--output", str(tmp_path / "none" / "sheet.png")])
     with pytest.raises(UserError, match="num_nouns"):
         stickers.main(["--output", str(tmp_path / "b.png"), "--glyphs", "--num-nouns", "9999"])
+
+
+def test_one_noun_makes_an_imagefolder(font, tmp_path):
+    folder = tmp_path / "zebras"
+    stickers.main(["--noun", "zebra", "--count", "12", "--seed", "3", "--output", str(folder)])
+    shown = [stickers.noun_scene("zebra", 3, k) for k in range(12)]
+    assert {(p.noun.name, p.colour) for s in shown for p in s.placed} == {("zebra", None)}
+    assert len({s.caption for s in shown}) > 6 and all(len(s.placed) == 1 for s in shown)
+    examples, skipped = read_folder(folder, [(128, 128)])
+    assert not skipped and [e.caption for e in examples] == [s.caption for s in shown]
+    for example, scene in zip(examples, shown, strict=True):
+        np.testing.assert_array_equal(example.pixels, stickers.render(scene))
+    with pytest.raises(UserError, match="did you mean 'zebra'"):
+        stickers.main(["--noun", "zebr", "--output", str(tmp_path / "b")])
 
 
 def test_users_mistake_is_one_line_and_code_2(tmp_path):

@@ -36,7 +36,8 @@ CATEGORIES = {
 }
 _CATEGORY_EDGES = np.cumsum(list(CATEGORIES.values()))[:-1]
 HELD_OUT_CATEGORIES = ("two_objects", "position", "colors", "color_attribution")
-TRAINING, VALIDATION = 0, 1  # first word of a scene's random seed
+TRAINING, VALIDATION = 0, 1  # first word of a scene's random seed; geneval.py has 2
+ONE_NOUN = 3
 
 
 def _held_out(*names: str) -> bool:
@@ -293,7 +294,13 @@ def sample_scene(
         category = names[int(np.searchsorted(_CATEGORY_EDGES, rng.random(), side="right"))]
     elif category not in names:
         raise UserError(f"unknown category '{category}'{nearest(category, names)}")
-    subjects = _subjects(rng, pool, category, held_out)
+    return _composed(rng, category, _subjects(rng, pool, category, held_out))
+
+
+def _composed(
+    rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
+) -> Scene:
+    """A scene of the glyphs, with sizes, places, background and caption drawn."""
     sizes = _sizes(rng, category, len(subjects))
     relation = None
     if category == "position" or (
@@ -331,6 +338,20 @@ def training_scene(
     edges = np.cumsum([CATEGORIES[name] for name in categories])
     chosen = categories[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
     return sample_scene(rng, num_nouns, category=chosen)
+
+
+def noun_scene(name: str, seed: int, k: int) -> Scene:
+    """Scene number k of a seed that shows one noun alone, in its own colours.
+
+    Raises:
+        UserError: no such noun.
+    """
+    nouns = {noun.name: noun for noun in NOUNS}
+    if name not in nouns:
+        raise UserError(f"unknown noun '{name}'{nearest(name, nouns)}")
+    rng = np.random.default_rng((ONE_NOUN, seed, k))
+    category = pick(rng, ("single_object", "single_object", "single_object", "background", "size"))
+    return _composed(rng, category, [(nouns[name], None)])
 
 
 def scenes(seed: int, num_nouns: int | None = None, start: int = 0) -> Iterator[Scene]:

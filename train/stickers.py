@@ -5,11 +5,16 @@ A scene (train/scenes.py) is one to four glyphs on a plain background; its capti
 glyphs, puts them together into pictures and writes contact sheets:
 
     python -m train.stickers --output sheet.png --count 64
+
+or an imagefolder of one noun, to try fine-tuning on:
+
+    python -m train.stickers --noun zebra --count 20 --output runs/zebra
 """
 
 import argparse
 import functools
 import io
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +31,7 @@ from train.scenes import (
     first_nouns,
     is_held_out_colour,
     is_held_out_pair,
+    noun_scene,
     sample_scene,
     scenes,
     training_scene,
@@ -283,8 +289,19 @@ def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
     return pictures
 
 
+def write_imagefolder(folder: Path, shown: Sequence[Scene], font: str | Path | None = None) -> None:
+    """Write scenes as pictures and a metadata.jsonl with their captions, into a new folder."""
+    folder.mkdir(parents=True)
+    lines = []
+    for k, scene in enumerate(shown):
+        name = f"{k:03d}.png"
+        Image.fromarray(render(scene, font=font)).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Write a contact sheet."""
+    """Write a contact sheet, or an imagefolder."""
     parser = argparse.ArgumentParser(
         prog="python -m train.stickers",
         description="Look at the training pictures: a contact sheet of captioned scenes, drawn "
@@ -292,7 +309,15 @@ def main(argv: list[str] | None = None) -> None:
         epilog=f"The font is installed by {INSTALL}.",
     )
     parser.add_argument(
-        "--output", required=True, metavar="PNG", help="file to write; must not exist yet"
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="PNG file to write, or with --noun a folder; must not exist yet",
+    )
+    parser.add_argument(
+        "--noun",
+        metavar="NAME",
+        help="write a folder of pictures of this noun alone and a metadata.jsonl with captions",
     )
     parser.add_argument(
         "--count", type=int, default=64, help="how many scenes to show (default 64)"
@@ -327,6 +352,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--count is {args.count}; it must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must not be negative")
+    if args.noun:
+        shown = [noun_scene(args.noun, args.seed, k) for k in range(args.count)]
+        write_imagefolder(output, shown, args.font)
+        print(f"{output}: {len(shown)} pictures of one noun")
+        return
     if args.glyphs:
         shown = glyph_scenes(args.num_nouns)
     elif args.validation:
