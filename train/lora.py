@@ -1,0 +1,330 @@
+"""Fine-tune a model on your own pictures: `python -m train.lora --data FOLDER`.
+
+A LoRA learns the pictures of a folder (train/imagefolder.py) at every width, and is held to what
+the model knew (train/finetune.py).
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.lora import add_lora
+from mlx_snapgen.lora_files import save_lora
+from mlx_snapgen.pipeline import check_width
+from mlx_snapgen.weights import Components, load_pretrained
+from train.engine import Trainer, TrainingConfig, latest_checkpoint, load_ema
+from train.evaluate import known_nouns
+from train.finetune import (
+    Pictures,
+    Validation,
+    draw_prior,
+    estimate,
+    gradients,
+    physical_memory,
+    step_width,
+)
+from train.imagefolder import Example, Size, bucket_sizes, read_folder
+from train.scenes import training_scene
+
+TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
+NAME = "default"  # of the adapter
+SETTINGS = "settings.json"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.lora",
+        description="Fine-tune a model on a folder of pictures with captions. Writes a LoRA for "
+        "`python -m mlx_snapgen.generate PROMPT --lora FILE`. Run again with the same options to "
+        "resume.",
+        epilog="Captions: a .txt with what it shows beside each picture (cat.png, cat.txt), or "
+        'one metadata.jsonl with lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 '
+        "pictures of one thing do. Use the same new word for it in every caption, say what else "
+        "is to be seen, and what you say can be changed later. Any size and shape will do: each "
+        "picture is cropped to the nearest of a few shapes.",
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="pictures with captions")
+    add("--model", help="model folder, or a Hugging Face owner/name (default: the built-in one)")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the LoRA to write; not yet there (default: FOLDER's name and .safetensors)",
+    )
+    add(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="checkpoints, log.jsonl, loss.png and validation pictures (default: runs/ and "
+        "FOLDER's name)",
+    )
+    add("--steps", type=int, default=400, help="(default 400)")
+    add("--batch-size", type=int, default=8, help="pictures at a time (default 8)")
+    add("--accumulate", type=int, default=1, help="batches in a step (default 1)")
+    add(
+        "--save-memory",
+        action="store_true",
+        help="keep less for the backward pass, which takes longer",
+    )
+    add("--learning-rate", type=float, default=1e-3, help="(default 1e-3)")
+    add("--rank", type=int, default=16, help="more can learn more, and forget more (default 16)")
+    add("--alpha", type=float, help="the LoRA is scaled by alpha / rank (default: the rank)")
+    add(
+        "--targets",
+        nargs="+",
+        default=list(TARGETS),
+        metavar="PATTERN",
+        help="layers that learn (default: attention, feed-forward and text projections)",
+    )
+    add(
+        "--widths",
+        nargs="+",
+        choices=list(WIDTH_NAMES),
+        metavar="WIDTH",
+        help="widths to train, of full, small and tiny (default: all that the model holds)",
+    )
+    add("--flip", action="store_true", help="also learn the pictures' mirror images")
+    add(
+        "--drop-caption",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of captions left away, as guidance needs it (default 0.1)",
+    )
+    add(
+        "--prior-weight",
+        type=float,
+        default=1.0,
+        help="how much the model is held to what it knew; 0 is not at all (default 1)",
+    )
+    add(
+        "--prior-pictures",
+        type=int,
+        default=32,
+        metavar="N",
+        help="pictures of what it knew, drawn before training (default 32)",
+    )
+    add(
+        "--prior-prompts",
+        type=Path,
+        metavar="FILE",
+        help="what these show, one prompt in each line (default: the built-in model's vocabulary)",
+    )
+    add(
+        "--validation-prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="drawn at every checkpoint (default: four captions and two prompts of old)",
+    )
+    add("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default 100)")
+    add("--seed", type=int, default=0)
+    add("--dry-run", action="store_true", help="tell what would be done, the estimate, and stop")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("steps", "batch_size", "accumulate", "rank", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("seed", "prior_weight", "prior_pictures"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    if not 0 < args.learning_rate < 1:
+        raise UserError(f"--learning-rate must lie between 0 and 1, got {args.learning_rate}")
+    if not 0 <= args.drop_caption < 1:
+        raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
+    if args.output.suffix != ".safetensors":
+        raise UserError(f"--output {args.output}: give a name ending in .safetensors")
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already: choose another --output or delete it")
+
+
+def _buckets(config: ModelConfig) -> list[Size]:
+    # Two tokens per side make a compressed one, a token covers patch_size latents.
+    unit = 2 * config.transformer.patch_size * config.autoencoder.downsampling
+    return bucket_sizes(config.image_size, unit)
+
+
+def _tell_pictures(examples: Sequence[Example], skipped: Sequence[str]) -> None:
+    for line in skipped:
+        print(f"left out: {line}", file=sys.stderr)
+    sizes = Counter(example.size for example in examples)
+    told = ", ".join(f"{n} of {w}x{h}" for (h, w), n in sorted(sizes.items()))
+    print(f"{len(examples)} pictures ({told} pixels), {len(skipped)} left out")
+
+
+def _tell_plan(
+    args: argparse.Namespace,
+    components: Components,
+    data: Pictures,
+    widths: Counter[float],
+    known: Sequence[str],
+    prompts: Sequence[str],
+) -> None:
+    """Print what will be trained, and an estimate of time and memory."""
+    trained = sum(p.size for _, p in tree_flatten(components.transformer.trainable_parameters()))
+    names = [name for name, width in WIDTH_NAMES.items() if width in widths]
+    print(
+        f"training {trained:,} numbers (rank {args.rank}) at {', '.join(names)} in {args.run_dir}"
+    )
+    # Of what the model knows there are no pictures yet; others take as long.
+    data.prior = data.buckets[0] if known else None
+    shares = {width: count / widths.total() for width, count in widths.items()}
+    needed = estimate(components, data(0), shares, args.accumulate)
+    validations = -(-args.steps // args.checkpoint_every)
+    drawn = len(known) + validations * len(prompts)
+    print(f"estimate: {needed.told(args.steps, drawn)}", flush=True)
+    if needed.memory > physical_memory():
+        print(
+            f"this machine has {physical_memory() / 1e9:.0f} GB: give --save-memory, or a smaller "
+            "--batch-size with --accumulate",
+            file=sys.stderr,
+        )
+
+
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """Up to `count` different items from all over a sequence."""
+    different = list(dict.fromkeys(items))
+    count = min(count, len(different))
+    return [different[k * len(different) // count] for k in range(count)]
+
+
+def prior_captions(components: Components, path: Path | None, count: int) -> list[str]:
+    """Prompts that the model knows: those of a file, or scenes of the model's vocabulary.
+
+    Returns:
+        at most `count`; none for a model whose vocabulary is not this project's.
+    """
+    if path is not None:
+        try:
+            lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        captions = [line.strip() for line in lines if line.strip()]
+        if not captions:
+            raise UserError(f"{path} is empty: one prompt in each line is expected")
+        return captions[:count]
+    try:
+        num_nouns = known_nouns(components)
+    except UserError:
+        return []
+    return [training_scene(0, k, num_nouns).caption for k in range(count)]
+
+
+def claim(run_dir: Path, settings: dict) -> None:
+    """Note in the run's folder what it trains; `UserError` if it has trained something else."""
+    path = run_dir / SETTINGS
+    if latest_checkpoint(run_dir) is None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+        return
+    try:
+        then = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{run_dir} holds a run of another kind: give another --run-dir") from None
+    if changed := [name for name in settings if then.get(name) != settings[name]]:
+        raise UserError(
+            f"{run_dir} holds a run with other {' and '.join(changed)}: give another --run-dir, "
+            "or delete it to start again"
+        )
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Tells sets of pictures and captions apart."""
+    state = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        state.update(f"{example.size}{example.caption}".encode() + example.pixels.tobytes())
+    return state.hexdigest()
+
+
+def _settings(args: argparse.Namespace, config: ModelConfig, examples: Sequence[Example]) -> dict:
+    """What a run cannot change on its way, for `claim`."""
+    return {
+        "pictures": digest(examples),
+        "model": args.model or config.name,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "targets": args.targets,
+    }
+
+
+def _training(args: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        learning_rate=args.learning_rate,
+        final_learning_rate=args.learning_rate / 20,
+        warmup_steps=20,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+        log_every=10,
+    )
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    name = args.data.expanduser().resolve().name or "pictures"
+    args.output = (args.output or Path(f"{name}.safetensors")).expanduser()
+    args.run_dir = (args.run_dir or Path("runs") / name).expanduser()
+    args.alpha = args.rank if args.alpha is None else args.alpha
+    _check(args)
+    mx.random.seed(args.seed)
+    components = load_pretrained(args.model)
+    network, config = components.transformer, components.config
+    held = [n for n, w in WIDTH_NAMES.items() if w in config.transformer.widths]
+    for width in args.widths or held:
+        check_width(config, width)
+    widths = [WIDTH_NAMES[n] for n in dict.fromkeys(args.widths or held)]
+    examples, skipped = read_folder(args.data, _buckets(config))
+    _tell_pictures(examples, skipped)
+    if not args.dry_run:
+        claim(args.run_dir, _settings(args, config, examples))
+    add_lora(network, args.rank, args.alpha, args.targets, NAME)
+    network.checkpoint_blocks(args.save_memory)
+    data = Pictures(components, examples, args.batch_size, args.seed, args.drop_caption, args.flip)
+    captions = [example.caption for example in examples]
+    wanted = args.prior_pictures if args.prior_weight else 0
+    known = prior_captions(components, args.prior_prompts, wanted)
+    if wanted and not known:
+        print("nothing holds the model to what it knew: give --prior-prompts", file=sys.stderr)
+    prompts = args.validation_prompts or [*spread(captions, 4), *spread(known, 2)]
+
+    def static(step: int) -> tuple[float, float, float]:
+        width = step_width(widths, args.seed, step)
+        return width, config.sampler.time_shift, args.prior_weight
+
+    _tell_plan(args, components, data, Counter(static(k)[0] for k in range(1000)), known, prompts)
+    if args.dry_run:
+        return
+    data.prior = draw_prior(components, known) if known else None
+    finished = Trainer(
+        network,
+        gradients,
+        data,
+        _training(args),
+        args.run_dir,
+        static=static,
+        validate=Validation(components, data, prompts, max(widths)),
+    ).run()
+    if finished:
+        network.update(tree_unflatten(list(load_ema(args.run_dir).items())))
+        save_lora(args.output, network, NAME, config.name)
+        model = f" --model {args.model}" if args.model else ""
+        print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
+
+
+if __name__ == "__main__":
+    run_command(main)
