@@ -9,11 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_snapgen.config import STICKERS, SamplerConfig
+from mlx_snapgen.config import STICKERS, ModelConfig
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.text_encoder import Tokenizer
-from mlx_snapgen.weights import FEW_STEP, Components, save_pretrained
+from mlx_snapgen.weights import FEW_STEP, Components, load_config, save_pretrained
 from train.autoencoder import load_autoencoder
 from train.scenes import first_nouns
 from train.supernetwork import TextToLatents, start_from
@@ -25,11 +25,17 @@ Noto Color Emoji font, Copyright 2013 Google LLC, SIL Open Font License 1.1.
 """
 
 
-def assemble(flow: Path, autoencoder: Path, tokenizer: Path, num_nouns: int | None) -> Components:
-    """The averaged weights of both runs (or model folders) as one model."""
-    tokenizers = [Tokenizer.from_file(tokenizer, c.max_length) for c in STICKERS.text_encoders]
+def assemble(
+    flow: Path,
+    autoencoder: Path,
+    tokenizer: Path,
+    num_nouns: int | None,
+    config: ModelConfig = STICKERS,
+) -> Components:
+    """The averaged weights of both runs (or model folders) as one model of `config`'s sizes."""
+    tokenizers = [Tokenizer.from_file(tokenizer, c.max_length) for c in config.text_encoders]
     pictures = load_autoencoder(autoencoder, num_nouns)
-    config = dataclasses.replace(STICKERS, autoencoder=pictures.config)
+    config = dataclasses.replace(config, autoencoder=pictures.config)
     trained = TextToLatents(config, tokenizers)
     start_from(trained, flow)
     nouns = first_nouns(num_nouns)
@@ -45,9 +51,15 @@ def assemble(flow: Path, autoencoder: Path, tokenizer: Path, num_nouns: int | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.export", description=__doc__)
-    parser.add_argument("--flow", type=Path, required=True, help="flow run's folder")
+    parser.add_argument("--flow", type=Path, required=True, help="folder of a flow or kd run")
     parser.add_argument("--autoencoder", type=Path, required=True, help="autoencoder run's folder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FOLDER",
+        help="sizes, as config.json in this folder (default: the stickers model)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--num-nouns", type=int, help="nouns that the run was trained on")
     parser.add_argument(
@@ -57,11 +69,11 @@ def main() -> None:
         "--few-step-lora", type=Path, help="LoRA of train.kdmd, for drawing in four steps"
     )
     args = parser.parse_args()
-    components = assemble(args.flow, args.autoencoder, args.tokenizer, args.num_nouns)
+    config = load_config(args.config) if args.config else STICKERS
+    components = assemble(args.flow, args.autoencoder, args.tokenizer, args.num_nouns, config)
     if args.few_step_lora:
         load_lora(args.few_step_lora, components.transformer, 0.0, FEW_STEP)
-        few_step = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
-        components.config = dataclasses.replace(components.config, few_step=few_step)
+        components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
     how = {"bits": args.bits, "group_size": 32}
     quantize = {"transformer": how, "text_encoder_0": how} if args.bits else None
     save_pretrained(args.output, components, quantize, mx.bfloat16, {"LICENSE": NOTICE})

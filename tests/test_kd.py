@@ -1,0 +1,348 @@
+"""Knowledge distillation: eqs. 6-8 written out in numpy, who gets a gradient, and the loop."""
+
+import dataclasses
+import json
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+import train.engine
+from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig, to_dict
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.text_encoder import Tokenizer
+from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.weights import FORMAT_VERSION, load_pretrained, save_pretrained
+from train import kd
+from train.checkpoint import read_log
+from train.engine import Trainer, TrainingConfig, latest_checkpoint
+from train.export import assemble
+from train.kd import Student, TaughtData, make_gradients
+from train.supernetwork import Data, noisy
+from train.teacher import Condition, load_teacher
+
+WIDTHS = (1.0, 0.5, 0.375)
+PROMPTS = ["a red car", "", "an apple next to a blue cat", "a green apple"]
+FEATURES = 64  # of the teacher in conftest.py, which has two text encoders and this hidden size
+
+
+def student_config(teacher_config):
+    """Half the teacher's hidden size, other text encoders, other blocks; the same latents."""
+    text = TextEncoderConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, max_length=9)
+    transformer = TransformerConfig(
+        hidden_size=32,
+        head_dim=4,
+        blocks=(1, 1, 1),
+        num_bands=2,
+        latent_channels=4,
+        text_dims=(16,),
+        text_width=16,
+        frequency_dim=16,
+    )
+    return ModelConfig(
+        transformer=transformer, autoencoder=teacher_config.autoencoder, text_encoders=(text,)
+    )
+
+
+@pytest.fixture
+def parts(model_folder, components, tokenizer_bytes):
+    """(student, teacher), the student's every weight moved off zero."""
+    teacher, _ = load_teacher(model_folder)
+    mx.random.seed(0)
+    student = Student(
+        student_config(components.config), [Tokenizer(tokenizer_bytes, 9)], teacher.feature_dims
+    )
+    student.update(
+        tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), student.trainable_parameters())
+    )
+    return student, teacher
+
+
+def make_batch(student, teacher, seed=0):
+    mx.random.seed(seed)
+    tokens, mask = student.text_encoders[0].tokenize(PROMPTS)
+    return {
+        "latents": mx.random.normal((4, 4, 4, 4)),
+        "tokens_0": tokens,
+        "mask_0": mask,
+        **teacher.encode(PROMPTS)._asdict(),
+    }
+
+
+def forward(student, batch, x_t, t, width):
+    """Velocity and projected features of the student."""
+    mask = batch["mask_0"]
+    states = student.text_encoders[0](batch["tokens_0"], mask)
+    text, mask = student.transformer.encode_text([TextStates(states, mask)])
+    v, features = student.transformer(x_t, t, text, mask, width, return_features=True)
+    projector = student.projectors[WIDTHS.index(width)]
+    return v, features @ projector.weight.T + projector.bias
+
+
+def taught(teacher, batch, x_t, t, guidance):
+    """Velocity (by the definition of guidance) and features of the teacher's network."""
+    network = teacher.network
+    v, features = network(x_t, t, batch["text"], batch["mask"], return_features=True)
+    empty = mx.repeat(batch["empty_text"], len(t), 0), mx.repeat(batch["empty_mask"], len(t), 0)
+    v_uncond = network(x_t, t, *empty)
+    return np.array(v_uncond + guidance * (v - v_uncond)), np.array(features)
+
+
+def mean_square(x):
+    return (x**2).mean(axis=tuple(range(1, x.ndim)))
+
+
+def by_hand(v, f, target, v_teacher, f_teacher, t, full):
+    """Eqs. 6-8 and 5 in numpy: (metrics, d loss / d v, d loss / d f)."""
+    v, f, target, t = (np.array(x, np.float64) for x in (v, f, target, t))
+    task, output = mean_square(v - target), mean_square(v - v_teacher)
+    # S, eq. 8: the logit-normal density of t over its value at t = 1/2.
+    density = np.exp(-(np.log(t / (1 - t)) ** 2) / 2) / (t * (1 - t)) / np.sqrt(2 * np.pi)
+    a = density / (4 / np.sqrt(2 * np.pi))
+    ratio = task / output
+    metrics = {
+        "loss": task.mean(),
+        "output": output.mean(),
+        "features": mean_square(f - f_teacher).mean() / f_teacher.var(),
+    }
+    weights = (x[:, None, None, None] for x in (a, (1 - a) * ratio))
+    count = v.size  # a mean over samples of a mean over each one's numbers
+    grad_v = 2 / count * sum(w * (v - y) for w, y in zip(weights, (target, v_teacher), strict=True))
+    if full is not None:
+        metrics["distillation"] = mean_square(v - full).mean()
+        grad_v = grad_v + 2 / count * (v - full)
+    return metrics, grad_v, 2 / f.size * (f - f_teacher) / f_teacher.var()
+
+
+def written_out(student, teacher, batch, key, width, full, guidance):
+    """Metrics and gradients of one width by hand, and its velocity."""
+    x_t, t, target = noisy(batch["latents"], key, 2.0)
+    v_teacher, f_teacher = taught(teacher, batch, x_t, t, guidance)
+    v, f = forward(student, batch, x_t, t, width)
+    metrics, grad_v, grad_f = by_hand(v, f, target, v_teacher, f_teacher, t, full)
+    params = student.trainable_parameters()
+
+    def pulled(params):
+        student.update(params)
+        v, f = forward(student, batch, x_t, t, width)
+        return (v * mx.array(grad_v, mx.float32)).sum() + (f * mx.array(grad_f, mx.float32)).sum()
+
+    grads = mx.grad(pulled)(params)
+    student.update(params)
+    return metrics, grads, np.array(v)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_full_width_is_equation_8(parts, guidance):
+    student, teacher = parts
+    batch, key = make_batch(student, teacher), mx.random.key(3)
+    grads, metrics = make_gradients(teacher, guidance)(student, batch, key, 1.0, 2.0)
+    expected_metrics, expected, _ = written_out(student, teacher, batch, key, 1.0, None, guidance)
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected_metrics, rel=1e-4)
+    assert_close(grads, expected)
+
+
+def assert_close(grads, expected):
+    found = dict(tree_flatten(grads))
+    for name, value in tree_flatten(expected):
+        scale = max(float(mx.abs(value).max()), 1e-2)
+        np.testing.assert_allclose(
+            np.array(found[name]), np.array(value), atol=2e-4 * scale, err_msg=name
+        )
+    assert found.keys() == dict(tree_flatten(expected)).keys()
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_every_width_is_equation_8_beside_the_full_network(parts, width, monkeypatch):
+    """Both gradients by hand; how they are balanced is the elastic trainer's test."""
+    student, teacher = parts
+    batch, key = make_batch(student, teacher), mx.random.key(4)
+    monkeypatch.setattr("train.supernetwork.add_balanced", lambda full, sub: sub)
+    grads, metrics = make_gradients(teacher)(student, batch, key, width, 2.0)
+    args = (student, teacher, batch, key)
+    full_metrics, _, full = written_out(*args, 1.0, None, 1.0)
+    sub_metrics, expected, _ = written_out(*args, width, full, 1.0)
+    all_metrics = full_metrics | {f"{k}_{width:g}": v for k, v in sub_metrics.items()}
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(all_metrics, rel=1e-4)
+    assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_each_width_has_a_projector_of_its_own(parts, width):
+    student, teacher = parts
+    batch = make_batch(student, teacher)
+    before = {k: np.array(v) for k, v in tree_flatten(teacher.network.parameters())}
+    grads, _ = make_gradients(teacher)(student, batch, mx.random.key(5), width, 1.0)
+    assert grads.keys() == {"transformer", "text_encoders", "projectors"}
+    for other, projector in zip(WIDTHS, grads["projectors"], strict=True):
+        reached = all(float(mx.abs(g).max()) > 1e-6 for _, g in tree_flatten(projector))
+        assert reached == (other in (1.0, width)), other
+    assert [p.weight.shape for p in student.projectors] == [(FEATURES, d) for d in (32, 16, 12)]
+    trained = [k for k, _ in tree_flatten(student.trainable_parameters())]
+    assert {k.split(".")[0] for k in trained} == {"transformer", "text_encoders", "projectors"}
+    for name, value in tree_flatten(teacher.network.parameters()):
+        np.testing.assert_array_equal(before[name], np.array(value), err_msg=name)
+
+
+def test_no_gradient_goes_into_the_teacher(parts):
+    student, teacher = parts
+    batch, network = make_batch(student, teacher), teacher.network
+    x_t, t, _ = noisy(batch["latents"], mx.random.key(6), 1.0)
+    condition = Condition(*(batch[name] for name in Condition._fields))
+    params = network.trainable_parameters()
+
+    def told(params):
+        network.update(params)
+        return sum(y.square().sum() for y in kd.lesson(teacher, x_t, t, condition, 3.0))
+
+    grads = mx.grad(told)(params)
+    network.update(params)
+    assert all(float(mx.abs(g).max()) == 0 for _, g in tree_flatten(grads))
+
+
+def test_a_teacher_on_another_grid_is_refused(parts):
+    student, teacher = parts
+    batch = make_batch(student, teacher)
+    student.transformer.config = dataclasses.replace(student.transformer.config, patch_size=1)
+    student.transformer.patch_embed.weight = student.transformer.patch_embed.weight[:, :4]
+    student.transformer.head.linear.weight = student.transformer.head.linear.weight[:4]
+    student.transformer.head.linear.bias = student.transformer.head.linear.bias[:4]
+    with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
+        make_gradients(teacher)(student, batch, mx.random.key(0), 1.0, 1.0)
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No curves; steps are few, so compiling them would take longer than they do."""
+    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def trainer(parts, run_dir, stop_at=None, **options):
+    student, teacher = parts
+    settings = {"steps": 4, "learning_rate": 5e-3, "warmup_steps": 2, "checkpoint_every": 2}
+    return Trainer(
+        student,
+        make_gradients(teacher),
+        lambda k: make_batch(student, teacher, k % 2),
+        TrainingConfig(**settings | {"log_every": 1} | options),
+        run_dir,
+        static=lambda step: (WIDTHS[1 + step % 2], 1.0),
+        validate=lambda t: (t.step == stop_at and t.stop()) or {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "steps", "share"), [("float32", 24, 0.9), ("bfloat16", 8, 1)]
+)
+def test_every_width_learns_from_the_teacher(parts, tmp_path, quick, precision, steps, share):
+    student, teacher = parts
+    batch = {k: mx.repeat(v, 2, 0) for k, v in make_batch(student, teacher).items()}
+    batch |= {k: batch[k][:1] for k in ("empty_text", "empty_mask")}
+
+    def losses():
+        found = {}
+        for width in WIDTHS[1:]:
+            key = mx.random.key(9)
+            found |= make_gradients(teacher)(student, batch, key, width, 1.0)[1]
+        return {k: float(v) for k, v in found.items()}
+
+    before = losses()
+    assert trainer(parts, tmp_path, steps=steps, checkpoint_every=steps, precision=precision).run()
+    after = losses()
+    for width in ("", "_0.5", "_0.375"):
+        for name in ("output", "features"):
+            assert after[name + width] < share * before[name + width], name + width
+    assert {"output", "features_0.5", "distillation_0.375"} < set().union(*read_log(tmp_path))
+
+
+def test_a_run_resumes_bit_identical(parts, tmp_path, quick):
+    student, _ = parts
+    start = tree_map(mx.array, student.trainable_parameters())
+    whole = trainer(parts, tmp_path / "a")
+    assert whole.run()
+    expected = {k: np.array(v) for k, v in tree_flatten(whole.model.parameters())}
+    student.update(start)
+    assert not trainer(parts, tmp_path / "b", stop_at=2).run()
+    student.update(tree_map(mx.zeros_like, start))
+    resumed = trainer(parts, tmp_path / "b")
+    assert resumed.run()
+    for name, value in tree_flatten(resumed.model.parameters()):
+        np.testing.assert_array_equal(expected[name], np.array(value), err_msg=name)
+
+
+def test_command_trains_resumes_and_starts_another_run(
+    model_folder, tokenizer_bytes, components, tmp_path, monkeypatch, quick
+):
+    """From a teacher's folder to a run that flow matching and export can go on from."""
+    shapes = tmp_path / "student"
+    shapes.mkdir()
+    sizes = {"format_version": FORMAT_VERSION} | to_dict(student_config(components.config))
+    (shapes / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes)
+
+    def pictures(seed, start, count, num_nouns, categories):
+        rng = np.random.default_rng((seed, start))
+        drawn = rng.integers(0, 255, (count, 32, 32, 3), np.uint8)
+        return drawn, [PROMPTS[(start + k) % 4] for k in range(count)]
+
+    monkeypatch.setattr("train.stickers.batch", pictures)
+
+    def command(run_dir, *options):
+        common = ["--run-dir", str(tmp_path / run_dir), "--teacher", str(model_folder)]
+        common += ["--steps", "2", "--batch-size", "2", "--checkpoint-every", "1"]
+        monkeypatch.setattr(sys, "argv", ["kd", *common, *map(str, options)])
+        kd.main()
+
+    own = ("--student-config", shapes, "--tokenizer", tmp_path / "tokenizer.model")
+    command("a", *own)
+    command("a", *own)
+    assert latest_checkpoint(tmp_path / "a").name == "step_2"
+    command("b", *own, "--init-from", tmp_path / "a", "--widths", "full", "--guidance", "2")
+    made = assemble(
+        tmp_path / "a",
+        model_folder,
+        tmp_path / "tokenizer.model",
+        20,
+        student_config(components.config),
+    )
+    save_pretrained(tmp_path / "made", made)
+    assert load_pretrained(tmp_path / "made").config.transformer.widths == WIDTHS
+    command("c", "--init-from", model_folder)
+    trained = mx.load(str(latest_checkpoint(tmp_path / "c") / "ema.safetensors"))
+    hidden = load_pretrained(model_folder).config.transformer.hidden_size
+    assert trained["projectors.0.weight"].shape == (FEATURES, hidden)
+    with pytest.raises(UserError, match="leave out --student-config"):
+        command("d", *own, "--init-from", model_folder)
+    with pytest.raises(UserError, match="needs --tokenizer"):
+        command("d", "--student-config", shapes)
+
+
+def test_the_teacher_reads_what_the_student_is_told(
+    parts, components, tokenizer_bytes, monkeypatch
+):
+    """A caption dropped for every text encoder of the student is dropped for the teacher."""
+    _, teacher = parts
+    monkeypatch.setattr(
+        "train.stickers.batch",
+        lambda *_, **__: (np.zeros((4, 32, 32, 3), np.uint8), [p or "two cars" for p in PROMPTS]),
+    )
+    asked = []
+    monkeypatch.setattr(
+        teacher, "encode", lambda prompts: asked.append(prompts) or Condition(*[mx.zeros(1)] * 4)
+    )
+    tokenizers = [Tokenizer(tokenizer_bytes, n) for n in (9, 12)]
+    data = Data(components.autoencoder, tokenizers, 4, None, 0, 0.6)
+    batches = [TaughtData(data, teacher)(k) for k in range(8)]
+    kept = np.array([[b[f"mask_{i}"].sum(1) > 2 for i in (0, 1)] for b in batches]).any(1)
+    told = np.array([[bool(prompt) for prompt in prompts] for prompts in asked])
+    np.testing.assert_array_equal(told, kept)
+    assert 0 < told.mean() < 1
+    assert all(np.array_equal(data(k)["tokens_0"], batches[k]["tokens_0"]) for k in range(2))
