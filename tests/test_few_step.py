@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from PIL import Image
 
 from mlx_snapgen import SnapGenPipeline, sampler
 from mlx_snapgen.config import SamplerConfig
@@ -15,7 +17,9 @@ from mlx_snapgen.lora import add_lora, fuse_lora, remove_lora, set_lora_weights
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import FEW_STEP, load_pretrained, save_pretrained
+from train.previews import PROMPTS, previews_of
 from train.sampling import sample
+from train.supernetwork import TextToLatents
 
 MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
 
@@ -179,3 +183,28 @@ def test_half_a_mode_is_refused(folder, tmp_path):
     made.config = dataclasses.replace(made.config, few_step=None)
     with pytest.raises(UserError, match="takes both"):
         save_pretrained(tmp_path / "b", made)
+
+
+def test_previews_show_the_averages_and_leave_the_model_alone(components, font, tmp_path):
+    model = TextToLatents(components.config, [e.tokenizer for e in components.text_encoders])
+    model.transformer.update(components.transformer.parameters())
+    before = [mx.array(p) for _, p in tree_flatten(model.parameters())]
+    previews = previews_of(model, components.config, components.autoencoder, 2.0, ["full", "tiny"])
+
+    def sample_path(name):
+        return tmp_path / f"{name}.png"
+
+    sheets = []
+    for factor in (1.0, 3.0):
+        averages = tree_map(lambda p, f=factor: f * p, model.trainable_parameters())
+        trainer = SimpleNamespace(model=model, ema_parameters=averages, sample_path=sample_path)
+        assert previews(trainer) == {}
+        sheets.append(np.asarray(Image.open(tmp_path / "previews.png")))
+    assert not np.array_equal(*sheets)
+    after = [p for _, p in tree_flatten(model.parameters())]
+    assert all(mx.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    own = dataclasses.replace(
+        components, transformer=model.transformer, text_encoders=model.text_encoders
+    )
+    expected = sample(own, list(PROMPTS), range(len(PROMPTS)), 1.0, time_shift=2.0)
+    assert np.array_equal(sheets[0][:32, :32], expected[0, :, :32])

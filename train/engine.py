@@ -296,8 +296,8 @@ class Trainer:
             return
         self.save()
         plot_log(self.run_dir)
-        if self.validate:
-            self._log(self.validate(self))
+        if self.validate and (metrics := self.validate(self)):
+            self._log(metrics)
 
     def save(self) -> None:
         """Write `step_N` whole or not at all, then prune old checkpoints."""

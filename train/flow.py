@@ -22,6 +22,7 @@ from mlx_snapgen.text_encoder import Tokenizer
 from train.autoencoder import load_autoencoder
 from train.engine import Batch, Trainer
 from train.losses import per_sample
+from train.previews import previews_of
 from train.supernetwork import (
     Data,
     TextToLatents,
@@ -119,8 +120,9 @@ def main() -> None:
     model = TextToLatents(config, tokenizers)
     if args.init_from:
         start_from(model, args.init_from)
+    autoencoder = load_autoencoder(args.autoencoder, args.num_nouns)
     data = Data(
-        load_autoencoder(args.autoencoder, args.num_nouns),
+        autoencoder,
         tokenizers,
         args.batch_size,
         args.num_nouns,
@@ -141,6 +143,7 @@ def main() -> None:
             args.time_shift,
             args.mask_ratio,
         ),
+        validate=previews_of(model, config, autoencoder, args.time_shift, args.widths),
     ).run()
 
 

@@ -11,6 +11,7 @@ teacher itself. No pictures are needed: captions are enough.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.config import FOUR_STEPS, WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora import LoRALinear, add_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
@@ -35,6 +36,7 @@ from train.losses import (
     per_sample,
     sample_tau,
 )
+from train.previews import Previews
 from train.scenes import training_scene
 from train.teacher import CheckpointTeacher, Condition, Teacher, acting
 
@@ -162,8 +164,8 @@ class Simulation:
         batch_size: int,
         prompts: Callable[[int], str],
         width_of: Callable[[int], float],
-        num_steps: int = 4,
-        time_shift: float = 3.0,
+        num_steps: int = FOUR_STEPS.num_inference_steps,
+        time_shift: float = FOUR_STEPS.time_shift,
         seed: int = 0,
     ):
         self.model, self.teacher, self.shape = model, teacher, shape
@@ -224,6 +226,7 @@ def main() -> None:
 
     mx.random.seed(args.seed)
     components = load_pretrained(args.model)
+    components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
     network, config = components.transformer, components.config
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, 0.0, FEW_STEP)
@@ -266,6 +269,7 @@ def main() -> None:
         training,
         args.run_dir,
         static=lambda step: (width_of(step), (step + 1) % args.student_every == 0),
+        validate=Previews(components, args.widths, adapter=STUDENT),
     ).run()
     if finished:
         model.update(tree_unflatten(list(load_ema(args.run_dir).items())))

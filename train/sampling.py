@@ -32,6 +32,7 @@ def sample(
     time_shift: float | None = None,
     few_step: bool | None = None,
     attention_modulation: bool = False,
+    adapter: str = FEW_STEP,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
@@ -44,6 +45,7 @@ def sample(
         steps, guidance, time_shift: None takes the model's own; guidance 1 is none at all.
         few_step: whether to use the model's few-step mode (see `ModelConfig.sampler_for`).
         attention_modulation: EDT's (see `EfficientDiT`).
+        adapter: name of the few-step mode's adapter.
         batch_size: pictures at a time.
         progress: called with the number of pictures that were just finished.
 
@@ -58,7 +60,7 @@ def sample(
     mode = config.sampler_for(steps, few_step)
     network = components.transformer
     if config.few_step is not None:
-        network = switched(network, {FEW_STEP: float(mode is config.few_step)})
+        network = switched(network, {adapter: float(mode is config.few_step)})
     steps = mode.num_inference_steps if steps is None else steps
     guidance = mode.guidance_scale if guidance is None else guidance
     schedule = get_schedule(steps, mode.time_shift if time_shift is None else time_shift)

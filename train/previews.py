@@ -1,0 +1,83 @@
+"""Pictures during training: a sheet of fixed prompts after every checkpoint."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.weights import FEW_STEP, Components
+from train.engine import Trainer
+from train.sampling import sample
+from train.stickers import contact_sheet
+from train.supernetwork import TextToLatents
+
+PROMPTS = (
+    "an apple",
+    "a cat",
+    "a red car",
+    "three bananas",
+    "a dog and a tree",
+    "a cat on a blue background",
+    "an owl to the left of a house",
+    "a green umbrella above a purple fish",
+)
+
+
+class Previews:
+    """`validate` of a `Trainer`: draws prompts with the averaged weights, a row for each width.
+
+    Args:
+        components: the model, made of the very modules that are trained.
+        widths: names of the widths to draw with.
+        prompts: what to draw.
+        adapter: see `train.sampling.sample`.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        widths: Sequence[str] = tuple(WIDTH_NAMES),
+        prompts: Sequence[str] = PROMPTS,
+        adapter: str = FEW_STEP,
+    ):
+        self.components, self.widths = components, list(widths)
+        self.prompts, self.adapter = list(prompts), adapter
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        current = trainer.model.trainable_parameters()
+        trainer.model.update(trainer.ema_parameters)
+        try:
+            rows = [
+                sample(
+                    self.components,
+                    self.prompts,
+                    range(len(self.prompts)),
+                    WIDTH_NAMES[name],
+                    adapter=self.adapter,
+                )
+                for name in self.widths
+            ]
+        finally:
+            trainer.model.update(current)
+        labels = [f"{prompt}, {name}" for name in self.widths for prompt in self.prompts]
+        sheet = contact_sheet(list(np.concatenate(rows)), labels, columns=len(self.prompts))
+        sheet.save(trainer.sample_path("previews"))
+        return {}
+
+
+def previews_of(
+    model: TextToLatents,
+    config: ModelConfig,
+    autoencoder: Autoencoder,
+    time_shift: float,
+    widths: Sequence[str],
+) -> Previews:
+    """Previews of a supernetwork in training, sampled with the time shift that it learns with."""
+    sampler = dataclasses.replace(config.sampler, time_shift=time_shift)
+    config = dataclasses.replace(
+        config, sampler=sampler, autoencoder=autoencoder.config, few_step=None
+    )
+    components = Components(config, model.transformer, autoencoder, model.text_encoders)
+    return Previews(components, widths)
