@@ -10,11 +10,15 @@ import mlx_snapgen  # noqa: F401
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora import add_lora
+from mlx_snapgen.lora_files import save_lora
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule
 from mlx_snapgen.text_encoder import encode_prompts
+from mlx_snapgen.weights import load_pretrained
 from train import evaluate, stickers
 from train.captions import Placed, Scene, plain_caption
 from train.detector import Detection
@@ -305,6 +309,38 @@ def test_gallery(font, model_folder, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "look").iterdir()] == ["gallery.png"]
     texts = evaluate.gallery_prompts(40, 100)
     assert len(set(texts)) == 40 and texts[0] == "an apple"
+
+
+def test_one_noun_is_scored_with_and_without_a_lora(
+    font, model_folder, tmp_path, monkeypatch, capsys
+):
+    network = load_pretrained(model_folder).transformer
+    mx.random.seed(0)
+    add_lora(network, 2, 2.0, ["self_attention.*_proj"])
+    network.update(tree_map(lambda p: p + 0.2, network.trainable_parameters()))
+    save_lora(tmp_path / "zebra.safetensors", network)
+    arguments = ["--model", model_folder, "--noun", "zebra", "--num-nouns", 100, "--widths", "tiny"]
+    arguments += ["--per-category", 4, "--steps", 1]
+    for name, lora in (("before", []), ("after", ["--lora", tmp_path / "zebra.safetensors"])):
+        run(monkeypatch, *arguments, *lora, "--output", tmp_path / name)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "| | zebra |" and lines[2] == "| tiny | 0.000 ± 0.000 |"
+        assert lines[3] == "| rendered scenes | 1.000 ± 0.000 |"
+        assert (tmp_path / name / "table.md").read_text().splitlines() == lines
+    drawn = [(tmp_path / name / "tiny.png").read_bytes() for name in ("before", "after")]
+    assert drawn[0] != drawn[1]
+    with pytest.raises(UserError, match="did you mean 'zebra'"):
+        run(monkeypatch, "--model", model_folder, "--noun", "zebr", "--output", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_prompts_of_a_noun_are_not_the_pictures_it_is_learned_from():
+    prompts = evaluate.noun_prompts("zebra", 20)
+    assert (
+        all("zebra" in p.text.lower() for p in prompts) and len({p.number for p in prompts}) == 20
+    )
+    assert prompts[:7] == evaluate.noun_prompts("zebra", 7)
+    assert not {p.scene for p in prompts} & {stickers.noun_scene("zebra", 0, k) for k in range(50)}
 
 
 def test_mistakes_are_said(model_folder, tmp_path, monkeypatch):

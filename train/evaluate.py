@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.pipeline import check_width, parse_width
 from mlx_snapgen.sampler import add_noise, get_noise
 from mlx_snapgen.text_encoder import encode_prompts
@@ -40,16 +41,24 @@ GALLERY, COLUMNS = 40, 10  # pictures of the gallery, and in a row of any contac
 
 
 @functools.lru_cache(maxsize=2)
-def detector(num_nouns: int | None = None) -> Detector:
-    """The detector of the first `num_nouns` nouns."""
-    return Detector(first_nouns(num_nouns))
+def detector(num_nouns: int | None = None, also: str | None = None) -> Detector:
+    """The detector of the first `num_nouns` nouns, and of the one named `also`."""
+    nouns = first_nouns(num_nouns)
+    more = [noun for noun in stickers.NOUNS if noun.name == also and noun not in nouns]
+    return Detector([*nouns, *more])
 
 
 def judge(
-    prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], num_nouns: int | None
+    prompts: Sequence[Prompt],
+    pictures: Sequence[np.ndarray],
+    num_nouns: int | None,
+    also: str | None = None,
 ) -> tuple[list[bool], list[list[Detection]]]:
-    """For each picture, uint8 (H, W, 3): whether it shows its prompt, and what it shows."""
-    found = [detector(num_nouns)(picture) for picture in pictures]
+    """For each picture, uint8 (H, W, 3): whether it shows its prompt, and what it shows.
+
+    `num_nouns` and `also` are those of `detector`.
+    """
+    found = [detector(num_nouns, also)(picture) for picture in pictures]
     return [is_correct(p.scene, d) for p, d in zip(prompts, found, strict=True)], found
 
 
@@ -267,6 +276,7 @@ def _settings(args: argparse.Namespace, components: Components, num_nouns: int) 
     own = components.config.sampler_for(args.steps, args.few_step)
     return {
         "model": args.model,
+        "lora": args.lora and str(args.lora),
         "num_nouns": num_nouns,
         "per_category": args.per_category,
         "validation_scenes": args.validation_scenes,
@@ -289,6 +299,46 @@ def _write(output: Path, rows: Sequence[Row], pictures: np.ndarray, settings: di
     marked = [_marked(p, r["correct"]) for p, r in zip(pictures, row.judged, strict=True)]
     sheet = stickers.contact_sheet(marked, [r["prompt"] for r in row.judged], COLUMNS)
     sheet.save(output / f"{row.name.replace(' ', '_')}.png")
+
+
+NOUN_SEED = 1  # not what `train.stickers --noun` writes unless it is told to
+
+
+def noun_prompts(name: str, count: int) -> list[Prompt]:
+    """Prompts for one noun alone, every other one in plain wording."""
+    scenes = [stickers.noun_scene(name, NOUN_SEED, k) for k in range(count)]
+    texts = [s.caption if k % 2 else stickers.plain_caption(s) for k, s in enumerate(scenes)]
+    return [
+        Prompt(text, s, False, k) for k, (text, s) in enumerate(zip(texts, scenes, strict=True))
+    ]
+
+
+def _score_noun(
+    components: Components, widths: Sequence[str], num_nouns: int, args: argparse.Namespace
+) -> str:
+    """How often pictures of `args.noun` show it, as a table; sheets go to the output folder."""
+    prompts = noun_prompts(args.noun, args.per_category)
+    lines = [f"| | {args.noun} |", "| --- | ---: |"]
+
+    def add(name: str, pictures: Sequence[np.ndarray]) -> None:
+        correct, _ = judge(prompts, pictures, num_nouns, args.noun)
+        share = float(np.mean(correct))
+        error = np.sqrt(share * (1 - share) / len(prompts))
+        lines.append(f"| {name} | {share:.3f} ± {error:.3f} |")
+        if args.output:
+            marked = [_marked(p, ok) for p, ok in zip(pictures, correct, strict=True)]
+            sheet = stickers.contact_sheet(marked, [p.text for p in prompts], COLUMNS)
+            sheet.save(args.output / f"{name.replace(' ', '_')}.png")
+            (args.output / "table.md").write_text("\n".join(lines) + "\n")
+
+    for name in widths:
+        pictures = draw(components, prompts, parse_width(name), args.seed, name, **_sampling(args))
+        add(name, pictures)
+    if args.ceilings:
+        truth = np.stack([stickers.render(prompt.scene) for prompt in prompts])
+        add("rendered scenes", truth)
+        add("reconstructed scenes", reconstruct(components.autoencoder, truth))
+    return "\n".join(lines) + "\n"
 
 
 def gallery_prompts(count: int, num_nouns: int | None) -> list[str]:
@@ -320,6 +370,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--widths", nargs="+", metavar="WIDTH", help=f"of {', '.join(WIDTH_NAMES)} (default: all)"
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FILE", help="score the model with this LoRA (train.lora)"
+    )
+    parser.add_argument(
+        "--noun",
+        metavar="NAME",
+        help="score pictures of this noun alone, such as one that a LoRA has learned; it need not "
+        "be of the model's vocabulary",
+    )
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--time-shift", type=float, help="timestep shift (default: the model's)")
@@ -332,7 +391,11 @@ def _parser() -> argparse.ArgumentParser:
         "--attention-modulation", action="store_true", help="as EDT does (default: no)"
     )
     parser.add_argument(
-        "--per-category", type=int, default=25, metavar="N", help="prompts of each of the six"
+        "--per-category",
+        type=int,
+        default=25,
+        metavar="N",
+        help="prompts of each of the six, or of --noun",
     )
     parser.add_argument("--validation-scenes", type=int, default=128, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the prompts are fixed")
@@ -361,9 +424,13 @@ def main() -> None:
         raise UserError(f"--seed must not be negative, got {args.seed}")
     if args.gallery and not args.output:
         raise UserError("--gallery needs --output, the folder for its picture")
+    if args.noun:
+        noun_prompts(args.noun, 1)  # an unknown one is found before there is a folder
     if args.output:
         _make_folder(args.output)
     components = load_pretrained(args.model, few_step=True)
+    if args.lora:
+        load_lora(args.lora, components.transformer, 1.0, "scored", components.config.name)
     num_nouns = args.num_nouns or known_nouns(components)
     held = [n for n, w in WIDTH_NAMES.items() if w in components.config.transformer.widths]
     widths = args.widths or held
@@ -377,6 +444,9 @@ def main() -> None:
                 components, texts, seeds, width, progress=bar.update, **_sampling(args)
             )
         stickers.contact_sheet(list(pictures), texts, COLUMNS).save(args.output / "gallery.png")
+        return
+    if args.noun:
+        print(_score_noun(components, widths, num_nouns, args), end="")
         return
     print(table(_evaluate(components, widths, num_nouns, args)), end="")
 
