@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_snapgen.config import STICKERS, ModelConfig
+from mlx_snapgen.config import FOUR_STEPS, STICKERS, ModelConfig
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.text_encoder import Tokenizer
