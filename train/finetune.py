@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.text_encoder import TextEncoder
 from mlx_snapgen.transformer import EfficientDiT, TextStates
 from mlx_snapgen.weights import Components
@@ -24,8 +25,8 @@ from train.autoencoder import to_float
 from train.engine import Batch, Trainer
 from train.imagefolder import Example
 from train.losses import add_noise, per_sample
+from train.previews import Previews
 from train.sampling import sample
-from train.stickers import contact_sheet
 from train.supernetwork import noisy
 from train.teacher import acting
 
@@ -281,40 +282,38 @@ class Validation:
     """After each checkpoint: pictures of `prompts`, and losses at fixed noise, of the averages."""
 
     def __init__(
-        self, components: Components, data: Pictures, prompts: Sequence[str], width: float
+        self, components: Components, data: Pictures, prompts: Sequence[str], width: str = "full"
     ):
-        self.components, self.data = components, data
-        self.prompts, self.width = list(prompts), width
+        self.network, self.data, self.width = components.transformer, data, WIDTH_NAMES[width]
+        self.previews = Previews(components, [width], prompts)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        network = self.components.transformer
-        current = network.trainable_parameters()
-        network.update(trainer.ema_parameters)
-        pictures = sample(self.components, self.prompts, range(len(self.prompts)), self.width)
-        metrics = {"validation_loss": self.loss()}
-        if self.data.prior:
-            metrics["prior_drift"] = self.drift()
-        network.update(current)
-        sheet = contact_sheet(list(pictures), self.prompts, columns=4)
-        sheet.save(trainer.sample_path("validation"))
-        return metrics
+        current = self.network.trainable_parameters()
+        self.network.update(trainer.ema_parameters)
+        try:
+            metrics = {"validation_loss": self.loss()}
+            if self.data.prior:
+                metrics["prior_drift"] = self.drift()
+        finally:
+            self.network.update(current)
+        return metrics | self.previews(trainer)
 
     def loss(self) -> float:
         """Mean squared error of the velocity, over pictures of each size and fixed noise."""
         errors = []
         for bucket in self.data.buckets:
             for x_t, t, eps, some in _levels(bucket):
-                v = velocity(self.components.transformer, some, x_t, t, self.width)
+                v = velocity(self.network, some, x_t, t, self.width)
                 errors += per_sample(v - (eps - some["latents"])).tolist()
         return float(np.mean(errors))
 
     def drift(self) -> float:
         """Mean squared change of the velocity on the prior samples."""
-        network, changes = self.components.transformer, []
+        changes = []
         for x_t, t, _, some in _levels(self.data.prior):
-            v = velocity(network, some, x_t, t, self.width)
-            with acting(network):
-                before = velocity(network, some, x_t, t, self.width)
+            v = velocity(self.network, some, x_t, t, self.width)
+            with acting(self.network):
+                before = velocity(self.network, some, x_t, t, self.width)
             changes += per_sample(v - before).tolist()
         return float(np.mean(changes))
 

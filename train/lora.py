@@ -285,9 +285,10 @@ def main() -> None:
     components = load_pretrained(args.model)
     network, config = components.transformer, components.config
     held = [n for n, w in WIDTH_NAMES.items() if w in config.transformer.widths]
-    for width in args.widths or held:
+    names = list(dict.fromkeys(args.widths or held))
+    for width in names:
         check_width(config, width)
-    widths = [WIDTH_NAMES[n] for n in dict.fromkeys(args.widths or held)]
+    widths = [WIDTH_NAMES[n] for n in names]
     examples, skipped = read_folder(args.data, _buckets(config))
     _tell_pictures(examples, skipped)
     if not args.dry_run:
@@ -317,7 +318,7 @@ def main() -> None:
         _training(args),
         args.run_dir,
         static=static,
-        validate=Validation(components, data, prompts, max(widths)),
+        validate=Validation(components, data, prompts, max(names, key=WIDTH_NAMES.get)),
     ).run()
     if finished:
         network.update(tree_unflatten(list(load_ema(args.run_dir).items())))
