@@ -171,7 +171,6 @@ class ModelConfig:
                 f"the autoencoder gives {self.autoencoder.latent_channels}"
             )
 
-
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
     ) -> SamplerConfig:

@@ -120,6 +120,7 @@ def main() -> None:
     model = TextToLatents(config, tokenizers)
     if args.init_from:
         start_from(model, args.init_from)
+    model.transformer.checkpoint_blocks(args.save_memory)
     autoencoder = load_autoencoder(args.autoencoder, args.num_nouns)
     data = Data(
         autoencoder,
@@ -143,7 +144,7 @@ def main() -> None:
             args.time_shift,
             args.mask_ratio,
         ),
-        validate=previews_of(model, config, autoencoder, args.time_shift, args.widths),
+        validate=previews_of(model, autoencoder, args.time_shift, args.widths),
     ).run()
 
 

@@ -28,6 +28,7 @@ from mlx_snapgen.text_encoder import Tokenizer
 from mlx_snapgen.weights import load_config, load_pretrained
 from train.engine import Batch, Trainer
 from train.losses import features_loss, per_sample, timestep_aware
+from train.previews import previews_of
 from train.supernetwork import (
     Data,
     TextToLatents,
@@ -157,6 +158,7 @@ def main() -> None:
     mx.random.seed(args.seed)
     teacher, autoencoder = load_teacher(args.teacher)
     student = make_student(args, autoencoder, teacher.feature_dims)
+    student.transformer.checkpoint_blocks(args.save_memory)
     widths = [WIDTH_NAMES[name] for name in args.widths]
     for width in widths:
         student.transformer.config.width_index(width)
@@ -177,6 +179,7 @@ def main() -> None:
         training_config(args),
         args.run_dir,
         static=lambda step: (sampled_width(widths, args.seed, step), args.time_shift),
+        validate=previews_of(student, autoencoder, args.time_shift, args.widths),
     ).run()
 
 

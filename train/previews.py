@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.weights import FEW_STEP, Components
 from train.engine import Trainer
 from train.sampling import sample
-from train.stickers import contact_sheet
+from train.stickers import SIDE, contact_sheet
 from train.supernetwork import TextToLatents
 
 PROMPTS = (
@@ -68,16 +68,15 @@ class Previews:
 
 
 def previews_of(
-    model: TextToLatents,
-    config: ModelConfig,
-    autoencoder: Autoencoder,
-    time_shift: float,
-    widths: Sequence[str],
+    model: TextToLatents, autoencoder: Autoencoder, time_shift: float, widths: Sequence[str]
 ) -> Previews:
-    """Previews of a supernetwork in training, sampled with the time shift that it learns with."""
-    sampler = dataclasses.replace(config.sampler, time_shift=time_shift)
+    """Previews of a supernetwork in training on scenes, with the time shift that it learns with."""
     config = dataclasses.replace(
-        config, sampler=sampler, autoencoder=autoencoder.config, few_step=None
+        model.config,
+        image_size=(SIDE, SIDE),
+        autoencoder=autoencoder.config,
+        sampler=dataclasses.replace(model.config.sampler, time_shift=time_shift),
+        few_step=None,
     )
     components = Components(config, model.transformer, autoencoder, model.text_encoders)
     return Previews(components, widths)
