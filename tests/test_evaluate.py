@@ -19,7 +19,7 @@ from mlx_snapgen.lora_files import save_lora
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule
 from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import load_pretrained
-from train import evaluate, stickers
+from train import evaluate, stickers, validation
 from train.captions import Placed, Scene, plain_caption
 from train.detector import Detection
 from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
@@ -179,9 +179,9 @@ def test_validation_losses_are_the_formula():
     rng = np.random.default_rng(0)
     x0, eps = rng.normal(size=(2, 5, 4, 4, 3)).astype(np.float32)
     captions = ["a", "bc", "def", "ghij", "klmno"]
-    data = evaluate.ValidationSet(mx.array(x0), mx.array(eps), captions)
+    data = validation.ValidationSet(mx.array(x0), mx.array(eps), captions)
     stub = SimpleNamespace(transformer=_Velocity(), text_encoders=[_Encoder()])
-    losses = evaluate.validation_losses(stub, data, 0.5, batch_size=2)
+    losses = validation.validation_losses(stub, data, 0.5, batch_size=2)
     lengths = np.array([len(caption) for caption in captions]).reshape(-1, 1, 1, 1)
     for k in range(8):
         t = (k + 0.5) / 8
@@ -190,15 +190,15 @@ def test_validation_losses_are_the_formula():
 
 
 def test_validation_set_is_the_same_every_time(font, components):
-    first, again = (evaluate.validation_set(components, 6, 100) for _ in range(2))
+    first, again = (validation.validation_set(components, 6, 100) for _ in range(2))
     assert mx.array_equal(first.latents, again.latents) and mx.array_equal(first.noise, again.noise)
-    shorter = evaluate.validation_set(components, 3, 100)
+    shorter = validation.validation_set(components, 3, 100)
     assert mx.array_equal(first.noise[:3], shorter.noise)
     assert not mx.array_equal(first.noise[0], first.noise[1])
-    seed = evaluate.noise_seed(1, first.captions[1])
+    seed = validation.noise_seed(1, first.captions[1])
     assert mx.array_equal(first.noise[1:2], get_noise(seed, *first.latents.shape[1:]))
     # The digest is part of the metric: losses of different days compare only while it stays.
-    assert evaluate.noise_seed(0, "an apple") == PINNED_SEED
+    assert validation.noise_seed(0, "an apple") == PINNED_SEED
 
 
 PINNED_SEED = 2436758733

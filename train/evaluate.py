@@ -9,14 +9,12 @@ fixed noise and fixed noise levels.
 
 import argparse
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -25,18 +23,16 @@ from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.pipeline import check_width, parse_width
-from mlx_snapgen.sampler import add_noise, get_noise
-from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import Components, load_pretrained
 from train import stickers
-from train.autoencoder import reconstruct, to_float
+from train.autoencoder import reconstruct
 from train.captions import with_article
 from train.detector import Detection, Detector
 from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct
 from train.sampling import sample
-from train.scenes import first_nouns, validation_scenes
+from train.scenes import first_nouns
+from train.validation import validation_losses, validation_set
 
-NUM_LEVELS = 8  # noise levels of the validation loss
 GALLERY, COLUMNS = 40, 10  # pictures of the gallery, and in a row of any contact sheet
 
 
@@ -89,60 +85,6 @@ def quick_score(
     prompts = fixed_prompts(count_per_category, num_nouns)
     pictures = draw(components, prompts, width, steps=steps, **settings)
     return accuracies(prompts, judge(prompts, pictures, num_nouns)[0])
-
-
-# --- validation loss ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """What the validation loss of every width is measured on.
-
-    Attributes:
-        latents, noise: (N, h, w, C).
-        captions: one for each.
-    """
-
-    latents: mx.array
-    noise: mx.array
-    captions: list[str]
-
-
-def validation_set(components: Components, count: int, num_nouns: int | None) -> ValidationSet:
-    """Encoded validation scenes, each with the noise that its place and caption determine."""
-    scenes = validation_scenes(count, num_nouns)
-    pictures = np.stack([stickers.render(scene) for scene in scenes])
-    latents = mx.concatenate(
-        [components.autoencoder.encode(to_float(pictures[k : k + 16])) for k in range(0, count, 16)]
-    )
-    seeds = [noise_seed(k, scene.caption) for k, scene in enumerate(scenes)]
-    noise = mx.concatenate([get_noise(seed, *latents.shape[1:]) for seed in seeds])
-    return ValidationSet(latents, noise, [scene.caption for scene in scenes])
-
-
-def noise_seed(index: int, caption: str) -> int:
-    """A seed in [0, 2^32) that belongs to one validation sample."""
-    digest = hashlib.blake2b(f"{index}|{caption}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
-
-
-def validation_losses(
-    components: Components, data: ValidationSet, width: float, batch_size: int = 32
-) -> list[float]:
-    """Mean squared error of the velocity at the noise levels (k + .5) / NUM_LEVELS."""
-    sums = np.zeros(NUM_LEVELS)
-    for start in range(0, len(data.captions), batch_size):
-        chosen = slice(start, start + batch_size)
-        captions = data.captions[chosen]
-        text, mask = encode_prompts(captions, components.text_encoders, components.transformer)
-        x0, eps = data.latents[chosen], data.noise[chosen]
-        for k in range(NUM_LEVELS):
-            sigma = (k + 0.5) / NUM_LEVELS
-            x_t = add_noise(x0, eps, sigma).astype(text.dtype)
-            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, width)
-            error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
-            sums[k] += error.sum().item()
-    return (sums / len(data.captions)).tolist()
 
 
 # --- the whole evaluation -----------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""Flow validation loss: the error of the predicted velocity on fixed latents, noise and levels."""
+
+import hashlib
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.sampler import add_noise, get_noise
+from mlx_snapgen.text_encoder import encode_prompts
+from mlx_snapgen.weights import Components
+from train import stickers
+from train.autoencoder import to_float
+from train.scenes import validation_scenes
+
+NUM_LEVELS = 8
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """What the validation loss of every width is measured on.
+
+    Attributes:
+        latents, noise: (N, h, w, C).
+        captions: one for each.
+    """
+
+    latents: mx.array
+    noise: mx.array
+    captions: list[str]
+
+
+def validation_set(components: Components, count: int, num_nouns: int | None) -> ValidationSet:
+    """Encoded validation scenes, each with the noise that its place and caption determine."""
+    scenes = validation_scenes(count, num_nouns)
+    pictures = np.stack([stickers.render(scene) for scene in scenes])
+    latents = mx.concatenate(
+        [components.autoencoder.encode(to_float(pictures[k : k + 16])) for k in range(0, count, 16)]
+    )
+    seeds = [noise_seed(k, scene.caption) for k, scene in enumerate(scenes)]
+    noise = mx.concatenate([get_noise(seed, *latents.shape[1:]) for seed in seeds])
+    return ValidationSet(latents, noise, [scene.caption for scene in scenes])
+
+
+def noise_seed(index: int, caption: str) -> int:
+    """A seed in [0, 2^32) that belongs to one validation sample."""
+    digest = hashlib.blake2b(f"{index}|{caption}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+def validation_losses(
+    components: Components, data: ValidationSet, width: float, batch_size: int = 32
+) -> list[float]:
+    """Mean squared error of the velocity at the noise levels (k + .5) / NUM_LEVELS."""
+    sums = np.zeros(NUM_LEVELS)
+    for start in range(0, len(data.captions), batch_size):
+        chosen = slice(start, start + batch_size)
+        captions = data.captions[chosen]
+        text, mask = encode_prompts(captions, components.text_encoders, components.transformer)
+        x0, eps = data.latents[chosen], data.noise[chosen]
+        for k in range(NUM_LEVELS):
+            sigma = (k + 0.5) / NUM_LEVELS
+            x_t = add_noise(x0, eps, sigma).astype(text.dtype)
+            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, width)
+            error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
+            sums[k] += error.sum().item()
+    return (sums / len(data.captions)).tolist()
