@@ -24,10 +24,10 @@ from train.engine import Batch, Trainer
 from train.losses import per_sample
 from train.previews import previews_of
 from train.supernetwork import (
-    Data,
     TextToLatents,
     add_arguments,
     elastic_gradients,
+    make_data,
     noisy,
     sampled_width,
     start_from,
@@ -122,16 +122,7 @@ def main() -> None:
         start_from(model, args.init_from)
     model.transformer.checkpoint_blocks(args.save_memory)
     autoencoder = load_autoencoder(args.autoencoder, args.num_nouns)
-    data = Data(
-        autoencoder,
-        tokenizers,
-        args.batch_size,
-        args.num_nouns,
-        args.seed,
-        args.drop_caption,
-        args.categories,
-        args.noises_per_scene,
-    )
+    data = make_data(args, autoencoder, tokenizers)
     widths = [WIDTH_NAMES[name] for name in args.widths]
     Trainer(
         model,

@@ -34,6 +34,7 @@ from train.supernetwork import (
     TextToLatents,
     add_arguments,
     elastic_gradients,
+    make_data,
     noisy,
     sampled_width,
     start_from,
@@ -162,16 +163,8 @@ def main() -> None:
     widths = [WIDTH_NAMES[name] for name in args.widths]
     for width in widths:
         student.transformer.config.width_index(width)
-    data = Data(
-        autoencoder,
-        [encoder.tokenizer for encoder in student.text_encoders],
-        args.batch_size,
-        args.num_nouns,
-        args.seed,
-        args.drop_caption,
-        args.categories,
-        args.noises_per_scene,
-    )
+    tokenizers = [encoder.tokenizer for encoder in student.text_encoders]
+    data = make_data(args, autoencoder, tokenizers)
     Trainer(
         student,
         make_gradients(teacher, args.guidance),

@@ -286,6 +286,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def make_data(
+    args: argparse.Namespace, autoencoder: Autoencoder, tokenizers: Sequence[Tokenizer]
+) -> Data:
+    """Batches as the options of `add_arguments` want them."""
+    return Data(
+        autoencoder,
+        tokenizers,
+        args.batch_size,
+        args.num_nouns,
+        args.seed,
+        args.drop_caption,
+        args.categories,
+        args.noises_per_scene,
+    )
+
+
 def training_config(args: argparse.Namespace) -> TrainingConfig:
     """Loop settings from the options of `add_arguments`."""
     return TrainingConfig(
