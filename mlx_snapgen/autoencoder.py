@@ -88,13 +88,18 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with the latents normalised per channel in between."""
+    """Encoder and decoder with the latents normalised per channel in between.
+
+    `AutoencoderConfig.kind` "convolutional"; the other kinds differ in the two classes.
+    """
+
+    encoder_class, decoder_class = Encoder, Decoder
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = self.encoder_class(config)
+        self.decoder = self.decoder_class(config)
 
     def encode(self, pictures: mx.array) -> mx.array:
         """Pictures (B, H, W, 3) in [-1, 1] -> normalised latents (B, H/8, W/8, C).

@@ -1,0 +1,256 @@
+"""Give a model a public autoencoder: Qwen-Image's, or the tiny one of the same latents.
+
+    python -m convert.autoencoder Qwen-Image/vae --model my-model --output my-model-qwen
+    python -m convert.autoencoder taew2_1.safetensors --model my-model --output my-model-tiny
+
+The first source is a folder as diffusers has it, the second a .safetensors file of the TAEHV
+family. The model must have been trained on their latents.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import TAEW2_1, AutoencoderConfig, to_dict
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.hub import find_model
+from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
+from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
+from mlx_snapgen.weights import FORMAT_VERSION, load_config
+
+Weights = dict[str, mx.array]
+
+
+def read_autoencoder(source: Path) -> Autoencoder:
+    """The public autoencoder in `source`, float32: `read_qwen_image` or `read_taehv`."""
+    return read_qwen_image(source) if source.is_dir() else read_taehv(source)
+
+
+# --- Qwen-Image -------------------------------------------------------------------------------
+
+
+def read_qwen_image(folder: Path) -> QwenAutoencoder:
+    """Load diffusers' AutoencoderKLQwenImage from its folder.
+
+    Raises:
+        UserError: another network, or a key that is missing, unknown or misshapen.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = qwen_image_config(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe an AutoencoderKLQwenImage: {error!r}") from None
+    path = folder / "diffusion_pytorch_model.safetensors"
+    return _filled(QwenAutoencoder(config), qwen_image_weights(_read(path)), path)
+
+
+def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
+    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
+    if values.get("_class_name") != "AutoencoderKLQwenImage":
+        raise UserError(f"expected an AutoencoderKLQwenImage, got {values.get('_class_name')}")
+    for key, only in (("attn_scales", []), ("input_channels", 3)):
+        if values.get(key, only) != only:
+            raise UserError(f"only {key} {only} is supported, got {values[key]}")
+    if values["dim_mult"][0] != 1:
+        raise UserError(f"only a dim_mult that starts with 1 is supported: {values['dim_mult']}")
+    channels = tuple(values["base_dim"] * m for m in values["dim_mult"])
+    count = values["num_res_blocks"]
+    return AutoencoderConfig(
+        kind="qwen-image",
+        latent_channels=values["z_dim"],
+        encoder_channels=channels,
+        decoder_channels=channels[::-1],
+        encoder_blocks=(count,) * len(channels),
+        decoder_blocks=(count + 1,) * len(channels),
+        latents_mean=tuple(values["latents_mean"]),
+        latents_std=tuple(values["latents_std"]),
+    )
+
+
+def qwen_image_weights(public: Weights) -> Weights:
+    """diffusers' keys and layout to ours.
+
+    3-D kernels (O, I, T, H, W) keep their last temporal slice, which is all that a single frame
+    meets; `time_conv`, which changes the frame rate, goes. A key that is not known is kept under
+    its name, so that strict loading finds it.
+    """
+    weights = {}
+    for key, value in public.items():
+        if re.search(r"\.(down_blocks\.\d+|upsamplers\.0)\.time_conv\.(weight|bias)$", key):
+            continue
+        name = key.replace(".resample.1.", ".conv.")
+        name = re.sub(r"^quant_conv", "encoder.quant_conv", name)
+        name = re.sub(r"^post_quant_conv", "decoder.post_quant_conv", name)
+        if name.endswith(".gamma"):
+            name, value = name.removesuffix("gamma") + "weight", value.reshape(-1)
+        if value.ndim == 5:
+            value = value[:, :, -1]
+        weights[name] = _kernel(value)
+    return weights
+
+
+# --- the TAEHV family -------------------------------------------------------------------------
+
+
+def read_taehv(path: Path) -> TinyAutoencoder:
+    """Load a tiny autoencoder in the layout of `taew2_1.safetensors`.
+
+    Raises:
+        UserError: a key that is missing, unknown or misshapen, as in the family's other layouts.
+    """
+    public = _read(path)
+    try:
+        config = dataclasses.replace(
+            TAEW2_1,
+            latent_channels=public["decoder.1.weight"].shape[1],
+            encoder_channels=(public["encoder.0.weight"].shape[0],) * 4,
+            decoder_channels=tuple(public[f"decoder.{i}.weight"].shape[0] for i in (1, 8, 14, 20)),
+        )
+    except KeyError as error:
+        raise UserError(f"{path} is no TAEHV autoencoder: it lacks {error}") from None
+    return _filled(TinyAutoencoder(config), taehv_weights(public), path)
+
+
+_PLACES = {
+    "encoder": {
+        **{"0": "conv_in", "17": "conv_out"},
+        **{str(2 + 5 * level): f"pools.{level}" for level in range(3)},
+        **{str(3 + 5 * level): f"downs.{level}" for level in range(3)},
+        **{str(4 + 5 * level + k): f"blocks.{level}.{k}" for level in range(3) for k in range(3)},
+    },
+    "decoder": {
+        **{"1": "conv_in", "22": "conv_out"},
+        **{str(3 + 6 * level + k): f"blocks.{level}.{k}" for level in range(3) for k in range(3)},
+        **{str(7 + 6 * level): f"grows.{level}" for level in range(3)},
+        **{str(8 + 6 * level): f"ups.{level}" for level in range(3)},
+    },
+}
+"""Our name of each numbered layer."""
+
+
+def taehv_weights(public: Weights) -> Weights:
+    """The public keys and layout to ours, reduced to one picture (see `tiny_autoencoder`).
+
+    A key that is not known is kept under its name, so that strict loading finds it.
+    """
+    weights = {}
+    for key, value in public.items():
+        part, number, *rest = key.split(".")
+        place = _PLACES.get(part, {}).get(number)
+        if place is None:
+            weights[key] = value
+            continue
+        if place.startswith("blocks"):
+            # conv.0, conv.2, conv.4: what is between them has no weights
+            name = f"{part}.{place}." + re.sub(
+                r"^conv\.([024])\.", lambda m: f"conv{int(m[1]) // 2 + 1}.", ".".join(rest)
+            )
+        else:
+            name = ".".join([part, place, *(r for r in rest if r != "conv")])
+        weights[name] = _kernel(value)
+    for part, with_memory in (("encoder", 0), ("decoder", 2)):
+        for level in {0, 1, 2} - {with_memory}:
+            for k in range(3):
+                name = f"{part}.blocks.{level}.{k}.conv1.weight"
+                if name in weights:
+                    # The other half of the input is the empty memory.
+                    weights[name] = weights[name][..., : weights[name].shape[-1] // 2]
+    if (pool := weights.get("encoder.pools.0.weight")) is not None:
+        weights["encoder.pools.0.weight"] = sum(mx.split(pool, 2, axis=1))
+    for level in (0, 2):
+        if (grow := weights.get(f"decoder.grows.{level}.weight")) is not None:
+            weights[f"decoder.grows.{level}.weight"] = grow[-grow.shape[1] :]
+    return weights
+
+
+# --- both -------------------------------------------------------------------------------------
+
+
+def _kernel(value: mx.array) -> mx.array:
+    """(O, I, H, W) -> MLX's (O, H, W, I), or (O, I) of a linear layer where H = W = 1."""
+    if value.ndim != 4:
+        return value
+    if value.shape[2:] == (1, 1):
+        return value.reshape(value.shape[:2])
+    return value.transpose(0, 2, 3, 1)
+
+
+def _read(path: Path) -> Weights:
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file")
+    if not path.is_file():
+        raise UserError(f"there is no {path}")
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+
+
+def _filled(module: nn.Module, weights: Weights, path: Path) -> Any:
+    """`module` with all of the weights in it, contiguous and in float32."""
+    weights = {name: mx.contiguous(v.astype(mx.float32)) for name, v in weights.items()}
+    try:
+        module.load_weights(list(weights.items()))
+    except ValueError as error:
+        listed = " ".join(str(error).split())
+        raise UserError(f"{path} is another network: {listed}") from None
+    mx.eval(module.parameters())
+    return module
+
+
+def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> None:
+    """Write the model folder `model` as `output`, with another autoencoder, all else as it is.
+
+    Raises:
+        UserError: the transformer takes other latents, or `output` holds something.
+    """
+    config = dataclasses.replace(load_config(model), autoencoder=autoencoder.config)
+    how = {k: v for k, v in (config.quantization or {}).items() if k != "autoencoder"}
+    config = dataclasses.replace(config, quantization=how or None)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already: choose another folder or delete it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        shutil.copytree(model, partial, dirs_exist_ok=True)
+        values = {"format_version": FORMAT_VERSION} | to_dict(config)
+        (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        weights = dict(tree_flatten(autoencoder.parameters()))
+        path = partial / "autoencoder.safetensors"
+        path.unlink()  # may be a link into a cache
+        mx.save_safetensors(str(path), weights, {"format": "mlx"})
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.autoencoder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="folder of diffusers, or a .safetensors file")
+    parser.add_argument("--model", required=True, help="folder or repository of the model")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, not there yet")
+    args = parser.parse_args()
+    swap_autoencoder(find_model(args.model), read_autoencoder(args.source), args.output)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,181 @@
+"""The tiny autoencoder against the video network that its weights are made for."""
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import randomise
+
+from convert.autoencoder import read_autoencoder, swap_autoencoder
+from mlx_snapgen.config import TAEW2_1
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
+
+SMALL = dataclasses.replace(
+    TAEW2_1,
+    latent_channels=4,
+    encoder_channels=(8, 8, 8, 8),
+    decoder_channels=(16, 12, 8, 8),
+)
+
+
+def public_weights(config, torch):
+    """Random weights under the public keys: numbered layers of two sequences."""
+    torch.manual_seed(0)
+    weights = {}
+
+    def add(name, rows, columns, side, bias):
+        weights[f"{name}.weight"] = torch.randn(rows, columns, side, side) * (
+            (columns * side * side) ** -0.5
+        )
+        if bias:
+            weights[f"{name}.bias"] = torch.randn(rows) * 0.1
+
+    def add_block(name, channels):
+        add(f"{name}.conv.0", channels, 2 * channels, 3, True)
+        add(f"{name}.conv.2", channels, channels, 3, True)
+        add(f"{name}.conv.4", channels, channels, 3, True)
+
+    c = config.encoder_channels[0]
+    add("encoder.0", c, 3, 3, True)
+    for first, frames in ((2, 2), (7, 2), (12, 1)):
+        add(f"encoder.{first}.conv", c, frames * c, 1, False)
+        add(f"encoder.{first + 1}", c, c, 3, False)
+        for k in range(3):
+            add_block(f"encoder.{first + 2 + k}", c)
+    add("encoder.17", config.latent_channels, c, 3, True)
+    channels = config.decoder_channels
+    add("decoder.1", channels[0], config.latent_channels, 3, True)
+    for level, (first, frames) in enumerate(((3, 1), (9, 2), (15, 2))):
+        c = channels[level]
+        for k in range(3):
+            add_block(f"decoder.{first + k}", c)
+        add(f"decoder.{first + 4}.conv", frames * c, c, 1, False)
+        add(f"decoder.{first + 5}", channels[level + 1], c, 3, False)
+    add("decoder.22", 3, channels[3], 3, True)
+    return weights
+
+
+class Video:
+    """The network as its weights define it, on frames (T, C, H, W), time and all."""
+
+    def __init__(self, weights, torch):
+        self.weights, self.torch, self.f = weights, torch, torch.nn.functional
+
+    def conv(self, name, x, stride=1):
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return self.f.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2)
+
+    def block(self, name, x):
+        before = self.torch.cat([self.torch.zeros_like(x[:1]), x[:-1]])
+        y = self.torch.cat([x, before], 1)
+        for k in (0, 2):
+            y = self.f.relu(self.conv(f"{name}.conv.{k}", y))
+        return self.f.relu(self.conv(f"{name}.conv.4", y) + x)
+
+    def encode(self, frames):
+        x = self.f.relu(self.conv("encoder.0", frames))
+        for first in (2, 7, 12):
+            _, c, h, w = x.shape
+            joined = self.weights[f"encoder.{first}.conv.weight"].shape[1] // c
+            x = self.conv(f"encoder.{first}.conv", x.reshape(-1, joined * c, h, w))
+            x = self.conv(f"encoder.{first + 1}", x, stride=2)
+            for k in range(3):
+                x = self.block(f"encoder.{first + 2 + k}", x)
+        return self.conv("encoder.17", x)
+
+    def decode(self, latents):
+        x = self.f.relu(self.conv("decoder.1", self.torch.tanh(latents / 3) * 3))
+        for first in (3, 9, 15):
+            for k in range(3):
+                x = self.block(f"decoder.{first + k}", x)
+            x = self.f.interpolate(x, scale_factor=2)
+            _, c, h, w = x.shape
+            x = self.conv(f"decoder.{first + 4}.conv", x).reshape(-1, c, h, w)
+            x = self.conv(f"decoder.{first + 5}", x)
+        x = self.conv("decoder.22", self.f.relu(x))
+        return x[3:]
+
+
+def torch_or_skip():
+    return pytest.importorskip("torch", reason="the video network needs torch: pip install torch")
+
+
+@pytest.mark.parametrize(("config", "size"), [(SMALL, (40, 72)), (TAEW2_1, (24, 40))])
+def test_a_picture_is_a_video_of_one_latent(tmp_path, config, size):
+    torch = torch_or_skip()
+    weights = public_weights(config, torch)
+    path = tmp_path / "taew2_1.safetensors"
+    mx.save_safetensors(str(path), {k: mx.array(v.numpy()) for k, v in weights.items()})
+    ours = read_autoencoder(path)
+    assert ours.config == config
+    video = Video(weights, torch)
+    picture = torch.rand(1, 3, *size)
+    latents = torch.randn(1, config.latent_channels, size[0] // 8, size[1] // 8)
+    pairs = {
+        "encode": (
+            ours.encode(mx.array(picture.permute(0, 2, 3, 1).numpy()) * 2 - 1),
+            video.encode(picture.repeat(4, 1, 1, 1)),
+        ),
+        "decode": (
+            (ours.decode(mx.array(latents.permute(0, 2, 3, 1).numpy())) + 1) / 2,
+            video.decode(latents),
+        ),
+    }
+    for what, (found, expected) in pairs.items():
+        expected = expected.permute(0, 2, 3, 1).numpy()
+        assert found.shape == expected.shape
+        error = np.abs(np.array(found) - expected).max() / np.abs(expected).max()
+        print(what, error)
+        assert error < 1e-4, f"{what} differs by {error:.1e}"
+
+
+def test_every_key_must_be_accounted_for(tmp_path):
+    torch = torch_or_skip()
+    path = tmp_path / "tiny.safetensors"
+    weights = {k: mx.array(v.numpy()) for k, v in public_weights(SMALL, torch).items()}
+    mx.save_safetensors(str(path), weights | {"decoder.23.weight": mx.zeros((3,))})
+    with pytest.raises(UserError, match=r"another network.*decoder.23.weight"):
+        read_autoencoder(path)
+    del weights["decoder.3.conv.2.bias"]
+    mx.save_safetensors(str(path), weights)
+    with pytest.raises(UserError, match=r"another network.*decoder.blocks.0.0.conv2.bias"):
+        read_autoencoder(path)
+
+
+def test_files_that_are_something_else_are_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
+    with pytest.raises(UserError, match=r"is no TAEHV autoencoder: it lacks 'decoder.1.weight'"):
+        read_autoencoder(path)
+    with pytest.raises(UserError, match=r"taew2_1.pth is not a .safetensors file"):
+        read_autoencoder(tmp_path / "taew2_1.pth")
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="is damaged"):
+        read_autoencoder(path)
+    with pytest.raises(UserError, match="encoder_blocks at three"):
+        TinyAutoencoder(dataclasses.replace(SMALL, encoder_blocks=(3, 3)))
+
+
+@pytest.mark.parametrize("tile", [6, 12])
+def test_tiled_decoding_equals_decoding_at_once(tile):
+    model = TinyAutoencoder(SMALL)
+    randomise(model, 0)
+    latents = mx.random.normal((2, 9, 23, 4), key=mx.random.key(1))
+    whole = model.decoder(latents, tile=None)
+    tiled = model.decoder(latents, tile=tile)
+    np.testing.assert_allclose(np.array(tiled), np.array(whole), atol=1e-5 * mx.abs(whole).max())
+
+
+def test_a_model_draws_with_it(model_folder, tmp_path):
+    model = TinyAutoencoder(SMALL)
+    randomise(model, 0)
+    swap_autoencoder(model_folder, model, tmp_path / "model")
+    pipe = SnapGenPipeline.from_pretrained(tmp_path / "model")
+    assert isinstance(pipe.autoencoder, TinyAutoencoder)
+    settings = {"height": 32, "width": 64, "num_inference_steps": 1, "guidance_scale": 1}
+    last = list(pipe.generate("a red car", **settings))[-1]
+    expected = mx.round((mx.clip(model.decode(last.x0), -1, 1) + 1) * 127.5)[0]
+    np.testing.assert_array_equal(np.array(last.preview()), np.array(expected.astype(mx.uint8)))
