@@ -100,19 +100,15 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Convolutional autoencoder with a down-sampling factor of 8.
+    """Convolutional autoencoder with a down-sampling factor of 8."""
 
-    Channels and blocks are listed in the order of computation. The kind "convolutional", the
-    default model's, has channels at 1/4 and 1/8 of the picture's side and at 1/8, 1/4 and 1/2. The
-    kinds "qwen-image" and "taehv" have them at 1, 1/2, 1/4 and 1/8 and back.
-    """
-
-    kind: str = "convolutional"
     latent_channels: int = 8
-    encoder_channels: tuple[int, ...] = (64, 128)
-    decoder_channels: tuple[int, ...] = (128, 64, 32)
-    encoder_blocks: tuple[int, ...] = (1, 2)
-    decoder_blocks: tuple[int, ...] = (2, 2, 1)
+    encoder_channels: tuple[int, int] = (64, 128)
+    """Channels at 1/4 and 1/8 of the picture's side."""
+    decoder_channels: tuple[int, int, int] = (128, 64, 32)
+    """Channels at 1/8, 1/4 and 1/2 of the picture's side."""
+    encoder_blocks: tuple[int, int] = (1, 2)
+    decoder_blocks: tuple[int, int, int] = (2, 2, 1)
     latents_mean: tuple[float, ...] = ()
     """Per channel, subtracted before the transformer sees a latent; empty means 0."""
     latents_std: tuple[float, ...] = ()
@@ -125,40 +121,13 @@ class AutoencoderConfig:
                 raise UserError(f"{name} needs {self.latent_channels} numbers, one per channel")
 
 
-# fmt: off
-QWEN_IMAGE_AUTOENCODER = AutoencoderConfig(
-    kind="qwen-image",
-    latent_channels=16,
-    encoder_channels=(96, 192, 384, 384),
-    decoder_channels=(384, 384, 192, 96),
-    encoder_blocks=(2, 2, 2, 2),
-    decoder_blocks=(3, 3, 3, 3),
-    latents_mean=(
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ),
-    latents_std=(
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ),
-)
-# fmt: on
-"""Qwen-Image's, the paper's choice (SnapGen++ section 2)."""
-
-TAEW2_1 = AutoencoderConfig(
-    kind="taehv",
-    latent_channels=16,
-    encoder_channels=(64, 64, 64, 64),
-    decoder_channels=(256, 128, 64, 64),
-    encoder_blocks=(3, 3, 3),
-    decoder_blocks=(3, 3, 3),
-)
-"""The public tiny autoencoder of the same latents; it takes them normalised as they are."""
-
-
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Bidirectional transformer over sentencepiece tokens (the default model's text encoder)."""
+    """A text encoder, by kind.
+
+    "transformer", the default model's, is bidirectional over sentencepiece tokens and trained with
+    the model. "clip" is CLIP's causal text tower, "gemma" a Gemma 3.
+    """
 
     kind: str = "transformer"
     vocab_size: int = 2048
@@ -166,6 +135,36 @@ class TextEncoderConfig:
     num_layers: int = 2
     num_heads: int = 4
     max_length: int = 24
+    activation: str = "gelu_tanh"
+    """"gelu_tanh", "gelu" (exact) or "quick_gelu" (OpenAI's CLIP)."""
+    source: str | None = None
+    """Folder, absolute or in the model's, or Hugging Face repository with the weights in the format
+    of their maker; None means text_encoder_<n>.safetensors in the model's own folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository."""
+
+
+TINYCLIP_19M = TextEncoderConfig(
+    kind="clip",
+    vocab_size=49408,
+    hidden_size=512,
+    num_layers=6,
+    num_heads=8,
+    max_length=77,
+    activation="gelu",
+)
+"""The text tower of TinyCLIP ViT-39M/16 Text-19M, one of the paper's two (section 2)."""
+
+GEMMA_3_4B = TextEncoderConfig(
+    kind="gemma",
+    vocab_size=262208,
+    hidden_size=2560,
+    num_layers=34,
+    num_heads=8,
+    max_length=300,
+    source="mlx-community/gemma-3-4b-it-4bit",
+)
+"""Gemma-3-4b-it, the paper's other text encoder; 300 tokens as in SANA (arXiv 2410.10629)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Finding a model: a folder, a Hugging Face repository, or the one that comes with the package."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ def default_model_path() -> Path:
     return folder
 
 
-def find_model(path_or_repo: str | Path | None = None, revision: str | None = None) -> Path:
+MODEL_FILES = ("*.json", "*.safetensors", "*.model")
+"""What is downloaded of a model's repository."""
+
+
+def find_model(
+    path_or_repo: str | Path | None = None,
+    revision: str | None = None,
+    files: Sequence[str] = MODEL_FILES,
+) -> Path:
     """Folder of a model; a repository is downloaded once and then found in the cache.
 
     Args:
         path_or_repo: folder, Hugging Face repository "owner/name", or None for the default model.
         revision: branch, tag or commit of a repository; None for its main branch.
+        files: patterns of the files to download.
 
     Raises:
         UserError: no such folder or repository, or offline and not in the cache.
@@ -37,18 +47,17 @@ def find_model(path_or_repo: str | Path | None = None, revision: str | None = No
         raise UserError(f"{folder} is a file: give the model's folder")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
         raise UserError(f"no model folder {path_or_repo}")
-    return _download(str(path_or_repo), revision)
+    return _download(str(path_or_repo), revision, files)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     def snapshot(**kwargs: Any) -> Path:
-        patterns = ["*.json", "*.safetensors", "*.model"]
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, **kwargs
+                repo, revision=revision, allow_patterns=list(files), **kwargs
             )
         )
 

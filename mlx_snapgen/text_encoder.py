@@ -90,9 +90,14 @@ class Tokenizer:
         """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
         begin, end, pad = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))
         rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
-        tokens = [row + [pad] * (self.max_length - len(row)) for row in rows]
-        mask = [[i < len(row) for i in range(self.max_length)] for row in rows]
-        return mx.array(tokens, mx.int32), mx.array(mask)
+        return padded(rows, self.max_length, pad)
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[mx.array, mx.array]:
+    """Token ids, padded on the right -> tokens (B, length) int32 and mask (B, length)."""
+    tokens = [[*row, *[pad] * (length - len(row))] for row in rows]
+    mask = [[i < len(row) for i in range(length)] for row in rows]
+    return mx.array(tokens, mx.int32), mx.array(mask)
 
 
 def normalise(prompt: str) -> str:
@@ -100,9 +105,23 @@ def normalise(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).lower().split())
 
 
+def quick_gelu(x: mx.array) -> mx.array:
+    """x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return x * mx.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu_tanh": gelu, "gelu": nn.gelu, "quick_gelu": quick_gelu}
+"""`TextEncoderConfig.activation` -> the function."""
+
+
 class _Layer(nn.Module):
-    def __init__(self, dims: int, num_heads: int):
+    def __init__(self, dims: int, num_heads: int, activation: str):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"no activation '{activation}' for a text encoder, known: {known}")
+        if dims % num_heads:
+            raise UserError(f"a text encoder of {dims} does not divide into {num_heads} heads")
         self.norm1 = nn.LayerNorm(dims)
         self.qkv_proj = nn.Linear(dims, 3 * dims)
         self.out_proj = nn.Linear(dims, dims)
@@ -110,12 +129,13 @@ class _Layer(nn.Module):
         self.linear1 = nn.Linear(dims, 4 * dims)
         self.linear2 = nn.Linear(4 * dims, dims)
         self._head_dim = dims // num_heads
+        self._activation = ACTIVATIONS[activation]
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         q, k, v = mx.split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
         q, k, v = (split_heads(y, self._head_dim) for y in (q, k, v))
         x = x + self.out_proj(merge_heads(attend(q, k, v, mask)))
-        return x + self.linear2(gelu(self.linear1(self.norm2(x))))
+        return x + self.linear2(self._activation(self.linear1(self.norm2(x))))
 
 
 class TransformerTextEncoder(nn.Module):
@@ -128,7 +148,8 @@ class TransformerTextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = mx.random.normal((config.max_length, config.hidden_size)) * 0.02
         self.layers = [
-            _Layer(config.hidden_size, config.num_heads) for _ in range(config.num_layers)
+            _Layer(config.hidden_size, config.num_heads, config.activation)
+            for _ in range(config.num_layers)
         ]
         self.norm = nn.LayerNorm(config.hidden_size)
 

@@ -4,7 +4,8 @@
     transformer.safetensors      every width of the supernetwork
     few_step.safetensors         optional: the LoRA of its few-step mode (`config.few_step`)
     autoencoder.safetensors
-    text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model
+    text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model; not for those
+                                 whose config names a source
     vocabulary.json              optional: the words the model knows, {"nouns": ["apple", ...], ...}
 
 Weights may be stored quantized (`X.weight` packed, `X.scales`, `X.biases`, as `mx.quantize` gives
@@ -25,21 +26,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import (
-    AutoencoderConfig,
-    ModelConfig,
-    TextEncoderConfig,
-    from_dict,
-    to_dict,
-)
+from mlx_snapgen.config import ModelConfig, from_dict, to_dict
 from mlx_snapgen.elastic import ElasticLinear, extract
+from mlx_snapgen.encoders import make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora import get_lora_weights, without_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
-from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
-from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
 from mlx_snapgen.transformer import EfficientDiT
 
 FORMAT_VERSION = 1
@@ -64,8 +57,12 @@ class Components:
     vocabulary: dict[str, list[str]] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every part that has weights, by the name of its file."""
-        encoders = {f"text_encoder_{i}": e for i, e in enumerate(self.text_encoders)}
+        """Every part whose weights belong to the model, by the name of its file."""
+        encoders = {
+            f"text_encoder_{i}": encoder
+            for i, encoder in enumerate(self.text_encoders)
+            if encoder.config.source is None
+        }
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, **encoders}
 
 
@@ -123,7 +120,8 @@ def save_pretrained(
         for name, text in (files | dict(texts or {})).items():
             (partial / name).write_text(text, encoding="utf-8")
         for i, encoder in enumerate(components.text_encoders):
-            (partial / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
+            if encoder.config.source is None:
+                (partial / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
         for name, module in modules.items():
             with without_lora(module):
                 stored = _stored(module, (quantize or {}).get(name), dtype)
@@ -267,13 +265,14 @@ def load_pretrained(
         dtype = mx.float32
     transformer = _load_transformer(folder, config, model_width)
     _materialise(transformer, dtype)
-    autoencoder = make_autoencoder(config.autoencoder)
+    autoencoder = Autoencoder(config.autoencoder)
     _load(autoencoder, folder, "autoencoder", config)
     _materialise(autoencoder, mx.float32)
     encoders = []
     for i, encoder_config in enumerate(config.text_encoders):
-        encoder = _text_encoder(folder, i, encoder_config)
-        _load(encoder, folder, f"text_encoder_{i}", config)
+        encoder = make_text_encoder(folder, i, encoder_config)
+        if encoder_config.source is None:
+            _load(encoder, folder, f"text_encoder_{i}", config)
         _materialise(encoder, dtype)
         encoders.append(encoder)
     config = dataclasses.replace(config, transformer=transformer.config)
@@ -290,47 +289,6 @@ def _load_transformer(folder: Path, config: ModelConfig, width: float | None) ->
     if width is None or config.transformer.widths == (1.0,):
         return transformer
     return extract(transformer, width)
-
-
-AUTOENCODERS = {
-    "convolutional": Autoencoder,
-    "qwen-image": QwenAutoencoder,
-    "taehv": TinyAutoencoder,
-}
-"""`AutoencoderConfig.kind` -> the class."""
-
-
-def make_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """An autoencoder of the config's kind with random weights; `UserError`: no such kind."""
-    if config.kind not in AUTOENCODERS:
-        known = ", ".join(AUTOENCODERS)
-        raise UserError(f"unknown autoencoder kind '{config.kind}', known: {known}")
-    return AUTOENCODERS[config.kind](config)
-
-
-def _load_sentencepiece_transformer(
-    folder: Path, index: int, config: TextEncoderConfig
-) -> TransformerTextEncoder:
-    path = folder / f"tokenizer_{index}.model"
-    tokenizer = Tokenizer.from_file(path, config.max_length)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens, its text encoder {config.vocab_size}"
-        )
-    return TransformerTextEncoder(config, tokenizer)
-
-
-TEXT_ENCODERS = {"transformer": _load_sentencepiece_transformer}
-"""`TextEncoderConfig.kind` -> builder of the encoder from (folder, index, config)."""
-
-
-def _text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> Any:
-    if config.kind not in TEXT_ENCODERS:
-        raise UserError(
-            f"{folder / 'config.json'}: unknown text encoder kind '{config.kind}', known: "
-            + ", ".join(TEXT_ENCODERS)
-        )
-    return TEXT_ENCODERS[config.kind](folder, index, config)
 
 
 def _load(module: nn.Module, folder: Path, name: str, config: ModelConfig) -> None:
@@ -388,9 +346,14 @@ def _dequantized(
 
 def _materialise(module: nn.Module, dtype: mx.Dtype | None) -> None:
     """Read the lazy weights one by one, so that a sub-network's peak is not the supernetwork's."""
+
+    def keep(value: mx.array) -> bool:
+        # Packed weights of a quantized text encoder are whole numbers.
+        return dtype is None or not mx.issubdtype(value.dtype, mx.floating)
+
     cast = [
         # A slice would otherwise keep the whole tensor it was cut from.
-        (name, mx.contiguous(value if dtype is None else value.astype(dtype)))
+        (name, mx.contiguous(value if keep(value) else value.astype(dtype)))
         for name, value in tree_flatten(module.parameters())
     ]
     module.update(tree_unflatten(cast))

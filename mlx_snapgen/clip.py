@@ -1,0 +1,289 @@
+"""CLIP's text tower, TinyCLIP's among them: byte-pair tokenizer, network, and reading public ones.
+
+The paper conditions on TinyCLIP (SnapGen++ section 2; arXiv 2309.12314). The states are those after
+the last layer norm, of every token; the projection to the space shared with pictures is left out.
+"""
+
+import gzip
+import itertools
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.text_encoder import TransformerTextEncoder, padded
+
+FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz")
+"""What of a public repository `load_clip` may need."""
+
+END_OF_WORD = "</w>"
+
+# 's and the like, then runs of letters, single digits and runs of anything else.
+_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in the merges, in order of token ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+_SYMBOLS = _byte_symbols()
+_BYTE_OF = {
+    symbol: byte
+    for symbol, byte in zip(
+        _SYMBOLS, sorted(range(256), key=lambda b: (chr(b) not in _SYMBOLS, b)), strict=True
+    )
+}
+_SYMBOL_OF = {byte: symbol for symbol, byte in _BYTE_OF.items()}
+
+
+class ClipTokenizer:
+    """Byte-level BPE of lower-cased words between begin and end marks, padded to a fixed length.
+
+    The vocabulary follows from the merges: the 256 bytes, the same at the end of a word, a token
+    for each merge, begin and end.
+
+    Args:
+        model: the merges in UTF-8, "first second" on each line, as in CLIP's merges.txt.
+        max_length: tokens per prompt, marks included.
+    """
+
+    def __init__(self, model: bytes, max_length: int):
+        self.model, self.max_length = model, max_length
+        lines = [line for line in model.decode().splitlines() if line and line[:9] != "#version:"]
+        merges = [tuple(line.split(" ")) for line in lines]
+        if any(len(pair) != 2 for pair in merges):
+            raise ValueError("a merge is two symbols with a space between")
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self._vocabulary = [*_SYMBOLS, *(s + END_OF_WORD for s in _SYMBOLS), *map("".join, merges)]
+        self._ids = {symbol: i for i, symbol in enumerate(self._vocabulary)}
+
+    @classmethod
+    def from_file(cls, path: Path, max_length: int) -> "ClipTokenizer":
+        """Read a file of merges."""
+        try:
+            return cls(path.read_bytes(), max_length)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._vocabulary) + 2
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one prompt without marks or padding, untruncated."""
+        return [self._ids[symbol] for word in _words(prompt) for symbol in self._merge(word)]
+
+    def _merge(self, word: str) -> list[str]:
+        """The symbols of one word, the pair of the lowest rank joined again and again."""
+        symbols = [_SYMBOL_OF[byte] for byte in word.encode()]
+        symbols[-1] += END_OF_WORD
+        while True:
+            ranked = [
+                (self._ranks[pair], i)
+                for i, pair in enumerate(itertools.pairwise(symbols))
+                if pair in self._ranks
+            ]
+            if not ranked:
+                return symbols
+            i = min(ranked)[1]
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+
+    def cut(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `max_length`; "" when all of it does."""
+        symbols = "".join(self._vocabulary[i] for i in self.encode(prompt)[self.max_length - 2 :])
+        parts = [bytes(_BYTE_OF[c] for c in part) for part in symbols.split(END_OF_WORD)]
+        return b" ".join(parts).decode(errors="replace").strip()
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Nothing: every character has bytes, and every byte a token."""
+        return []
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        begin, end = self.vocab_size - 2, self.vocab_size - 1
+        rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
+        return padded(rows, self.max_length, end)
+
+
+def _words(prompt: str) -> list[str]:
+    """A prompt's words as CLIP cuts it: letters, single digits and the rest apart."""
+    text = " ".join(unicodedata.normalize("NFC", prompt).split()).lower()
+    # `re` has no \p{L} and \p{N}: find the words in a copy where one ASCII character stands for
+    # each class.
+    copy = "".join(c if c.isascii() else _class_of(c) for c in text)
+    return [text[slice(*match.span())] for match in _WORD.finditer(copy)]
+
+
+def _class_of(character: str) -> str:
+    if character.isspace():
+        return " "
+    return {"L": "a", "N": "0"}.get(unicodedata.category(character)[0], "~")
+
+
+class ClipTextEncoder(TransformerTextEncoder):
+    """CLIP's text transformer. Causal, so padding on the right changes no token before it."""
+
+    def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        """See `TextEncoder.__call__`; D is `config.hidden_size`. Any L up to `max_length`."""
+        length = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.position_embedding[:length]
+        causal = mx.tril(mx.ones((length, length), mx.bool_))
+        for layer in self.layers:
+            x = layer(x, causal)
+        return self.norm(x)
+
+
+# --- public checkpoints -------------------------------------------------------------------------
+
+_PREFIX = re.compile(r"^(module\.|_text_encoder\.|text_encoder\.|text_model\.|text\.)+")
+_LEFT_OUT = re.compile(
+    r"(visual|vision_model|_image_encoder|visual_projection)\..*"
+    r"|(_?logit_scale\.)?(module\.)?(logit_scale|logit_bias)"
+    r"|text_projection(\.weight)?|(embeddings\.)?position_ids|attn_mask"
+)
+_NAMES = (
+    # Hugging Face
+    (r"embeddings\.token_embedding\.", "token_embedding."),
+    (r"embeddings\.position_embedding\.weight", "position_embedding"),
+    (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"layers.\1.norm\2."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.", r"layers.\1.\2_proj."),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc([12])\.", r"layers.\1.linear\2."),
+    (r"final_layer_norm\.", "norm."),
+    # OpenCLIP, and OpenAI's and TinyCLIP's own
+    (r"positional_embedding", "position_embedding"),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"layers.\1.norm\2."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"layers.\1.qkv_proj."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"layers.\1.out_proj."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"layers.\1.linear1."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"layers.\1.linear2."),
+    (r"ln_final\.", "norm."),
+    (r"token_embedding\.", "token_embedding."),
+)
+
+
+def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """A public checkpoint's weights under the names of `ClipTextEncoder`.
+
+    Takes Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP's, OpenAI's and TinyCLIP's own,
+    with or without the wrappers' prefixes. The picture side is left out.
+
+    Raises:
+        UserError: a key that belongs to none of them.
+    """
+    found = {}
+    for key, value in weights.items():
+        name = _PREFIX.sub("", key)
+        if _LEFT_OUT.fullmatch(name):
+            continue
+        for pattern, ours in _NAMES:
+            match = re.match(pattern, name)
+            if match:
+                found[match.expand(ours) + name[match.end() :]] = value
+                break
+        else:
+            raise UserError(f"'{key}' belongs to no CLIP text encoder that is known here")
+    for name in [name for name in found if ".q_proj." in name]:
+        parts = [found.pop(name.replace("q_proj", f"{x}_proj"), None) for x in "qkv"]
+        if any(part is None for part in parts):
+            raise UserError(f"'{name}' lacks its keys or values: the checkpoint is incomplete")
+        found[name.replace("q_proj", "qkv_proj")] = mx.concatenate(parts)
+    return found
+
+
+def load_clip(folder: Path) -> ClipTextEncoder:
+    """A text encoder from a public CLIP in safetensors: Hugging Face's format or OpenCLIP's.
+
+    Sizes are those of the weights; heads and activation are read from config.json or
+    open_clip_config.json, the merges from merges.txt, tokenizer.json or OpenCLIP's .txt.gz.
+
+    Raises:
+        UserError: files that are missing, damaged or of another network.
+    """
+    names = ("model.safetensors", "open_clip_model.safetensors")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{folder} has neither {names[0]} nor {names[1]} (weights in a pickle, .bin or .pt, "
+            "are not read: store them with safetensors.torch.save_file)"
+        )
+    try:
+        weights = sanitize(mx.load(str(path)))
+        mx.eval(weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    try:
+        vocab_size, hidden_size = weights["token_embedding.weight"].shape
+        config = TextEncoderConfig(
+            kind="clip",
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=len({k.split(".")[1] for k in weights if k.startswith("layers.")}),
+            max_length=weights["position_embedding"].shape[0],
+            **_heads_and_activation(folder, hidden_size),
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"{path} holds no CLIP text encoder: {error}") from None
+    tokenizer = ClipTokenizer(_merges(folder, vocab_size), config.max_length)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the network {vocab_size}"
+        )
+    encoder = ClipTextEncoder(config, tokenizer)
+    expected = {name: p.shape for name, p in tree_flatten(encoder.parameters())}
+    shapes = {name: p.shape for name, p in weights.items()}
+    if shapes != expected:
+        name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
+        raise UserError(
+            f"{path}: '{name}' is {shapes.get(name, 'missing')}, not {expected.get(name, 'known')}"
+        )
+    encoder.update(tree_unflatten(list(weights.items())))
+    return encoder
+
+
+def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
+    """What the shapes of the weights do not tell."""
+    path = folder / "open_clip_config.json"
+    if path.is_file():
+        model = _read_json(path)
+        model = model.get("model_cfg", model)
+        heads = model.get("text_cfg", {}).get("heads", hidden_size // 64)
+        activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    else:
+        text = _read_json(folder / "config.json")
+        text = text.get("text_config", text)
+        # Hugging Face leaves out what equals its own defaults, which are these.
+        heads = text.get("num_attention_heads", 8)
+        activation = text.get("hidden_act", "quick_gelu")
+    return {"num_heads": heads, "activation": activation}
+
+
+def _merges(folder: Path, vocab_size: int) -> bytes:
+    """The merges that a vocabulary of this size uses, one per line."""
+    lines: list[str] | None = None
+    if (path := folder / "merges.txt").is_file():
+        lines = path.read_text(encoding="utf-8").split("\n")
+    elif (path := folder / "tokenizer.json").is_file():
+        merges = _read_json(path)["model"]["merges"]
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    elif path := next(iter(sorted(folder.glob("bpe_simple_vocab*.txt.gz"))), None):
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:]
+    if lines is None:
+        raise UserError(f"{folder} has no tokenizer: neither merges.txt nor tokenizer.json")
+    lines = [line for line in lines if line and not line.startswith("#version:")]
+    return "\n".join(lines[: vocab_size - 2 * 256 - 2]).encode()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

@@ -1,0 +1,206 @@
+"""Gemma 3 as a text encoder: loading, padding, quantized folders, and parity with the original.
+
+Needs mlx-lm (`pip install -e ".[gemma]"`), the parity tests torch besides (`".[parity]"`).
+"""
+
+import dataclasses
+import json
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_snapgen.config import GEMMA_3_4B, TextEncoderConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.gemma import load_gemma
+from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.weights import load_pretrained, save_pretrained
+
+# sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
+TEXT = {
+    "model_type": "gemma3_text",
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,
+    "sliding_window_pattern": 3,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rms_norm_eps": 1e-6,
+}
+CONFIG = TextEncoderConfig(
+    kind="gemma", vocab_size=64, hidden_size=24, num_layers=3, num_heads=4, max_length=11
+)
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "red", "apple", "blue", "car"]
+
+
+@pytest.fixture(scope="module")
+def mlx_lm():
+    return pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
+
+
+def write_gemma(folder, mlx_lm, multimodal=True, quantize=None):
+    """A random Gemma 3 as Google and mlx-community publish it, with a tokenizer of few words."""
+    from mlx_lm.models import gemma3_text
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir()
+    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(TEXT))
+    mx.random.seed(7)
+    scaled = {
+        k: 0.3 * mx.random.normal(v.shape)
+        for k, v in tree_flatten(model.parameters())
+        if not k.startswith("lm_head")
+    }
+    model.load_weights(list(scaled.items()), strict=False)
+    config = {"model_type": "gemma3", "text_config": TEXT, "vocab_size": 64} if multimodal else TEXT
+    if quantize:
+        nn.quantize(model, **quantize)
+        config = config | {"quantization": quantize}
+    weights = {
+        k: v for k, v in tree_flatten(model.parameters()) if quantize or not k.startswith("lm_head")
+    }
+    if multimodal:
+        weights = {f"language_model.{k}": v for k, v in weights.items()}
+        if not quantize:
+            weights["vision_tower.vision_model.embeddings.patch_embedding.bias"] = mx.zeros(3)
+            weights["multi_modal_projector.mm_soft_emb_norm.weight"] = mx.zeros(3)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    marks = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    marks["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(marks))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(mlx_lm, tmp_path_factory):
+    return write_gemma(tmp_path_factory.mktemp("gemma") / "tiny", mlx_lm)
+
+
+def test_a_prompt_is_padded_on_the_right_after_its_mark(folder):
+    encoder = load_gemma(folder, CONFIG)
+    tokens, mask = encoder.tokenize(["", "a red apple", " ".join(["blue"] * 20) + " car"])
+    assert tokens[0].tolist() == [2] + [0] * 10
+    assert tokens[1].tolist() == [2, 4, 5, 6] + [0] * 7
+    assert mask.sum(axis=1).tolist() == [1, 4, 11]
+    assert encoder.tokenizer.cut("blue " * 10 + "red car") == "red car"
+    assert encoder.tokenizer.cut("a red apple") == ""
+    assert encoder.tokenizer.unknown("a red apple") == []
+
+
+def test_padding_changes_no_token_before_it(folder):
+    encoder = load_gemma(folder, CONFIG)
+    tokens, mask = encoder.tokenize(["a red apple", "a"])
+    for row in range(2):
+        count = mask[row].sum().item()
+        alone = encoder(tokens[row : row + 1, :count])[0]
+        assert mx.allclose(encoder(tokens, mask)[row, :count], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_folders_load_packed_and_say_nearly_the_same(mlx_lm, tmp_path, bits):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    original = dict(TEXT)
+    TEXT.update(sizes)
+    try:
+        exact = write_gemma(tmp_path / "exact", mlx_lm)
+        packed = write_gemma(tmp_path / "packed", mlx_lm, quantize={"bits": bits, "group_size": 64})
+    finally:
+        TEXT.update(original)
+    config = dataclasses.replace(CONFIG, hidden_size=64)
+    exact, packed = load_gemma(exact, config), load_gemma(packed, config)
+    assert "scales" in packed.model.layers[0].mlp.up_proj
+    tokens, _ = exact.tokenize(["a red apple"])
+    a, b = exact(tokens), packed(tokens)
+    error = (mx.abs(a - b).mean() / mx.abs(a).mean()).item()
+    assert 0 < error < {4: 0.7, 8: 0.05}[bits]
+
+
+def test_a_model_names_where_its_gemma_is(components, folder, mlx_lm, tmp_path):
+    packed = write_gemma(tmp_path / "packed", mlx_lm, quantize=None)
+    for source in (str(folder), "gemma"):
+        made = dataclasses.replace(
+            components,
+            transformer=EfficientDiT(
+                dataclasses.replace(components.config.transformer, text_dims=(32, 24))
+            ),
+            text_encoders=[
+                components.text_encoders[0],
+                load_gemma(packed, dataclasses.replace(CONFIG, source=source)),
+            ],
+        )
+        model = tmp_path / source.replace("/", "_")
+        save_pretrained(model, made)
+        assert not (model / "text_encoder_1.safetensors").exists()
+        assert not (model / "tokenizer_1.model").exists()
+        if source == "gemma":
+            packed.rename(model / "gemma")
+        loaded = load_pretrained(model).text_encoders[1]
+        tokens = mx.array([[2, 5, 6]])
+        assert mx.array_equal(loaded(tokens), load_gemma(folder, CONFIG)(tokens))
+
+
+def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
+    with pytest.raises(UserError, match=r"mlx_snapgen\[gemma\]"):
+        load_gemma(tmp_path, GEMMA_3_4B)
+
+
+def test_folders_that_hold_no_gemma_are_one_line(mlx_lm, folder, tmp_path):
+    with pytest.raises(UserError, match="gives states of 24, the model takes those of 2560"):
+        load_gemma(folder, GEMMA_3_4B)
+    with pytest.raises(UserError, match="cannot load Gemma from") as error:
+        load_gemma(tmp_path, CONFIG)
+    assert "\n" not in str(error.value)
+
+
+# --- parity -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multimodal", [True, False])
+@pytest.mark.parametrize("lengths", [(11,), (13, 5, 1), (2, 3)])
+def test_states_equal_those_of_transformers(mlx_lm, tmp_path, multimodal, lengths):
+    torch = pytest.importorskip("torch", reason="parity needs torch: pip install -e '.[parity]'")
+    transformers = pytest.importorskip("transformers")
+    folder = write_gemma(tmp_path / "tiny", mlx_lm, multimodal)
+    ours = load_gemma(folder, CONFIG)
+
+    # transformers reads the rotary settings of older configs from its own names
+    theirs = transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**TEXT)).eval()
+    prefix = "language_model.model." if multimodal else "model."
+    weights = mx.load(str(folder / "model.safetensors"))
+    state = {
+        k.removeprefix(prefix): torch.tensor(np.array(v))
+        for k, v in weights.items()
+        if k.startswith(prefix)
+    }
+    theirs.load_state_dict(state)
+
+    length = max(lengths)
+    rng = np.random.default_rng(length)
+    tokens = rng.integers(1, 64, (len(lengths), length))
+    mask = np.arange(length) < np.array(lengths)[:, None]
+    tokens[~mask] = 0
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long()
+        ).last_hidden_state.numpy()
+    found = np.array(ours(mx.array(tokens), mx.array(mask)))
+    error = np.abs(found - expected)[mask].max() / np.abs(expected[mask]).max()
+    print(f"relative error {error:.1e}")
+    assert error < 1e-4
