@@ -100,15 +100,19 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Convolutional autoencoder with a down-sampling factor of 8."""
+    """Convolutional autoencoder with a down-sampling factor of 8.
 
+    Channels and blocks are listed in the order of computation. The kind "convolutional", the
+    default model's, has channels at 1/4 and 1/8 of the picture's side and at 1/8, 1/4 and 1/2. The
+    kinds "qwen-image" and "taehv" have them at 1, 1/2, 1/4 and 1/8 and back.
+    """
+
+    kind: str = "convolutional"
     latent_channels: int = 8
-    encoder_channels: tuple[int, int] = (64, 128)
-    """Channels at 1/4 and 1/8 of the picture's side."""
-    decoder_channels: tuple[int, int, int] = (128, 64, 32)
-    """Channels at 1/8, 1/4 and 1/2 of the picture's side."""
-    encoder_blocks: tuple[int, int] = (1, 2)
-    decoder_blocks: tuple[int, int, int] = (2, 2, 1)
+    encoder_channels: tuple[int, ...] = (64, 128)
+    decoder_channels: tuple[int, ...] = (128, 64, 32)
+    encoder_blocks: tuple[int, ...] = (1, 2)
+    decoder_blocks: tuple[int, ...] = (2, 2, 1)
     latents_mean: tuple[float, ...] = ()
     """Per channel, subtracted before the transformer sees a latent; empty means 0."""
     latents_std: tuple[float, ...] = ()
@@ -119,6 +123,37 @@ class AutoencoderConfig:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) not in (0, self.latent_channels):
                 raise UserError(f"{name} needs {self.latent_channels} numbers, one per channel")
+
+
+# fmt: off
+QWEN_IMAGE_AUTOENCODER = AutoencoderConfig(
+    kind="qwen-image",
+    latent_channels=16,
+    encoder_channels=(96, 192, 384, 384),
+    decoder_channels=(384, 384, 192, 96),
+    encoder_blocks=(2, 2, 2, 2),
+    decoder_blocks=(3, 3, 3, 3),
+    latents_mean=(
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ),
+    latents_std=(
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ),
+)
+# fmt: on
+"""Qwen-Image's, the paper's choice (SnapGen++ section 2)."""
+
+TAEW2_1 = AutoencoderConfig(
+    kind="taehv",
+    latent_channels=16,
+    encoder_channels=(64, 64, 64, 64),
+    decoder_channels=(256, 128, 64, 64),
+    encoder_blocks=(3, 3, 3),
+    decoder_blocks=(3, 3, 3),
+)
+"""The public tiny autoencoder of the same latents; it takes them normalised as they are."""
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,20 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import ModelConfig, from_dict, to_dict
+from mlx_snapgen.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    from_dict,
+    to_dict,
+)
 from mlx_snapgen.elastic import ElasticLinear, extract
 from mlx_snapgen.encoders import make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora import get_lora_weights, without_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
+from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
+from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
 from mlx_snapgen.transformer import EfficientDiT
 
 FORMAT_VERSION = 1
@@ -265,7 +272,7 @@ def load_pretrained(
         dtype = mx.float32
     transformer = _load_transformer(folder, config, model_width)
     _materialise(transformer, dtype)
-    autoencoder = Autoencoder(config.autoencoder)
+    autoencoder = make_autoencoder(config.autoencoder)
     _load(autoencoder, folder, "autoencoder", config)
     _materialise(autoencoder, mx.float32)
     encoders = []
@@ -289,6 +296,22 @@ def _load_transformer(folder: Path, config: ModelConfig, width: float | None) ->
     if width is None or config.transformer.widths == (1.0,):
         return transformer
     return extract(transformer, width)
+
+
+AUTOENCODERS = {
+    "convolutional": Autoencoder,
+    "qwen-image": QwenAutoencoder,
+    "taehv": TinyAutoencoder,
+}
+"""`AutoencoderConfig.kind` -> the class."""
+
+
+def make_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """An autoencoder of the config's kind with random weights; `UserError`: no such kind."""
+    if config.kind not in AUTOENCODERS:
+        known = ", ".join(AUTOENCODERS)
+        raise UserError(f"unknown autoencoder kind '{config.kind}', known: {known}")
+    return AUTOENCODERS[config.kind](config)
 
 
 def _load(module: nn.Module, folder: Path, name: str, config: ModelConfig) -> None:
