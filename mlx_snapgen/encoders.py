@@ -1,13 +1,18 @@
-"""Text encoders by kind, from a model's folder or from where their makers published them."""
+"""A model's text encoders: made by kind, freed before denoising, and remembered what they said."""
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_snapgen import clip, gemma
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_states
+from mlx_snapgen.transformer import EfficientDiT, TextStates
 
 STORED = {
     "transformer": (TransformerTextEncoder, Tokenizer),
@@ -67,3 +72,81 @@ def _find(folder: Path, config: TextEncoderConfig, files: tuple[str, ...]) -> Pa
     if config.revision is None and (folder / config.source).is_dir():
         return folder / config.source
     return find_model(config.source, config.revision, files)
+
+
+def encoder_names(configs: Sequence[TextEncoderConfig]) -> list[str]:
+    """What a user calls each encoder of a model: its kind, numbered where kinds repeat."""
+    kinds = [config.kind for config in configs]
+    return [k if kinds.count(k) == 1 else f"{k}-{i}" for i, k in enumerate(kinds)]
+
+
+def chosen_encoders(
+    configs: Sequence[TextEncoderConfig], names: Sequence[str] | None
+) -> list[bool]:
+    """Whether each encoder is among `names`, None being all; `UserError`: no such name."""
+    known = encoder_names(configs)
+    for name in known if names is None else names:
+        if name not in known:
+            raise UserError(
+                f"this model has no text encoder '{name}'{nearest(str(name), known)}, only "
+                + ", ".join(known)
+            )
+    if names is not None and not names:
+        raise UserError(f"leave at least one text encoder of {', '.join(known)}")
+    return [names is None or name in names for name in known]
+
+
+class PromptEncoder:
+    """Text encoders that leave memory when they have spoken, and a cache of what they said.
+
+    Prompts are encoded one by one, so that a prompt's states do not depend on what is in the cache.
+
+    Args:
+        encoders: None stands for one that is absent.
+        reload: gives the encoders again after `free`; None if nothing can, then they stay.
+        cache_size: number of prompts whose states are remembered, the latest ones.
+    """
+
+    def __init__(
+        self,
+        encoders: list[Any],
+        reload: Callable[[], list[Any]] | None = None,
+        cache_size: int = 32,
+    ):
+        self._encoders: list[Any] | None = encoders
+        self._reload, self._cache_size = reload, cache_size
+        self._cache: OrderedDict[str, list[TextStates | None]] = OrderedDict()
+        self.tokenizers = [getattr(e, "tokenizer", None) for e in encoders]
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The encoders, loaded again if they were freed."""
+        if self._encoders is None:
+            self._encoders = self._reload()
+        return self._encoders
+
+    def __call__(
+        self, prompts: Sequence[str], transformer: EfficientDiT
+    ) -> tuple[mx.array, mx.array]:
+        """See `encode_prompts`."""
+        said = []
+        for prompt in prompts:
+            if prompt not in self._cache:
+                states = encode_states([prompt], self.encoders, transformer.dtype)
+                mx.eval(*(s for s in states if s is not None))
+                self._cache[prompt] = states
+            self._cache.move_to_end(prompt)
+            said.append(self._cache[prompt])
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        joined = [
+            None if parts[0] is None else TextStates(*map(mx.concatenate, zip(*parts, strict=True)))
+            for parts in zip(*said, strict=True)
+        ]
+        return transformer.encode_text(joined)
+
+    def free(self) -> None:
+        """Give the encoders' memory back, if they can be loaded again."""
+        if self._reload is not None and self._encoders is not None:
+            self._encoders = None
+            mx.clear_cache()

@@ -45,6 +45,7 @@ RECORDED: dict[str, tuple[type, ...]] = {
     "model_width": (str,),
     "quantize": (int, type(None)),
     "loras": (list,),
+    "text_encoders": (list, type(None)),
 }
 """Options that `--config-from-image` takes over, and what they are in a picture's metadata."""
 
@@ -120,7 +121,7 @@ def _fill_from_image(args: argparse.Namespace) -> dict[str, Any]:
     if args.config_from_image is None:
         return {}
     # What older pictures do not know of, they were drawn without.
-    older = {"loras": [], "few_step": False, "attention_modulation": False}
+    older = {"loras": [], "few_step": False, "attention_modulation": False, "text_encoders": None}
     origin = older | read_metadata(args.config_from_image)
     try:
         origin["loras"] = [(str(x["path"]), float(x["weight"])) for x in origin["loras"]]
@@ -151,7 +152,14 @@ def _load(args: argparse.Namespace, folder: Path, origin: dict[str, Any]) -> Sna
         known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
         dtype = known.get(origin.get("dtype"))
     pipeline = SnapGenPipeline.from_pretrained(
-        args.model, args.revision, model_width, args.quantize or None, dtype, args.loras or ()
+        args.model,
+        args.revision,
+        model_width,
+        args.quantize or None,
+        dtype,
+        args.loras or (),
+        args.text_encoders,
+        args.keep_text_encoders,
     )
     _compare(origin, pipeline.describe())
     return pipeline

@@ -156,6 +156,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("PATH", "SCALE"),
         help="a .safetensors LoRA file and how strongly to apply it (default: 1); may be repeated",
     )
+    add(
+        "--text-encoders",
+        type=lambda names: [name.strip() for name in names.split(",")],
+        metavar="NAMES",
+        help="use only these of the model's text encoders, such as clip or gemma (default: all)",
+    )
+    add(
+        "--keep-text-encoders",
+        action="store_true",
+        help="keep them in memory while drawing: more memory, faster with several prompts",
+    )
     add("--vocabulary", action="store_true", help="print the words the model knows and exit")
     files = parser.add_argument_group("files")
     add = files.add_argument

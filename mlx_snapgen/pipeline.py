@@ -18,18 +18,20 @@ from PIL import Image
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, SamplerConfig
 from mlx_snapgen.elastic import extract
+from mlx_snapgen.encoders import PromptEncoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora import fuse_lora, remove_lora, switched
 from mlx_snapgen.lora_files import load_lora, read_lora
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.text_encoder import encode_prompts, normalise
+from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.weights import (
     FEW_STEP,
     Components,
     Quantization,
     load_config,
     load_pretrained,
+    load_text_encoders,
     quantize_transformer,
     save_pretrained,
 )
@@ -78,6 +80,9 @@ class SnapGenPipeline:
         quantize: bits that the transformer was quantized to in memory, or None.
         source, revision: where the model came from, for the pictures' metadata.
         loras: (file, weight) of each LoRA fused into the transformer, for the same.
+        reload_text_encoders: loads the text encoders again, so that they can be freed before
+            denoising; None keeps them.
+        text_encoder_names: those that are loaded, if not all, for the metadata.
     """
 
     def __init__(
@@ -88,12 +93,15 @@ class SnapGenPipeline:
         source: str | None = None,
         revision: str | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
+        reload_text_encoders: Callable[[], list[Any]] | None = None,
+        text_encoder_names: Sequence[str] | None = None,
     ):
         self.config = components.config
-        self.components = components
+        self._prompts = PromptEncoder(components.text_encoders, reload_text_encoders)
+        self._components = dataclasses.replace(components, text_encoders=[])
         self.transformer = components.transformer
         self.autoencoder = components.autoencoder
-        self.text_encoders = components.text_encoders
+        self.text_encoder_names = text_encoder_names
         self.vocabulary = components.vocabulary
         self.model_width, self.quantize = model_width, quantize
         self.source, self.revision = source, revision
@@ -111,6 +119,8 @@ class SnapGenPipeline:
         quantize: int | None = None,
         dtype: mx.Dtype | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
+        text_encoders: Sequence[str] | None = None,
+        keep_text_encoders: bool = False,
     ) -> "SnapGenPipeline":
         """Load a model; only the sub-network of `model_width` stays in memory.
 
@@ -124,6 +134,9 @@ class SnapGenPipeline:
             dtype: see `weights.load_pretrained`.
             loras: (file, weight) of LoRAs, fused into the weights before width and quantization
                 (see `lora_files.load_lora`).
+            text_encoders: names of those to use, such as ["clip"]; None takes all the model has.
+            keep_text_encoders: leave them in memory while denoising. Otherwise they are freed
+                first, and loaded again for the next prompt that is not remembered.
         """
         width = parse_width(model_width)
         folder = find_model(path_or_repo, revision)
@@ -132,13 +145,31 @@ class SnapGenPipeline:
             revision = folder.name  # the commit that a branch or tag stands for now
         for path, _ in loras:
             read_lora(path)  # a missing file is found before the model is loaded
-        components = load_pretrained(folder, None, dtype, None if loras else width, few_step=True)
+        kept = None if loras else width
+        components = load_pretrained(folder, None, dtype, kept, True, text_encoders)
+        reload = None
+        if not keep_text_encoders:
+            reload = functools.partial(
+                load_text_encoders, folder, components.config, dtype, text_encoders
+            )
         if loras:
             components = _with_loras(components, loras, width)
         if quantize is not None:
             quantize_transformer(components.transformer, quantize)
         source = None if path_or_repo is None else str(path_or_repo)
-        return cls(components, model_width, quantize, source, revision, loras)
+        return cls(
+            components, model_width, quantize, source, revision, loras, reload, text_encoders
+        )
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoders, None for one left out; loaded again if they were freed."""
+        return self._prompts.encoders
+
+    @property
+    def components(self) -> Components:
+        """The model, with its text encoders."""
+        return dataclasses.replace(self._components, text_encoders=self.text_encoders)
 
     def save_pretrained(self, folder: str | Path, quantize: Quantization | None = None) -> None:
         """Write the model, at its one width, as a folder (see `weights.save_pretrained`)."""
@@ -264,6 +295,7 @@ class SnapGenPipeline:
             "model_width": self.model_width,
             "quantize": self.quantize,
             "loras": [{"path": path, "weight": weight} for path, weight in self.loras],
+            "text_encoders": self.text_encoder_names and list(self.text_encoder_names),
             "dtype": str(self.dtype).removeprefix("mlx.core."),
         }
 
@@ -275,8 +307,9 @@ class SnapGenPipeline:
         prompts = [metadata["prompt"]]
         if scale != 1:
             prompts.insert(0, metadata["negative_prompt"])
-        text, mask = encode_prompts(prompts, self.text_encoders, self.transformer)
+        text, mask = self._prompts(prompts, self.transformer)
         mx.eval(text, mask)
+        self._prompts.free()
 
         network = self.transformer
         if self.config.few_step is not None:
@@ -323,8 +356,7 @@ class SnapGenPipeline:
         if scale == 1 and negative_prompt.strip():
             warn("the negative prompt has no effect at a guidance scale of 1")
         for what, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
-            for encoder in self.text_encoders:
-                tokenizer = getattr(encoder, "tokenizer", None)
+            for tokenizer in self._prompts.tokenizers:
                 if tokenizer is None:
                     continue
                 if cut := tokenizer.cut(text):

@@ -34,17 +34,27 @@ class TextEncoder(Protocol):
 
 
 def encode_prompts(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder], transformer: EfficientDiT
+    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], transformer: EfficientDiT
 ) -> tuple[mx.array, mx.array]:
     """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
 
-    The states are cast to the transformer's floating type.
+    None stands for an encoder that is absent.
     """
-    states = []
+    return transformer.encode_text(encode_states(prompts, encoders, transformer.dtype))
+
+
+def encode_states(
+    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], dtype: mx.Dtype
+) -> list[TextStates | None]:
+    """What each encoder says of the prompts, cast to `dtype`; None for one that is absent."""
+    states: list[TextStates | None] = []
     for encoder in encoders:
-        tokens, mask = encoder.tokenize(prompts)
-        states.append(TextStates(encoder(tokens, mask).astype(transformer.dtype), mask))
-    return transformer.encode_text(states)
+        if encoder is None:
+            states.append(None)
+        else:
+            tokens, mask = encoder.tokenize(prompts)
+            states.append(TextStates(encoder(tokens, mask).astype(dtype), mask))
+    return states
 
 
 class Tokenizer:

@@ -255,20 +255,24 @@ class EfficientDiT(nn.Module):
         """
         self._checkpoint = enabled
 
-    def encode_text(self, states: Sequence[TextStates]) -> tuple[mx.array, mx.array]:
+    def encode_text(self, states: Sequence[TextStates | None]) -> tuple[mx.array, mx.array]:
         """Project each encoder's states and join them token-wise.
 
         Args:
             states: one `TextStates` for each of `config.text_dims`, in order. An encoder whose mask
-                is all false is ignored.
+                is all false is ignored; None, for one that is absent, is the same with less work.
 
         Returns:
             text (B, L, text_width) and mask (B, L), L the sum of the encoders' lengths.
         """
         if len(states) != len(self.text):
             raise UserError(f"{len(self.text)} text encoders expected, got {len(states)}")
-        projected = [project(s) for project, (s, _) in zip(self.text, states, strict=True)]
-        return mx.concatenate(projected, axis=1), mx.concatenate([m for _, m in states], axis=1)
+        present = [(p, s) for p, s in zip(self.text, states, strict=True) if s is not None]
+        if not present:
+            raise UserError("all text encoders are absent: leave at least one")
+        projected = [project(s) for project, (s, _) in present]
+        masks = [mask for _, (_, mask) in present]
+        return mx.concatenate(projected, axis=1), mx.concatenate(masks, axis=1)
 
     def __call__(
         self,

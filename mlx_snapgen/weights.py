@@ -33,7 +33,7 @@ from mlx_snapgen.config import (
     to_dict,
 )
 from mlx_snapgen.elastic import ElasticLinear, extract
-from mlx_snapgen.encoders import make_text_encoder
+from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora import get_lora_weights, without_lora
@@ -61,6 +61,7 @@ class Components:
     transformer: EfficientDiT
     autoencoder: Autoencoder
     text_encoders: list[Any]
+    """None stands for one that was left out."""
     vocabulary: dict[str, list[str]] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
@@ -68,7 +69,7 @@ class Components:
         encoders = {
             f"text_encoder_{i}": encoder
             for i, encoder in enumerate(self.text_encoders)
-            if encoder.config.source is None
+            if encoder is not None and encoder.config.source is None
         }
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, **encoders}
 
@@ -100,6 +101,8 @@ def save_pretrained(
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another folder or delete it")
+    if None in components.text_encoders:
+        raise UserError("a text encoder was left out: load the model with all of them to save it")
     modules = components.modules()
     adapters = set(get_lora_weights(components.transformer))
     if names := sorted(adapters - {FEW_STEP}):
@@ -250,6 +253,7 @@ def load_pretrained(
     dtype: mx.Dtype | None = None,
     model_width: float | None = None,
     few_step: bool = False,
+    text_encoders: Sequence[str] | None = None,
 ) -> Components:
     """Load a model from a folder or a Hugging Face repository (see `find_model`).
 
@@ -260,6 +264,7 @@ def load_pretrained(
         model_width: load only the sub-network of this width; None keeps the supernetwork.
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
             `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
+        text_encoders: names of those to load (see `encoders.encoder_names`), None for all.
 
     Raises:
         UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
@@ -275,15 +280,28 @@ def load_pretrained(
     autoencoder = make_autoencoder(config.autoencoder)
     _load(autoencoder, folder, "autoencoder", config)
     _materialise(autoencoder, mx.float32)
-    encoders = []
-    for i, encoder_config in enumerate(config.text_encoders):
-        encoder = make_text_encoder(folder, i, encoder_config)
-        if encoder_config.source is None:
-            _load(encoder, folder, f"text_encoder_{i}", config)
-        _materialise(encoder, dtype)
-        encoders.append(encoder)
+    encoders = load_text_encoders(folder, config, dtype, text_encoders)
     config = dataclasses.replace(config, transformer=transformer.config)
     return Components(config, transformer, autoencoder, encoders, load_vocabulary(folder))
+
+
+def load_text_encoders(
+    folder: Path,
+    config: ModelConfig,
+    dtype: mx.Dtype | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Any]:
+    """The text encoders of the model in `folder`, None for those not among `names`."""
+    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    encoders: list[Any] = [None] * len(config.text_encoders)
+    for i, chosen in enumerate(chosen_encoders(config.text_encoders, names)):
+        if chosen:
+            encoders[i] = make_text_encoder(folder, i, config.text_encoders[i])
+            if config.text_encoders[i].source is None:
+                _load(encoders[i], folder, f"text_encoder_{i}", config)
+            _materialise(encoders[i], dtype)
+    return encoders
 
 
 def _load_transformer(folder: Path, config: ModelConfig, width: float | None) -> EfficientDiT:

@@ -120,7 +120,7 @@ def test_the_text_is_encoded_once_for_all_pictures(model_folder):
 
     pipe.text_encoders[0] = Recording()
     pipe("a red apple", num_images=2)
-    assert calls == [(2, 16)]
+    assert calls == [(1, 16), (1, 16)]  # the prompt and the negative one
 
 
 def test_steps_carry_previews_and_end_in_the_picture(pipe):
