@@ -42,7 +42,11 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention of every pixel to every pixel."""
+    """Single-head attention of every pixel to every pixel.
+
+    The scores are computed in pieces. With `in_turn` each piece is evaluated before the next one
+    begins; otherwise MLX may hold several at once.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -50,15 +54,17 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, in_turn: bool = False) -> mx.array:
         b, h, w, c = x.shape
         qkv = self.to_qkv(self.norm(x)).reshape(b, 1, h * w, 3 * c)
         q, k, v = mx.split(qkv, 3, axis=-1)
         rows = max(1, MAX_SCORES // (b * h * w))
-        out = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, scale=c**-0.5)
-            for i in range(0, h * w, rows)
-        ]
+        out = []
+        for i in range(0, h * w, rows):
+            piece = q[:, :, i : i + rows]
+            out.append(mx.fast.scaled_dot_product_attention(piece, k, v, scale=c**-0.5))
+            if in_turn:
+                mx.eval(out[-1])
         return x + self.proj(mx.concatenate(out, axis=2).reshape(b, h, w, c))
 
 
@@ -68,8 +74,8 @@ class MidBlock(nn.Module):
         self.resnets = [ResidualBlock(channels, channels) for _ in range(2)]
         self.attentions = [AttentionBlock(channels)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def __call__(self, x: mx.array, in_turn: bool = False) -> mx.array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x), in_turn))
 
 
 class Downsample(nn.Module):
@@ -160,7 +166,8 @@ class QwenDecoder(nn.Module):
             tile: longest side of a tile, in latents (see `run_stages`); None decodes all at once.
                 Attention, at the latents' own resolution, always sees the whole picture.
         """
-        x = self.mid_block(self.conv_in(self.post_quant_conv(latents)))
+        tiled = tile is not None and max(latents.shape[1:3]) > tile
+        x = self.mid_block(self.conv_in(self.post_quant_conv(latents)), in_turn=tiled)
         return run_stages(self._stages(), x, tile)
 
     def _stages(self) -> list[Stage]:

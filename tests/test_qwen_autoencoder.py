@@ -191,7 +191,8 @@ def test_attention_in_pieces_is_attention(monkeypatch):
     block = model.decoder.mid_block.attentions[0]
     whole = np.array(block(x))
     monkeypatch.setattr("mlx_snapgen.qwen_autoencoder.MAX_SCORES", 2 * 35 * 8)
-    np.testing.assert_allclose(np.array(block(x)), whole, atol=1e-5)
+    for in_turn in (False, True):
+        np.testing.assert_allclose(np.array(block(x, in_turn)), whole, atol=1e-5)
 
 
 def test_a_pixel_of_zeros_stays_finite():
