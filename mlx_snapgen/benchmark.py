@@ -147,10 +147,11 @@ def main() -> None:
         names = list(SUITES[args.suite])
     results = {}
     for i, name in enumerate(names):
-        print(f"[{i + 1}/{len(names)}] {name} ...", file=sys.stderr, flush=True)
+        print(f"[{i + 1}/{len(names)}] {name} ...", end=" ", file=sys.stderr, flush=True)
         results[name] = measure(
             name, height, width, getattr(mx, dtype), args.repeats, TRANSFORMERS["small"]
         )
+        print(f"{results[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
     setting = {"height": height, "width": width, "dtype": dtype, "device": str(mx.default_device())}
     if args.json:
         print(json.dumps(setting | {"presets": results}, indent=1))
