@@ -96,7 +96,7 @@ def test_validation_set_is_fixed_and_apart_from_training():
 
 PINNED = [
     "an orange fire extinguisher",
-    "a crown above a compass",
+    "a crown to the left of a compass",
     "a gold medal",
     "a box of popcorn above a boxing glove",
 ]
@@ -135,13 +135,24 @@ PINNED_PAIR = ("apple", "house")
 PINNED_COLOUR = ("car", "orange")
 
 
+SIZES = {
+    (None, True): {sampling.ALONE},
+    (None, False): {sampling.SHARING},
+    ("small", True): {sampling.SMALL},
+    ("small", False): {sampling.SMALL},
+    ("big", True): {sampling.BIG},
+    ("big", False): {sampling.SHARING},
+}
+
+
 def test_cells_lie_inside_and_apart():
     for scene in TRAINING:
         assert 1 <= len(scene.placed) <= 4
         for placed in scene.placed:
             x, y, w, h = placed.cell
             assert x >= 0 and y >= 0 and x + w <= stickers.SIDE and y + h <= stickers.SIDE
-            assert placed.size_px % sampling.SIZE_STEP == 0
+            assert x % 4 == 0 and y % 4 == 0
+            assert placed.size_px in SIZES[placed.size_word, len(scene.placed) == 1]
         for a, b in itertools.combinations(scene.placed, 2):
             (ax, ay, aw, ah), (bx, by, bw, bh) = a.cell, b.cell
             assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
@@ -189,6 +200,13 @@ def test_positions_meet_the_rule_of_geneval():
         dx, dy = offset / np.linalg.norm(offset)
         said = {"left": dx < -0.5, "right": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
         assert [name for name, holds in said.items() if holds] == [scene.relation]
+
+
+def test_without_a_relation_the_first_named_comes_first_in_reading_order():
+    scenes = [scene for scene in TRAINING if len(scene.placed) > 1 and not scene.relation]
+    for scene in scenes:
+        a, b = scene.placed[:2]
+        assert a.centre[0] < b.centre[0] or a.centre[1] < b.centre[1]
 
 
 @pytest.mark.parametrize("num_nouns", [0, -3, sampling.MIN_NOUNS - 1, len(stickers.NOUNS) + 1])

@@ -19,7 +19,11 @@ from train.captions import RELATIONS, Placed, Scene, caption, pick
 from train.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, Noun
 
 SIDE = 128  # pixels of a scene's side; Placed is in these pixels
-SIZE_STEP = 4  # glyphs are drawn at multiples of this, so that resized ones can be kept
+CELL = SIDE // 2  # of two to four glyphs each has a square of this side
+# Glyphs have few sizes and lie on a grid of the latents' scale: a small model then sees each of
+# them often in the same place of its own grid, and learns it from a tenth of the pictures.
+ALONE, SHARING, SMALL, BIG = 80, 56, 32, 112  # pixels of a glyph's longer side
+STEPS = {ALONE: 16, SMALL: 32, BIG: 0}  # from the middle to where else a single glyph may be
 MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
 
 # How often each category is drawn for training.
@@ -97,16 +101,6 @@ def _pool(num_nouns: int | None) -> _Pool:
     return _Pool(nouns, recolourable, pairs, colours)
 
 
-def _size(rng: np.random.Generator, low: int, high: int) -> int:
-    """A multiple of SIZE_STEP from `low` to `high`, both included."""
-    return low + SIZE_STEP * int(rng.random() * ((high - low) // SIZE_STEP + 1))
-
-
-def _slack(rng: np.random.Generator, room: float) -> int:
-    """A place in [0, room], more often near the middle."""
-    return int(room * (rng.random() + rng.random()) / 2 + 0.5)
-
-
 def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -> list[Noun]:
     """`count` different nouns of which no pair is held out."""
     while True:
@@ -181,76 +175,64 @@ def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, s
 def _sizes(rng: np.random.Generator, category: str, count: int) -> list[tuple[int, str | None]]:
     """Pixels and size word of each glyph."""
     if category == "size" and count == 1:
-        word = pick(rng, ("small", "big"))
-        return [(_size(rng, 28, 40) if word == "small" else _size(rng, 104, 120), word)]
+        return [(SMALL, "small") if rng.random() < 0.5 else (BIG, "big")]
     if category == "size":
-        pair = [(_size(rng, 64, 76), "big"), (_size(rng, 28, 36), "small")]
+        pair = [(SHARING, "big"), (SMALL, "small")]
         return pair if rng.random() < 0.5 else pair[::-1]
-    if count == 1:
-        return [(_size(rng, 60, 96), None)]
-    if category == "counting" or count > 2:
-        size = _size(rng, 44, 60) if count == 2 else _size(rng, 40, 52)
-        return [(size, None)] * count
-    return [(_size(rng, 44, 60), None) for _ in range(count)]
+    return [(ALONE if count == 1 else SHARING, None)] * count
 
 
-def _two_corners(
-    rng: np.random.Generator, sizes: list[int], relation: str | None
-) -> list[tuple[int, int]]:
-    """Top-left corners of two cells, apart along one axis.
+def _two_cells(rng: np.random.Generator, relation: str | None) -> list[tuple[int, int]]:
+    """Cells side by side, or one above the other.
 
-    With a relation their centres differ along the other axis by at most a third of the distance,
-    so that GenEval's rule (cosine over 0.5 after the dead zone) is met with room to spare.
+    With a relation their centres differ along one axis alone, which meets GenEval's rule.
     """
-    horizontal = rng.random() < 0.65 if relation is None else relation in ("left", "right")
-    swap = relation in ("right", "below")
-    first, second = sizes[::-1] if swap else sizes
-    slack = SIDE - first - second
-    gap = 2 + _slack(rng, max(slack - 4, 0))
-    start = _slack(rng, slack - gap)
-    along = [start, start + first + gap]
-    if relation is None:
-        across = [_slack(rng, SIDE - first), _slack(rng, SIDE - second)]
-    else:
-        distance = gap + (first + second) / 2
-        middle = SIDE / 2 + (rng.random() - 0.5) * (SIDE - max(sizes) - distance / 3)
-        shift = (rng.random() - 0.5) * distance / 3
-        across = [
-            min(max(round(middle + sign * shift - size / 2), 0), SIDE - size)
-            for sign, size in ((1, first), (-1, second))
-        ]
-    corners = list(zip(along, across, strict=True))
-    corners = corners if horizontal else [corner[::-1] for corner in corners]
-    return corners[::-1] if swap else corners
+    horizontal = rng.random() < 0.8 if relation is None else relation in ("left", "right")
+    across = [pick(rng, (0, CELL // 2, CELL // 2, CELL))] * 2
+    if relation is None and rng.random() < 0.5:
+        across[1] = pick(rng, (0, CELL // 2, CELL // 2, CELL))
+    cells = list(zip((0, CELL), across, strict=True))
+    cells = cells if horizontal else [cell[::-1] for cell in cells]
+    return cells[::-1] if relation in ("right", "below") else cells
+
+
+def _cells(rng: np.random.Generator, count: int, relation: str | None) -> list[tuple[int, int]]:
+    """Top-left corners (x, y) of `count` squares of side CELL that do not overlap.
+
+    They are in reading order unless the relation asks for another.
+    """
+    if count == 2:
+        return _two_cells(rng, relation)
+    if count == 4 or rng.random() < 0.5:
+        quadrants = [(0, 0), (CELL, 0), (0, CELL), (CELL, CELL)]
+        if count == 3:
+            quadrants.pop(int(rng.random() * 4))
+        return quadrants
+    middle = CELL // 2
+    return list(
+        pick(
+            rng,
+            (
+                ((0, 0), (CELL, 0), (middle, CELL)),
+                ((middle, 0), (0, CELL), (CELL, CELL)),
+                ((0, 0), (CELL, middle), (0, CELL)),
+                ((CELL, 0), (0, middle), (CELL, CELL)),
+            ),
+        )
+    )
 
 
 def _corners(
     rng: np.random.Generator, sizes: list[int], relation: str | None
 ) -> list[tuple[int, int]]:
-    """Top-left corners (x, y) of cells that do not overlap and lie inside the picture."""
-    if len(sizes) == 1:
-        return [(_slack(rng, SIDE - sizes[0]), _slack(rng, SIDE - sizes[0]))]
-    if len(sizes) == 2:
-        return _two_corners(rng, sizes, relation)
-    half = SIDE // 2
-    room = half - max(sizes)
-    if len(sizes) == 3 and rng.random() < 0.5:
-        middle = half // 2
-        quadrants = pick(
-            rng,
-            (
-                ((0, 0), (half, 0), (middle, half)),
-                ((middle, 0), (0, half), (half, half)),
-                ((0, 0), (0, half), (half, middle)),
-                ((0, middle), (half, 0), (half, half)),
-            ),
-        )
-    else:
-        quadrants = ((0, 0), (half, 0), (0, half), (half, half))
-    order = rng.permutation(len(quadrants))[: len(sizes)]
-    return [
-        (quadrants[k][0] + _slack(rng, room), quadrants[k][1] + _slack(rng, room)) for k in order
-    ]
+    """Top-left corners (x, y) of glyphs that do not overlap and lie inside the picture."""
+    if len(sizes) > 1:
+        cells = _cells(rng, len(sizes), relation)
+        insets = [(CELL - size) // 2 for size in sizes]
+        return [(x + inset, y + inset) for (x, y), inset in zip(cells, insets, strict=True)]
+    (size,) = sizes
+    x, y = ((SIDE - size) // 2 + STEPS[size] * pick(rng, (-1, 0, 0, 1)) for _ in "xy")
+    return [(x, y)]
 
 
 def _background(
