@@ -97,7 +97,7 @@ def test_validation_set_is_fixed_and_apart_from_training():
 PINNED = [
     "an orange fire extinguisher",
     "a crown to the left of a compass",
-    "a gold medal",
+    "a gold medal on a green background",
     "a box of popcorn above a boxing glove",
 ]
 
@@ -186,7 +186,7 @@ def test_glyphs_stand_out_on_their_background():
             assert scene.background not in lost_on
             assert scene.background != placed.colour
     unsaid = [scene.background for scene in TRAINING if not scene.background_said]
-    assert 0.65 < unsaid.count("white") / len(unsaid) < 0.8
+    assert 0.75 < unsaid.count("white") / len(unsaid) < 0.88
 
 
 def test_positions_meet_the_rule_of_geneval():
