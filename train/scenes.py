@@ -27,11 +27,11 @@ MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
 
 # How often each category is drawn for training.
 CATEGORIES = {
-    "single_object": 0.18,
-    "two_objects": 0.16,
-    "counting": 0.15,
-    "colors": 0.13,
-    "position": 0.14,
+    "single_object": 0.22,
+    "two_objects": 0.14,
+    "counting": 0.11,
+    "colors": 0.16,
+    "position": 0.13,
     "color_attribution": 0.11,
     "size": 0.04,
     "background": 0.04,
