@@ -178,7 +178,7 @@ def test_axes_must_fill_a_head():
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
-        ({"_class_name": "FluxTransformer2DModel"}, "expected a QwenImageTransformer2DModel"),
+        ({"_class_name": "FluxTransformer2DModel"}, "expected one of QwenImageTransformer2DModel"),
         ({"use_layer3d_rope": True}, "variant of Qwen-Image with use_layer3d_rope"),
         ({"out_channels": 7}, "do not make latents of one kind"),
         ({"num_layers": None}, "does not describe"),

@@ -176,6 +176,9 @@ class ModulatedNorm(nn.Module):
 class QwenTransformer(nn.Module):
     """Velocity v = eps - x0 of Qwen-Image's latents."""
 
+    BLOCKS = ("transformer_blocks",)
+    """Where the layers are that may be quantized."""
+
     def __init__(self, config: QwenTransformerConfig):
         super().__init__()
         self.config = config

@@ -1,0 +1,110 @@
+"""Whole teachers against diffusers' pipelines: reading, guidance, schedule, autoencoder, LoRA."""
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_teachers import libraries, qwen_image_pipeline
+
+from convert.teacher import convert_teacher
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.sampler import denoise
+from mlx_snapgen.teachers.folder import load_flow_teacher
+from mlx_snapgen.teachers.teacher import noise_levels
+
+PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
+
+
+def relative_error(found, expected) -> float:
+    """Largest difference over largest value."""
+    found, expected = np.array(found), np.array(expected)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """(diffusers' pipeline, its folder, our teacher, its autoencoder)."""
+    pipeline = qwen_image_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("qwen")
+    pipeline.save_pretrained(folder / "public")
+    convert_teacher(folder / "public", folder / "teacher")
+    return pipeline, folder / "public", *load_flow_teacher(folder / "teacher")
+
+
+def test_qwen_image_reads_as_its_pipeline_does(qwen):
+    pipeline, _, teacher, _ = qwen
+    reading = teacher.prompts.reading
+    assert reading.template == pipeline.prompt_template_encode
+    assert reading.dropped == pipeline.prompt_template_encode_start_idx
+    assert reading.max_length == pipeline.tokenizer_max_length
+    libraries()[0].manual_seed(0)
+    expected, mask = pipeline.encode_prompt(PROMPTS)
+    condition = teacher.encode(PROMPTS)
+    length = expected.shape[1]
+    np.testing.assert_array_equal(np.array(condition.mask)[:, :length], mask.numpy().astype(bool))
+    assert condition.text.shape[1] % 32 == 0 and not condition.mask[:, length:].any()
+    assert relative_error(condition.text[:, :length], expected) < 1e-4
+    empty, _ = pipeline.encode_prompt(" ")
+    assert relative_error(condition.empty_text[:, : empty.shape[1]], empty) < 1e-4
+
+
+@pytest.mark.parametrize(("guidance", "steps"), [(4.0, 3), (1.0, 2)])
+def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
+    """Text to picture in numbers: every part at once."""
+    torch = libraries()[0]
+    pipeline, _, teacher, autoencoder = qwen
+    noise = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(3))
+    settings = {
+        "prompt": PROMPTS[:1] + PROMPTS[2:],
+        "negative_prompt": [" ", " "] if guidance > 1 else None,
+        "true_cfg_scale": guidance,
+        "num_inference_steps": steps,
+        "height": 48,
+        "width": 80,
+    }
+    packed = pipeline._pack_latents(noise, 2, 4, 6, 10)
+    expected = pipeline(**settings, latents=packed, output_type="latent").images
+    picture = pipeline(**settings, latents=packed, output_type="pt").images
+
+    condition = teacher.encode(settings["prompt"])
+    levels = noise_levels(teacher.config.schedule, 15, steps)
+
+    def velocity(x_t, sigma):
+        return teacher.velocity(x_t, mx.full((2,), sigma), condition, guidance)
+
+    start = mx.array(noise.permute(0, 2, 3, 1).numpy())
+    *_, last = denoise(velocity, start, levels)
+    latents = pipeline._unpack_latents(expected, 48, 80, 8)[:, :, 0].permute(0, 2, 3, 1)
+    assert relative_error(last.x_t, latents) < 1e-4
+    drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
+    assert relative_error(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
+
+
+def test_a_quantized_teacher_says_nearly_the_same(qwen, tmp_path):
+    _, public, teacher, _ = qwen
+    convert_teacher(public, tmp_path / "packed", {"bits": 8, "group_size": 32})
+    packed, _ = load_flow_teacher(tmp_path / "packed")
+    assert "scales" in packed.network.transformer_blocks[0].img_mlp.net[0].proj
+    assert "scales" not in packed.network.proj_out
+    condition = teacher.encode(PROMPTS[:1])
+    x_t, t = mx.random.normal((1, 4, 6, 4), key=mx.random.key(0)), mx.array([0.5])
+    error = relative_error(packed.velocity(x_t, t, condition), teacher.velocity(x_t, t, condition))
+    assert 0 < error < 0.05
+    with pytest.raises(UserError, match="exists already"):
+        convert_teacher(public, tmp_path / "packed")
+
+
+def test_what_is_missing_leaves_no_folder(qwen, tmp_path):
+    _, public, *_ = qwen
+    shutil.copytree(public, tmp_path / "public")
+    shutil.rmtree(tmp_path / "public" / "tokenizer")
+    with pytest.raises(UserError, match="it has no folder tokenizer"):
+        convert_teacher(tmp_path / "public", tmp_path / "teacher")
+    lora = {"transformer_blocks.0.attn.to_qq.lora_down.weight": mx.zeros((2, 32))}
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), lora)
+    with pytest.raises(UserError, match="does not fit this network"):
+        convert_teacher(public, tmp_path / "teacher", few_step_lora=tmp_path / "lora.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"public", "lora.safetensors"}
