@@ -1,6 +1,7 @@
 """Make a public flow model a teacher that `train.kd` and `train.kdmd` can learn from.
 
     python -m convert.teacher Qwen/Qwen-Image --output qwen-image --bits 4
+    python -m convert.teacher Tongyi-MAI/Z-Image-Turbo --output z-image
     python -m convert.teacher Qwen/Qwen-Image --output qwen-image --bits 4 \\
         --few-step-lora Qwen-Image-Lightning-4steps-V1.0.safetensors
 
@@ -35,9 +36,11 @@ from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.teachers.config import (
     LIGHTNING,
+    TURBO,
     QwenTransformerConfig,
     Schedule,
     TeacherConfig,
+    ZImageTransformerConfig,
 )
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS, quantizable
 from mlx_snapgen.teachers.text import FILES
@@ -138,11 +141,42 @@ def qwen_transformer_config(values: dict[str, Any]) -> QwenTransformerConfig:
     )
 
 
-CONFIGS = {"QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config)}
+def z_image_transformer_config(values: dict[str, Any]) -> ZImageTransformerConfig:
+    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
+    only = {"qk_norm": True, "siglip_feat_dim": None, "t_scale": 1000.0, "all_f_patch_size": [1]}
+    only["n_kv_heads"] = values["n_heads"]
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise UserError(f"only {key} {value} is supported, got {values[key]}")
+    if len(values["all_patch_size"]) != 1:
+        raise UserError(f"only one patch size is supported, got {values['all_patch_size']}")
+    return ZImageTransformerConfig(
+        num_layers=values["n_layers"],
+        num_refiner_layers=values["n_refiner_layers"],
+        hidden_size=values["dim"],
+        num_heads=values["n_heads"],
+        latent_channels=values["in_channels"],
+        patch_size=values["all_patch_size"][0],
+        text_dims=values["cap_feat_dim"],
+        time_dims=min(values["dim"], 256),
+        norm_eps=values["norm_eps"],
+        rope_axes=tuple(values["axes_dims"]),
+        rope_theta=values["rope_theta"],
+    )
+
+
+CONFIGS = {
+    "QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config),
+    "ZImageTransformer2DModel": ("z-image", z_image_transformer_config),
+}
 """diffusers' class -> kind of teacher, and what reads its config."""
 
 
 # --- the whole model --------------------------------------------------------------------------
+
+
+SCHEDULES = {"qwen-image": (Schedule(), LIGHTNING), "z-image": (TURBO, TURBO)}
+"""Kind of teacher -> its schedule and that of its few-step mode. Z-Image-Turbo is such a mode."""
 
 
 def read_schedule(folder: Path, like: Schedule) -> Schedule:
@@ -196,14 +230,15 @@ def convert_teacher(
     packed = quantizable(network, quantization["group_size"]) if quantization else set()
     if few_step_lora is not None:
         load_lora(few_step_lora, network, 0.0, FEW_STEP)
-    defaults = TeacherConfig(kind, transformer, autoencoder.config)
-    config = dataclasses.replace(
-        defaults,
-        schedule=read_schedule(source / "scheduler", defaults.schedule),
-        few_step=LIGHTNING if few_step_lora is not None else None,
-        text_encoder=text_encoder or defaults.text_encoder,
-        quantization=quantization,
+    schedule, few_step = SCHEDULES[kind]
+    schedule = read_schedule(source / "scheduler", schedule)
+    if kind == "qwen-image" and few_step_lora is None:
+        few_step = None
+    config = TeacherConfig(
+        kind, transformer, autoencoder.config, schedule, few_step, quantization=quantization
     )
+    if text_encoder is not None:
+        config = dataclasses.replace(config, text_encoder=text_encoder)
     with new_folder(output) as partial:
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -220,7 +255,7 @@ def convert_teacher(
             shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
         if text_encoder is None:
             for part in ("tokenizer", "text_encoder"):
-                _copy(source / part, partial / defaults.text_encoder)
+                _copy(source / part, partial / config.text_encoder)
 
 
 def _quantized(weights: Weights, packed: set[str], how: dict[str, int]) -> Weights:

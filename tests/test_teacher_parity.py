@@ -1,11 +1,12 @@
 """Whole teachers against diffusers' pipelines: reading, guidance, schedule, autoencoder, LoRA."""
 
+import copy
 import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_teachers import libraries, qwen_image_pipeline
+from tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
 
 from convert.teacher import convert_teacher
 from mlx_snapgen.errors import UserError
@@ -18,20 +19,28 @@ PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table tha
 
 def relative_error(found, expected) -> float:
     """Largest difference over largest value."""
-    found, expected = np.array(found), np.array(expected)
+    found = np.array(found)
+    expected = expected.numpy() if hasattr(expected, "numpy") else np.array(expected)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
+def converted(pipeline, folder):
     """(diffusers' pipeline, its folder, our teacher, its autoencoder)."""
-    pipeline = qwen_image_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp("qwen")
     pipeline.save_pretrained(folder / "public")
     convert_teacher(folder / "public", folder / "teacher")
     return pipeline, folder / "public", *load_flow_teacher(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return converted(qwen_image_pipeline(), tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory):
+    return converted(z_image_pipeline(), tmp_path_factory.mktemp("z-image"))
 
 
 def test_qwen_image_reads_as_its_pipeline_does(qwen):
@@ -81,6 +90,52 @@ def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
     assert relative_error(last.x_t, latents) < 1e-4
     drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
     assert relative_error(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
+
+
+def test_z_image_reads_as_its_pipeline_does(z_image):
+    pipeline, _, teacher, _ = z_image
+    expected, empty = pipeline.encode_prompt(PROMPTS.copy())
+    condition = teacher.encode(PROMPTS)
+    assert condition.mask.sum(axis=1).tolist() == [len(states) for states in expected]
+    for found, states in zip(condition.text, expected, strict=True):
+        assert relative_error(found[: len(states)], states) < 1e-4
+    assert relative_error(condition.empty_text[0, : len(empty[0])], empty[0]) < 1e-4
+
+
+@pytest.mark.parametrize(("guidance", "steps"), [(0.0, 3), (2.5, 2)])
+def test_z_image_draws_as_its_pipeline_does(z_image, guidance, steps):
+    """Its pipeline counts guidance from 0, this project from 1."""
+    torch = libraries()[0]
+    pipeline, _, teacher, autoencoder = z_image
+    prompts = PROMPTS[:1] + PROMPTS[2:]
+    noise = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(3))
+    settings = {"prompt": prompts, "guidance_scale": guidance, "num_inference_steps": steps}
+    settings |= {"height": 48, "width": 80, "latents": noise}
+    latents = pipeline(**copy.deepcopy(settings), output_type="latent").images
+    picture = pipeline(**copy.deepcopy(settings), output_type="pt").images
+
+    condition = teacher.encode(prompts)
+
+    def velocity(x_t, sigma):
+        return teacher.velocity(x_t, mx.full((2,), sigma), condition, 1 + guidance)
+
+    start = mx.array(noise.permute(0, 2, 3, 1).numpy())
+    *_, last = denoise(velocity, start, noise_levels(teacher.config.schedule, 15, steps))
+    assert relative_error(last.x_t, latents.permute(0, 2, 3, 1)) < 1e-4
+    drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
+    assert relative_error(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
+    assert teacher.has_few_step and teacher.config.few_step.num_inference_steps == 8
+
+
+def test_z_image_encodes_pictures_as_its_pipeline_does(z_image):
+    torch = libraries()[0]
+    pipeline, _, _, autoencoder = z_image
+    pictures = torch.rand(2, 3, 40, 64, generator=torch.manual_seed(0)) * 2 - 1
+    config = pipeline.vae.config
+    expected = pipeline.vae.encode(pictures).latent_dist.mode()
+    expected = (expected - config.shift_factor) * config.scaling_factor
+    found = autoencoder.encode(mx.array(pictures.permute(0, 2, 3, 1).numpy()))
+    assert relative_error(found, expected.permute(0, 2, 3, 1)) < 1e-4
 
 
 def test_a_quantized_teacher_says_nearly_the_same(qwen, tmp_path):

@@ -105,6 +105,48 @@ def qwen_image_pipeline():
     )
 
 
+QWEN3_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+"""What Qwen3's chat template makes of one user's message."""
+
+
+def z_image_pipeline():
+    """diffusers' ZImagePipeline."""
+    torch, diffusers, transformers = libraries()
+    torch.manual_seed(0)
+    text = text_sizes(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64),
+        latent_channels=4,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=TEXT_DIMS,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 64, 64],
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=fill(vae),
+        text_encoder=fill(transformers.Qwen3Model(transformers.Qwen3Config(**text))),
+        tokenizer=byte_tokenizer(transformers, chat_template=QWEN3_TEMPLATE),
+        transformer=fill(transformer),
+    )
+
+
 class Reader:
     """Stands for a language model: states out of the prompt's letters."""
 

@@ -33,6 +33,29 @@ class QwenTransformerConfig:
         return self.num_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class ZImageTransformerConfig:
+    """Z-Image's transformer; the defaults are the public 6B network."""
+
+    num_layers: int = 30
+    num_refiner_layers: int = 2
+    hidden_size: int = 3840
+    num_heads: int = 30
+    latent_channels: int = 16
+    patch_size: int = 2
+    text_dims: int = 2560
+    frequency_dim: int = 256
+    time_hidden: int = 1024
+    time_dims: int = 256
+    """Width of the time's embedding."""
+    norm_eps: float = 1e-5
+    rope_axes: tuple[int, int, int] = (32, 48, 48)
+    rope_theta: float = 256.0
+
+    def __post_init__(self):
+        check_axes(self.rope_axes, self.hidden_size // self.num_heads)
+
+
 def check_axes(rope_axes: tuple[int, ...], head_dim: int) -> None:
     """`UserError` unless the axes are three, of pairs, and fill a head."""
     if len(rope_axes) != 3 or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
@@ -64,7 +87,13 @@ class Schedule:
 LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
 """What Qwen-Image-Lightning's LoRAs are made for."""
 
-TRANSFORMERS: dict[str, type] = {"qwen-image": QwenTransformerConfig}
+TURBO = Schedule(8, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
+"""What Z-Image-Turbo was distilled for."""
+
+TRANSFORMERS: dict[str, type] = {
+    "qwen-image": QwenTransformerConfig,
+    "z-image": ZImageTransformerConfig,
+}
 """`TeacherConfig.kind` -> config of its transformer."""
 
 

@@ -22,14 +22,21 @@ from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.qwen_transformer import QwenTransformer
 from mlx_snapgen.teachers.teacher import FlowTeacher
-from mlx_snapgen.teachers.text import FILES, QWEN_IMAGE, PromptEncoder, load_text_encoder
+from mlx_snapgen.teachers.text import (
+    FILES,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    PromptEncoder,
+    load_text_encoder,
+)
+from mlx_snapgen.teachers.z_image_transformer import ZImageTransformer
 from mlx_snapgen.weights import FEW_STEP, make_autoencoder
 
 FORMAT_VERSION = 1
 CONFIG = "teacher.json"
 
-NETWORKS = {"qwen-image": QwenTransformer}
-READINGS = {"qwen-image": QWEN_IMAGE}
+NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
+READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
 """`TeacherConfig.kind` -> class of the transformer, and how it has its prompts read."""
 
 

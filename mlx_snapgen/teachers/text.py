@@ -51,6 +51,17 @@ QWEN_IMAGE = Reading(
 """Qwen-Image's: Qwen2.5-VL's text tower, the template and its 34 tokens as in diffusers'
 QwenImagePipeline."""
 
+Z_IMAGE = Reading(
+    model_types=("qwen3",),
+    template="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    dropped=0,
+    max_length=512,
+    empty="",
+    skipped_layers=1,
+)
+"""Z-Image's: Qwen3's chat template, and the states before the last layer, as in diffusers'
+ZImagePipeline."""
+
 
 class PromptEncoder:
     """Prompts -> states of a language model.
