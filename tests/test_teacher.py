@@ -18,6 +18,7 @@ from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.config import LIGHTNING, QwenTransformerConfig, Schedule, TeacherConfig
 from mlx_snapgen.teachers.teacher import noise_levels
 from mlx_snapgen.text_encoder import Tokenizer
+from train import kdmd
 from train.kd import Student, make_gradients
 from train.teacher import CheckpointTeacher, load_teacher
 
@@ -199,3 +200,27 @@ def test_a_folder_that_is_damaged_says_where(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="it has no transformer"):
         load_teacher(folder)
+
+
+def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
+    """Student and critic are told what the student's own encoders say, the teacher its own text."""
+    own, _ = load_teacher(model_folder)
+    teacher = kdmd.other_teacher(qwen_folder, components.config.autoencoder)
+    model = kdmd.Distilled(own.network, (1.0,), teacher.feature_dims, rank=2, alpha=2.0)
+    batch = kdmd.Simulation(
+        model, teacher, (4, 4, 4), 2, lambda k: PROMPTS[k % 2], lambda n: 1.0, read=own.read
+    )(0)
+    text, mask = own.read(PROMPTS)
+    assert mx.array_equal(batch["student_text"], text) and mx.array_equal(
+        batch["student_mask"], mask
+    )
+    assert mx.array_equal(batch["text"], teacher.encode(PROMPTS).text)
+    gradients = kdmd.make_gradients(teacher, 4.0, teacher.has_few_step)
+    grads, metrics = gradients(model, batch, mx.random.key(0), 1.0, True)
+    assert set(metrics) == {"dmd_1", "critic_1"}
+    for name in (kdmd.STUDENT, kdmd.critic_name(1.0)):
+        moved = [mx.abs(g).max() for k, g in tree_flatten(grads) if name in k.split(".")]
+        assert max(moved) > 0
+    with pytest.raises(UserError, match="the student those of qwen-image"):
+        latents = dataclasses.replace(components.config.autoencoder, kind="qwen-image")
+        kdmd.other_teacher(qwen_folder, latents)

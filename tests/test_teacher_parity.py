@@ -2,15 +2,19 @@
 
 import copy
 import shutil
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
 
+import convert.teacher
+from convert import sample_teacher
 from convert.teacher import convert_teacher
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.sampler import denoise
+from mlx_snapgen.sampler import denoise, get_noise
 from mlx_snapgen.teachers.folder import load_flow_teacher
 from mlx_snapgen.teachers.teacher import noise_levels
 
@@ -136,6 +140,31 @@ def test_z_image_encodes_pictures_as_its_pipeline_does(z_image):
     expected = (expected - config.shift_factor) * config.scaling_factor
     found = autoencoder.encode(mx.array(pictures.permute(0, 2, 3, 1).numpy()))
     assert relative_error(found, expected.permute(0, 2, 3, 1)) < 1e-4
+
+
+def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch):
+    """convert.teacher, then convert.sample_teacher: the picture of diffusers' pipeline."""
+    pipeline, public, *_ = qwen
+    teacher, path = tmp_path / "teacher", tmp_path / "picture.png"
+    monkeypatch.setattr(sys, "argv", ["teacher", str(public), "--output", str(teacher)])
+    convert.teacher.main()
+    options = ["--height", "48", "--width", "80", "--steps", "2", "--seed", "7"]
+    sample_teacher.main([str(teacher), "a red car", "--output", str(path), *options])
+    noise = libraries()[0].tensor(np.array(get_noise(7, 6, 10, 4))).permute(0, 3, 1, 2)
+    picture = pipeline(
+        "a red car",
+        negative_prompt=" ",
+        true_cfg_scale=4.0,
+        num_inference_steps=2,
+        height=48,
+        width=80,
+        latents=pipeline._pack_latents(noise, 1, 4, 6, 10),
+        output_type="np",
+    ).images[0]
+    with Image.open(path) as drawn:
+        difference = np.abs(np.array(drawn) - 255 * picture)
+    assert difference.max() < 0.6
+    assert 255 * picture.std() > 20
 
 
 def test_a_quantized_teacher_says_nearly_the_same(qwen, tmp_path):
