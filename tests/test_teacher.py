@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -15,8 +16,15 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import linear_layers
 from mlx_snapgen.teachers import folder as folders
-from mlx_snapgen.teachers.config import LIGHTNING, QwenTransformerConfig, Schedule, TeacherConfig
+from mlx_snapgen.teachers.config import (
+    LIGHTNING,
+    TRANSFORMERS,
+    QwenTransformerConfig,
+    Schedule,
+    TeacherConfig,
+)
 from mlx_snapgen.teachers.teacher import noise_levels
+from mlx_snapgen.teachers.text import QWEN_IMAGE, load_text_encoder
 from mlx_snapgen.text_encoder import Tokenizer
 from train import kdmd
 from train.kd import Student, make_gradients
@@ -224,3 +232,18 @@ def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
     with pytest.raises(UserError, match="the student those of qwen-image"):
         latents = dataclasses.replace(components.config.autoencoder, kind="qwen-image")
         kdmd.other_teacher(qwen_folder, latents)
+
+
+@pytest.mark.parametrize(("kind", "billions"), [("qwen-image", 20.43), ("z-image", 6.15)])
+def test_the_defaults_are_the_public_sizes(kind, billions):
+    """Arrays are lazy: nothing of this is allocated."""
+    network = folders.NETWORKS[kind](TRANSFORMERS[kind]())
+    count = sum(p.size for _, p in tree_flatten(network.parameters()))
+    assert round(count / 1e9, 2) == billions
+
+
+def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
+    with pytest.raises(UserError, match=r"mlx_snapgen\[teacher\]"):
+        load_text_encoder(tmp_path, QWEN_IMAGE, 8)

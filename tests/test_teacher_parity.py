@@ -1,6 +1,7 @@
 """Whole teachers against diffusers' pipelines: reading, guidance, schedule, autoencoder, LoRA."""
 
 import copy
+import json
 import shutil
 import sys
 
@@ -17,6 +18,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.sampler import denoise, get_noise
 from mlx_snapgen.teachers.folder import load_flow_teacher
 from mlx_snapgen.teachers.teacher import noise_levels
+from mlx_snapgen.teachers.text import QWEN_IMAGE, Z_IMAGE, load_text_encoder
 
 PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
 
@@ -62,6 +64,45 @@ def test_qwen_image_reads_as_its_pipeline_does(qwen):
     assert relative_error(condition.text[:, :length], expected) < 1e-4
     empty, _ = pipeline.encode_prompt(" ")
     assert relative_error(condition.empty_text[:, : empty.shape[1]], empty) < 1e-4
+
+
+MLX = ("language_model.model.", "vision_tower.", "language_model.lm_head.")
+NESTED = ("model.language_model.", "model.visual.", "lm_head.")
+
+
+@pytest.mark.parametrize(("layout", "bits"), [(MLX, None), (MLX, 8), (NESTED, None)])
+def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, bits):
+    """Keys as mlx-community and newer checkpoints have them, quantized perhaps."""
+    _, public, teacher, _ = qwen
+    folder = tmp_path / "text_encoder"
+    shutil.copytree(public / "text_encoder", folder)
+    shutil.copytree(public / "tokenizer", folder, dirs_exist_ok=True)
+    weights = {}
+    for key, value in mx.load(str(folder / "model.safetensors")).items():
+        for old, new in zip(("model.", "visual.", "lm_head."), layout, strict=True):
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
+                break
+        if bits and "_proj.weight" in key and "vision" not in key and value.shape[1] % 32 == 0:
+            parts = mx.quantize(value, group_size=32, bits=bits)
+            names = (key, key.replace("weight", "scales"), key.replace("weight", "biases"))
+            weights |= dict(zip(names, parts, strict=True))
+        else:
+            weights[key] = value
+    assert all(any(key.startswith(prefix) for key in weights) for prefix in layout)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    if bits:
+        config["quantization"] = {"bits": bits, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    prompts = load_text_encoder(folder, QWEN_IMAGE, 32)
+    found, expected = prompts(PROMPTS)[0], teacher.encode(PROMPTS).text
+    error = relative_error(found, expected)
+    assert 0 < error < 0.1 if bits else error < 1e-6
+    with pytest.raises(UserError, match="holds a qwen2_5_vl, this teacher reads with a qwen3"):
+        load_text_encoder(folder, Z_IMAGE, 32)
+    with pytest.raises(UserError, match="gives states of 32, the teacher takes those of 48"):
+        load_text_encoder(folder, QWEN_IMAGE, 48)
 
 
 @pytest.mark.parametrize(("guidance", "steps"), [(4.0, 3), (1.0, 2)])

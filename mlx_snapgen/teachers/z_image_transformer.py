@@ -177,12 +177,11 @@ class ZImageTransformer(nn.Module):
 
         cap_rope = (mx.broadcast_to(a, (b, 1, *a.shape)) for a in cap_rope)
         rope = tuple(mx.concatenate(pair, axis=2) for pair in zip(rope, cap_rope, strict=True))
-        if cap_mask is not None:
-            everywhere = mx.ones((b, 1, 1, x.shape[1]), mx.bool_)
-            cap_mask = mx.concatenate([everywhere, cap_mask], axis=-1)
+        everywhere = mx.ones((b, 1, 1, x.shape[1]), mx.bool_)
+        mask = mx.concatenate([everywhere, cap_mask], axis=-1)
         x = mx.concatenate([x, cap], axis=1)
         for block in self.layers:
-            x = block(x, rope, cap_mask, embedding)
+            x = block(x, rope, mask, embedding)
         x = x[:, :count]
         v = -self.all_final_layer[self._key](x, embedding)
         v = depth_to_space(v.reshape(b, *grid, -1), patch).astype(x_t.dtype)
@@ -190,7 +189,7 @@ class ZImageTransformer(nn.Module):
 
     def _caption(
         self, text: mx.array, mask: mx.array | None
-    ) -> tuple[mx.array, mx.array | None, mx.array]:
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Embedded captions (B, L, d) with L a multiple of 32, mask, filled-up lengths (B,)."""
         b, length, _ = text.shape
         if mask is None:
