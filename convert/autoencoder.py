@@ -1,10 +1,10 @@
-"""Give a model a public autoencoder: Qwen-Image's, or the tiny one of the same latents.
+"""Give a model a public autoencoder: Qwen-Image's, the tiny one of its latents, or Flux's.
 
     python -m convert.autoencoder Qwen-Image/vae --model my-model --output my-model-qwen
     python -m convert.autoencoder taew2_1.safetensors --model my-model --output my-model-tiny
 
-The first source is a folder as diffusers has it, the second a .safetensors file of the TAEHV
-family. The model must have been trained on their latents.
+The first source is a folder as diffusers has it (Flux's is Z-Image's too), the second a
+.safetensors file of the TAEHV family. The model must have been trained on their latents.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import TAEW2_1, AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.kl_autoencoder import NUM_GROUPS, KLAutoencoder
 from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
 from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
 from mlx_snapgen.weights import FORMAT_VERSION, load_config
@@ -36,8 +37,19 @@ Weights = dict[str, mx.array]
 
 
 def read_autoencoder(source: Path) -> Autoencoder:
-    """The public autoencoder in `source`, float32: `read_qwen_image` or `read_taehv`."""
-    return read_qwen_image(source) if source.is_dir() else read_taehv(source)
+    """The public autoencoder in `source`, float32; a file is of the TAEHV family.
+
+    Raises:
+        UserError: another network, or a key that is missing, unknown or misshapen.
+    """
+    if not source.is_dir():
+        return read_taehv(source)
+    path = source / "config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
+    return read_kl(source) if name == "AutoencoderKL" else read_qwen_image(source)
 
 
 # --- Qwen-Image -------------------------------------------------------------------------------
@@ -101,6 +113,68 @@ def qwen_image_weights(public: Weights) -> Weights:
         if value.ndim == 5:
             value = value[:, :, -1]
         weights[name] = _kernel(value)
+    return weights
+
+
+# --- Flux and Z-Image -------------------------------------------------------------------------
+
+
+def read_kl(folder: Path) -> KLAutoencoder:
+    """Load diffusers' AutoencoderKL from its folder; `UserError` as in `read_qwen_image`."""
+    path = folder / "config.json"
+    try:
+        config = kl_config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe an AutoencoderKL: {error!r}") from None
+    path = folder / "diffusion_pytorch_model.safetensors"
+    return _filled(KLAutoencoder(config), kl_weights(_read(path)), path)
+
+
+def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
+    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
+    only = {
+        "norm_num_groups": NUM_GROUPS,
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+        "in_channels": 3,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise UserError(f"only an AutoencoderKL with {key} {value} is supported")
+    channels, count = tuple(values["block_out_channels"]), values["layers_per_block"]
+    latents = values["latent_channels"]
+    return AutoencoderConfig(
+        kind="kl",
+        latent_channels=latents,
+        encoder_channels=channels,
+        decoder_channels=channels[::-1],
+        encoder_blocks=(count,) * len(channels),
+        decoder_blocks=(count + 1,) * len(channels),
+        latents_mean=(values["shift_factor"] or 0.0,) * latents,
+        latents_std=(1 / values["scaling_factor"],) * latents,
+    )
+
+
+def kl_weights(public: Weights) -> Weights:
+    """diffusers' keys and layout to ours: q, k and v of the attention become one matrix.
+
+    A key that is not known is kept under its name, so that strict loading finds it.
+    """
+    weights = {}
+    for key, value in public.items():
+        name = key.replace("attentions.0.group_norm.", "attentions.0.norm.")
+        weights[name.replace("attentions.0.to_out.0.", "attentions.0.proj.")] = _kernel(value)
+    for part in ("encoder", "decoder"):
+        for kind in ("weight", "bias"):
+            place = f"{part}.mid_block.attentions.0"
+            names = [f"{place}.to_{n}.{kind}" for n in "qkv"]
+            if all(name in weights for name in names):
+                joined = mx.concatenate([weights.pop(name) for name in names])
+                weights[f"{place}.to_qkv.{kind}"] = joined
     return weights
 
 

@@ -104,7 +104,7 @@ class AutoencoderConfig:
 
     Channels and blocks are listed in the order of computation. The kind "convolutional", the
     default model's, has channels at 1/4 and 1/8 of the picture's side and at 1/8, 1/4 and 1/2. The
-    kinds "qwen-image" and "taehv" have them at 1, 1/2, 1/4 and 1/8 and back.
+    kinds "qwen-image", "taehv" and "kl" have them at 1, 1/2, 1/4 and 1/8 and back.
     """
 
     kind: str = "convolutional"

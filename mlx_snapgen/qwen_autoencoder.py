@@ -103,7 +103,7 @@ class Upsample(nn.Module):
 class QwenEncoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        _check_levels("encoder", config.encoder_channels, config.encoder_blocks)
+        check_levels("encoder", config.encoder_channels, config.encoder_blocks)
         channels = config.encoder_channels[0]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down_blocks = []
@@ -146,7 +146,7 @@ class UpBlock(nn.Module):
 class QwenDecoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        _check_levels("decoder", config.decoder_channels, config.decoder_blocks)
+        check_levels("decoder", config.decoder_channels, config.decoder_blocks)
         channels = config.decoder_channels[0]
         self.post_quant_conv = nn.Linear(config.latent_channels, config.latent_channels)
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
@@ -189,7 +189,8 @@ class QwenAutoencoder(Autoencoder):
     encoder_class, decoder_class = QwenEncoder, QwenDecoder
 
 
-def _check_levels(part: str, channels: Sequence[int], blocks: Sequence[int]) -> None:
+def check_levels(part: str, channels: Sequence[int], blocks: Sequence[int]) -> None:
+    """`UserError` unless there are channels and blocks for four resolutions."""
     if len(channels) != 4 or len(blocks) != 4:
         raise UserError(
             f"this autoencoder has four resolutions: {part}_channels {tuple(channels)} and "

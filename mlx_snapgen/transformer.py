@@ -38,6 +38,14 @@ def layer_norm(x: mx.array) -> mx.array:
     return mx.fast.layer_norm(x, None, None, 1e-6)
 
 
+def sinusoids(t: mx.array, dims: int) -> mx.array:
+    """t (B,) in [0, 1] -> (B, dims) in float32: cosines, then sines, of 1000 t."""
+    half = dims // 2
+    frequencies = mx.exp(-math.log(10000) * mx.arange(half) / half)
+    angles = 1000 * t.astype(mx.float32)[:, None] * frequencies
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0, 1] -> embedding (B, dims) of sinusoids of 1000 t through an MLP."""
 
@@ -45,12 +53,10 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(frequency_dim, dims)
         self.linear2 = nn.Linear(dims, dims)
-        self._half = frequency_dim // 2
+        self._frequency_dim = frequency_dim
 
     def __call__(self, t: mx.array) -> mx.array:
-        frequencies = mx.exp(-math.log(10000) * mx.arange(self._half) / self._half)
-        angles = 1000 * t.astype(mx.float32)[:, None] * frequencies
-        x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+        x = sinusoids(t, self._frequency_dim)
         return self.linear2(nn.silu(self.linear1(x.astype(self.linear1.bias.dtype))))
 
 

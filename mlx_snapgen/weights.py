@@ -36,6 +36,7 @@ from mlx_snapgen.elastic import ElasticLinear, extract
 from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.kl_autoencoder import KLAutoencoder
 from mlx_snapgen.lora import get_lora_weights, without_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
@@ -320,6 +321,7 @@ AUTOENCODERS = {
     "convolutional": Autoencoder,
     "qwen-image": QwenAutoencoder,
     "taehv": TinyAutoencoder,
+    "kl": KLAutoencoder,
 }
 """`AutoencoderConfig.kind` -> the class."""
 

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_snapgen.lora import add_lora
 from mlx_snapgen.weights import load_pretrained
 from train.engine import Trainer, TrainingConfig
-from train.kdmd import Distilled, Simulation, critic_name, make_gradients
+from train.kdmd import STUDENT_TEXT, Distilled, Simulation, critic_name, make_gradients
 from train.losses import add_noise, expand, sample_tau
 from train.teacher import CheckpointTeacher, Condition, acting
 
@@ -34,10 +34,12 @@ def parts(model_folder):
 def make_batch(model, teacher, seed=0):
     channels = model.network.config.latent_channels
     mx.random.seed(seed)
+    condition = teacher.encode(PROMPTS)
     return {
         "x_t": mx.random.normal((3, 4, 4, channels)),
         "sigma": mx.array([1.0, 0.75, 0.5]),
-        **teacher.encode(PROMPTS)._asdict(),
+        **condition._asdict(),
+        **dict(zip(STUDENT_TEXT, (condition.text, condition.mask), strict=True)),
     }
 
 

@@ -4,9 +4,10 @@ SnapGen++ section 3.3, eqs. 9-10. Every iteration the student draws from noise (
 simulation) and a critic of its width learns to denoise what it drew. Every fifth, the student
 moves along the distribution-matching gradient (teacher with guidance against critic) and towards
 the few-step teacher's output and features, both at the student's own x_t. Student, critics and
-few-step teacher are LoRAs over one set of base weights, which is also the teacher.
+few-step teacher are LoRAs over one set of base weights, which is also the teacher; `--teacher`
+names another one, with a few-step mode of its own.
 
-Without `--few-step-lora` this is DMD alone. Run so at `--widths full`, it makes the few-step
+Without a few-step mode this is DMD alone. Run so at `--widths full`, it makes the few-step
 teacher itself. No pictures are needed: captions are enough.
 """
 
@@ -20,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.config import FOUR_STEPS, WIDTH_NAMES
+from mlx_snapgen.config import FOUR_STEPS, WIDTH_NAMES, AutoencoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora import LoRALinear, add_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
@@ -38,10 +39,12 @@ from train.losses import (
 )
 from train.previews import Previews
 from train.scenes import training_scene
-from train.teacher import CheckpointTeacher, Condition, Teacher, acting
+from train.teacher import CheckpointTeacher, Condition, Teacher, acting, load_teacher
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
 STUDENT = "student"
+STUDENT_TEXT = ("student_text", "student_mask")
+"""In a batch, the joined text (B, L, D) and mask (B, L) that student and critic are told."""
 
 
 def critic_name(width: float) -> str:
@@ -89,15 +92,17 @@ def make_gradients(
 ) -> Callable[..., tuple[dict, dict[str, mx.array]]]:
     """The gradient function for `Trainer`: (model, batch, key, width, student_turn).
 
-    `batch` holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), and
-    the encoded prompts. The critic's gradients come every time, the student's and the projector's
-    on its turn; the optimizer leaves alone what has none.
+    `batch` holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), and the
+    prompts as the teacher reads them (`Condition`) and as the student does (`STUDENT_TEXT`). The
+    critic's gradients come every time, the student's and the projector's on its turn; the
+    optimizer leaves alone what has none.
     """
 
     def gradients(model: Distilled, batch: Batch, key: mx.array, width: float, student_turn: bool):
         network, x_t, sigma = model.network, batch["x_t"], batch["sigma"]
         condition = Condition(*(batch[name] for name in Condition._fields))
-        text, mask, critic = condition.text, condition.mask, critic_name(width)
+        text, mask = (batch[name] for name in STUDENT_TEXT)
+        critic = critic_name(width)
         keys = mx.random.split(key, 4)
         params = model.trainable_parameters()
 
@@ -153,7 +158,8 @@ class Simulation:
     """Backward simulation: batches of x_t that the student itself would meet.
 
     A batch picks a step of the schedule, runs the student up to it without gradient (predict x0,
-    noise it afresh to the next level), and stops there.
+    noise it afresh to the next level), and stops there. `read` makes prompts into the student's
+    text and mask; None where the teacher is of the student's own weights, which reads for both.
     """
 
     def __init__(
@@ -167,8 +173,9 @@ class Simulation:
         num_steps: int = FOUR_STEPS.num_inference_steps,
         time_shift: float = FOUR_STEPS.time_shift,
         seed: int = 0,
+        read: Callable[[Sequence[str]], tuple[mx.array, mx.array]] | None = None,
     ):
-        self.model, self.teacher, self.shape = model, teacher, shape
+        self.model, self.teacher, self.shape, self.read = model, teacher, shape, read
         self.batch_size, self.prompts, self.width_of = batch_size, prompts, width_of
         self.levels = get_schedule(num_steps, time_shift)
         self.seed = seed
@@ -187,14 +194,29 @@ class Simulation:
         stop, width = int(rng.integers(len(self.levels) - 1)), self.width_of(number)
         prompts = [self.prompts(start + k) for k in range(count)]
         condition = self.teacher.encode(prompts)
+        text, mask = self.read(prompts) if self.read else (condition.text, condition.mask)
         keys = mx.random.split(mx.random.key(int(rng.integers(2**32))), stop + 1)
         x_t = mx.random.normal((count, *self.shape), key=keys[0])
         for i in range(stop):
             sigma, following = (mx.full((count,), s) for s in self.levels[i : i + 2])
-            x0 = self._predict(x_t, sigma, condition.text, condition.mask, width)
+            x0 = self._predict(x_t, sigma, text, mask, width)
             x_t = add_noise(x0, mx.random.normal(x0.shape, key=keys[i + 1]), following)
         sigma = mx.full((count,), self.levels[stop])
-        return {"x_t": x_t, "sigma": sigma, **condition._asdict()}
+        told = dict(zip(STUDENT_TEXT, (text, mask), strict=True))
+        return {"x_t": x_t, "sigma": sigma, **condition._asdict(), **told}
+
+
+def other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
+    """The teacher in `folder`; `UserError` when it knows other latents than the student."""
+    teacher, autoencoder = load_teacher(folder)
+    theirs = autoencoder.config
+    if (theirs.kind, theirs.latent_channels) != (latents.kind, latents.latent_channels):
+        raise UserError(
+            f"the teacher knows the latents of {theirs.kind} ({theirs.latent_channels} channels), "
+            f"the student those of {latents.kind} ({latents.latent_channels}): distil the student "
+            "with train.kd from this teacher first"
+        )
+    return teacher
 
 
 def main() -> None:
@@ -207,6 +229,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the student's LoRA to write")
     parser.add_argument(
         "--few-step-lora", type=Path, help="few-step teacher; without it, DMD alone"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        help="folder of another teacher of the same latents, with its own few-step mode",
     )
     parser.add_argument(
         "--widths", nargs="+", choices=list(WIDTH_NAMES), default=list(WIDTH_NAMES), metavar="W"
@@ -223,6 +250,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         raise UserError(f"{args.output} exists already: choose another name or delete it")
+    if args.teacher and args.few_step_lora:
+        raise UserError("--teacher brings its own few-step mode: leave out --few-step-lora")
 
     mx.random.seed(args.seed)
     components = load_pretrained(args.model)
@@ -231,7 +260,8 @@ def main() -> None:
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, 0.0, FEW_STEP)
     few_step = FEW_STEP if args.few_step_lora else None
-    teacher = CheckpointTeacher(network, components.text_encoders, few_step)
+    own = CheckpointTeacher(network, components.text_encoders, few_step)
+    teacher = own if args.teacher is None else other_teacher(args.teacher, config.autoencoder)
     widths = [WIDTH_NAMES[name] for name in args.widths]
     for width in widths:
         config.transformer.width_index(width)
@@ -251,6 +281,7 @@ def main() -> None:
         lambda k: training_scene(args.seed, k, args.num_nouns).caption,
         width_of,
         seed=args.seed,
+        read=None if teacher is own else own.read,
     )
     training = TrainingConfig(
         steps=args.steps,
@@ -264,7 +295,7 @@ def main() -> None:
     )
     finished = Trainer(
         model,
-        make_gradients(teacher, args.guidance, bool(few_step)),
+        make_gradients(teacher, args.guidance, teacher.has_few_step),
         batches,
         training,
         args.run_dir,

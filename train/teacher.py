@@ -1,55 +1,25 @@
-"""What distillation asks of a teacher, and the first one: any checkpoint of this project.
+"""Where trainers get their teacher: any checkpoint of this project, or a public model.
 
-A teacher is a flow model with guidance, last-layer features, and a few-step mode that a LoRA
-switches on inside the same weights. Trainers know this interface and nothing of what is behind it.
+Trainers know the interface `Teacher` and nothing of what is behind it.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.lora import get_lora_weights, lora_weights
 from mlx_snapgen.sampler import guide
+from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
+from mlx_snapgen.teachers.teacher import Condition, Teacher
 from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import load_pretrained
 
-
-class Condition(NamedTuple):
-    """Encoded prompts: text (B, L, D), mask (B, L), and both of the empty prompt (1, ...)."""
-
-    text: mx.array
-    mask: mx.array
-    empty_text: mx.array
-    empty_mask: mx.array
-
-
-class Teacher(Protocol):
-    """A frozen flow model. x_t is (B, H, W, C), t is (B,), velocities are shaped like x_t."""
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as this teacher wants them."""
-
-    def velocity(
-        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
-    ) -> mx.array:
-        """The many-step model's velocity (xi); a scale of 1 is no guidance."""
-
-    def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
-    ) -> tuple[mx.array, mx.array]:
-        """Velocity without guidance and last-layer features (B, N, D).
-
-        With `few_step` the few-step LoRA is on (xi').
-        """
-
-    @property
-    def feature_dims(self) -> int:
-        """D of the features."""
+__all__ = ["CheckpointTeacher", "Condition", "Teacher", "acting", "load_teacher"]
 
 
 @contextlib.contextmanager
@@ -80,11 +50,17 @@ class CheckpointTeacher:
         """See `Teacher.feature_dims`."""
         return self.network.config.hidden_size
 
+    @property
+    def has_few_step(self) -> bool:
+        """See `Teacher.has_few_step`."""
+        return self.few_step is not None
+
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Teacher.encode`."""
-        return Condition(*self._encode(prompts), *self._encode([""]))
+        return Condition(*self.read(prompts), *self.read([""]))
 
-    def _encode(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+    def read(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> the network's joined text (B, L, D) and mask (B, L)."""
         with acting(self.network):
             return encode_prompts(prompts, self.text_encoders, self.network)
 
@@ -111,7 +87,12 @@ class CheckpointTeacher:
 
 
 def load_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
-    """A teacher and the autoencoder whose latents it knows, from a model folder."""
+    """A teacher and the autoencoder whose latents it knows.
+
+    `folder` is a model of this project, or a public one that `convert.teacher` wrote.
+    """
+    if is_teacher(folder):
+        return load_flow_teacher(folder)
     components = load_pretrained(folder)
     teacher = CheckpointTeacher(components.transformer, components.text_encoders)
     return teacher, components.autoencoder

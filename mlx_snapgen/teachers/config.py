@@ -1,0 +1,134 @@
+"""What a teacher is made of, as frozen dataclasses. No mlx here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, AutoencoderConfig, from_dict
+from mlx_snapgen.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class QwenTransformerConfig:
+    """Qwen-Image's transformer; the defaults are the public 20B network."""
+
+    num_layers: int = 60
+    num_heads: int = 24
+    head_dim: int = 128
+    latent_channels: int = 16
+    patch_size: int = 2
+    text_dims: int = 3584
+    """Width of the text encoder's states."""
+    frequency_dim: int = 256
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    """Share of each head that turns with the frame, the row and the column."""
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        check_axes(self.rope_axes, self.head_dim)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of both streams."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class ZImageTransformerConfig:
+    """Z-Image's transformer; the defaults are the public 6B network."""
+
+    num_layers: int = 30
+    num_refiner_layers: int = 2
+    hidden_size: int = 3840
+    num_heads: int = 30
+    latent_channels: int = 16
+    patch_size: int = 2
+    text_dims: int = 2560
+    frequency_dim: int = 256
+    time_hidden: int = 1024
+    time_dims: int = 256
+    """Width of the time's embedding."""
+    norm_eps: float = 1e-5
+    rope_axes: tuple[int, int, int] = (32, 48, 48)
+    rope_theta: float = 256.0
+
+    def __post_init__(self):
+        check_axes(self.rope_axes, self.hidden_size // self.num_heads)
+
+
+def check_axes(rope_axes: tuple[int, ...], head_dim: int) -> None:
+    """`UserError` unless the axes are three, of pairs, and fill a head."""
+    if len(rope_axes) != 3 or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
+        raise UserError(
+            f"rope_axes {tuple(rope_axes)} must be three even numbers that sum to {head_dim}"
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a teacher is sampled; its noise levels are diffusers' FlowMatchEulerDiscreteScheduler's.
+
+    The time shift is e^mu, mu linear in the number of picture tokens: `log_shifts` at `tokens`.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    log_shifts: tuple[float, float] = (0.5, 0.9)
+    tokens: tuple[int, int] = (256, 8192)
+    terminal: float = 0.0
+    """The levels are stretched so that the last one before 0 is this; 0 leaves them."""
+
+    def time_shift(self, num_tokens: int) -> float:
+        """Shift of the noise levels for a picture of so many tokens."""
+        (low, high), (few, many) = self.log_shifts, self.tokens
+        return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+
+
+LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
+"""What Qwen-Image-Lightning's LoRAs are made for."""
+
+TURBO = Schedule(8, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
+"""What Z-Image-Turbo was distilled for."""
+
+TRANSFORMERS: dict[str, type] = {
+    "qwen-image": QwenTransformerConfig,
+    "z-image": ZImageTransformerConfig,
+}
+"""`TeacherConfig.kind` -> config of its transformer."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A public flow model as a teacher: one `teacher.json`."""
+
+    kind: str = "qwen-image"
+    transformer: Any = field(default_factory=QwenTransformerConfig)
+    autoencoder: AutoencoderConfig = QWEN_IMAGE_AUTOENCODER
+    schedule: Schedule = field(default_factory=lambda: Schedule(terminal=0.02))
+    few_step: Schedule | None = None
+    """How to sample with the few-step LoRA in the folder, or without one if the model itself is
+    distilled; None when there is no such mode."""
+    text_encoder: str = "text_encoder"
+    """Folder, absolute or in the teacher's, or Hugging Face repository, in the format of Hugging
+    Face or mlx-lm, its tokenizer included."""
+    quantization: dict[str, int] | None = None
+    """How the transformer's blocks are stored: `{"bits": 4, "group_size": 64}`."""
+
+    def __post_init__(self):
+        if self.transformer.latent_channels != self.autoencoder.latent_channels:
+            raise UserError(
+                f"the transformer takes {self.transformer.latent_channels} latent channels, "
+                f"the autoencoder gives {self.autoencoder.latent_channels}"
+            )
+
+
+def teacher_config(values: dict[str, Any]) -> TeacherConfig:
+    """`TeacherConfig` from JSON values; `UserError`: an unknown kind or key."""
+    kind = values.get("kind")
+    if kind not in TRANSFORMERS:
+        known = ", ".join(TRANSFORMERS)
+        raise UserError(
+            f"unknown teacher kind '{kind}'{nearest(str(kind), TRANSFORMERS)}, known: {known}"
+        )
+    transformer = from_dict(TRANSFORMERS[kind], values.get("transformer", {}))
+    return from_dict(TeacherConfig, values | {"transformer": transformer})

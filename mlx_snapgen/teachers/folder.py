@@ -1,0 +1,160 @@
+"""A teacher on disk: a folder that `convert.teacher` writes.
+
+teacher.json                 TeacherConfig, and `format_version`
+transformer-00001.safetensors, ...  the network, in as many files as it came in
+few_step.safetensors         optional: the LoRA of its few-step mode
+autoencoder.safetensors
+text_encoder/                the language model and its tokenizer, unless the config names
+                             another place
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.hub import find_model
+from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
+from mlx_snapgen.teachers.qwen_transformer import QwenTransformer
+from mlx_snapgen.teachers.teacher import FlowTeacher
+from mlx_snapgen.teachers.text import (
+    FILES,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    PromptEncoder,
+    load_text_encoder,
+)
+from mlx_snapgen.teachers.z_image_transformer import ZImageTransformer
+from mlx_snapgen.weights import FEW_STEP, make_autoencoder
+
+FORMAT_VERSION = 1
+CONFIG = "teacher.json"
+
+NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
+READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
+"""`TeacherConfig.kind` -> class of the transformer, and how it has its prompts read."""
+
+
+def is_teacher(folder: Path) -> bool:
+    """Whether `folder` is one of a public teacher."""
+    return (folder / CONFIG).is_file()
+
+
+def load_flow_teacher(folder: Path, lazy: bool = False) -> tuple[FlowTeacher, Autoencoder]:
+    """A teacher and the autoencoder whose latents it knows.
+
+    On the CPU everything is float32; on a GPU weights keep the type they are stored in. Quantized
+    layers stay packed.
+
+    Args:
+        lazy: leave the transformer's weights on disk until they are first used, so that the text
+            encoder can be freed before. Not for compiled functions.
+
+    Raises:
+        UserError: no teacher, or one with damaged, missing, unknown or misshapen weights.
+    """
+    config = load_teacher_config(folder)
+    dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+    network = load_network(folder, config, dtype)
+    autoencoder = make_autoencoder(config.autoencoder)
+    _fill(autoencoder, [folder / "autoencoder.safetensors"], mx.float32)
+    if not lazy:
+        mx.eval(network.parameters())
+    mx.eval(autoencoder.parameters())
+    return FlowTeacher(config, network, load_prompts(folder, config, dtype)), autoencoder
+
+
+def load_teacher_config(folder: Path) -> TeacherConfig:
+    """`teacher.json` of a folder; `UserError` when it is missing, foreign or too new."""
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("format_version")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is not a teacher: no {CONFIG}. python -m convert.teacher makes one"
+        ) from None
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
+            "upgrade it"
+        )
+    try:
+        return teacher_config(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
+
+
+def load_network(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None = None) -> nn.Module:
+    """The transformer, lazily, and its few-step LoRA, switched off, where there is one."""
+    network = NETWORKS[config.kind](config.transformer)
+    paths = sorted(folder.glob("transformer-*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} is incomplete: it has no transformer-*.safetensors")
+    _fill(network, paths, dtype, config.quantization)
+    network.freeze()
+    path = folder / f"{FEW_STEP}.safetensors"
+    if path.is_file():
+        load_lora(path, network, 0.0, FEW_STEP)
+    return network
+
+
+def load_prompts(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None) -> PromptEncoder:
+    """The text encoder, in the teacher's folder or where its config says."""
+    source = folder / config.text_encoder
+    if not source.is_dir():
+        source = find_model(config.text_encoder, files=FILES)
+    return load_text_encoder(source, READINGS[config.kind], config.transformer.text_dims, dtype)
+
+
+def _fill(
+    module: nn.Module,
+    paths: list[Path],
+    dtype: mx.Dtype | None,
+    quantization: dict[str, int] | None = None,
+) -> None:
+    """Put the weights of all `paths` into `module`, lazily, all of them and nothing else."""
+    weights: dict[str, mx.array] = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path.parent} is incomplete: {path.name} is missing")
+        try:
+            weights |= mx.load(str(path))
+        except RuntimeError as error:
+            raise UserError(f"{path} is damaged ({error}): get it again") from None
+    if quantization is not None:
+        nn.quantize(
+            module, **quantization, class_predicate=lambda name, _: f"{name}.scales" in weights
+        )
+    try:
+        module.load_weights(list(weights.items()))
+    except ValueError as error:
+        listed = " ".join(str(error).split())[:300]
+        raise UserError(f"{paths[0]} does not fit its config: {listed}") from None
+    if dtype is not None:
+
+        def cast(value: mx.array) -> mx.array:
+            floating = mx.issubdtype(value.dtype, mx.floating)
+            return value.astype(dtype) if floating else value
+
+        module.update(tree_map(cast, module.parameters()))
+
+
+def quantizable(network: nn.Module, group_size: int) -> set[str]:
+    """Keys of the weights that may be stored quantized: the matrices inside the blocks."""
+    return {
+        key
+        for key, value in tree_flatten(network.parameters())
+        if key.split(".")[0] in network.BLOCKS
+        and value.ndim == 2
+        and value.shape[-1] % group_size == 0
+    }

@@ -1,0 +1,242 @@
+"""Qwen-Image's transformer (arXiv 2508.02324; diffusers' QwenImageTransformer2DModel).
+
+Text and picture are two streams with weights of their own that meet in joint attention. Modulation
+is adaLN-zero, per block and stream. Positions are MSRoPE: rows and columns counted from the
+picture's centre, and the text on the diagonal beyond its edge.
+"""
+
+import functools
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_snapgen.activations import gelu
+from mlx_snapgen.attention import attend, merge_heads, split_heads
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.teachers.config import QwenTransformerConfig
+from mlx_snapgen.teachers.rope import axis_frequencies, rotate
+from mlx_snapgen.transformer import layer_norm, sinusoids
+
+
+@functools.lru_cache(maxsize=32)
+def msrope_table(
+    height: int, width: int, text_length: int, axes: tuple[int, ...], theta: float
+) -> tuple[mx.array, mx.array]:
+    """Cosines and sines (text_length + height * width, head_dim/2): the text, then the picture.
+
+    A picture token stands at frame 0, rows -(height - height//2) .. height//2 - 1, columns alike;
+    text token i at max(height//2, width//2) + i on all three axes.
+    """
+    rows, columns = (np.arange(n) - (n - n // 2) for n in (height, width))
+    picture = np.stack(
+        [np.zeros(height * width), np.repeat(rows, width), np.tile(columns, height)], axis=-1
+    )
+    text = np.arange(text_length)[:, None] + max(height // 2, width // 2)
+    positions = np.concatenate([np.repeat(text, 3, axis=-1), picture])
+    frequencies = axis_frequencies(axes, theta)
+    angles = np.concatenate([positions[:, i : i + 1] * f for i, f in enumerate(frequencies)], -1)
+    return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
+
+
+def pack(x: mx.array, patch: int) -> mx.array:
+    """(B, H, W, C) -> tokens (B, H/p * W/p, C*p*p), channels outermost."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(b, (h // patch) * (w // patch), c * patch**2)
+
+
+def unpack(tokens: mx.array, height: int, width: int, patch: int) -> mx.array:
+    """Inverse of `pack`, for latents of `height` x `width`."""
+    b, h, w = tokens.shape[0], height // patch, width // patch
+    x = tokens.reshape(b, h, w, -1, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(b, height, width, -1)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, frequency_dim: int, dims: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(frequency_dim, dims)
+        self.linear_2 = nn.Linear(dims, dims)
+
+
+class TimeEmbedding(nn.Module):
+    """Noise level (B,) in [0, 1] -> (B, dims)."""
+
+    def __init__(self, frequency_dim: int, dims: int):
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(frequency_dim, dims)
+        self._frequency_dim = frequency_dim
+
+    def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
+        x = self.timestep_embedder.linear_1(sinusoids(t, self._frequency_dim).astype(dtype))
+        return self.timestep_embedder.linear_2(nn.silu(x))
+
+
+class GELULinear(nn.Module):
+    def __init__(self, dims: int, hidden_dims: int):
+        super().__init__()
+        self.proj = nn.Linear(dims, hidden_dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        # The identity stands where the public network has its dropout, for the numbers' sake.
+        self.net = [GELULinear(dims, 4 * dims), nn.Identity(), nn.Linear(4 * dims, dims)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class JointAttention(nn.Module):
+    """Attention over both streams at once, text first; RMS norm of q and k per head."""
+
+    def __init__(self, dims: int, head_dim: int):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dims, dims) for _ in range(3))
+        self.to_out = [nn.Linear(dims, dims)]
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+            nn.Linear(dims, dims) for _ in range(3)
+        )
+        self.to_add_out = nn.Linear(dims, dims)
+        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=1e-6) for _ in range(2))
+        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head_dim, eps=1e-6) for _ in range(2))
+        self._head_dim = head_dim
+
+    def __call__(
+        self,
+        picture: mx.array,
+        text: mx.array,
+        rope: tuple[mx.array, mx.array],
+        mask: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """picture (B, N, d), text (B, L, d), mask (B, 1, 1, L + N) -> the same two shapes."""
+
+        def heads(of_text: mx.array, of_picture: mx.array) -> tuple[mx.array, mx.array]:
+            return split_heads(of_text, self._head_dim), split_heads(of_picture, self._head_dim)
+
+        q_text, q = heads(self.add_q_proj(text), self.to_q(picture))
+        k_text, k = heads(self.add_k_proj(text), self.to_k(picture))
+        v = mx.concatenate(heads(self.add_v_proj(text), self.to_v(picture)), axis=2)
+        q = mx.concatenate([self.norm_added_q(q_text), self.norm_q(q)], axis=2)
+        k = mx.concatenate([self.norm_added_k(k_text), self.norm_k(k)], axis=2)
+        out = merge_heads(attend(rotate(q, *rope), rotate(k, *rope), v, mask))
+        length = text.shape[1]
+        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+
+
+class Block(nn.Module):
+    """One dual-stream block."""
+
+    def __init__(self, dims: int, head_dim: int):
+        super().__init__()
+        self.img_mod = [nn.SiLU(), nn.Linear(dims, 6 * dims)]
+        self.txt_mod = [nn.SiLU(), nn.Linear(dims, 6 * dims)]
+        self.attn = JointAttention(dims, head_dim)
+        self.img_mlp = FeedForward(dims)
+        self.txt_mlp = FeedForward(dims)
+
+    def __call__(
+        self,
+        picture: mx.array,
+        text: mx.array,
+        embedding: mx.array,
+        rope: tuple[mx.array, mx.array],
+        mask: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """picture (B, N, d), text (B, L, d), embedding of the time (B, d) -> both streams."""
+        streams = []
+        for x, (activate, linear) in ((picture, self.img_mod), (text, self.txt_mod)):
+            modulation = linear(activate(embedding))[:, None]
+            # shift, scale, gate of attention, then of the MLP: six of (B, 1, d)
+            streams.append((x, mx.split(modulation, 6, axis=-1)))
+        modulated = [layer_norm(x) * (1 + m[1]) + m[0] for x, m in streams]
+        attended = self.attn(*modulated, rope, mask)
+        done = []
+        for (x, m), out, mlp in zip(streams, attended, (self.img_mlp, self.txt_mlp), strict=True):
+            x = x + m[2] * out
+            done.append(x + m[5] * mlp(layer_norm(x) * (1 + m[4]) + m[3]))
+        return done[0], done[1]
+
+
+class ModulatedNorm(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = nn.Linear(dims, 2 * dims)
+
+    def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
+        scale, shift = mx.split(self.linear(nn.silu(embedding))[:, None], 2, axis=-1)
+        return layer_norm(x) * (1 + scale) + shift
+
+
+class QwenTransformer(nn.Module):
+    """Velocity v = eps - x0 of Qwen-Image's latents."""
+
+    BLOCKS = ("transformer_blocks",)
+    """Where the layers are that may be quantized."""
+
+    def __init__(self, config: QwenTransformerConfig):
+        super().__init__()
+        self.config = config
+        d, packed = config.hidden_size, config.latent_channels * config.patch_size**2
+        self.img_in = nn.Linear(packed, d)
+        self.txt_norm = nn.RMSNorm(config.text_dims, eps=1e-6)
+        self.txt_in = nn.Linear(config.text_dims, d)
+        self.time_text_embed = TimeEmbedding(config.frequency_dim, d)
+        self.transformer_blocks = [Block(d, config.head_dim) for _ in range(config.num_layers)]
+        self.norm_out = ModulatedNorm(d)
+        self.proj_out = nn.Linear(d, packed)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Floating type of the weights."""
+        # A norm's weight is never quantized.
+        return self.txt_norm.weight.dtype
+
+    def __call__(
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        text: mx.array,
+        mask: mx.array | None = None,
+        return_features: bool = False,
+    ) -> mx.array | tuple[mx.array, mx.array]:
+        """Predict the velocity.
+
+        Args:
+            x_t: noisy latents (B, H, W, C), normalised; H and W divide by the patch size.
+            t: noise level (B,) in [0, 1].
+            text: states of the text encoder (B, L, text_dims).
+            mask: (B, L), true where a text token counts; None when all do. Padding stands on the
+                right and changes nothing.
+            return_features: also return the picture stream after the last block (B, N, d).
+
+        Returns:
+            v (B, H, W, C), and the features when asked for, in the type of x_t.
+        """
+        config = self.config
+        b, height, width, _ = x_t.shape
+        patch = config.patch_size
+        if height % patch or width % patch:
+            raise UserError(
+                f"latents of {height}x{width} do not divide by {patch}: choose a picture size "
+                f"that divides by {8 * patch}"
+            )
+        x = self.img_in(pack(x_t, patch).astype(self.dtype))
+        h = self.txt_in(self.txt_norm(text.astype(self.dtype)))
+        if mask is not None:
+            everywhere = mx.ones((b, x.shape[1]), mx.bool_)
+            mask = mx.concatenate([mask.astype(mx.bool_), everywhere], axis=1)[:, None, None]
+        embedding = self.time_text_embed(t, self.dtype)
+        rope = msrope_table(
+            height // patch, width // patch, h.shape[1], config.rope_axes, config.rope_theta
+        )
+        for block in self.transformer_blocks:
+            x, h = block(x, h, embedding, rope, mask)
+        v = unpack(self.proj_out(self.norm_out(x, embedding)), height, width, patch)
+        v = v.astype(x_t.dtype)
+        return (v, x.astype(x_t.dtype)) if return_features else v

@@ -1,0 +1,154 @@
+"""What distillation asks of a teacher, and the public ones that meet it.
+
+A teacher is a flow model with guidance, last-layer features, and a few-step mode that a LoRA
+switches on inside the same weights.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_snapgen.autoencoder import space_to_depth
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora import get_lora_weights, lora_weights
+from mlx_snapgen.sampler import get_schedule, guide
+from mlx_snapgen.teachers.config import Schedule, TeacherConfig
+from mlx_snapgen.teachers.text import PromptEncoder
+
+
+class Condition(NamedTuple):
+    """Encoded prompts: text (B, L, D), mask (B, L), and both of the empty prompt (1, ...)."""
+
+    text: mx.array
+    mask: mx.array
+    empty_text: mx.array
+    empty_mask: mx.array
+
+
+class Teacher(Protocol):
+    """A frozen flow model. x_t is (B, H, W, C), t is (B,), velocities are shaped like x_t."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts as this teacher wants them."""
+
+    def velocity(
+        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+    ) -> mx.array:
+        """The many-step model's velocity (xi); a scale of 1 is no guidance."""
+
+    def velocity_and_features(
+        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """Velocity without guidance and last-layer features (B, N, D).
+
+        With `few_step` the few-step LoRA is on (xi').
+        """
+
+    @property
+    def feature_dims(self) -> int:
+        """D of the features."""
+
+    @property
+    def has_few_step(self) -> bool:
+        """Whether there is a few-step mode."""
+
+
+class FlowTeacher:
+    """A public network as a teacher.
+
+    Args:
+        config: of the teacher. A few-step mode without an adapter in `network` is that of a model
+            that is distilled as it is.
+        network: called with (x_t, t, text, mask, return_features); of adapters it has the few-step
+            one at most.
+        prompts: its text encoder; None once it was freed.
+    """
+
+    def __init__(self, config: TeacherConfig, network: nn.Module, prompts: PromptEncoder | None):
+        self.config, self.network, self.prompts = config, network, prompts
+        self._empty: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def feature_dims(self) -> int:
+        """See `Teacher.feature_dims`."""
+        return self.config.transformer.hidden_size
+
+    @property
+    def has_few_step(self) -> bool:
+        """See `Teacher.has_few_step`."""
+        return self.config.few_step is not None
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Teacher.encode`."""
+        if self.prompts is None:
+            raise UserError("this teacher's text encoder was freed: load the teacher again")
+        if self._empty is None:
+            self._empty = self.prompts([self.prompts.reading.empty])
+        return Condition(*self.prompts(prompts), *self._empty)
+
+    def free_text_encoder(self) -> None:
+        """Give its memory back; nothing can be encoded after that."""
+        self.prompts = None
+        mx.clear_cache()
+
+    def velocity(
+        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+    ) -> mx.array:
+        """See `Teacher.velocity`; guidance is true CFG, two passes of the network.
+
+        Qwen-Image then rescales the velocity of each patch to the length that it has without
+        guidance (as diffusers' QwenImagePipeline does).
+        """
+        v = self._run(x_t, t, condition.text, condition.mask)
+        if guidance_scale == 1:
+            return v
+        empty = (mx.repeat(y, len(x_t), 0) for y in (condition.empty_text, condition.empty_mask))
+        guided = guide(v, self._run(x_t, t, *empty), guidance_scale)
+        if self.config.kind == "qwen-image":
+            guided = guided * length_ratio(v, guided, self.config.transformer.patch_size)
+        return guided
+
+    def velocity_and_features(
+        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """See `Teacher.velocity_and_features`; `UserError` without a few-step mode."""
+        if few_step and not self.has_few_step:
+            raise UserError(
+                "this teacher has no few-step mode: convert it with --few-step-lora, or leave "
+                "that mode out"
+            )
+        return self._run(
+            x_t, t, condition.text, condition.mask, few_step=few_step, return_features=True
+        )
+
+    def _run(self, *arrays: mx.array, few_step: bool = False, **settings):
+        weights = {name: float(few_step) for name in get_lora_weights(self.network)}
+        with lora_weights(self.network, weights):
+            return self.network(*arrays, **settings)
+
+
+def length_ratio(v: mx.array, guided: mx.array, patch: int) -> mx.array:
+    """|v| / |guided| of each patch of `patch` x `patch` latents, in the shape of v's latents.
+
+    (B, H, W, C) both -> (B, H, W, 1).
+    """
+    lengths = [
+        mx.linalg.norm(space_to_depth(y.astype(mx.float32), patch), axis=-1, keepdims=True)
+        for y in (v, guided)
+    ]
+    ratio = lengths[0] / mx.maximum(lengths[1], 1e-12)
+    return mx.repeat(mx.repeat(ratio, patch, 1), patch, 2).astype(v.dtype)
+
+
+def noise_levels(
+    schedule: Schedule, num_tokens: int, num_inference_steps: int | None = None
+) -> list[float]:
+    """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of so many tokens."""
+    count = num_inference_steps or schedule.num_inference_steps
+    *levels, end = get_schedule(count, schedule.time_shift(num_tokens))
+    if schedule.terminal and levels[-1] < 1:
+        stretch = (1 - schedule.terminal) / (1 - levels[-1])
+        levels = [1 - (1 - level) * stretch for level in levels]
+    return [*levels, end]

@@ -1,0 +1,247 @@
+"""Public teachers behind the trainers' interface: guidance, few steps, folders, distillation."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from test_kd import student_config
+from tiny_teachers import TEXT_DIMS, Reader, write_teacher
+
+from mlx_snapgen.config import AutoencoderConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora import linear_layers
+from mlx_snapgen.teachers import folder as folders
+from mlx_snapgen.teachers.config import (
+    LIGHTNING,
+    TRANSFORMERS,
+    QwenTransformerConfig,
+    Schedule,
+    TeacherConfig,
+)
+from mlx_snapgen.teachers.teacher import noise_levels
+from mlx_snapgen.teachers.text import QWEN_IMAGE, load_text_encoder
+from mlx_snapgen.text_encoder import Tokenizer
+from train import kdmd
+from train.kd import Student, make_gradients
+from train.teacher import CheckpointTeacher, load_teacher
+
+AUTOENCODER = AutoencoderConfig(
+    latent_channels=4,
+    encoder_channels=(4, 4),
+    decoder_channels=(4, 4, 4),
+    encoder_blocks=(1, 1),
+    decoder_blocks=(1, 1, 1),
+)
+QWEN = TeacherConfig(
+    transformer=QwenTransformerConfig(
+        num_layers=2,
+        num_heads=2,
+        head_dim=16,
+        latent_channels=4,
+        text_dims=TEXT_DIMS,
+        rope_axes=(4, 6, 6),
+    ),
+    autoencoder=AUTOENCODER,
+)
+PROMPTS = ["a red car", "two cats"]
+
+
+@pytest.fixture(autouse=True)
+def no_language_model(monkeypatch):
+    monkeypatch.setattr(folders, "load_text_encoder", lambda *_: Reader())
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory):
+    folder = write_teacher(tmp_path_factory.mktemp("qwen") / "teacher", QWEN)
+    (folder / "text_encoder").mkdir()
+    return folder
+
+
+def inputs(height=4, width=6):
+    x_t = mx.random.normal((2, height, width, 4), key=mx.random.key(0))
+    return x_t, mx.array([0.3, 0.9])
+
+
+def lightning(path, network, rank=2, alpha=8.0):
+    """A LoRA as lightx2v writes it, on the 12 layers of each block, and its updates by layer."""
+    tensors, updates = {}, {}
+    for layer, module in linear_layers(network).items():
+        if layer.startswith("transformer_blocks") and "_mod." not in layer:
+            out_dims, in_dims = module.weight.shape
+            down = 0.2 * mx.random.normal((rank, in_dims), key=mx.random.key(len(updates)))
+            up = mx.random.normal((out_dims, rank), key=mx.random.key(1000 + len(updates)))
+            tensors[f"{layer}.lora_down.weight"], tensors[f"{layer}.lora_up.weight"] = down, up
+            tensors[f"{layer}.alpha"] = mx.array(alpha)
+            updates[layer] = alpha / rank * up @ down
+    mx.save_safetensors(str(path), tensors)
+    return updates
+
+
+def test_the_folder_tells_what_teacher_it_is(qwen_folder, model_folder):
+    teacher, autoencoder = load_teacher(qwen_folder)
+    assert teacher.config == QWEN and autoencoder.config == AUTOENCODER
+    assert teacher.feature_dims == 32
+    condition = teacher.encode(PROMPTS)
+    v, features = teacher.velocity_and_features(*inputs(), condition)
+    assert v.shape == (2, 4, 6, 4) and features.shape == (2, 6, 32)
+    assert isinstance(load_teacher(model_folder)[0], CheckpointTeacher)
+
+
+@pytest.mark.parametrize("scale", [4.0, 1.5])
+def test_guidance_keeps_the_length_of_each_patch(qwen_folder, scale):
+    """Written out on packed tokens: 2 x 2 latents of 4 channels are one vector."""
+    teacher, _ = load_teacher(qwen_folder)
+    condition, (x_t, t) = teacher.encode(PROMPTS), inputs()
+    v = np.array(teacher.network(x_t, t, condition.text, condition.mask))
+    empty = [mx.repeat(y, 2, 0) for y in (condition.empty_text, condition.empty_mask)]
+    v_empty = np.array(teacher.network(x_t, t, *empty))
+    found = np.array(teacher.velocity(x_t, t, condition, scale))
+    np.testing.assert_array_equal(np.array(teacher.velocity(x_t, t, condition)), v)
+    for b in range(2):
+        for i in (0, 2):
+            for j in (0, 2, 4):
+                patch = (b, slice(i, i + 2), slice(j, j + 2))
+                guided = v_empty[patch] + scale * (v[patch] - v_empty[patch])
+                guided *= np.linalg.norm(v[patch]) / np.linalg.norm(guided)
+                np.testing.assert_allclose(found[patch], guided, rtol=1e-4, atol=1e-5)
+
+
+def test_the_few_step_lora_is_on_for_few_steps_alone(qwen_folder, tmp_path):
+    plain, _ = load_teacher(qwen_folder)
+    config = dataclasses.replace(QWEN, few_step=LIGHTNING)
+    folder = write_teacher(tmp_path / "teacher", config)
+    (folder / "text_encoder").mkdir()
+    updates = lightning(folder / "few_step.safetensors", plain.network)
+    assert len(updates) == 2 * 12
+    teacher, _ = load_teacher(folder)
+    condition, (x_t, t) = teacher.encode(PROMPTS), inputs()
+    many = plain.velocity(x_t, t, condition, 3.0)
+    few, few_features = teacher.velocity_and_features(x_t, t, condition, few_step=True)
+    assert mx.array_equal(teacher.velocity(x_t, t, condition, 3.0), many)
+    for layer, update in updates.items():
+        linear_layers(plain.network)[layer].weight += update
+    expected, features = plain.velocity_and_features(x_t, t, condition)
+    assert mx.allclose(few, expected, rtol=1e-4, atol=1e-4 * mx.abs(expected).max())
+    assert mx.allclose(few_features, features, rtol=1e-4, atol=1e-4 * mx.abs(features).max())
+    assert not mx.allclose(few, teacher.velocity(x_t, t, condition), rtol=1e-2)
+
+
+def test_without_a_few_step_mode_there_is_none(qwen_folder):
+    teacher, _ = load_teacher(qwen_folder)
+    assert not teacher.has_few_step
+    with pytest.raises(UserError, match="no few-step mode: convert it with --few-step-lora"):
+        teacher.velocity_and_features(*inputs(), teacher.encode(PROMPTS), few_step=True)
+
+
+def test_a_freed_text_encoder_says_so(qwen_folder):
+    teacher, _ = load_teacher(qwen_folder)
+    teacher.free_text_encoder()
+    with pytest.raises(UserError, match="text encoder was freed"):
+        teacher.encode(PROMPTS)
+
+
+def test_noise_levels():
+    """exp(mu) by hand: 4096 tokens lie at 0.5 + 0.4 * 3840 / 7936."""
+    shift = np.exp(0.5 + 0.4 * 3840 / 7936)
+    raw = [shift * s / (1 + (shift - 1) * s) for s in (1, 2 / 3, 1 / 3)]
+    expected = [1 - (1 - s) * (1 - 0.02) / (1 - raw[-1]) for s in raw] + [0]
+    np.testing.assert_allclose(noise_levels(QWEN.schedule, 4096, 3), expected, rtol=1e-6)
+    assert noise_levels(QWEN.schedule, 4096, 3)[-2] == pytest.approx(0.02)
+    assert noise_levels(LIGHTNING, 64) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert noise_levels(Schedule(terminal=0.02), 64, 1) == [1, 0]
+
+
+def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
+    teacher, _ = load_teacher(qwen_folder)
+    mx.random.seed(0)
+    student = Student(
+        student_config(components.config), [Tokenizer(tokenizer_bytes, 9)], teacher.feature_dims
+    )
+    tokens, mask = student.text_encoders[0].tokenize(PROMPTS)
+    batch = {"latents": inputs(4, 4)[0], "tokens_0": tokens, "mask_0": mask}
+    batch |= teacher.encode(PROMPTS)._asdict()
+    before = [np.array(p) for _, p in tree_flatten(teacher.network.parameters())]
+    learn = functools.partial(make_gradients(teacher, 4.0), student)
+    compiled = mx.compile(lambda b, k: learn(b, k, 0.5, 1.0), inputs=student.state)
+    grads, metrics = compiled(batch, mx.random.key(0))
+    assert metrics["output"].item() > 0 and metrics["features_0.5"].item() > 0
+    assert mx.abs(dict(tree_flatten(grads))["projectors.0.weight"]).max() > 0
+    after = [np.array(p) for _, p in tree_flatten(teacher.network.parameters())]
+    assert all(map(np.array_equal, before, after))
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"kind": "qwen"}, r"unknown teacher kind 'qwen' \(did you mean 'qwen-image'\?\)"),
+        ({"shedule": {}}, r"unknown key 'shedule' in TeacherConfig \(did you mean 'schedule'\?\)"),
+        ({"format_version": 2}, "format version 2"),
+        ({"transformer": {"rope_axes": [4, 4, 4]}}, "three even numbers"),
+        ({"transformer": {"latent_channels": 16}}, "16 latent channels, the autoencoder gives 4"),
+    ],
+)
+def test_a_teacher_json_that_is_wrong_is_one_line(tmp_path, change, hint):
+    folder = write_teacher(tmp_path / "teacher", QWEN)
+    path = folder / "teacher.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=hint) as error:
+        load_teacher(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_damaged_says_where(tmp_path):
+    folder = write_teacher(tmp_path / "teacher", QWEN)
+    path = folder / "transformer-00001.safetensors"
+    weights = mx.load(str(path))
+    weights["ghost"] = weights.pop("img_in.weight")
+    mx.save_safetensors(str(path), weights)
+    with pytest.raises(UserError, match="does not fit its config"):
+        load_teacher(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="it has no transformer"):
+        load_teacher(folder)
+
+
+def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
+    """Student and critic are told what the student's own encoders say, the teacher its own text."""
+    own, _ = load_teacher(model_folder)
+    teacher = kdmd.other_teacher(qwen_folder, components.config.autoencoder)
+    model = kdmd.Distilled(own.network, (1.0,), teacher.feature_dims, rank=2, alpha=2.0)
+    batch = kdmd.Simulation(
+        model, teacher, (4, 4, 4), 2, lambda k: PROMPTS[k % 2], lambda n: 1.0, read=own.read
+    )(0)
+    text, mask = own.read(PROMPTS)
+    assert mx.array_equal(batch["student_text"], text) and mx.array_equal(
+        batch["student_mask"], mask
+    )
+    assert mx.array_equal(batch["text"], teacher.encode(PROMPTS).text)
+    gradients = kdmd.make_gradients(teacher, 4.0, teacher.has_few_step)
+    grads, metrics = gradients(model, batch, mx.random.key(0), 1.0, True)
+    assert set(metrics) == {"dmd_1", "critic_1"}
+    for name in (kdmd.STUDENT, kdmd.critic_name(1.0)):
+        moved = [mx.abs(g).max() for k, g in tree_flatten(grads) if name in k.split(".")]
+        assert max(moved) > 0
+    with pytest.raises(UserError, match="the student those of qwen-image"):
+        latents = dataclasses.replace(components.config.autoencoder, kind="qwen-image")
+        kdmd.other_teacher(qwen_folder, latents)
+
+
+@pytest.mark.parametrize(("kind", "billions"), [("qwen-image", 20.43), ("z-image", 6.15)])
+def test_the_defaults_are_the_public_sizes(kind, billions):
+    """Arrays are lazy: nothing of this is allocated."""
+    network = folders.NETWORKS[kind](TRANSFORMERS[kind]())
+    count = sum(p.size for _, p in tree_flatten(network.parameters()))
+    assert round(count / 1e9, 2) == billions
+
+
+def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
+    with pytest.raises(UserError, match=r"mlx_snapgen\[teacher\]"):
+        load_text_encoder(tmp_path, QWEN_IMAGE, 8)
