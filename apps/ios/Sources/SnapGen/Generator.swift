@@ -1,0 +1,153 @@
+import CoreGraphics
+import CoreML
+import Foundation
+
+/// Text to picture with the components of a bundle, each in memory only while it is needed.
+public struct Generator {
+    /// What a caller may change; nil takes the model's own.
+    public struct Options {
+        public var seed: UInt64 = 0
+        public var negativePrompt = ""
+        public var steps: Int?
+        public var guidanceScale: Float?
+        /// Decode every step's estimate. Keeps the decoder in memory beside the transformer.
+        public var previews = true
+        /// Name of the function of transformer and decoder, for packages with several sizes.
+        public var function: String?
+
+        public init() {}
+    }
+
+    public struct Step {
+        public let index: Int
+        public let count: Int
+        /// The picture, or this step's estimate of it; nil without previews.
+        public let picture: CGImage?
+
+        public var isFinal: Bool { index == count - 1 }
+    }
+
+    public let bundle: ModelBundle
+    public var computeUnits: MLComputeUnits
+
+    public init(bundle: ModelBundle, computeUnits: MLComputeUnits = .cpuAndNeuralEngine) {
+        self.bundle = bundle
+        self.computeUnits = computeUnits
+    }
+
+    /// Draw a prompt, step by step. End the loop over the stream to cancel.
+    public func generate(_ prompt: String, options: Options = Options())
+        -> AsyncThrowingStream<Step, Error>
+    {
+        AsyncThrowingStream { continuation in
+            let task = Task.detached(priority: .userInitiated) {
+                do {
+                    try await run(prompt, options) { continuation.yield($0) }
+                    continuation.finish()
+                } catch {
+                    continuation.finish(throwing: error)
+                }
+            }
+            continuation.onTermination = { _ in task.cancel() }
+        }
+    }
+
+    private struct Text {
+        let states: [Float]
+        let mask: [Float]
+    }
+
+    private func run(_ prompt: String, _ options: Options, yield: (Step) -> Void) async throws {
+        var sampling = bundle.config.sampling
+        sampling.numInferenceSteps = options.steps ?? sampling.numInferenceSteps
+        sampling.guidanceScale = options.guidanceScale ?? sampling.guidanceScale
+        guard !prompt.allSatisfy(\.isWhitespace) else {
+            throw SnapGenError("the prompt is empty: say what to draw")
+        }
+        guard sampling.numInferenceSteps > 0 else {
+            throw SnapGenError("the number of steps must be positive")
+        }
+        let guided = sampling.guidanceScale != 1
+        let texts = try await encode(guided ? [prompt, options.negativePrompt] : [prompt])
+        var decoder = options.previews ? try await load(.decoder, options) : nil
+        let (latents, shape) = try await denoise(texts, sampling, options, decoder, yield)
+        // The transformer is gone by now.
+        if decoder == nil {
+            decoder = try await load(.decoder, options)
+        }
+        let count = sampling.numInferenceSteps
+        let picture = try decoder.map { try decode(latents, shape, with: $0) }
+        yield(Step(index: count - 1, count: count, picture: picture))
+    }
+
+    private func load(_ component: ModelBundle.Component, _ options: Options) async throws
+        -> Network
+    {
+        let function = component == .textEncoder ? nil : options.function
+        let url = bundle.url(component)
+        return try await Network(at: url, computeUnits: computeUnits, function: function)
+    }
+
+    private func encode(_ prompts: [String]) async throws -> [Text] {
+        let tokenizer = try bundle.tokenizer()
+        let encoder = try await load(.textEncoder, Options())
+        return try prompts.map { prompt in
+            let (tokens, mask) = tokenizer(prompt)
+            let counts = mask.map { Float($0) }
+            let states = try encoder(["tokens": tokens.map { Float($0) }, "mask": counts])
+            return Text(states: states, mask: counts)
+        }
+    }
+
+    private func denoise(
+        _ texts: [Text],
+        _ sampling: ModelConfig.Sampling,
+        _ options: Options,
+        _ decoder: Network?,
+        _ yield: (Step) -> Void
+    ) async throws -> ([Float], shape: [Int]) {
+        let transformer = try await load(.transformer, options)
+        let shape = try transformer.shape(of: "latents")
+        guard shape.count == 4 else {
+            throw SnapGenError("Transformer should take latents (1, C, H, W), takes \(shape)")
+        }
+        let draw = {
+            noise(
+                seed: options.seed, draw: $0, channels: shape[1], height: shape[2], width: shape[3])
+        }
+        let latents = try Sampler.denoise(
+            noise: draw(0),
+            schedule: Sampler.schedule(
+                steps: sampling.numInferenceSteps, shift: sampling.timeShift),
+            velocity: { latents, sigma in
+                let velocities = try texts.map { text in
+                    try Task.checkCancellation()
+                    var inputs = [
+                        "latents": latents, "timestep": [Float(sigma)], "text": text.states,
+                    ]
+                    if transformer.takes("mask") {
+                        inputs["mask"] = text.mask
+                    }
+                    return try transformer(inputs)
+                }
+                guard velocities.count == 2 else { return velocities[0] }
+                return Sampler.guide(velocities[0], velocities[1], scale: sampling.guidanceScale)
+            },
+            freshNoise: sampling.freshNoise ? draw : nil,
+            each: { step in
+                guard step.index < sampling.numInferenceSteps - 1 else { return }
+                let picture = try decoder.map { try decode(step.x0, shape, with: $0) }
+                yield(Step(index: step.index, count: sampling.numInferenceSteps, picture: picture))
+            }
+        )
+        return (latents, shape)
+    }
+
+    private func decode(_ latents: [Float], _ shape: [Int], with decoder: Network) throws
+        -> CGImage
+    {
+        let values = try decoder(["latents": latents])
+        // 8 pixels to a latent, three colours.
+        return try makePicture(values, height: 8 * shape[2], width: 8 * shape[3])
+    }
+}
