@@ -3,9 +3,9 @@ import CoreML
 import Foundation
 
 /// Text to picture with the components of a bundle, each in memory only while it is needed.
-public struct Generator {
+public struct Generator: Sendable {
     /// What a caller may change; nil takes the model's own.
-    public struct Options {
+    public struct Options: Sendable {
         public var seed: UInt64 = 0
         public var negativePrompt = ""
         public var steps: Int?
@@ -52,12 +52,7 @@ public struct Generator {
         }
     }
 
-    private struct Text {
-        let states: [Float]
-        let mask: [Float]
-    }
-
-    private func run(_ prompt: String, _ options: Options, yield: (Step) -> Void) async throws {
+    private func run(_ prompt: String, _ options: Options, send: (Step) -> Void) async throws {
         var sampling = bundle.config.sampling
         sampling.numInferenceSteps = options.steps ?? sampling.numInferenceSteps
         sampling.guidanceScale = options.guidanceScale ?? sampling.guidanceScale
@@ -68,48 +63,54 @@ public struct Generator {
             throw SnapGenError("the number of steps must be positive")
         }
         let guided = sampling.guidanceScale != 1
-        let texts = try await encode(guided ? [prompt, options.negativePrompt] : [prompt])
-        var decoder = options.previews ? try await load(.decoder, options) : nil
-        let (latents, shape) = try await denoise(texts, sampling, options, decoder, yield)
+        let texts = try await encode(
+            guided ? [prompt, options.negativePrompt] : [prompt], options)
+        var decoder: Network?
+        if options.previews {
+            decoder = try await load("Decoder", options)
+        }
+        let (latents, shape) = try await denoise(texts, sampling, options, decoder, send)
         // The transformer is gone by now.
         if decoder == nil {
-            decoder = try await load(.decoder, options)
+            decoder = try await load("Decoder", options)
         }
         let count = sampling.numInferenceSteps
         let picture = try decoder.map { try decode(latents, shape, with: $0) }
-        yield(Step(index: count - 1, count: count, picture: picture))
+        send(Step(index: count - 1, count: count, picture: picture))
     }
 
-    private func load(_ component: ModelBundle.Component, _ options: Options) async throws
-        -> Network
-    {
-        let function = component == .textEncoder ? nil : options.function
-        let url = bundle.url(component)
+    private func load(_ component: String, _ options: Options) async throws -> Network {
+        let function = component.hasPrefix("TextEncoder") ? nil : options.function
+        let url = bundle.component(component)
         return try await Network(at: url, computeUnits: computeUnits, function: function)
     }
 
-    private func encode(_ prompts: [String]) async throws -> [Text] {
-        let tokenizer = try bundle.tokenizer()
-        let encoder = try await load(.textEncoder, Options())
-        return try prompts.map { prompt in
-            let (tokens, mask) = tokenizer(prompt)
-            let counts = mask.map { Float($0) }
-            let states = try encoder(["tokens": tokens.map { Float($0) }, "mask": counts])
-            return Text(states: states, mask: counts)
+    private func encode(_ prompts: [String], _ options: Options) async throws -> [TextStates] {
+        var said = prompts.map { _ in [TextStates]() }
+        for index in bundle.config.textEncoders.indices {
+            let tokenizer = try bundle.tokenizer(index)
+            let encoder = try await load("TextEncoder_\(index)", options)
+            for (place, prompt) in prompts.enumerated() {
+                let (tokens, mask) = tokenizer(prompt)
+                let counts = mask.map { Float($0) }
+                let states = try encoder(["tokens": tokens.map { Float($0) }, "mask": counts])
+                said[place].append(TextStates(states: states, mask: counts))
+            }
         }
+        return said.map(TextStates.joined)
     }
 
     private func denoise(
-        _ texts: [Text],
+        _ texts: [TextStates],
         _ sampling: ModelConfig.Sampling,
         _ options: Options,
         _ decoder: Network?,
-        _ yield: (Step) -> Void
+        _ send: (Step) -> Void
     ) async throws -> ([Float], shape: [Int]) {
-        let transformer = try await load(.transformer, options)
-        let shape = try transformer.shape(of: "latents")
+        let transformer = try await load("Transformer", options)
+        let shape = try transformer.shape(of: "x_t")
         guard shape.count == 4 else {
-            throw SnapGenError("Transformer should take latents (1, C, H, W), takes \(shape)")
+            throw SnapGenError("Transformer should take x_t (1, C, h, w), takes \(shape)")
         }
         let draw = {
             noise(
@@ -122,13 +123,10 @@ public struct Generator {
             velocity: { latents, sigma in
                 let velocities = try texts.map { text in
                     try Task.checkCancellation()
-                    var inputs = [
-                        "latents": latents, "timestep": [Float(sigma)], "text": text.states,
-                    ]
-                    if transformer.takes("mask") {
-                        inputs["mask"] = text.mask
-                    }
-                    return try transformer(inputs)
+                    return try transformer([
+                        "x_t": latents, "t": [Float(sigma)], "text": text.states,
+                        "mask": text.mask,
+                    ])
                 }
                 guard velocities.count == 2 else { return velocities[0] }
                 return Sampler.guide(velocities[0], velocities[1], scale: sampling.guidanceScale)
@@ -137,7 +135,7 @@ public struct Generator {
             each: { step in
                 guard step.index < sampling.numInferenceSteps - 1 else { return }
                 let picture = try decoder.map { try decode(step.x0, shape, with: $0) }
-                yield(Step(index: step.index, count: sampling.numInferenceSteps, picture: picture))
+                send(Step(index: step.index, count: sampling.numInferenceSteps, picture: picture))
             }
         )
         return (latents, shape)
@@ -149,5 +147,20 @@ public struct Generator {
         let values = try decoder(["latents": latents])
         // 8 pixels to a latent, three colours.
         return try makePicture(values, height: 8 * shape[2], width: 8 * shape[3])
+    }
+}
+
+/// What a text encoder says of a prompt: states (width, L) and mask (L), both flat.
+struct TextStates: Equatable {
+    let states: [Float]
+    let mask: [Float]
+
+    /// The texts of several encoders, one after the other along L.
+    static func joined(_ texts: [TextStates]) -> TextStates {
+        let width = texts[0].states.count / texts[0].mask.count
+        let states = (0..<width).flatMap { row in
+            texts.flatMap { $0.states[row * $0.mask.count..<(row + 1) * $0.mask.count] }
+        }
+        return TextStates(states: states, mask: texts.flatMap(\.mask))
     }
 }

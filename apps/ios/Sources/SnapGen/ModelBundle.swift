@@ -1,56 +1,61 @@
 import Foundation
 
-/// A folder with the compiled components, the tokenizer and the model's own config.json.
+/// A folder that convert/coreml.py wrote, its packages compiled:
 ///
 ///     config.json  tokenizer_0.model
-///     TextEncoder.mlmodelc  Transformer.mlmodelc  Decoder.mlmodelc
-public struct ModelBundle {
-    public enum Component: String, CaseIterable {
-        case textEncoder = "TextEncoder"
-        case transformer = "Transformer"
-        case decoder = "Decoder"
-    }
-
+///     TextEncoder_0.mlmodelc  Transformer.mlmodelc  Decoder.mlmodelc
+///
+/// A model with several text encoders has one file of each kind for each.
+public struct ModelBundle: Sendable {
     public let folder: URL
     public let config: ModelConfig
 
     public init(folder: URL) throws {
         self.folder = folder
-        let files = Component.allCases.map { "\($0.rawValue).mlmodelc" }
-        for file in files + ["config.json", "tokenizer_0.model"] {
-            guard FileManager.default.fileExists(atPath: folder.appendingPathComponent(file).path)
-            else {
+        func check(_ file: String) throws {
+            let path = folder.appendingPathComponent(file).path
+            guard FileManager.default.fileExists(atPath: path) else {
                 throw SnapGenError("\(folder.lastPathComponent) lacks \(file): see the README")
             }
         }
+        try check("config.json")
         let data = try Data(contentsOf: folder.appendingPathComponent("config.json"))
         do {
             config = try ModelConfig(json: data)
         } catch let error as DecodingError {
             throw SnapGenError("config.json is not a model's: \(error)")
         }
+        let encoders = config.textEncoders.indices
+        for name in ["Transformer", "Decoder"] + encoders.map({ "TextEncoder_\($0)" }) {
+            try check("\(name).mlmodelc")
+        }
+        for index in encoders {
+            try check("tokenizer_\(index).model")
+        }
     }
 
-    public func url(_ component: Component) -> URL {
-        folder.appendingPathComponent("\(component.rawValue).mlmodelc")
+    /// Where the compiled component of this name is.
+    public func component(_ name: String) -> URL {
+        folder.appendingPathComponent("\(name).mlmodelc")
     }
 
-    public func tokenizer() throws -> Tokenizer {
-        let url = folder.appendingPathComponent("tokenizer_0.model")
-        return try Tokenizer(contentsOf: url, maxLength: config.textEncoders[0].maxLength)
+    /// The tokenizer of text encoder `index`.
+    public func tokenizer(_ index: Int) throws -> Tokenizer {
+        let url = folder.appendingPathComponent("tokenizer_\(index).model")
+        return try Tokenizer(contentsOf: url, maxLength: config.textEncoders[index].maxLength)
     }
 }
 
 /// What the runner needs of config.json; other keys are for others.
-public struct ModelConfig: Decodable {
-    public struct Sampling: Decodable, Equatable {
+public struct ModelConfig: Decodable, Sendable {
+    public struct Sampling: Decodable, Equatable, Sendable {
         public var numInferenceSteps: Int
         public var guidanceScale: Float
         public var timeShift: Double
         public var freshNoise: Bool
     }
 
-    public struct TextEncoder: Decodable {
+    public struct TextEncoder: Decodable, Sendable {
         public let kind: String
         public let maxLength: Int
     }
@@ -64,8 +69,8 @@ public struct ModelConfig: Decodable {
         let decoder = JSONDecoder()
         decoder.keyDecodingStrategy = .convertFromSnakeCase
         self = try decoder.decode(ModelConfig.self, from: json)
-        guard textEncoders.count == 1, textEncoders[0].kind == "transformer" else {
-            throw SnapGenError("only a model with one text encoder of its own kind can run here")
+        guard !textEncoders.isEmpty, textEncoders.allSatisfy({ $0.kind == "transformer" }) else {
+            throw SnapGenError("only models whose text encoders are of their own kind run here")
         }
     }
 

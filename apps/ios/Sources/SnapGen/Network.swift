@@ -24,11 +24,6 @@ final class Network {
         try constraint(input).shape.map(\.intValue)
     }
 
-    /// Whether the model takes this input at all.
-    func takes(_ input: String) -> Bool {
-        model.modelDescription.inputDescriptionsByName[input] != nil
-    }
-
     /// Run with inputs by name, flat and in row-major order, and return the only output likewise.
     func callAsFunction(_ inputs: [String: [Float]]) throws -> [Float] {
         var features: [String: MLFeatureValue] = [:]

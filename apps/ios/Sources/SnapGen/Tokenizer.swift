@@ -77,7 +77,7 @@ public struct Tokenizer {
 
     /// Tokens and mask of `maxLength`; the mask is 1 where a token counts.
     public func callAsFunction(_ prompt: String) -> (tokens: [Int32], mask: [Int32]) {
-        let row = [begin] + encode(prompt).prefix(maxLength - 2) + [end]
+        let row: [Int32] = [begin] + Array(encode(prompt).prefix(maxLength - 2)) + [end]
         let rest = maxLength - row.count
         return (
             row + [Int32](repeating: pad, count: rest),

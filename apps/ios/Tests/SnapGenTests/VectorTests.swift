@@ -138,6 +138,13 @@ final class VectorTests: XCTestCase {
         assertClose(guided, vector.guided)
     }
 
+    func testTextsAreJoinedAlongTheirLength() {
+        let first = TextStates(states: [1, 2, 3, 4], mask: [1, 0])
+        let second = TextStates(states: [5, 6], mask: [1])
+        let joined = TextStates(states: [1, 2, 5, 3, 4, 6], mask: [1, 0, 1])
+        XCTAssertEqual(TextStates.joined([first, second]), joined)
+    }
+
     func testPixels() throws {
         let vector = try load().pixels
         XCTAssertEqual(try pixels(vector.values, height: 1, width: 4), vector.bytes)
