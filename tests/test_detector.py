@@ -135,6 +135,23 @@ def test_garbage_is_mostly_nothing(detector):
     assert np.mean([len(detector(blot.astype(np.uint8))) for blot in blots]) <= 0.15
 
 
+def test_a_mangled_object_is_left_over(detector):
+    noun = NOUN["apple"]
+    places = [(4, 4), (68, 4), (4, 68)]
+    placed = tuple(Placed(noun, None, 56, x, y) for x, y in places)
+    scene = Scene("counting", placed, "white")
+    picture = stickers.render(scene)
+    detections = detector(picture)
+    assert detector.leftover(picture, detections) < 0.02
+    assert is_correct(scene, detections, detector.leftover(picture, detections))
+    picture[76:116, 76:116] = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
+    detections = detector(picture)
+    assert [d.noun for d in detections] == ["apple"] * 3
+    assert 0.5 < detector.leftover(picture, detections) < 1.5
+    assert not is_correct(scene, detections, detector.leftover(picture, detections))
+    assert detector.leftover(picture, []) == 0
+
+
 def test_an_empty_picture_holds_nothing(detector):
     assert detector(np.full((stickers.SIDE, stickers.SIDE, 3), 200, np.uint8)) == []
     noise = np.random.default_rng(0).normal(128, 8, (stickers.SIDE, stickers.SIDE, 3))

@@ -21,6 +21,7 @@ SURE = 1.15  # from here on a box is one object and is not cut further
 BASE = 0.7  # a box explains its foreground to the extent that its score is above this
 
 FOREGROUND = 20  # least difference from the background in some channel, out of 255
+MARGIN = 2  # pixels around a detection that still belong to it
 SMALLEST = 24  # pixels of an object's longer side; the scenes' glyphs have 28 and more
 EDGE_WEIGHT = 2.0  # of edges against colours, when a box and a glyph are compared
 MAX_CUTS = 5  # one after the other, from the whole picture to an object
@@ -84,6 +85,15 @@ class Detector:
             level = [box for box in dict.fromkeys(parts) if box not in found][:MAX_BOXES]
         _, detections = _explain(whole, mask, found, cuts, {})
         return sorted(detections, key=lambda d: -d.score)
+
+    def leftover(self, picture: np.ndarray, detections: Sequence[Detection]) -> float:
+        """Foreground outside all `detections`, in units of their mean foreground; 0 for none."""
+        mask = foreground(picture, background_colour(picture))
+        total = mask.sum()
+        for x, y, w, h in (d.box for d in detections):
+            mask[max(y - MARGIN, 0) : y + h + MARGIN, max(x - MARGIN, 0) : x + w + MARGIN] = False
+        explained = total - mask.sum()
+        return float(mask.sum() * len(detections) / explained) if explained else 0.0
 
     def _templates_on(self, background: tuple[float, float, float]) -> np.ndarray:
         """Features of all glyphs over a background, in [0, 1]."""

@@ -54,8 +54,13 @@ def judge(
 
     `num_nouns` and `also` are those of `detector`.
     """
-    found = [detector(num_nouns, also)(picture) for picture in pictures]
-    return [is_correct(p.scene, d) for p, d in zip(prompts, found, strict=True)], found
+    detect = detector(num_nouns, also)
+    found = [detect(picture) for picture in pictures]
+    correct = [
+        is_correct(prompt.scene, detections, detect.leftover(picture, detections))
+        for prompt, picture, detections in zip(prompts, pictures, found, strict=True)
+    ]
+    return correct, found
 
 
 def draw(

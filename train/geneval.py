@@ -15,6 +15,7 @@ SIX = ("single_object", "two_objects", "counting", "colors", "position", "color_
 PROMPTS = 2  # first word of a prompt's random seed, beside those of scenes.py
 DEAD_ZONE = 0.1  # of the sum of two boxes' sizes; offsets this small are no relation
 MIN_COSINE = 0.5  # between an offset and the direction that a relation names
+MAX_LEFTOVER = 0.5
 SEEDS_PER_CATEGORY = 10_000
 
 
@@ -62,14 +63,18 @@ def relations(a: Box, b: Box) -> set[str]:
     return {name for name, cosine in cosines.items() if cosine > MIN_COSINE}
 
 
-def is_correct(scene: Scene, detections: Sequence[Detection]) -> bool:
-    """Whether a picture in which these things were found, best first, shows `scene`."""
+def is_correct(scene: Scene, detections: Sequence[Detection], leftover: float = 0.0) -> bool:
+    """Whether a picture in which these things were found, best first, shows `scene`.
+
+    Stricter than GenEval in one point: of a count nothing may be left over as large as
+    `MAX_LEFTOVER` objects, or a mangled fourth one would make three.
+    """
     matches = [
         [d for d in detections if d.noun == placed.noun.name and placed.colour in (None, d.colour)]
         for placed in scene.placed
     ]
     if scene.category == "counting":
-        return len(matches[0]) == len(scene.placed)
+        return len(matches[0]) == len(scene.placed) and leftover < MAX_LEFTOVER
     if not all(matches):
         return False
     if scene.relation is None:
