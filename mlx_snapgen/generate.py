@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.metadata import read_metadata, save_picture
+from mlx_snapgen.metadata import RECORDED, read_settings, save_picture
 from mlx_snapgen.options import build_parser
 from mlx_snapgen.pipeline import (
     MAX_SEED,
@@ -29,26 +29,6 @@ from mlx_snapgen.pipeline import (
 )
 from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.weights import load_config, load_vocabulary
-
-RECORDED: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "negative_prompt": (str,),
-    "seed": (int,),
-    "num_inference_steps": (int,),
-    "guidance_scale": (int, float),
-    "few_step": (bool,),
-    "attention_modulation": (bool,),
-    "height": (int,),
-    "width": (int,),
-    "model": (str, type(None)),
-    "revision": (str, type(None)),
-    "model_width": (str,),
-    "quantize": (int, type(None)),
-    "loras": (list,),
-    "text_encoders": (list, type(None)),
-}
-"""Options that `--config-from-image` takes over, and what they are in a picture's metadata."""
-
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -120,17 +100,9 @@ def _fill_from_image(args: argparse.Namespace) -> dict[str, Any]:
     """Take over what `--config-from-image` knows and the options leave open; returns all of it."""
     if args.config_from_image is None:
         return {}
-    # What older pictures do not know of, they were drawn without.
-    older = {"loras": [], "few_step": False, "attention_modulation": False, "text_encoders": None}
-    origin = older | read_metadata(args.config_from_image)
-    try:
-        origin["loras"] = [(str(x["path"]), float(x["weight"])) for x in origin["loras"]]
-    except (TypeError, ValueError, LookupError):
-        origin["loras"] = None
+    origin = read_settings(args.config_from_image)
     explicit_model = args.model is not None
-    for key, kinds in RECORDED.items():
-        if key not in origin or not isinstance(origin[key], kinds):
-            raise UserError(f"{args.config_from_image} has no usable '{key}' in its settings")
+    for key in RECORDED:
         if getattr(args, key) is None and not (key == "revision" and explicit_model):
             setattr(args, key, origin[key])
     return origin
