@@ -1,6 +1,7 @@
 """Open the window: `python -m apps.desktop`."""
 
 import argparse
+import signal
 from pathlib import Path
 
 from mlx_snapgen.errors import UserError, run_command
@@ -33,6 +34,8 @@ def main() -> int:
         window = Window(args.data)
     except tkinter.TclError as error:
         raise UserError(f"no window can be opened: {error}") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: window.close_soon())
     if args.picture is not None:
         window.open_picture(args.picture)
     window.mainloop()

@@ -16,7 +16,6 @@ THUMBNAIL = 84
 @dataclass(frozen=True)
 class Entry:
     path: Path
-    thumbnail: Image.Image
 
     @property
     def name(self) -> str:
@@ -27,24 +26,24 @@ class Entry:
 class History:
     """At most `limit` files; the oldest are deleted. Used by one thread at a time."""
 
-    def __init__(self, folder: Path, limit: int = 200):
+    def __init__(self, folder: Path, limit: int = 100):
         self.folder, self.limit = folder, limit
 
     def paths(self) -> list[Path]:
         """The newest first."""
         return sorted(self.folder.glob("[0-9]*-[0-9]*_*.png"), reverse=True)
 
-    def load(self) -> Iterator[Entry]:
-        """All entries, the newest first; damaged files are passed over."""
+    def load(self) -> Iterator[tuple[Entry, Image.Image]]:
+        """All entries with their thumbnails, the newest first; damaged files are passed over."""
         for path in self.paths():
             try:
                 with Image.open(path) as image:
-                    entry = Entry(path, thumbnail(image.convert("RGB")))
+                    small = thumbnail(image.convert("RGB"))
             except (OSError, ValueError, SyntaxError):
                 continue
-            yield entry
+            yield Entry(path), small
 
-    def add(self, name: str, png: bytes, image: Image.Image) -> Entry:
+    def add(self, name: str, png: bytes) -> Entry:
         """Keep a picture; raises OSError."""
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"{int(now % 1 * 1e6):06d}"
@@ -52,7 +51,7 @@ class History:
         write_whole(path, png)
         for old in self.paths()[self.limit :]:
             old.unlink(missing_ok=True)
-        return Entry(path, thumbnail(image))
+        return Entry(path)
 
     def delete(self, entry: Entry) -> None:
         """Forget a picture and delete its file."""

@@ -195,9 +195,24 @@ class Theme:
             style.layout(f"{way}.TScrollbar", [trough])
         style.configure("TScrollbar", arrowsize=9, bordercolor=p.window)
         style.configure("TScrollbar", background=p.button, troughcolor=p.window, gripcount=0)
-        style.map("TScrollbar", background=[("disabled", p.window), ("active", p.hover)])
-        style.configure("Horizontal.TScale", background=p.button, sliderlength=18, gripcount=0)
-        style.map("Horizontal.TScale", background=[("active", p.hover)])
+        bare = [("disabled", p.window)]
+        style.map(
+            "TScrollbar",
+            background=[*bare, ("active", p.hover)],
+            bordercolor=bare,
+            lightcolor=bare,
+            darkcolor=bare,
+        )
+        style.configure(
+            "Horizontal.TScale",
+            background=p.accent,
+            lightcolor=p.accent,
+            darkcolor=p.accent,
+            bordercolor=p.accent,
+            sliderlength=14,
+            gripcount=0,
+        )
+        style.map("Horizontal.TScale", background=[("active", p.accent_hover)])
         style.configure(
             "Horizontal.TProgressbar",
             background=p.accent,

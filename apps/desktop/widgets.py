@@ -122,9 +122,9 @@ class Filmstrip(ttk.Frame):
             self._canvas.bind(button, lambda _, way=way: self._canvas.xview_scroll(way, "units"))
         self._canvas.bind("<<Painted>>", lambda _: self._mark())
 
-    def add(self, entry: Entry, at_end: bool = False) -> None:
+    def add(self, entry: Entry, thumbnail: Image.Image, at_end: bool = False) -> None:
         """Put an entry first, or last while older ones are being loaded."""
-        photo = ImageTk.PhotoImage(entry.thumbnail, master=self)
+        photo = ImageTk.PhotoImage(thumbnail, master=self)
         if at_end:
             index = len(self.entries)
         else:

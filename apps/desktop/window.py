@@ -14,7 +14,7 @@ from PIL import Image
 from apps.desktop import system
 from apps.desktop.dialogs import show_details, show_shortcuts
 from apps.desktop.form import Form
-from apps.desktop.history import Entry, History
+from apps.desktop.history import Entry, History, thumbnail
 from apps.desktop.menus import build_menus
 from apps.desktop.run import Run
 from apps.desktop.settings import load_settings, save_settings, write_whole
@@ -41,7 +41,7 @@ POLL_BUSY, POLL_IDLE = 15, 60
 """Milliseconds between two looks for what the worker says."""
 BUDGET = 0.015
 """Seconds of one look; the rest waits, so that the window stays alive."""
-HISTORY_LIMIT = 200
+HISTORY_LIMIT = 100
 
 
 class Window(tk.Tk):
@@ -62,7 +62,7 @@ class Window(tk.Tk):
         self.worker = Worker(self._deliver)
         self.run: Run | None = None
         self._loaded: tuple[ModelChoice, ModelConfig] | None = None
-        self._closing = False
+        self._closing = self._asked_to_close = False
         self.theme = Theme(self)
         self._build()
         build_menus(self)
@@ -216,12 +216,12 @@ class Window(tk.Tk):
         elif isinstance(event, Picture):
             image = Image.frombytes("RGB", event.size, event.rgb)
             try:
-                entry = self.history.add(event.name, event.png, image)
+                entry = self.history.add(event.name, event.png)
             except OSError as error:
                 # The next event is shown after this one: the picture itself is not lost.
                 self._events.put((Notice(event.job, f"cannot keep pictures: {error}"), None))
                 entry = None
-            extra = image, scale(image, self.view.space), entry
+            extra = image, scale(image, self.view.space), entry, thumbnail(image)
         self._events.put((event, extra))
 
     def _poll(self) -> None:
@@ -238,6 +238,8 @@ class Window(tk.Tk):
             shown = self._handle(event, extra) or shown
         if shown is not None:
             self.view.show(*shown)
+        if self._asked_to_close:
+            self.close()
         if not self._closing:
             self.after(POLL_IDLE if self.run is None else POLL_BUSY, self._poll)
 
@@ -253,9 +255,9 @@ class Window(tk.Tk):
         elif isinstance(event, Progress):
             return extra
         elif isinstance(event, Picture):
-            image, scaled, entry = extra
+            image, scaled, entry, small = extra
             if entry is not None:
-                self.strip.add(entry)
+                self.strip.add(entry, small)
                 self.strip.select(entry)
             self._update_buttons()
             return image, scaled
@@ -298,9 +300,9 @@ class Window(tk.Tk):
     def _load_history(self) -> None:
         """A few thumbnails at a time, so that the window is there at once."""
         started = time.perf_counter()
-        for entry in self._old_pictures:
+        for entry, small in self._old_pictures:
             if entry not in self.strip.entries:
-                self.strip.add(entry, at_end=True)
+                self.strip.add(entry, small, at_end=True)
             if time.perf_counter() - started > BUDGET:
                 self.after(5, self._load_history)
                 return
@@ -409,6 +411,10 @@ class Window(tk.Tk):
 
     def show_shortcuts(self) -> None:
         show_shortcuts(self)
+
+    def close_soon(self) -> None:
+        """For signals, which come in the middle of anything."""
+        self._asked_to_close = True
 
     def close(self) -> None:
         """Remember everything and end; what is being drawn stops."""
