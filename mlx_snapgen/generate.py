@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.interactive import Session
 from mlx_snapgen.metadata import RECORDED, read_settings, save_picture
 from mlx_snapgen.options import build_parser
 from mlx_snapgen.pipeline import (
@@ -45,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = find_model(args.model, args.revision)
         if args.vocabulary:
             return _print_vocabulary(folder, args.json)
-        prompts = _prompts(args)
-        pipeline = _load(args, folder, origin)
-        for prompt in prompts:
-            _draw(pipeline, prompt, args)
+        if args.interactive:
+            _interact(args, origin)
+        else:
+            prompts = _prompts(args)
+            pipeline = _load(args, folder, origin)
+            for prompt in prompts:
+                _draw(pipeline, prompt, args)
     if not args.json:
         peak = _peak_memory()
         process = peak.get("peak_process_bytes")
@@ -59,11 +63,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _interact(args: argparse.Namespace, origin: dict[str, Any]) -> None:
+    """Prompts from the terminal, the given one first."""
+    session = Session(
+        args,
+        load=lambda: _load(args, find_model(args.model, args.revision), origin),
+        draw=lambda pipeline, prompt: _draw(pipeline, prompt, args),
+    )
+    if args.prompt is not None:
+        session.take(args.prompt)
+    session.run()
+
+
 def _check(args: argparse.Namespace) -> None:
     """All that can be wrong before a model is there."""
-    if args.prompts_file is None and args.prompt is None:
+    if args.interactive and (args.prompts_file is not None or args.json):
+        raise UserError("--interactive goes with neither --prompts-file nor --json")
+    if args.prompts_file is None and args.prompt is None and not args.interactive:
         raise UserError('say what to draw: python -m mlx_snapgen.generate "a red apple"')
-    if args.prompts_file is None and not args.prompt.strip():
+    if args.prompt is not None and not args.prompt.strip():
         raise UserError("the prompt is empty: say what to draw")
     if args.seed is not None and args.seed > MAX_SEED - args.num_images + 1:
         raise UserError(f"--seed {args.seed} leaves no room for {args.num_images} pictures")
