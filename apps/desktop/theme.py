@@ -208,7 +208,7 @@ class Theme:
             background=p.accent,
             lightcolor=p.accent,
             darkcolor=p.accent,
-            bordercolor=p.accent,
+            bordercolor=p.border,
             sliderlength=14,
             gripcount=0,
         )
