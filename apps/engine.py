@@ -1,6 +1,7 @@
 """The worker's process: loads models, draws, and looks between two steps whether to go on."""
 
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -14,6 +15,7 @@ import mlx_snapgen  # noqa: F401  (before mlx)
 # isort: split
 import mlx.core as mx
 from PIL import Image
+from tqdm import tqdm
 
 from apps.worker import (
     Cancel,
@@ -218,6 +220,8 @@ def _has_preview(index: int, num_steps: int, previews: int | None) -> bool:
 def serve(connection: Any, keep: int, cache_limit: int) -> None:
     """Entry of the process. Ctrl-C in a terminal reaches it too, and is the caller's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # tqdm's own lock is a semaphore of the system, which this process would leave when interrupted.
+    tqdm.set_lock(threading.RLock())
     try:
         Engine(connection, keep, cache_limit).run()
     except Stop:

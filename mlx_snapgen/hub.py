@@ -103,14 +103,18 @@ def _reporting_bar(repo: str, progress: DownloadProgress) -> type:
     """A progress bar for the hub client that tells `progress` instead of drawing itself."""
     from tqdm import tqdm
 
+    most = 0
+
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"file": io.StringIO(), "disable": False})
 
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            nonlocal most
             # Versions of the client count files, bytes received and bytes written, each in a bar.
             if self.unit == "B" and self.total:
-                progress(repo, int(self.n), int(self.total))
+                most = max(most, int(self.n))
+                progress(repo, most, max(most, int(self.total)))
             return True
 
     return Bar
