@@ -1,5 +1,6 @@
 """The server as a process, spoken to over sockets: OpenAI's protocol, load, and rude clients."""
 
+import asyncio
 import base64
 import concurrent.futures
 import http.client
@@ -25,8 +26,9 @@ pytest.importorskip(
 )
 pytest.importorskip("uvicorn", reason='the server extra is not installed: pip install ".[server]"')
 
+from apps.server.jobs import Drawing
 from apps.server.request import Limits, RequestError, parse_request
-from apps.worker import ModelChoice
+from apps.worker import Finished, ModelChoice, Progress
 
 ROOT = Path(__file__).parents[1]
 GENERATIONS = "/v1/images/generations"
@@ -228,6 +230,20 @@ def test_only_this_machine_without_a_key(port):
     status, _, answer = ask(port, "GET", "/v1/models", {"Host": "evil.example"})
     assert (status, answer["error"]["message"]) == (403, "this server is for this machine only")
     assert ask(port, "GET", "/v1/models", {"Host": f"localhost:{port}"})[0] == 200
+
+
+def test_a_slow_reader_misses_previews_but_never_the_picture():
+    drawing, half = Drawing(1), bytes(5 << 20)
+    for index in range(5):
+        drawing.put(Progress(1, 0, index, 6, 7, (32, 32), half))
+    drawing.put(Progress(1, 0, 5, 6, 7, (32, 32), None))
+    drawing.put(Finished(1))
+
+    async def read():
+        return [await drawing.get() for _ in range(3)]
+
+    first, latest, end = asyncio.run(read())
+    assert (first.index, latest.index, end) == (0, 4, Finished(1))
 
 
 # --- load ---------------------------------------------------------------------------------------

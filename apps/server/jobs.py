@@ -8,6 +8,9 @@ from collections import OrderedDict, deque
 
 from apps.worker import Event, Failed, Finished, Job, Loaded, Progress, Worker
 
+MAX_UNREAD = 8 << 20
+"""Bytes of previews that wait for one client."""
+
 
 class Busy(Exception):
     """The queue is full; `retry_after` in seconds."""
@@ -18,8 +21,8 @@ class Busy(Exception):
 
 
 class Drawing:
-    """One request's events. What a slow reader has not fetched takes bounded room: of several
-    unread steps the latest stays."""
+    """One request's events. What a slow reader has not fetched takes bounded room: beyond
+    `MAX_UNREAD` the latest step replaces the one before."""
 
     def __init__(self, number: int):
         self.number = number
@@ -31,14 +34,18 @@ class Drawing:
     def put(self, event: Event) -> None:
         """From the loop's thread."""
         self.ended = isinstance(event, Finished | Failed)
-        stale = self._events and isinstance(self._events[-1], Progress)
-        if stale and isinstance(event, Progress):
-            # A step without a preview must not push out one that has it.
-            if event.preview is not None or self._events[-1].preview is None:
-                self._events[-1] = event
+        if isinstance(event, Progress) and event.preview is None:
+            return
+        last = self._events[-1] if self._events else None
+        if isinstance(event, Progress) and isinstance(last, Progress) and self._is_full():
+            self._events[-1] = event
         else:
             self._events.append(event)
         self._arrived.set()
+
+    def _is_full(self) -> bool:
+        unread = (e.preview for e in self._events if isinstance(e, Progress))
+        return sum(map(len, unread)) > MAX_UNREAD
 
     async def get(self) -> Event:
         """The next event."""
