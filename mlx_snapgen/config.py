@@ -240,6 +240,12 @@ class ModelConfig:
                 f"the autoencoder gives {self.autoencoder.latent_channels}"
             )
 
+    @property
+    def size_unit(self) -> int:
+        """Pixels that a picture's sides must be multiples of."""
+        # Two tokens per side make a compressed one, a token covers patch_size latents.
+        return self.autoencoder.downsampling * self.transformer.patch_size * 2
+
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
     ) -> SamplerConfig:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_snapgen import clip, gemma
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.hub import find_model
+from mlx_snapgen.hub import DownloadProgress, find_model
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_states
 from mlx_snapgen.transformer import EfficientDiT, TextStates
 
@@ -21,6 +21,9 @@ STORED = {
 """`TextEncoderConfig.kind` -> encoder and tokenizer of encoders that a model's folder holds."""
 
 KINDS = (*STORED, "gemma")
+
+SOURCE_FILES = {"clip": clip.FILES, "gemma": gemma.FILES}
+"""What is downloaded of a kind's repository, where `TextEncoderConfig.source` names one."""
 
 
 def make_text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> Any:
@@ -52,9 +55,9 @@ def make_text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> An
 
 def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     if config.kind == "gemma":
-        return gemma.load_gemma(_find(folder, config, gemma.FILES), config)
+        return gemma.load_gemma(_find(folder, config), config)
     if config.kind == "clip":
-        encoder = clip.load_clip(_find(folder, config, clip.FILES))
+        encoder = clip.load_clip(_find(folder, config))
         if encoder.config.hidden_size != config.hidden_size:
             raise UserError(
                 f"{config.source} gives states of {encoder.config.hidden_size}, the model takes "
@@ -67,11 +70,22 @@ def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     )
 
 
-def _find(folder: Path, config: TextEncoderConfig, files: tuple[str, ...]) -> Path:
+def _find(
+    folder: Path, config: TextEncoderConfig, progress: DownloadProgress | None = None
+) -> Path:
     """The source's folder: inside the model's, anywhere, or a repository's in the cache."""
     if config.revision is None and (folder / config.source).is_dir():
         return folder / config.source
-    return find_model(config.source, config.revision, files)
+    return find_model(config.source, config.revision, SOURCE_FILES[config.kind], progress)
+
+
+def download_sources(
+    folder: Path, configs: Sequence[TextEncoderConfig], progress: DownloadProgress
+) -> None:
+    """Fetch the text encoders that the model in `folder` takes from repositories of their own."""
+    for config in configs:
+        if config.source is not None and config.kind in SOURCE_FILES:
+            _find(folder, config, progress)
 
 
 def encoder_names(configs: Sequence[TextEncoderConfig]) -> list[str]:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.metadata import read_metadata, save_picture
+from mlx_snapgen.interactive import Session
+from mlx_snapgen.metadata import RECORDED, read_settings, save_picture
 from mlx_snapgen.options import build_parser
 from mlx_snapgen.pipeline import (
     MAX_SEED,
@@ -29,26 +30,6 @@ from mlx_snapgen.pipeline import (
 )
 from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.weights import load_config, load_vocabulary
-
-RECORDED: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "negative_prompt": (str,),
-    "seed": (int,),
-    "num_inference_steps": (int,),
-    "guidance_scale": (int, float),
-    "few_step": (bool,),
-    "attention_modulation": (bool,),
-    "height": (int,),
-    "width": (int,),
-    "model": (str, type(None)),
-    "revision": (str, type(None)),
-    "model_width": (str,),
-    "quantize": (int, type(None)),
-    "loras": (list,),
-    "text_encoders": (list, type(None)),
-}
-"""Options that `--config-from-image` takes over, and what they are in a picture's metadata."""
-
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -65,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = find_model(args.model, args.revision)
         if args.vocabulary:
             return _print_vocabulary(folder, args.json)
-        prompts = _prompts(args)
-        pipeline = _load(args, folder, origin)
-        for prompt in prompts:
-            _draw(pipeline, prompt, args)
+        if args.interactive:
+            _interact(args, origin)
+        else:
+            prompts = _prompts(args)
+            pipeline = _load(args, folder, origin)
+            for prompt in prompts:
+                _draw(pipeline, prompt, args)
     if not args.json:
         peak = _peak_memory()
         process = peak.get("peak_process_bytes")
@@ -79,11 +63,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _interact(args: argparse.Namespace, origin: dict[str, Any]) -> None:
+    """Prompts from the terminal, the given one first."""
+    session = Session(
+        args,
+        load=lambda: _load(args, find_model(args.model, args.revision), origin),
+        draw=lambda pipeline, prompt: _draw(pipeline, prompt, args),
+    )
+    if args.prompt is not None:
+        session.take(args.prompt)
+    session.run()
+
+
 def _check(args: argparse.Namespace) -> None:
     """All that can be wrong before a model is there."""
-    if args.prompts_file is None and args.prompt is None:
+    if args.interactive and (args.prompts_file is not None or args.json):
+        raise UserError("--interactive goes with neither --prompts-file nor --json")
+    if args.prompts_file is None and args.prompt is None and not args.interactive:
         raise UserError('say what to draw: python -m mlx_snapgen.generate "a red apple"')
-    if args.prompts_file is None and not args.prompt.strip():
+    if args.prompt is not None and not args.prompt.strip():
         raise UserError("the prompt is empty: say what to draw")
     if args.seed is not None and args.seed > MAX_SEED - args.num_images + 1:
         raise UserError(f"--seed {args.seed} leaves no room for {args.num_images} pictures")
@@ -120,17 +118,9 @@ def _fill_from_image(args: argparse.Namespace) -> dict[str, Any]:
     """Take over what `--config-from-image` knows and the options leave open; returns all of it."""
     if args.config_from_image is None:
         return {}
-    # What older pictures do not know of, they were drawn without.
-    older = {"loras": [], "few_step": False, "attention_modulation": False, "text_encoders": None}
-    origin = older | read_metadata(args.config_from_image)
-    try:
-        origin["loras"] = [(str(x["path"]), float(x["weight"])) for x in origin["loras"]]
-    except (TypeError, ValueError, LookupError):
-        origin["loras"] = None
+    origin = read_settings(args.config_from_image)
     explicit_model = args.model is not None
-    for key, kinds in RECORDED.items():
-        if key not in origin or not isinstance(origin[key], kinds):
-            raise UserError(f"{args.config_from_image} has no usable '{key}' in its settings")
+    for key in RECORDED:
         if getattr(args, key) is None and not (key == "revision" and explicit_model):
             setattr(args, key, origin[key])
     return origin

@@ -17,6 +17,29 @@ KEY = "parameters"
 """The chunk's keyword, where picture viewers and other generators look for settings too."""
 
 
+RECORDED: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "seed": (int,),
+    "num_inference_steps": (int,),
+    "guidance_scale": (int, float),
+    "few_step": (bool,),
+    "attention_modulation": (bool,),
+    "height": (int,),
+    "width": (int,),
+    "model": (str, type(None)),
+    "revision": (str, type(None)),
+    "model_width": (str,),
+    "quantize": (int, type(None)),
+    "loras": (list,),
+    "text_encoders": (list, type(None)),
+}
+"""Settings that a picture is drawn again with, and what they are in its metadata."""
+
+OLDER = {"loras": [], "few_step": False, "attention_modulation": False, "text_encoders": None}
+"""What older pictures do not know of, and were drawn with."""
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The settings that a picture was made with; `UserError` when it carries none."""
     path = Path(path).expanduser()
@@ -37,6 +60,22 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict) or "mlx_snapgen" not in values:
         raise UserError(f"{path} carries the settings of another program")
+    return values
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """`read_metadata` with everything in `RECORDED` there and of its type.
+
+    `loras` are (path, weight) pairs. `UserError` names what is missing or odd.
+    """
+    values = OLDER | read_metadata(path)
+    try:
+        values["loras"] = [(str(x["path"]), float(x["weight"])) for x in values["loras"]]
+    except (TypeError, ValueError, LookupError):
+        values["loras"] = None
+    for key, kinds in RECORDED.items():
+        if key not in values or not isinstance(values[key], kinds):
+            raise UserError(f"{path} has no usable '{key}' in its settings")
     return values
 
 

@@ -16,6 +16,7 @@ examples:
   python -m mlx_snapgen.generate "a purple car" --lora crayons.safetensors 0.8
   python -m mlx_snapgen.generate --config-from-image a-purple-car.png --steps 40
   python -m mlx_snapgen.generate --prompts-file prompts.txt --output pictures/ --json
+  python -m mlx_snapgen.generate --interactive --model-width tiny
 
 --width and --height are the picture's, in pixels; --model-width is the share of the network that
 draws it. A picture that exists is never overwritten: the next is called name-1.png. Mistakes exit
@@ -166,6 +167,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep-text-encoders",
         action="store_true",
         help="keep them in memory while drawing: more memory, faster with several prompts",
+    )
+    add(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="keep the model loaded and ask for one prompt after the other (:help lists settings)",
     )
     add("--vocabulary", action="store_true", help="print the words the model knows and exit")
     files = parser.add_argument_group("files")

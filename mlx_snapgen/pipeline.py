@@ -419,8 +419,7 @@ def check_width(config: ModelConfig, name: str) -> None:
 
 def check_size(config: ModelConfig, height: int, width: int) -> None:
     """`UserError` naming the nearest good size unless the network takes pictures of this size."""
-    # Two tokens per side make a compressed one, a token covers patch_size latents.
-    unit = config.autoencoder.downsampling * config.transformer.patch_size * 2
+    unit = config.size_unit
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int):
             raise UserError(f"{name} takes pixels, got {side!r} (the network's is model_width)")

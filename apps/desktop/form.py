@@ -1,0 +1,353 @@
+"""The column of settings: everything a picture is drawn with."""
+
+import dataclasses
+import math
+import re
+import secrets
+import tkinter as tk
+from collections.abc import Callable
+from pathlib import Path
+from tkinter import filedialog, ttk
+
+from apps.desktop.settings import Settings
+from apps.desktop.widgets import Column, Slider
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.errors import UserError
+
+DEFAULT_MODEL = "Default (stickers)"
+RATIOS = (
+    ("Square", 1, 1),
+    ("Landscape 4:3", 4, 3),
+    ("Portrait 3:4", 3, 4),
+    ("Landscape 3:2", 3, 2),
+    ("Portrait 2:3", 2, 3),
+    ("Wide 16:9", 16, 9),
+    ("Tall 9:16", 9, 16),
+)
+FEW_STEP = {"Automatic": None, "On": True, "Off": False}
+QUANTIZE = {"As stored": None, "8 bits": 8, "4 bits": 4}
+
+
+class Form(Column):
+    """Shows `Settings` and reads them back.
+
+    Args:
+        load: called when another model is wanted.
+    """
+
+    def __init__(self, master: tk.Misc, theme, load: Callable[[], None]):
+        super().__init__(master, width=300)
+        self._theme, self._load = theme, load
+        self._config: ModelConfig | None = None
+        self.seed, self.locked = tk.StringVar(), tk.BooleanVar()
+        self.model, self.model_width = tk.StringVar(), tk.StringVar()
+        self.steps, self.guidance = tk.StringVar(), tk.StringVar()
+        self.size, self.num_images = tk.StringVar(), tk.StringVar()
+        self.few_step, self.quantize = tk.StringVar(), tk.StringVar()
+        self.text_encoders, self.modulation = tk.StringVar(), tk.BooleanVar()
+        self._loras: list[tuple[str, tk.StringVar]] = []
+        self.inside.configure(padding=(14, 10))
+        self.inside.columnconfigure(0, weight=1)
+        self._texts()
+        self._seed()
+        self._network()
+        self._picture()
+        self._lora_rows()
+        self._model()
+        self._more()
+        self.bind_wheel()
+
+    # --- reading and showing --------------------------------------------------------------------
+
+    def read(self, base: Settings) -> Settings:
+        """`base` with what the form says; `UserError` names a field that makes no sense."""
+        size = self.size.get().strip()
+        height = width = None
+        if size:
+            found = re.search(r"(\d+)\s*[x×*]\s*(\d+)\s*$", size)  # noqa: RUF001
+            if not found:
+                raise UserError(f"the size '{size}' is not like 192 x 128 (width x height)")
+            width, height = int(found[1]), int(found[2])
+        names = [name.strip() for name in self.text_encoders.get().split(",") if name.strip()]
+        model, revision = self._model_name()
+        return dataclasses.replace(
+            base,
+            prompt=self.prompt.get("1.0", "end").strip(),
+            negative_prompt=self.negative.get("1.0", "end").strip(),
+            seed=_number("seed", self.seed.get(), int) or 0,
+            seed_locked=self.locked.get(),
+            model=model,
+            revision=revision,
+            model_width=self.model_width.get(),
+            quantize=QUANTIZE[self.quantize.get()],
+            loras=tuple(
+                (path, _number("LoRA's scale", scale.get(), float)) for path, scale in self._loras
+            ),
+            text_encoders=tuple(names) or None,
+            height=height,
+            width=width,
+            num_inference_steps=_number("number of steps", self.steps.get(), int, optional=True),
+            guidance_scale=_number("guidance", self.guidance.get(), float, optional=True),
+            few_step=FEW_STEP[self.few_step.get()],
+            attention_modulation=self.modulation.get(),
+            num_images=_number("number of pictures", self.num_images.get(), int),
+        )
+
+    def show(self, settings: Settings) -> None:
+        """Fill all fields."""
+        for text, value in (
+            (self.prompt, settings.prompt),
+            (self.negative, settings.negative_prompt),
+        ):
+            text.delete("1.0", "end")
+            text.insert("1.0", value)
+            text.edit_reset()
+        self.seed.set(str(settings.seed))
+        self.locked.set(settings.seed_locked)
+        revision = "" if settings.revision is None else f"@{settings.revision}"
+        self.model.set(DEFAULT_MODEL if settings.model is None else settings.model + revision)
+        self._model_field.configure(values=[DEFAULT_MODEL, *settings.recent_models])
+        self.model_width.set(settings.model_width)
+        known = settings.height is not None and settings.width is not None
+        self.size.set(f"{settings.width} × {settings.height}" if known else "")  # noqa: RUF001
+        steps, scale = settings.num_inference_steps, settings.guidance_scale
+        self.steps.set("" if steps is None else str(steps))
+        self.guidance.set("" if scale is None else f"{scale:g}")
+        self.num_images.set(str(settings.num_images))
+        self.few_step.set(_key(FEW_STEP, settings.few_step))
+        self.quantize.set(_key(QUANTIZE, settings.quantize))
+        self.text_encoders.set(", ".join(settings.text_encoders or ()))
+        self.modulation.set(settings.attention_modulation)
+        self._loras = [(path, tk.StringVar(value=f"{w:g}")) for path, w in settings.loras]
+        self._show_loras()
+        if self._config is not None:
+            self._fill(self._config)
+
+    def adopt(self, config: ModelConfig, forget: bool) -> None:
+        """Offer what a loaded model has; `forget` the numbers that suited another one."""
+        self._config = config
+        if forget:
+            for variable in (self.steps, self.guidance, self.size):
+                variable.set("")
+        for name, button in self._widths.items():
+            held = WIDTH_NAMES[name] in config.transformer.widths
+            button.state(["!disabled" if held else "disabled"])
+        unit = config.size_unit
+        area = math.prod(config.image_size)
+        sizes = []
+        for name, across, down in RATIOS:
+            width = max(unit, round((area * across / down) ** 0.5 / unit) * unit)
+            height = max(unit, round((area * down / across) ** 0.5 / unit) * unit)
+            sizes.append(f"{name}: {width} × {height}")  # noqa: RUF001
+        self._size_field.configure(values=sizes)
+        self._fill(config)
+
+    def new_seed(self) -> None:
+        """Roll the dice."""
+        self.seed.set(str(secrets.randbelow(2**32)))
+
+    def _fill(self, config: ModelConfig) -> None:
+        """The model's own numbers where a field is empty."""
+        sampler = config.sampler_for(None, None)
+        height, width = config.image_size
+        for variable, value in (
+            (self.steps, str(sampler.num_inference_steps)),
+            (self.guidance, f"{sampler.guidance_scale:g}"),
+            (self.size, f"{width} × {height}"),  # noqa: RUF001
+        ):
+            if not variable.get().strip():
+                variable.set(value)
+
+    def _model_name(self) -> tuple[str | None, str | None]:
+        name = self.model.get().strip()
+        if name in ("", DEFAULT_MODEL):
+            return None, None
+        if Path(name).expanduser().is_dir() or "@" not in name:
+            return name, None
+        model, _, revision = name.rpartition("@")
+        return model, revision or None
+
+    # --- fields ---------------------------------------------------------------------------------
+
+    def _heading(self, text: str) -> None:
+        ttk.Label(self.inside, text=text, style="Heading.TLabel").grid(sticky="w", pady=(12, 4))
+
+    def _texts(self) -> None:
+        self.prompt = self._text("Prompt", 4)
+        self.negative = self._text("Leave out", 2)
+
+    def _text(self, label: str, lines: int) -> tk.Text:
+        self._heading(label)
+        text = tk.Text(
+            self.inside,
+            height=lines,
+            width=20,
+            wrap="word",
+            undo=True,
+            font="TkDefaultFont",
+            relief="flat",
+            highlightthickness=1,
+            padx=6,
+            pady=5,
+        )
+        text.grid(sticky="ew")
+        # Tab leaves the field, as everywhere but in editors.
+        text.bind("<Tab>", lambda e: (e.widget.tk_focusNext().focus_set(), "break")[1])
+        text.bind("<Shift-Tab>", lambda e: (e.widget.tk_focusPrev().focus_set(), "break")[1])
+        return text
+
+    def _seed(self) -> None:
+        self._heading("Seed")
+        row = ttk.Frame(self.inside)
+        row.grid(sticky="ew")
+        row.columnconfigure(0, weight=1)
+        entry = ttk.Entry(row, textvariable=self.seed, width=12)
+        entry.grid(row=0, column=0, sticky="ew")
+        # Whoever types a seed wants that one.
+        entry.bind("<Key>", lambda e: e.char.isdigit() and self.locked.set(True), add=True)
+        ttk.Button(row, text="Roll", width=5, command=self.new_seed).grid(row=0, column=1, padx=6)
+        ttk.Checkbutton(row, text="Keep", variable=self.locked).grid(row=0, column=2)
+
+    def _network(self) -> None:
+        self._heading("Network width")
+        row = ttk.Frame(self.inside)
+        row.grid(sticky="ew")
+        self._widths = {}
+        for column, name in enumerate(WIDTH_NAMES):
+            row.columnconfigure(column, weight=1, uniform="width")
+            button = ttk.Radiobutton(
+                row,
+                text=name.capitalize(),
+                value=name,
+                variable=self.model_width,
+                style="Toolbutton",
+            )
+            button.grid(row=0, column=column, sticky="ew", padx=(0, 2))
+            self._widths[name] = button
+
+    def _picture(self) -> None:
+        self._heading("Picture")
+        for label, variable, low, high, by in (
+            ("Steps", self.steps, 1, 50, 1),
+            ("Guidance", self.guidance, 1, 10, 0.5),
+        ):
+            slider = Slider(self.inside, label, variable, low, high, by)
+            slider.grid(sticky="ew", pady=(0, 6))
+        row = self._row("Size")
+        self._size_field = ttk.Combobox(row, textvariable=self.size, width=19)
+        self._size_field.grid(row=0, column=1, sticky="e")
+        self._size_field.bind(
+            "<<ComboboxSelected>>", lambda _: self.size.set(self.size.get().partition(": ")[2])
+        )
+        row = self._row("Pictures")
+        ttk.Spinbox(row, textvariable=self.num_images, from_=1, to=64, width=6).grid(
+            row=0, column=1, sticky="e"
+        )
+
+    def _lora_rows(self) -> None:
+        row = self._row("LoRA", heading=True)
+        ttk.Button(row, text="Add…", command=self._add_lora).grid(row=0, column=1, sticky="e")
+        self._lora_frame = ttk.Frame(self.inside)
+        self._lora_frame.grid(sticky="ew")
+        self._lora_frame.columnconfigure(0, weight=1)
+
+    def _show_loras(self) -> None:
+        for child in self._lora_frame.winfo_children():
+            child.destroy()
+        for i, (path, scale) in enumerate(self._loras):
+            name = ttk.Label(self._lora_frame, text=_shortened(Path(path).stem, 20))
+            name.grid(row=i, column=0, sticky="w")
+            ttk.Spinbox(
+                self._lora_frame, textvariable=scale, from_=0, to=2, increment=0.1, width=5
+            ).grid(row=i, column=1, padx=6, pady=2)
+            ttk.Button(
+                self._lora_frame,
+                text="Remove",
+                command=lambda pair=(path, scale): self._drop_lora(pair),
+            ).grid(row=i, column=2)
+        if not self._loras:
+            # An empty frame would keep the height of what was in it.
+            self._lora_frame.configure(height=1)
+
+    def _add_lora(self) -> None:
+        path = filedialog.askopenfilename(
+            parent=self, title="LoRA", filetypes=[("LoRA", "*.safetensors")]
+        )
+        if path:
+            self.add_lora(path)
+
+    def add_lora(self, path: str, scale: float = 1.0) -> None:
+        """Use one more LoRA."""
+        self._loras.append((path, tk.StringVar(value=f"{scale:g}")))
+        self._show_loras()
+
+    def _drop_lora(self, pair: tuple[str, tk.StringVar]) -> None:
+        self._loras.remove(pair)
+        self._show_loras()
+
+    def _model(self) -> None:
+        row = self._row("Model", heading=True)
+        ttk.Button(row, text="Folder…", command=self._choose_folder).grid(
+            row=0, column=1, sticky="e"
+        )
+        self._model_field = ttk.Combobox(self.inside, textvariable=self.model)
+        self._model_field.grid(sticky="ew")
+        self._model_field.bind("<<ComboboxSelected>>", lambda _: self._load())
+        self._model_field.bind("<Return>", lambda _: self._load())
+        ttk.Label(
+            self.inside, text="A folder, or owner/name on Hugging Face", style="Muted.TLabel"
+        ).grid(sticky="w", pady=(3, 0))
+
+    def _choose_folder(self) -> None:
+        folder = filedialog.askdirectory(parent=self, title="Model folder", mustexist=True)
+        if folder:
+            self.model.set(folder)
+            self._load()
+
+    def _more(self) -> None:
+        self._heading("More")
+        for label, variable, choices in (
+            ("Weights in memory", self.quantize, QUANTIZE),
+            ("Few-step mode", self.few_step, FEW_STEP),
+        ):
+            row = self._row(label)
+            box = ttk.Combobox(
+                row, textvariable=variable, values=list(choices), state="readonly", width=10
+            )
+            box.grid(row=0, column=1, sticky="e")
+        row = self._row("Text encoders")
+        ttk.Entry(row, textvariable=self.text_encoders, width=12).grid(row=0, column=1, sticky="e")
+        ttk.Checkbutton(
+            self.inside, text="Modulate attention (EDT)", variable=self.modulation
+        ).grid(sticky="w", pady=(4, 10))
+
+    def _row(self, label: str, heading: bool = False) -> ttk.Frame:
+        row = ttk.Frame(self.inside)
+        row.grid(sticky="ew", pady=(12, 4) if heading else 2)
+        row.columnconfigure(0, weight=1)
+        style = "Heading.TLabel" if heading else "TLabel"
+        ttk.Label(row, text=label, style=style).grid(row=0, column=0, sticky="w")
+        return row
+
+
+def _key(choices: dict, value) -> str:
+    return next((key for key, v in choices.items() if v == value), next(iter(choices)))
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _number(name: str, text: str, kind: type, optional: bool = False):
+    """`text` as a number; `UserError` names the field."""
+    text = text.strip().replace(",", ".") if kind is float else text.strip()
+    if not text and optional:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"the {name} must be {what}, not '{text}'")
+    return value

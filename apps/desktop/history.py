@@ -1,0 +1,65 @@
+"""The pictures drawn lately: PNG files in a folder, so that they outlive the window."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from apps.desktop.settings import write_whole
+
+THUMBNAIL = 84
+"""Pixels of the longer side."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The name that the picture suggests for itself, without ending."""
+        return self.path.stem.partition("_")[2] or "snapgen"
+
+
+class History:
+    """At most `limit` files; the oldest are deleted. Used by one thread at a time."""
+
+    def __init__(self, folder: Path, limit: int = 100):
+        self.folder, self.limit = folder, limit
+
+    def paths(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.folder.glob("[0-9]*-[0-9]*_*.png"), reverse=True)
+
+    def load(self) -> Iterator[tuple[Entry, Image.Image]]:
+        """All entries with their thumbnails, the newest first; damaged files are passed over."""
+        for path in self.paths():
+            try:
+                with Image.open(path) as image:
+                    small = thumbnail(image.convert("RGB"))
+            except (OSError, ValueError, SyntaxError):
+                continue
+            yield Entry(path), small
+
+    def add(self, name: str, png: bytes) -> Entry:
+        """Keep a picture; raises OSError."""
+        now = time.time()
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"{int(now % 1 * 1e6):06d}"
+        path = self.folder / f"{stamp}_{name}.png"
+        write_whole(path, png)
+        for old in self.paths()[self.limit :]:
+            old.unlink(missing_ok=True)
+        return Entry(path)
+
+    def delete(self, entry: Entry) -> None:
+        """Forget a picture and delete its file."""
+        entry.path.unlink(missing_ok=True)
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A small copy, `THUMBNAIL` pixels on its longer side."""
+    scale = THUMBNAIL / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -1,0 +1,122 @@
+"""Menus and keyboard shortcuts: Command on a Mac, Control elsewhere."""
+
+import tkinter as tk
+from pathlib import Path
+
+from apps.desktop import system
+
+SHORTCUTS = (
+    ("Generate or cancel", "Return"),
+    ("Cancel", "Escape"),
+    ("New seed", "D"),
+    ("Keep the seed", "L"),
+    ("Open a picture's settings", "O"),
+    ("Save the picture", "S"),
+    ("Copy the picture", "Shift-C"),
+    ("Show the picture's file", "R"),
+)
+
+
+def build_menus(window) -> None:
+    """Give `window` its menu bar and bind the shortcuts."""
+    mac = window.theme.native
+    modifier, label = ("Command", "Command-") if mac else ("Control", "Ctrl+")
+    bar = tk.Menu(window, tearoff=False)
+
+    def item(menu: tk.Menu, text: str, command, key: str | None = None) -> None:
+        shown = ""
+        if key is not None:
+            shown = label + (key if mac else key.replace("-", "+"))
+            *held, last = key.split("-")
+            # With Shift the key symbol is the capital letter.
+            symbol = last if len(last) > 1 else last.upper() if held else last.lower()
+            sequence = "-".join((modifier, *held, symbol))
+            window.bind(f"<{sequence}>", lambda _: (command(), "break")[1])
+        menu.add_command(label=text, command=command, accelerator=shown)
+
+    def submenu(text: str) -> tk.Menu:
+        menu = tk.Menu(bar, tearoff=False)
+        bar.add_cascade(label=text, menu=menu)
+        return menu
+
+    file = submenu("File")
+    item(file, "Open Picture…", window.open, "O")
+    item(file, "Save Picture…", window.save, "S")
+    if not mac:
+        file.add_separator()
+        item(file, "Quit", window.close, "Q")
+
+    edit = submenu("Edit")
+    for text, event, key in (
+        ("Undo", "<<Undo>>", "Z"),
+        ("Cut", "<<Cut>>", "X"),
+        ("Copy", "<<Copy>>", "C"),
+        ("Paste", "<<Paste>>", "V"),
+        ("Select All", "<<SelectAll>>", "A"),
+    ):
+        edit.add_command(
+            label=text,
+            accelerator=label + key,
+            command=lambda event=event: (window.focus_get() or window).event_generate(event),
+        )
+
+    picture = submenu("Picture")
+    item(picture, "Generate or Cancel", window.toggle, "Return")
+    item(picture, "New Seed", window.form.new_seed, "D")
+    item(
+        picture, "Keep the Seed", lambda: window.form.locked.set(not window.form.locked.get()), "L"
+    )
+    picture.add_separator()
+    item(picture, "Copy Picture", window.copy, "Shift-C")
+    item(picture, "Show in Finder" if system.MAC else "Show in Folder", window.reveal, "R")
+    picture.add_command(
+        label="Delete from History…", command=window.delete, accelerator="⌫" if mac else "Delete"
+    )
+    for key in ("<Delete>", "<BackSpace>"):
+        window.bind(key, lambda e: _outside_text(e.widget) and window.delete())
+
+    view = submenu("View")
+    chosen = tk.StringVar(window, window.settings.appearance)
+    for text in ("System", "Light", "Dark"):
+        view.add_radiobutton(
+            label=text,
+            value=text.lower(),
+            variable=chosen,
+            command=lambda: window.set_appearance(chosen.get()),
+        )
+    window.appearance = chosen
+
+    help_menu = submenu("Help")
+    item(help_menu, "Keyboard Shortcuts", window.show_shortcuts)
+
+    popup = tk.Menu(window, tearoff=False)
+    for text, command in (
+        ("Use Settings", lambda: window.restore(window.strip.selected)),
+        ("Save…", window.save),
+        ("Copy", window.copy),
+        ("Show in Finder" if system.MAC else "Show in Folder", window.reveal),
+        ("Delete…", window.delete),
+    ):
+        popup.add_command(label=text, command=command)
+    window.picture_menu = popup
+
+    window.bind("<Escape>", lambda _: window.cancel())
+    if mac:
+        window.bind("<Command-period>", lambda _: window.cancel())
+        window.createcommand("::tk::mac::Quit", window.close)
+        window.createcommand(
+            "::tk::mac::OpenDocument", lambda *names: window.open_picture(Path(names[0]))
+        )
+    # A text field would otherwise put a line end, or open a line, with these.
+    for widget in (window.form.prompt, window.form.negative):
+        for key, command in (
+            ("Return", window.toggle),
+            ("o", window.open),
+            ("d", window.form.new_seed),
+        ):
+            widget.bind(f"<{modifier}-{key}>", lambda _, command=command: (command(), "break")[1])
+    window.configure(menu=bar)
+
+
+def _outside_text(widget) -> bool:
+    return isinstance(widget, tk.Misc) and widget.winfo_class() in ("Canvas", "Tk", "TButton")

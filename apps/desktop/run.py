@@ -1,0 +1,82 @@
+"""What is known about the job that runs: how far it is and how long it will take."""
+
+import time
+from collections.abc import Callable
+
+from apps.worker import Downloading, Event, Loaded, Loading, Picture, Progress
+
+
+class Run:
+    """Progress of one job, from its events.
+
+    Args:
+        job: its number.
+        draws: False when it only loads a model.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        job: int,
+        draws: bool,
+        num_images: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.job, self.draws, self.num_images, self._clock = job, draws, num_images, clock
+        self.status = ""
+        self.share = 0.0
+        """Of the work, 0 to 1."""
+        self.between_steps = False
+        """Whether the worker looks out for a cancel; it does not while it loads."""
+        self.downloading = False
+        self._started = clock()
+        self._seconds: list[float] = []
+
+    @property
+    def can_cancel(self) -> bool:
+        """Whether there is something worth stopping."""
+        return self.draws or self.downloading
+
+    @property
+    def summary(self) -> str:
+        """What to say at the end."""
+        count = len(self._seconds)
+        if not count:
+            return ""
+        each = sum(self._seconds) / count
+        return f"{each:.1f} s" if count == 1 else f"{count} pictures, {each:.1f} s each"
+
+    def take(self, event: Event) -> None:
+        """Update `status` and `share`."""
+        self.downloading = isinstance(event, Downloading)
+        if self.downloading:
+            self.share = event.done / event.total if event.total else 0.0
+            done, total = event.done / 1e6, event.total / 1e6
+            left = self._left(self.share)
+            self.status = f"Downloading {event.name}: {done:.0f} of {total:.0f} MB{left}"
+        elif isinstance(event, Loading):
+            self.share, self._started = 0.0, self._clock()
+            self.status = "Loading the model…"
+        elif isinstance(event, Loaded):
+            self.share, self._started, self.between_steps = 0.0, self._clock(), True
+            self.status = "Reading the prompt…" if self.draws else "Ready"
+        elif isinstance(event, Progress):
+            done = event.image * event.num_steps + event.index + 1
+            self.share = done / (self.num_images * event.num_steps)
+            which = "Step"
+            if self.num_images > 1:
+                which = f"Picture {event.image + 1} of {self.num_images}, step"
+            left = self._left(self.share)
+            self.status = f"{which} {event.index + 1} of {event.num_steps}{left}"
+        elif isinstance(event, Picture):
+            self._seconds.append(event.seconds)
+
+    def _left(self, share: float) -> str:
+        if not 0 < share < 1:
+            return ""
+        seconds = (self._clock() - self._started) * (1 - share) / share
+        if seconds < 1:
+            return ""
+        minutes, rest = divmod(round(seconds), 60)
+        time_left = f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+        return f" · {time_left} left"

@@ -1,0 +1,1 @@
+"""The server: `python -m apps.server`, OpenAI's images API around one loaded model."""

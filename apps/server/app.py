@@ -1,0 +1,292 @@
+"""The ASGI application: routes, streaming, and what keeps strangers out."""
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
+from apps.server.request import ImageRequest, Limits, RequestError, parse_request
+from apps.worker import Failed, Finished, ModelChoice, Notice, Picture, Progress
+from mlx_snapgen._version import __version__
+from mlx_snapgen.config import ModelConfig
+
+MAX_BODY = 64 << 10
+BODY_SECONDS = 10.0
+"""How long a client may take to send its request."""
+SEND_SECONDS = 30.0
+"""How long it may leave a full buffer unread."""
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+PREFIX = "image_generation."
+
+
+class Server:
+    """The routes' state.
+
+    Args:
+        jobs: the queue.
+        models: names that clients may use -> what is loaded for them, the default first.
+        config: the model's.
+        limits: of one request.
+    """
+
+    def __init__(
+        self, jobs: Jobs, models: Mapping[str, ModelChoice], config: ModelConfig, limits: Limits
+    ):
+        self.jobs, self.models, self.config, self.limits = jobs, models, config, limits
+        self._pictures = PictureStore()
+        self._created = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`."""
+        return JSONResponse(
+            {
+                "status": "ok",
+                "version": __version__,
+                "model": next(iter(self.models)),
+                "open_requests": len(self.jobs),
+                "served": self.jobs.served,
+            }
+        )
+
+    async def list_models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        return JSONResponse({"object": "list", "data": [self._model(m) for m in self.models]})
+
+    async def get_model(self, request: Request) -> Response:
+        """`GET /v1/models/{name}`."""
+        name = request.path_params["name"]
+        if name not in self.models:
+            raise RequestError(f"no model '{name}'", 404, "model", "model_not_found")
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "mlx_snapgen"}
+
+    async def picture(self, request: Request) -> Response:
+        """`GET /images/{token}.png`: what a response of kind `url` points to."""
+        png = self._pictures.get(request.path_params["token"])
+        if png is None:
+            raise RequestError("no such picture, or no longer", 404)
+        return Response(png, media_type="image/png")
+
+    async def generate(self, request: Request) -> Response:
+        """`POST /v1/images/generations`."""
+        wish = parse_request(await _read_json(request), self.models, self.config, self.limits)
+        try:
+            drawing = self.jobs.submit(wish.job)
+        except Busy as busy:
+            headers = {"Retry-After": str(busy.retry_after)}
+            raise RequestError(str(busy), 429, code="queue_full", headers=headers) from None
+        if wish.stream:
+            return _Stream(self.jobs, drawing, self._events(wish, drawing))
+        try:
+            return await _unless_gone(request.receive, self._answer(request, wish, drawing))
+        finally:
+            self.jobs.cancel(drawing)
+
+    async def _answer(self, request: Request, wish: ImageRequest, drawing: Drawing) -> Response:
+        data, notices = [], []
+        while not isinstance(event := await drawing.get(), Finished):
+            if isinstance(event, Failed):
+                raise _failure(event)
+            if isinstance(event, Notice):
+                notices.append(event.text)
+            elif isinstance(event, Picture):
+                if wish.as_url:
+                    token = secrets.token_urlsafe(16)
+                    self._pictures.add(token, event.png)
+                    shown = {"url": str(request.url_for("picture", token=token))}
+                else:
+                    shown = {"b64_json": base64.b64encode(event.png).decode()}
+                data.append(shown | {"seed": event.metadata["seed"]})
+        body = {"created": int(time.time()), "data": data, **_format(wish)}
+        return JSONResponse(body | ({"notices": notices} if notices else {}))
+
+    async def _events(self, wish: ImageRequest, drawing: Drawing) -> AsyncIterator[bytes]:
+        """Server-sent events, named as in OpenAI's image streaming."""
+        partial = 0
+        while not isinstance(event := await drawing.get(), Finished):
+            if isinstance(event, Failed):
+                raise _failure(event)
+            extra = {"created_at": int(time.time()), "quality": "auto", **_format(wish)}
+            if isinstance(event, Progress) and event.preview is not None:
+                extra |= {"partial_image_index": partial, "step": event.index + 1}
+                extra |= {"steps": event.num_steps, "seed": event.seed, "image": event.image}
+                partial += 1
+                yield _event("partial_image", event.preview, extra)
+            elif isinstance(event, Picture):
+                partial = 0
+                extra |= {"seed": event.metadata["seed"], "image": event.image}
+                yield _event("completed", event.png, extra)
+
+
+def _format(wish: ImageRequest) -> dict[str, str]:
+    size = "{}x{}".format(*wish.size)
+    return {"size": size, "output_format": "png", "background": "opaque"}
+
+
+def _event(name: str, png: bytes, extra: dict[str, Any]) -> bytes:
+    data = {"type": PREFIX + name, "b64_json": base64.b64encode(png).decode(), **extra}
+    return f"event: {PREFIX}{name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _failure(event: Failed) -> RequestError:
+    return RequestError(event.message, 400 if event.details is None else 500)
+
+
+async def _read_json(request: Request) -> Any:
+    # A web page may send a form or plain text to this machine unasked, but not JSON.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError("send JSON, with Content-Type: application/json", 415)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise RequestError(f"the body is larger than {MAX_BODY} bytes", 413)
+    except TimeoutError:
+        raise RequestError("the body took too long to arrive", 408) from None
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise RequestError("the body is not JSON") from None
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`; `Gone` as soon as the client leaves."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    watching, working = asyncio.ensure_future(watch()), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
+    finally:
+        for task in (watching, working):
+            task.cancel()
+        await asyncio.gather(watching, working, return_exceptions=True)
+
+
+class _Stream(Response):
+    """Sends events as they come. A failure before the first one is an ordinary error response."""
+
+    def __init__(self, jobs: Jobs, drawing: Drawing, events: AsyncIterator[bytes]):
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._jobs, self._drawing, self._events = jobs, drawing, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(receive, self._send_all(scope, receive, send))
+        finally:
+            self._jobs.cancel(self._drawing)
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            first = await anext(self._events, b"")
+        except RequestError as error:
+            return await _refuse(error)(scope, receive, send)
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        try:
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except RequestError as error:
+            said = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": said, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Guard:
+    """Around everything: the key, the host, clients that left or do not read.
+
+    Args:
+        api_key: None lets everybody in who speaks to this machine by a loopback name, so that a
+            web page cannot reach the server through a name of its own (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self._app, self._key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def patient_send(message) -> None:
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise Gone from None
+
+        refusal = self._refusal(scope)
+        with contextlib.suppress(Gone, ClientDisconnect):
+            if refusal is not None:
+                return await refusal(scope, receive, patient_send)
+            await self._app(scope, receive, patient_send)
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        headers = dict(scope["headers"])
+        if self._key is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+            if name.lower() not in LOOPBACK:
+                return _refuse(RequestError("this server is for this machine only", 403))
+        elif scope["path"].startswith("/v1/"):
+            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(key.strip(), self._key.encode())
+            if kind.lower() != b"bearer" or not right:
+                error = RequestError("no valid API key", 401, code="invalid_api_key")
+                return _refuse(error)
+        return None
+
+
+def _refuse(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def create_app(server: Server, api_key: str | None) -> ASGIApp:
+    """The application; pictures by `url` need no key, their addresses cannot be guessed."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return _refuse(error)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        return _refuse(RequestError(error.detail, error.status_code, headers=error.headers))
+
+    routes = [
+        Route("/health", server.health),
+        Route("/v1/models", server.list_models),
+        Route("/v1/models/{name}", server.get_model),
+        Route("/v1/images/generations", server.generate, methods=["POST"]),
+        Route("/images/{token}.png", server.picture, name="picture"),
+    ]
+    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        RequestError: refuse,
+        404: unknown,
+        405: unknown,
+    }
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)

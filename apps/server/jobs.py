@@ -1,0 +1,129 @@
+"""The worker for asyncio: a bounded queue, and what each request is told."""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import OrderedDict, deque
+
+from apps.worker import Event, Failed, Finished, Job, Loaded, Progress, Worker
+
+MAX_UNREAD = 8 << 20
+"""Bytes of previews that wait for one client."""
+
+
+class Busy(Exception):
+    """The queue is full; `retry_after` in seconds."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"too many requests wait: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Drawing:
+    """One request's events. What a slow reader has not fetched takes bounded room: beyond
+    `MAX_UNREAD` the latest step replaces the one before."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.started: float | None = None
+        self.ended = False
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """From the loop's thread."""
+        self.ended = isinstance(event, Finished | Failed)
+        if isinstance(event, Progress) and event.preview is None:
+            return
+        last = self._events[-1] if self._events else None
+        if isinstance(event, Progress) and isinstance(last, Progress) and self._is_full():
+            self._events[-1] = event
+        else:
+            self._events.append(event)
+        self._arrived.set()
+
+    def _is_full(self) -> bool:
+        unread = (e.preview for e in self._events if isinstance(e, Progress))
+        return sum(map(len, unread)) > MAX_UNREAD
+
+    async def get(self) -> Event:
+        """The next event."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._events.popleft()
+
+
+class Jobs:
+    """At most one job is drawn and `waiting` wait; to be made inside the event loop.
+
+    Args:
+        waiting: length of the queue.
+        keep: see `Worker`.
+    """
+
+    def __init__(self, waiting: int, keep: int = 1):
+        self._loop = asyncio.get_running_loop()
+        self._most = waiting + 1
+        self._open: dict[int, Drawing] = {}
+        self._seconds = 1.0
+        self.served = 0
+        self.worker = Worker(self._deliver, keep)
+
+    def __len__(self) -> int:
+        """Jobs drawn or waiting."""
+        return len(self._open)
+
+    def submit(self, job: Job) -> Drawing:
+        """Queue a job; `Busy` when the queue is full."""
+        if len(self._open) >= self._most:
+            raise Busy(min(600, max(1, math.ceil(self._seconds * len(self._open)))))
+        drawing = Drawing(self.worker.submit(job))
+        self._open[drawing.number] = drawing
+        return drawing
+
+    def cancel(self, drawing: Drawing) -> None:
+        """Nobody waits for it any more. It holds its place until the worker lets go of it."""
+        if not drawing.ended:
+            self.worker.cancel(drawing.number)
+
+    async def close(self) -> None:
+        """End the worker."""
+        await asyncio.to_thread(self.worker.close)
+
+    def _deliver(self, event: Event) -> None:
+        # RuntimeError: the loop is closed, nobody listens.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._dispatch, event)
+
+    def _dispatch(self, event: Event) -> None:
+        drawing = self._open.get(event.job)
+        if drawing is None:
+            return
+        if isinstance(event, Loaded):
+            drawing.started = time.monotonic()
+        if isinstance(event, Finished | Failed):
+            del self._open[event.job]
+            self.served += 1
+            if drawing.started is not None:
+                spent = time.monotonic() - drawing.started
+                self._seconds += 0.3 * (spent - self._seconds)
+        drawing.put(event)
+
+
+class PictureStore:
+    """Pictures that wait to be fetched by address, the latest ones within `limit` bytes."""
+
+    def __init__(self, limit: int = 64 << 20):
+        self._limit, self._size = limit, 0
+        self._pictures: OrderedDict[str, bytes] = OrderedDict()
+
+    def add(self, token: str, png: bytes) -> None:
+        self._pictures[token] = png
+        self._size += len(png)
+        while self._size > self._limit and len(self._pictures) > 1:
+            self._size -= len(self._pictures.popitem(last=False)[1])
+
+    def get(self, token: str) -> bytes | None:
+        return self._pictures.get(token)

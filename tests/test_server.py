@@ -1,0 +1,386 @@
+"""The server as a process, spoken to over sockets: OpenAI's protocol, load, and rude clients."""
+
+import asyncio
+import base64
+import concurrent.futures
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.pipeline import SnapGenPipeline
+
+pytest.importorskip(
+    "starlette", reason='the server extra is not installed: pip install ".[server]"'
+)
+pytest.importorskip("uvicorn", reason='the server extra is not installed: pip install ".[server]"')
+
+from apps.server.jobs import Drawing
+from apps.server.request import Limits, RequestError, parse_request
+from apps.worker import Finished, ModelChoice, Progress
+
+ROOT = Path(__file__).parents[1]
+GENERATIONS = "/v1/images/generations"
+PATIENCE = 120
+
+
+def start(*options):
+    """A server on a free port, and that port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "apps.server", "--port", "0", *map(str, options)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+    return process, int(line.split(":")[2].split("/")[0])
+
+
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(model_folder):
+    process, port = start("--model", model_folder, "--model-width", "full", "tiny", "--queue", 3)
+    yield process, port
+    stop(process)
+
+
+@pytest.fixture
+def port(server):
+    return server[1]
+
+
+def ask(port, method="POST", path=GENERATIONS, headers=None, **body):
+    """(status, headers, decoded JSON or bytes)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    kind = {"Content-Type": "application/json"}
+    connection.request(method, path, json.dumps(body) if body else None, kind | (headers or {}))
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, response.headers, json.loads(data) if is_json else data
+
+
+def patiently(port, **body):
+    """`ask`, again whenever the queue is full; (answer, how often it was)."""
+    refused = 0
+    while (answer := ask(port, **body))[0] == 429:
+        assert int(answer[1]["Retry-After"]) >= 1
+        assert answer[2]["error"]["code"] == "queue_full"
+        refused += 1
+        time.sleep(0.2)
+    return answer, refused
+
+
+def idle(port):
+    """Whether nothing is open, within a few seconds."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if ask(port, "GET", "/health")[2]["open_requests"] == 0:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def opened(b64):
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+# --- protocol -----------------------------------------------------------------------------------
+
+
+def test_pictures_are_those_of_the_pipeline(port, model_folder, tmp_path):
+    wish = {"n": 2, "size": "32x64", "seed": 5, "steps": 2, "guidance": 2, "negative_prompt": "car"}
+    status, _, answer = ask(port, prompt="a red apple", **wish)
+    assert status == 200
+    assert (answer["size"], answer["output_format"]) == ("32x64", "png")
+    pipe = SnapGenPipeline.from_pretrained(model_folder)
+    expected = pipe("a red apple", negative_prompt="car", height=64, width=32, seed=5,
+                    num_inference_steps=2, guidance_scale=2, num_images=2)  # fmt: skip
+    for data, image in zip(answer["data"], expected, strict=True):
+        assert np.array_equal(np.array(opened(data["b64_json"])), np.array(image))
+    (tmp_path / "x.png").write_bytes(base64.b64decode(answer["data"][1]["b64_json"]))
+    assert read_metadata(tmp_path / "x.png")["seed"] == answer["data"][1]["seed"] == 6
+
+
+def test_models_and_health(port):
+    assert [m["id"] for m in ask(port, "GET", "/v1/models")[2]["data"]] == ["random", "random-tiny"]
+    assert ask(port, "GET", "/v1/models/random-tiny")[2]["owned_by"] == "mlx_snapgen"
+    assert ask(port, "GET", "/v1/models/gpt")[2]["error"]["code"] == "model_not_found"
+    status, _, health = ask(port, "GET", "/health")
+    assert (status, health["status"], health["model"]) == (200, "ok", "random")
+    full = ask(port, prompt="a cat", seed=1, steps=1)[2]["data"][0]
+    tiny = ask(port, prompt="a cat", seed=1, steps=1, model="random-tiny")[2]["data"][0]
+    assert full["b64_json"] != tiny["b64_json"]
+
+
+def test_pictures_by_url(port):
+    wish = {"seed": 2, "steps": 1, "response_format": "url"}
+    url = ask(port, prompt="a cat", **wish)[2]["data"][0]["url"]
+    path = url.removeprefix(f"http://127.0.0.1:{port}")
+    status, headers, png = ask(port, "GET", path)
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert Image.open(io.BytesIO(png)).size == (64, 32)
+    assert ask(port, "GET", "/images/unknown.png")[0] == 404
+
+
+def test_a_stream_shows_every_step_and_ends_with_the_picture(port):
+    wish = {"prompt": "a cat", "seed": 4, "steps": 4}
+    _, headers, data = ask(port, stream=True, **wish)
+    assert headers["Content-Type"].startswith("text/event-stream")
+    events = [dict(line.split(": ", 1) for line in block.splitlines())
+              for block in data.decode().strip().split("\n\n")]  # fmt: skip
+    names = ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [e["event"] for e in events] == names
+    bodies = [json.loads(e["data"]) for e in events]
+    assert [b["type"] for b in bodies] == names
+    assert [b.get("partial_image_index") for b in bodies] == [0, 1, 2, None]
+    assert len({b["b64_json"] for b in bodies}) == 4
+    assert bodies[3]["b64_json"] == ask(port, **wish)[2]["data"][0]["b64_json"]
+    _, _, data = ask(port, stream=True, partial_images=1, **wish)
+    assert data.count(b"event: ") == 2
+
+
+def test_notices_come_along(port):
+    answer = ask(port, prompt="a zebra", steps=1)[2]
+    assert any("nothing that this model can draw" in notice for notice in answer["notices"])
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "words"),
+    [
+        ({"prompt": " "}, "prompt", "empty"),
+        ({"prompt": 7}, "prompt", "a string"),
+        ({"prompt": "a" * 4001}, "prompt", "4000"),
+        ({"n": 11}, "n", "from 1 to 10"),
+        ({"n": True}, "n", "a whole number"),
+        ({"size": "33x32"}, "size", "multiple of 32"),
+        ({"size": "big"}, "size", "like 64x32"),
+        ({"size": "96000x32"}, "size", "more than the 8192 pixels"),
+        ({"steps": 101}, "steps", "from 1 to 100"),
+        ({"guidance": 1e999}, "guidance", "finite"),
+        ({"guidance": 10**400}, "guidance", "finite"),
+        ({"seed": -1}, "seed", "from 0"),
+        ({"seed": 2**63 - 1, "n": 2}, "seed", "from 0"),
+        ({"few_step": True}, "few_step", "no few-step mode"),
+        ({"response_format": "jpg"}, "response_format", "b64_json"),
+        ({"stream": True, "response_format": "url"}, "response_format", "stream"),
+        ({"guidence": 2}, "guidence", "did you mean 'guidance'"),
+        ([], None, "JSON object"),
+    ],
+)
+def test_requests_that_make_no_sense(components, wrong, param, words):
+    values = {"prompt": "a cat"} | wrong if isinstance(wrong, dict) else wrong
+    with pytest.raises(RequestError, match=words) as error:
+        parse_request(values, {"random": ModelChoice()}, components.config, Limits())
+    assert error.value.status == 400
+    assert error.value.body()["error"]["param"] == param
+
+
+def test_parameters_of_other_models_are_ignored(components):
+    values = {"prompt": "a cat", "quality": "high", "style": None, "user": "me", "size": "auto"}
+    wish = parse_request(values, {"random": ModelChoice()}, components.config, Limits())
+    assert (wish.job.width, wish.job.height, wish.job.num_images) == (64, 32, 1)
+
+
+def test_bodies_that_are_none(port):
+    def send(body, kind="application/json"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("POST", GENERATIONS, body, {"Content-Type": kind})
+        response = connection.getresponse()
+        error = json.loads(response.read())["error"]
+        assert error["type"] == "invalid_request_error"
+        return response.status
+
+    assert send(b"") == 400
+    assert send(b"{") == 400
+    assert send(b"\xff\xfe") == 400
+    assert send(b"[" * 60000) == 400
+    assert send(b" " * (70 << 10)) == 413
+    assert send(b'{"prompt": "a cat"}', "text/plain") == 415
+    assert ask(port, "GET")[0] == 405
+    assert ask(port, "GET", "/nowhere")[2]["error"]["message"] == "Not Found"
+    assert ask(port, prompt="a cat", steps=1, model="gpt")[0] == 404
+
+
+def test_only_this_machine_without_a_key(port):
+    status, _, answer = ask(port, "GET", "/v1/models", {"Host": "evil.example"})
+    assert (status, answer["error"]["message"]) == (403, "this server is for this machine only")
+    assert ask(port, "GET", "/v1/models", {"Host": f"localhost:{port}"})[0] == 200
+
+
+def test_a_slow_reader_misses_previews_but_never_the_picture():
+    drawing, half = Drawing(1), bytes(5 << 20)
+    for index in range(5):
+        drawing.put(Progress(1, 0, index, 6, 7, (32, 32), half))
+    drawing.put(Progress(1, 0, 5, 6, 7, (32, 32), None))
+    drawing.put(Finished(1))
+
+    async def read():
+        return [await drawing.get() for _ in range(3)]
+
+    first, latest, end = asyncio.run(read())
+    assert (first.index, latest.index, end) == (0, 4, Finished(1))
+
+
+# --- load ---------------------------------------------------------------------------------------
+
+
+def memory(pid):
+    """MiB of a process and its children."""
+    pids = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        pids += map(int, (task / "children").read_text().split())
+    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def rude(port, kind):
+    """Connect, misbehave, leave."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as s:
+        body = json.dumps({"prompt": "a cat", "steps": 100, "n": 10, "stream": kind == "leaves"})
+        head = (
+            f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
+        if kind == "half":
+            s.sendall(f"{head}Content-Length: 500\r\n\r\n{{".encode())
+        elif kind == "noise":
+            s.sendall(os.urandom(200) + b"\r\n\r\n")
+        else:
+            s.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            if kind == "leaves":
+                s.recv(100)
+            else:
+                time.sleep(0.2)
+
+
+def test_fifty_clients_some_of_them_rude(server):
+    process, port = server
+    ask(port, prompt="a cat", steps=1)
+    [expected] = ask(port, prompt="a cat", steps=1, seed=0)[2]["data"]
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        kinds = ["leaves", "silent", "half", "noise"] * 3
+        rudes = [pool.submit(rude, port, kind) for kind in kinds]
+        polite = [pool.submit(patiently, port, prompt="a cat", steps=1, seed=k % 2)
+                  for k in range(38)]  # fmt: skip
+        for future in rudes:
+            future.result()
+        answers = [future.result() for future in polite]
+    assert all(answer[0] == 200 for answer, _ in answers)
+    assert sum(refused for _, refused in answers) > 0
+    pictures = {answer[2]["data"][0]["b64_json"] for answer, _ in answers[::2]}
+    assert pictures == {expected["b64_json"]}
+    assert idle(port), "a request that nobody waits for stayed open"
+    if sys.platform == "linux":
+        before = memory(process.pid)
+        for k in range(40):
+            assert patiently(port, prompt="a cat", steps=1, seed=k)[0][0] == 200
+        assert memory(process.pid) < before + 20
+
+
+def test_a_client_that_leaves_stops_the_drawing(port):
+    for kind in ("leaves", "silent"):
+        rude(port, kind)
+        assert idle(port)
+
+
+def test_a_worker_that_dies_is_replaced(server):
+    process, port = server
+    [task] = Path(f"/proc/{process.pid}/task/{process.pid}").glob("children")
+    children = map(int, task.read_text().split())
+    names = {p: Path(f"/proc/{p}/cmdline").read_text() for p in children}
+    [worker] = [p for p, name in names.items() if "spawn_main" in name]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, port, prompt="a cat", steps=100, n=10)
+        while ask(port, "GET", "/health")[2]["open_requests"] == 0:
+            time.sleep(0.01)
+        os.kill(worker, signal.SIGKILL)
+        status, _, body = answer.result()
+    assert (status, body["error"]["type"]) == (500, "server_error")
+    assert ask(port, prompt="a cat", steps=1)[0] == 200
+
+
+# --- the command, with a key --------------------------------------------------------------------
+
+
+def test_a_key_a_real_client_and_an_end_in_the_middle(model_folder):
+    process, port = start("--model", model_folder, "--api-key", "secret", "--host", "127.0.0.1")
+    try:
+        for key in (None, "wrong"):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            status, _, answer = ask(port, "GET", "/v1/models", headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        assert ask(port, "GET", "/health")[0] == 200
+        headers = {"Authorization": "Bearer secret", "Host": "a.name"}
+        assert ask(port, "GET", "/v1/models", headers)[0] == 200
+        # Told to end, it finishes what it draws.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, port, headers=headers, prompt="a cat", steps=60, n=2)
+            while ask(port, "GET", "/health")[2]["open_requests"] == 0:
+                time.sleep(0.01)
+            stop(process)
+            assert answer.result()[0] == 200
+    finally:
+        process.kill()
+
+
+def test_the_openai_client(port):
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    assert [m.id for m in client.models.list()] == ["random", "random-tiny"]
+    extra = {"seed": 7, "steps": 3}
+    picture = client.images.generate(model="random", prompt="a cat", extra_body=extra)
+    assert opened(picture.data[0].b64_json).size == (64, 32)
+    stream = client.images.generate(
+        model="random", prompt="a cat", stream=True, partial_images=2, extra_body=extra
+    )
+    events = list(stream)
+    kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [e.type for e in events] == kinds
+    assert events[-1].b64_json == picture.data[0].b64_json
+    with pytest.raises(openai.BadRequestError, match="multiple of"):
+        client.images.generate(prompt="a cat", size="33x32")
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="a cat", model="dall-e-2")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0"], "lets others in: give an --api-key"),
+        (["--model", "/no/such/folder"], "no model folder /no/such/folder"),
+        (["--host", "no.such.host.invalid", "--api-key", "x"], "cannot listen on"),
+    ],
+)
+def test_mistakes_are_one_line(options, words):
+    env = {k: v for k, v in os.environ.items() if k != "MLX_SNAPGEN_API_KEY"}
+    result = subprocess.run(
+        [sys.executable, "-m", "apps.server", "--port", "0", *options],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,172 @@
+"""The worker's process: previews, cancelling, mistakes, and a death that nobody waits for."""
+
+import io
+import os
+import queue
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps.worker import (
+    Downloading,
+    Failed,
+    Finished,
+    Job,
+    Loaded,
+    Loading,
+    ModelChoice,
+    Notice,
+    Picture,
+    Progress,
+    Worker,
+)
+from mlx_snapgen.hub import _reporting_bar
+from mlx_snapgen.metadata import KEY
+from mlx_snapgen.pipeline import SnapGenPipeline
+
+PATIENCE = 120
+
+
+class Listener:
+    """A worker and everything that it says."""
+
+    def __init__(self, **settings):
+        self.events = queue.SimpleQueue()
+        self.worker = Worker(self.events.put, **settings)
+
+    def until(self, *kinds, job=None):
+        """All events up to the first of these kinds."""
+        seen = []
+        while not (seen and isinstance(seen[-1], kinds) and job in (None, seen[-1].job)):
+            seen.append(self.events.get(timeout=PATIENCE))
+        return seen
+
+    def result(self, job):
+        return self.until(Finished, Failed, job=self.worker.submit(job))
+
+
+@pytest.fixture(scope="module")
+def listener():
+    made = Listener()
+    yield made
+    pid = made.worker.pid
+    made.worker.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.fixture
+def job(model_folder):
+    return Job(ModelChoice(str(model_folder)), "a red apple", seed=3, num_inference_steps=3)
+
+
+def test_it_draws_what_the_pipeline_draws_and_shows_every_step(listener, job, model_folder):
+    events = listener.result(replace(job, num_images=2))
+    kinds = [type(e) for e in events]
+    steps = [Progress, Progress, Progress, Picture]
+    assert kinds == [Loading, Loaded, *steps, *steps, Finished]
+    assert events[1].config.name == "random"
+
+    seen = []
+    pipe = SnapGenPipeline.from_pretrained(model_folder)
+    expected = pipe(
+        "a red apple",
+        seed=3,
+        num_inference_steps=3,
+        num_images=2,
+        callback=lambda step: seen.append(step.preview()),
+    )
+    pictures = [e for e in events if isinstance(e, Picture)]
+    assert [e.rgb for e in pictures] == [image.tobytes() for image in expected]
+    previews = [e.preview for e in events if isinstance(e, Progress)]
+    # The last step's preview is the picture itself, which comes as such.
+    assert previews == [
+        *(p.tobytes() for p in seen[:2]),
+        None,
+        *(p.tobytes() for p in seen[3:5]),
+        None,
+    ]
+    with Image.open(io.BytesIO(pictures[1].png)) as image:
+        assert np.array_equal(np.array(image), np.array(expected[1]))
+        assert '"seed": 4' in image.info[KEY]
+    assert pictures[0].name == "a-red-apple"
+
+
+@pytest.mark.parametrize(
+    ("previews", "steps"), [(0, []), (1, [2]), (3, [1, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_previews_are_spread_over_the_steps(listener, job, previews, steps):
+    events = listener.result(replace(job, num_inference_steps=5, previews=previews))
+    progress = [e for e in events if isinstance(e, Progress)]
+    assert [e.index for e in progress if e.preview is not None] == steps
+    assert len(progress) == 5
+
+
+def test_a_cancelled_job_ends_within_a_step(listener, job):
+    long = replace(job, num_inference_steps=1000, num_images=100)
+    number = listener.worker.submit(long)
+    listener.until(Progress)
+    listener.worker.cancel(number)
+    sent = time.monotonic()
+    assert listener.until(Finished)[-1] == Finished(number, cancelled=True)
+    assert time.monotonic() - sent < 10
+    assert listener.result(job)[-1].cancelled is False
+
+
+def test_a_waiting_job_can_be_cancelled(listener, job):
+    first = listener.worker.submit(replace(job, num_inference_steps=300))
+    second = listener.worker.submit(job)
+    listener.worker.cancel(second)
+    listener.until(Progress)
+    listener.worker.cancel(first)
+    ends = [e for e in listener.until(Finished, job=second) if isinstance(e, Finished)]
+    assert ends == [Finished(first, True), Finished(second, True)]
+
+
+def test_mistakes_are_messages_and_bugs_have_details(listener, job):
+    failed = listener.result(replace(job, height=33))[-1]
+    assert "multiple of" in failed.message
+    assert failed.details is None
+    failed = listener.result(replace(job, choice=ModelChoice("/no/such/folder")))[-1]
+    assert "no model folder" in failed.message
+    failed = listener.result(replace(job, negative_prompt=7, guidance_scale=2.0))[-1]
+    assert isinstance(failed, Failed)
+    assert "Traceback" in failed.details
+    events = listener.result(replace(job, prompt="zzz"))
+    assert [type(e) for e in events[:2]] == [Loading, Loaded]  # a bug gives the memory back
+    assert any(isinstance(e, Notice) for e in events)
+
+
+def test_a_dead_process_fails_its_jobs_and_comes_back(listener, job):
+    number = listener.worker.submit(replace(job, num_inference_steps=1000))
+    listener.until(Progress)
+    os.kill(listener.worker.pid, signal.SIGKILL)
+    failed = listener.until(Failed)[-1]
+    assert failed.job == number
+    assert "signal 9" in failed.message
+    assert isinstance(listener.result(job)[-1], Finished)
+
+
+def test_an_interrupt_stops_at_once(listener, job):
+    number = listener.worker.submit(replace(job, num_inference_steps=1000))
+    listener.until(Progress)
+    listener.worker.interrupt()
+    assert listener.until(Finished)[-1] == Finished(number, cancelled=True)
+    assert isinstance(listener.result(job)[-1], Finished)
+
+
+def test_downloads_report_bytes():
+    seen = []
+    bar = _reporting_bar("someone/model", lambda *said: seen.append(said))(
+        total=10, unit="B", mininterval=0, desc="x"
+    )
+    bar.update(4)
+    bar.update(6)
+    bar.close()
+    assert ("someone/model", 4, 10) in seen
+    assert seen[-1] == ("someone/model", 10, 10)
+    assert Downloading(1, *seen[-1]).total == 10
