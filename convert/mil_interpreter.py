@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from convert.mil_ops import OPS
-from convert.mil_program import Blob, Function, Literal, Operation, Package, TensorType
+from convert.mil_program import Function, Literal, Operation, Package
+from convert.mil_weights import Blob, TensorType
 from mlx_snapgen.errors import UserError, nearest, run_command
 
 TUPLES = {"concat": "values", "einsum": "values", "stack": "values"}

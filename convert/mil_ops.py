@@ -6,32 +6,33 @@ float32, constants such as axes as arrays too. The result is an array, or a list
 has several outputs; `mil_interpreter` rounds it to the type that the program declares.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from convert.mil_program import unpack_bits
+from convert import mil_products
+from convert.mil_products import ints, pairs
+from convert.mil_weights import unpack_bits
 from mlx_snapgen.errors import UserError
 
-OPS: dict[str, Callable] = {}
+OPS: dict[str, Callable] = {
+    f.__name__: f
+    for f in (
+        mil_products.matmul,
+        mil_products.linear,
+        mil_products.einsum,
+        mil_products.scaled_dot_product_attention,
+        mil_products.conv,
+        mil_products.conv_transpose,
+    )
+}
 """Name of each operation that is known -> what computes it."""
 
 
 def _op(function: Callable) -> Callable:
     OPS[function.__name__] = function
     return function
-
-
-def _pairs(values) -> list[tuple[int, int]]:
-    """(before, after) of each dimension, from one flat list."""
-    values = _ints(values)
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
-def _ints(values) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.atleast_1d(values))
 
 
 # --- element by element -----------------------------------------------------------------------
@@ -117,7 +118,7 @@ def select(cond, a, b):
 
 def _reduction(f: Callable) -> Callable:
     def reduce(x, axes=None, keep_dims=False):
-        axes = None if axes is None else _ints(axes)
+        axes = None if axes is None else ints(axes)
         return f(x, axis=axes, keepdims=bool(keep_dims))
 
     return reduce
@@ -147,7 +148,7 @@ def softmax(x, axis=-1):
 
 @_op
 def layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5):
-    axes = range(x.ndim) if axes is None else _ints(axes)
+    axes = range(x.ndim) if axes is None else ints(axes)
     axes = tuple(a % x.ndim for a in axes)
     shape = [n if i in axes else 1 for i, n in enumerate(x.shape)]
     x = x - np.mean(x, axes, keepdims=True)
@@ -156,131 +157,17 @@ def layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5):
     return x if beta is None else x + beta.reshape(shape)
 
 
-# --- products ---------------------------------------------------------------------------------
-
-
-@_op
-def matmul(x, y, transpose_x=False, transpose_y=False):
-    x = np.swapaxes(x, -1, -2) if transpose_x else x
-    y = np.swapaxes(y, -1, -2) if transpose_y else y
-    return x @ y
-
-
-@_op
-def linear(x, weight, bias=None):
-    x = x @ weight.T
-    return x if bias is None else x + bias
-
-
-@_op
-def einsum(values, equation):
-    x, y = values
-    left, right, out = equation.replace(" ", "").replace("->", ",").split(",")
-    # The only kind that Core ML takes, up to the letters: (B, C, H, W) x (B, W, H, V).
-    if (right[-3], right[-2], out[:-1], out[-1]) != (left[-1], left[-2], left[:-1], right[-1]):
-        return np.einsum(equation, x, y)
-    return np.swapaxes(np.swapaxes(x, -3, -2) @ np.swapaxes(y, -3, -2), -3, -2)
-
-
-@_op
-def scaled_dot_product_attention(query, key, value, attn_mask=None):
-    scores = query @ np.swapaxes(key, -1, -2) / np.float32(math.sqrt(query.shape[-1]))
-    if attn_mask is not None:
-        mask = attn_mask
-        scores = np.where(mask, scores, -np.inf) if mask.dtype == np.bool_ else scores + mask
-    return softmax(scores) @ value
-
-
-def _spatial(rank: int, kernel, strides, dilations, pad_type, pad) -> tuple:
-    """Strides, dilations and (before, after) paddings for each spatial dimension."""
-    strides = (1,) * rank if strides is None else _ints(strides)
-    dilations = (1,) * rank if dilations is None else _ints(dilations)
-    if pad_type == "custom":
-        return strides, dilations, [(0, 0)] * rank if pad is None else _pairs(pad)
-    if pad_type == "valid":
-        return strides, dilations, [(0, 0)] * rank
-    reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    if any(s != 1 for s in strides) or any(r % 2 for r in reach):
-        # Where the odd element goes is told differently for different operations.
-        raise UserError(f"pad_type '{pad_type}' with strides {strides} and kernel {kernel}")
-    return strides, dilations, [(r // 2, r // 2) for r in reach]
-
-
-def _grouped(x: np.ndarray, groups: int) -> np.ndarray:
-    """(N, C, *D) -> (N, groups, C / groups, product of D)."""
-    return x.reshape(len(x), groups, x.shape[1] // groups, -1)
-
-
-@_op
-def conv(x, weight, bias=None, strides=None, pad_type="valid", pad=None, dilations=None, groups=1):
-    """x (N, C, *D), weight (O, C / groups, *K): one product for each place in the kernel."""
-    kernel, rank, groups = weight.shape[2:], x.ndim - 2, int(groups)
-    strides, dilations, pads = _spatial(rank, kernel, strides, dilations, pad_type, pad)
-    x = np.pad(x, [(0, 0), (0, 0), *pads])
-    size = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
-    ]
-    weight = weight.reshape(groups, len(weight) // groups, weight.shape[1], *kernel)
-    out = np.float32(0)
-    for place in itertools.product(*map(range, kernel)):
-        window = tuple(
-            slice(p * d, p * d + s * (n - 1) + 1, s)
-            for p, d, s, n in zip(place, dilations, strides, size, strict=True)
-        )
-        out = out + weight[(..., *place)] @ _grouped(x[(..., *window)], groups)
-    out = out.reshape(len(x), -1, *size)
-    return out if bias is None else out + bias.reshape(-1, *[1] * rank)
-
-
-@_op
-def conv_transpose(
-    x,
-    weight,
-    bias=None,
-    strides=None,
-    pad_type="valid",
-    pad=None,
-    dilations=None,
-    groups=1,
-    output_shape=None,
-):
-    """x (N, C, *D), weight (C, O / groups, *K)."""
-    kernel, rank, groups = weight.shape[2:], x.ndim - 2, int(groups)
-    strides, dilations, pads = _spatial(rank, kernel, strides, dilations, pad_type, pad)
-    full = [
-        (n - 1) * s + d * (k - 1) + 1
-        for n, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
-    ]
-    size = [n - before - after for n, (before, after) in zip(full, pads, strict=True)]
-    if output_shape is not None:
-        size = _ints(output_shape)[2:]
-    ends = [max(n, p[0] + m) for n, p, m in zip(full, pads, size, strict=True)]
-    out = np.zeros((len(x), groups * weight.shape[1], *ends), np.float32)
-    taps = weight.reshape(groups, len(weight) // groups, weight.shape[1], *kernel)
-    for place in itertools.product(*map(range, kernel)):
-        window = tuple(
-            slice(p * d, p * d + s * (n - 1) + 1, s)
-            for p, d, s, n in zip(place, dilations, strides, x.shape[2:], strict=True)
-        )
-        tap = np.swapaxes(taps[(..., *place)], -1, -2) @ _grouped(x, groups)
-        out[(..., *window)] += tap.reshape(*out.shape[:2], *x.shape[2:])
-    crop = tuple(slice(p[0], p[0] + n) for p, n in zip(pads, size, strict=True))
-    out = out[(..., *crop)]
-    return out if bias is None else out + bias.reshape(-1, *[1] * rank)
-
-
 # --- moving things about ----------------------------------------------------------------------
 
 
 @_op
 def transpose(x, perm):
-    return np.transpose(x, _ints(perm))
+    return np.transpose(x, ints(perm))
 
 
 @_op
 def reshape(x, shape):
-    shape = _ints(shape)
+    shape = ints(shape)
     if 0 in shape and len(shape) == x.ndim:
         shape = tuple(old if n == 0 else n for n, old in zip(shape, x.shape, strict=True))
     return x.reshape(shape)
@@ -288,12 +175,12 @@ def reshape(x, shape):
 
 @_op
 def expand_dims(x, axes):
-    return np.expand_dims(x, _ints(axes))
+    return np.expand_dims(x, ints(axes))
 
 
 @_op
 def squeeze(x, axes=None):
-    return np.squeeze(x, None if axes is None else _ints(axes))
+    return np.squeeze(x, None if axes is None else ints(axes))
 
 
 @_op
@@ -315,7 +202,7 @@ def stack(values, axis):
 def split(x, axis, num_splits=None, split_sizes=None):
     if split_sizes is None:
         return np.split(x, int(num_splits), int(axis))
-    return np.split(x, np.cumsum(_ints(split_sizes))[:-1], int(axis))
+    return np.split(x, np.cumsum(ints(split_sizes))[:-1], int(axis))
 
 
 @_op
@@ -323,9 +210,9 @@ def slice_by_index(x, begin, end, stride=None, begin_mask=None, end_mask=None, s
     def flags(mask):
         return [False] * x.ndim if mask is None else [bool(m) for m in np.atleast_1d(mask)]
 
-    stride = (1,) * x.ndim if stride is None else _ints(stride)
+    stride = (1,) * x.ndim if stride is None else ints(stride)
     index: list[int | slice] = []
-    for i, (first, last, step) in enumerate(zip(_ints(begin), _ints(end), stride, strict=True)):
+    for i, (first, last, step) in enumerate(zip(ints(begin), ints(end), stride, strict=True)):
         if flags(squeeze_mask)[i]:
             index.append(first)
             continue
@@ -337,19 +224,19 @@ def slice_by_index(x, begin, end, stride=None, begin_mask=None, end_mask=None, s
 
 @_op
 def slice_by_size(x, begin, size):
-    begin = [b % n if b < 0 else b for b, n in zip(_ints(begin), x.shape, strict=True)]
-    ends = [n if s == -1 else b + s for b, s, n in zip(begin, _ints(size), x.shape, strict=True)]
+    begin = [b % n if b < 0 else b for b, n in zip(ints(begin), x.shape, strict=True)]
+    ends = [n if s == -1 else b + s for b, s, n in zip(begin, ints(size), x.shape, strict=True)]
     return x[tuple(slice(b, e) for b, e in zip(begin, ends, strict=True))]
 
 
 @_op
 def tile(x, reps):
-    return np.tile(x, _ints(reps))
+    return np.tile(x, ints(reps))
 
 
 @_op
 def pad(x, pad, mode="constant", constant_val=0.0):
-    widths = _pairs(pad)
+    widths = pairs(pad)
     widths = [(0, 0)] * (x.ndim - len(widths)) + widths
     if mode == "constant":
         return np.pad(x, widths, constant_values=constant_val)
@@ -416,8 +303,8 @@ def constexpr_lut_to_dense(indices, lut, shape=None, vector_axis=None):
     divide into, whose entries are vectors along `vector_axis`.
     """
     if shape is not None:
-        bits, count = int(lut.size - 1).bit_length(), math.prod(_ints(shape))
-        return lut[unpack_bits(indices, bits, count)].reshape(_ints(shape))
+        bits, count = int(lut.size - 1).bit_length(), math.prod(ints(shape))
+        return lut[unpack_bits(indices, bits, count)].reshape(ints(shape))
     *groups, size, vector = lut.shape
     first = np.arange(math.prod(groups)).reshape(groups) * size
     dense = lut.reshape(-1, vector)[_spread(first, indices.shape) + indices]

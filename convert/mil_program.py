@@ -1,22 +1,13 @@
 """Reads a Core ML package (.mlpackage, an ML Program) without Core ML and without coremltools.
 
 The package is a folder: Manifest.json names the model file among its items, by default
-Data/com.apple.CoreML/model.mlmodel, beside which lies weights/weight.bin. The model file is a
-protobuf message, `Model` of coremltools' mlmodel/format/Model.proto with the program as
-mlmodel/format/MIL.proto describes it. The few fields that matter are read from the wire format
-here, so that what checks an export shares no code with what wrote it.
-
-weight.bin (coremltools' MILBlob, storage format 2), little-endian, everything at multiples of 64:
-
-    header    64 bytes: uint32 number of blobs, uint32 version 2, zeros
-    metadata  64 bytes, one for each blob; a program refers to a blob by this place:
-              uint32 sentinel 0xDEADBEEF, uint32 type (`_BLOB_TYPES`), uint64 bytes of data,
-              uint64 place of the data, uint64 unused bits in its last byte, zeros
-    data      row-major; elements of less than a byte packed from the lowest bit on, across bytes
+Data/com.apple.CoreML/model.mlmodel, beside which lies weights/weight.bin (see `mil_weights`). The
+model file is a protobuf message, `Model` of coremltools' mlmodel/format/Model.proto with the
+program as mlmodel/format/MIL.proto describes it. The few fields that matter are read from the wire
+format here, so that what checks an export shares no code with what wrote it.
 """
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,74 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.mil_weights import DTYPES, Blob, TensorType, WeightFile, unpack
 from mlx_snapgen.errors import UserError, nearest
-
-_SENTINEL = 0xDEADBEEF
-_HEADER_SIZE = 64
-
-# MIL.proto's DataType -> (name, type in numpy, bits as stored).
-_DTYPES = {
-    1: ("bool", np.bool_, 8),
-    2: ("string", np.str_, 0),
-    10: ("fp16", np.float16, 16),
-    11: ("fp32", np.float32, 32),
-    12: ("fp64", np.float64, 64),
-    21: ("int8", np.int8, 8),
-    22: ("int16", np.int16, 16),
-    23: ("int32", np.int32, 32),
-    24: ("int64", np.int64, 64),
-    25: ("int4", np.int8, 4),
-    31: ("uint8", np.uint8, 8),
-    32: ("uint16", np.uint16, 16),
-    33: ("uint32", np.uint32, 32),
-    34: ("uint64", np.uint64, 64),
-    35: ("uint4", np.uint8, 4),
-    36: ("uint2", np.uint8, 2),
-    37: ("uint1", np.uint8, 1),
-    38: ("uint6", np.uint8, 6),
-    39: ("uint3", np.uint8, 3),
-}
-_BLOB_TYPES = {
-    **{1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 6: "int16", 7: "uint16", 8: "int4"},
-    **{9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32"},
-}
-"""A blob's own type, which must be the one that the program says."""
-
-
-class TensorType(NamedTuple):
-    """Type of a value; a dimension that is not fixed is None."""
-
-    dtype: str
-    shape: tuple[int | None, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} ({', '.join('?' if n is None else str(n) for n in self.shape)})"
-
-    @property
-    def numpy(self) -> type:
-        """The type that holds the values in numpy; a byte for those of less."""
-        return _BY_NAME[self.dtype][0]
-
-    @property
-    def bits(self) -> int:
-        """Bits per element in the weight file."""
-        return _BY_NAME[self.dtype][1]
-
-    @property
-    def floating(self) -> bool:
-        return self.dtype.startswith("fp")
-
-
-_BY_NAME = {name: (kind, bits) for name, kind, bits in _DTYPES.values()}
-
-
-class Blob(NamedTuple):
-    """A constant in the weight file, by the place of its metadata."""
-
-    file: str
-    offset: int
-    type: TensorType
-
 
 Constant = np.ndarray | str | list | Blob
 
@@ -221,10 +146,10 @@ def _type(message: _Message) -> TensorType:
         raise UserError("the program has a value that is no tensor (a state or dictionary)")
     tensor = message.message(1)
     number = tensor.number(1)
-    if number not in _DTYPES:
+    if number not in DTYPES:
         raise UserError(f"the program has a value of MIL's data type {number}, not supported")
     sizes = [d.message(1).number(1) if d.has(1) else None for d in tensor.messages(3)]
-    return TensorType(_DTYPES[number][0], tuple(sizes))
+    return TensorType(DTYPES[number][0], tuple(sizes))
 
 
 def _constant(message: _Message) -> Constant:
@@ -296,7 +221,7 @@ class Package:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.model_file = _model_file(self.path)
-        self._files: dict[str, np.memmap] = {}
+        self._files: dict[str, WeightFile] = {}
         try:
             model = _Message(memoryview(self.model_file.read_bytes()))
             if not model.has(502):
@@ -327,64 +252,15 @@ class Package:
         return sum(p.stat().st_size for p in folder.glob("*") if p.is_file())
 
     def read(self, constant: Constant) -> np.ndarray | str | list:
-        """A constant's value; one from the weight file is a read-only view of the mapped file.
-
-        Elements of less than a byte come as bytes, which takes memory.
-        """
+        """A constant's value; one from the weight file is a view of it (see `WeightFile.read`)."""
         if isinstance(constant, list):
             return [self.read(value) for value in constant]
         if not isinstance(constant, Blob):
             return constant
-        data = self._mapped(constant.file)
-        try:
-            head = bytes(data[constant.offset : constant.offset + 32])
-            sentinel, dtype, size, start = struct.unpack("<IIQQ", head[:24])
-        except struct.error:
-            sentinel = dtype = size = start = 0
-        where = f"{self.path}: the weights at byte {constant.offset} of {constant.file}"
-        if sentinel != _SENTINEL or start + size > len(data):
-            raise UserError(f"{where} are damaged: export it again")
-        kind = _BLOB_TYPES.get(dtype, f"type {dtype}")
-        count = int(np.prod(constant.type.shape))
-        if kind != constant.type.dtype or size != -(-count * constant.type.bits // 8):
-            raise UserError(
-                f"{where} are {size} bytes of {kind}, the program expects {constant.type}"
-            )
-        return unpack(data[start : start + size], constant.type)
-
-    def _mapped(self, name: str) -> np.ndarray:
-        if name not in self._files:
-            path = self.model_file.parent / name.removeprefix("@model_path/")
-            try:
-                data = np.memmap(path, np.uint8, mode="r")
-                version = struct.unpack("<I", bytes(data[4:8]))[0]
-            except (OSError, ValueError, struct.error) as error:
-                raise UserError(f"{path} cannot be read ({error}): export it again") from None
-            if version != 2 or len(data) < _HEADER_SIZE:
-                raise UserError(f"{path} has storage format {version}, only 2 is known")
-            self._files[name] = data
-        return self._files[name]
-
-
-def unpack(raw: np.ndarray, kind: TensorType) -> np.ndarray:
-    """Stored bytes -> the tensor; elements of less than a byte from the lowest bit on."""
-    shape = tuple(n or 0 for n in kind.shape)
-    if kind.bits >= 8:
-        return raw.view(kind.numpy).reshape(shape)
-    count = int(np.prod(shape))
-    values = unpack_bits(raw, kind.bits, count)
-    if kind.dtype == "int4":
-        values = (values ^ 8).astype(np.int8) - 8
-    return values.astype(kind.numpy).reshape(shape)
-
-
-def unpack_bits(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The first `count` whole numbers of `bits` bits each in `raw`, as bytes."""
-    digits = np.unpackbits(raw, count=count * bits, bitorder="little").reshape(count, bits)
-    values = np.zeros(count, np.uint8)
-    for i in range(bits):
-        values |= digits[:, i] << i
-    return values
+        if constant.file not in self._files:
+            path = self.model_file.parent / constant.file.removeprefix("@model_path/")
+            self._files[constant.file] = WeightFile(path)
+        return self._files[constant.file].read(constant)
 
 
 def _model_file(path: Path) -> Path:
