@@ -69,6 +69,29 @@ def torch_weights(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Weights
     return weights
 
 
+def torch_networks(components: Components, **kwargs: Any) -> dict[str, Any]:
+    """The PyTorch twins of a model's networks, by the name of their file, with its weights.
+
+    Args:
+        components: their transformer has one width (`load_pretrained(model_width=...)`).
+        kwargs: see `torch_dit.make_networks`.
+    """
+    # Not at the top, where a missing torch would be a traceback.
+    import torch
+
+    from convert.torch_dit import make_networks
+
+    modules = {"transformer": components.transformer, "decoder": components.autoencoder.decoder}
+    modules |= {f"text_encoder_{i}": m for i, m in enumerate(components.text_encoders)}
+    networks = make_networks(components.config, **kwargs)
+    for name, network in networks.items():
+        shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        weights = torch_weights(modules[name], shapes)
+        network.load_state_dict({key: torch.from_numpy(v) for key, v in weights.items()})
+        network.eval().requires_grad_(False)
+    return networks
+
+
 def to_torch(components: Components, output: Path, width: str) -> list[str]:
     """Write a model of one width.
 
@@ -83,25 +106,32 @@ def to_torch(components: Components, output: Path, width: str) -> list[str]:
     Raises:
         UserError: the folder holds something or cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.torch import save_file
 
-    from convert.torch_dit import FORMAT, make_networks
+    from convert.torch_dit import FORMAT
 
     config = dataclasses.replace(components.config, quantization=None, few_step=None)
-    modules = {"transformer": components.transformer, "decoder": components.autoencoder.decoder}
-    modules |= {f"text_encoder_{i}": m for i, m in enumerate(components.text_encoders)}
     values = {"format": FORMAT, "width": width} | to_dict(config)
-    networks = make_networks(config)
+    networks = torch_networks(components)
     with new_folder(output) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         for name, network in networks.items():
-            shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-            save_file(torch_weights(modules[name], shapes), partial / f"{name}.safetensors")
-            if name.startswith("text_encoder"):
-                index = name.removeprefix("text_encoder_")
-                model = components.text_encoders[int(index)].tokenizer.model
-                (partial / f"tokenizer_{index}.model").write_bytes(model)
-    return [name for name in modules if name not in networks]
+            save_file(network.state_dict(), partial / f"{name}.safetensors")
+        write_tokenizers(components, networks, partial)
+    return without_twin(components, networks)
+
+
+def write_tokenizers(components: Components, networks: Mapping[str, Any], folder: Path) -> None:
+    """Put the tokenizer of each text encoder among `networks` into `folder`."""
+    for i, encoder in enumerate(components.text_encoders):
+        if f"text_encoder_{i}" in networks:
+            (folder / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
+
+
+def without_twin(components: Components, networks: Mapping[str, Any]) -> list[str]:
+    """The parts of a model that are not among `networks`."""
+    encoders = (f"text_encoder_{i}" for i in range(len(components.text_encoders)))
+    return [name for name in ("transformer", "decoder", *encoders) if name not in networks]
 
 
 def main() -> None:

@@ -287,6 +287,17 @@ class EfficientDiT(nn.Module):
         return x
 
 
+class ProjectedEncoder(nn.Module):
+    """A text encoder and its projection: tokens and mask (B, L) -> text (B, text_width, 1, L)."""
+
+    def __init__(self, encoder: TextEncoder, projection: TextProjection):
+        super().__init__()
+        self.encoder, self.projection = encoder, projection
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.projection(self.encoder(tokens, mask).permute(0, 2, 1)[:, :, None])
+
+
 class Model(NamedTuple):
     """What `to_torch` writes, in memory."""
 
