@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import platform
 import re
 import time
@@ -49,9 +48,8 @@ PRECISIONS = ("float16", "float32")
 
 
 def coremltools() -> Any:
-    """The library, quiet; `UserError` when it is missing or meets a numpy that breaks it."""
+    """The library; `UserError` when it is missing or meets a numpy that breaks it."""
     try:
-        os.environ.setdefault("TQDM_DISABLE", "1")
         logging.getLogger("coremltools").setLevel(logging.ERROR)
         import coremltools
     except ImportError as error:
