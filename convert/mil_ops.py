@@ -157,6 +157,26 @@ def layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5):
     return x if beta is None else x + beta.reshape(shape)
 
 
+@_op
+def batch_norm(x, mean, variance, gamma=None, beta=None, epsilon=1e-5):
+    def by_channel(values):
+        return values.reshape(-1, *[1] * (x.ndim - 2))
+
+    x = (x - by_channel(mean)) / np.sqrt(by_channel(variance) + epsilon)
+    x = x if gamma is None else x * by_channel(gamma)
+    return x if beta is None else x + by_channel(beta)
+
+
+@_op
+def instance_norm(x, gamma=None, beta=None, epsilon=1e-5):
+    axes = tuple(range(2, x.ndim))
+    mean, variance = np.mean(x, axes, keepdims=True), np.var(x, axes, keepdims=True)
+    x = (x - mean) / np.sqrt(variance + epsilon)
+    shape = (-1, *[1] * len(axes))
+    x = x if gamma is None else x * gamma.reshape(shape)
+    return x if beta is None else x + beta.reshape(shape)
+
+
 # --- moving things about ----------------------------------------------------------------------
 
 

@@ -70,7 +70,8 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+def wire_fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field: whole numbers, or bytes. `ValueError` where it is damaged."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -95,7 +96,7 @@ class _Message:
 
     def __init__(self, data: bytes | memoryview = b""):
         self._fields: dict[int, list[Any]] = {}
-        for number, value in _fields(memoryview(data)):
+        for number, value in wire_fields(memoryview(data)):
             self._fields.setdefault(number, []).append(value)
 
     def all(self, number: int) -> list[Any]:

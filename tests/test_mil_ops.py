@@ -188,6 +188,20 @@ CASES = {
             -1, 1
         ),
     ),
+    "batch_norm": of_torch(
+        lambda v: mb.batch_norm(
+            x=v["x"], mean=B3[:4], variance=B3[:4] ** 2, gamma=B3[4:], beta=B3[2:6], epsilon=1e-3
+        ),
+        lambda v: F.batch_norm(
+            v["x"],
+            *(torch.tensor(p) for p in (B3[:4], B3[:4] ** 2, B3[4:], B3[2:6])),
+            eps=1e-3,
+        ),
+    ),
+    "instance_norm": of_torch(
+        lambda v: mb.instance_norm(x=v["x"], gamma=B3[4:], beta=B3[2:6]),
+        lambda v: F.instance_norm(v["x"], weight=torch.tensor(B3[4:]), bias=torch.tensor(B3[2:6])),
+    ),
     "matmul": of_torch(
         lambda v: mb.matmul(x=v["q"], y=v["k"], transpose_y=True), lambda v: v["q"] @ v["k"].mT
     ),

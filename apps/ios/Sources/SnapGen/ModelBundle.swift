@@ -1,0 +1,79 @@
+import Foundation
+
+/// A folder that convert/coreml.py wrote, its packages compiled:
+///
+///     config.json  tokenizer_0.model
+///     TextEncoder_0.mlmodelc  Transformer.mlmodelc  Decoder.mlmodelc
+///
+/// A model with several text encoders has one file of each kind for each.
+public struct ModelBundle: Sendable {
+    public let folder: URL
+    public let config: ModelConfig
+
+    public init(folder: URL) throws {
+        self.folder = folder
+        func check(_ file: String) throws {
+            let path = folder.appendingPathComponent(file).path
+            guard FileManager.default.fileExists(atPath: path) else {
+                throw SnapGenError("\(folder.lastPathComponent) lacks \(file): see the README")
+            }
+        }
+        try check("config.json")
+        let data = try Data(contentsOf: folder.appendingPathComponent("config.json"))
+        do {
+            config = try ModelConfig(json: data)
+        } catch let error as DecodingError {
+            throw SnapGenError("config.json is not a model's: \(error)")
+        }
+        let encoders = config.textEncoders.indices
+        for name in ["Transformer", "Decoder"] + encoders.map({ "TextEncoder_\($0)" }) {
+            try check("\(name).mlmodelc")
+        }
+        for index in encoders {
+            try check("tokenizer_\(index).model")
+        }
+    }
+
+    /// Where the compiled component of this name is.
+    public func component(_ name: String) -> URL {
+        folder.appendingPathComponent("\(name).mlmodelc")
+    }
+
+    /// The tokenizer of text encoder `index`.
+    public func tokenizer(_ index: Int) throws -> Tokenizer {
+        let url = folder.appendingPathComponent("tokenizer_\(index).model")
+        return try Tokenizer(contentsOf: url, maxLength: config.textEncoders[index].maxLength)
+    }
+}
+
+/// What the runner needs of config.json; other keys are for others.
+public struct ModelConfig: Decodable, Sendable {
+    public struct Sampling: Decodable, Equatable, Sendable {
+        public var numInferenceSteps: Int
+        public var guidanceScale: Float
+        public var timeShift: Double
+        public var freshNoise: Bool
+    }
+
+    public struct TextEncoder: Decodable, Sendable {
+        public let kind: String
+        public let maxLength: Int
+    }
+
+    public let name: String
+    public let textEncoders: [TextEncoder]
+    public let sampler: Sampling
+    public let fewStep: Sampling?
+
+    public init(json: Data) throws {
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        self = try decoder.decode(ModelConfig.self, from: json)
+        guard !textEncoders.isEmpty, textEncoders.allSatisfy({ $0.kind == "transformer" }) else {
+            throw SnapGenError("only models whose text encoders are of their own kind run here")
+        }
+    }
+
+    /// How to sample when the caller does not say: in few steps, if the model knows how.
+    public var sampling: Sampling { fewStep ?? sampler }
+}

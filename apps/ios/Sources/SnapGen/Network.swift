@@ -1,0 +1,77 @@
+import CoreML
+
+/// One compiled component in memory. Let go of it to give its memory back.
+final class Network {
+    private let model: MLModel
+    private let name: String
+
+    /// - Parameter function: of a package with several, nil for its default one.
+    init(at url: URL, computeUnits: MLComputeUnits, function: String? = nil) async throws {
+        let configuration = MLModelConfiguration()
+        configuration.computeUnits = computeUnits
+        if let function {
+            guard #available(iOS 18, macOS 15, *) else {
+                throw SnapGenError("choosing a function of a model takes iOS 18 or macOS 15")
+            }
+            configuration.functionName = function
+        }
+        name = url.deletingPathExtension().lastPathComponent
+        model = try await MLModel.load(contentsOf: url, configuration: configuration)
+    }
+
+    /// Shape of an input, as the model fixes it.
+    func shape(of input: String) throws -> [Int] {
+        try constraint(input).shape.map(\.intValue)
+    }
+
+    /// Run with inputs by name, flat and in row-major order, and return the only output likewise.
+    func callAsFunction(_ inputs: [String: [Float]]) throws -> [Float] {
+        var features: [String: MLFeatureValue] = [:]
+        for (input, values) in inputs {
+            features[input] = MLFeatureValue(multiArray: try array(values, for: input))
+        }
+        let provider = try MLDictionaryFeatureProvider(dictionary: features)
+        let outputs = try model.prediction(from: provider)
+        guard outputs.featureNames.count == 1, let output = outputs.featureNames.first,
+            let result = outputs.featureValue(for: output)?.multiArrayValue
+        else {
+            throw SnapGenError("\(name) should have one output, a multi-array")
+        }
+        // Copies, whatever the strides and the type.
+        let values = MLShapedArray<Float>(converting: result).scalars
+        guard values.allSatisfy(\.isFinite) else {
+            throw SnapGenError("\(name) gives numbers that are not finite: try other compute units")
+        }
+        return values
+    }
+
+    private func constraint(_ input: String) throws -> MLMultiArrayConstraint {
+        let description = model.modelDescription.inputDescriptionsByName[input]
+        guard let constraint = description?.multiArrayConstraint else {
+            let known = model.modelDescription.inputDescriptionsByName.keys.sorted()
+            throw SnapGenError("\(name) has no multi-array '\(input)', only \(known)")
+        }
+        return constraint
+    }
+
+    private func array(_ values: [Float], for input: String) throws -> MLMultiArray {
+        let shape = try self.shape(of: input)
+        guard shape.reduce(1, *) == values.count else {
+            throw SnapGenError("\(name) takes \(input) as \(shape), got \(values.count) numbers")
+        }
+        switch try constraint(input).dataType {
+        case .float32:
+            return MLMultiArray(MLShapedArray<Float>(scalars: values, shape: shape))
+        case .int32:
+            let numbers = values.map { Int32($0) }
+            return MLMultiArray(MLShapedArray<Int32>(scalars: numbers, shape: shape))
+        #if !(os(macOS) && arch(x86_64))
+            case .float16:
+                let halves = values.map { Float16($0) }
+                return MLMultiArray(MLShapedArray<Float16>(scalars: halves, shape: shape))
+        #endif
+        default:
+            throw SnapGenError("\(name) takes \(input) in a type that is not supported")
+        }
+    }
+}

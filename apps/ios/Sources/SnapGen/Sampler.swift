@@ -1,0 +1,61 @@
+/// Flow-matching sampling as pure functions, those of mlx_snapgen/sampler.py.
+///
+/// Noise level sigma runs from 1 (noise) to 0 (picture): x_t = (1 - sigma) x0 + sigma eps, and the
+/// network's velocity is v = eps - x0. Latents are flat, in the order (channel, row, column).
+public enum Sampler {
+    /// Timestep shift of SD3: shift t / (1 + (shift - 1) t).
+    public static func shiftTime(_ t: Double, shift: Double) -> Double {
+        shift * t / (1 + (shift - 1) * t)
+    }
+
+    /// `steps + 1` noise levels from 1 down to 0: 1, .9, .75, .5, 0 for 4 at shift 3.
+    public static func schedule(steps: Int, shift: Double) -> [Double] {
+        (0...steps).map { shiftTime(1 - Double($0) / Double(steps), shift: shift) }
+    }
+
+    /// What is known after a step: latents at the next noise level and the estimate of the clean
+    /// ones that the step saw.
+    public struct Step {
+        public let index: Int
+        public let latents: [Float]
+        public let x0: [Float]
+    }
+
+    /// Go from noise to latents, calling `each` after every step; throw from it to cancel.
+    ///
+    /// - Parameters:
+    ///   - velocity: the network's velocity at latents and noise level, guidance included.
+    ///   - freshNoise: nil takes Euler steps along the flow. A function that returns unit noise,
+    ///     called with 1, 2, ..., puts it on each step's estimate instead, as models distilled by
+    ///     distribution matching have learned it (DMD2 section 4.4).
+    public static func denoise(
+        noise: [Float],
+        schedule: [Double],
+        velocity: ([Float], Double) throws -> [Float],
+        freshNoise: ((Int) -> [Float])? = nil,
+        each: (Step) throws -> Void = { _ in }
+    ) throws -> [Float] {
+        var latents = noise
+        for (index, (sigma, next)) in zip(schedule, schedule.dropFirst()).enumerated() {
+            let v = try velocity(latents, sigma)
+            let x0 = zip(latents, v).map { $0 - Float(sigma) * $1 }
+            if next == 0 {
+                latents = x0
+            } else if let freshNoise {
+                let eps = freshNoise(index + 1)
+                latents = zip(x0, eps).map { (1 - Float(next)) * $0 + Float(next) * $1 }
+            } else {
+                latents = zip(latents, v).map { $0 + Float(next - sigma) * $1 }
+            }
+            try each(Step(index: index, latents: latents, x0: x0))
+        }
+        return latents
+    }
+
+    /// Classifier-free guidance: v_uncond + scale (v_cond - v_uncond); scale 1 is no guidance.
+    public static func guide(_ conditional: [Float], _ unconditional: [Float], scale: Float)
+        -> [Float]
+    {
+        zip(conditional, unconditional).map { $1 + scale * ($0 - $1) }
+    }
+}

@@ -1,0 +1,105 @@
+"""What the Swift package must compute, written down by mlx_snapgen itself.
+
+    python -m apps.ios.vectors
+
+writes Tests/vectors.json, which the Swift tests read and tests/test_ios.py compares with a new one.
+"""
+
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+
+import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
+from mlx_snapgen.text_encoder import Tokenizer
+
+PATH = Path(__file__).parent / "Tests/vectors.json"
+TOKENIZER = resources.files("mlx_snapgen") / "models/stickers/tokenizer_0.model"
+MAX_LENGTH = 24
+
+PROMPTS = (
+    "a red apple",
+    "A blue cat next to a green ice cream cone.",
+    "",
+    "  two\tdogs \n and   a  pineapple  ",
+    "a strawberry, an umbrella and 3 purple hot air balloons: what's this?!",
+    "\ufb01re-engine \u2116\u00bd \uff21\uff22\uff23",
+    "na\u00efve cafe\u0301 stra\u00dfe \u0130stanbul",
+    "日本語 の 🦊🦊 fox",
+    "a\u200bcat\ufeff\u0001dog\u001cbird\u00a0sun",
+    "\u2581a\u2581star <s> </s> <unk>",
+    "a yellow sun " * 20,
+    "xqzjvwkk",
+)
+
+
+def vectors() -> dict:
+    """All vectors, as plain JSON values; latents are flat, in the order (channel, row, column)."""
+    tokenizer = Tokenizer.from_file(Path(str(TOKENIZER)), MAX_LENGTH)
+    tokens = []
+    for prompt in PROMPTS:
+        row, mask = tokenizer([prompt])
+        tokens.append(
+            {"prompt": prompt, "tokens": row[0].tolist(), "mask": mask[0].astype(mx.int32).tolist()}
+        )
+    values = [-1.5, -1.0, -0.75, 0.0, 0.25, 0.5, 0.999, 1.0, 1.25, -0.3, 0.1, 0.7]
+    bytes_ = np.full((4, 4), 255)
+    bytes_[:, :3] = np.round((np.clip(np.reshape(values, (3, 4)), -1, 1).T + 1) * 127.5)
+    cond, uncond = [0.5, -1.0, 2.0], [0.25, 1.0, 2.0]
+    return {
+        "max_length": MAX_LENGTH,
+        "tokens": tokens,
+        "schedules": [
+            {"steps": steps, "shift": shift, "sigmas": get_schedule(steps, shift)}
+            for steps, shift in ((4, 3.0), (1, 3.0), (28, 4.0), (5, 1.0))
+        ],
+        "noise": [
+            _noise(*sizes) for sizes in ((0, 0, 4, 3, 5), (7, 1, 3, 3, 5), (2**40 + 3, 3, 2, 2, 2))
+        ],
+        "denoise": [_denoised(fresh) for fresh in (False, True)],
+        "guide": {
+            "conditional": cond,
+            "unconditional": uncond,
+            "scale": 4.0,
+            "guided": guide(mx.array(cond), mx.array(uncond), 4.0).tolist(),
+        },
+        "pixels": {"values": values, "bytes": bytes_.reshape(-1).astype(int).tolist()},
+    }
+
+
+def _flat(latents: mx.array) -> list[float]:
+    """(1, H, W, C) -> numbers in the order (C, H, W)."""
+    return latents[0].transpose(2, 0, 1).reshape(-1).tolist()
+
+
+def _noise(seed: int, draw: int, channels: int, height: int, width: int) -> dict:
+    return {
+        **{"seed": seed, "draw": draw, "channels": channels, "height": height, "width": width},
+        "latents": _flat(get_noise(seed, height, width, channels, draw)),
+    }
+
+
+def _denoised(fresh: bool) -> dict:
+    """Four steps of v = x_t / 2 + sigma from the noise of seed 3."""
+    draw = functools.partial(get_noise, 3, 2, 2, 3)
+    steps = list(
+        denoise(
+            lambda x, sigma: x / 2 + sigma, draw(0), get_schedule(4, 3.0), draw if fresh else None
+        )
+    )
+    return {
+        **{"fresh_noise": fresh, "seed": 3, "steps": 4, "shift": 3.0},
+        "latents": [_flat(step.x_t) for step in steps],
+        "x0": [_flat(step.x0) for step in steps],
+    }
+
+
+if __name__ == "__main__":
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in vectors().items())
+    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
