@@ -1,0 +1,236 @@
+"""The PyTorch twins of our networks against MLX: random weights, every width, odd grids.
+
+Needs torch and safetensors: `pip install -e ".[parity]"`.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import randomise
+
+from mlx_snapgen.autoencoder import Autoencoder
+from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from mlx_snapgen.elastic import extract
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.text_encoder import ACTIVATIONS, TransformerTextEncoder
+from mlx_snapgen.transformer import EfficientDiT, TextStates
+from mlx_snapgen.weights import load_pretrained
+
+WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
+torch = pytest.importorskip("torch", reason=WHY)
+pytest.importorskip("safetensors", reason=WHY)
+
+from convert import torch_dit, torch_parts  # noqa: E402
+from convert.to_torch import to_torch, torch_weights  # noqa: E402
+from convert.torch_attention import attend_fused, attend_split  # noqa: E402
+
+CONFIG = TransformerConfig(
+    hidden_size=64,
+    head_dim=8,
+    num_kv_heads=8,
+    num_cross_kv_heads=4,
+    blocks=(1, 3, 2),
+    num_bands=4,
+    latent_channels=4,
+    text_dims=(12, 20),
+    text_width=16,
+    frequency_dim=32,
+)
+GROUPED = dataclasses.replace(CONFIG, head_dim=4, num_kv_heads=8, num_cross_kv_heads=2)
+DENSE = dataclasses.replace(CONFIG, sparse_attention=False, long_skips=False, widths=(1.0,))
+MULTI_QUERY = dataclasses.replace(CONFIG, num_kv_heads=1, num_bands=3, band_radius=2)
+ONE_STAGE = dataclasses.replace(CONFIG, blocks=(3, 0, 0), num_cross_kv_heads=16, patch_size=1)
+
+
+def filled(twin, module):
+    """`twin` with the weights of the MLX `module`."""
+    shapes = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
+    weights = torch_weights(module, shapes)
+    twin.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    return twin.eval()
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    """Largest difference below `tolerance` of the largest value."""
+    actual, expected = actual.detach().numpy(), np.array(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(expected).max() > 0.1
+    assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
+
+
+def velocities(network, twin, height, width, seed=0):
+    """What the MLX network and its twin say of the same noise, two texts of which one is padded."""
+    keys = mx.random.split(mx.random.key(seed), 3)
+    config = network.config
+    x_t = mx.random.normal((2, height, width, config.latent_channels), key=keys[0])
+    t = mx.array([0.21, 0.97])
+    states = [
+        TextStates(
+            mx.random.normal((2, n, dims), key=key), mx.arange(n)[None] < mx.array([[n], [n - 3]])
+        )
+        for n, dims, key in zip((5, 4), config.text_dims, keys[1:], strict=False)
+    ]
+    expected = network(x_t, t, *network.encode_text(states))
+    with torch.no_grad():
+        text = twin.encode_text([tuple(torch.tensor(np.array(x)) for x in s) for s in states])
+        x_t = torch.tensor(np.array(x_t)).permute(0, 3, 1, 2)
+        actual = twin(x_t, torch.tensor(np.array(t)), *text)
+    return actual.permute(0, 2, 3, 1), expected
+
+
+@pytest.mark.parametrize("attend", [attend_fused, attend_split])
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (CONFIG, (8, 12)),
+        (CONFIG, (20, 4)),
+        (GROUPED, (12, 20)),
+        (DENSE, (12, 8)),
+        (MULTI_QUERY, (20, 12)),
+        (ONE_STAGE, (6, 10)),
+    ],
+)
+def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
+    network = EfficientDiT(config)
+    randomise(network, 1)
+    # The fused form is one path for all widths, the split one is written out by heads.
+    for width in config.widths[:1] if attend is attend_fused else config.widths:
+        alone = extract(network, width)
+        twin = filled(torch_dit.EfficientDiT(alone.config, size, attend), alone)
+        assert_close(*velocities(alone, twin, *size))
+
+
+def test_another_resolution_is_one_call_away():
+    network = extract(EfficientDiT(CONFIG), 0.5)
+    randomise(network, 2)
+    twin = filled(torch_dit.EfficientDiT(network.config, (8, 8)), network)
+    twin.resize((12, 20))
+    assert_close(*velocities(network, twin, 12, 20))
+    with pytest.raises(UserError, match="10x20 do not divide by 4"):
+        twin.resize((10, 20))
+
+
+def test_a_text_encoder_that_is_absent_is_left_out():
+    network = extract(EfficientDiT(CONFIG), 0.375)
+    randomise(network, 3)
+    twin = filled(torch_dit.EfficientDiT(network.config, (8, 8)), network)
+    states, mask = mx.random.normal((1, 4, 20), key=mx.random.key(0)), mx.ones((1, 4), mx.bool_)
+    expected, _ = network.encode_text([None, TextStates(states, mask)])
+    actual, _ = twin.encode_text([None, (torch.tensor(np.array(states)), torch.ones(1, 4))])
+    assert_close(actual[:, :, 0].permute(0, 2, 1), expected)
+    with pytest.raises(UserError, match="all text encoders are absent"):
+        twin.encode_text([None, None])
+    with pytest.raises(UserError, match="2 text encoders expected, got 1"):
+        twin.encode_text([None])
+
+
+def test_time_is_exact_in_half_precision():
+    network = extract(EfficientDiT(CONFIG), 1.0)
+    randomise(network, 4)
+    twin = filled(torch_dit.EfficientDiT(network.config, (8, 8)), network)
+    expected, _ = twin.time(torch.tensor([0.731]))
+    actual, _ = twin.half().time(torch.tensor([0.731]))
+    assert_close(actual.float(), expected.detach().numpy(), 5e-3)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_decoder_is_mlx_s(normalised):
+    config = AutoencoderConfig(
+        latent_channels=4,
+        decoder_channels=(16, 12, 8),
+        decoder_blocks=(2, 1, 1),
+        latents_mean=(0.1, -0.2, 0.3, 0.0) if normalised else (),
+        latents_std=(1.0, 0.9, 1.1, 1.2) if normalised else (),
+    )
+    autoencoder = Autoencoder(config)
+    randomise(autoencoder, 5)
+    twin = filled(torch_parts.Decoder(config), autoencoder.decoder)
+    latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))
+    actual = twin(torch.tensor(np.array(latents)).permute(0, 3, 1, 2))
+    assert_close(actual.permute(0, 2, 3, 1), autoencoder.decode(latents))
+
+
+@pytest.mark.parametrize("attend", [attend_fused, attend_split])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_text_encoder_is_mlx_s(activation, attend):
+    config = TextEncoderConfig(
+        vocab_size=20, hidden_size=24, num_heads=3, max_length=9, activation=activation
+    )
+    encoder = TransformerTextEncoder(config)
+    randomise(encoder, 6)
+    twin = filled(torch_parts.TextEncoder(config, attend), encoder)
+    tokens, mask = mx.arange(14).reshape(2, 7), mx.arange(7)[None] < mx.array([[7], [3]])
+    actual = twin(torch.tensor(np.array(tokens)), torch.tensor(np.array(mask)))
+    assert_close(actual, encoder(tokens, mask))
+
+
+def test_the_default_model_is_the_same_in_pytorch(tmp_path):
+    components = load_pretrained(dtype=mx.float32, model_width=0.375)
+    assert to_torch(components, tmp_path / "new" / "model", "tiny") == []
+    model = torch_dit.load(tmp_path / "new" / "model")
+    assert model.config.transformer == components.config.transformer
+    network, encoder = components.transformer, components.text_encoders[0]
+    tokens, mask = encoder.tokenize(["a red apple to the left of a blue car", ""])
+    states = encoder(tokens, mask)
+    tokens, mask_ = torch.tensor(np.array(tokens)), torch.tensor(np.array(mask))
+    assert_close(model.text_encoders[0](tokens, mask_), states)
+    text, mask = network.encode_text([TextStates(states, mask)])
+    x_t = mx.random.normal((2, 16, 16, 8), key=mx.random.key(0))
+    x_t_ = torch.tensor(np.array(x_t)).permute(0, 3, 1, 2)
+    text_ = torch.tensor(np.array(text)).permute(0, 2, 1)[:, :, None]
+    actual = model.transformer(x_t_, torch.tensor([0.3, 1.0]), text_, mask_)
+    assert_close(actual.permute(0, 2, 3, 1), network(x_t, mx.array([0.3, 1.0]), text, mask))
+    picture = model.decoder(x_t_[:1]).permute(0, 2, 3, 1)
+    assert_close(picture, components.autoencoder.decode(x_t[:1]))
+    tokenizer = tmp_path / "new" / "model" / "tokenizer_0.model"
+    assert tokenizer.read_bytes() == encoder.tokenizer.model
+
+
+def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
+    alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
+    to_torch(alone, folder, "small")
+    written = {p.name for p in folder.iterdir()}
+    assert json.loads((folder / "config.json").read_text())["width"] == "small"
+    with pytest.raises(UserError, match="exists already"):
+        to_torch(alone, folder, "small")
+    assert {p.name for p in folder.iterdir()} == written
+    monkeypatch.setattr("convert.to_torch.torch_weights", lambda *_: {}["disk full"])
+    with pytest.raises(KeyError):
+        to_torch(alone, tmp_path / "other", "small")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_bad_folder_is_one_line(components, model_folder, tmp_path):
+    with pytest.raises(UserError, match="is not a model for PyTorch"):
+        torch_dit.load(model_folder)
+    with pytest.raises(UserError, match="is not a model for PyTorch"):
+        torch_dit.load(tmp_path / "nothing")
+    alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
+    alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
+    to_torch(alone, tmp_path / "model", "small")
+    path = tmp_path / "model" / "decoder.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"decoder\.safetensors does not fit"):
+        torch_dit.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("module", ["to_torch"])
+def test_torch_that_is_missing_is_one_line(module, tmp_path):
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = ['{module}', 'model', {str(tmp_path / 'out')!r}]; "
+        f"runpy.run_module('convert.{module}', run_name='__main__')"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this needs PyTorch")
+    assert len(done.stderr.splitlines()) == 1
