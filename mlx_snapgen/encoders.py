@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen import clip, gemma
-from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.stored import load_stored, read_part
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_states
 from mlx_snapgen.transformer import EfficientDiT, TextStates
 
@@ -54,7 +55,7 @@ def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     if config.kind == "gemma":
         return gemma.load_gemma(_find(folder, config, gemma.FILES), config)
     if config.kind == "clip":
-        encoder = clip.load_clip(_find(folder, config, clip.FILES))
+        encoder = _load_clip(_find(folder, config, clip.FILES))
         if encoder.config.hidden_size != config.hidden_size:
             raise UserError(
                 f"{config.source} gives states of {encoder.config.hidden_size}, the model takes "
@@ -65,6 +66,19 @@ def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     raise UserError(
         f"a {config.kind} text encoder has its weights in the model's folder: no source"
     )
+
+
+def _load_clip(folder: Path) -> clip.ClipTextEncoder:
+    """A CLIP in a public layout, or one that `convert.from_torch` made."""
+    part = read_part(folder, "text_encoder_0")
+    if part is None:
+        return clip.load_clip(folder)
+    config = from_dict(TextEncoderConfig, part[0])
+    if config.kind != "clip":
+        raise UserError(f"{folder} holds a {config.kind} text encoder, not a CLIP")
+    encoder = make_text_encoder(folder, 0, config)
+    load_stored(encoder, folder, "text_encoder_0", part[1])
+    return encoder
 
 
 def _find(folder: Path, config: TextEncoderConfig, files: tuple[str, ...]) -> Path:
