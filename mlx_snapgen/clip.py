@@ -29,13 +29,13 @@ END_OF_WORD = "</w>"
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The printable character that stands for each byte in the merges, in order of token ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-_SYMBOLS = _byte_symbols()
+_SYMBOLS = byte_symbols()
 _BYTE_OF = {
     symbol: byte
     for symbol, byte in zip(

@@ -94,8 +94,8 @@ def save_pretrained(
         folder: must not exist yet, or be empty.
         components: the model; the configs of its modules are what is written.
         quantize: per component, store its matrices quantized where the last dimension divides by
-            `group_size`. This makes the file small, not the loaded model: an elastic network
-            slices its weights, which packed ones do not allow, so loading dequantizes them.
+            `group_size`. This makes the file small; the loaded model only if it has one width: an
+            elastic network slices its weights, which packed ones do not allow.
         dtype: floating type to store parameters in; None keeps theirs.
         texts: more text files by name, such as {"README.md": ..., "LICENSE": ...}.
 
@@ -248,6 +248,7 @@ def load_pretrained(
     model_width: float | None = None,
     few_step: bool = False,
     text_encoders: Sequence[str] | None = None,
+    packed: bool = False,
 ) -> Components:
     """Load a model from a folder or a Hugging Face repository (see `find_model`).
 
@@ -259,6 +260,7 @@ def load_pretrained(
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
             `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
         text_encoders: names of those to load (see `encoders.encoder_names`), None for all.
+        packed: leave a transformer of one width quantized in memory, if that is how it is stored.
 
     Raises:
         UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
@@ -269,7 +271,7 @@ def load_pretrained(
         config = dataclasses.replace(config, few_step=None)
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
-    transformer = _load_transformer(folder, config, model_width)
+    transformer = _load_transformer(folder, config, model_width, packed)
     materialise(transformer, dtype)
     autoencoder = load_autoencoder(folder)
     encoders = load_text_encoders(folder, config, dtype, text_encoders)
@@ -296,11 +298,14 @@ def load_text_encoders(
     return encoders
 
 
-def _load_transformer(folder: Path, config: ModelConfig, width: float | None) -> EfficientDiT:
+def _load_transformer(
+    folder: Path, config: ModelConfig, width: float | None, packed: bool
+) -> EfficientDiT:
     if width is not None:
         config.transformer.width_index(width)
     transformer = EfficientDiT(config.transformer)
-    load_stored(transformer, folder, "transformer", config.quantization)
+    packed = packed and config.transformer.widths == (1.0,)
+    load_stored(transformer, folder, "transformer", config.quantization, packed)
     if config.few_step is not None:
         load_lora(folder / f"{FEW_STEP}.safetensors", transformer, 0.0, FEW_STEP, config.name)
     if width is None or config.transformer.widths == (1.0,):
