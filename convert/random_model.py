@@ -153,12 +153,17 @@ def _write_entries(path: Path, entries: list[Entry]) -> None:
 
 
 def _write_gemma(folder: Path, dtype: mx.Dtype) -> None:
-    """A folder as mlx-lm has it, with a tokenizer whose tokens are bytes."""
+    """A folder as mlx-lm has it."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(GEMMA, indent=1))
     shapes = gemma_shapes(GEMMA).items()
     entries = [lazy(name, _random(shape).astype(dtype)) for name, shape in shapes]
     _write_entries(folder / "model.safetensors", entries)
+    write_byte_tokenizer(folder)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Hugging Face's files of a tokenizer whose 260 tokens are marks and bytes."""
     marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocabulary = {symbol: i for i, symbol in enumerate([*marks, *byte_symbols()])}
     added = [

@@ -39,16 +39,36 @@ def make_text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> An
         )
     if config.source is not None:
         return _from_source(folder, config)
-    if config.kind not in STORED:
-        raise UserError(f"{folder / 'config.json'}: a {config.kind} text encoder needs a source")
-    encoder_class, tokenizer_class = STORED[config.kind]
     path = folder / f"tokenizer_{index}.model"
-    tokenizer = tokenizer_class.from_file(path, config.max_length)
+    return new_text_encoder(config, load_tokenizer(path, config))
+
+
+def load_tokenizer(path: Path, config: TextEncoderConfig) -> Any:
+    """The tokenizer in a file, of the kind that `config` asks for.
+
+    Raises:
+        UserError: a kind that has no such file, or one that is missing, damaged or too large.
+    """
+    tokenizer = _stored_classes(config)[1].from_file(path, config.max_length)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} tokens, its text encoder {config.vocab_size}"
         )
-    return encoder_class(config, tokenizer)
+    return tokenizer
+
+
+def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
+    """An encoder with random weights; `UserError`: a kind that only its source has."""
+    return _stored_classes(config)[0](config, tokenizer)
+
+
+def _stored_classes(config: TextEncoderConfig) -> tuple[type, type]:
+    if config.kind not in STORED or config.source is not None:
+        raise UserError(
+            f"a {config.kind} text encoder is loaded from its source, not with the model's own "
+            "weights"
+        )
+    return STORED[config.kind]
 
 
 def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
