@@ -4,7 +4,8 @@
     python -m convert.autoencoder taew2_1.safetensors --model my-model --output my-model-tiny
 
 The first source is a folder as diffusers has it (Flux's is Z-Image's too), the second a
-.safetensors file of the TAEHV family. The model must have been trained on their latents.
+.safetensors file of the TAEHV family. A folder of `convert.from_torch` will do for either. The
+model must have been trained on their latents.
 """
 
 import argparse
@@ -30,18 +31,21 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.kl_autoencoder import NUM_GROUPS, KLAutoencoder
 from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
+from mlx_snapgen.stored import FORMAT_VERSION, read_part
 from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
-from mlx_snapgen.weights import FORMAT_VERSION, load_config
+from mlx_snapgen.weights import load_autoencoder, load_config
 
 Weights = dict[str, mx.array]
 
 
 def read_autoencoder(source: Path) -> Autoencoder:
-    """The public autoencoder in `source`, float32; a file is of the TAEHV family.
+    """The autoencoder in `source`, float32: one converted, or public; a file is of TAEHV's family.
 
     Raises:
         UserError: another network, or a key that is missing, unknown or misshapen.
     """
+    if read_part(source, "autoencoder") is not None:
+        return load_autoencoder(source)
     if not source.is_dir():
         return read_taehv(source)
     path = source / "config.json"
@@ -94,22 +98,41 @@ def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
     )
 
 
+_QWEN_IMAGE = (
+    r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid_block|down_blocks|up_blocks)\..+"
+    r"|(post_)?quant_conv\.(weight|bias)"
+)
+
+
+def qwen_image_name(key: str) -> str | None:
+    """Our name of diffusers' key, None for `time_conv`, which only changes the frame rate.
+
+    Raises:
+        UserError: a key of another network.
+    """
+    if re.search(r"\.(down_blocks\.\d+|upsamplers\.0)\.time_conv\.(weight|bias)$", key):
+        return None
+    if not re.fullmatch(_QWEN_IMAGE, key):
+        raise UserError(f"another network than AutoencoderKLQwenImage: it has '{key}'")
+    name = key.replace(".resample.1.", ".conv.")
+    name = re.sub(r"^quant_conv", "encoder.quant_conv", name)
+    name = re.sub(r"^post_quant_conv", "decoder.post_quant_conv", name)
+    return re.sub(r"\.gamma$", ".weight", name)
+
+
 def qwen_image_weights(public: Weights) -> Weights:
     """diffusers' keys and layout to ours.
 
     3-D kernels (O, I, T, H, W) keep their last temporal slice, which is all that a single frame
-    meets; `time_conv`, which changes the frame rate, goes. A key that is not known is kept under
-    its name, so that strict loading finds it.
+    meets.
     """
     weights = {}
     for key, value in public.items():
-        if re.search(r"\.(down_blocks\.\d+|upsamplers\.0)\.time_conv\.(weight|bias)$", key):
+        name = qwen_image_name(key)
+        if name is None:
             continue
-        name = key.replace(".resample.1.", ".conv.")
-        name = re.sub(r"^quant_conv", "encoder.quant_conv", name)
-        name = re.sub(r"^post_quant_conv", "decoder.post_quant_conv", name)
-        if name.endswith(".gamma"):
-            name, value = name.removesuffix("gamma") + "weight", value.reshape(-1)
+        if key.endswith(".gamma"):
+            value = value.reshape(-1)
         if value.ndim == 5:
             value = value[:, :, -1]
         weights[name] = _kernel(value)
@@ -188,16 +211,21 @@ def read_taehv(path: Path) -> TinyAutoencoder:
         UserError: a key that is missing, unknown or misshapen, as in the family's other layouts.
     """
     public = _read(path)
+    config = taehv_config(public, path)
+    return _filled(TinyAutoencoder(config), taehv_weights(public), path)
+
+
+def taehv_config(public: Weights, path: Path) -> AutoencoderConfig:
+    """The sizes that the weights show; `UserError` when they are of something else."""
     try:
-        config = dataclasses.replace(
+        return dataclasses.replace(
             TAEW2_1,
             latent_channels=public["decoder.1.weight"].shape[1],
             encoder_channels=(public["encoder.0.weight"].shape[0],) * 4,
             decoder_channels=tuple(public[f"decoder.{i}.weight"].shape[0] for i in (1, 8, 14, 20)),
         )
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise UserError(f"{path} is no TAEHV autoencoder: it lacks {error}") from None
-    return _filled(TinyAutoencoder(config), taehv_weights(public), path)
 
 
 _PLACES = {
@@ -217,26 +245,24 @@ _PLACES = {
 """Our name of each numbered layer."""
 
 
-def taehv_weights(public: Weights) -> Weights:
-    """The public keys and layout to ours, reduced to one picture (see `tiny_autoencoder`).
+def taehv_name(key: str) -> str:
+    """Our name of a public key; `UserError`: a key of another network."""
+    part, _, rest = key.partition(".")
+    number, _, rest = rest.partition(".")
+    place = _PLACES.get(part, {}).get(number)
+    if place is None:
+        raise UserError(f"another network than those of the TAEHV family: it has '{key}'")
+    if place.startswith("blocks"):
+        # conv.0, conv.2, conv.4: what is between them has no weights
+        return f"{part}.{place}." + re.sub(
+            r"^conv\.([024])\.", lambda m: f"conv{int(m[1]) // 2 + 1}.", rest
+        )
+    return f"{part}.{place}." + rest.removeprefix("conv.")
 
-    A key that is not known is kept under its name, so that strict loading finds it.
-    """
-    weights = {}
-    for key, value in public.items():
-        part, number, *rest = key.split(".")
-        place = _PLACES.get(part, {}).get(number)
-        if place is None:
-            weights[key] = value
-            continue
-        if place.startswith("blocks"):
-            # conv.0, conv.2, conv.4: what is between them has no weights
-            name = f"{part}.{place}." + re.sub(
-                r"^conv\.([024])\.", lambda m: f"conv{int(m[1]) // 2 + 1}.", ".".join(rest)
-            )
-        else:
-            name = ".".join([part, place, *(r for r in rest if r != "conv")])
-        weights[name] = _kernel(value)
+
+def taehv_weights(public: Weights) -> Weights:
+    """The public keys and layout to ours, reduced to one picture (see `tiny_autoencoder`)."""
+    weights = {taehv_name(key): _kernel(value) for key, value in public.items()}
     for part, with_memory in (("encoder", 0), ("decoder", 2)):
         for level in {0, 1, 2} - {with_memory}:
             for k in range(3):

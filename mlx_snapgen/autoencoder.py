@@ -115,7 +115,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalised latents (B, h, w, C) -> pictures (B, 8h, 8w, 3), about [-1, 1], unclipped."""
-        return self.decoder(self._denormalise(latents))
+        return self.decoder(self.denormalise(latents))
 
     def _normalise(self, latents: mx.array) -> mx.array:
         if not self.config.latents_std:
@@ -123,7 +123,8 @@ class Autoencoder(nn.Module):
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return (latents - mean) / std
 
-    def _denormalise(self, latents: mx.array) -> mx.array:
+    def denormalise(self, latents: mx.array) -> mx.array:
+        """Normalised latents -> those that the decoder takes."""
         if not self.config.latents_std:
             return latents
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)

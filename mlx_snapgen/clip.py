@@ -20,7 +20,7 @@ from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.text_encoder import TransformerTextEncoder, padded
 
-FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz")
+FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
 """What of a public repository `load_clip` may need."""
 
 END_OF_WORD = "</w>"
@@ -29,13 +29,13 @@ END_OF_WORD = "</w>"
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The printable character that stands for each byte in the merges, in order of token ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-_SYMBOLS = _byte_symbols()
+_SYMBOLS = byte_symbols()
 _BYTE_OF = {
     symbol: byte
     for symbol, byte in zip(
@@ -170,6 +170,24 @@ _NAMES = (
 )
 
 
+def public_name(key: str) -> str | None:
+    """Our name of a public checkpoint's key, None where it belongs to the picture side.
+
+    Queries, keys and values that are stored apart keep names of their own: `layers.0.q_proj.bias`.
+
+    Raises:
+        UserError: a key that belongs to no layout.
+    """
+    name = _PREFIX.sub("", key)
+    if _LEFT_OUT.fullmatch(name):
+        return None
+    for pattern, ours in _NAMES:
+        match = re.match(pattern, name)
+        if match:
+            return match.expand(ours) + name[match.end() :]
+    raise UserError(f"'{key}' belongs to no CLIP text encoder that is known here")
+
+
 def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A public checkpoint's weights under the names of `ClipTextEncoder`.
 
@@ -179,18 +197,8 @@ def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     Raises:
         UserError: a key that belongs to none of them.
     """
-    found = {}
-    for key, value in weights.items():
-        name = _PREFIX.sub("", key)
-        if _LEFT_OUT.fullmatch(name):
-            continue
-        for pattern, ours in _NAMES:
-            match = re.match(pattern, name)
-            if match:
-                found[match.expand(ours) + name[match.end() :]] = value
-                break
-        else:
-            raise UserError(f"'{key}' belongs to no CLIP text encoder that is known here")
+    named = ((public_name(key), value) for key, value in weights.items())
+    found = {name: value for name, value in named if name is not None}
     for name in [name for name in found if ".q_proj." in name]:
         parts = [found.pop(name.replace("q_proj", f"{x}_proj"), None) for x in "qkv"]
         if any(part is None for part in parts):
@@ -199,8 +207,10 @@ def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return found
 
 
-def load_clip(folder: Path) -> ClipTextEncoder:
-    """A text encoder from a public CLIP in safetensors: Hugging Face's format or OpenCLIP's.
+def describe(
+    folder: Path, weights: Mapping[str, mx.array]
+) -> tuple[TextEncoderConfig, ClipTokenizer]:
+    """Sizes and tokenizer of the public CLIP in `folder`, whose `sanitize`d weights are given.
 
     Sizes are those of the weights; heads and activation are read from config.json or
     open_clip_config.json, the merges from merges.txt, tokenizer.json or OpenCLIP's .txt.gz.
@@ -208,18 +218,6 @@ def load_clip(folder: Path) -> ClipTextEncoder:
     Raises:
         UserError: files that are missing, damaged or of another network.
     """
-    names = ("model.safetensors", "open_clip_model.safetensors")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(
-            f"{folder} has neither {names[0]} nor {names[1]} (weights in a pickle, .bin or .pt, "
-            "are not read: store them with safetensors.torch.save_file)"
-        )
-    try:
-        weights = sanitize(mx.load(str(path)))
-        mx.eval(weights)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
     try:
         vocab_size, hidden_size = weights["token_embedding.weight"].shape
         config = TextEncoderConfig(
@@ -231,12 +229,34 @@ def load_clip(folder: Path) -> ClipTextEncoder:
             **_heads_and_activation(folder, hidden_size),
         )
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path} holds no CLIP text encoder: {error}") from None
+        raise UserError(f"{folder} holds no CLIP text encoder: {error}") from None
     tokenizer = ClipTokenizer(_merges(folder, vocab_size), config.max_length)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the network {vocab_size}"
         )
+    return config, tokenizer
+
+
+def load_clip(folder: Path) -> ClipTextEncoder:
+    """A text encoder from a public CLIP in safetensors: Hugging Face's format or OpenCLIP's.
+
+    Raises:
+        UserError: files that are missing, damaged or of another network.
+    """
+    names = ("model.safetensors", "open_clip_model.safetensors")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{folder} has neither {names[0]} nor {names[1]} (weights in a pickle, .bin or .pt, "
+            "are not read here: `python -m convert.from_torch` converts them)"
+        )
+    try:
+        weights = sanitize(mx.load(str(path)))
+        mx.eval(weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    config, tokenizer = describe(folder, weights)
     encoder = ClipTextEncoder(config, tokenizer)
     expected = {name: p.shape for name, p in tree_flatten(encoder.parameters())}
     shapes = {name: p.shape for name, p in weights.items()}

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen import clip, gemma
-from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import DownloadProgress, find_model
+from mlx_snapgen.stored import load_stored, read_part
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_states
 from mlx_snapgen.transformer import EfficientDiT, TextStates
 
@@ -41,23 +42,43 @@ def make_text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> An
         )
     if config.source is not None:
         return _from_source(folder, config)
-    if config.kind not in STORED:
-        raise UserError(f"{folder / 'config.json'}: a {config.kind} text encoder needs a source")
-    encoder_class, tokenizer_class = STORED[config.kind]
     path = folder / f"tokenizer_{index}.model"
-    tokenizer = tokenizer_class.from_file(path, config.max_length)
+    return new_text_encoder(config, load_tokenizer(path, config))
+
+
+def load_tokenizer(path: Path, config: TextEncoderConfig) -> Any:
+    """The tokenizer in a file, of the kind that `config` asks for.
+
+    Raises:
+        UserError: a kind that has no such file, or one that is missing, damaged or too large.
+    """
+    tokenizer = _stored_classes(config)[1].from_file(path, config.max_length)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} tokens, its text encoder {config.vocab_size}"
         )
-    return encoder_class(config, tokenizer)
+    return tokenizer
+
+
+def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
+    """An encoder with random weights; `UserError`: a kind that only its source has."""
+    return _stored_classes(config)[0](config, tokenizer)
+
+
+def _stored_classes(config: TextEncoderConfig) -> tuple[type, type]:
+    if config.kind not in STORED or config.source is not None:
+        raise UserError(
+            f"a {config.kind} text encoder is loaded from its source, not with the model's own "
+            "weights"
+        )
+    return STORED[config.kind]
 
 
 def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     if config.kind == "gemma":
         return gemma.load_gemma(_find(folder, config), config)
     if config.kind == "clip":
-        encoder = clip.load_clip(_find(folder, config))
+        encoder = _load_clip(_find(folder, config))
         if encoder.config.hidden_size != config.hidden_size:
             raise UserError(
                 f"{config.source} gives states of {encoder.config.hidden_size}, the model takes "
@@ -68,6 +89,19 @@ def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     raise UserError(
         f"a {config.kind} text encoder has its weights in the model's folder: no source"
     )
+
+
+def _load_clip(folder: Path) -> clip.ClipTextEncoder:
+    """A CLIP in a public layout, or one that `convert.from_torch` made."""
+    part = read_part(folder, "text_encoder_0")
+    if part is None:
+        return clip.load_clip(folder)
+    config = from_dict(TextEncoderConfig, part[0])
+    if config.kind != "clip":
+        raise UserError(f"{folder} holds a {config.kind} text encoder, not a CLIP")
+    encoder = make_text_encoder(folder, 0, config)
+    load_stored(encoder, folder, "text_encoder_0", part[1])
+    return encoder
 
 
 def _find(

@@ -225,7 +225,7 @@ def _draw(pipeline: SnapGenPipeline, prompt: str, args: argparse.Namespace) -> N
         path = save_picture(
             step.preview(), _target(args.output, prompt), step.metadata if args.metadata else None
         )
-        _report(step, path, time.perf_counter() - started, args.json)
+        _report(step, path, time.perf_counter() - started, per_step, args.json)
 
 
 def _target(output: str | None, prompt: str) -> Path:
@@ -243,12 +243,15 @@ def slug(prompt: str) -> str:
     return short or "snapgen"
 
 
-def _report(step: GenerationStep, path: Path, seconds: float, as_json: bool) -> None:
+def _report(
+    step: GenerationStep, path: Path, seconds: float, per_step: float, as_json: bool
+) -> None:
     if as_json:
-        result = {"path": str(path), "seconds": round(seconds, 3), **_peak_memory()}
+        result = {"path": str(path), "seconds": round(seconds, 3)}
+        result |= {"seconds_per_step": round(per_step, 3), **_peak_memory()}
         print(json.dumps(result | step.metadata), flush=True)
     else:
-        print(f"{path} (seed {step.seed}, {seconds:.1f} s)", flush=True)
+        print(f"{path} (seed {step.seed}, {seconds:.1f} s, {per_step:.2f} s/step)", flush=True)
 
 
 def _peak_memory() -> dict[str, int]:

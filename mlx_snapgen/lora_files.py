@@ -103,6 +103,37 @@ def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return tensors, header
 
 
+_KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")
+
+
+def _split_key(key: str) -> tuple[str, str] | None:
+    """A file's key -> (layer as it is called there, "a", "b" or "alpha"); None for no LoRA's."""
+    match = _KEY.fullmatch(key)
+    part = match and ("alpha" if match[3] else PARTS.get(match[2]))
+    return (match[1], part) if part else None
+
+
+def public_name(key: str) -> str:
+    """The name that `save_lora` would give a key of any layout whose layers keep their dots.
+
+    Raises:
+        UserError: no part of a LoRA, or kohya's flat names, whose dots only the network knows.
+    """
+    split = _split_key(key)
+    if split is None:
+        raise UserError(f"'{key}' is no part of a LoRA that is known here")
+    layer, part = split
+    if layer.startswith(FLAT_PREFIXES):
+        raise UserError(
+            f"'{layer}' has no dots, and what they stood for only its network tells: such a LoRA "
+            "is loaded as it is"
+        )
+    prefix = next((p for p in PREFIXES if layer.startswith(p)), "")
+    layer = layer.removeprefix(prefix)
+    tail = {"a": "lora_A.weight", "b": "lora_B.weight", "alpha": "alpha"}[part]
+    return f"{PREFIXES[0]}{layer}.{tail}"
+
+
 def load_lora(
     path: str | Path,
     module: nn.Module,
@@ -171,18 +202,17 @@ def _by_layer(
     found: dict[str, dict[str, mx.array]] = {}
     faults = []
     for key, value in tensors.items():
-        match = re.fullmatch(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))", key)
-        part = match and ("alpha" if match[3] else PARTS.get(match[2]))
+        name, part = _split_key(key) or (key, None)
         if part is None:
             faults.append(f"{key} is no part of a LoRA that is known here")
-        elif match[1] not in aliases:
+        elif name not in aliases:
             # The search is slow, and no more than three faults are told.
-            hint = nearest(match[1], aliases) if len(faults) < 3 else ""
-            faults.append(f"{match[1]} is no layer{hint}")
-        elif part in found.setdefault(aliases[match[1]], {}):
+            hint = nearest(name, aliases) if len(faults) < 3 else ""
+            faults.append(f"{name} is no layer{hint}")
+        elif part in found.setdefault(aliases[name], {}):
             faults.append(f"{key} is there twice")
         else:
-            found[aliases[match[1]]][part] = value
+            found[aliases[name]][part] = value
     for layer, parts in found.items():
         faults += _misfits(layer, parts, layers[layer])
     if faults or not found:

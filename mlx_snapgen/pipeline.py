@@ -146,7 +146,8 @@ class SnapGenPipeline:
         for path, _ in loras:
             read_lora(path)  # a missing file is found before the model is loaded
         kept = None if loras else width
-        components = load_pretrained(folder, None, dtype, kept, True, text_encoders)
+        packed = not loras and quantize is None
+        components = load_pretrained(folder, None, dtype, kept, True, text_encoders, packed)
         reload = None
         if not keep_text_encoders:
             reload = functools.partial(

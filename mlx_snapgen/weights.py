@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import (
@@ -32,7 +32,7 @@ from mlx_snapgen.config import (
     from_dict,
     to_dict,
 )
-from mlx_snapgen.elastic import ElasticLinear, extract
+from mlx_snapgen.elastic import extract
 from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
@@ -40,18 +40,22 @@ from mlx_snapgen.kl_autoencoder import KLAutoencoder
 from mlx_snapgen.lora import get_lora_weights, without_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
+from mlx_snapgen.stored import (
+    FORMAT_VERSION,
+    Quantization,
+    load_stored,
+    materialise,
+    matrices,
+    read_part,
+)
 from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
 from mlx_snapgen.transformer import EfficientDiT
 
-FORMAT_VERSION = 1
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
 FEW_STEP = "few_step"
 """Name of the transformer's adapter for the few-step mode."""
-
-Quantization = Mapping[str, Mapping[str, int]]
-"""Component name -> {"bits", "group_size"}."""
 
 
 @dataclasses.dataclass
@@ -91,8 +95,8 @@ def save_pretrained(
         folder: must not exist yet, or be empty.
         components: the model; the configs of its modules are what is written.
         quantize: per component, store its matrices quantized where the last dimension divides by
-            `group_size`. This makes the file small, not the loaded model: an elastic network
-            slices its weights, which packed ones do not allow, so loading dequantizes them.
+            `group_size`. This makes the file small; the loaded model only if it has one width: an
+            elastic network slices its weights, which packed ones do not allow.
         dtype: floating type to store parameters in; None keeps theirs.
         texts: more text files by name, such as {"README.md": ..., "LICENSE": ...}.
 
@@ -159,20 +163,10 @@ def _stored(
     if dtype is not None:
         stored = {name: value.astype(dtype) for name, value in stored.items()}
     if quantize:
-        for name in _matrices(module, quantize["group_size"]):
+        for name in matrices(module, quantize["group_size"]):
             packed, scales, biases = mx.quantize(stored[f"{name}.weight"], **quantize)
             stored |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     return stored
-
-
-def _matrices(module: nn.Module, group_size: int) -> list[str]:
-    """Paths of the linear layers and embeddings whose rows divide into groups."""
-    return [
-        path
-        for path, m in module.named_modules()
-        if isinstance(m, (ElasticLinear, nn.Linear, nn.Embedding))
-        and m.weight.shape[-1] % group_size == 0
-    ]
 
 
 def _check_quantization(quantization: Quantization, components: Sequence[str]) -> None:
@@ -255,6 +249,7 @@ def load_pretrained(
     model_width: float | None = None,
     few_step: bool = False,
     text_encoders: Sequence[str] | None = None,
+    packed: bool = False,
 ) -> Components:
     """Load a model from a folder or a Hugging Face repository (see `find_model`).
 
@@ -266,6 +261,7 @@ def load_pretrained(
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
             `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
         text_encoders: names of those to load (see `encoders.encoder_names`), None for all.
+        packed: leave a transformer of one width quantized in memory, if that is how it is stored.
 
     Raises:
         UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
@@ -276,11 +272,9 @@ def load_pretrained(
         config = dataclasses.replace(config, few_step=None)
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
-    transformer = _load_transformer(folder, config, model_width)
-    _materialise(transformer, dtype)
-    autoencoder = make_autoencoder(config.autoencoder)
-    _load(autoencoder, folder, "autoencoder", config)
-    _materialise(autoencoder, mx.float32)
+    transformer = _load_transformer(folder, config, model_width, packed)
+    materialise(transformer, dtype)
+    autoencoder = load_autoencoder(folder)
     encoders = load_text_encoders(folder, config, dtype, text_encoders)
     config = dataclasses.replace(config, transformer=transformer.config)
     return Components(config, transformer, autoencoder, encoders, load_vocabulary(folder))
@@ -300,16 +294,19 @@ def load_text_encoders(
         if chosen:
             encoders[i] = make_text_encoder(folder, i, config.text_encoders[i])
             if config.text_encoders[i].source is None:
-                _load(encoders[i], folder, f"text_encoder_{i}", config)
-            _materialise(encoders[i], dtype)
+                load_stored(encoders[i], folder, f"text_encoder_{i}", config.quantization)
+            materialise(encoders[i], dtype)
     return encoders
 
 
-def _load_transformer(folder: Path, config: ModelConfig, width: float | None) -> EfficientDiT:
+def _load_transformer(
+    folder: Path, config: ModelConfig, width: float | None, packed: bool
+) -> EfficientDiT:
     if width is not None:
         config.transformer.width_index(width)
     transformer = EfficientDiT(config.transformer)
-    _load(transformer, folder, "transformer", config)
+    packed = packed and config.transformer.widths == (1.0,)
+    load_stored(transformer, folder, "transformer", config.quantization, packed)
     if config.few_step is not None:
         load_lora(folder / f"{FEW_STEP}.safetensors", transformer, 0.0, FEW_STEP, config.name)
     if width is None or config.transformer.widths == (1.0,):
@@ -334,74 +331,18 @@ def make_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     return AUTOENCODERS[config.kind](config)
 
 
-def _load(module: nn.Module, folder: Path, name: str, config: ModelConfig) -> None:
-    """Put the weights of `name`.safetensors into `module`, all of them and nothing else."""
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: {path.name} is missing")
-    try:
-        found = mx.load(str(path))
-        found = _dequantized(found, (config.quantization or {}).get(name))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    expected = dict(tree_flatten(module.parameters()))
-    faults = [
-        _listed("lacks", [k for k in expected if k not in found]),
-        _listed("has the unknown", [k for k in found if k not in expected]),
-        _listed(
-            "misshapes",
-            [
-                f"{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}"
-                for k, v in found.items()
-                if k in expected and v.shape != expected[k].shape
-            ],
-        ),
-        _listed(
-            "stores as whole numbers",
-            [k for k, v in found.items() if not mx.issubdtype(v.dtype, mx.floating)],
-        ),
-    ]
-    if any(faults):
-        raise UserError(f"{path} does not fit its config: it " + "; ".join(filter(None, faults)))
-    module.update(tree_unflatten(list(found.items())))
-
-
-def _listed(fault: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{fault} {', '.join(keys[:3])}{more}" if keys else ""
-
-
-def _dequantized(
-    weights: dict[str, mx.array], how: Mapping[str, int] | None
-) -> dict[str, mx.array]:
-    """Replace every packed `X.weight`, `X.scales`, `X.biases` by a floating `X.weight`."""
-    if how is None:
-        return weights
-    weights = dict(weights)
-    for key in [k for k in weights if k.endswith(".scales")]:
-        name = key.removesuffix(".scales")
-        scales, biases = weights.pop(key), weights.pop(f"{name}.biases", None)
-        if biases is None or f"{name}.weight" not in weights:
-            raise ValueError(f"{key} has no {name}.weight and {name}.biases beside it")
-        weights[f"{name}.weight"] = mx.dequantize(weights[f"{name}.weight"], scales, biases, **how)
-    return weights
-
-
-def _materialise(module: nn.Module, dtype: mx.Dtype | None) -> None:
-    """Read the lazy weights one by one, so that a sub-network's peak is not the supernetwork's."""
-
-    def keep(value: mx.array) -> bool:
-        # Packed weights of a quantized text encoder are whole numbers.
-        return dtype is None or not mx.issubdtype(value.dtype, mx.floating)
-
-    cast = [
-        # A slice would otherwise keep the whole tensor it was cut from.
-        (name, mx.contiguous(value if keep(value) else value.astype(dtype)))
-        for name, value in tree_flatten(module.parameters())
-    ]
-    module.update(tree_unflatten(cast))
-    for _, value in cast:
-        mx.eval(value)
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """The autoencoder of a model, or one that `convert.from_torch` made; in float32."""
+    part = read_part(folder, "autoencoder")
+    if part is None:
+        config = load_config(folder)
+        values, quantization = config.autoencoder, config.quantization
+    else:
+        values, quantization = from_dict(AutoencoderConfig, part[0]), part[1]
+    autoencoder = make_autoencoder(values)
+    load_stored(autoencoder, folder, "autoencoder", quantization)
+    materialise(autoencoder, mx.float32)
+    return autoencoder
 
 
 # --- quantization at run time -----------------------------------------------------------------
@@ -425,7 +366,7 @@ def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int =
     if transformer.config.widths != (1.0,):
         raise UserError("extract one width before quantizing: packed weights cannot be sliced")
     layers = {path: m for path, m in transformer.named_modules()}
-    chosen = _matrices(transformer, group_size)
+    chosen = matrices(transformer, group_size)
     if not chosen:
         raise UserError(f"no layer's rows divide into groups of {group_size}")
     count = sum(layers[path].weight.size for path in chosen)

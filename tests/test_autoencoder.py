@@ -1,14 +1,22 @@
 """The autoencoder's layout and normalisation."""
 
 import dataclasses
+import json
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import randomise
+from mlx.utils import tree_flatten
 
 from mlx_snapgen.autoencoder import Autoencoder, depth_to_space, space_to_depth
-from mlx_snapgen.config import AutoencoderConfig
+from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.hub import default_model_path
+from mlx_snapgen.stored import FORMAT_VERSION
+from mlx_snapgen.weights import make_autoencoder
+from train import autoencoder as trainer
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
 
@@ -47,3 +55,99 @@ def test_latents_are_normalised_and_decoding_undoes_it():
     np.testing.assert_allclose(
         np.array(model.decode(found)), np.array(raw.decode(latents)), atol=1e-5
     )
+
+
+# --- training the decoder alone -----------------------------------------------------------------
+
+FOUR = {"latent_channels": 4, "encoder_channels": (8, 8, 8, 8), "decoder_channels": (8, 8, 8, 8)}
+KINDS = {
+    "convolutional": CONFIG,
+    "qwen-image": AutoencoderConfig(
+        "qwen-image",
+        **FOUR,
+        encoder_blocks=(1, 1, 1, 1),
+        decoder_blocks=(1, 1, 1, 1),
+        latents_mean=(1, 2, 3, 4),
+        latents_std=(2, 2, 0.5, 1),
+    ),
+    "taehv": AutoencoderConfig("taehv", **FOUR, encoder_blocks=(3, 3, 3), decoder_blocks=(3, 3, 3)),
+}
+
+
+def made(kind):
+    model = make_autoencoder(KINDS[kind])
+    randomise(model, 3)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_of_any_kind_learns_alone(kind):
+    model = made(kind)
+    batch = {"pictures": mx.random.uniform(-1, 1, (2, 16, 16, 3), key=mx.random.key(0))}
+    grads, metrics = trainer.gradients(model, batch, mx.random.key(1), 1e-3, True)
+    sizes = {name: mx.abs(g).max().item() for name, g in tree_flatten(grads)}
+    assert all(size == 0 for name, size in sizes.items() if name.startswith("encoder"))
+    assert all(size > 0 for name, size in sizes.items() if name.startswith("decoder"))
+    assert metrics["l1"].item() > 0
+
+
+def test_a_decoder_can_learn_another_encoders_latents():
+    """Those of its own encoder, given as normalised latents, are the same task."""
+    model, key = made("qwen-image"), mx.random.key(1)
+    batch = {"pictures": mx.random.uniform(-1, 1, (2, 16, 16, 3), key=mx.random.key(0))}
+    given = batch | {"latents": model.encode(batch["pictures"])}
+    own, other = (
+        dict(tree_flatten(trainer.gradients(model, b, key, 0.0, True)[0])) for b in (batch, given)
+    )
+    for name, value in own.items():
+        assert mx.allclose(other[name], value, rtol=1e-2, atol=1e-5), name
+    moved = batch | {"latents": given["latents"] + 1}
+    moved = dict(tree_flatten(trainer.gradients(model, moved, key, 0.0, True)[0]))
+    assert not mx.allclose(moved["decoder.conv_in.bias"], own["decoder.conv_in.bias"], rtol=1e-2)
+
+
+@pytest.fixture
+def uncompiled():
+    """One step is not worth its compilation."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def write_part(folder, model):
+
+    folder.mkdir()
+    values = {"format_version": FORMAT_VERSION, "part": "autoencoder"}
+    values |= {"autoencoder": to_dict(model.config), "quantization": None}
+    (folder / "config.json").write_text(json.dumps(values))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "autoencoder.safetensors"), weights)
+    return folder
+
+
+def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_path, monkeypatch):
+    tiny = write_part(tmp_path / "tiny", made("taehv"))
+    qwen = write_part(tmp_path / "qwen", made("qwen-image"))
+    scenes = trainer.stickers.validation_scenes(2)
+    monkeypatch.setattr(trainer.stickers, "validation_scenes", lambda count: scenes)
+
+    def run(name, *options):
+        command = ["autoencoder", "--run-dir", str(tmp_path / name), *map(str, options)]
+        monkeypatch.setattr(sys, "argv", [*command, "--steps", "1", "--batch-size", "1"])
+        trainer.main()
+
+    run("run", "--crop", 32, "--decoder-only", "--init-from", tiny, "--encoder", qwen)
+    before, after = (
+        trainer.load_autoencoder(tiny, None),
+        trainer.load_autoencoder(tmp_path / "run", None),
+    )
+    assert after.config == before.config == KINDS["taehv"]
+    old, new = (dict(tree_flatten(m.parameters())) for m in (before, after))
+    # Its average is itself, but for rounding.
+    assert mx.allclose(new["encoder.conv_in.weight"], old["encoder.conv_in.weight"], atol=1e-6)
+    assert mx.abs(new["decoder.conv_in.bias"] - old["decoder.conv_in.bias"]).max() > 1e-6
+    with pytest.raises(UserError, match="a taehv autoencoder is trained with --decoder-only"):
+        run("b", "--init-from", tiny)
+    with pytest.raises(UserError, match="latents of its own"):
+        run("b", "--decoder-only", "--init-from", default_model_path(), "--encoder", qwen)
+    assert not (tmp_path / "b").exists()

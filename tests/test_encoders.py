@@ -1,5 +1,6 @@
 """The text encoders of a pipeline: some left out, freed before denoising, remembered."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -8,14 +9,16 @@ import numpy as np
 import pytest
 
 from mlx_snapgen import SnapGenPipeline
-from mlx_snapgen.config import GEMMA_3_4B, TINYCLIP_19M
-from mlx_snapgen.encoders import PromptEncoder, encoder_names
+from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.config import GEMMA_3_4B, TINYCLIP_19M, TextEncoderConfig
+from mlx_snapgen.encoders import PromptEncoder, encoder_names, load_tokenizer, new_text_encoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.text_encoder import encode_prompts, encode_states
 from mlx_snapgen.transformer import TextStates
 from mlx_snapgen.weights import load_pretrained, save_pretrained
+from train.supernetwork import TextToLatents
 
 
 def draw(pipe, prompt="a red apple", **settings):
@@ -163,3 +166,19 @@ def test_a_model_given_in_memory_keeps_its_encoders(components, tmp_path):
     next(pipe.generate("a red apple"))
     assert pipe.text_encoders[0] is components.text_encoders[0]
     save_pretrained(tmp_path / "m", pipe.components)
+
+
+def test_trainers_build_each_kind_of_encoder_and_tokenizer(components, tmp_path):
+    (tmp_path / "merges").write_bytes(b"a p\nap p")
+    clip = TextEncoderConfig(kind="clip", vocab_size=516, hidden_size=32, num_heads=2)
+    tokenizer = load_tokenizer(tmp_path / "merges", clip)
+    assert isinstance(tokenizer, ClipTokenizer)
+    assert tokenizer.max_length == clip.max_length
+    config = dataclasses.replace(components.config, text_encoders=(clip, clip))
+    trained = TextToLatents(config, [tokenizer, tokenizer])
+    assert [type(e) for e in trained.text_encoders] == [ClipTextEncoder, ClipTextEncoder]
+    with pytest.raises(UserError, match="has 516 tokens, its text encoder 500"):
+        load_tokenizer(tmp_path / "merges", dataclasses.replace(clip, vocab_size=500))
+    for other in (dataclasses.replace(clip, kind="gemma"), dataclasses.replace(clip, source="x")):
+        with pytest.raises(UserError, match="is loaded from its source"):
+            new_text_encoder(other, tokenizer)

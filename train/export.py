@@ -10,9 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.config import FOUR_STEPS, STICKERS, ModelConfig
+from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.text_encoder import Tokenizer
 from mlx_snapgen.weights import FEW_STEP, Components, load_config, save_pretrained
 from train.autoencoder import load_autoencoder
 from train.scenes import first_nouns
@@ -33,7 +33,7 @@ def assemble(
     config: ModelConfig = STICKERS,
 ) -> Components:
     """The averaged weights of both runs (or model folders) as one model of `config`'s sizes."""
-    tokenizers = [Tokenizer.from_file(tokenizer, c.max_length) for c in config.text_encoders]
+    tokenizers = [load_tokenizer(tokenizer, c) for c in config.text_encoders]
     pictures = load_autoencoder(autoencoder, num_nouns)
     config = dataclasses.replace(config, autoencoder=pictures.config)
     trained = TextToLatents(config, tokenizers)

@@ -17,8 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.config import STICKERS, WIDTH_NAMES
+from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.text_encoder import Tokenizer
 from train.autoencoder import load_autoencoder
 from train.engine import Batch, Trainer
 from train.losses import per_sample
@@ -116,7 +116,7 @@ def main() -> None:
 
     mx.random.seed(args.seed)
     config = STICKERS
-    tokenizers = [Tokenizer.from_file(args.tokenizer, c.max_length) for c in config.text_encoders]
+    tokenizers = [load_tokenizer(args.tokenizer, c) for c in config.text_encoders]
     model = TextToLatents(config, tokenizers)
     if args.init_from:
         start_from(model, args.init_from)

@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import STICKERS, WIDTH_NAMES, ModelConfig
+from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.text_encoder import Tokenizer
 from mlx_snapgen.weights import load_config, load_pretrained
@@ -127,8 +128,7 @@ def make_student(args: argparse.Namespace, autoencoder: Autoencoder, feature_dim
         config, tokenizers = components.config, [e.tokenizer for e in components.text_encoders]
     elif args.tokenizer:
         config = load_config(args.student_config) if args.student_config else STICKERS
-        lengths = [c.max_length for c in config.text_encoders]
-        tokenizers = [Tokenizer.from_file(args.tokenizer, length) for length in lengths]
+        tokenizers = [load_tokenizer(args.tokenizer, c) for c in config.text_encoders]
     else:
         raise UserError("the student needs --tokenizer, or a model folder to start from")
     config = dataclasses.replace(config, autoencoder=autoencoder.config)

@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.encoders import new_text_encoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.sampler import shift_time
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.text_encoder import Tokenizer
 from mlx_snapgen.transformer import EfficientDiT, TextStates
 from mlx_snapgen.weights import load_pretrained
 from train import stickers
@@ -37,8 +38,7 @@ class TextToLatents(nn.Module):
         self.config = config
         self.transformer = EfficientDiT(config.transformer)
         self.text_encoders = [
-            TransformerTextEncoder(c, t)
-            for c, t in zip(config.text_encoders, tokenizers, strict=True)
+            new_text_encoder(c, t) for c, t in zip(config.text_encoders, tokenizers, strict=True)
         ]
 
 

@@ -1,0 +1,288 @@
+"""How far the networks here are from the libraries that they are ported from.
+
+    python -m convert.parity
+    python -m convert.parity --source my-clip --source Qwen-Image/vae
+
+Without a source, each network runs on random weights of a small size; with one, on the checkpoint
+in that folder. The table has the largest difference over the largest value, in float32. Needs the
+libraries themselves: pip install "mlx_snapgen[parity]".
+"""
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from convert.autoencoder import read_autoencoder
+from convert.kinds import find_kind
+from convert.sources import find_source
+from mlx_snapgen.clip import load_clip
+from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.gemma import load_gemma
+
+LIMIT = 1e-3
+"""A larger relative difference is told as a fault; float32 networks are at 1e-6 to 1e-5."""
+
+Pairs = Iterator[tuple[str, mx.array, Any]]
+"""What is compared: its name, ours, and the library's as a torch tensor."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A network here, and the original."""
+
+    original: str
+    packages: tuple[str, ...]
+    make: Callable[[Path], None]
+    """Writes the original with small random weights into a folder."""
+    compare: Callable[[Path], Pairs]
+    """Runs both on the checkpoint in a folder."""
+
+
+def relative_difference(found: mx.array, expected: Any) -> float:
+    """Largest difference over largest value; NaN where either is not finite.
+
+    Args:
+        expected: a torch tensor of the same shape.
+    """
+    found, expected = np.array(found.astype(mx.float32)), expected.float().numpy()
+    if found.shape != expected.shape:
+        raise ValueError(f"{found.shape} is compared with {expected.shape}")
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _randomise(network: Any, std: float) -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        mean = 1.0 if "norm" in name and parameter.ndim == 1 and std < 0.3 else 0.0
+        torch.nn.init.normal_(parameter, mean, std)
+    return network.eval()
+
+
+def _tokens(vocab_size: int, length: int) -> tuple[Any, mx.array]:
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, length))
+    import torch
+
+    return torch.tensor(tokens), mx.array(tokens)
+
+
+def _make_clip(folder: Path) -> None:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=17,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    _randomise(transformers.CLIPTextModel(config), 0.2).save_pretrained(folder)
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def _compare_clip(folder: Path) -> Pairs:
+    import torch
+    import transformers
+
+    ours = load_clip(folder)
+    theirs = transformers.CLIPTextModel.from_pretrained(folder, dtype=torch.float32).eval()
+    given, tokens = _tokens(ours.config.vocab_size, ours.config.max_length)
+    with torch.no_grad():
+        states = theirs(input_ids=given).last_hidden_state
+    ours.apply(lambda value: value.astype(mx.float32))
+    yield "states", ours(tokens, None), states
+
+
+def _make_gemma(folder: Path) -> None:
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        vocab_size=260,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=4,
+    )
+    _randomise(transformers.Gemma3TextModel(config), 0.1).save_pretrained(folder)
+    from convert.random_model import write_byte_tokenizer
+
+    write_byte_tokenizer(folder)
+
+
+def _compare_gemma(folder: Path) -> Pairs:
+    import torch
+    import transformers
+
+    from convert.from_torch import convert
+
+    # transformers' own folders say things where mlx-lm does not look; converted ones do not.
+    with tempfile.TemporaryDirectory() as place:
+        convert(find_source(str(folder)), Path(place) / "gemma", "gemma", mx.float32)
+        values = json.loads((Path(place) / "gemma" / "config.json").read_text())
+        config = TextEncoderConfig(
+            kind="gemma", vocab_size=values["vocab_size"], hidden_size=values["hidden_size"]
+        )
+        ours = load_gemma(Path(place) / "gemma", config)
+        given, tokens = _tokens(config.vocab_size, 13)
+        states = ours(tokens)
+        mx.eval(states)
+    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = getattr(theirs, "language_model", theirs)
+    with torch.no_grad():
+        expected = theirs(input_ids=given).last_hidden_state
+    yield "states", states, expected
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def _make_qwen_image_vae(folder: Path) -> None:
+    import diffusers
+    import torch
+
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5] * 4
+    )
+    network.save_pretrained(folder)
+
+
+def _compare_qwen_image_vae(folder: Path) -> Pairs:
+    import diffusers
+    import torch
+
+    theirs = diffusers.AutoencoderKLQwenImage.from_pretrained(folder).float().eval()
+    ours = read_autoencoder(folder)
+    rng = np.random.default_rng(0)
+    picture = rng.uniform(-1, 1, (1, 40, 72, 3)).astype(np.float32)
+    latents = rng.normal(size=(1, 5, 9, ours.config.latent_channels)).astype(np.float32)
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1)
+        for v in (theirs.config.latents_mean, theirs.config.latents_std)
+    )
+
+    def video(x: np.ndarray) -> Any:
+        return torch.tensor(x).permute(0, 3, 1, 2)[:, :, None]
+
+    with torch.no_grad():
+        encoded = (theirs.encode(video(picture)).latent_dist.mode() - mean) / std
+        decoded = theirs.decode(video(latents) * std + mean).sample
+    yield "encode", ours.encode(mx.array(picture)), encoded[:, :, 0].permute(0, 2, 3, 1)
+    found = mx.clip(ours.decode(mx.array(latents)), -1, 1)  # as the original does
+    yield "decode", found, decoded[:, :, 0].permute(0, 2, 3, 1)
+
+
+PORTS = {
+    "clip": Port(
+        "transformers CLIPTextModel", ("torch", "transformers"), _make_clip, _compare_clip
+    ),
+    "gemma": Port(
+        "transformers Gemma3TextModel",
+        ("torch", "transformers", "mlx_lm"),
+        _make_gemma,
+        _compare_gemma,
+    ),
+    "qwen-image-vae": Port(
+        "diffusers AutoencoderKLQwenImage",
+        ("torch", "diffusers"),
+        _make_qwen_image_vae,
+        _compare_qwen_image_vae,
+    ),
+}
+"""By kind, as `convert.from_torch` finds it."""
+
+
+def measure(kind: str, folder: Path | None = None) -> list[tuple[str, float]]:
+    """(what, relative difference) of one network; on random weights without a folder.
+
+    Raises:
+        UserError: a library is missing, or the folder holds something else.
+    """
+    port = PORTS[kind]
+    missing = [p for p in port.packages if importlib.util.find_spec(p) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f'{kind} needs {names}: pip install "mlx_snapgen[parity]"')
+    with tempfile.TemporaryDirectory() as place:
+        if folder is None:
+            folder = Path(place)
+            port.make(folder)
+        pairs = list(port.compare(folder))
+    return [(what, relative_difference(found, expected)) for what, found, expected in pairs]
+
+
+def kind_of(source: str) -> tuple[str, Path]:
+    """The kind of a checkpoint and its folder; `UserError`: one that is compared with nothing."""
+    found = find_source(source)
+    with tempfile.TemporaryDirectory() as place:
+        kind = find_kind(found, found.weights(Path(place)))
+    if kind not in PORTS:
+        raise UserError(f"{source} is a {kind}, which has no library to compare with")
+    return kind, found.folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source", action="append", metavar="FOLDER", help="a checkpoint of your own; repeatable"
+    )
+    parser.add_argument("--kind", action="append", choices=PORTS, help="only this; repeatable")
+    args = parser.parse_args()
+    if args.source and args.kind:
+        raise UserError("--source finds the kind itself: leave --kind out")
+    runs = [kind_of(source) for source in args.source or ()]
+    runs = runs or [(kind, None) for kind in args.kind or PORTS]
+    print(f"{'network':<16}{'weights':<20}{'original':<34}{'output':<8}difference")
+    worst = done = 0.0
+    for kind, folder in runs:
+        try:
+            rows = measure(kind, folder)
+        except UserError as error:
+            if args.source or args.kind:
+                raise
+            print(f"{kind:<16}skipped: {error}", flush=True)
+            continue
+        for what, difference in rows:
+            name = "random" if folder is None else folder.name[-18:]
+            print(
+                f"{kind:<16}{name:<20}{PORTS[kind].original:<34}{what:<8}{difference:.1e}",
+                flush=True,
+            )
+            worst, done = max(worst, difference), done + 1
+            if not difference <= LIMIT:
+                worst = float("inf")
+    if not done:
+        raise UserError('no library is there to compare with: pip install "mlx_snapgen[parity]"')
+    return 0 if worst <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    run_command(main)

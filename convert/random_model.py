@@ -1,0 +1,216 @@
+"""Make a model of the paper's sizes with random weights: to measure, and to try what loads it.
+
+    python -m convert.random_model small random-small
+    python -m convert.random_model full random-full --bits 4
+    python -m mlx_snapgen.generate "a red apple" --model random-small --steps 2
+
+It has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's text tower at its full size
+and a Gemma 3 of two small layers, whose states are as wide as the 4B model's. Its pictures show
+nothing. Weights are made one by one, so memory does not grow with the model.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from convert.folders import check_new, new_folder
+from convert.from_torch import peak_process_bytes
+from convert.gemma import gemma_shapes
+from convert.stream import Entry, lazy, write_tensors
+from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer, byte_symbols
+from mlx_snapgen.config import (
+    QWEN_IMAGE_AUTOENCODER,
+    TINYCLIP_19M,
+    TRANSFORMERS,
+    ModelConfig,
+    TextEncoderConfig,
+    to_dict,
+    transformer_preset,
+)
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.stored import FORMAT_VERSION, matrices
+from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.weights import make_autoencoder
+
+GEMMA = {
+    "model_type": "gemma3_text",
+    "vocab_size": 260,
+    "hidden_size": 2560,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rms_norm_eps": 1e-6,
+}
+"""Gemma-3-4b-it cut to two layers, a narrow MLP and a vocabulary of bytes."""
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def write_random_model(
+    output: Path, preset: str, dtype: mx.Dtype = mx.bfloat16, bits: int | None = None, seed: int = 0
+) -> None:
+    """Write a model folder.
+
+    Args:
+        output: must not exist yet, or be an empty folder.
+        preset: of `config.TRANSFORMERS`, with the paper's two text encoders.
+        dtype: of the transformer and the text encoders; the autoencoder's is float32.
+        bits: quantize the transformer's matrices, in groups of 32; None leaves them.
+
+    Raises:
+        UserError: no such preset, or an output that exists.
+    """
+    transformer = transformer_preset(preset)
+    if transformer.text_dims != (GEMMA["hidden_size"], TINYCLIP_19M.hidden_size):
+        raise UserError(f"the preset '{preset}' has other text encoders than the paper's")
+    gemma = TextEncoderConfig(
+        kind="gemma",
+        vocab_size=GEMMA["vocab_size"],
+        hidden_size=GEMMA["hidden_size"],
+        num_layers=GEMMA["num_hidden_layers"],
+        num_heads=GEMMA["num_attention_heads"],
+        max_length=300,
+        source="gemma",
+    )
+    how = None if bits is None else {"bits": bits, "group_size": 32}
+    config = ModelConfig(
+        name=f"random-{preset}",
+        transformer=transformer,
+        autoencoder=QWEN_IMAGE_AUTOENCODER,
+        text_encoders=(gemma, TINYCLIP_19M),
+        quantization=how and {"transformer": how},
+    )
+    mx.random.seed(seed)
+    with new_folder(output) as folder:
+        values = {"format_version": FORMAT_VERSION} | to_dict(config)
+        (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        _write(folder / "transformer.safetensors", EfficientDiT(transformer), dtype, how)
+        autoencoder = make_autoencoder(config.autoencoder)
+        _write(folder / "autoencoder.safetensors", autoencoder, mx.float32)
+        clip = ClipTextEncoder(TINYCLIP_19M)
+        _write(folder / "text_encoder_1.safetensors", clip, dtype)
+        # Without merges every byte is a token.
+        (folder / "tokenizer_1.model").write_bytes(ClipTokenizer(b"", 77).model)
+        _write_gemma(folder / "gemma", dtype)
+
+
+def _write(
+    path: Path, module: nn.Module, dtype: mx.Dtype, how: dict[str, int] | None = None
+) -> None:
+    """Random weights for all of a module's parameters, which are lazy and never made."""
+    quantized = set(matrices(module, how["group_size"])) if how else set()
+    entries = []
+    for name, start in tree_flatten(module.parameters()):
+        layer = name.removesuffix(".weight")
+        if layer in quantized:
+            entries.append(_random_packed(layer, start.shape, dtype, **how))
+        else:
+            value = _random(start.shape) + (start if start.ndim < 2 else 0)
+            entries.append(lazy(name, value.astype(dtype)))
+    _write_entries(path, entries)
+
+
+def _random(shape: tuple[int, ...]) -> mx.array:
+    """Uniform numbers: those of a matrix keep the size of what they multiply."""
+    bound = (3 / math.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.02
+    return mx.random.uniform(-bound, bound, shape)
+
+
+def _random_packed(
+    layer: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int, group_size: int
+) -> Entry:
+    """The same, already packed: random bits on a scale from -bound to bound."""
+    bound = (3 / shape[1]) ** 0.5
+    groups = (shape[0], shape[1] // group_size)
+    # float32 has the bits for numbers up to 2^16, not up to 2^32.
+    halves = mx.random.randint(0, 2**16, (shape[0], shape[1] * bits // 16), mx.uint16)
+    values = {
+        f"{layer}.weight": halves.view(mx.uint32),
+        f"{layer}.scales": mx.full(groups, 2 * bound / (2**bits - 1), dtype),
+        f"{layer}.biases": mx.full(groups, -bound, dtype),
+    }
+    shapes = {name: (value.dtype, value.shape) for name, value in values.items()}
+    return Entry(shapes, lambda: ({name: values.pop(name) for name in shapes}, None))
+
+
+def _write_entries(path: Path, entries: list[Entry]) -> None:
+    journal = path.with_suffix(".journal")
+    write_tensors(path, entries, journal)
+    journal.unlink()
+
+
+def _write_gemma(folder: Path, dtype: mx.Dtype) -> None:
+    """A folder as mlx-lm has it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(GEMMA, indent=1))
+    shapes = gemma_shapes(GEMMA).items()
+    entries = [lazy(name, _random(shape).astype(dtype)) for name, shape in shapes]
+    _write_entries(folder / "model.safetensors", entries)
+    write_byte_tokenizer(folder)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Hugging Face's files of a tokenizer whose 260 tokens are marks and bytes."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    vocabulary = {symbol: i for i, symbol in enumerate([*marks, *byte_symbols()])}
+    added = [
+        {
+            "id": i,
+            "content": mark,
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for i, mark in enumerate(marks)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": level | {"use_regex": True},
+        "post_processor": None,
+        "decoder": level | {"use_regex": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {f"{mark[1:-1]}_token": mark for mark in marks}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def main() -> None:
+    presets = [n for n, c in TRANSFORMERS.items() if c.text_dims == (2560, 512)]
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.random_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("preset", help=f"one of {', '.join(presets)}")
+    parser.add_argument("output", type=Path, help="folder to write, not there yet")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the transformer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    check_new(args.output)
+    write_random_model(args.output, args.preset, DTYPES[args.dtype], args.bits, args.seed)
+    size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
+    print(f"{args.output}: {size / 1e6:.1f} MB, peak memory {peak_process_bytes() / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    run_command(main)

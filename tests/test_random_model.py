@@ -1,0 +1,98 @@
+"""Models of random weights, and quantized ones of one width that stay packed in memory."""
+
+import dataclasses
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from convert import random_model
+from convert.random_model import write_random_model
+from mlx_snapgen.config import TRANSFORMERS
+from mlx_snapgen.elastic import QuantizedElasticLinear
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.weights import load_pretrained, save_pretrained
+
+SETTINGS = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.0}
+
+
+@pytest.fixture
+def presets(monkeypatch):
+    """The presets, small enough to be made in a moment."""
+    small = dataclasses.replace(
+        TRANSFORMERS["small"],
+        hidden_size=128,
+        head_dim=32,
+        num_kv_heads=4,
+        num_cross_kv_heads=2,
+        blocks=(1, 2, 1),
+        num_bands=2,
+        text_dims=(64, 32),
+        text_width=64,
+    )
+    monkeypatch.setitem(TRANSFORMERS, "small", small)
+    monkeypatch.setattr(random_model, "GEMMA", random_model.GEMMA | {"hidden_size": 64})
+    clip = dataclasses.replace(
+        random_model.TINYCLIP_19M, vocab_size=514, hidden_size=32, num_layers=1, num_heads=2
+    )
+    monkeypatch.setattr(random_model, "TINYCLIP_19M", clip)
+    channels = {"encoder_channels": (8, 8, 8, 8), "decoder_channels": (8, 8, 8, 8)}
+    autoencoder = dataclasses.replace(random_model.QWEN_IMAGE_AUTOENCODER, **channels)
+    monkeypatch.setattr(random_model, "QWEN_IMAGE_AUTOENCODER", autoencoder)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_random_model_draws(presets, tmp_path, bits):
+    write_random_model(tmp_path / "model", "small", bits=bits)
+    assert {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file()} == {
+        ".json",
+        ".safetensors",
+        ".model",
+    }
+    pipe = SnapGenPipeline.from_pretrained(tmp_path / "model", text_encoders=["clip"])
+    picture = pipe("a red apple", **SETTINGS)[0]
+    assert picture.size == (64, 32)
+    assert np.array(picture).std() > 1
+    packed = [
+        m for _, m in pipe.transformer.named_modules() if isinstance(m, QuantizedElasticLinear)
+    ]
+    assert bool(packed) == (bits == 4)
+    with pytest.raises(UserError, match="exists already"):
+        write_random_model(tmp_path / "model", "small")
+    with pytest.raises(UserError, match="has other text encoders"):
+        write_random_model(tmp_path / "b", "stickers")
+
+
+def test_its_gemma_loads_and_knows_every_byte(presets, tmp_path):
+    pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
+    write_random_model(tmp_path / "model", "small")
+    encoder = load_pretrained(tmp_path / "model").text_encoders[0]
+    tokens, mask = encoder.tokenize(["café!"])
+    assert mask.sum().item() == 1 + len("café!".encode())
+    assert mx.isfinite(encoder(tokens, mask)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_draw_what_dequantized_ones_do(presets, tmp_path, bits):
+    write_random_model(tmp_path / "model", "small", mx.float32, bits)
+    dense = load_pretrained(tmp_path / "model", text_encoders=["clip"]).transformer
+    packed = load_pretrained(tmp_path / "model", text_encoders=["clip"], packed=True).transformer
+    sizes = [sum(p.nbytes for _, p in tree_flatten(m.parameters())) for m in (dense, packed)]
+    # float32 scales and biases: two more bits for each weight of a group of 32.
+    assert sizes[1] < sizes[0] * {4: 0.25, 8: 0.37}[bits]
+    x = mx.random.normal((1, 4, 8, 16), key=mx.random.key(0))
+    text = mx.random.normal((1, 5, 64), key=mx.random.key(1))
+    mask = mx.ones((1, 5), mx.bool_)
+    expected = dense(x, mx.array([0.5]), text, mask)
+    assert mx.abs(expected).max() > 0.1
+    assert mx.allclose(packed(x, mx.array([0.5]), text, mask), expected, atol=1e-4)
+
+
+def test_an_elastic_model_is_never_packed(components, tmp_path):
+    save_pretrained(tmp_path / "model", components, {"transformer": {"bits": 8, "group_size": 32}})
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["quantization"]
+    loaded = load_pretrained(tmp_path / "model", packed=True).transformer
+    assert all(mx.issubdtype(p.dtype, mx.floating) for _, p in tree_flatten(loaded.parameters()))
