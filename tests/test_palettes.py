@@ -26,7 +26,7 @@ def best_error(values, clusters):
 
 @pytest.mark.parametrize("draw", ["normal", "laplace", "uniform"])
 def test_k_means_is_nearly_the_best(draw):
-    values = getattr(np.random.default_rng(0), draw)(size=1500).astype(np.float32)
+    values = getattr(np.random.default_rng(0), draw)(size=600).astype(np.float32)
     for clusters in (4, 16):
         centres = palettes.k_means(values, clusters)
         error = np.square(values[:, None] - centres).min(1).sum()
@@ -37,12 +37,13 @@ def test_k_means_is_nearly_the_best(draw):
 def test_few_numbers_are_kept_exactly():
     values = np.array([3.0, 1.0, 1.0, -2.0], np.float32)
     np.testing.assert_array_equal(palettes.k_means(values, 16), [-2, 1, 3])
-    weight = torch.randn(64, 32, 2, 2)
+    weight = torch.randn(64, 256, 2, 2)
     for bits in (4, 8):
         found = palettes.palettized(weight, bits)
         assert found.unique().numel() <= 2**bits
         assert torch.equal(found, found.half().float())
-        assert (found - weight).abs().max() < {4: 1.0, 8: 0.5}[bits]
+        # Panter and Dite: 2.72 / 2^(2 bits) for a normal distribution.
+        assert (found - weight).square().mean() < 1.2 * 2.72 / 4**bits
 
 
 def test_a_layer_s_error_is_that_of_its_own_output(monkeypatch):
