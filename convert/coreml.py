@@ -1,30 +1,36 @@
-"""Export a model to Core ML, at one width and one resolution.
+"""Export a model to Core ML, at one resolution.
 
     python -m convert.coreml my-model my-model-coreml --width small --resolution 512
+    python -m convert.coreml my-model my-model-coreml --quantize 4.3
+    python -m convert.coreml my-model my-model-coreml --widths full small tiny --target ios18
 
 The folder gets Transformer.mlpackage, of the default model's kinds also Decoder.mlpackage and
-TextEncoder.mlpackage with its tokenizer, the config.json of this width and resolution, and
+TextEncoder_0.mlpackage with its tokenizer, the config.json of this width and resolution, and
 report.json, which tells what is in the packages. Inputs and outputs, all for one picture:
 
-    TextEncoder  tokens (1, L) int32, mask (1, L)       -> text (1, D, 1, L)
-    Transformer  latents (1, C, h, w), timestep (1),
-                 text (1, D, 1, L), mask (1, L)         -> velocity (1, C, h, w)
-    Decoder      latents (1, C, h, w)                   -> picture (1, 3, 8h, 8w)
+    TextEncoder_0  tokens (1, L) int32, mask (1, L)               -> text (1, D, 1, L)
+    Transformer    x_t (1, C, h, w), t (1), text (1, D, 1, L),
+                   mask (1, L)                                    -> velocity (1, C, h, w)
+    Decoder        latents (1, C, h, w)                           -> picture (1, 3, 8h, 8w)
 
-A mask is 1 where a token counts. A model with several text encoders gets TextEncoder_0 and so on;
-their texts and masks are joined along L in this order. The timestep is the noise level in [0, 1],
-and a picture is in [-1, 1], unclipped. A few-step LoRA is not in the packages.
+A mask is 1 where a token counts. The texts and masks of several text encoders are joined along L in
+their order. The time t is the noise level in [0, 1], and a picture is in [-1, 1], unclipped.
+
+The few-step LoRA of a model that has one is fused into the transformer, which then draws in the
+steps of `few_step` in config.json and no other way; --no-few-step leaves it out.
+
+--quantize gives the transformer's layers palettes (see `palettes`), --widths makes one package with
+a function for each width, which share their weights (`torch_tiles`), and --chunks 2 cuts the
+transformer between two blocks into Transformer_0 and Transformer_1, whose further inputs and
+outputs have the same names (`torch_chunks`).
 """
 
 import argparse
 import dataclasses
 import json
-import logging
 import platform
 import re
-import time
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,97 +40,126 @@ import mlx_snapgen
 import mlx.core as mx
 import numpy as np
 
+from convert.coreml_package import (
+    PRECISIONS,
+    TARGETS,
+    Network,
+    check_space,
+    coremltools,
+    line,
+    write_package,
+)
 from convert.folders import check_new, new_folder
-from convert.mil_interpreter import summary
 from convert.to_torch import torch_networks, without_twin, write_tokenizers
-from mlx_snapgen.config import WIDTH_NAMES, to_dict
+from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
+from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.lora import fuse_lora, set_lora_weights
 from mlx_snapgen.pipeline import check_size, check_width
-from mlx_snapgen.weights import FORMAT_VERSION, Components, load_config, load_pretrained
+from mlx_snapgen.transformer import count_parameters
+from mlx_snapgen.weights import (
+    FEW_STEP,
+    FORMAT_VERSION,
+    Components,
+    load_config,
+    load_pretrained,
+)
 
-TARGETS = ("ios17", "ios18")
-PRECISIONS = ("float16", "float32")
+
+def load_for_export(
+    folder: Path, widths: Sequence[str] = ("full",), few_step: bool = True
+) -> Components:
+    """A model in float32 with the sub-network of one width, or the supernetwork for several.
+
+    Args:
+        few_step: fuse the few-step LoRA, if the model has one; `config.few_step` is None otherwise.
+    """
+    width = WIDTH_NAMES[widths[0]] if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, model_width=width, few_step=few_step)
+    if components.config.few_step is not None:
+        set_lora_weights(components.transformer, {FEW_STEP: 1.0})
+        fuse_lora(components.transformer)
+    return components
 
 
-def coremltools() -> Any:
-    """The library; `UserError` when it is missing or meets a numpy that breaks it."""
-    try:
-        logging.getLogger("coremltools").setLevel(logging.ERROR)
-        import coremltools
-    except ImportError as error:
-        raise UserError(f"this needs coremltools ({error}): pip install '.[coreml]'") from None
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        # Its shape arithmetic fails there: apple/coremltools#2633.
-        raise UserError(
-            f"coremltools {coremltools.__version__} does not work with numpy {np.__version__}: "
-            "pip install 'numpy<2.4'"
-        )
-    return coremltools
+def of_width(components: Components, width: str) -> Components:
+    """`components` with the transformer's sub-network of this width alone."""
+    transformer = components.transformer
+    if transformer.config.widths != (1.0,):
+        transformer = extract(transformer, WIDTH_NAMES[width])
+    config = dataclasses.replace(components.config, transformer=transformer.config)
+    return dataclasses.replace(components, config=config, transformer=transformer)
+
+
+def check_options(
+    widths: Sequence[str], target: str, precision: str, quantize: float | None
+) -> None:
+    """`UserError` for what Core ML does not do."""
+    if len(set(widths)) < len(widths):
+        raise UserError(f"a width is named twice: {' '.join(widths)}")
+    if len(widths) > 1 and target == "ios17":
+        raise UserError("several widths in one package take iOS 18: add --target ios18")
+    if quantize is not None and precision != "float16":
+        raise UserError("palettes are of float16: leave out --precision or --quantize")
+    if quantize is not None and not 4 <= quantize <= 8:
+        raise UserError(f"--quantize takes 4 to 8 bits on average or none, not {quantize:g}")
 
 
 def export_coreml(
     components: Components,
     output: Path,
-    width: str,
+    widths: Sequence[str] = ("full",),
     target: str = "ios17",
     precision: str = "float16",
+    quantize: float | None = None,
+    chunks: int = 1,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Write a model's networks as Core ML packages.
 
     Args:
-        components: of one width; `config.image_size` is the resolution.
+        components: of one width, or the supernetwork (see `load_for_export`); `config.image_size`
+            is the resolution, and `config.few_step` says how to sample if that LoRA is fused.
         output: folder to write; must not exist yet, or be empty.
-        width: name of the width, for the record.
+        widths: name of the width, for the record; several make functions of these names of the
+            transformer, in this order, the first its default.
         target: oldest system that runs it, one of `TARGETS`.
         precision: one of `PRECISIONS`, of weights and arithmetic; the angles of the timestep stay
             float32.
+        quantize: bits of the transformer's weights on average, 4 to 8 (see `palettes`); None leaves
+            them. The other networks, a small part of a model, stay as they are.
+        chunks: packages to cut the transformer into.
+        prompts: what to calibrate palettes on; None takes some that the model knows.
 
     Returns:
         What report.json holds.
 
     Raises:
-        UserError: a library is missing, or the folder holds something or cannot be written.
+        UserError: options that do not go together, a library that is missing, or a folder that
+            holds something or cannot be written.
     """
+    check_options(widths, target, precision, quantize)
     ct = coremltools()
     import torch
 
     from convert.torch_attention import attend_split
-    from convert.torch_dit import ProjectedEncoder
+    from convert.torch_chunks import cut, cut_points, example_values
+    from convert.torch_tiles import share_weights
 
+    kept = sorted(widths, key=WIDTH_NAMES.__getitem__, reverse=True)
+    models = {width: of_width(components, width) for width in kept}
+    components = models[kept[0]]
+    config = dataclasses.replace(components.config, quantization=None)
     networks = torch_networks(components, attend=attend_split)
     missing = without_twin(components, networks)
-    config = dataclasses.replace(components.config, quantization=None, few_step=None)
-    side = config.autoencoder.downsampling
-    latents = (1, config.transformer.latent_channels, *(n // side for n in config.image_size))
-    length = sum(encoder.max_length for encoder in config.text_encoders)
-    text = (1, config.transformer.text_width, 1, length)
-    traced = {
-        "Transformer": (
-            networks["transformer"],
-            {
-                "latents": torch.randn(latents),
-                "timestep": torch.full((1,), 0.5),
-                "text": torch.randn(text),
-                "mask": torch.ones(1, length),
-            },
-            "velocity",
-        )
+    transformers = {kept[0]: networks["transformer"]} | {
+        width: torch_networks(models[width], attend=attend_split)["transformer"]
+        for width in kept[1:]
     }
-    if "decoder" in networks:
-        traced["Decoder"] = networks["decoder"], {"latents": torch.randn(latents)}, "picture"
-    several = len(config.text_encoders) > 1
-    for i, encoder in enumerate(config.text_encoders):
-        if f"text_encoder_{i}" in networks:
-            tokens = torch.zeros(1, encoder.max_length, dtype=torch.int32)
-            traced[f"TextEncoder_{i}" if several else "TextEncoder"] = (
-                ProjectedEncoder(networks[f"text_encoder_{i}"], networks["transformer"].text[i]),
-                {"tokens": tokens, "mask": torch.ones(1, encoder.max_length)},
-                "text",
-            )
     about = {
         "model": config.name,
-        "width": width,
+        "widths": " ".join(widths),
         "height": config.image_size[0],
         "image_width": config.image_size[1],
         "target": target,
@@ -137,17 +172,50 @@ def export_coreml(
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    report = about | {"not_exported": missing, "versions": versions, "packages": {}}
+    report = about | {"not_exported": missing, "versions": versions, "quantization": None}
+    bits = {}
+    if quantize is not None:
+        bits, report["quantization"] = _plan(components, networks["transformer"], quantize, prompts)
+    layers = share_weights(list(transformers.values()))
+    expected = least = None
+    if bits:
+        from convert.palettes import LEAST as least
+        from convert.palettes import palettize
+
+        expected = palettize(layers, bits)
+
+    inputs = _example_inputs(config)
+    ends = cut_points(transformers[kept[0]], chunks)
+    functions: list[dict[str, Network]] = [{} for _ in ends]
+    for width in widths:
+        parts = cut(transformers[width], ends)
+        if chunks == 1:
+            whole = Network(transformers[width], inputs["Transformer"], ("velocity",), bool(bits))
+            functions[0][width] = whole._replace(least=least or 0)
+            continue
+        for function, part, values in zip(
+            functions, parts, example_values(parts, inputs["Transformer"]), strict=True
+        ):
+            function[width] = Network(part, values, part.outputs, bool(bits), least or 0)
+    names = ["Transformer"] if chunks == 1 else [f"Transformer_{i}" for i in range(chunks)]
+    packages = dict(zip(names, functions, strict=True))
+    if "decoder" in networks:
+        packages["Decoder"] = {
+            "main": Network(networks["decoder"], inputs["Decoder"], ("picture",))
+        }
+    for name, encoder in _encoders(networks).items():
+        packages[name] = {"main": Network(encoder, inputs[name], ("text",))}
+
+    report["packages"] = {}
     with new_folder(output) as partial:
-        for name, (network, inputs, result) in traced.items():
-            start = time.perf_counter()
-            package = convert(ct, network, inputs, result, target, precision)
-            package.short_description = f"{config.name or 'mlx_snapgen'}: {name}"
-            package.user_defined_metadata.update({k: str(v) for k, v in about.items()})
+        for name, functions_of in packages.items():
             path = partial / f"{name}.mlpackage"
-            package.save(str(path))
-            report["packages"][name] = _described(path, network, time.perf_counter() - start)
-            print(_line(name, report["packages"][name]), flush=True)
+            described = f"{config.name or 'mlx_snapgen'}: {name}"
+            found = write_package(path, functions_of, target, precision, about, described)
+            report["packages"][name] = found
+            print(line(name, found), flush=True)
+        if expected:
+            _check_palettes([report["packages"][name] for name in names], *expected)
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -155,66 +223,70 @@ def export_coreml(
     return report
 
 
-def convert(
-    ct: Any, network: Any, inputs: Mapping[str, Any], result: str, target: str, precision: str
-) -> Any:
-    """A torch module as an MLModel of one output, traced on `inputs`."""
+def _plan(
+    components: Components, network: Any, average: float, prompts: Sequence[str] | None
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Bits of each layer of the transformer, and what report.json says about them."""
+    from convert.palettes import calibration_prompts, choose_bits, draw_with, layers, sensitivities
+
+    prompts = list(prompts or calibration_prompts(components.vocabulary))
+    errors = sensitivities(network, lambda: draw_with(components, network, prompts))
+    sizes = {path: layer.weight.numel() for path, layer in layers(network).items()}
+    bits = choose_bits(errors, sizes, average)
+    of_layers = {path: {"bits": bits[path], "mse": errors[path]} for path in bits}
+    return bits, {"average_bits": average, "prompts": prompts, "layers": of_layers}
+
+
+def _check_palettes(packages: Sequence[Mapping[str, Any]], count: int, average: float) -> None:
+    """An assertion that coremltools stored the palettes that it was given, and no others."""
+    found = sum(package["palettized_weights"] for package in packages)
+    assert found == count, f"{count} weights have palettes, the packages hold {found}"
+    if len(packages) == 1:
+        bits = packages[0]["bits_per_index"]
+        # A layer of few different numbers takes fewer bits.
+        assert average - 0.1 < bits < average + 0.001, f"{bits} bits on average, not {average}"
+
+
+def _encoders(networks: Mapping[str, Any]) -> dict[str, Any]:
+    """Name of the package -> text encoder with its projection."""
+    from convert.torch_dit import ProjectedEncoder
+
+    projections = networks["transformer"].text
+    return {
+        f"TextEncoder_{i}": ProjectedEncoder(networks[f"text_encoder_{i}"], projection)
+        for i, projection in enumerate(projections)
+        if f"text_encoder_{i}" in networks
+    }
+
+
+def _example_inputs(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Tensors of the shapes that each package takes, by name."""
     import torch
 
-    half = precision == "float16"
-    floating = np.float16 if half else np.float32
-
-    def described(name: str, value: Any) -> Any:
-        if not value.is_floating_point():
-            return ct.TensorType(name=name, shape=value.shape, dtype=np.int32)
-        return ct.TensorType(
-            name=name, shape=value.shape, dtype=np.float32 if name == "timestep" else floating
-        )
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(network, tuple(inputs.values()), check_trace=False)
-        return ct.convert(
-            traced,
-            convert_to="mlprogram",
-            inputs=[described(name, value) for name, value in inputs.items()],
-            outputs=[ct.TensorType(name=result, dtype=floating)],
-            minimum_deployment_target=getattr(ct.target, target.replace("ios", "iOS")),
-            compute_precision=(
-                ct.transform.FP16ComputePrecision(op_selector=_not_an_angle)
-                if half
-                else ct.precision.FLOAT32
-            ),
-            skip_model_load=True,
-        )
+    side = config.autoencoder.downsampling
+    latents = (1, config.transformer.latent_channels, *(n // side for n in config.image_size))
+    lengths = [encoder.max_length for encoder in config.text_encoders]
+    inputs = {
+        "Transformer": {
+            "x_t": torch.randn(latents),
+            "t": torch.full((1,), 0.5),
+            "text": torch.randn(1, config.transformer.text_width, 1, sum(lengths)),
+            "mask": torch.ones(1, sum(lengths)),
+        },
+        "Decoder": {"latents": torch.randn(latents)},
+    }
+    for i, length in enumerate(lengths):
+        tokens = torch.zeros(1, length, dtype=torch.int32)
+        inputs[f"TextEncoder_{i}"] = {"tokens": tokens, "mask": torch.ones(1, length)}
+    return inputs
 
 
-def _not_an_angle(operation: Any) -> bool:
-    """Whether an operation may be fp16: angles go up to 1000, where fp16 has steps of a half."""
-    if operation.op_type in ("sin", "cos"):
-        return False
-    if operation.op_type not in ("mul", "reshape", "expand_dims", "cast"):
-        return True
-    return all(_not_an_angle(child) for value in operation.outputs for child in value.child_ops)
-
-
-def _described(path: Path, network: Any, seconds: float) -> dict[str, Any]:
-    for file in path.rglob("*"):
-        # coremltools leaves the program readable for its writer alone.
-        file.chmod(file.stat().st_mode | 0o044 | (0o011 if file.is_dir() else 0))
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    parameters = sum(p.numel() for p in network.parameters())
-    values = {"parameters": parameters, "bytes": size, "seconds": round(seconds, 1)}
-    return values | summary(path)
-
-
-def _line(name: str, package: dict[str, Any]) -> str:
-    function = package["functions"]["main"]
-    layout = ", ".join(f"{n} {kind}s" for kind, n in function["layout_operations"].items())
-    return (
-        f"{name}: {package['bytes'] / 1e6:.1f} MB, {sum(function['operations'].values())} "
-        f"operations ({layout}), {package['seconds']:.0f} s"
-    )
+def needed_bytes(config: ModelConfig, widths: Sequence[str], precision: str) -> int:
+    """Disk space that an export takes while it is written, roughly."""
+    counts = [count_parameters(config.transformer.standalone(WIDTH_NAMES[w])) for w in widths]
+    # Each is written twice, and several widths are put together in a third package.
+    copies = 2 * sum(counts) + (max(counts) if len(widths) > 1 else 0)
+    return copies * (2 if precision == "float16" else 4)
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -222,6 +294,25 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
         raise UserError(f"a resolution is 512 or 512x768 (height x width), not '{text}'")
     return int(match[1]), int(match[2] or match[1])
+
+
+def parse_bits(text: str) -> float | None:
+    """A number of bits, or None for "none"."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise UserError(f"--quantize takes 4 to 8 bits on average or none, not '{text}'") from None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty; `UserError` when there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"{path} has no prompts: write one on each line")
+    return prompts
 
 
 def main() -> None:
@@ -232,23 +323,60 @@ def main() -> None:
     )
     parser.add_argument("model", help="folder or repository of the model")
     parser.add_argument("output", type=Path, help="folder to write, not there yet")
-    parser.add_argument("--width", choices=WIDTH_NAMES, default="full", help="default: full")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--width", choices=WIDTH_NAMES, default="full", help="default: full")
+    chosen.add_argument(
+        "--widths", choices=WIDTH_NAMES, nargs="+", help="several in one package; takes iOS 18"
+    )
     parser.add_argument(
         "--resolution", metavar="N", help="pixels, 512 or 512x768; default: its own"
     )
     parser.add_argument("--target", choices=TARGETS, default="ios17", help="default: ios17")
     parser.add_argument("--precision", choices=PRECISIONS, default="float16")
+    parser.add_argument(
+        "--quantize",
+        metavar="BITS",
+        default="none",
+        help="4 to 8, of the transformer's weights on average, such as 4.3; default: none",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="to calibrate on, one on each line"
+    )
+    parser.add_argument(
+        "--chunks", type=int, default=1, metavar="N", help="packages for the transformer"
+    )
+    parser.add_argument(
+        "--no-few-step", action="store_true", help="leave the few-step LoRA out: many steps"
+    )
     args = parser.parse_args()
+    widths = args.widths or [args.width]
+    quantize = parse_bits(args.quantize)
+    check_options(widths, args.target, args.precision, quantize)
+    prompts = read_prompts(args.prompts) if args.prompts else None
     coremltools()  # fails before anything is loaded
     check_new(args.output)
     folder = find_model(args.model)
     config = load_config(folder)
-    check_width(config, args.width)
+    for width in widths:
+        check_width(config, width)
     size = parse_resolution(args.resolution) if args.resolution else config.image_size
     check_size(config, *size)
-    components = load_pretrained(folder, dtype=mx.float32, model_width=WIDTH_NAMES[args.width])
+    blocks = sum(config.transformer.blocks)
+    if not 1 <= args.chunks <= blocks:
+        raise UserError(f"--chunks takes 1 to {blocks}, the blocks of this model: {args.chunks}")
+    check_space(args.output, needed_bytes(config, widths, args.precision))
+    components = load_for_export(folder, widths, not args.no_few_step)
     components.config = dataclasses.replace(components.config, image_size=size)
-    report = export_coreml(components, args.output, args.width, args.target, args.precision)
+    report = export_coreml(
+        components,
+        args.output,
+        widths,
+        args.target,
+        args.precision,
+        quantize,
+        args.chunks,
+        prompts,
+    )
     for name in report["not_exported"]:
         print(f"{name} is not exported: take a public export of it")
 

@@ -216,9 +216,10 @@ def summary(package_path: str | Path) -> dict[str, Any]:
         of `operations` by type, most first, constants left out, and the `layout_operations` among
         them (see `LAYOUT_OPS`). `default_function`, `specification_version`, `weight_bytes` (size
         of the weight file), `palettized_weights` (weights stored as indices into palettes),
-        `palettes` (how many of these there are, several for a grouped weight), `weights` (numbers
-        in floating weights from the file) and `bits_per_weight` (bits of all that is stored for
-        them, palettes and scales included, for each). What functions share counts once.
+        `palettes` (how many of these there are, several for a grouped weight), `bits_per_index`
+        (average over the numbers in palettized weights), `weights` (numbers in floating weights
+        from the file) and `bits_per_weight` (bits of all that is stored for them, palettes and
+        scales included, for each). What functions share counts once.
 
     Raises:
         UserError: see `Package`.
@@ -226,7 +227,7 @@ def summary(package_path: str | Path) -> dict[str, Any]:
     package = Package(package_path)
     functions = {}
     stored: dict[tuple, tuple[int, int]] = {}  # blobs of a weight -> (numbers, bits)
-    palettized: dict[tuple, int] = {}
+    palettized: dict[tuple, tuple[int, int, float]] = {}  # -> palettes, numbers, bits
     for name, function in package.functions.items():
         types = function.types()
         counts = Counter(o.type for o in function.operations if not _is_constant(o))
@@ -241,15 +242,20 @@ def summary(package_path: str | Path) -> dict[str, Any]:
             bits = sum(int(np.prod(b.type.shape)) * b.type.bits for b in blobs)
             stored[key] = int(np.prod(kind.shape)), bits
             if weight.type == "constexpr_lut_to_dense":
-                palettized[key] = _palettes(weight, types)
+                count, bits = _palettes(weight, types)
+                palettized[key] = count, stored[key][0], stored[key][0] * bits
     numbers, bits = (sum(x) for x in zip(*stored.values(), strict=True)) if stored else (0, 0)
+    palettes, indices, index_bits = (
+        sum(x) for x in zip((0, 0, 0), *palettized.values(), strict=True)
+    )
     return {
         "specification_version": package.specification_version,
         "default_function": package.default_function,
         "functions": functions,
         "weight_bytes": package.weight_bytes(),
         "palettized_weights": len(palettized),
-        "palettes": sum(palettized.values()),
+        "palettes": palettes,
+        "bits_per_index": round(index_bits / indices, 3) if indices else 0.0,
         "weights": numbers,
         "bits_per_weight": round(bits / numbers, 3) if numbers else 0.0,
     }
@@ -282,13 +288,17 @@ def _weights(function: Function):
                 yield operation, found, kind
 
 
-def _palettes(operation: Operation, types: dict[str, TensorType]) -> int:
+def _palettes(operation: Operation, types: dict[str, TensorType]) -> tuple[int, float]:
+    """How many palettes a weight has, and the bits of indices into them for each number."""
     (lut,) = operation.inputs["lut"]
     if isinstance(lut, str):
         shape = types[lut].shape
     else:
         shape = lut.value.type.shape if isinstance(lut.value, Blob) else lut.value.shape
-    return int(np.prod(shape[:-2])) if len(shape) > 1 else 1
+    if len(shape) == 1:
+        return 1, int(shape[0]).bit_length() - 1
+    *groups, entries, numbers = shape
+    return int(np.prod(groups)), (int(entries).bit_length() - 1) / numbers
 
 
 def _printed(path: Path) -> str:
@@ -307,7 +317,7 @@ def _printed(path: Path) -> str:
     lines.append(
         f"weights: {found['weight_bytes']:,} bytes, {found['weights']:,} numbers at "
         f"{found['bits_per_weight']:g} bits, {found['palettized_weights']} in "
-        f"{found['palettes']} palettes"
+        f"{found['palettes']} palettes of {found['bits_per_index']:g} bits"
     )
     return "\n".join(lines)
 

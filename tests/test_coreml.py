@@ -4,19 +4,30 @@ Needs coremltools and torch: `pip install -e ".[coreml]"`. The packages are run 
 """
 
 import dataclasses
+import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import VOCAB_SIZE, randomise
+from mlx.utils import tree_flatten, tree_unflatten
 
-from convert import coreml
+from convert import coreml, coreml_package, coreml_picture
+from mlx_snapgen import SnapGenPipeline
 from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, TransformerConfig
+from mlx_snapgen.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_prompts
 from mlx_snapgen.transformer import EfficientDiT
@@ -24,6 +35,9 @@ from mlx_snapgen.weights import Components
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red apple", ""]
+WIDTHS = ["full", "small"]
+LEAST = 500
+"""Layers of this many weights get palettes here; the real number is above what this model has."""
 
 
 def test_a_resolution_is_one_number_or_two():
@@ -46,6 +60,40 @@ def test_coremltools_that_is_missing_is_one_line(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolution", "100"], "height must be a positive multiple of 32 pixels"),
+        (["--widths", "full", "small"], "several widths in one package take iOS 18"),
+        (["--widths", "full", "full", "--target", "ios18"], "a width is named twice"),
+        (["--quantize", "3"], "takes 4 to 8 bits"),
+        (["--quantize", "few"], "takes 4 to 8 bits"),
+        (["--quantize", "4.3", "--precision", "float32"], "palettes are of float16"),
+        (["--chunks", "9"], "--chunks takes 1 to 4"),
+        (["--prompts", "no-such-file"], "cannot read no-such-file"),
+        (["--width", "tiny"], "transformer.safetensors is missing"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(options, message, model_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in ("config.json", "tokenizer_0.model", "tokenizer_1.model"):
+        (folder / file).write_bytes((model_folder / file).read_bytes())
+    monkeypatch.setattr(coreml, "coremltools", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["coreml", str(folder), str(tmp_path / "out"), *options])
+    with pytest.raises(UserError, match=message):
+        coreml.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_noticed_first(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(coreml, "coremltools", lambda: None)
+    monkeypatch.setattr(coreml_package.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(sys, "argv", ["coreml", str(model_folder), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="has 0 MB left, the export takes"):
+        coreml.main()
+
+
 @pytest.fixture(scope="module")
 def model(tokenizer_bytes):
     encoder = TextEncoderConfig(
@@ -55,17 +103,17 @@ def model(tokenizer_bytes):
         name="random",
         image_size=(96, 64),
         transformer=TransformerConfig(
-            hidden_size=16,
+            hidden_size=32,
             head_dim=8,
-            num_kv_heads=1,
+            num_kv_heads=2,
             num_cross_kv_heads=2,
-            blocks=(1, 1, 1),
+            blocks=(1, 2, 1),
             num_bands=4,
             latent_channels=4,
             text_dims=(16,),
             text_width=16,
             frequency_dim=32,
-            widths=(1.0,),
+            widths=(1.0, 0.5),
         ),
         autoencoder=AutoencoderConfig(
             latent_channels=4,
@@ -77,6 +125,7 @@ def model(tokenizer_bytes):
             latents_std=(1.0, 0.9, 1.1, 1.2),
         ),
         text_encoders=(encoder,),
+        sampler=SamplerConfig(num_inference_steps=2, guidance_scale=3.0, time_shift=2.0),
     )
     made = Components(
         config,
@@ -86,23 +135,46 @@ def model(tokenizer_bytes):
     )
     for seed, module in enumerate(made.modules().values()):
         randomise(module, seed)
+    sharpen(made)
     return made
 
 
-@pytest.fixture(
-    scope="module", params=[("float16", "ios17", 1e-2), ("float32", "ios18", 1e-4)], ids=str
-)
-def exported(request, model, tmp_path_factory):
-    """Folder of the packages, and the largest difference relative to the largest value."""
+def sharpen(made):
+    """Let attention choose and gates count, as trained ones do, and keep colours in their range.
+
+    Otherwise a picture hides what is wrong in the network.
+    """
+    changed = []
+    for name, value in tree_flatten(made.transformer.parameters()):
+        if re.search(r"self_attention\.[qk]_norm.*weight", name):
+            value = 3 * value
+        if re.search(r"blocks.*modulation.*weight", name):
+            value = value + 3 * mx.array([0, 0, 1, 0, 0, 1])[:, None]
+        changed.append((name, value))
+    made.transformer.update(tree_unflatten(changed))
+    out = made.autoencoder.decoder.out
+    out.weight = 0.3 * out.weight
+
+
+@pytest.fixture(scope="module")
+def export(model, tmp_path_factory):
+    """Exports the model with the options given, once."""
     pytest.importorskip("torch", reason="Core ML export needs torch: pip install -e '.[coreml]'")
     try:
         coreml.coremltools()
     except UserError as error:
         pytest.skip(str(error))
-    precision, target, tolerance = request.param
-    folder = tmp_path_factory.mktemp("coreml") / "packages"
-    coreml.export_coreml(model, folder, "full", target, precision)
-    return folder, tolerance
+    from convert import palettes
+
+    @functools.cache
+    def export(widths=("full",), target="ios17", precision="float16", quantize=None, chunks=1):
+        folder = tmp_path_factory.mktemp("coreml") / "packages"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(palettes, "LEAST", LEAST)
+            coreml.export_coreml(model, folder, widths, target, precision, quantize, chunks)
+        return folder
+
+    return export
 
 
 def run(path, **inputs):
@@ -118,41 +190,126 @@ def assert_close(actual, expected, tolerance):
     assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
+def transformer_inputs(model, prompt="a red apple"):
+    """Of the network in MLX."""
+    encoder = model.text_encoders[0]
+    text, mask = encode_prompts([prompt], [encoder], model.transformer)
+    x_t = mx.random.normal((1, 12, 8, 4), key=mx.random.key(1))
+    return x_t, mx.array([0.7315]), text, mask
+
+
+def velocity_of(folder, x_t, t, text, mask, function=None):
+    return np.array(coreml_picture.Packages(folder, function).velocity(x_t, t, text, mask))
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_packages_compute_what_mlx_does(exported, model, prompt):
-    folder, tolerance = exported
-    encoder, network = model.text_encoders[0], model.transformer
+def test_packages_compute_what_mlx_does(export, model, prompt):
+    folder, encoder = export(), model.text_encoders[0]
     tokens, mask = encoder.tokenize([prompt])
-    text, _ = encode_prompts([prompt], [encoder], network)
-    (actual,) = run(folder / "TextEncoder.mlpackage", tokens=tokens, mask=mask).values()
+    inputs = transformer_inputs(model, prompt)
+    x_t, _, text, _ = inputs
+    (actual,) = run(folder / "TextEncoder_0.mlpackage", tokens=tokens, mask=mask).values()
     # What padding says is nobody's business.
     counts = np.array(mask)[0]
-    assert_close(actual[0, :, 0].T[counts], text[0][: counts.sum()], tolerance)
-
-    x_t = mx.random.normal((1, 12, 8, 4), key=mx.random.key(1))
-    t = mx.array([0.7315])
-    inputs = {
-        "latents": x_t.transpose(0, 3, 1, 2),
-        "timestep": t,
-        "text": text.transpose(0, 2, 1)[:, :, None],
-        "mask": mask,
-    }
-    found = run(folder / "Transformer.mlpackage", **inputs)["velocity"]
-    assert_close(found.transpose(0, 2, 3, 1), network(x_t, t, text, mask), tolerance)
-
+    assert_close(actual[0, :, 0].T[counts], text[0][: counts.sum()], 1e-2)
+    assert_close(velocity_of(folder, *inputs), model.transformer(*inputs), 1e-2)
     found = run(folder / "Decoder.mlpackage", latents=x_t.transpose(0, 3, 1, 2))["picture"]
-    assert_close(found.transpose(0, 2, 3, 1), model.autoencoder.decode(x_t), tolerance)
+    assert_close(found.transpose(0, 2, 3, 1), model.autoencoder.decode(x_t), 1e-2)
 
 
-def test_the_report_tells_what_is_in_the_packages(exported, model):
-    folder, _ = exported
+def test_widths_and_chunks_are_the_whole(export, model):
+    """In float32, two widths in tiles and two chunks are what MLX computes at each width."""
+    folder = export(tuple(WIDTHS), "ios18", "float32", None, 2)
+    names = {path.stem for path in folder.glob("*.mlpackage")}
+    assert names == {"Transformer_0", "Transformer_1", "Decoder", "TextEncoder_0"}
+    inputs = transformer_inputs(model)
+    for width, function in zip(model.config.transformer.widths, WIDTHS, strict=True):
+        expected = model.transformer(*inputs, width=width)
+        assert_close(velocity_of(folder, *inputs, function), expected, 1e-4)
+    default = velocity_of(folder, *inputs)
+    np.testing.assert_array_equal(default, velocity_of(folder, *inputs, "full"))
+    packages = json.loads((folder / "report.json").read_text())["packages"]
+    sizes = [packages[f"Transformer_{i}"]["weight_bytes"] for i in range(2)]
+    whole = json.loads((export() / "report.json").read_text())["packages"]["Transformer"]
+    # fp16 there; what is not shared, the modulation, is more of a small network than of a large.
+    assert sum(sizes) < 1.15 * 2 * whole["weight_bytes"]
+    assert min(sizes) > 0.3 * sum(sizes)
+
+
+def with_palettes(model, bits):
+    """The network in MLX at full width with the palettes of the package, and its twin's layers."""
+    import torch
+
+    from convert import palettes
+    from convert.to_torch import torch_networks, torch_weights
+
+    made = coreml.of_width(model, "full")
+    twin = torch_networks(made)["transformer"]
+    layers = {path: [twin.get_submodule(path)] for path in bits}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(palettes, "LEAST", LEAST)
+        palettes.palettize(layers, bits)
+    values = {name: value.numpy() for name, value in twin.state_dict().items()}
+    # Where each number of the MLX network is in its twin.
+    flat = tree_flatten(made.transformer.parameters())
+    places = [(k, mx.arange(v.size, dtype=mx.float32).reshape(v.shape)) for k, v in flat]
+    numbered = SimpleNamespace(
+        parameters=lambda: tree_unflatten(places), config=made.transformer.config
+    )
+    shapes = {name: value.shape for name, value in values.items()}
+    found = torch_weights(numbered, shapes)
+    weights = []
+    for name, value in flat:
+        key = name.replace(".members.0.", ".")
+        array = np.empty(value.size, np.float32)
+        array[found[key].ravel().astype(int)] = values[key].ravel()
+        weights.append((name, mx.array(array.reshape(value.shape))))
+    network = EfficientDiT(made.transformer.config)
+    network.update(tree_unflatten(weights))
+    assert all(len(torch.unique(twin.get_submodule(p).weight)) <= 2**n for p, n in bits.items())
+    return network
+
+
+def test_palettes_are_what_mlx_computes_with_them(export, model):
+    folder = export(quantize=5.0)
     report = json.loads((folder / "report.json").read_text())
-    assert (report["width"], report["height"], report["image_width"]) == ("full", 96, 64)
+    layers = report["quantization"]["layers"]
+    bits = {path: layer["bits"] for path, layer in layers.items()}
+    assert set(bits.values()) == {4, 8}
+    worst = max(layers, key=lambda path: layers[path]["mse"])
+    assert bits[worst] == 8
+    package = report["packages"]["Transformer"]
+    assert package["palettized_weights"] == package["palettes"] == len(bits)
+    assert 4.8 < package["bits_per_index"] <= 5.0
+    assert report["packages"]["Decoder"]["palettes"] == 0
+    inputs = transformer_inputs(model)
+    found = velocity_of(folder, *inputs)
+    assert_close(found, with_palettes(model, bits)(*inputs), 1e-2)
+    # The palettes themselves are seen in the result, and are not all there is in it.
+    far = np.abs(found - np.array(model.transformer(*inputs))).max() / np.abs(found).max()
+    assert 0.02 < far < 0.5
+
+
+def test_palettes_are_shared_between_widths(export, model):
+    folder = export(tuple(WIDTHS), "ios18", "float16", 8.0)
+    report = json.loads((folder / "report.json").read_text())
+    package = report["packages"]["Transformer"]
+    assert list(package["functions"]) == WIDTHS
+    inputs = transformer_inputs(model)
+    for width, function in zip(model.config.transformer.widths, WIDTHS, strict=True):
+        expected = model.transformer(*inputs, width=width)
+        assert_close(velocity_of(folder, *inputs, function), expected, 5e-2)
+
+
+def test_the_report_tells_what_is_in_the_packages(export, model):
+    folder = export()
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["widths"], report["height"], report["image_width"]) == ("full", 96, 64)
     assert report["not_exported"] == []
     assert set(report["versions"]) == {"mlx_snapgen", "coremltools", "torch", "numpy", "python"}
     transformer = report["packages"]["Transformer"]
     counts = transformer["functions"]["main"]["operations"]
-    heads, sparse, dense, bands = 2, 2, 1, 3
+    heads, sparse, dense, bands = 4, 2, 2, 3
     # In a sparse block every head attends to cells, to the text and in each band; the others have
     # no bands but attend to all.
     attentions = heads * (sparse * (2 + bands) + dense * 2)
@@ -161,14 +318,72 @@ def test_the_report_tells_what_is_in_the_packages(exported, model):
     # All heads turn their keys at once.
     assert counts["transpose"] <= 3 * sparse + 2 * dense + 2
     assert counts["reshape"] <= 10 * sparse + 5 * dense + 10
-    assert transformer["weight_bytes"] > transformer["parameters"] * (
-        2 if report["precision"] == "float16" else 4
-    )
-    names = {"Transformer.mlpackage", "Decoder.mlpackage", "TextEncoder.mlpackage"}
+    assert transformer["weight_bytes"] > transformer["parameters"] * 2
+    names = {"Transformer.mlpackage", "Decoder.mlpackage", "TextEncoder_0.mlpackage"}
     files = {"config.json", "report.json", "tokenizer_0.model"}
     assert {path.name for path in folder.iterdir()} == names | files
+    assert not list(folder.rglob("executorch*"))
     with pytest.raises(UserError, match="exists already"):
-        coreml.export_coreml(model, folder, "full")
+        coreml.export_coreml(model, folder)
+
+
+# --- whole pictures -----------------------------------------------------------------------------
+
+
+def drawn(components):
+    (picture,) = SnapGenPipeline(components)("a red apple", seed=3)
+    return picture
+
+
+@pytest.fixture(scope="module")
+def picture(export):
+    return coreml_picture.Packages(export()).draw("a red apple", seed=3)
+
+
+def changed(model, **settings):
+    """The model with another transformer of the same weights, at full width."""
+    alone = coreml.of_width(model, "full")
+    config = dataclasses.replace(alone.transformer.config, **settings)
+    network = EfficientDiT(config)
+    network.update(alone.transformer.parameters())
+    config = dataclasses.replace(alone.config, transformer=config)
+    return dataclasses.replace(alone, config=config, transformer=network)
+
+
+def test_the_packages_alone_draw_the_picture(picture, model):
+    ratio = coreml_picture.psnr(picture, drawn(changed(model)))
+    coreml_picture.check_picture(ratio)
+    assert np.asarray(picture).std() > 5
+
+
+def with_gates(model, factor):
+    """Gates of self-attention and feed-forward times `factor`."""
+    made = changed(model)
+    network = made.transformer
+    rows = mx.array([1, 1, factor, 1, 1, factor])[:, None]
+    for blocks in (network.down_blocks, network.middle_blocks, network.up_blocks):
+        for block in blocks:
+            table = block.modulation.members[0]
+            table.weight = table.weight * rows
+    linear = network.time.members[0].linear
+    d = network.config.hidden_size
+    linear.weight = linear.weight * mx.repeat(rows, d, 0)
+    linear.bias = linear.bias * mx.repeat(rows[:, 0], d)
+    return made
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda model: changed(model, rope_theta=100.0),
+        lambda model: changed(model, band_radius=0),
+        lambda model: with_gates(model, 1.05),
+    ],
+    ids=["RoPE", "band radius", "gates"],
+)
+def test_a_wrong_network_draws_another_picture(broken, picture, model):
+    with pytest.raises(UserError, match="the packages draw another picture than MLX"):
+        coreml_picture.check_picture(coreml_picture.psnr(picture, drawn(broken(model))))
 
 
 def test_a_part_without_a_twin_is_left_out(model, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from PIL import Image
 
+from convert.coreml import load_for_export
 from mlx_snapgen import SnapGenPipeline, sampler
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
@@ -210,3 +211,16 @@ def test_previews_show_the_averages_and_leave_the_model_alone(components, font, 
     expected = sample(own, list(PROMPTS), range(len(PROMPTS)), 1.0, time_shift=2.0)
     for k in (0, 7):
         assert np.array_equal(sheets[0][:128, 134 * k : 134 * k + 128], expected[k])
+
+
+def test_a_core_ml_export_has_it_fused(folder):
+    fused = load_for_export(folder, ["small"])
+    assert fused.config.few_step == MODE
+    expected = load_pretrained(folder, model_width=0.5, few_step=True)
+    base = velocity_of(expected)
+    set_lora_weights(expected.transformer, {FEW_STEP: 1.0})
+    np.testing.assert_allclose(velocity_of(fused), velocity_of(expected), rtol=1e-4, atol=1e-5)
+    assert np.abs(velocity_of(fused) - base).max() > 0.01
+    without = load_for_export(folder, ["small"], few_step=False)
+    assert without.config.few_step is None
+    np.testing.assert_array_equal(velocity_of(without), base)

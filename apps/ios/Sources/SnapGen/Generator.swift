@@ -12,7 +12,7 @@ public struct Generator: Sendable {
         public var guidanceScale: Float?
         /// Decode every step's estimate. Keeps the decoder in memory beside the transformer.
         public var previews = true
-        /// Name of the function of transformer and decoder, for packages with several sizes.
+        /// Name of the transformer's function, for packages with several widths.
         public var function: String?
 
         public init() {}
@@ -80,7 +80,7 @@ public struct Generator: Sendable {
     }
 
     private func load(_ component: String, _ options: Options) async throws -> Network {
-        let function = component.hasPrefix("TextEncoder") ? nil : options.function
+        let function = component.hasPrefix("Transformer") ? options.function : nil
         let url = bundle.component(component)
         return try await Network(at: url, computeUnits: computeUnits, function: function)
     }
@@ -107,8 +107,11 @@ public struct Generator: Sendable {
         _ decoder: Network?,
         _ send: (Step) -> Void
     ) async throws -> ([Float], shape: [Int]) {
-        let transformer = try await load("Transformer", options)
-        let shape = try transformer.shape(of: "x_t")
+        var chunks: [Network] = []
+        for component in bundle.transformer {
+            chunks.append(try await load(component, options))
+        }
+        let shape = try chunks[0].shape(of: "x_t")
         guard shape.count == 4 else {
             throw SnapGenError("Transformer should take x_t (1, C, h, w), takes \(shape)")
         }
@@ -123,10 +126,11 @@ public struct Generator: Sendable {
             velocity: { latents, sigma in
                 let velocities = try texts.map { text in
                     try Task.checkCancellation()
-                    return try transformer([
-                        "x_t": latents, "t": [Float(sigma)], "text": text.states,
-                        "mask": text.mask,
-                    ])
+                    return try Self.velocity(
+                        of: [
+                            "x_t": latents, "t": [Float(sigma)], "text": text.states,
+                            "mask": text.mask,
+                        ], chunks)
                 }
                 guard velocities.count == 2 else { return velocities[0] }
                 return Sampler.guide(velocities[0], velocities[1], scale: sampling.guidanceScale)
@@ -139,6 +143,23 @@ public struct Generator: Sendable {
             }
         )
         return (latents, shape)
+    }
+
+    /// Run the transformer, each chunk on what was given and what those before it made of it.
+    private static func velocity(of inputs: [String: [Float]], _ chunks: [Network]) throws
+        -> [Float]
+    {
+        guard chunks.count > 1 else { return try chunks[0](inputs) }
+        var values = inputs
+        for chunk in chunks {
+            let names = Set(chunk.inputs)
+            let outputs = try chunk.outputs(of: values.filter { names.contains($0.key) })
+            values.merge(outputs) { _, new in new }
+        }
+        guard let velocity = values["velocity"] else {
+            throw SnapGenError("the last chunk of the transformer gives no velocity")
+        }
+        return velocity
     }
 
     private func decode(_ latents: [Float], _ shape: [Int], with decoder: Network) throws

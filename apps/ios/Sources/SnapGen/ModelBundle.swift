@@ -5,10 +5,13 @@ import Foundation
 ///     config.json  tokenizer_0.model
 ///     TextEncoder_0.mlmodelc  Transformer.mlmodelc  Decoder.mlmodelc
 ///
-/// A model with several text encoders has one file of each kind for each.
+/// A model with several text encoders has one file of each kind for each. A transformer in chunks
+/// is Transformer_0.mlmodelc and so on.
 public struct ModelBundle: Sendable {
     public let folder: URL
     public let config: ModelConfig
+    /// Components that the transformer consists of, in order.
+    public let transformer: [String]
 
     public init(folder: URL) throws {
         self.folder = folder
@@ -25,8 +28,15 @@ public struct ModelBundle: Sendable {
         } catch let error as DecodingError {
             throw SnapGenError("config.json is not a model's: \(error)")
         }
+        var chunks = 0
+        while FileManager.default.fileExists(
+            atPath: folder.appendingPathComponent("Transformer_\(chunks).mlmodelc").path)
+        {
+            chunks += 1
+        }
+        transformer = chunks == 0 ? ["Transformer"] : (0..<chunks).map { "Transformer_\($0)" }
         let encoders = config.textEncoders.indices
-        for name in ["Transformer", "Decoder"] + encoders.map({ "TextEncoder_\($0)" }) {
+        for name in transformer + ["Decoder"] + encoders.map({ "TextEncoder_\($0)" }) {
             try check("\(name).mlmodelc")
         }
         for index in encoders {

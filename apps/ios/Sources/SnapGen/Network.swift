@@ -24,25 +24,40 @@ final class Network {
         try constraint(input).shape.map(\.intValue)
     }
 
+    /// Names of the inputs.
+    var inputs: [String] { Array(model.modelDescription.inputDescriptionsByName.keys) }
+
     /// Run with inputs by name, flat and in row-major order, and return the only output likewise.
     func callAsFunction(_ inputs: [String: [Float]]) throws -> [Float] {
+        let outputs = try self.outputs(of: inputs)
+        guard outputs.count == 1, let output = outputs.values.first else {
+            throw SnapGenError("\(name) should have one output, has \(outputs.keys.sorted())")
+        }
+        return output
+    }
+
+    /// Run with inputs by name, flat and in row-major order, and return all outputs likewise.
+    func outputs(of inputs: [String: [Float]]) throws -> [String: [Float]] {
         var features: [String: MLFeatureValue] = [:]
         for (input, values) in inputs {
             features[input] = MLFeatureValue(multiArray: try array(values, for: input))
         }
         let provider = try MLDictionaryFeatureProvider(dictionary: features)
         let outputs = try model.prediction(from: provider)
-        guard outputs.featureNames.count == 1, let output = outputs.featureNames.first,
-            let result = outputs.featureValue(for: output)?.multiArrayValue
-        else {
-            throw SnapGenError("\(name) should have one output, a multi-array")
+        var found: [String: [Float]] = [:]
+        for output in outputs.featureNames {
+            guard let result = outputs.featureValue(for: output)?.multiArrayValue else {
+                throw SnapGenError("\(name) gives \(output), which is no multi-array")
+            }
+            // Copies, whatever the strides and the type.
+            let values = MLShapedArray<Float>(converting: result).scalars
+            guard values.allSatisfy(\.isFinite) else {
+                throw SnapGenError(
+                    "\(name) gives numbers that are not finite: try other compute units")
+            }
+            found[output] = values
         }
-        // Copies, whatever the strides and the type.
-        let values = MLShapedArray<Float>(converting: result).scalars
-        guard values.allSatisfy(\.isFinite) else {
-            throw SnapGenError("\(name) gives numbers that are not finite: try other compute units")
-        }
-        return values
+        return found
     }
 
     private func constraint(_ input: String) throws -> MLMultiArrayConstraint {

@@ -1,0 +1,175 @@
+"""Draw a picture with exported packages alone, on any machine: slow, in numpy.
+
+    python -m convert.coreml_picture my-model-coreml "a red apple" --compare my-model
+
+writes picture.png and, with --compare, says how far it is from what MLX draws. Without palettes
+that must be at least 35 dB, or the command fails: then the packages are not this model's, or wrong.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from convert.mil_interpreter import Interpreter
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.metadata import save_picture
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.text_encoder import Tokenizer
+from mlx_snapgen.weights import load_config
+
+LEAST_PSNR = 35.0
+"""dB between two pictures that count as the same."""
+
+
+class Packages:
+    """A folder that `convert.coreml` wrote, ready to draw as a phone would.
+
+    Args:
+        folder: the packages, config.json and tokenizers.
+        function: of the transformer, for packages of several widths; None takes the default.
+
+    Raises:
+        UserError: a package is missing, damaged, or has no such function.
+    """
+
+    def __init__(self, folder: Path, function: str | None = None):
+        self.config = load_config(folder)
+        names = ["Transformer"]
+        if not (folder / "Transformer.mlpackage").exists():
+            found = folder.glob("Transformer_*.mlpackage")
+            names = (
+                sorted((path.stem for path in found), key=lambda stem: int(stem.rpartition("_")[2]))
+                or names
+            )
+        self.chunks = [Interpreter(folder / f"{name}.mlpackage", function) for name in names]
+        self.decoder = Interpreter(folder / "Decoder.mlpackage")
+        self.encoders = [
+            (
+                Interpreter(folder / f"TextEncoder_{i}.mlpackage"),
+                Tokenizer.from_file(folder / f"tokenizer_{i}.model", encoder.max_length),
+            )
+            for i, encoder in enumerate(self.config.text_encoders)
+        ]
+
+    def encode(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> text (B, L, D) and mask (B, L), as `encode_prompts` gives them."""
+        texts, masks = [], []
+        for prompt in prompts:
+            said = []
+            for encoder, tokenizer in self.encoders:
+                tokens, mask = (np.array(array) for array in tokenizer([prompt]))
+                (text,) = encoder({"tokens": tokens, "mask": mask}).values()
+                said.append((text, mask))
+            texts.append(np.concatenate([text for text, _ in said], 3)[0, :, 0].T)
+            masks.append(np.concatenate([mask for _, mask in said], 1)[0])
+        return mx.array(np.stack(texts).astype(np.float32)), mx.array(np.stack(masks))
+
+    def velocity(self, x_t: mx.array, t: mx.array, text: mx.array, mask: mx.array) -> mx.array:
+        """What `EfficientDiT` computes, one picture after the other."""
+        found = []
+        for i in range(len(x_t)):
+            values = {
+                "x_t": np.array(x_t[i : i + 1].transpose(0, 3, 1, 2)),
+                "t": np.array(t[i : i + 1]),
+                "text": np.array(text[i].T)[None, :, None],
+                "mask": np.array(mask[i : i + 1]),
+            }
+            for chunk in self.chunks:
+                values |= chunk({name: values[name] for name in chunk.inputs})
+            found.append(values["velocity"].astype(np.float32).transpose(0, 2, 3, 1))
+        return mx.array(np.concatenate(found))
+
+    def draw(
+        self, prompt: str, seed: int = 0, num_inference_steps: int | None = None
+    ) -> Image.Image:
+        """The picture that `SnapGenPipeline` draws with these settings."""
+        sampler = self.config.few_step or self.config.sampler
+        steps = num_inference_steps or sampler.num_inference_steps
+        guided = sampler.guidance_scale != 1
+        text, mask = self.encode(["", prompt] if guided else [prompt])
+        velocity = guided_velocity(self.velocity, text, mask, sampler.guidance_scale)
+        _, channels, height, width = self.chunks[0].inputs["x_t"].shape
+
+        def noise(draw: int) -> mx.array:
+            return get_noise(seed, height, width, channels, draw)
+
+        schedule = get_schedule(steps, sampler.time_shift)
+        fresh = noise if sampler.fresh_noise else None
+        *_, last = denoise(velocity, noise(0), schedule, fresh)
+        latents = np.array(last.x_t.transpose(0, 3, 1, 2))
+        (picture,) = self.decoder({"latents": latents}).values()
+        colours = np.clip(picture[0].astype(np.float32).transpose(1, 2, 0), -1, 1)
+        return Image.fromarray(np.round((colours + 1) * 127.5).astype(np.uint8))
+
+
+def psnr(first: Image.Image, second: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB; infinite when they are equal."""
+    error = np.square(np.asarray(first, np.float64) - np.asarray(second, np.float64)).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def check_picture(ratio: float) -> None:
+    """`UserError` for packages that draw another picture than MLX."""
+    if ratio < LEAST_PSNR:
+        raise UserError(
+            f"the packages draw another picture than MLX: {ratio:.1f} dB, not {LEAST_PSNR:g}: "
+            "compare with the model that they were exported from, or export them again"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.coreml_picture",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="what convert.coreml wrote")
+    parser.add_argument("prompt")
+    parser.add_argument("--output", type=Path, default=Path("picture.png"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--function", metavar="WIDTH", help="of packages of several widths")
+    parser.add_argument("--compare", metavar="MODEL", help="the model they were exported from")
+    args = parser.parse_args()
+    if not args.prompt.strip():
+        raise UserError("the prompt is empty: say what to draw")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps must be a positive number, got {args.steps}")
+    packages = Packages(args.folder, args.function)
+    picture = packages.draw(args.prompt, args.seed, args.steps)
+    print(save_picture(picture, args.output))
+    if args.compare is None:
+        return
+    try:
+        report = json.loads((args.folder / "report.json").read_text(encoding="utf-8"))
+        width = args.function or report["widths"].split()[0]
+        palettes = report["quantization"] is not None
+    except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{args.folder}/report.json cannot be read ({error!r})") from None
+    pipeline = SnapGenPipeline.from_pretrained(args.compare, model_width=width)
+    height, across = packages.config.image_size
+    (expected,) = pipeline(
+        args.prompt,
+        height=height,
+        width=across,
+        num_inference_steps=args.steps,
+        few_step=packages.config.few_step is not None,
+        seed=args.seed,
+    )
+    ratio = psnr(picture, expected)
+    print(f"{ratio:.1f} dB to what MLX draws")
+    if not palettes:
+        check_picture(ratio)
+
+
+if __name__ == "__main__":
+    run_command(main)
