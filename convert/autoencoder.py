@@ -11,10 +11,8 @@ model must have been trained on their latents.
 import argparse
 import dataclasses
 import json
-import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from convert.folders import new_folder
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import TAEW2_1, AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.kl_autoencoder import NUM_GROUPS, KLAutoencoder
-from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
+from mlx_snapgen.kl_autoencoder import NUM_GROUPS
 from mlx_snapgen.stored import FORMAT_VERSION, read_part
 from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
-from mlx_snapgen.weights import load_autoencoder, load_config
+from mlx_snapgen.weights import load_autoencoder, load_config, make_autoencoder
 
 Weights = dict[str, mx.array]
 
@@ -50,29 +48,18 @@ def read_autoencoder(source: Path) -> Autoencoder:
         return read_taehv(source)
     path = source / "config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("_class_name") == "AutoencoderKL":
+            config, weights = kl_config(values), kl_weights
+        else:
+            config, weights = qwen_image_config(values), qwen_image_weights
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
-    return read_kl(source) if name == "AutoencoderKL" else read_qwen_image(source)
+    path = source / "diffusion_pytorch_model.safetensors"
+    return _filled(make_autoencoder(config), weights(_read(path)), path)
 
 
 # --- Qwen-Image -------------------------------------------------------------------------------
-
-
-def read_qwen_image(folder: Path) -> QwenAutoencoder:
-    """Load diffusers' AutoencoderKLQwenImage from its folder.
-
-    Raises:
-        UserError: another network, or a key that is missing, unknown or misshapen.
-    """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = qwen_image_config(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe an AutoencoderKLQwenImage: {error!r}") from None
-    path = folder / "diffusion_pytorch_model.safetensors"
-    return _filled(QwenAutoencoder(config), qwen_image_weights(_read(path)), path)
 
 
 def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
@@ -142,17 +129,6 @@ def qwen_image_weights(public: Weights) -> Weights:
 # --- Flux and Z-Image -------------------------------------------------------------------------
 
 
-def read_kl(folder: Path) -> KLAutoencoder:
-    """Load diffusers' AutoencoderKL from its folder; `UserError` as in `read_qwen_image`."""
-    path = folder / "config.json"
-    try:
-        config = kl_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe an AutoencoderKL: {error!r}") from None
-    path = folder / "diffusion_pytorch_model.safetensors"
-    return _filled(KLAutoencoder(config), kl_weights(_read(path)), path)
-
-
 def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
     """Our config from diffusers' config.json; `UserError` where the two networks differ."""
     only = {
@@ -182,22 +158,40 @@ def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
     )
 
 
+_KL = (
+    r"(encoder|decoder)\.((conv_in|conv_out|conv_norm_out)\.(weight|bias)"
+    r"|mid_block\.attentions\.0\.(group_norm|to_[qkv]|to_out\.0)\.(weight|bias)"
+    r"|(mid_block|(down|up)_blocks\.\d+)\.resnets\.\d+\.(norm[12]|conv[12]|conv_shortcut)"
+    r"\.(weight|bias)"
+    r"|(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias))"
+)
+
+
+def kl_name(key: str) -> str:
+    """Our name of diffusers' key; those of q, k and v say which rows of `to_qkv` they become.
+
+    Raises:
+        UserError: a key of another network.
+    """
+    if not re.fullmatch(_KL, key):
+        raise UserError(f"another network than AutoencoderKL: it has '{key}'")
+    name = key.replace("attentions.0.group_norm.", "attentions.0.norm.")
+    name = name.replace("attentions.0.to_out.0.", "attentions.0.proj.")
+    return re.sub(r"to_([qkv])\.(weight|bias)$", r"to_qkv.\2 (\1)", name)
+
+
 def kl_weights(public: Weights) -> Weights:
     """diffusers' keys and layout to ours: q, k and v of the attention become one matrix.
 
-    A key that is not known is kept under its name, so that strict loading finds it.
+    One without the other two is kept under its own name, so that strict loading finds it.
     """
-    weights = {}
-    for key, value in public.items():
-        name = key.replace("attentions.0.group_norm.", "attentions.0.norm.")
-        weights[name.replace("attentions.0.to_out.0.", "attentions.0.proj.")] = _kernel(value)
+    weights = {kl_name(key): _kernel(value) for key, value in public.items()}
     for part in ("encoder", "decoder"):
         for kind in ("weight", "bias"):
-            place = f"{part}.mid_block.attentions.0"
-            names = [f"{place}.to_{n}.{kind}" for n in "qkv"]
+            joined = f"{part}.mid_block.attentions.0.to_qkv.{kind}"
+            names = [f"{joined} ({n})" for n in "qkv"]
             if all(name in weights for name in names):
-                joined = mx.concatenate([weights.pop(name) for name in names])
-                weights[f"{place}.to_qkv.{kind}"] = joined
+                weights[joined] = mx.concatenate([weights.pop(name) for name in names])
     return weights
 
 
@@ -322,11 +316,7 @@ def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> Non
     config = dataclasses.replace(load_config(model), autoencoder=autoencoder.config)
     how = {k: v for k, v in (config.quantization or {}).items() if k != "autoencoder"}
     config = dataclasses.replace(config, quantization=how or None)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists already: choose another folder or delete it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with new_folder(output) as partial:
         shutil.copytree(model, partial, dirs_exist_ok=True)
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -334,9 +324,6 @@ def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> Non
         path = partial / "autoencoder.safetensors"
         path.unlink()  # may be a link into a cache
         mx.save_safetensors(str(path), weights, {"format": "mlx"})
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main() -> None:

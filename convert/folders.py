@@ -13,7 +13,7 @@ from mlx_snapgen.errors import UserError
 def check_new(folder: Path) -> None:
     """`UserError` when `folder` is a file or holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: choose another folder or delete it")
+        raise UserError(f"{folder} exists already: choose another name or delete it")
 
 
 @contextlib.contextmanager

@@ -3,12 +3,15 @@
     python -m convert.from_torch Qwen/Qwen-Image qwen-vae --subfolder vae
     python -m convert.from_torch google/gemma-3-4b-it gemma --bits 4
     python -m convert.from_torch TinyCLIP.pt tinyclip --kind clip --dtype float16
+    python -m convert.from_torch my-model-torch my-new-model --model my-model
 
 SOURCE is a folder, a file (.safetensors, .bin, .pt) or a Hugging Face repository. OUT is a folder
 with the weights, config.json, what the tokenizer needs and report.json, which accounts for every
 key; a LoRA's is a .safetensors file. Weights pass tensor by tensor, so memory does not grow with
 the checkpoint. Interrupted, the same command goes on where it was; until it is done nothing stands
 at OUT. Files in a pickle are spooled beside OUT first, which takes their size on disk once more.
+
+A folder of `convert.to_torch` becomes a model again, with what PyTorch has not from --model.
 """
 
 import argparse
@@ -18,8 +21,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,10 +33,14 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 import mlx.core as mx
 from tqdm import tqdm
 
+from convert.folders import check_new
 from convert.kinds import KINDS, Plan, find_kind
+from convert.report import peak_process_bytes, summary
 from convert.sources import Source, find_source
 from convert.stream import Entry, lazy, write_tensors
+from convert.student import convert_student, is_student
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.hub import find_model
 from mlx_snapgen.stored import listed
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -68,7 +73,7 @@ def convert(
         UserError: files that are damaged, of another network or of none; an output that exists.
     """
     out = Path(out).expanduser()
-    _check_free(out)
+    check_new(out)
     work = out.parent / f".{out.name}.partial"
     with _claimed(work):
         weights = source.weights(work / "spool")
@@ -117,11 +122,6 @@ def convert(
 
 
 # --- the output ---------------------------------------------------------------------------------
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: choose another name or delete it")
 
 
 def _check_output(plan: Plan, out: Path, bits: int | None) -> None:
@@ -288,47 +288,20 @@ def _packed(layer: str, value: mx.array, how: Mapping[str, int]) -> Entry:
     return Entry(shapes, make)
 
 
-# --- what is told -------------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------
 
 
-def peak_process_bytes() -> int:
-    """The most memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def error_table(errors: Mapping[str, float]) -> str:
-    """Relative quantization errors, blocks of the same layer in one row."""
-    rows: dict[str, list[tuple[float, str]]] = {}
-    for layer, error in errors.items():
-        rows.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), []).append((error, layer))
-    width = max(map(len, rows))
-    lines = [f"{'layer':<{width}}  count   mean error  worst"]
-    for name, row in rows.items():
-        mean = sum(error for error, _ in row) / len(row)
-        worst, where = max(row)
-        at = f"  ({where})" if len(row) > 1 else ""
-        lines.append(f"{name:<{width}}  {len(row):>5}   {mean:>10.4f}  {worst:.4f}{at}")
-    return "\n".join(lines)
-
-
-def summary(report: Mapping[str, Any], out: Path) -> str:
-    """The report in a few lines."""
+def _convert_student(args: argparse.Namespace) -> None:
+    if args.model is None:
+        raise UserError(
+            f"{args.source} is of convert.to_torch: name the model that it came from with --model, "
+            "for what PyTorch has not"
+        )
+    how = None if args.bits is None else {"bits": args.bits, "group_size": args.group_size}
+    folder, model = Path(args.source), find_model(args.model)
+    report = convert_student(folder, model, args.out, DTYPES.get(args.dtype), how)
     keys = report["keys"]
-    lines = [
-        f"{out}: {report['kind']}, {report['source_bytes'] / 1e6:.1f} MB -> "
-        f"{report['bytes'] / 1e6:.1f} MB, peak memory {report['peak_process_bytes'] / 2**20:.0f} "
-        "MiB",
-        f"keys: {len(keys['used'])} used, {len(keys['renamed'])} renamed, {len(keys['ignored'])} "
-        f"ignored, {len(keys['missing'])} missing",
-    ]
-    reasons = sorted(set(keys["ignored"].values()))
-    for reason in reasons:
-        some = [key for key, why in keys["ignored"].items() if why == reason]
-        lines.append(listed(f"ignored, {reason}:", some))
-    if report["relative_errors"]:
-        lines += ["", error_table(report["relative_errors"])]
-    return "\n".join(lines)
+    print(f"{args.out}: {len(keys['used'])} keys used, {len(keys['renamed'])} renamed")
 
 
 def main() -> None:
@@ -348,10 +321,16 @@ def main() -> None:
     parser.add_argument(
         "--group-size", type=int, choices=(32, 64, 128), default=32, help="default: 32"
     )
+    parser.add_argument("--model", help="of a folder of convert.to_torch: the model it came from")
     args = parser.parse_args()
     if args.kind is not None:
         find_kind(Source(Path(args.source), Path(), (), None), {}, args.kind)
-    _check_free(args.out)
+    check_new(args.out)
+    if not (args.kind or args.revision or args.subfolder) and is_student(Path(args.source)):
+        _convert_student(args)
+        return
+    if args.model is not None:
+        raise UserError(f"{args.source} is none of convert.to_torch's: leave --model out")
     source = find_source(args.source, args.revision, args.subfolder)
     try:
         report = convert(

@@ -5,9 +5,9 @@ checkpoint's lazy weights become ours. All else (streaming, types, quantization,
 same for every kind and in `from_torch`.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from convert.autoencoder import (
+    kl_config,
+    kl_name,
+    kl_weights,
     qwen_image_config,
     qwen_image_name,
     qwen_image_weights,
@@ -23,12 +26,14 @@ from convert.autoencoder import (
     taehv_weights,
 )
 from convert.gemma import GEMMA_FILES, gemma_config, gemma_name, gemma_shapes
+from convert.lora import lora_metadata, lora_name, lora_weights
 from convert.sources import Source
+from convert.teacher_transformer import transformer_config, transformer_name
 from mlx_snapgen import clip
-from mlx_snapgen.config import to_dict
+from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.lora_files import public_name as lora_name
 from mlx_snapgen.stored import FORMAT_VERSION, matrices
+from mlx_snapgen.teachers.folder import NETWORKS, quantizable
 from mlx_snapgen.weights import make_autoencoder
 
 Weights = dict[str, mx.array]
@@ -100,16 +105,30 @@ def _part(
     )
 
 
-def _qwen_image(source: Source, public: Weights) -> Plan:
-    path = source.folder / "config.json"
+def _config_of(source: Source) -> dict[str, Any]:
     if source.config is None:
         raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
-    try:
-        config = qwen_image_config(source.config)
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} does not describe an AutoencoderKLQwenImage: {error!r}") from None
-    module = make_autoencoder(config)
-    return _part("autoencoder", to_dict(config), module, qwen_image_weights(public))
+    return source.config
+
+
+def _public_autoencoder(
+    name: str,
+    read: Callable[[dict[str, Any]], AutoencoderConfig],
+    weights: Callable[[Weights], Weights],
+) -> Callable[[Source, Weights], Plan]:
+    """What makes a plan out of diffusers' folder of the class `name`."""
+
+    def plan(source: Source, public: Weights) -> Plan:
+        values = _config_of(source)
+        try:
+            config = read(values)
+        except (KeyError, TypeError, IndexError) as error:
+            path = source.folder / "config.json"
+            raise UserError(f"{path} does not describe an {name}: {error!r}") from None
+        module = make_autoencoder(config)
+        return _part("autoencoder", to_dict(config), module, weights(public))
+
+    return plan
 
 
 def _taehv(source: Source, public: Weights) -> Plan:
@@ -125,14 +144,24 @@ def _clip(source: Source, public: Weights) -> Plan:
     return _part("text_encoder_0", to_dict(config), module, weights, files)
 
 
+def _teacher(source: Source, public: Weights) -> Plan:
+    """A public teacher's transformer, of which only the blocks are quantized."""
+    kind, config = transformer_config(_config_of(source), source.folder / "config.json")
+    network = NETWORKS[kind](config)
+    plan = _part("transformer", {"kind": kind} | to_dict(config), network, public)
+
+    def layers(group_size: int) -> list[str]:
+        return [key.removesuffix(".weight") for key in quantizable(network, group_size)]
+
+    return replace(plan, matrices=layers)
+
+
 # --- in the formats of others -------------------------------------------------------------------
 
 
 def _gemma(source: Source, public: Weights) -> Plan:
     """A folder as mlx-lm has it, the source of a `gemma` text encoder."""
-    if source.config is None:
-        raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
-    config = gemma_config(source.config, source.folder / "config.json")
+    config = gemma_config(_config_of(source), source.folder / "config.json")
     weights = {gemma_name(key): value for key, value in public.items()}
     weights.pop(None, None)
 
@@ -155,19 +184,8 @@ def _gemma(source: Source, public: Weights) -> Plan:
 
 
 def _lora(source: Source, public: Weights) -> Plan:
-    weights = {lora_name(key): value for key, value in public.items()}
-    layers = {re.sub(r"\.(lora_[AB]\.weight|alpha)$", "", key) for key in weights}
-    for layer in sorted(layers):
-        for part in ("lora_A", "lora_B"):
-            if f"{layer}.{part}.weight" not in weights:
-                raise UserError(f"{source.path}: {layer} lacks {part}")
-    metadata = {"format": "mlx"}
-    if source.files[0].suffix == ".safetensors":
-        header = mx.load(str(source.files[0]), return_metadata=True)[1]
-        metadata |= {
-            k: v for k, v in header.items() if k in ("base_model", "lora_adapter_metadata")
-        }
-    return Plan(weights, "lora.safetensors", metadata=metadata)
+    weights = lora_weights(source.path, public)
+    return Plan(weights, "lora.safetensors", metadata=lora_metadata(source.files[0]))
 
 
 KINDS: dict[str, Kind] = {
@@ -175,8 +193,15 @@ KINDS: dict[str, Kind] = {
         "Qwen-Image's autoencoder, a folder of diffusers",
         qwen_image_name,
         "changes the frame rate of video",
-        _qwen_image,
+        _public_autoencoder("AutoencoderKLQwenImage", qwen_image_config, qwen_image_weights),
         ("AutoencoderKLQwenImage",),
+    ),
+    "kl-vae": Kind(
+        "the autoencoder of Flux and Z-Image, a folder of diffusers",
+        kl_name,
+        "",
+        _public_autoencoder("AutoencoderKL", kl_config, kl_weights),
+        ("AutoencoderKL",),
     ),
     "taehv": Kind("a tiny autoencoder such as taew2_1", taehv_name, "", _taehv),
     "clip": Kind(
@@ -200,7 +225,21 @@ KINDS: dict[str, Kind] = {
             "gemma3_text",
         ),
     ),
-    "lora": Kind("a LoRA, under the keys of diffusers and PEFT", lora_name, "", _lora),
+    "qwen-image": Kind(
+        "Qwen-Image's transformer, for convert.teacher",
+        partial(transformer_name, "qwen-image"),
+        "",
+        _teacher,
+        ("QwenImageTransformer2DModel",),
+    ),
+    "z-image": Kind(
+        "Z-Image's transformer, for convert.teacher",
+        partial(transformer_name, "z-image"),
+        "",
+        _teacher,
+        ("ZImageTransformer2DModel",),
+    ),
+    "lora": Kind("a LoRA, under the keys of diffusers, PEFT or kohya", lora_name, "", _lora),
 }
 """Name -> kind, as `--kind` takes it."""
 

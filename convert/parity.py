@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,22 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 import mlx.core as mx
 import numpy as np
 
-from convert.autoencoder import read_autoencoder
 from convert.kinds import find_kind
+from convert.parity_autoencoders import (
+    compare_kl_vae,
+    compare_qwen_image_vae,
+    make_kl_vae,
+    make_qwen_image_vae,
+)
+from convert.parity_transformers import (
+    Pairs,
+    compare_lora,
+    compare_qwen_image,
+    compare_z_image,
+    make_lora,
+    make_qwen_image,
+    make_z_image,
+)
 from convert.sources import find_source
 from mlx_snapgen.clip import load_clip
 from mlx_snapgen.config import TextEncoderConfig
@@ -33,9 +47,6 @@ from mlx_snapgen.gemma import load_gemma
 
 LIMIT = 1e-3
 """A larger relative difference is told as a fault; float32 networks are at 1e-6 to 1e-5."""
-
-Pairs = Iterator[tuple[str, mx.array, Any]]
-"""What is compared: its name, ours, and the library's as a torch tensor."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Port:
     """Writes the original with small random weights into a folder."""
     compare: Callable[[Path], Pairs]
     """Runs both on the checkpoint in a folder."""
+    only_random: bool = False
+    """It takes more than the checkpoint."""
 
 
 def relative_difference(found: mx.array, expected: Any) -> float:
@@ -157,45 +170,6 @@ def _compare_gemma(folder: Path) -> Pairs:
     yield "states", states, expected
 
 
-# --- pictures -----------------------------------------------------------------------------------
-
-
-def _make_qwen_image_vae(folder: Path) -> None:
-    import diffusers
-    import torch
-
-    torch.manual_seed(0)
-    network = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5] * 4
-    )
-    network.save_pretrained(folder)
-
-
-def _compare_qwen_image_vae(folder: Path) -> Pairs:
-    import diffusers
-    import torch
-
-    theirs = diffusers.AutoencoderKLQwenImage.from_pretrained(folder).float().eval()
-    ours = read_autoencoder(folder)
-    rng = np.random.default_rng(0)
-    picture = rng.uniform(-1, 1, (1, 40, 72, 3)).astype(np.float32)
-    latents = rng.normal(size=(1, 5, 9, ours.config.latent_channels)).astype(np.float32)
-    mean, std = (
-        torch.tensor(v).view(1, -1, 1, 1, 1)
-        for v in (theirs.config.latents_mean, theirs.config.latents_std)
-    )
-
-    def video(x: np.ndarray) -> Any:
-        return torch.tensor(x).permute(0, 3, 1, 2)[:, :, None]
-
-    with torch.no_grad():
-        encoded = (theirs.encode(video(picture)).latent_dist.mode() - mean) / std
-        decoded = theirs.decode(video(latents) * std + mean).sample
-    yield "encode", ours.encode(mx.array(picture)), encoded[:, :, 0].permute(0, 2, 3, 1)
-    found = mx.clip(ours.decode(mx.array(latents)), -1, 1)  # as the original does
-    yield "decode", found, decoded[:, :, 0].permute(0, 2, 3, 1)
-
-
 PORTS = {
     "clip": Port(
         "transformers CLIPTextModel", ("torch", "transformers"), _make_clip, _compare_clip
@@ -209,8 +183,25 @@ PORTS = {
     "qwen-image-vae": Port(
         "diffusers AutoencoderKLQwenImage",
         ("torch", "diffusers"),
-        _make_qwen_image_vae,
-        _compare_qwen_image_vae,
+        make_qwen_image_vae,
+        compare_qwen_image_vae,
+    ),
+    "kl-vae": Port("diffusers AutoencoderKL", ("torch", "diffusers"), make_kl_vae, compare_kl_vae),
+    "qwen-image": Port(
+        "diffusers QwenImageTransformer2DModel",
+        ("torch", "diffusers"),
+        make_qwen_image,
+        compare_qwen_image,
+    ),
+    "z-image": Port(
+        "diffusers ZImageTransformer2DModel", ("torch", "diffusers"), make_z_image, compare_z_image
+    ),
+    "lora": Port(
+        "diffusers load_lora_adapter",
+        ("torch", "diffusers", "peft"),
+        make_lora,
+        compare_lora,
+        only_random=True,
     ),
 }
 """By kind, as `convert.from_torch` finds it."""
@@ -240,8 +231,8 @@ def kind_of(source: str) -> tuple[str, Path]:
     found = find_source(source)
     with tempfile.TemporaryDirectory() as place:
         kind = find_kind(found, found.weights(Path(place)))
-    if kind not in PORTS:
-        raise UserError(f"{source} is a {kind}, which has no library to compare with")
+    if kind not in PORTS or PORTS[kind].only_random:
+        raise UserError(f"{source} is a {kind}, which has no library to compare with on its own")
     return kind, found.folder
 
 
@@ -260,7 +251,7 @@ def main() -> int:
         raise UserError("--source finds the kind itself: leave --kind out")
     runs = [kind_of(source) for source in args.source or ()]
     runs = runs or [(kind, None) for kind in args.kind or PORTS]
-    print(f"{'network':<16}{'weights':<20}{'original':<34}{'output':<8}difference")
+    print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<8}difference")
     worst = done = 0.0
     for kind, folder in runs:
         try:
@@ -273,7 +264,7 @@ def main() -> int:
         for what, difference in rows:
             name = "random" if folder is None else folder.name[-18:]
             print(
-                f"{kind:<16}{name:<20}{PORTS[kind].original:<34}{what:<8}{difference:.1e}",
+                f"{kind:<16}{name:<20}{PORTS[kind].original:<38}{what:<8}{difference:.1e}",
                 flush=True,
             )
             worst, done = max(worst, difference), done + 1

@@ -22,8 +22,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from convert.folders import check_new, new_folder
-from convert.from_torch import peak_process_bytes
 from convert.gemma import gemma_shapes
+from convert.report import peak_process_bytes
 from convert.stream import Entry, lazy, write_tensors
 from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer, byte_symbols
 from mlx_snapgen.config import (

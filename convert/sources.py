@@ -88,9 +88,7 @@ def find_source(source: str, revision: str | None = None, subfolder: str | None 
     files = _weight_files(folder)
     config = None
     if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise UserError(f"{folder / 'config.json'} is no config: it holds no object")
+        config = read_object(folder / "config.json")
     return Source(path if is_local else folder, folder, files, config)
 
 
@@ -164,6 +162,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file; `UserError` when there are none."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no config: it holds no object")
+    return values
 
 
 # --- pickles ------------------------------------------------------------------------------------

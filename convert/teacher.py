@@ -6,174 +6,38 @@
         --few-step-lora Qwen-Image-Lightning-4steps-V1.0.safetensors
 
 The source is a folder as diffusers has it, or a repository on Hugging Face. `--bits` stores the
-matrices of the transformer's blocks quantized, file by file, so that no more than one of the
-source's files is in memory.
+matrices of the transformer's blocks quantized, tensor by tensor. `--transformer` takes one that
+`convert.from_torch` wrote, where an interrupted conversion goes on; the source's is left alone.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
 
 # isort: split
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from convert.autoencoder import read_autoencoder
-from mlx_snapgen.config import to_dict
+from convert.folders import check_new, new_folder
+from convert.from_torch import convert
+from convert.sources import find_source, read_object
+from convert.teacher_transformer import transformer_config
+from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.teachers.config import (
-    LIGHTNING,
-    TURBO,
-    QwenTransformerConfig,
-    Schedule,
-    TeacherConfig,
-    ZImageTransformerConfig,
-)
-from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS, quantizable
+from mlx_snapgen.stored import read_part
+from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, TURBO, Schedule, TeacherConfig
+from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
 from mlx_snapgen.teachers.text import FILES
 from mlx_snapgen.weights import BITS, FEW_STEP, GROUP_SIZES
-
-Weights = dict[str, mx.array]
-
-
-# --- the transformer --------------------------------------------------------------------------
-
-
-def read_transformer(folder: Path) -> nn.Module:
-    """The transformer in a folder of diffusers, lazily and in the type it is stored in.
-
-    Raises:
-        UserError: another network, or a key that is missing, unknown or misshapen.
-    """
-    network = make_transformer(folder)
-    weights: Weights = {}
-    for path in weight_files(folder):
-        weights |= transformer_weights(read_weights(path))
-    try:
-        network.load_weights(list(weights.items()))
-    except ValueError as error:
-        raise UserError(f"{folder} is another network: {' '.join(str(error).split())}") from None
-    return network
-
-
-def make_transformer(folder: Path) -> nn.Module:
-    """The network that the folder's config.json describes, with random weights."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind, config = transformer_config(values)
-        return NETWORKS[kind](config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe a transformer known here: {error!r}") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files of a folder of diffusers, whole or in shards, in order."""
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no diffusion_pytorch_model*.safetensors")
-    return files
-
-
-def read_weights(path: Path) -> Weights:
-    """The tensors of one file, lazily; `UserError` when it is damaged."""
-    try:
-        return mx.load(str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-
-
-def transformer_weights(public: Weights) -> Weights:
-    """diffusers' keys to ours, for all of a checkpoint or one shard.
-
-    The networks here keep the public names, by which public LoRAs find their layers, and MLX's
-    linear layers the public layout: what is left of the mapping is the identity. A key that is not
-    known is kept too, so that strict loading finds it.
-    """
-    return dict(public)
-
-
-def transformer_config(values: dict[str, Any]) -> tuple[str, Any]:
-    """Kind of teacher and our config, from the transformer's config.json in diffusers."""
-    name = values.get("_class_name")
-    if name not in CONFIGS:
-        raise UserError(
-            f"expected one of {', '.join(CONFIGS)}, got {name}: give a model in diffusers' format"
-        )
-    kind, read = CONFIGS[name]
-    return kind, read(values)
-
-
-def qwen_transformer_config(values: dict[str, Any]) -> QwenTransformerConfig:
-    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
-    flags = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
-    for key in flags:
-        if values.get(key):
-            raise UserError(f"this is a variant of Qwen-Image with {key}, which is not supported")
-    patch = values["patch_size"]
-    channels, rest = divmod(values["in_channels"], patch**2)
-    if rest or values["out_channels"] not in (None, channels):
-        raise UserError(
-            f"{values['in_channels']} channels in and {values['out_channels']} out do not make "
-            f"latents of one kind in patches of {patch}x{patch}"
-        )
-    return QwenTransformerConfig(
-        num_layers=values["num_layers"],
-        num_heads=values["num_attention_heads"],
-        head_dim=values["attention_head_dim"],
-        latent_channels=channels,
-        patch_size=patch,
-        text_dims=values["joint_attention_dim"],
-        rope_axes=tuple(values["axes_dims_rope"]),
-    )
-
-
-def z_image_transformer_config(values: dict[str, Any]) -> ZImageTransformerConfig:
-    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
-    only = {"qk_norm": True, "siglip_feat_dim": None, "t_scale": 1000.0, "all_f_patch_size": [1]}
-    only["n_kv_heads"] = values["n_heads"]
-    for key, value in only.items():
-        if values.get(key, value) != value:
-            raise UserError(f"only {key} {value} is supported, got {values[key]}")
-    if len(values["all_patch_size"]) != 1:
-        raise UserError(f"only one patch size is supported, got {values['all_patch_size']}")
-    return ZImageTransformerConfig(
-        num_layers=values["n_layers"],
-        num_refiner_layers=values["n_refiner_layers"],
-        hidden_size=values["dim"],
-        num_heads=values["n_heads"],
-        latent_channels=values["in_channels"],
-        patch_size=values["all_patch_size"][0],
-        text_dims=values["cap_feat_dim"],
-        time_dims=min(values["dim"], 256),
-        norm_eps=values["norm_eps"],
-        rope_axes=tuple(values["axes_dims"]),
-        rope_theta=values["rope_theta"],
-    )
-
-
-CONFIGS = {
-    "QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config),
-    "ZImageTransformer2DModel": ("z-image", z_image_transformer_config),
-}
-"""diffusers' class -> kind of teacher, and what reads its config."""
-
-
-# --- the whole model --------------------------------------------------------------------------
-
 
 SCHEDULES = {"qwen-image": (Schedule(), LIGHTNING), "z-image": (TURBO, TURBO)}
 """Kind of teacher -> its schedule and that of its few-step mode. Z-Image-Turbo is such a mode."""
@@ -185,7 +49,7 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
     Raises:
         UserError: another kind of schedule.
     """
-    values = _json(folder / "scheduler_config.json")
+    values = read_object(folder / "scheduler_config.json")
     for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
         if values.get(key):
             raise UserError(f"{folder}: a schedule with {key} is not supported")
@@ -210,6 +74,7 @@ def convert_teacher(
     quantization: dict[str, int] | None = None,
     few_step_lora: Path | None = None,
     text_encoder: str | None = None,
+    transformer: Path | None = None,
 ) -> None:
     """Write the model in `source`, a folder of diffusers, as a teacher's folder.
 
@@ -218,24 +83,35 @@ def convert_teacher(
         quantization: {"bits", "group_size"} to store the transformer's blocks in; None keeps them.
         few_step_lora: of the few-step mode, a .safetensors file.
         text_encoder: where the language model is instead of in the teacher's folder.
+        transformer: folder of `convert.from_torch` with the one to take instead of the source's.
 
     Raises:
         UserError: something is missing, unknown or does not fit; nothing is written then.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists already: choose another folder or delete it")
-    kind, transformer = transformer_config(_json(source / "transformer" / "config.json"))
+    check_new(output)
+    given = transformer if transformer is not None else source / "transformer"
+    part = read_part(given, "transformer")
+    if part is None:
+        path = given / "config.json"
+        kind, network_config = transformer_config(read_object(path), path)
+    else:
+        if quantization is not None:
+            raise UserError(f"{given} is converted: it is quantized by convert.from_torch --bits")
+        kind = part[0].pop("kind", None)
+        if kind not in NETWORKS:
+            raise UserError(f"{given} holds no teacher's transformer: it is of the kind {kind}")
+        network_config = from_dict(TRANSFORMERS[kind], part[0])
+        quantization = part[1].get("transformer")
     autoencoder = read_autoencoder(source / "vae")
-    network = read_transformer(source / "transformer")
-    packed = quantizable(network, quantization["group_size"]) if quantization else set()
     if few_step_lora is not None:
-        load_lora(few_step_lora, network, 0.0, FEW_STEP)
+        # On random weights, which are lazy: only whether it fits.
+        load_lora(few_step_lora, NETWORKS[kind](network_config), 0.0, FEW_STEP)
     schedule, few_step = SCHEDULES[kind]
     schedule = read_schedule(source / "scheduler", schedule)
     if kind == "qwen-image" and few_step_lora is None:
         few_step = None
     config = TeacherConfig(
-        kind, transformer, autoencoder.config, schedule, few_step, quantization=quantization
+        kind, network_config, autoencoder.config, schedule, few_step, quantization=quantization
     )
     if text_encoder is not None:
         config = dataclasses.replace(config, text_encoder=text_encoder)
@@ -244,13 +120,13 @@ def convert_teacher(
         (partial / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
         weights = dict(tree_flatten(autoencoder.parameters()))
         mx.save_safetensors(str(partial / "autoencoder.safetensors"), weights, {"format": "mlx"})
-        for i, path in enumerate(weight_files(source / "transformer"), 1):
-            weights = transformer_weights(read_weights(path))
-            weights = _quantized(weights, packed, quantization or {})
-            name = partial / f"transformer-{i:05d}.safetensors"
-            mx.save_safetensors(str(name), weights, {"format": "mlx"})
-            del weights
-            mx.clear_cache()
+        if part is None:
+            converted = partial / "transformer"
+            convert(find_source(str(given)), converted, kind, **(quantization or {}))
+            _take(converted, partial, Path.rename)
+            shutil.rmtree(converted)
+        else:
+            _take(given, partial, shutil.copyfile)
         if few_step_lora is not None:
             shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
         if text_encoder is None:
@@ -258,19 +134,15 @@ def convert_teacher(
                 _copy(source / part, partial / config.text_encoder)
 
 
-def _quantized(weights: Weights, packed: set[str], how: dict[str, int]) -> Weights:
-    """The weights with those among `packed` as weight, scales and biases."""
-    stored = {}
-    for key, value in weights.items():
-        if key in packed:
-            name = key.removesuffix(".weight")
-            parts = mx.quantize(value, **how)
-            # One by one, so that the peak is one layer's.
-            mx.eval(parts)
-            stored |= dict(zip((key, f"{name}.scales", f"{name}.biases"), parts, strict=True))
-        else:
-            stored[key] = value
-    return stored
+def _take(transformer: Path, folder: Path, move: Callable[[Path, Path], object]) -> None:
+    """Put what `convert.from_torch` wrote of a transformer into the teacher's folder."""
+    for name, new in (
+        ("transformer.safetensors", "transformer-00001.safetensors"),
+        ("report.json", "report.json"),
+    ):
+        if not (transformer / name).is_file():
+            raise UserError(f"{transformer} is incomplete: {name} is missing")
+        move(transformer / name, folder / new)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -280,37 +152,6 @@ def _copy(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if any(path.match(pattern) for pattern in FILES):
             shutil.copyfile(path, target / path.name)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no list of settings")
-    return values
-
-
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` at the end, or vanishes if that is not met."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}") from None
-    try:
-        yield partial
-        # mkdtemp makes a private folder; a model is as readable as any other folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main() -> None:
@@ -324,6 +165,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=BITS, help="store the blocks quantized")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64)
     parser.add_argument("--few-step-lora", type=Path, help="for the few-step mode")
+    parser.add_argument("--transformer", type=Path, help="folder of convert.from_torch to use")
     parser.add_argument(
         "--text-encoder",
         help="folder or repository of the language model, quantized perhaps, to use instead of "
@@ -332,7 +174,14 @@ def main() -> None:
     args = parser.parse_args()
     quantization = {"bits": args.bits, "group_size": args.group_size} if args.bits else None
     source = find_model(args.source, files=FILES)
-    convert_teacher(source, args.output, quantization, args.few_step_lora, args.text_encoder)
+    convert_teacher(
+        source,
+        args.output,
+        quantization,
+        args.few_step_lora,
+        args.text_encoder,
+        args.transformer,
+    )
     print(args.output)
 
 

@@ -7,6 +7,10 @@ decoder.safetensors and text_encoder_<n>.safetensors with its tokenizer. Read it
 
     from convert.torch_dit import load
     model = load("my-model-torch")
+
+and bring it back, trained further perhaps, with
+
+    python -m convert.from_torch my-model-torch my-new-model --model my-model
 """
 
 import argparse
@@ -21,10 +25,12 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from convert.folders import check_new, new_folder
+from convert.torch_folder import FORMAT, twin_files
 from mlx_snapgen.config import WIDTH_NAMES, to_dict
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.hub import find_model
@@ -33,9 +39,9 @@ from mlx_snapgen.weights import Components, load_config, load_pretrained
 
 Weights = dict[str, np.ndarray]
 
-_FOLDED = r"(patch_embed|downsample\.linear|[kv]_compress)\.weight$"
+FOLDED = r"(patch_embed|downsample\.linear|[kv]_compress)\.weight$"
 """Linear layers over the pixels of a cell, which are strided convolutions."""
-_SHUFFLED = r"(^upsample\.linear|^head\.linear|^up[12]|^out)\.(weight|bias)$"
+SHUFFLED = r"(^upsample\.linear|^head\.linear|^up[12]|^out)\.(weight|bias)$"
 """Layers whose outputs are the pixels of a cell: (cell, channel) here, (channel, cell) there."""
 
 
@@ -51,22 +57,34 @@ def torch_weights(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Weights
     """
     weights = {}
     for key, value in tree_flatten(module.parameters()):
-        name = key.replace(".members.0.", ".")
+        name = twin_name(key)
         value = np.array(value.astype(mx.float32))
         if name not in shapes:
             raise ValueError(f"the PyTorch network has no {name}")
-        if re.search(_FOLDED, name):
+        if re.search(FOLDED, name):
             out, channels, height, width = shapes[name]
             value = value.reshape(out, height, width, channels)
         if value.ndim == 4:
             value = value.transpose(0, 3, 1, 2)
-        if re.search(_SHUFFLED, name):
+        if re.search(SHUFFLED, name):
             cells = module.config.patch_size**2 if name.startswith("head") else 4
             value = value.reshape(cells, len(value) // cells, *value.shape[1:]).swapaxes(0, 1)
         weights[name] = np.ascontiguousarray(value.reshape(shapes[name]))
     if missing := shapes.keys() - weights.keys():
         raise ValueError(f"only the PyTorch network has {', '.join(sorted(missing))}")
     return weights
+
+
+def twin_name(key: str) -> str:
+    """PyTorch's name of a weight of one of our modules of one width."""
+    return key.replace(".members.0.", ".")
+
+
+def twins(components: Components) -> dict[str, nn.Module]:
+    """The modules that have a PyTorch twin, by the name of the twin's file."""
+    modules = {"transformer": components.transformer, "decoder": components.autoencoder.decoder}
+    modules |= {f"text_encoder_{i}": m for i, m in enumerate(components.text_encoders)}
+    return {name: modules[name] for name in twin_files(components.config)}
 
 
 def torch_networks(components: Components, **kwargs: Any) -> dict[str, Any]:
@@ -81,8 +99,7 @@ def torch_networks(components: Components, **kwargs: Any) -> dict[str, Any]:
 
     from convert.torch_dit import make_networks
 
-    modules = {"transformer": components.transformer, "decoder": components.autoencoder.decoder}
-    modules |= {f"text_encoder_{i}": m for i, m in enumerate(components.text_encoders)}
+    modules = twins(components)
     networks = make_networks(components.config, **kwargs)
     for name, network in networks.items():
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
@@ -107,8 +124,6 @@ def to_torch(components: Components, output: Path, width: str) -> list[str]:
         UserError: the folder holds something or cannot be written.
     """
     from safetensors.torch import save_file
-
-    from convert.torch_dit import FORMAT
 
     config = dataclasses.replace(components.config, quantization=None, few_step=None)
     values = {"format": FORMAT, "width": width} | to_dict(config)

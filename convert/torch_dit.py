@@ -5,7 +5,6 @@ network is built, so nothing in `forward` depends on the data. `torch_layers` te
 Names are those of the MLX network, and so is the order of channels; `to_torch` moves the weights.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ from convert.torch_attention import (
     SparseSelfAttention,
     attend_fused,
 )
+from convert.torch_folder import read_config, twin_files
 from convert.torch_layers import RMSNorm, linear, normalised, text_bias, tokens
 from convert.torch_parts import Decoder, TextEncoder
-from mlx_snapgen.config import ModelConfig, TransformerConfig, from_dict
+from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 
 # isort: split
@@ -319,17 +319,7 @@ def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
         UserError: no such folder, or its weights do not fit.
     """
     folder = Path(folder).expanduser()
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise KeyError("format")
-        values.pop("width")
-        config = from_dict(ModelConfig, values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{folder} is not a model for PyTorch ({error!r}): write it with convert.to_torch"
-        ) from None
+    config, _ = read_config(folder)
     networks = make_networks(config, attend)
     for name, network in networks.items():
         path = folder / f"{name}.safetensors"
@@ -342,17 +332,17 @@ def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
     return Model(config, networks["transformer"], networks.get("decoder"), encoders)
 
 
-FORMAT = "mlx_snapgen for PyTorch, 1"
-
-
 def make_networks(config: ModelConfig, attend: Attend = attend_fused) -> dict[str, nn.Module]:
     """The networks of a model that have a twin, by the name of their file, with random weights."""
     side = config.autoencoder.downsampling
     latent_size = tuple(pixels // side for pixels in config.image_size)
-    networks = {"transformer": EfficientDiT(config.transformer, latent_size, attend)}
-    if config.autoencoder.kind == "convolutional":
-        networks["decoder"] = Decoder(config.autoencoder)
-    for i, encoder in enumerate(config.text_encoders):
-        if encoder.kind == "transformer":
-            networks[f"text_encoder_{i}"] = TextEncoder(encoder, attend)
+    networks: dict[str, nn.Module] = {}
+    for name in twin_files(config):
+        if name == "transformer":
+            networks[name] = EfficientDiT(config.transformer, latent_size, attend)
+        elif name == "decoder":
+            networks[name] = Decoder(config.autoencoder)
+        else:
+            encoder = config.text_encoders[int(name.removeprefix("text_encoder_"))]
+            networks[name] = TextEncoder(encoder, attend)
     return networks

@@ -81,7 +81,9 @@ class GemmaTextEncoder(nn.Module):
             # the type it computes in.
             scale = self.config.hidden_size**0.5
             embeddings = embeddings * (scale / mx.array(scale, mx.bfloat16).item())
-        return self.model(tokens, input_embeddings=embeddings)
+        # mlx-lm asks for the cache of the first full layer, which a short Gemma has not.
+        cache = [None] * max(len(self.model.layers), self.model.sliding_window_pattern)
+        return self.model(tokens, cache, input_embeddings=embeddings)
 
 
 def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -113,21 +113,28 @@ def _split_key(key: str) -> tuple[str, str] | None:
     return (match[1], part) if part else None
 
 
-def public_name(key: str) -> str:
-    """The name that `save_lora` would give a key of any layout whose layers keep their dots.
+def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) -> str:
+    """The name that `save_lora` would give a key of any layout.
+
+    Args:
+        dotted: gives the path behind kohya's flat name of a layer ("blocks_0_attn_to_q"), whose
+            dots only its network knows, or None.
 
     Raises:
-        UserError: no part of a LoRA, or kohya's flat names, whose dots only the network knows.
+        UserError: no part of a LoRA, or a flat name of a network that is not known.
     """
     split = _split_key(key)
     if split is None:
         raise UserError(f"'{key}' is no part of a LoRA that is known here")
     layer, part = split
-    if layer.startswith(FLAT_PREFIXES):
-        raise UserError(
-            f"'{layer}' has no dots, and what they stood for only its network tells: such a LoRA "
-            "is loaded as it is"
-        )
+    if flat := next((p for p in FLAT_PREFIXES if layer.startswith(p)), None):
+        path = dotted(layer.removeprefix(flat))
+        if path is None:
+            raise UserError(
+                f"'{layer}' has no dots, and is no layer of a network that is known here: such a "
+                "LoRA is loaded as it is"
+            )
+        layer = path
     prefix = next((p for p in PREFIXES if layer.startswith(p)), "")
     layer = layer.removeprefix(prefix)
     tail = {"a": "lora_A.weight", "b": "lora_B.weight", "alpha": "alpha"}[part]

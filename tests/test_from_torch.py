@@ -13,8 +13,9 @@ from test_qwen_autoencoder import SMALL, SMALL_SIZES, public_autoencoder
 
 from convert import from_torch, stream
 from convert.autoencoder import read_autoencoder
-from convert.from_torch import convert, error_table, summary
+from convert.from_torch import convert
 from convert.kinds import find_kind
+from convert.report import error_table, summary
 from convert.sources import find_source
 from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer, load_clip
 from mlx_snapgen.config import TextEncoderConfig

@@ -50,5 +50,5 @@ def test_without_the_libraries_it_says_what_to_install(monkeypatch, capsys, tmp_
     assert capsys.readouterr().out.count("skipped: ") == len(parity.PORTS)
     path = tmp_path / "a.safetensors"
     mx.save_safetensors(str(path), {"x.lora_A.weight": mx.zeros((2, 2))})
-    with pytest.raises(UserError, match="is a lora, which has no library"):
+    with pytest.raises(UserError, match="is a lora, which has no library to compare"):
         parity.kind_of(str(path))

@@ -13,20 +13,28 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import randomise
+from mlx.utils import tree_flatten
 
 from mlx_snapgen.autoencoder import Autoencoder
-from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from mlx_snapgen.config import (
+    WIDTH_NAMES,
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
 from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.hub import default_model_path
 from mlx_snapgen.text_encoder import ACTIVATIONS, TransformerTextEncoder
 from mlx_snapgen.transformer import EfficientDiT, TextStates
 from mlx_snapgen.weights import load_pretrained
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
-pytest.importorskip("safetensors", reason=WHY)
+safetensors_torch = pytest.importorskip("safetensors.torch", reason=WHY)
 
-from convert import torch_dit, torch_parts  # noqa: E402
+from convert import from_torch, torch_dit, torch_parts  # noqa: E402
+from convert.student import convert_student  # noqa: E402
 from convert.to_torch import to_torch, torch_weights  # noqa: E402
 from convert.torch_attention import attend_fused, attend_split  # noqa: E402
 
@@ -234,3 +242,58 @@ def test_torch_that_is_missing_is_one_line(module, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: this needs PyTorch")
     assert len(done.stderr.splitlines()) == 1
+
+
+# --- and back -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", ["full", "tiny"])
+def test_a_model_comes_back_bit_for_bit(components, model_folder, tmp_path, width, monkeypatch):
+    alone = load_pretrained(model_folder, dtype=mx.float32, model_width=WIDTH_NAMES[width])
+    to_torch(alone, tmp_path / "torch", width)
+    path = tmp_path / "torch" / "decoder.safetensors"
+    state = safetensors_torch.load_file(path)
+    assert state["up1.bias"].std() > 0
+    moved = {name: value + 1 if name == "up1.bias" else value for name, value in state.items()}
+    safetensors_torch.save_file(moved, path)
+    command = ["from_torch", str(tmp_path / "torch"), str(tmp_path / "back")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match="name the model that it came from with --model"):
+        from_torch.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--model", str(model_folder)])
+    from_torch.main()
+    back = load_pretrained(tmp_path / "back")
+    assert back.config.transformer == alone.config.transformer
+    for part, module in alone.modules().items():
+        found = dict(tree_flatten(back.modules()[part].parameters()))
+        expected = dict(tree_flatten(module.parameters()))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if f"{part}.{name}" == "autoencoder.decoder.up1.bias":
+                value = value + 1
+            assert mx.array_equal(found[name], value), f"{part}.{name}"
+    report = json.loads((tmp_path / "back" / "report.json").read_text())
+    assert "decoder.out.weight" in report["keys"]["used"]
+
+
+def test_what_does_not_come_back_is_one_line(components, model_folder, tmp_path):
+    alone = load_pretrained(model_folder, dtype=mx.float32, model_width=0.5)
+    to_torch(alone, tmp_path / "torch", "small")
+    path = tmp_path / "torch" / "transformer.safetensors"
+    state = safetensors_torch.load_file(path)
+    for change, message in {
+        "ghost": "has the unknown ghost",
+        "head.linear.bias": r"misshapes head.linear.bias \(7,\)",
+    }.items():
+        safetensors_torch.save_file(state | {change: torch.zeros(7)}, path)
+        with pytest.raises(UserError, match=message):
+            convert_student(tmp_path / "torch", model_folder, tmp_path / "back")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"transformer\.safetensors is truncated"):
+        convert_student(tmp_path / "torch", model_folder, tmp_path / "back")
+    path.unlink()
+    with pytest.raises(UserError, match=r"is incomplete: transformer\.safetensors is missing"):
+        convert_student(tmp_path / "torch", model_folder, tmp_path / "back")
+    with pytest.raises(UserError, match="does not come from"):
+        convert_student(tmp_path / "torch", default_model_path(), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
