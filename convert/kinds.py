@@ -28,12 +28,12 @@ from convert.autoencoder import (
 from convert.gemma import GEMMA_FILES, gemma_config, gemma_name, gemma_shapes
 from convert.lora import lora_metadata, lora_name, lora_weights
 from convert.sources import Source
-from convert.teacher_transformer import transformer_config, transformer_name
+from convert.teacher_transformer import make_transformer, transformer_name
 from mlx_snapgen import clip
 from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.stored import FORMAT_VERSION, matrices
-from mlx_snapgen.teachers.folder import NETWORKS, quantizable
+from mlx_snapgen.teachers.folder import quantizable
 from mlx_snapgen.weights import make_autoencoder
 
 Weights = dict[str, mx.array]
@@ -146,9 +146,8 @@ def _clip(source: Source, public: Weights) -> Plan:
 
 def _teacher(source: Source, public: Weights) -> Plan:
     """A public teacher's transformer, of which only the blocks are quantized."""
-    kind, config = transformer_config(_config_of(source), source.folder / "config.json")
-    network = NETWORKS[kind](config)
-    plan = _part("transformer", {"kind": kind} | to_dict(config), network, public)
+    kind, network = make_transformer(_config_of(source), source.folder / "config.json")
+    plan = _part("transformer", {"kind": kind} | to_dict(network.config), network, public)
 
     def layers(group_size: int) -> list[str]:
         return [key.removesuffix(".weight") for key in quantizable(network, group_size)]

@@ -28,7 +28,7 @@ from convert.autoencoder import read_autoencoder
 from convert.folders import check_new, new_folder
 from convert.from_torch import convert
 from convert.sources import find_source, read_object
-from convert.teacher_transformer import transformer_config
+from convert.teacher_transformer import make_transformer
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
@@ -93,25 +93,25 @@ def convert_teacher(
     part = read_part(given, "transformer")
     if part is None:
         path = given / "config.json"
-        kind, network_config = transformer_config(read_object(path), path)
+        kind, network = make_transformer(read_object(path), path)
     else:
         if quantization is not None:
             raise UserError(f"{given} is converted: it is quantized by convert.from_torch --bits")
         kind = part[0].pop("kind", None)
         if kind not in NETWORKS:
             raise UserError(f"{given} holds no teacher's transformer: it is of the kind {kind}")
-        network_config = from_dict(TRANSFORMERS[kind], part[0])
+        network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part[0]))
         quantization = part[1].get("transformer")
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
-        # On random weights, which are lazy: only whether it fits.
-        load_lora(few_step_lora, NETWORKS[kind](network_config), 0.0, FEW_STEP)
+        # The network's random weights are lazy: this is only whether the LoRA fits.
+        load_lora(few_step_lora, network, 0.0, FEW_STEP)
     schedule, few_step = SCHEDULES[kind]
     schedule = read_schedule(source / "scheduler", schedule)
     if kind == "qwen-image" and few_step_lora is None:
         few_step = None
     config = TeacherConfig(
-        kind, network_config, autoencoder.config, schedule, few_step, quantization=quantization
+        kind, network.config, autoencoder.config, schedule, few_step, quantization=quantization
     )
     if text_encoder is not None:
         config = dataclasses.replace(config, text_encoder=text_encoder)

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from convert.sources import find_source
+from convert.sources import find_source, read_object
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.teachers.config import (
     TRANSFORMERS,
@@ -28,11 +28,10 @@ def read_transformer(folder: Path) -> nn.Module:
     Raises:
         UserError: another network, or a key that is missing, unknown or misshapen.
     """
-    source = find_source(str(folder))
-    kind, config = transformer_config(source.config or {}, folder / "config.json")
-    network = NETWORKS[kind](config)
+    path = folder / "config.json"
+    _, network = make_transformer(read_object(path), path)
     # Of safetensors alone; pickles go through `convert.from_torch`.
-    weights = source.weights(folder)
+    weights = find_source(str(folder)).weights(folder)
     try:
         network.load_weights(list(weights.items()))
     except ValueError as error:
@@ -58,8 +57,8 @@ def _numberless(key: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".#", key)
 
 
-def transformer_config(values: dict[str, Any], path: Path) -> tuple[str, Any]:
-    """Kind of teacher and our config, from the transformer's config.json in diffusers.
+def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, nn.Module]:
+    """Kind of teacher and our network, of random weights, from config.json in diffusers.
 
     Args:
         path: of config.json, for messages.
@@ -75,7 +74,7 @@ def transformer_config(values: dict[str, Any], path: Path) -> tuple[str, Any]:
         )
     kind, read = CONFIGS[name]
     try:
-        return kind, read(values)
+        return kind, NETWORKS[kind](read(values))
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} does not describe a transformer known here: {error!r}") from None
 
