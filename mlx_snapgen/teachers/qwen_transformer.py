@@ -13,9 +13,8 @@ import numpy as np
 
 from mlx_snapgen.activations import gelu
 from mlx_snapgen.attention import attend, merge_heads, split_heads
-from mlx_snapgen.errors import UserError
 from mlx_snapgen.teachers.config import QwenTransformerConfig
-from mlx_snapgen.teachers.rope import axis_frequencies, rotate
+from mlx_snapgen.teachers.rope import axis_frequencies, rotate, token_grid
 from mlx_snapgen.transformer import layer_norm, sinusoids
 
 
@@ -221,20 +220,14 @@ class QwenTransformer(nn.Module):
         config = self.config
         b, height, width, _ = x_t.shape
         patch = config.patch_size
-        if height % patch or width % patch:
-            raise UserError(
-                f"latents of {height}x{width} do not divide by {patch}: choose a picture size "
-                f"that divides by {8 * patch}"
-            )
+        grid = token_grid(height, width, patch)
         x = self.img_in(pack(x_t, patch).astype(self.dtype))
         h = self.txt_in(self.txt_norm(text.astype(self.dtype)))
         if mask is not None:
             everywhere = mx.ones((b, x.shape[1]), mx.bool_)
             mask = mx.concatenate([mask.astype(mx.bool_), everywhere], axis=1)[:, None, None]
         embedding = self.time_text_embed(t, self.dtype)
-        rope = msrope_table(
-            height // patch, width // patch, h.shape[1], config.rope_axes, config.rope_theta
-        )
+        rope = msrope_table(*grid, h.shape[1], config.rope_axes, config.rope_theta)
         for block in self.transformer_blocks:
             x, h = block(x, h, embedding, rope, mask)
         v = unpack(self.proj_out(self.norm_out(x, embedding)), height, width, patch)

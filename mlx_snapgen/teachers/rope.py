@@ -1,9 +1,11 @@
-"""Rotary positions on three axes (frame, row, column) over interleaved pairs of channels."""
+"""Grids of tokens, and rotary positions on three axes (frame, row, column) over channel pairs."""
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_snapgen.errors import UserError
 
 
 def axis_frequencies(axes: Sequence[int], theta: float) -> list[np.ndarray]:
@@ -21,3 +23,13 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     a, b = pairs[..., 0], pairs[..., 1]
     turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def token_grid(height: int, width: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of tokens for latents of `height` x `width`; `UserError` for other sizes."""
+    if height % patch or width % patch:
+        raise UserError(
+            f"latents of {height}x{width} do not divide by {patch}: choose a picture size "
+            f"that divides by {8 * patch}"
+        )
+    return height // patch, width // patch

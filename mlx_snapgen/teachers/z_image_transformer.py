@@ -11,9 +11,8 @@ import numpy as np
 
 from mlx_snapgen.attention import attend, merge_heads, split_heads
 from mlx_snapgen.autoencoder import depth_to_space, space_to_depth
-from mlx_snapgen.errors import UserError
 from mlx_snapgen.teachers.config import ZImageTransformerConfig
-from mlx_snapgen.teachers.rope import axis_frequencies, rotate
+from mlx_snapgen.teachers.rope import axis_frequencies, rotate, token_grid
 from mlx_snapgen.transformer import layer_norm, sinusoids
 
 MULTIPLE = 32
@@ -154,12 +153,7 @@ class ZImageTransformer(nn.Module):
         """
         patch = self.config.patch_size
         b, height, width, _ = x_t.shape
-        if height % patch or width % patch:
-            raise UserError(
-                f"latents of {height}x{width} do not divide by {patch}: choose a picture size "
-                f"that divides by {8 * patch}"
-            )
-        grid = height // patch, width // patch
+        grid = token_grid(height, width, patch)
         embedding = self.t_embedder(1 - t.astype(mx.float32), self.dtype)
         cap, cap_mask, cap_lengths = self._caption(text, mask)
         cap_rope = self._rope(np.arange(1, cap.shape[1] + 1)[:, None] * np.array([1, 0, 0]))
