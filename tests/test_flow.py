@@ -18,7 +18,7 @@ from mlx_snapgen.transformer import TextStates
 from train.checkpoint import read_log, save_checkpoint
 from train.engine import Trainer, TrainingConfig
 from train.flow import gradients, kept_tokens
-from train.supernetwork import Data, TextToLatents, add_balanced, noisy, sampled_width, start_from
+from train.supernetwork import Data, TextToLatents, add_balanced, noisy, sampled_widths, start_from
 
 TEXT = TextEncoderConfig(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, max_length=6)
 CONFIG = dataclasses.replace(
@@ -94,7 +94,7 @@ def flat_grad(model, loss):
 @pytest.mark.parametrize("width", [0.5, 0.375])
 def test_gradient_is_the_balanced_sum_of_both_losses(model, batch, width):
     key = mx.random.key(3)
-    grads, metrics = gradients(model, batch, key, width, 1.0)
+    grads, metrics = gradients(model, batch, key, (width,), 1.0)
     found = dict(tree_flatten(grads))
     full, sub = (flat_grad(model, lambda i=i: losses(model, batch, key, width)[i]) for i in (0, 1))
     assert found.keys() == full.keys()
@@ -131,9 +131,26 @@ def measured_scale(model, batch, key, width, states):
     return norms[0] / norms[1]
 
 
+def test_two_sub_networks_in_a_step_are_each_balanced(model, batch):
+    """What a second sub-network adds does not depend on the first."""
+    key = mx.random.key(3)
+
+    def found(*widths):
+        return dict(tree_flatten(gradients(model, batch, key, widths, 1.0)[0]))
+
+    alone, first, second, both = found(), found(0.5), found(0.375), found(0.5, 0.375)
+    for name in alone:
+        expected = first[name] + second[name] - alone[name]
+        np.testing.assert_allclose(
+            np.array(both[name]), np.array(expected), atol=2e-5, err_msg=name
+        )
+    metrics = gradients(model, batch, key, (0.5, 0.375), 1.0)[1]
+    assert {"loss", "loss_0.5", "loss_0.375", "distillation_0.375"} <= metrics.keys()
+
+
 def test_full_width_alone_is_plain_flow_matching(model, batch):
     key = mx.random.key(4)
-    found = dict(tree_flatten(gradients(model, batch, key, 1.0, 1.0)[0]))
+    found = dict(tree_flatten(gradients(model, batch, key, (), 1.0)[0]))
     expected = flat_grad(model, lambda: losses(model, batch, key, 0.5)[0])
     for name in expected:
         np.testing.assert_allclose(
@@ -149,7 +166,7 @@ def even_batch(batch):
 def test_masking_weighs_whole_and_masked_scenes_alike(model, even_batch):
     """Each half goes through the network by itself here; the losses and noise are eq. 4's."""
     key = mx.random.key(5)
-    grads, metrics = gradients(model, even_batch, key, 1.0, 1.0, 0.4)
+    grads, metrics = gradients(model, even_batch, key, (), 1.0, 0.4)
     x_t, t, v = noisy(even_batch["latents"], key, 1.0)
     keep = kept_tokens(4, 4, 0.4, mx.random.split(key, 3)[2])
     assert not keep[2:].all()
@@ -185,7 +202,7 @@ def test_masking_weighs_whole_and_masked_scenes_alike(model, even_batch):
 
 def test_masking_leaves_noise_and_other_half_alone(model, even_batch):
     key = mx.random.key(6)
-    masked = gradients(model, even_batch, key, 0.5, 1.0, 0.4)[1]
+    masked = gradients(model, even_batch, key, (0.5,), 1.0, 0.4)[1]
     assert masked.keys() == {"loss", "masked", "loss_0.5", "masked_0.5", "distillation_0.5"}
     half = {name: rows[:2] for name, rows in even_batch.items()}
     x_t, t, v = (x[:2] for x in noisy(even_batch["latents"], key, 1.0))
@@ -223,7 +240,7 @@ def test_masked_training_learns_compiled(even_batch, tmp_path, monkeypatch):
 
     training = TrainingConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=10)
     Trainer(
-        model, watched, lambda k: even_batch, training, tmp_path, lambda step: (1.0, 1.0, 0.45)
+        model, watched, lambda k: even_batch, training, tmp_path, lambda step: ((), 1.0, 0.45)
     ).run()
     log = [entry for entry in read_log(tmp_path) if "masked" in entry]
     for name in ("loss", "masked"):
@@ -249,14 +266,18 @@ def test_weights_of_another_model_are_refused(model, tmp_path):
 def test_balanced_sum_has_equal_parts():
     full, sub = {"a": mx.array([3.0, 4.0])}, {"a": mx.array([0.0, 0.1])}
     np.testing.assert_allclose(np.array(add_balanced(full, sub)["a"]), [3, 9], atol=1e-5)
+    third = {"a": mx.array([20.0, 0.0])}
+    np.testing.assert_allclose(np.array(add_balanced(full, sub, third)["a"]), [8, 9], atol=1e-5)
 
 
 def test_widths_are_sampled_uniformly_and_repeatably():
-    drawn = [sampled_width((1.0, 0.5, 0.375), 0, step) for step in range(400)]
-    assert drawn == [sampled_width((1.0, 0.5, 0.375), 0, step) for step in range(400)]
-    assert set(drawn) == {0.5, 0.375}
-    assert 150 < drawn.count(0.5) < 250
-    assert sampled_width((1.0,), 0, 0) == 1.0
+    drawn = [sampled_widths((1.0, 0.5, 0.375), 0, step) for step in range(400)]
+    assert drawn == [sampled_widths((1.0, 0.5, 0.375), 0, step) for step in range(400)]
+    assert set(drawn) == {(0.5,), (0.375,)}
+    assert 150 < drawn.count((0.5,)) < 250
+    assert sampled_widths((1.0,), 0, 0) == ()
+    for step in range(4):
+        assert sampled_widths((1.0, 0.5, 0.375), 0, step, 2) == (0.5, 0.375)
 
 
 def test_tokenizer_pads_cuts_and_marks():

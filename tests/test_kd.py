@@ -138,7 +138,7 @@ def written_out(student, teacher, batch, key, width, full, guidance):
 def test_full_width_is_equation_8(parts, guidance):
     student, teacher = parts
     batch, key = make_batch(student, teacher), mx.random.key(3)
-    grads, metrics = make_gradients(teacher, guidance)(student, batch, key, 1.0, 2.0)
+    grads, metrics = make_gradients(teacher, guidance)(student, batch, key, (), 2.0)
     expected_metrics, expected, _ = written_out(student, teacher, batch, key, 1.0, None, guidance)
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected_metrics, rel=1e-4)
     assert_close(grads, expected)
@@ -160,7 +160,7 @@ def test_every_width_is_equation_8_beside_the_full_network(parts, width, monkeyp
     student, teacher = parts
     batch, key = make_batch(student, teacher), mx.random.key(4)
     monkeypatch.setattr("train.supernetwork.add_balanced", lambda full, sub: sub)
-    grads, metrics = make_gradients(teacher)(student, batch, key, width, 2.0)
+    grads, metrics = make_gradients(teacher)(student, batch, key, (width,), 2.0)
     args = (student, teacher, batch, key)
     full_metrics, _, full = written_out(*args, 1.0, None, 1.0)
     sub_metrics, expected, _ = written_out(*args, width, full, 1.0)
@@ -174,7 +174,8 @@ def test_each_width_has_a_projector_of_its_own(parts, width):
     student, teacher = parts
     batch = make_batch(student, teacher)
     before = {k: np.array(v) for k, v in tree_flatten(teacher.network.parameters())}
-    grads, _ = make_gradients(teacher)(student, batch, mx.random.key(5), width, 1.0)
+    sub = tuple(w for w in (width,) if w != 1.0)
+    grads, _ = make_gradients(teacher)(student, batch, mx.random.key(5), sub, 1.0)
     assert grads.keys() == {"transformer", "text_encoders", "projectors"}
     for other, projector in zip(WIDTHS, grads["projectors"], strict=True):
         reached = all(float(mx.abs(g).max()) > 1e-6 for _, g in tree_flatten(projector))
@@ -210,7 +211,7 @@ def test_a_teacher_on_another_grid_is_refused(parts):
     student.transformer.head.linear.weight = student.transformer.head.linear.weight[:4]
     student.transformer.head.linear.bias = student.transformer.head.linear.bias[:4]
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
-        make_gradients(teacher)(student, batch, mx.random.key(0), 1.0, 1.0)
+        make_gradients(teacher)(student, batch, mx.random.key(0), (), 1.0)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def trainer(parts, run_dir, stop_at=None, **options):
         lambda k: make_batch(student, teacher, k % 2),
         TrainingConfig(**settings | {"log_every": 1} | options),
         run_dir,
-        static=lambda step: (WIDTHS[1 + step % 2], 1.0),
+        static=lambda step: ((WIDTHS[1 + step % 2],), 1.0),
         validate=lambda t: (t.step == stop_at and t.stop()) or {},
     )
 
@@ -251,7 +252,7 @@ def test_every_width_learns_from_the_teacher(parts, tmp_path, quick, precision, 
         found = {}
         for width in WIDTHS[1:]:
             key = mx.random.key(9)
-            found |= make_gradients(teacher)(student, batch, key, width, 1.0)[1]
+            found |= make_gradients(teacher)(student, batch, key, (width,), 1.0)[1]
         return {k: float(v) for k, v in found.items()}
 
     before = losses()

@@ -168,7 +168,7 @@ def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
     batch |= teacher.encode(PROMPTS)._asdict()
     before = [np.array(p) for _, p in tree_flatten(teacher.network.parameters())]
     learn = functools.partial(make_gradients(teacher, 4.0), student)
-    compiled = mx.compile(lambda b, k: learn(b, k, 0.5, 1.0), inputs=student.state)
+    compiled = mx.compile(lambda b, k: learn(b, k, (0.5,), 1.0), inputs=student.state)
     grads, metrics = compiled(batch, mx.random.key(0))
     assert metrics["output"].item() > 0 and metrics["features_0.5"].item() > 0
     assert mx.abs(dict(tree_flatten(grads))["projectors.0.weight"]).max() > 0

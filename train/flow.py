@@ -12,6 +12,7 @@ alike at half the cost, each pass having scenes of its own.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,7 +30,7 @@ from train.supernetwork import (
     elastic_gradients,
     make_data,
     noisy,
-    sampled_width,
+    sampled_widths,
     start_from,
     training_config,
 )
@@ -39,15 +40,15 @@ def gradients(
     model: TextToLatents,
     batch: Batch,
     key: mx.array,
-    width: float,
+    widths: Sequence[float],
     shift: float,
     mask_ratio: float = 0.0,
 ):
-    """Gradients of the full network and of the sub-network of `width`, balanced and added.
+    """Gradients of the full network and of the sub-networks of `widths`, balanced and added.
 
     Args:
         batch: `latents` (B, H, W, C), and for text encoder i `tokens_i` and `mask_i` (B, L).
-        width: the sampled sub-network's; 1.0 trains the full network alone.
+        widths: the sampled sub-networks'; without any the full network trains alone.
         shift: timestep shift.
         mask_ratio: share of tokens masked in the second half of the batch.
 
@@ -78,7 +79,7 @@ def gradients(
         metrics[f"distillation{suffix}"] = distillation
         return diffusion + distillation, (predicted, metrics)
 
-    return elastic_gradients(model, batch, width, loss)
+    return elastic_gradients(model, batch, widths, loss)
 
 
 def kept_tokens(count: int, tokens: int, ratio: float, key: mx.array) -> mx.array:
@@ -131,7 +132,7 @@ def main() -> None:
         training_config(args),
         args.run_dir,
         static=lambda step: (
-            sampled_width(widths, args.seed, step),
+            sampled_widths(widths, args.seed, step, args.sub_networks),
             args.time_shift,
             args.mask_ratio,
         ),

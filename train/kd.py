@@ -37,7 +37,7 @@ from train.supernetwork import (
     elastic_gradients,
     make_data,
     noisy,
-    sampled_width,
+    sampled_widths,
     start_from,
     training_config,
 )
@@ -82,13 +82,15 @@ def lesson(
 def make_gradients(
     teacher: Teacher, guidance_scale: float = 1.0
 ) -> Callable[..., tuple[dict, dict[str, mx.array]]]:
-    """The gradient function for `Trainer`: (model, batch, key, width, shift).
+    """The gradient function for `Trainer`: (model, batch, key, widths, shift).
 
-    `batch` is as `TaughtData` makes it, `width` the sampled sub-network's, `shift` that of the
-    noise levels.
+    `batch` is as `TaughtData` makes it, `widths` are the sampled sub-networks', `shift` is that of
+    the noise levels.
     """
 
-    def gradients(model: Student, batch: Batch, key: mx.array, width: float, shift: float):
+    def gradients(
+        model: Student, batch: Batch, key: mx.array, widths: Sequence[float], shift: float
+    ):
         x_t, t, v = noisy(batch["latents"], key, shift)
         condition = Condition(*(batch[name] for name in Condition._fields))
         v_teacher, seen = lesson(teacher, x_t, t, condition, guidance_scale)
@@ -111,7 +113,7 @@ def make_gradients(
             metrics = {f"{name}_{width:g}": value for name, value in losses.items()}
             return total + losses["distillation"], (predicted, metrics)
 
-        return elastic_gradients(model, batch, width, loss)
+        return elastic_gradients(model, batch, widths, loss)
 
     return gradients
 
@@ -171,7 +173,10 @@ def main() -> None:
         TaughtData(data, teacher),
         training_config(args),
         args.run_dir,
-        static=lambda step: (sampled_width(widths, args.seed, step), args.time_shift),
+        static=lambda step: (
+            sampled_widths(widths, args.seed, step, args.sub_networks),
+            args.time_shift,
+        ),
         validate=previews_of(student, autoencoder, args.time_shift, args.widths),
     ).run()
 

@@ -1,8 +1,11 @@
 """What flow matching and distillation share: the elastic student, its data and its gradients.
 
 Every step runs the full network and one sampled sub-network on the same noisy latents
-(SnapGen++ section 3.2), and the two gradients are brought to the same norm before they are added.
-What each of the two learns is the trainer's own loss. The text encoders learn along.
+(SnapGen++ section 3.2), and their gradients are brought to the same norm before they are added.
+What each of them learns is the trainer's own loss. The text encoders learn along.
+
+`--sub-networks 2` runs two sub-networks in a step. They cost little beside the full one, and with
+the paper's single one each of them learns in only half of the steps.
 """
 
 import argparse
@@ -133,10 +136,17 @@ class Data:
         return latents, captions
 
 
-def sampled_width(widths: Sequence[float], seed: int, step: int) -> float:
-    """The sub-network of a step: uniform over the widths below 1, the same on every machine."""
+def sampled_widths(
+    widths: Sequence[float], seed: int, step: int, count: int = 1
+) -> tuple[float, ...]:
+    """The sub-networks of a step: up to `count` of the widths below 1, uniform, widest first.
+
+    They are the same on every machine.
+    """
     subs = [w for w in widths if w != 1.0]
-    return float(np.random.default_rng((seed, step, 3)).choice(subs)) if subs else 1.0
+    rng = np.random.default_rng((seed, step, 3))
+    chosen = rng.choice(subs, min(count, len(subs)), replace=False) if subs else []
+    return tuple(sorted(map(float, chosen), reverse=True))
 
 
 # --- gradients ----------------------------------------------------------------------------------
@@ -162,17 +172,17 @@ gradient, None when it is the full network's own turn.
 
 
 def elastic_gradients(
-    model: TextToLatents, batch: Batch, width: float, loss: Loss
+    model: TextToLatents, batch: Batch, widths: Sequence[float], loss: Loss
 ) -> tuple[dict, dict[str, mx.array]]:
-    """Gradients of the full network and of the sub-network of `width`, balanced and added.
+    """Gradients of the full network and of the sub-networks of `widths`, balanced and added.
 
     Args:
         model: `TextToLatents`, or one with further parts of its own that `loss` uses.
         batch: for text encoder i `tokens_i` and `mask_i` (B, L).
-        width: the sampled sub-network's; 1.0 trains the full network alone.
+        widths: the sampled sub-networks'; without any the full network trains alone.
 
     Returns:
-        gradients like `model.trainable_parameters()`, and the metrics of both losses.
+        gradients like `model.trainable_parameters()`, and the metrics of all losses.
     """
     transformer, encoders = model.transformer, model.text_encoders
     params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
@@ -195,12 +205,14 @@ def elastic_gradients(
     text_params = [p for e in encoders for _, p in tree_flatten(e.trainable_parameters())]
     states = encode(*text_params)
     (_, (full, metrics)), grads = grad_fn(params, states, 1.0, None)
-    if width != 1.0:
-        (_, (_, more)), sub_grads = grad_fn(params, states, width, mx.stop_gradient(full))
-        grads = add_balanced(grads, sub_grads)
+    sub_grads = []
+    for width in widths:
+        (_, (_, more)), grads_of_width = grad_fn(params, states, width, mx.stop_gradient(full))
+        sub_grads.append(grads_of_width)
         metrics |= more
+    grads = add_balanced(grads, *sub_grads)
     model.update(params)
-    # The text encoders run once for both widths: pull the states' gradient through them here.
+    # The text encoders run once for all widths: pull the states' gradient through them here.
     _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
     encode(*text_params)
     text_grads = [tree_unflatten(g) for g in _chunks(text_grads, names)]
@@ -216,11 +228,16 @@ def _chunks(flat: Sequence[mx.array], names: list[list[str]]) -> list[list[tuple
     return out
 
 
-def add_balanced(full, sub):
-    """full + s * sub with s such that both have the same global norm."""
-    norms = [mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(tree))) for tree in (full, sub)]
-    scale = norms[0] / mx.maximum(norms[1], 1e-12)
-    return tree_map(lambda a, b: a + scale * b, full, sub)
+def add_balanced(full, *subs):
+    """full + the sum of s_i * subs[i], with s_i such that all parts have the same global norm."""
+    norm, *others = (
+        mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(tree))) for tree in (full, *subs)
+    )
+    total = full
+    for sub, other in zip(subs, others, strict=True):
+        scale = norm / mx.maximum(other, 1e-12)
+        total = tree_map(lambda a, b, s=scale: a + s * b, total, sub)
+    return total
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -276,6 +293,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(WIDTH_NAMES),
         default=list(WIDTH_NAMES),
         help="widths to train; 'full' alone takes two thirds of the time of a step",
+    )
+    parser.add_argument(
+        "--sub-networks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sub-networks per step beside the full network (default 1, as in the paper)",
     )
     parser.add_argument(
         "--save-memory",
