@@ -95,11 +95,21 @@ def test_validation_set_is_fixed_and_apart_from_training():
 
 
 PINNED = [
-    "an orange fire extinguisher",
+    "a frisbee below a tomato",
     "a crown to the left of a compass",
     "a gold medal on a green background",
     "a box of popcorn above a boxing glove",
 ]
+
+
+def test_things_stand_in_the_order_of_the_caption():
+    pairs = [scene for scene in TRAINING if scene.category in ("two_objects", "color_attribution")]
+    for scene in pairs:
+        first, second = scene.placed
+        found = [re.search(words_for(p.noun), scene.caption.lower()) for p in (first, second)]
+        assert first.x < second.x and first.y == second.y, scene.caption
+        assert found[0].start() < found[1].start(), scene.caption
+    assert len(pairs) > 500
 
 
 def test_training_never_shows_a_held_out_combination():

@@ -64,7 +64,7 @@ COUNTING = (
 )
 COUNTING_TWO = ("a couple of {p}", "a {s} and another {s}")
 
-# {a} and {b} are noun phrases in either order.
+# {a} and {b} are noun phrases in the order of the picture.
 TWO_OBJECTS = (
     "{a} and {b}",
     "{a} and {b}",
@@ -77,8 +77,9 @@ TWO_OBJECTS = (
     "{a} plus {b}",
     "{a} as well as {b}",
 )
-BOTH = ("both {a} and {b}",)
-NEIGHBOURS = (
+# Where neither is more than one thing.
+TWO_NEIGHBOURS = (
+    "both {a} and {b}",
     "{a} next to {b}",
     "{a} beside {b}",
     "{a} and {b} side by side",
@@ -288,22 +289,15 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
         else:
             forms = LEFT_RIGHT if horizontal else ABOVE_BELOW
         return pick(rng, forms).format(a=phrases[0], b=phrases[1]), not sentence
-    order = rng.permutation(len(phrases))
-    phrases = [phrases[k] for k in order]
     if len(phrases) == 2:
         forms = TWO_OBJECTS
         if len(scene.placed) == 2:
-            forms += BOTH + (NEIGHBOURS if _side_by_side(scene) else ())
+            forms += TWO_NEIGHBOURS
         if all(item.colour and not item.size_word for _, item in groups) and rng.random() < 0.07:
-            (_, a), (_, b) = (groups[k] for k in order)
+            (_, a), (_, b) = groups
             return f"the {a.noun.name} is {a.colour} and the {b.noun.name} is {b.colour}", False
         return pick(rng, forms).format(a=phrases[0], b=phrases[1]), True
     return ", ".join(phrases) if rng.random() < 0.15 else _join(phrases), True
-
-
-def _side_by_side(scene: Scene) -> bool:
-    (ax, ay), (bx, by) = scene.placed[0].centre, scene.placed[1].centre
-    return abs(ay - by) < 0.6 * abs(ax - bx)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -20,22 +20,23 @@ from train.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, Noun
 
 SIDE = 128  # pixels of a scene's side; Placed is in these pixels
 CELL = SIDE // 2  # of two to four glyphs each has a square of this side
-# Glyphs have four sizes and few places, all on a grid of the latents' scale. A prompt then has few
-# pictures, and a small model learns from a tenth of the scenes what each word looks like.
+# Glyphs have four sizes and few places, all on a grid of the latents' scale, and stand in the order
+# in which the caption names them. A prompt then has few pictures, and a small model learns from a
+# tenth of the scenes what each word looks like.
 ALONE, SHARING, SMALL, BIG = 80, 56, 32, 112  # pixels of a glyph's longer side
 MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
 
 # How often each category is drawn for training.
 CATEGORIES = {
-    "single_object": 0.22,
+    "single_object": 0.16,
     "two_objects": 0.14,
-    "counting": 0.11,
-    "colors": 0.16,
-    "position": 0.13,
-    "color_attribution": 0.11,
-    "size": 0.04,
+    "counting": 0.08,
+    "colors": 0.12,
+    "position": 0.21,
+    "color_attribution": 0.18,
+    "size": 0.03,
     "background": 0.04,
-    "mixed": 0.05,
+    "mixed": 0.04,
 }
 _CATEGORY_EDGES = np.cumsum(list(CATEGORIES.values()))[:-1]
 HELD_OUT_CATEGORIES = ("two_objects", "position", "colors", "color_attribution")
@@ -184,13 +185,13 @@ def _sizes(rng: np.random.Generator, category: str, count: int) -> list[tuple[in
 def _cells(rng: np.random.Generator, count: int, relation: str | None) -> list[tuple[int, int]]:
     """Top-left corners (x, y) of `count` squares of side CELL that do not overlap.
 
-    They are in reading order unless the relation asks for another.
+    They are in reading order, which is the caption's, unless the relation asks for another.
     """
     middle = CELL // 2
     if count == 1:
         return [(middle, middle)]
     if count == 2:
-        horizontal = rng.random() < 0.8 if relation is None else relation in ("left", "right")
+        horizontal = relation in (None, "left", "right")
         cells = [(0, middle), (CELL, middle)] if horizontal else [(middle, 0), (middle, CELL)]
         return cells[::-1] if relation in ("right", "below") else cells
     if count == 3:
