@@ -1,5 +1,7 @@
 """K-DMD: who is trained when, and the student's gradient against the paper's formula."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -173,6 +175,19 @@ def test_backward_simulation_follows_the_student(parts):
     late = next(n for n, b in enumerate(batches) if b["sigma"][0] < 0.8)
     model.update(tree_map(lambda p: p * 1.5, model.trainable_parameters()))
     assert not np.array_equal(np.array(simulation(late)["x_t"]), np.array(batches[late]["x_t"]))
+
+
+def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
+    model, teacher = parts
+    monkeypatch.setattr(mx.distributed, "init", lambda: SimpleNamespace(size=lambda: 2))
+    asked = []
+    shape = (4, 4, model.network.config.latent_channels)
+    simulation = Simulation(
+        model, teacher, shape, 2, lambda k: PROMPTS[k % 3], lambda step: asked.append(step) or 1.0
+    )
+    first, second, _, _ = (simulation(number) for number in range(4))
+    assert asked == [0, 0, 1, 1]
+    assert not mx.array_equal(first["x_t"], second["x_t"])
 
 
 def test_adapters_that_are_off_leave_the_teacher_exact(parts, model_folder):

@@ -158,8 +158,9 @@ class Simulation:
     """Backward simulation: batches of x_t that the student itself would meet.
 
     A batch picks a step of the schedule, runs the student up to it without gradient (predict x0,
-    noise it afresh to the next level), and stops there. `read` makes prompts into the student's
-    text and mask; None where the teacher is of the student's own weights, which reads for both.
+    noise it afresh to the next level), and stops there. `width_of` is told the step. `read` makes
+    prompts into the student's text and mask; None where the teacher is of the student's own
+    weights, which reads for both.
     """
 
     def __init__(
@@ -189,9 +190,11 @@ class Simulation:
 
     def __call__(self, number: int) -> Batch:
         """Batch `number`, from the student as it is now."""
+        # The engine numbers batches by step, then process.
+        step = number // mx.distributed.init().size()
         start, count = number * self.batch_size, self.batch_size
         rng = np.random.default_rng((self.seed, number, 4))
-        stop, width = int(rng.integers(len(self.levels) - 1)), self.width_of(number)
+        stop, width = int(rng.integers(len(self.levels) - 1)), self.width_of(step)
         prompts = [self.prompts(start + k) for k in range(count)]
         condition = self.teacher.encode(prompts)
         text, mask = self.read(prompts) if self.read else (condition.text, condition.mask)
@@ -293,7 +296,7 @@ def main() -> None:
         ema_decay=0.99,
         seed=args.seed,
     )
-    finished = Trainer(
+    trainer = Trainer(
         model,
         make_gradients(teacher, args.guidance, teacher.has_few_step),
         batches,
@@ -301,8 +304,8 @@ def main() -> None:
         args.run_dir,
         static=lambda step: (width_of(step), (step + 1) % args.student_every == 0),
         validate=Previews(components, args.widths, adapter=STUDENT),
-    ).run()
-    if finished:
+    )
+    if trainer.run() and trainer.is_main:
         model.update(tree_unflatten(list(load_ema(args.run_dir).items())))
         save_lora(args.output, network, STUDENT, config.name)
         print(args.output)

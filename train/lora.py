@@ -311,7 +311,7 @@ def main() -> None:
     if args.dry_run:
         return
     data.prior = draw_prior(components, known) if known else None
-    finished = Trainer(
+    trainer = Trainer(
         network,
         gradients,
         data,
@@ -319,8 +319,8 @@ def main() -> None:
         args.run_dir,
         static=static,
         validate=Validation(components, data, prompts, max(names, key=WIDTH_NAMES.get)),
-    ).run()
-    if finished:
+    )
+    if trainer.run() and trainer.is_main:
         network.update(tree_unflatten(list(load_ema(args.run_dir).items())))
         save_lora(args.output, network, NAME, config.name)
         model = f" --model {args.model}" if args.model else ""
