@@ -338,6 +338,6 @@ STICKERS = ModelConfig(
     image_size=(128, 128),
     transformer=TRANSFORMERS["stickers"],
     text_encoders=(TextEncoderConfig(),),
-    sampler=SamplerConfig(time_shift=4.0),
+    sampler=SamplerConfig(guidance_scale=2.0, time_shift=4.0),
 )
 """The default model: 128 px stickers, trained from scratch by `train/`."""

@@ -244,7 +244,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="critic iterations")
     parser.add_argument("--student-every", type=int, default=5, help="iterations per student step")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--guidance", type=float, default=4.0, help="of the teacher")
+    parser.add_argument(
+        "--guidance", type=float, help="of the teacher (default: what the model draws with)"
+    )
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=128.0)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
@@ -264,6 +266,9 @@ def main() -> None:
         load_lora(args.few_step_lora, network, 0.0, FEW_STEP)
     few_step = FEW_STEP if args.few_step_lora else None
     own = CheckpointTeacher(network, components.text_encoders, few_step)
+    guidance = args.guidance
+    if guidance is None:
+        guidance = config.sampler.guidance_scale
     teacher = own if args.teacher is None else other_teacher(args.teacher, config.autoencoder)
     widths = [WIDTH_NAMES[name] for name in args.widths]
     for width in widths:
@@ -298,7 +303,7 @@ def main() -> None:
     )
     trainer = Trainer(
         model,
-        make_gradients(teacher, args.guidance, teacher.has_few_step),
+        make_gradients(teacher, guidance, teacher.has_few_step),
         batches,
         training,
         args.run_dir,
