@@ -10,7 +10,14 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_snapgen.lora import add_lora
 from mlx_snapgen.weights import load_pretrained
 from train.engine import Trainer, TrainingConfig
-from train.kdmd import STUDENT_TEXT, Distilled, Simulation, critic_name, make_gradients
+from train.kdmd import (
+    STUDENT_TEXT,
+    Distilled,
+    Simulation,
+    critic_name,
+    fit_projectors,
+    make_gradients,
+)
 from train.losses import add_noise, expand, sample_tau
 from train.teacher import CheckpointTeacher, Condition, acting
 
@@ -188,6 +195,27 @@ def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
     first, second, _, _ = (simulation(number) for number in range(4))
     assert asked == [0, 0, 1, 1]
     assert not mx.array_equal(first["x_t"], second["x_t"])
+
+
+def test_projectors_start_at_the_best_fit(parts):
+    model, teacher = parts
+    batches = [make_batch(model, teacher, seed) for seed in range(4)]
+    fit_projectors(model, teacher, batches)
+
+    def loss():
+        gradients = make_gradients(teacher, 4.0, True)
+        return [
+            gradients(model, batch, mx.random.key(0), width, True)[1][f"features_{width:g}"].item()
+            for batch in batches
+            for width in WIDTHS
+        ]
+
+    best = np.mean(loss())
+    for projector in model.projectors:
+        for values in (projector.weight, projector.bias):
+            values[0] += 0.02
+            assert np.mean(loss()) > best
+            values[0] -= 0.02
 
 
 def test_adapters_that_are_off_leave_the_teacher_exact(parts, model_folder):

@@ -209,6 +209,34 @@ class Simulation:
         return {"x_t": x_t, "sigma": sigma, **condition._asdict(), **told}
 
 
+def fit_projectors(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
+    """Start each width's projector at the least-squares fit to the few-step teacher's features.
+
+    A random projection would push the student about until it is learned, and of a few hundred
+    iterations each width has but a third.
+    """
+    conditions = [Condition(*(batch[name] for name in Condition._fields)) for batch in batches]
+    seen = [
+        teacher.velocity_and_features(batch["x_t"], batch["sigma"], condition, True)[1]
+        for batch, condition in zip(batches, conditions, strict=True)
+    ]
+    wanted = np.concatenate([np.array(f.reshape(-1, f.shape[-1])) for f in seen])
+    for width, projector in zip(model.widths, model.projectors, strict=True):
+        rows = []
+        for batch in batches:
+            text, mask = (batch[name] for name in STUDENT_TEXT)
+            with acting(model.network, STUDENT):
+                _, features = model.network(
+                    batch["x_t"], batch["sigma"], text, mask, width, return_features=True
+                )
+            rows.append(np.array(features.reshape(-1, features.shape[-1])))
+        given = np.concatenate(rows)
+        given = np.concatenate([given, np.ones_like(given[:, :1])], axis=1)
+        solution = np.linalg.lstsq(given, wanted, rcond=None)[0]
+        projector.weight = mx.array(solution[:-1].T)
+        projector.bias = mx.array(solution[-1])
+
+
 def other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
     """The teacher in `folder`; `UserError` when it knows other latents than the student."""
     teacher, autoencoder = load_teacher(folder)
@@ -291,6 +319,8 @@ def main() -> None:
         seed=args.seed,
         read=None if teacher is own else own.read,
     )
+    if teacher.has_few_step:
+        fit_projectors(model, teacher, [batches(k) for k in range(8)])
     training = TrainingConfig(
         steps=args.steps,
         batch_size=args.batch_size,
