@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -18,9 +19,11 @@ from mlx_snapgen.lora import add_lora, fuse_lora, remove_lora, set_lora_weights
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import FEW_STEP, load_pretrained, save_pretrained
+from train import evaluate
 from train.previews import PROMPTS, previews_of
 from train.sampling import sample
 from train.supernetwork import TextToLatents
+from train.validation import validation_losses, validation_set
 
 MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
 
@@ -211,6 +214,19 @@ def test_previews_show_the_averages_and_leave_the_model_alone(components, font, 
     expected = sample(own, list(PROMPTS), range(len(PROMPTS)), 1.0, time_shift=2.0)
     for k in (0, 7):
         assert np.array_equal(sheets[0][:128, 134 * k : 134 * k + 128], expected[k])
+
+
+@pytest.mark.parametrize("option", ["--few-step", "--no-few-step"])
+def test_the_validation_loss_is_of_the_mode_that_draws(folder, font, tmp_path, monkeypatch, option):
+    command = ["evaluate", "--model", str(folder), "--num-nouns", "100", "--per-category", "1"]
+    command += ["--validation-scenes", "2", "--widths", "tiny", "--steps", "1", "--no-ceilings"]
+    monkeypatch.setattr("sys.argv", [*command, "--output", str(tmp_path), option])
+    evaluate.main()
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    components = load_pretrained(folder, few_step=True)
+    set_lora_weights(components.transformer, {FEW_STEP: float(option == "--few-step")})
+    expected = validation_losses(components, validation_set(components, 2, 100), 0.375)
+    assert row["validation_losses"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_core_ml_export_has_it_fused(folder):

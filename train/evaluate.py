@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.lora import lora_weights
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.pipeline import check_width, parse_width
-from mlx_snapgen.weights import Components, load_pretrained
+from mlx_snapgen.weights import FEW_STEP, Components, load_pretrained
 from train import stickers
 from train.autoencoder import reconstruct
 from train.captions import with_article
@@ -177,6 +178,9 @@ def _evaluate(
     prompts = fixed_prompts(args.per_category, num_nouns)
     data = validation_set(components, args.validation_scenes, num_nouns)
     rows = []
+    few_step = components.config.few_step
+    mode = components.config.sampler_for(args.steps, args.few_step)
+    adapters = {} if few_step is None else {FEW_STEP: float(mode is few_step)}
 
     def finish(row: Row, pictures: np.ndarray) -> None:
         rows.append(row)
@@ -188,7 +192,8 @@ def _evaluate(
         started = time.perf_counter()
         pictures = draw(components, prompts, width, args.seed, name, **_sampling(args))
         seconds = (time.perf_counter() - started) / len(prompts)
-        losses = validation_losses(components, data, width)
+        with lora_weights(components.transformer, adapters):
+            losses = validation_losses(components, data, width)
         finish(_row(name, prompts, pictures, num_nouns, losses, seconds), pictures)
     if args.ceilings:
         truth = np.stack([stickers.render(prompt.scene) for prompt in prompts])
