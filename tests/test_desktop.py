@@ -249,14 +249,14 @@ def test_history_restores_all_settings_and_saves(window, tmp_path):
     assert replace(restored, **unset) == replace(before, **unset)
 
     target = tmp_path / "saved.png"
-    window.save_to(entry, target)
+    window.pictures.save_to(entry, target)
     assert target.read_bytes() == entry.path.read_bytes()
     set_form(window, "something else")
-    window.open_picture(target)
+    window.pictures.open_picture(target)
     assert window.form.read(window.settings).prompt == "a blue car"
-    window.open_picture(tmp_path / "none.png")
+    window.pictures.open_picture(tmp_path / "none.png")
     assert window.banner.message.startswith("No picture")
-    window.save_to(entry, tmp_path / "saved.png" / "inside.png")
+    window.pictures.save_to(entry, tmp_path / "saved.png" / "inside.png")
     assert window.banner.message.startswith("Cannot save")
 
 
