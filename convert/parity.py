@@ -251,7 +251,7 @@ def main() -> int:
         raise UserError("--source finds the kind itself: leave --kind out")
     runs = [kind_of(source) for source in args.source or ()]
     runs = runs or [(kind, None) for kind in args.kind or PORTS]
-    print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<8}difference")
+    print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<10}difference")
     worst = done = 0.0
     for kind, folder in runs:
         try:
@@ -264,7 +264,7 @@ def main() -> int:
         for what, difference in rows:
             name = "random" if folder is None else folder.name[-18:]
             print(
-                f"{kind:<16}{name:<20}{PORTS[kind].original:<38}{what:<8}{difference:.1e}",
+                f"{kind:<16}{name:<20}{PORTS[kind].original:<38}{what:<10}{difference:.1e}",
                 flush=True,
             )
             worst, done = max(worst, difference), done + 1
