@@ -236,6 +236,15 @@ def kind_of(source: str) -> tuple[str, Path]:
     return kind, found.folder
 
 
+def _hush() -> None:
+    """The table without transformers' progress bars, and its list of a checkpoint's other keys."""
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m convert.parity",
@@ -249,9 +258,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.source and args.kind:
         raise UserError("--source finds the kind itself: leave --kind out")
+    _hush()
     runs = [kind_of(source) for source in args.source or ()]
     runs = runs or [(kind, None) for kind in args.kind or PORTS]
-    print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<8}difference")
+    print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<10}difference")
     worst = done = 0.0
     for kind, folder in runs:
         try:
@@ -264,7 +274,7 @@ def main() -> int:
         for what, difference in rows:
             name = "random" if folder is None else folder.name[-18:]
             print(
-                f"{kind:<16}{name:<20}{PORTS[kind].original:<38}{what:<8}{difference:.1e}",
+                f"{kind:<16}{name:<20}{PORTS[kind].original:<38}{what:<10}{difference:.1e}",
                 flush=True,
             )
             worst, done = max(worst, difference), done + 1

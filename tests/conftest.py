@@ -1,7 +1,8 @@
-"""A tiny random model in the full format, shared by the tests of weights, pipeline and command."""
+"""What the tests share: above all a tiny random model in the full format."""
 
 import io
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def randomise(module, seed: int) -> None:
         values.append((name, value))
     module.update(tree_unflatten(values))
     mx.eval(module.parameters())
+
+
+def memory(pid):
+    """MiB of a process and its children; Linux alone tells."""
+    pids = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        pids += map(int, (task / "children").read_text().split())
+    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import memory
 from PIL import Image
 
 from apps.desktop.history import History
@@ -249,14 +250,14 @@ def test_history_restores_all_settings_and_saves(window, tmp_path):
     assert replace(restored, **unset) == replace(before, **unset)
 
     target = tmp_path / "saved.png"
-    window.save_to(entry, target)
+    window.pictures.save_to(entry, target)
     assert target.read_bytes() == entry.path.read_bytes()
     set_form(window, "something else")
-    window.open_picture(target)
+    window.pictures.open_picture(target)
     assert window.form.read(window.settings).prompt == "a blue car"
-    window.open_picture(tmp_path / "none.png")
+    window.pictures.open_picture(tmp_path / "none.png")
     assert window.banner.message.startswith("No picture")
-    window.save_to(entry, tmp_path / "saved.png" / "inside.png")
+    window.pictures.save_to(entry, tmp_path / "saved.png" / "inside.png")
     assert window.banner.message.startswith("Cannot save")
 
 
@@ -300,6 +301,19 @@ def test_mistakes_are_shown_and_the_window_goes_on(window):
     window.generate()
     drawn(window)
     assert window.banner.message == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_many_pictures_take_no_more_memory(window):
+    for count in range(30):
+        set_form(
+            window, ("a red apple", "a blue cat")[count % 2], seed=count, num_inference_steps=1
+        )
+        window.generate()
+        drawn(window)
+        if count == 9:
+            before = memory(os.getpid())
+    assert memory(os.getpid()) < before + 15
 
 
 def test_both_appearances_and_sizes_show_every_part(window):

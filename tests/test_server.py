@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import memory
 from PIL import Image
 
 from mlx_snapgen.metadata import read_metadata
@@ -247,15 +248,6 @@ def test_a_slow_reader_misses_previews_but_never_the_picture():
 
 
 # --- load ---------------------------------------------------------------------------------------
-
-
-def memory(pid):
-    """MiB of a process and its children."""
-    pids = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        pids += map(int, (task / "children").read_text().split())
-    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def rude(port, kind):

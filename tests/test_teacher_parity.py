@@ -49,18 +49,24 @@ def z_image(tmp_path_factory):
     return converted(z_image_pipeline(), tmp_path_factory.mktemp("z-image"))
 
 
-def test_qwen_image_reads_as_its_pipeline_does(qwen):
+def test_qwen_image_reads_as_its_pipeline_does(qwen, monkeypatch):
+    """Both are held against float64 as well, so that a difference tells whose it is."""
     pipeline, _, teacher, _ = qwen
     reading = teacher.prompts.reading
     assert reading.template == pipeline.prompt_template_encode
     assert reading.dropped == pipeline.prompt_template_encode_start_idx
     assert reading.max_length == pipeline.tokenizer_max_length
-    libraries()[0].manual_seed(0)
     expected, mask = pipeline.encode_prompt(PROMPTS)
     condition = teacher.encode(PROMPTS)
     length = expected.shape[1]
     np.testing.assert_array_equal(np.array(condition.mask)[:, :length], mask.numpy().astype(bool))
     assert condition.text.shape[1] % 32 == 0 and not condition.mask[:, length:].any()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "text_encoder", copy.deepcopy(pipeline.text_encoder).double())
+        exact, _ = pipeline.encode_prompt(PROMPTS)
+    assert exact.dtype == libraries()[0].float64
+    assert relative_error(expected, exact) < 1e-5
+    assert relative_error(condition.text[:, :length], exact) < 1e-5
     assert relative_error(condition.text[:, :length], expected) < 1e-4
     empty, _ = pipeline.encode_prompt(" ")
     assert relative_error(condition.empty_text[:, : empty.shape[1]], empty) < 1e-4

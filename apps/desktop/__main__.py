@@ -37,7 +37,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: window.close_soon())
     if args.picture is not None:
-        window.open_picture(args.picture)
+        window.pictures.open_picture(args.picture)
     window.mainloop()
     return 0
 

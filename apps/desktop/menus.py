@@ -40,8 +40,8 @@ def build_menus(window) -> None:
         return menu
 
     file = submenu("File")
-    item(file, "Open Picture…", window.open, "O")
-    item(file, "Save Picture…", window.save, "S")
+    item(file, "Open Picture…", window.pictures.open, "O")
+    item(file, "Save Picture…", window.pictures.save, "S")
     if not mac:
         file.add_separator()
         item(file, "Quit", window.close, "Q")
@@ -67,13 +67,15 @@ def build_menus(window) -> None:
         picture, "Keep the Seed", lambda: window.form.locked.set(not window.form.locked.get()), "L"
     )
     picture.add_separator()
-    item(picture, "Copy Picture", window.copy, "Shift-C")
-    item(picture, "Show in Finder" if system.MAC else "Show in Folder", window.reveal, "R")
+    item(picture, "Copy Picture", window.pictures.copy, "Shift-C")
+    item(picture, "Show in Finder" if system.MAC else "Show in Folder", window.pictures.reveal, "R")
     picture.add_command(
-        label="Delete from History…", command=window.delete, accelerator="⌫" if mac else "Delete"
+        label="Delete from History…",
+        command=window.pictures.delete,
+        accelerator="⌫" if mac else "Delete",
     )
     for key in ("<Delete>", "<BackSpace>"):
-        window.bind(key, lambda e: _outside_text(e.widget) and window.delete())
+        window.bind(key, lambda e: _outside_text(e.widget) and window.pictures.delete())
 
     view = submenu("View")
     chosen = tk.StringVar(window, window.settings.appearance)
@@ -91,11 +93,11 @@ def build_menus(window) -> None:
 
     popup = tk.Menu(window, tearoff=False)
     for text, command in (
-        ("Use Settings", lambda: window.restore(window.strip.selected)),
-        ("Save…", window.save),
-        ("Copy", window.copy),
-        ("Show in Finder" if system.MAC else "Show in Folder", window.reveal),
-        ("Delete…", window.delete),
+        ("Use Settings", lambda: window.pictures.restore(window.strip.selected)),
+        ("Save…", window.pictures.save),
+        ("Copy", window.pictures.copy),
+        ("Show in Finder" if system.MAC else "Show in Folder", window.pictures.reveal),
+        ("Delete…", window.pictures.delete),
     ):
         popup.add_command(label=text, command=command)
     window.picture_menu = popup
@@ -105,13 +107,13 @@ def build_menus(window) -> None:
         window.bind("<Command-period>", lambda _: window.cancel())
         window.createcommand("::tk::mac::Quit", window.close)
         window.createcommand(
-            "::tk::mac::OpenDocument", lambda *names: window.open_picture(Path(names[0]))
+            "::tk::mac::OpenDocument", lambda *names: window.pictures.open_picture(Path(names[0]))
         )
     # A text field would otherwise put a line end, or open a line, with these.
     for widget in (window.form.prompt, window.form.negative):
         for key, command in (
             ("Return", window.toggle),
-            ("o", window.open),
+            ("o", window.pictures.open),
             ("d", window.form.new_seed),
         ):
             widget.bind(f"<{modifier}-{key}>", lambda _, command=command: (command(), "break")[1])

@@ -7,17 +7,18 @@ import time
 import tkinter as tk
 import traceback
 from pathlib import Path
-from tkinter import filedialog, messagebox, ttk
+from tkinter import ttk
 
 from PIL import Image
 
 from apps.desktop import system
 from apps.desktop.dialogs import show_details, show_shortcuts
 from apps.desktop.form import Form
-from apps.desktop.history import Entry, History, thumbnail
+from apps.desktop.history import History, thumbnail
 from apps.desktop.menus import build_menus
+from apps.desktop.pictures import Pictures
 from apps.desktop.run import Run
-from apps.desktop.settings import load_settings, save_settings, write_whole
+from apps.desktop.settings import Settings, load_settings, save_settings
 from apps.desktop.theme import Theme
 from apps.desktop.widgets import Banner, Filmstrip, PictureView, scale
 from apps.worker import (
@@ -58,6 +59,7 @@ class Window(tk.Tk):
         self._settings_path = Path(data) / "settings.json"
         self.settings, notice = load_settings(self._settings_path)
         self.history = History(Path(data) / "history", HISTORY_LIMIT)
+        self.pictures = Pictures(self)
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self.worker = Worker(self._deliver)
         self.run: Run | None = None
@@ -69,12 +71,11 @@ class Window(tk.Tk):
         self.theme.apply(self.settings.appearance)
         self.form.show(self.settings)
         self._place()
-        self._update_buttons()
+        self.update_buttons()
         if notice is not None:
             self.banner.show(notice)
         self.protocol("WM_DELETE_WINDOW", self.close)
-        self._old_pictures = self.history.load()
-        self.after_idle(self._load_history)
+        self.after_idle(self.pictures.load_history)
         self.after_idle(self.load_model)
         self.after(POLL_IDLE, self._poll)
         self.form.prompt.focus_set()
@@ -98,7 +99,9 @@ class Window(tk.Tk):
         self.banner.grid(row=1, column=1, sticky="ew")
         self.banner.hide()
         self._build_bar()
-        self.strip = Filmstrip(self, self.theme, self.restore, self._entry_menu, self.history.limit)
+        self.strip = Filmstrip(
+            self, self.theme, self.pictures.restore, self.pictures.show_menu, self.history.limit
+        )
         self.strip.grid(row=3, column=1, sticky="ew", padx=(4, 8), pady=(0, 6))
 
     def _build_bar(self) -> None:
@@ -114,9 +117,9 @@ class Window(tk.Tk):
         self._actions = []
         for column, (text, command) in enumerate(
             (
-                ("Save…", self.save),
-                ("Copy", self.copy),
-                ("Show in Finder" if system.MAC else "Show in folder", self.reveal),
+                ("Save…", self.pictures.save),
+                ("Copy", self.pictures.copy),
+                ("Show in Finder" if system.MAC else "Show in folder", self.pictures.reveal),
             ),
             start=1,
         ):
@@ -155,12 +158,12 @@ class Window(tk.Tk):
             if not settings.prompt:
                 raise UserError("the prompt is empty: say what to draw")
         except UserError as error:
-            self.banner.show(_sentence(str(error)))
+            self.complain(str(error))
             return
         if not settings.seed_locked:
             self.form.new_seed()
             settings = dataclasses.replace(settings, seed=int(self.form.seed.get()))
-        self._remember(settings)
+        self.remember(settings)
         self.banner.hide()
         self._start(settings.job())
 
@@ -173,9 +176,9 @@ class Window(tk.Tk):
         try:
             settings = self.form.read(self.settings)
         except UserError as error:
-            self.banner.show(_sentence(str(error)))
+            self.complain(str(error))
             return
-        self._remember(settings)
+        self.remember(settings)
         self._start(Job(settings.choice(), None))
 
     def cancel(self) -> None:
@@ -193,9 +196,10 @@ class Window(tk.Tk):
         self.run = Run(number, draws=job.prompt is not None, num_images=job.num_images)
         self.progress.configure(value=0)
         self.status.set("Starting…")
-        self._update_buttons()
+        self.update_buttons()
 
-    def _remember(self, settings) -> None:
+    def remember(self, settings: Settings) -> None:
+        """Keep what the form says, also for the next time."""
         if settings.model is not None:
             name = settings.model
             if settings.revision is not None:
@@ -249,7 +253,7 @@ class Window(tk.Tk):
         self.status.set(self.run.status)
         self.progress.configure(value=self.run.share)
         if isinstance(event, Downloading | Loading):
-            self._update_buttons()
+            self.update_buttons()
         elif isinstance(event, Loaded):
             self._adopt(event)
         elif isinstance(event, Progress):
@@ -259,13 +263,13 @@ class Window(tk.Tk):
             if entry is not None:
                 self.strip.add(entry, small)
                 self.strip.select(entry)
-            self._update_buttons()
+            self.update_buttons()
             return image, scaled
         elif isinstance(event, Notice):
-            self.banner.show(_sentence(event.text))
+            self.complain(event.text)
         elif isinstance(event, Failed):
             self._end("")
-            self.banner.show(_sentence(event.message), event.details)
+            self.complain(event.message, event.details)
         elif isinstance(event, Finished):
             drawn = self.run.draws and not event.cancelled
             self._end("Stopped" if event.cancelled else self.run.summary if drawn else "Ready")
@@ -281,125 +285,24 @@ class Window(tk.Tk):
         self.run = None
         self.status.set(status)
         self.progress.configure(value=0)
-        self._update_buttons()
+        self.update_buttons()
 
-    def _update_buttons(self) -> None:
+    def update_buttons(self) -> None:
+        """Show what can be done now."""
         cancel = self.run is not None and self.run.can_cancel
         self.go.configure(text="Cancel" if cancel else "Generate")
         state = ["!disabled" if self.strip.selected is not None else "disabled"]
         for button in self._actions:
             button.state(state)
 
+    def complain(self, text: str, details: str | None = None) -> None:
+        """Show what is wrong, as a sentence."""
+        self.banner.show(text[:1].upper() + text[1:], details)
+
     def report_callback_exception(self, kind, value, trace) -> None:
         """A bug in a callback: shown, and the window goes on."""
         details = "".join(traceback.format_exception(kind, value, trace))
         self.banner.show(f"{kind.__name__}: {value}", details)
-
-    # --- history and files ----------------------------------------------------------------------
-
-    def _load_history(self) -> None:
-        """A few thumbnails at a time, so that the window is there at once."""
-        started = time.perf_counter()
-        for entry, small in self._old_pictures:
-            if entry not in self.strip.entries:
-                self.strip.add(entry, small, at_end=True)
-            if time.perf_counter() - started > BUDGET:
-                self.after(5, self._load_history)
-                return
-
-    def restore(self, entry: Entry) -> None:
-        """Show a picture of the history and take its settings into the form."""
-        if self.run is None or not self.run.draws:
-            self.open_picture(entry.path)
-        else:
-            self._restore_settings(entry.path)
-        self._update_buttons()
-
-    def open_picture(self, path: Path) -> None:
-        """Take the settings out of a PNG, and show it."""
-        if self._restore_settings(path):
-            with Image.open(path) as image:
-                self.view.show(image.convert("RGB"))
-
-    def _restore_settings(self, path: Path) -> bool:
-        try:
-            settings = self.form.read(self.settings)
-        except UserError:
-            settings = self.settings
-        try:
-            settings = settings.restored(path)
-        except UserError as error:
-            self.banner.show(_sentence(str(error)))
-            return False
-        self.banner.hide()
-        self.form.show(settings)
-        self._remember(settings)
-        return True
-
-    def open(self) -> None:
-        """Ask for a PNG to take the settings from."""
-        path = filedialog.askopenfilename(parent=self, filetypes=[("PNG", "*.png")])
-        if path:
-            self.open_picture(Path(path))
-
-    def save(self) -> None:
-        """Ask where to, and save the selected picture."""
-        entry = self.strip.selected
-        if entry is None:
-            return
-        path = filedialog.asksaveasfilename(
-            parent=self,
-            initialdir=self.settings.folder or None,
-            initialfile=f"{entry.name}.png",
-            defaultextension=".png",
-            filetypes=[("PNG", "*.png")],
-        )
-        if path:
-            self.save_to(entry, Path(path))
-
-    def save_to(self, entry: Entry, path: Path) -> None:
-        """Save a picture of the history with its settings; the dialog has asked about replacing."""
-        try:
-            write_whole(path, entry.path.read_bytes())
-        except OSError as error:
-            self.banner.show(f"Cannot save {path}: {error.strerror or error}")
-            return
-        self.settings = dataclasses.replace(self.settings, folder=str(path.parent))
-        self.status.set(f"Saved {path.name}")
-
-    def copy(self) -> None:
-        """Put the selected picture on the clipboard."""
-        self._with_selected(system.copy_picture, "Copied")
-
-    def reveal(self) -> None:
-        """Show the selected picture's file."""
-        self._with_selected(system.reveal, "")
-
-    def _with_selected(self, action, said: str) -> None:
-        if self.strip.selected is None:
-            return
-        try:
-            action(self.strip.selected.path)
-        except UserError as error:
-            self.banner.show(_sentence(str(error)))
-        else:
-            self.status.set(said)
-
-    def delete(self) -> None:
-        """Delete the selected picture from the history, after asking."""
-        entry = self.strip.selected
-        question = "Delete this picture from the history? Saved copies stay."
-        if entry is not None and messagebox.askokcancel("Delete", question, parent=self):
-            self.history.delete(entry)
-            self.strip.remove(entry)
-            self.strip.select(None)
-            self.view.show(None)
-            self._update_buttons()
-
-    def _entry_menu(self, entry: Entry, x: int, y: int) -> None:
-        self.strip.select(entry)
-        self._update_buttons()
-        self.picture_menu.tk_popup(x, y)
 
     # --- the window itself ----------------------------------------------------------------------
 
@@ -436,7 +339,3 @@ class Window(tk.Tk):
             save_settings(self._settings_path, self.settings)
         except OSError as error:
             self.banner.show(f"The settings cannot be kept: {error}")
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

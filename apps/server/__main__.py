@@ -6,13 +6,10 @@ import ipaddress
 import os
 import signal
 import socket
-from contextlib import nullcontext
 
 from mlx_snapgen.errors import UserError, run_command
 
 KEY_VARIABLE = "MLX_SNAPGEN_API_KEY"
-GRACE = 30
-"""Seconds that requests may go on after the server was told to end."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,9 +65,8 @@ def main() -> int:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    import uvicorn
-
     from apps.server.app import Server, create_app
+    from apps.server.connection import make_server
     from apps.server.jobs import Jobs
     from apps.server.request import Limits
     from apps.worker import Failed, Job, Loaded, ModelChoice
@@ -98,15 +94,7 @@ async def _serve(args: argparse.Namespace) -> int:
             names = {name: choice} | names
         limits = Limits(args.max_pixels, args.max_images, args.max_steps)
         app = create_app(Server(jobs, names, config, limits), args.api_key or None)
-        server = _make_uvicorn()(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                limit_concurrency=256,
-                timeout_keep_alive=5,
-                timeout_graceful_shutdown=GRACE,
-            )
-        )
+        server = make_server(app)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.handle_exit, number, None)
@@ -118,18 +106,6 @@ async def _serve(args: argparse.Namespace) -> int:
         await jobs.close()
         sock.close()
     return 0
-
-
-def _make_uvicorn():
-    import uvicorn
-
-    class Uvicorn(uvicorn.Server):
-        """Leaves signals to us: uvicorn's own handling kills the process before it cleans up."""
-
-        def capture_signals(self):
-            return nullcontext()
-
-    return Uvicorn
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,0 +1,73 @@
+"""uvicorn as it is run here, with an end to the patience with slow clients."""
+
+import asyncio
+from contextlib import nullcontext
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+GRACE = 30
+"""Seconds that requests may go on after the server was told to end."""
+CONNECTIONS = 256
+"""At once; more are answered 503."""
+HEAD_SECONDS = 10.0
+"""How long a connection may be there without a request: for its head, and after an answer."""
+SEND_SECONDS = 30.0
+"""How long a client may leave what is sent to it unread."""
+TICK = 1.0
+
+
+class Connection(H11Protocol):
+    """A connection that is closed when its client takes too long, which uvicorn alone never does.
+
+    Without this, clients that open connections and say nothing would keep everybody else out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._unsent = 0
+        self._waited = self._stuck = 0.0
+        self._ticking = self.loop.call_later(TICK, self._tick)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ticking.cancel()
+        super().connection_lost(error)
+
+    def on_response_complete(self) -> None:
+        self._waited = 0.0
+        super().on_response_complete()
+
+    def _tick(self) -> None:
+        # Ticks are counted, not seconds: those when this process had no turn are not the client's.
+        waiting = self.cycle is None or self.cycle.response_complete
+        self._waited = self._waited + TICK if waiting else 0.0
+        before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
+        self._stuck = self._stuck + TICK if 0 < self._unsent == before else 0.0
+        if self._waited >= HEAD_SECONDS:
+            self.transport.close()
+        # Closing waits for what is unsent.
+        if self._stuck >= SEND_SECONDS:
+            self.transport.abort()
+        self._ticking = self.loop.call_later(TICK, self._tick)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn's own handling kills the process before it cleans up."""
+
+    def capture_signals(self):
+        return nullcontext()
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """A server of `app` that is still to be given its sockets."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=Connection,
+            lifespan="off",
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=5,
+            timeout_graceful_shutdown=GRACE,
+        )
+    )
