@@ -333,6 +333,23 @@ def test_the_packages_alone_draw_the_picture(picture, model):
     assert np.asarray(picture).std() > 5
 
 
+def test_one_step_tells_packages_from_others(export, model, monkeypatch, capsys):
+    def compare(folder, other):
+        monkeypatch.setattr(coreml_picture, "load_pretrained", lambda *a, **k: other)
+        command = ["coreml_picture", str(folder), "--compare", "model", "--one-step"]
+        monkeypatch.setattr(coreml_picture, "find_model", lambda name: Path(name))
+        monkeypatch.setattr(sys, "argv", command)
+        coreml_picture.main()
+        return float(re.match(r"velocity: ([\d.]+) dB", capsys.readouterr().out)[1])
+
+    same = changed(model)
+    whole = compare(export(tuple(WIDTHS), "ios18", "float32", None, 2), same)
+    assert compare(export(), same) + 20 < whole
+    with pytest.raises(UserError, match="compute another velocity than MLX"):
+        compare(export(), with_gates(model, 1.05))
+    assert compare(export(quantize=5.0), same) < 40
+
+
 def with_gates(model, factor):
     """Gates of self-attention and feed-forward times `factor`."""
     made = changed(model)
