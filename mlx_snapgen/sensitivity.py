@@ -45,12 +45,12 @@ class _Probe(nn.Module):
         # The network reads its dtype from a layer's bias.
         return self.linear.bias
 
-    def __call__(self, x: mx.array, *width: float) -> mx.array:
-        delta = self._delta
-        if isinstance(self.linear, ElasticLinear):
-            delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, *width), *width)
+    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+        delta, elastic = self._delta, isinstance(self.linear, ElasticLinear)
+        if elastic:
+            delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, width), width)
         self._tell((x @ delta.T).square().mean().item())
-        return self.linear(x, *width)
+        return self.linear(x, width) if elastic else self.linear(x)
 
 
 @contextlib.contextmanager

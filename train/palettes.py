@@ -16,7 +16,7 @@ alone; several share their palettes and are trained in turn.
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -54,11 +54,17 @@ HELD_OUT_SEED = 1_000_000  # of their first picture, away from those that are
 # --- what is learned ----------------------------------------------------------------------------
 
 
-def train_biases_and_norms(network: EfficientDiT) -> None:
-    """Freeze all else, and the text projections, which are not run with the network."""
+def train_biases_and_norms(network: EfficientDiT, widths: Collection[float]) -> None:
+    """Freeze all but the biases and norms of some widths.
+
+    The text projections stay, which do not run with the network, and what other widths alone have:
+    it would not learn, but an average rounds.
+    """
     network.freeze()
+    held = network.config.widths
+    others = [f".members.{i}." for i, width in enumerate(held) if width not in widths]
     for path, module in network.named_modules():
-        if path.startswith("text."):
+        if path.startswith("text.") or any(part in f"{path}." for part in others):
             continue
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             module.unfreeze(recurse=False)
@@ -303,7 +309,7 @@ def main() -> None:
     )
     network = with_palettes(components.transformer, palettes.bits)
     before = with_palettes(components.transformer, palettes.bits)
-    train_biases_and_norms(network)
+    train_biases_and_norms(network, widths.values())
     trained = sum(p.size for _, p in tree_flatten(network.trainable_parameters()))
     print(f"training {trained:,} numbers at {', '.join(widths)} in {args.run_dir}", flush=True)
 

@@ -65,7 +65,7 @@ class Trajectories:
 
     def rows(self, states: Batch, chosen: Sequence[int]) -> Batch:
         """`x_t` and `v` (B, h, w, C), `t` (B,), `text` (B, L, D) and `mask` (B, L)."""
-        batch = {name: value[mx.array(chosen)] for name, value in states.items()}
+        batch = {name: value[mx.array(list(chosen))] for name, value in states.items()}
         prompt = batch.pop("prompt")
         return batch | {"text": self.text[prompt], "mask": self.mask[prompt]}
 
