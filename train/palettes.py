@@ -308,7 +308,7 @@ def main() -> None:
         {"model": args.model or config.name, "captions": captions} | palettes.to_dict(),
     )
     network = with_palettes(components.transformer, palettes.bits)
-    before = with_palettes(components.transformer, palettes.bits)
+    before = with_palettes(network, {})
     train_biases_and_norms(network, widths.values())
     trained = sum(p.size for _, p in tree_flatten(network.trainable_parameters()))
     print(f"training {trained:,} numbers at {', '.join(widths)} in {args.run_dir}", flush=True)
