@@ -19,17 +19,16 @@ their order. The time t is the noise level in [0, 1], and a picture is in [-1, 1
 The few-step LoRA of a model that has one is fused into the transformer, which then draws in the
 steps of `few_step` in config.json and no other way; --no-few-step leaves it out.
 
---quantize gives the transformer's layers palettes (see `palettes`), --widths makes one package with
-a function for each width, which share their weights (`torch_tiles`), and --chunks 2 cuts the
+--quantize gives the transformer's layers palettes (see `mlx_snapgen.palettes`); a model that
+`train.palettes` wrote keeps the ones it was fine-tuned with. --widths makes one package with a
+function for each width, which share their weights (`torch_tiles`), and --chunks 2 cuts the
 transformer between two blocks into Transformer_0 and Transformer_1, whose further inputs and
 outputs have the same names (`torch_chunks`).
 """
 
-import argparse
 import dataclasses
 import json
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,15 @@ import mlx_snapgen
 import mlx.core as mx
 import numpy as np
 
+from convert.coreml_options import (
+    check_options,
+    check_palettes_fit,
+    make_parser,
+    parse_bits,
+    parse_resolution,
+    read_prompts,
+)
 from convert.coreml_package import (
-    PRECISIONS,
-    TARGETS,
     Network,
     check_space,
     coremltools,
@@ -55,13 +60,20 @@ from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
 from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora import fuse_lora, set_lora_weights
+from mlx_snapgen.palettes import (
+    LEAST,
+    Palettes,
+    check_palettes,
+    load_palettes,
+    with_palettes,
+)
 from mlx_snapgen.pipeline import check_size, check_width
+from mlx_snapgen.sensitivity import choose_palettes
 from mlx_snapgen.transformer import count_parameters
 from mlx_snapgen.weights import (
-    FEW_STEP,
     FORMAT_VERSION,
     Components,
+    fuse_few_step,
     load_config,
     load_pretrained,
 )
@@ -77,9 +89,7 @@ def load_for_export(
     """
     width = WIDTH_NAMES[widths[0]] if len(widths) == 1 else None
     components = load_pretrained(folder, dtype=mx.float32, model_width=width, few_step=few_step)
-    if components.config.few_step is not None:
-        set_lora_weights(components.transformer, {FEW_STEP: 1.0})
-        fuse_lora(components.transformer)
+    fuse_few_step(components)
     return components
 
 
@@ -92,20 +102,6 @@ def of_width(components: Components, width: str) -> Components:
     return dataclasses.replace(components, config=config, transformer=transformer)
 
 
-def check_options(
-    widths: Sequence[str], target: str, precision: str, quantize: float | None
-) -> None:
-    """`UserError` for what Core ML does not do."""
-    if len(set(widths)) < len(widths):
-        raise UserError(f"a width is named twice: {' '.join(widths)}")
-    if len(widths) > 1 and target == "ios17":
-        raise UserError("several widths in one package take iOS 18: add --target ios18")
-    if quantize is not None and precision != "float16":
-        raise UserError("palettes are of float16: leave out --precision or --quantize")
-    if quantize is not None and not 4 <= quantize <= 8:
-        raise UserError(f"--quantize takes 4 to 8 bits on average or none, not {quantize:g}")
-
-
 def export_coreml(
     components: Components,
     output: Path,
@@ -115,6 +111,7 @@ def export_coreml(
     quantize: float | None = None,
     chunks: int = 1,
     prompts: Sequence[str] | None = None,
+    palettes: Palettes | None = None,
 ) -> dict[str, Any]:
     """Write a model's networks as Core ML packages.
 
@@ -127,17 +124,18 @@ def export_coreml(
         target: oldest system that runs it, one of `TARGETS`.
         precision: one of `PRECISIONS`, of weights and arithmetic; the angles of the timestep stay
             float32.
-        quantize: bits of the transformer's weights on average, 4 to 8 (see `palettes`); None leaves
+        quantize: bits of the transformer's weights on average, 4 to 8 (see `Palettes`); None leaves
             them. The other networks, a small part of a model, stay as they are.
         chunks: packages to cut the transformer into.
         prompts: what to calibrate palettes on; None takes some that the model knows.
+        palettes: those that the transformer has already, of `quantize` bits; None finds them.
 
     Returns:
         What report.json holds.
 
     Raises:
-        UserError: options that do not go together, a library that is missing, or a folder that
-            holds something or cannot be written.
+        UserError: options that do not go together, weights that are not of `palettes`, a library
+            that is missing, or a folder that holds something or cannot be written.
     """
     check_options(widths, target, precision, quantize)
     ct = coremltools()
@@ -148,6 +146,10 @@ def export_coreml(
     from convert.torch_tiles import share_weights
 
     kept = sorted(widths, key=WIDTH_NAMES.__getitem__, reverse=True)
+    if len(kept) == 1:
+        components = of_width(components, kept[0])
+    if quantize is not None:
+        components, palettes = _with_palettes(components, quantize, kept, prompts, palettes)
     models = {width: of_width(components, width) for width in kept}
     components = models[kept[0]]
     config = dataclasses.replace(components.config, quantization=None)
@@ -172,17 +174,10 @@ def export_coreml(
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    report = about | {"not_exported": missing, "versions": versions, "quantization": None}
-    bits = {}
-    if quantize is not None:
-        bits, report["quantization"] = _plan(components, networks["transformer"], quantize, prompts)
+    quantization = palettes.to_dict() if quantize is not None else None
+    report = about | {"not_exported": missing, "versions": versions, "quantization": quantization}
     layers = share_weights(list(transformers.values()))
-    expected = least = None
-    if bits:
-        from convert.palettes import LEAST as least
-        from convert.palettes import palettize
-
-        expected = palettize(layers, bits)
+    least = 0 if quantize is None else LEAST
 
     inputs = _example_inputs(config)
     ends = cut_points(transformers[kept[0]], chunks)
@@ -190,13 +185,14 @@ def export_coreml(
     for width in widths:
         parts = cut(transformers[width], ends)
         if chunks == 1:
-            whole = Network(transformers[width], inputs["Transformer"], ("velocity",), bool(bits))
-            functions[0][width] = whole._replace(least=least or 0)
+            functions[0][width] = Network(
+                transformers[width], inputs["Transformer"], ("velocity",), least
+            )
             continue
         for function, part, values in zip(
             functions, parts, example_values(parts, inputs["Transformer"]), strict=True
         ):
-            function[width] = Network(part, values, part.outputs, bool(bits), least or 0)
+            function[width] = Network(part, values, part.outputs, least)
     names = ["Transformer"] if chunks == 1 else [f"Transformer_{i}" for i in range(chunks)]
     packages = dict(zip(names, functions, strict=True))
     if "decoder" in networks:
@@ -214,8 +210,8 @@ def export_coreml(
             found = write_package(path, functions_of, target, precision, about, described)
             report["packages"][name] = found
             print(line(name, found), flush=True)
-        if expected:
-            _check_palettes([report["packages"][name] for name in names], *expected)
+        if quantize is not None:
+            _check_stored([report["packages"][name] for name in names], layers, palettes.bits)
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -223,28 +219,43 @@ def export_coreml(
     return report
 
 
-def _plan(
-    components: Components, network: Any, average: float, prompts: Sequence[str] | None
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """Bits of each layer of the transformer, and what report.json says about them."""
-    from convert.palettes import calibration_prompts, choose_bits, draw_with, layers, sensitivities
+def _with_palettes(
+    components: Components,
+    average: float,
+    widths: Sequence[str],
+    prompts: Sequence[str] | None,
+    palettes: Palettes | None,
+) -> tuple[Components, Palettes]:
+    """`components` with palettes in the transformer: those that it has, or else new ones."""
+    network = components.transformer
+    if palettes is None:
+        several = {name: WIDTH_NAMES[name] for name in widths}
+        shares = several if len(widths) > 1 else {widths[0]: 1.0}
+        palettes = choose_palettes(components, average, shares, prompts)
+        network = with_palettes(network, palettes.bits)
+    check_palettes(network, palettes)
+    return dataclasses.replace(components, transformer=network), palettes
 
-    prompts = list(prompts or calibration_prompts(components.vocabulary))
-    errors = sensitivities(network, lambda: draw_with(components, network, prompts))
-    sizes = {path: layer.weight.numel() for path, layer in layers(network).items()}
-    bits = choose_bits(errors, sizes, average)
-    of_layers = {path: {"bits": bits[path], "mse": errors[path]} for path in bits}
-    return bits, {"average_bits": average, "prompts": prompts, "layers": of_layers}
 
+def _check_stored(
+    packages: Sequence[Mapping[str, Any]],
+    layers: Mapping[str, Sequence[Any]],
+    bits: Mapping[str, int],
+) -> None:
+    """An assertion that coremltools stored these palettes, and no others.
 
-def _check_palettes(packages: Sequence[Mapping[str, Any]], count: int, average: float) -> None:
-    """An assertion that coremltools stored the palettes that it was given, and no others."""
+    Args:
+        layers: see `torch_tiles.Layers`.
+    """
+    tiles = [(conv, bits[path]) for path in bits for conv in layers[path]]
+    sizes = [(conv.weight.numel(), n) for conv, n in tiles if conv.weight.numel() >= LEAST]
     found = sum(package["palettized_weights"] for package in packages)
-    assert found == count, f"{count} weights have palettes, the packages hold {found}"
+    assert found == len(sizes), f"{len(sizes)} weights have palettes, the packages hold {found}"
     if len(packages) == 1:
-        bits = packages[0]["bits_per_index"]
+        average = sum(size * n for size, n in sizes) / sum(size for size, _ in sizes)
+        stored = packages[0]["bits_per_index"]
         # A layer of few different numbers takes fewer bits.
-        assert average - 0.1 < bits < average + 0.001, f"{bits} bits on average, not {average}"
+        assert average - 0.1 < stored < average + 0.001, f"{stored} bits on average, not {average}"
 
 
 def _encoders(networks: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,74 +300,18 @@ def needed_bytes(config: ModelConfig, widths: Sequence[str], precision: str) -> 
     return copies * (2 if precision == "float16" else 4)
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """Pixels of "512" or "512x768" (height x width); `UserError` for anything else."""
-    if not (match := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
-        raise UserError(f"a resolution is 512 or 512x768 (height x width), not '{text}'")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def parse_bits(text: str) -> float | None:
-    """A number of bits, or None for "none"."""
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise UserError(f"--quantize takes 4 to 8 bits on average or none, not '{text}'") from None
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty; `UserError` when there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{path} has no prompts: write one on each line")
-    return prompts
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.coreml",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", help="folder or repository of the model")
-    parser.add_argument("output", type=Path, help="folder to write, not there yet")
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--width", choices=WIDTH_NAMES, default="full", help="default: full")
-    chosen.add_argument(
-        "--widths", choices=WIDTH_NAMES, nargs="+", help="several in one package; takes iOS 18"
-    )
-    parser.add_argument(
-        "--resolution", metavar="N", help="pixels, 512 or 512x768; default: its own"
-    )
-    parser.add_argument("--target", choices=TARGETS, default="ios17", help="default: ios17")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float16")
-    parser.add_argument(
-        "--quantize",
-        metavar="BITS",
-        default="none",
-        help="4 to 8, of the transformer's weights on average, such as 4.3; default: none",
-    )
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="to calibrate on, one on each line"
-    )
-    parser.add_argument(
-        "--chunks", type=int, default=1, metavar="N", help="packages for the transformer"
-    )
-    parser.add_argument(
-        "--no-few-step", action="store_true", help="leave the few-step LoRA out: many steps"
-    )
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
     widths = args.widths or [args.width]
-    quantize = parse_bits(args.quantize)
-    check_options(widths, args.target, args.precision, quantize)
     prompts = read_prompts(args.prompts) if args.prompts else None
     coremltools()  # fails before anything is loaded
     check_new(args.output)
     folder = find_model(args.model)
-    config = load_config(folder)
+    config, palettes = load_config(folder), load_palettes(folder)
+    quantize = parse_bits(args.quantize, palettes)
+    check_options(widths, args.target, args.precision, quantize)
+    if palettes and quantize is not None:
+        check_palettes_fit(palettes, config, widths, prompts)
     for width in widths:
         check_width(config, width)
     size = parse_resolution(args.resolution) if args.resolution else config.image_size
@@ -376,6 +331,7 @@ def main() -> None:
         quantize,
         args.chunks,
         prompts,
+        palettes,
     )
     for name in report["not_exported"]:
         print(f"{name} is not exported: take a public export of it")

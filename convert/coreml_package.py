@@ -26,9 +26,8 @@ class Network(NamedTuple):
     inputs: Mapping[str, Any]
     """Example tensors by name, in the order of the module's arguments."""
     outputs: tuple[str, ...]
-    palettized: bool = False
-    """Whether layers from `least` weights on hold the numbers of palettes."""
     least: int = 0
+    """Layers from this many weights on hold the numbers of palettes; 0 for none."""
 
 
 def coremltools() -> Any:
@@ -77,7 +76,7 @@ def convert(ct: Any, network: Network, target: str, precision: str) -> Any:
             ),
             skip_model_load=True,
         )
-        return _with_palettes(model, network.least) if network.palettized else model
+        return _with_palettes(model, network.least) if network.least else model
 
 
 def _not_an_angle(operation: Any) -> bool:

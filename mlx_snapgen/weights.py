@@ -37,7 +37,7 @@ from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.kl_autoencoder import KLAutoencoder
-from mlx_snapgen.lora import get_lora_weights, without_lora
+from mlx_snapgen.lora import fuse_lora, get_lora_weights, set_lora_weights, without_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
 from mlx_snapgen.stored import (
@@ -77,6 +77,16 @@ class Components:
             if encoder is not None and encoder.config.source is None
         }
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, **encoders}
+
+
+def fuse_few_step(components: Components) -> None:
+    """Fold the few-step LoRA into the transformer, for all widths, if the model has one.
+
+    The transformer then draws in the steps of `config.few_step` and no other way.
+    """
+    if components.config.few_step is not None:
+        set_lora_weights(components.transformer, {FEW_STEP: 1.0})
+        fuse_lora(components.transformer)
 
 
 # --- writing ----------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""Which layers of a transformer get larger palettes, by what each loses (SnapGen++ section 6).
+
+How sensitive a layer is, is the mean squared error of its own output when it alone has a palette of
+16 numbers, over calibration prompts. The worst get 256, as many as the asked average allows.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_snapgen.elastic import ElasticLinear
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora import linear_layers
+from mlx_snapgen.palettes import HIGH, LOW, Palettes, layers, palettized
+from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.text_encoder import encode_prompts
+from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.weights import Components
+
+MOST_STEPS = 8
+"""Steps of a calibration picture, fewer than those of a model that samples in many."""
+
+PROMPTS = (
+    "a red apple",
+    "a portrait of an old fisherman, soft light",
+    "a city street at night in the rain",
+    "a watercolour of mountains above a lake",
+)
+
+
+class _Probe(nn.Module):
+    """A layer that measures what its output loses when its weight has `LOW` bits."""
+
+    def __init__(self, layer: nn.Module, tell: Callable[[float], object]):
+        super().__init__()
+        self.linear, self._tell = layer, tell
+        self._delta = palettized(layer.weight, LOW) - layer.weight
+
+    @property
+    def bias(self) -> mx.array:
+        # The network reads its dtype from a layer's bias.
+        return self.linear.bias
+
+    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+        delta, elastic = self._delta, isinstance(self.linear, ElasticLinear)
+        if elastic:
+            delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, width), width)
+        self._tell((x @ delta.T).square().mean().item())
+        return self.linear(x, width) if elastic else self.linear(x)
+
+
+@contextlib.contextmanager
+def _probed(network: EfficientDiT) -> Iterator[dict[str, list[float]]]:
+    """Name of a layer -> its errors, filled in whenever the network runs inside the block."""
+    errors: dict[str, list[float]] = {}
+    chosen = {id(layer): name for name, some in layers(network).items() for layer in some}
+    own = {path: m for path, m in linear_layers(network).items() if id(m) in chosen}
+    for path, layer in own.items():
+        told = errors.setdefault(chosen[id(layer)], [])
+        network.update_modules(tree_unflatten([(path, _Probe(layer, told.append))]))
+    try:
+        yield errors
+    finally:
+        network.update_modules(tree_unflatten(list(own.items())))
+
+
+def sensitivities(network: EfficientDiT, run: Callable[[], object]) -> dict[str, float]:
+    """Name of each layer that `run` uses -> MSE of its output when it alone has `LOW` bits.
+
+    Args:
+        run: calls `network` with the inputs to calibrate on.
+    """
+    with _probed(network) as errors:
+        run()
+    return {name: float(np.mean(found)) for name, found in errors.items() if found}
+
+
+def choose_bits(
+    errors: Mapping[str, float], sizes: Mapping[str, int], average: float
+) -> dict[str, int]:
+    """Bits of each layer, at most `average` over all weights.
+
+    Args:
+        errors: what `sensitivities` gives.
+        sizes: name -> number of weights.
+        average: from `LOW` to `HIGH`.
+
+    Raises:
+        UserError: another average.
+    """
+    if not LOW <= average <= HIGH:
+        raise UserError(f"weights take {LOW} to {HIGH} bits on average, not {average:g}")
+    bits = dict.fromkeys(errors, LOW)
+    left = (average - LOW) * sum(sizes[name] for name in errors)
+    for name in sorted(errors, key=errors.__getitem__, reverse=True):
+        cost = (HIGH - LOW) * sizes[name]
+        if cost <= left:
+            bits[name], left = HIGH, left - cost
+    return bits
+
+
+def choose_palettes(
+    components: Components,
+    average: float,
+    widths: Mapping[str, float],
+    prompts: Sequence[str] | None = None,
+) -> Palettes:
+    """Palettes for a model, by what its layers lose at the widest of some widths.
+
+    Args:
+        components: in float32, the few-step LoRA fused if it is to be used.
+        widths: name -> share of the hidden dimensions, of `components.transformer`.
+        prompts: to calibrate on; None takes some that the model knows.
+    """
+    network, width = components.transformer, max(widths.values())
+    prompts = list(prompts or calibration_prompts(components.vocabulary))
+    seeds = range(len(prompts))
+
+    def run() -> None:
+        draw_latents(components, prompts, seeds, width, most_steps=MOST_STEPS)
+
+    errors = sensitivities(network, run)
+    sizes = {name: sliced_size(some[0], width) for name, some in layers(network).items()}
+    return Palettes(average, choose_bits(errors, sizes, average), errors, prompts, list(widths))
+
+
+def sliced_size(layer: nn.Module, width: float) -> int:
+    """Weights of the sub-network of `width`."""
+    return (layer.sliced(width) if isinstance(layer, ElasticLinear) else layer)["weight"].size
+
+
+def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[str]:
+    """Prompts that a model can draw: of its vocabulary, if it says one."""
+    words = vocabulary or {}
+    if not (nouns := words.get("nouns")):
+        return list(PROMPTS)
+    colours = words.get("colours") or [""]
+    chosen = [nouns[i * len(nouns) // 4] for i in range(4)]
+    return [" ".join(f"a {colours[i % len(colours)]} {n}".split()) for i, n in enumerate(chosen)]
+
+
+def draw_latents(
+    components: Components,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    width: float = 1.0,
+    network: Callable[..., mx.array] | None = None,
+    most_steps: int | None = None,
+) -> mx.array:
+    """Latents (B, h, w, C) of prompts, drawn as the model samples when nobody says how.
+
+    Args:
+        network: computes the velocity instead of the model's transformer.
+        most_steps: of sampling.
+    """
+    config = components.config
+    sampler = config.sampler_for()
+    scale, steps = sampler.guidance_scale, sampler.num_inference_steps
+    side = config.autoencoder.downsampling
+    shape = (*(n // side for n in config.image_size), config.transformer.latent_channels)
+    both = list(prompts) if scale == 1 else [""] * len(prompts) + list(prompts)
+    text, mask = encode_prompts(both, components.text_encoders, components.transformer)
+    velocity = guided_velocity(network or components.transformer, text, mask, scale, width=width)
+
+    def draw(number: int) -> mx.array:
+        return mx.concatenate([get_noise(seed, *shape, number) for seed in seeds])
+
+    schedule = get_schedule(min(steps, most_steps or steps), sampler.time_shift)
+    *_, last = denoise(velocity, draw(0), schedule, draw if sampler.fresh_noise else None)
+    return last.x_t

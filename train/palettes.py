@@ -1,0 +1,357 @@
+"""Palettes for a model's weights, and biases and norms tuned to them.
+
+    python -m train.palettes --model my-model --bits 4.3 --output my-model-4.3
+    python -m convert.coreml my-model-4.3 my-model-coreml
+
+The weights of the transformer's layers get palettes of 16 or 256 numbers, chosen as
+`convert.coreml --quantize` chooses them, and stay so. Then the biases and norms alone learn to
+predict, all along the model's own way from noise to pictures, the velocity that the network without
+palettes predicts there (SnapGen++ section 6). The output is an ordinary model folder, whose
+palettes.json tells the bits of each layer: it draws in MLX what the phone will, and
+`convert.coreml` exports it with these very palettes, or refuses weights that are not of them.
+
+The few-step LoRA of a model that has one is fused first. One width makes a model of that width
+alone; several share their palettes and are trained in turn.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.hub import find_model
+from mlx_snapgen.palettes import Palettes, check_palettes, palettes_file, with_palettes
+from mlx_snapgen.pipeline import check_width
+from mlx_snapgen.sensitivity import choose_palettes, draw_latents
+from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.weights import (
+    Components,
+    fuse_few_step,
+    load_config,
+    load_pretrained,
+    save_pretrained,
+)
+from train.engine import Batch, Trainer, TrainingConfig, load_ema
+from train.evaluate import known_nouns, quick_score
+from train.finetune import step_width
+from train.lora import claim, prior_captions, spread
+from train.losses import per_sample
+from train.previews import Previews
+from train.trajectories import Trajectories
+
+SCORED_STEPS = 14  # of a scored picture at most, as in looks during training
+HELD_OUT = 16  # prompts that nothing is learned from
+HELD_OUT_SEED = 1_000_000  # of their first picture, away from those that are
+
+
+# --- what is learned ----------------------------------------------------------------------------
+
+
+def train_biases_and_norms(network: EfficientDiT, widths: Collection[float]) -> None:
+    """Freeze all but the biases and norms of some widths.
+
+    The text projections stay, which do not run with the network, and what other widths alone have:
+    it would not learn, but an average rounds.
+    """
+    network.freeze()
+    held = network.config.widths
+    others = [f".members.{i}." for i, width in enumerate(held) if width not in widths]
+    for path, module in network.named_modules():
+        if path.startswith("text.") or any(part in f"{path}." for part in others):
+            continue
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.unfreeze(recurse=False)
+        elif "bias" in module:
+            module.unfreeze(recurse=False, keys="bias")
+
+
+def gradients(network: EfficientDiT, batch: Batch, key: mx.array, width: float):
+    """Gradients of one width, as `Trainer` takes them; `batch` is as `Trajectories` makes it."""
+
+    def loss_fn(params):
+        network.update(params)
+        v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], width)
+        loss = per_sample(v - batch["v"]).mean()
+        return loss, {f"loss_{width:g}": loss}
+
+    params = network.trainable_parameters()
+    (_, metrics), grads = mx.value_and_grad(loss_fn)(params)
+    network.update(params)
+    return grads, metrics
+
+
+# --- how good it is -----------------------------------------------------------------------------
+
+
+def psnr(expected: mx.array, error: float) -> float:
+    """dB of a mean squared error, the peak being the range of the numbers expected."""
+    peak = (expected.max() - expected.min()).item()
+    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+
+
+class Validation:
+    """After each checkpoint: how near the velocity is for prompts held out, and pictures."""
+
+    def __init__(self, held_out: Trajectories, widths: Mapping[str, float], previews: Previews):
+        self.held_out, self.widths, self.previews = held_out, widths, previews
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        current = trainer.model.trainable_parameters()
+        trainer.model.update(trainer.ema_parameters)
+        try:
+            found = velocity_psnr(trainer.model, self.held_out, self.widths)
+        finally:
+            trainer.model.update(current)
+        return {f"psnr_{name}": value for name, value in found.items()} | self.previews(trainer)
+
+
+def velocity_psnr(
+    network: EfficientDiT, held_out: Trajectories, widths: Mapping[str, float]
+) -> dict[str, float]:
+    """Name of a width -> dB between the network's velocity and that of the one without palettes."""
+    return {
+        name: psnr(held_out.states[width]["v"], held_out.error(network, width))
+        for name, width in widths.items()
+    }
+
+
+def compare(
+    components: Components,
+    networks: Mapping[str, EfficientDiT],
+    held_out: Trajectories,
+    captions: Sequence[str],
+    widths: Mapping[str, float],
+    score: int = 0,
+) -> str:
+    """A markdown table of networks that are to compute what `components` do.
+
+    Args:
+        networks: by name.
+        captions: drawn for the PSNR of latents, which is that over all of them.
+        score: prompts of each category of the GenEval-style score; 0 leaves it out.
+    """
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(captions))
+    titles = ["width", "network", "velocity, dB", "latents, dB", *(["score"] if score else [])]
+    lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
+    for name, width in widths.items():
+        expected = draw_latents(components, captions, seeds, width)
+        for label, network in ({"float32": components.transformer} | dict(networks)).items():
+            line = [name, label, "", ""]
+            if network is not components.transformer:
+                velocity = velocity_psnr(network, held_out, {name: width})[name]
+                found = draw_latents(components, captions, seeds, width, network)
+                latents = psnr(expected, (found - expected).square().mean().item())
+                line = [name, label, f"{velocity:.1f}", f"{latents:.1f}"]
+            if score:
+                made = dataclasses.replace(components, transformer=network)
+                steps = min(SCORED_STEPS, components.config.sampler.num_inference_steps)
+                scores = quick_score(made, known_nouns(components), score, steps, width)
+                line.append(f"{scores['overall']:.3f} ± {scores['overall_error']:.3f}")
+            lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def in_float16(network: EfficientDiT) -> EfficientDiT:
+    """`network` with its weights rounded to fp16; it computes in float32 as before."""
+    made = EfficientDiT(network.config)
+    made.update(tree_map(lambda p: p.astype(mx.float16).astype(mx.float32), network.parameters()))
+    return made
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.palettes",
+        description=__doc__,
+        epilog="Run again with the same options to resume.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="model folder, or a Hugging Face owner/name (default: the built-in one)")
+    add(
+        "--output", type=Path, required=True, metavar="FOLDER", help="model to write; not yet there"
+    )
+    add(
+        "--bits",
+        type=float,
+        default=4.3,
+        help="4 to 8, of the transformer's weights on average (default 4.3)",
+    )
+    add(
+        "--widths",
+        nargs="+",
+        choices=list(WIDTH_NAMES),
+        default=["full"],
+        metavar="WIDTH",
+        help="of full, small and tiny (default full)",
+    )
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="what the model draws to learn from, one prompt in each line (default: scenes of the "
+        "built-in model's vocabulary)",
+    )
+    add("--pictures", type=int, default=128, metavar="N", help="drawn for it (default 128)")
+    add(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="checkpoints, log.jsonl, loss.png, pictures and table.md (default: runs/ and the "
+        "output's name)",
+    )
+    add("--steps", type=int, default=1000, help="(default 1000)")
+    add("--batch-size", type=int, default=16, help="(default 16)")
+    add("--learning-rate", type=float, default=1e-3, help="(default 1e-3)")
+    add("--checkpoint-every", type=int, default=250, metavar="STEPS", help="(default 250)")
+    add("--seed", type=int, default=0)
+    add(
+        "--score",
+        type=int,
+        default=0,
+        metavar="N",
+        help="put the GenEval-style score into the table too, over N prompts of each category",
+    )
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("steps", "batch_size", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 4 <= args.bits <= 8:
+        raise UserError(f"--bits takes 4 to 8 on average, not {args.bits:g}")
+    if not 0 < args.learning_rate < 1:
+        raise UserError(f"--learning-rate must lie between 0 and 1, got {args.learning_rate}")
+    if args.pictures <= HELD_OUT:
+        raise UserError(f"--pictures must be above {HELD_OUT}, of which nothing is learned")
+    if len(set(args.widths)) < len(args.widths):
+        raise UserError(f"a width is named twice: {' '.join(args.widths)}")
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already: choose another --output or delete it")
+
+
+def _training(args: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        final_learning_rate=args.learning_rate / 20,
+        warmup_steps=20,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+        log_every=10,
+    )
+
+
+def load_alone(folder: Path, widths: Sequence[str]) -> Components:
+    """A model in float32 whose sampler is its few-step mode, if it has one, and that LoRA fused.
+
+    Args:
+        widths: one takes that sub-network alone.
+    """
+    width = WIDTH_NAMES[widths[0]] if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, model_width=width, few_step=True)
+    fuse_few_step(components)
+    config = dataclasses.replace(
+        components.config, sampler=components.config.sampler_for(), few_step=None
+    )
+    return dataclasses.replace(components, config=config)
+
+
+def save(
+    output: Path, components: Components, network: EfficientDiT, palettes: Palettes, model: Path
+) -> None:
+    """Write the model with `network` for its transformer, and the licence that came with it."""
+    check_palettes(network, palettes)
+    texts = palettes_file(palettes)
+    if (licence := model / "LICENSE").is_file():
+        texts["LICENSE"] = licence.read_text(encoding="utf-8")
+    save_pretrained(output, dataclasses.replace(components, transformer=network), texts=texts)
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    args.output = args.output.expanduser()
+    args.run_dir = (args.run_dir or Path("runs") / args.output.name).expanduser()
+    _check(args)
+    mx.random.seed(args.seed)
+    folder = find_model(args.model)
+    config = load_config(folder)
+    for name in args.widths:
+        check_width(config, name)
+    components = load_alone(folder, args.widths)
+    if args.score:
+        known_nouns(components)  # fails before anything is drawn
+    # A model of one width is that width.
+    alone = len(args.widths) == 1
+    widths = {name: 1.0 if alone else WIDTH_NAMES[name] for name in args.widths}
+    captions = prior_captions(components, args.prompts, args.pictures)
+    if len(captions) <= HELD_OUT:
+        raise UserError(f"--prompts: more than {HELD_OUT} prompts are needed, a line for each")
+    learned, held = captions[HELD_OUT:], captions[:HELD_OUT]
+
+    palettes = choose_palettes(components, args.bits, widths)
+    claim(
+        args.run_dir,
+        {"model": args.model or config.name, "captions": captions} | palettes.to_dict(),
+    )
+    network = with_palettes(components.transformer, palettes.bits)
+    before = with_palettes(network, {})
+    train_biases_and_norms(network, widths.values())
+    trained = sum(p.size for _, p in tree_flatten(network.trainable_parameters()))
+    print(f"training {trained:,} numbers at {', '.join(widths)} in {args.run_dir}", flush=True)
+
+    def width_of(step: int) -> float:
+        return step_width(list(widths.values()), args.seed, step)
+
+    processes = mx.distributed.init().size()
+    shares = list(widths.values())
+    data = Trajectories(
+        components,
+        learned,
+        shares,
+        args.batch_size,
+        args.seed,
+        width_of=lambda number: width_of(number // processes),
+    )
+    held_out = Trajectories(components, held, shares, first_seed=HELD_OUT_SEED)
+    drawn = dataclasses.replace(components, transformer=network)
+    previews = Previews(drawn, ["full"] if alone else args.widths, spread(held, 4))
+    finished = Trainer(
+        network,
+        gradients,
+        data,
+        _training(args),
+        args.run_dir,
+        static=lambda step: (width_of(step),),
+        validate=Validation(held_out, widths, previews),
+    ).run()
+    if not finished:
+        return
+    network.update(tree_unflatten(list(load_ema(args.run_dir).items())))
+    save(args.output, components, network, palettes, folder)
+    networks = {
+        "fp16": in_float16(components.transformer),
+        f"{args.bits:g} bits, palettes alone": before,
+        f"{args.bits:g} bits, fine-tuned": network,
+    }
+    table = compare(components, networks, held_out, held, widths, args.score)
+    (args.run_dir / "table.md").write_text(table)
+    print(table, end="")
+    print(f"python -m convert.coreml {args.output} {args.output}-coreml")
+
+
+if __name__ == "__main__":
+    run_command(main)
