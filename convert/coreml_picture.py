@@ -6,10 +6,10 @@ writes picture.png and, with --compare, says how far it is from what MLX draws. 
 least 35 dB, or the command fails: then the packages are not this model's, or wrong. Packages with
 palettes that the model has not are measured alike, and may be as far as they are.
 
-    python -m convert.coreml_picture my-model-coreml --compare my-model --one-step
+    python -m convert.coreml_picture my-model-coreml "a red apple" --compare my-model --one-step
 
-runs the transformer's packages once, on noise at the noise level .5 and random text, and says how
-far their velocity is from MLX's: at least 60 dB in fp16, within 1e-4 of the largest number in
+runs the transformer's packages once, on noise at the noise level .5 and a prompt, and says how far
+their velocity is from MLX's: at least 60 dB in fp16, within 1e-4 of the largest number in
 float32. That is what a large model has time for, and one whose other networks are not exported.
 """
 
@@ -34,8 +34,8 @@ from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.palettes import load_palettes
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.text_encoder import Tokenizer
-from mlx_snapgen.weights import fuse_few_step, load_config, load_pretrained
+from mlx_snapgen.text_encoder import Tokenizer, encode_prompts
+from mlx_snapgen.weights import Components, fuse_few_step, load_config, load_pretrained
 
 LEAST_PSNR = 35.0
 """dB between two pictures that count as the same."""
@@ -152,13 +152,15 @@ def check_picture(ratio: float) -> None:
         )
 
 
-def step_inputs(packages: Packages, seed: int = 0) -> tuple[mx.array, ...]:
-    """x_t, t, text and mask for one step, as `EfficientDiT` takes them: noise, and random text."""
-    inputs = {name: kind.shape for chunk in packages.chunks for name, kind in chunk.inputs.items()}
-    _, channels, height, width = inputs["x_t"]
-    _, dims, _, length = inputs["text"]
-    text = mx.random.normal((1, length, dims), key=mx.random.key(seed + 1))
-    mask = mx.arange(length)[None] < max(1, 3 * length // 4)
+def step_inputs(
+    packages: Packages, components: Components, prompt: str, seed: int = 0
+) -> tuple[mx.array, ...]:
+    """x_t, t, text and mask for one step, as `EfficientDiT` takes them, text being MLX's own.
+
+    (What no encoder says may be too large for fp16 to be near.)
+    """
+    _, channels, height, width = packages.chunks[0].inputs["x_t"].shape
+    text, mask = encode_prompts([prompt], components.text_encoders, components.transformer)
     return get_noise(seed, height, width, channels), mx.array([0.5]), text, mask
 
 
@@ -180,13 +182,15 @@ def check_step(ratio: float, difference: float, precision: str) -> None:
         )
 
 
-def compare_step(packages: Packages, model: str, width: str, seed: int) -> tuple[float, float]:
+def compare_step(
+    packages: Packages, model: str, width: str, prompt: str, seed: int = 0
+) -> tuple[float, float]:
     """How far one velocity of the packages is from the model's in MLX (see `step_difference`)."""
     few_step = packages.config.few_step is not None
     share = WIDTH_NAMES[width]
     components = load_pretrained(model, dtype=mx.float32, model_width=share, few_step=few_step)
     fuse_few_step(components)
-    inputs = step_inputs(packages, seed)
+    inputs = step_inputs(packages, components, prompt, seed)
     expected = components.transformer(*inputs)
     return step_difference(packages.velocity(*inputs), expected)
 
@@ -208,7 +212,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="what convert.coreml wrote")
-    parser.add_argument("prompt", nargs="?", default="")
+    parser.add_argument("prompt")
     parser.add_argument("--output", type=Path, default=Path("picture.png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's own")
@@ -220,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one_step and args.compare is None:
         raise UserError("--one-step takes --compare MODEL")
-    if not args.one_step and not args.prompt.strip():
+    if not args.prompt.strip():
         raise UserError("the prompt is empty: say what to draw")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be a positive number, got {args.steps}")
@@ -230,7 +234,7 @@ def main() -> None:
         width = args.function or width
         exact = not palettes or load_palettes(find_model(args.compare)) is not None
     if args.one_step:
-        ratio, difference = compare_step(packages, args.compare, width, args.seed)
+        ratio, difference = compare_step(packages, args.compare, width, args.prompt, args.seed)
         print(f"velocity: {ratio:.1f} dB to MLX's, {difference:.1e} of the largest number at most")
         if exact:
             check_step(ratio, difference, precision)

@@ -104,15 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prior-weight",
         type=float,
-        default=1.0,
-        help="how much the model is held to what it knew; 0 is not at all (default 1)",
+        default=4.0,
+        help="how much the model is held to what it knew; 0 is not at all (default 4)",
     )
     add(
         "--prior-pictures",
         type=int,
-        default=32,
+        default=96,
         metavar="N",
-        help="pictures of what it knew, drawn before training (default 32)",
+        help="pictures of what it knew, drawn before training (default 96)",
     )
     add(
         "--prior-prompts",

@@ -329,7 +329,7 @@ def main() -> None:
     held_out = Trajectories(components, held, shares, first_seed=HELD_OUT_SEED)
     drawn = dataclasses.replace(components, transformer=network)
     previews = Previews(drawn, ["full"] if alone else args.widths, spread(held, 4))
-    finished = Trainer(
+    trainer = Trainer(
         network,
         gradients,
         data,
@@ -337,8 +337,8 @@ def main() -> None:
         args.run_dir,
         static=lambda step: (width_of(step),),
         validate=Validation(held_out, widths, previews),
-    ).run()
-    if not finished:
+    )
+    if not (trainer.run() and trainer.is_main):
         return
     network.update(tree_unflatten(list(load_ema(args.run_dir).items())))
     save(args.output, components, network, palettes, folder)
