@@ -213,7 +213,7 @@ class SamplerConfig:
     """Put new noise on each step's estimate instead of taking Euler steps (`sampler.denoise`)."""
 
 
-FOUR_STEPS = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
+FOUR_STEPS = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0)
 """What SnapGen++'s step distillation trains for (section 3.3)."""
 
 

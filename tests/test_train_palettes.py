@@ -16,6 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import add_lora
 from mlx_snapgen.palettes import check_palettes, load_palettes, with_palettes
 from mlx_snapgen.sensitivity import draw_latents
+from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import load_pretrained, save_pretrained
 from train import palettes, trajectories
 from train.checkpoint import read_log
@@ -148,6 +149,18 @@ def test_a_few_step_model_learns_its_own_steps(components, model, tmp_path, monk
     fused = palettes.load_alone(tmp_path / "few", ["full", "small"])
     assert (fused.config.sampler, fused.config.few_step) == (four, None)
     assert flat(fused.transformer).keys() == flat(components.transformer).keys()
+
+
+def test_a_picture_that_turns_into_another_does_not_decide(components, monkeypatch):
+    expected = mx.arange(12.0).reshape(3, 2, 2, 1)
+    moved = expected + mx.array([0.01, 0.01, 5.0]).reshape(3, 1, 1, 1)
+    other = EfficientDiT(components.config.transformer)
+    monkeypatch.setattr(
+        palettes, "draw_latents", lambda *args: moved if args[-1] is other else expected
+    )
+    monkeypatch.setattr(palettes, "velocity_psnr", lambda *args: {"full": 30.0})
+    table = palettes.compare(components, {"tuned": other}, None, PROMPTS[:3], {"full": 1.0})
+    assert table.splitlines()[-1] == f"| full | tuned | 30.0 | {20 * np.log10(11 / 0.01):.1f} |"
 
 
 def test_the_export_takes_these_palettes_and_no_others(tuned):
