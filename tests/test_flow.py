@@ -60,8 +60,8 @@ def batch():
     }
 
 
-def losses(model, batch, key, width):
-    """(L_diff full, L_diff sub + L_dist) by eqs. 4-5, with t and eps drawn as the trainer does."""
+def losses(model, batch, key, width, weight=1.0):
+    """(L_diff full, L_diff sub + weight L_dist) by eqs. 4-5, t and eps drawn as in training."""
     key_t, key_eps = mx.random.split(key)
     t = mx.sigmoid(mx.random.normal((3,), key=key_t))
     eps = mx.random.normal(batch["latents"].shape, key=key_eps)
@@ -76,7 +76,7 @@ def losses(model, batch, key, width):
     sub = model.transformer(x_t, t, text, mask, width)
     target = eps - batch["latents"]
     distillation = (sub - mx.stop_gradient(full)).square().mean()
-    return (full - target).square().mean(), (sub - target).square().mean() + distillation
+    return (full - target).square().mean(), (sub - target).square().mean() + weight * distillation
 
 
 def flat_grad(model, loss):
@@ -91,18 +91,20 @@ def flat_grad(model, loss):
     return grads
 
 
-@pytest.mark.parametrize("width", [0.5, 0.375])
-def test_gradient_is_the_balanced_sum_of_both_losses(model, batch, width):
+@pytest.mark.parametrize(("width", "weight"), [(0.5, 1.0), (0.375, 1.0), (0.375, 4.0)])
+def test_gradient_is_the_balanced_sum_of_both_losses(model, batch, width, weight):
     key = mx.random.key(3)
-    grads, metrics = gradients(model, batch, key, (width,), 1.0)
+    grads, metrics = gradients(model, batch, key, (width,), 1.0, distillation_weight=weight)
     found = dict(tree_flatten(grads))
-    full, sub = (flat_grad(model, lambda i=i: losses(model, batch, key, width)[i]) for i in (0, 1))
+    full, sub = (
+        flat_grad(model, lambda i=i: losses(model, batch, key, width, weight)[i]) for i in (0, 1)
+    )
     assert found.keys() == full.keys()
     # The norms that are balanced: transformer weights and text states.
     states = [
         e(batch[f"tokens_{i}"], batch[f"mask_{i}"]) for i, e in enumerate(model.text_encoders)
     ]
-    scale = measured_scale(model, batch, key, width, states)
+    scale = measured_scale(model, batch, key, width, weight, states)
     for name in full:
         expected = np.array(full[name] + scale * sub[name])
         np.testing.assert_allclose(np.array(found[name]), expected, atol=2e-5, err_msg=name)
@@ -111,7 +113,7 @@ def test_gradient_is_the_balanced_sum_of_both_losses(model, batch, width):
     )
 
 
-def measured_scale(model, batch, key, width, states):
+def measured_scale(model, batch, key, width, weight, states):
     """|g_full| / |g_sub| over the transformer's weights and the text states, from scratch."""
     norms = []
     for i in (0, 1):
@@ -120,7 +122,7 @@ def measured_scale(model, batch, key, width, states):
             model.transformer.update(params)
             encoders = model.text_encoders
             model.text_encoders = [lambda *_, s=s: s for s in states]
-            value = losses(model, batch, key, width)[i]
+            value = losses(model, batch, key, width, weight)[i]
             model.text_encoders = encoders
             return value
 

@@ -43,6 +43,7 @@ def gradients(
     widths: Sequence[float],
     shift: float,
     mask_ratio: float = 0.0,
+    distillation_weight: float = 1.0,
 ):
     """Gradients of the full network and of the sub-networks of `widths`, balanced and added.
 
@@ -51,6 +52,7 @@ def gradients(
         widths: the sampled sub-networks'; without any the full network trains alone.
         shift: timestep shift.
         mask_ratio: share of tokens masked in the second half of the batch.
+        distillation_weight: of the full network's velocity beside the true one, for sub-networks.
 
     Returns:
         gradients like `model.trainable_parameters()`, and the losses as metrics; those of masked
@@ -77,7 +79,7 @@ def gradients(
             return diffusion, (predicted, metrics)
         distillation = (predicted - full).square().mean()
         metrics[f"distillation{suffix}"] = distillation
-        return diffusion + distillation, (predicted, metrics)
+        return diffusion + distillation_weight * distillation, (predicted, metrics)
 
     return elastic_gradients(model, batch, widths, loss)
 
@@ -111,9 +113,21 @@ def main() -> None:
         help="mask this share of the tokens before the Middle stage, in half of the scenes "
         "(EDT: .45; default 0)",
     )
+    parser.add_argument(
+        "--distillation-weight",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="how much more a sub-network learns from the full network's velocity than from the "
+        "true one, which is noisier (default 1, as in the paper)",
+    )
     args = parser.parse_args()
     if not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask-ratio is {args.mask_ratio}; it must be at least 0 and below 1")
+    if not args.distillation_weight >= 0:
+        raise UserError(
+            f"--distillation-weight is {args.distillation_weight}; it must be at least 0"
+        )
 
     mx.random.seed(args.seed)
     config = STICKERS
@@ -135,6 +149,7 @@ def main() -> None:
             sampled_widths(widths, args.seed, step, args.sub_networks),
             args.time_shift,
             args.mask_ratio,
+            args.distillation_weight,
         ),
         validate=previews_of(model, autoencoder, args.time_shift, args.widths),
     ).run()
