@@ -60,6 +60,9 @@ def convert(ct: Any, network: Network, target: str, precision: str) -> Any:
             name=name, shape=value.shape, dtype=np.float32 if name == "t" else floating
         )
 
+    pipeline = ct.PassPipeline()
+    # Axes, strides and other small constants too: without, they are half of a program.
+    pipeline.set_options("common::const_deduplication", {"const_threshold": 0})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(network.module, tuple(network.inputs.values()), check_trace=False)
@@ -74,6 +77,7 @@ def convert(ct: Any, network: Network, target: str, precision: str) -> Any:
                 if half
                 else ct.precision.FLOAT32
             ),
+            pass_pipeline=pipeline,
             skip_model_load=True,
         )
         return _with_palettes(model, network.least) if network.least else model
