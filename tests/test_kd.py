@@ -187,6 +187,39 @@ def test_each_width_has_a_projector_of_its_own(parts, width):
         np.testing.assert_array_equal(before[name], np.array(value), err_msg=name)
 
 
+def test_projectors_start_at_the_best_fit(parts):
+    """No number of a projector can move without the loss of the latents it was fitted to rising."""
+    student, teacher = parts
+    batches = [make_batch(student, teacher, seed) for seed in range(3)]
+    kd.fit_to_teacher(student, teacher, batches, 7, 2.0)
+    keys = mx.random.split(mx.random.key(7), len(batches))
+
+    def loss():
+        found = [
+            make_gradients(teacher)(student, batch, key, WIDTHS[1:], 2.0)[1]
+            for batch, key in zip(batches, keys, strict=True)
+        ]
+        names = ("features", "features_0.5", "features_0.375")
+        # Least squares weighs every number alike, the loss each batch by its features' variance.
+        return sum(
+            m[name].item() * variance(b, k)
+            for m, b, k in zip(found, batches, keys, strict=True)
+            for name in names
+        )
+
+    def variance(batch, key):
+        x_t, t, _ = noisy(batch["latents"], key, 2.0)
+        return taught(teacher, batch, x_t, t, 1.0)[1].var()
+
+    best = loss()
+    for projector in student.projectors:
+        for values in (projector.weight, projector.bias):
+            for step in (0.02, -0.02):
+                values[0] += step
+                assert loss() > best
+                values[0] -= step
+
+
 def test_no_gradient_goes_into_the_teacher(parts):
     student, teacher = parts
     batch, network = make_batch(student, teacher), teacher.network

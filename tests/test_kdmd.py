@@ -15,7 +15,7 @@ from train.kdmd import (
     Distilled,
     Simulation,
     critic_name,
-    fit_projectors,
+    fit_to_few_step,
     make_gradients,
 )
 from train.losses import add_noise, expand, sample_tau
@@ -200,7 +200,7 @@ def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
 def test_projectors_start_at_the_best_fit(parts):
     model, teacher = parts
     batches = [make_batch(model, teacher, seed) for seed in range(4)]
-    fit_projectors(model, teacher, batches)
+    fit_to_few_step(model, teacher, batches)
 
     def loss():
         gradients = make_gradients(teacher, 4.0, True)

@@ -19,17 +19,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import STICKERS, WIDTH_NAMES, ModelConfig
 from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.text_encoder import Tokenizer
+from mlx_snapgen.transformer import TextStates
 from mlx_snapgen.weights import load_config, load_pretrained
-from train.engine import Batch, Trainer
+from train.engine import Batch, Trainer, latest_checkpoint
 from train.losses import features_loss, per_sample, timestep_aware
 from train.previews import previews_of
+from train.projectors import fit_projectors, new_projectors
 from train.supernetwork import (
     Data,
     TextToLatents,
@@ -50,7 +51,7 @@ class Student(TextToLatents):
     def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer], feature_dims: int):
         super().__init__(config, tokenizers)
         d, self._widths = config.transformer.hidden_size, config.transformer.widths
-        self.projectors = [nn.Linear(round(d * w), feature_dims) for w in self._widths]
+        self.projectors = new_projectors(d, self._widths, feature_dims)
 
     def project(self, features: mx.array, width: float) -> mx.array:
         """Features (B, N, width * d) -> (B, N, feature_dims)."""
@@ -118,6 +119,32 @@ def make_gradients(
     return gradients
 
 
+def fit_to_teacher(
+    model: Student, teacher: Teacher, batches: Sequence[Batch], seed: int, shift: float
+) -> None:
+    """Start the projectors at the least-squares fit, over noisy latents as training has them."""
+    keys = mx.random.split(mx.random.key(seed), len(batches))
+    met = []
+    for batch, key in zip(batches, keys, strict=True):
+        x_t, t, _ = noisy(batch["latents"], key, shift)
+        met.append(batch | {"x_t": x_t, "t": t})
+
+    def own(batch: Batch, width: float) -> mx.array:
+        states = []
+        for i, encoder in enumerate(model.text_encoders):
+            mask = batch[f"mask_{i}"]
+            states.append(TextStates(encoder(batch[f"tokens_{i}"], mask), mask))
+        text, mask = model.transformer.encode_text(states)
+        x_t, t = batch["x_t"], batch["t"]
+        return model.transformer(x_t, t, text, mask, width, return_features=True)[1]
+
+    def seen(batch: Batch) -> mx.array:
+        condition = Condition(*(batch[name] for name in Condition._fields))
+        return teacher.velocity_and_features(batch["x_t"], batch["t"], condition)[1]
+
+    fit_projectors(model.projectors, model.transformer.config.widths, met, own, seen)
+
+
 def make_student(args: argparse.Namespace, autoencoder: Autoencoder, feature_dims: int) -> Student:
     """The student that the options ask for, with the weights that it starts from."""
     if args.init_from and (args.init_from / "config.json").is_file():
@@ -166,11 +193,13 @@ def main() -> None:
     for width in widths:
         student.transformer.config.width_index(width)
     tokenizers = [encoder.tokenizer for encoder in student.text_encoders]
-    data = make_data(args, autoencoder, tokenizers)
+    data = TaughtData(make_data(args, autoencoder, tokenizers), teacher)
+    if args.init_from and latest_checkpoint(args.run_dir) is None:
+        fit_to_teacher(student, teacher, [data(k) for k in range(8)], args.seed, args.time_shift)
     Trainer(
         student,
         make_gradients(teacher, args.guidance),
-        TaughtData(data, teacher),
+        data,
         training_config(args),
         args.run_dir,
         static=lambda step: (

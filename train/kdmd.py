@@ -28,7 +28,7 @@ from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.sampler import get_schedule
 from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import FEW_STEP, load_pretrained
-from train.engine import Batch, Trainer, TrainingConfig, load_ema
+from train.engine import Batch, Trainer, TrainingConfig, latest_checkpoint, load_ema
 from train.losses import (
     add_noise,
     dmd_loss,
@@ -38,6 +38,7 @@ from train.losses import (
     sample_tau,
 )
 from train.previews import Previews
+from train.projectors import fit_projectors, new_projectors
 from train.scenes import training_scene
 from train.teacher import CheckpointTeacher, Condition, Teacher, acting, load_teacher
 
@@ -74,8 +75,7 @@ class Distilled(nn.Module):
             if isinstance(layer, LoRALinear):
                 for name in trained:
                     layer.adapters[name].unfreeze()
-        d = network.config.hidden_size
-        self.projectors = [nn.Linear(round(d * w), feature_dims) for w in widths]
+        self.projectors = new_projectors(network.config.hidden_size, widths, feature_dims)
 
     def project(self, features: mx.array, width: float) -> mx.array:
         """Student features (B, N, width * d) -> the teacher's size."""
@@ -209,32 +209,21 @@ class Simulation:
         return {"x_t": x_t, "sigma": sigma, **condition._asdict(), **told}
 
 
-def fit_projectors(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
-    """Start each width's projector at the least-squares fit to the few-step teacher's features.
+def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
+    """Start the projectors at the least-squares fit to the few-step teacher's features."""
 
-    A random projection would push the student about until it is learned, and of a few hundred
-    iterations each width has but a third.
-    """
-    conditions = [Condition(*(batch[name] for name in Condition._fields)) for batch in batches]
-    seen = [
-        teacher.velocity_and_features(batch["x_t"], batch["sigma"], condition, True)[1]
-        for batch, condition in zip(batches, conditions, strict=True)
-    ]
-    wanted = np.concatenate([np.array(f.reshape(-1, f.shape[-1])) for f in seen])
-    for width, projector in zip(model.widths, model.projectors, strict=True):
-        rows = []
-        for batch in batches:
-            text, mask = (batch[name] for name in STUDENT_TEXT)
-            with acting(model.network, STUDENT):
-                _, features = model.network(
-                    batch["x_t"], batch["sigma"], text, mask, width, return_features=True
-                )
-            rows.append(np.array(features.reshape(-1, features.shape[-1])))
-        given = np.concatenate(rows)
-        given = np.concatenate([given, np.ones_like(given[:, :1])], axis=1)
-        solution = np.linalg.lstsq(given, wanted, rcond=None)[0]
-        projector.weight = mx.array(solution[:-1].T)
-        projector.bias = mx.array(solution[-1])
+    def own(batch: Batch, width: float) -> mx.array:
+        text, mask = (batch[name] for name in STUDENT_TEXT)
+        with acting(model.network, STUDENT):
+            return model.network(
+                batch["x_t"], batch["sigma"], text, mask, width, return_features=True
+            )[1]
+
+    def seen(batch: Batch) -> mx.array:
+        condition = Condition(*(batch[name] for name in Condition._fields))
+        return teacher.velocity_and_features(batch["x_t"], batch["sigma"], condition, True)[1]
+
+    fit_projectors(model.projectors, model.widths, batches, own, seen)
 
 
 def other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
@@ -319,8 +308,8 @@ def main() -> None:
         seed=args.seed,
         read=None if teacher is own else own.read,
     )
-    if teacher.has_few_step:
-        fit_projectors(model, teacher, [batches(k) for k in range(8)])
+    if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
+        fit_to_few_step(model, teacher, [batches(k) for k in range(8)])
     training = TrainingConfig(
         steps=args.steps,
         batch_size=args.batch_size,
