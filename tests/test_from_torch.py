@@ -231,6 +231,21 @@ def test_no_more_than_a_few_tensors_are_in_memory(tmp_path, monkeypatch, bits):
     assert len(mx.load(str(tmp_path / "out.safetensors"))) == 40 * (3 if bits else 1)
 
 
+def test_quantizing_takes_little_more_than_the_matrix():
+    """Its float32 copies are of a piece at a time: those of Qwen-Image's took 490 MiB."""
+    value = mx.random.normal((4096, 2048)).astype(mx.bfloat16)
+    mx.eval(value)
+    mx.clear_cache()
+    before, size = mx.get_active_memory(), value.nbytes
+    mx.reset_peak_memory()
+    entry = from_torch._packed("x", value, {"bits": 4, "group_size": 32})
+    del value
+    tensors, (_, error) = entry.make()
+    mx.eval(tensors)
+    assert mx.get_peak_memory() - before < 2.5 * size
+    assert 0 < error < 0.1
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_an_interrupted_conversion_goes_on_where_it_was(encoder, tmp_path, monkeypatch, torn):
     write_clip(tmp_path / "in", encoder, 3)
