@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from convert.folders import check_new, new_folder
 from convert.gemma import gemma_shapes
 from convert.report import peak_process_bytes
-from convert.stream import Entry, lazy, write_tensors
+from convert.stream import Entry, lazy, write_new
 from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer, byte_symbols
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
@@ -120,7 +120,7 @@ def _write(
         else:
             value = _random(start.shape) + (start if start.ndim < 2 else 0)
             entries.append(lazy(name, value.astype(dtype)))
-    _write_entries(path, entries)
+    write_new(path, entries)
 
 
 def _random(shape: tuple[int, ...]) -> mx.array:
@@ -146,19 +146,13 @@ def _random_packed(
     return Entry(shapes, lambda: ({name: values.pop(name) for name in shapes}, None))
 
 
-def _write_entries(path: Path, entries: list[Entry]) -> None:
-    journal = path.with_suffix(".journal")
-    write_tensors(path, entries, journal)
-    journal.unlink()
-
-
 def _write_gemma(folder: Path, dtype: mx.Dtype) -> None:
     """A folder as mlx-lm has it."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(GEMMA, indent=1))
     shapes = gemma_shapes(GEMMA).items()
     entries = [lazy(name, _random(shape).astype(dtype)) for name, shape in shapes]
-    _write_entries(folder / "model.safetensors", entries)
+    write_new(folder / "model.safetensors", entries)
     write_byte_tokenizer(folder)
 
 

@@ -7,7 +7,7 @@ weights-only loader, which runs no code of the file, and spooled into safetensor
 import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ SIDE_FILES = ("*.json", "*.txt", "*.txt.gz", "*.model", "*.jinja")
 
 NAMES = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model")
 """Files of weights as the libraries call them, before other names."""
+
+MAPPED_BYTES = 2**27
+"""Read of a pickle between two mappings of it."""
 
 
 @dataclass(frozen=True)
@@ -188,25 +191,55 @@ def spooled(path: Path, target: Path) -> Path:
             f"{path.name} is a PyTorch pickle, which only torch's weights-only loader reads: "
             "pip install torch, or get the checkpoint as .safetensors"
         ) from None
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before 2020 cannot be memory-mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than weights and was not opened: it could run code"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is truncated or damaged ({reason}): get it again") from None
-    tensors = _tensors(state, torch.Tensor)
-    if not tensors:
+    pickled = _Pickle(path, torch)
+    if not pickled.tensors:
         raise UserError(f"{path} holds no weights")
-    entries = [_entry(name, tensor, torch) for name, tensor in tensors]
+    entries = [_entry(name, t, torch, pickled.take) for name, t in pickled.tensors.items()]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(target, entries, target.with_suffix(".journal"))
     return target
+
+
+class _Pickle:
+    """The tensors of a PyTorch pickle.
+
+    What was read of a mapped file counts as memory of the process until the mapping goes, so the
+    file is mapped anew every `MAPPED_BYTES`.
+    """
+
+    def __init__(self, path: Path, torch: Any) -> None:
+        self.path, self.torch = path, torch
+        self._open()
+
+    def _open(self) -> None:
+        # The old mapping goes before the new one comes.
+        self.tensors: dict[str, Any] = {}
+        self.num_read, self.is_mapped = 0, True
+        load = self.torch.load
+        try:
+            try:
+                state = load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before 2020 cannot be memory-mapped
+                state = load(self.path, map_location="cpu", weights_only=True)
+                self.is_mapped = False
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{self.path} holds more than weights and was not opened: it could run code"
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{self.path} is truncated or damaged ({reason}): get it again"
+            ) from None
+        self.tensors = dict(_tensors(state, self.torch.Tensor))
+
+    def take(self, name: str) -> Any:
+        """One tensor, which the caller lets go before the next."""
+        if self.is_mapped and self.num_read >= MAPPED_BYTES:
+            self._open()
+        tensor = self.tensors[name]
+        self.num_read += tensor.nbytes
+        return tensor
 
 
 def _tensors(state: Any, kind: type) -> Sequence[tuple[str, Any]]:
@@ -219,7 +252,7 @@ def _tensors(state: Any, kind: type) -> Sequence[tuple[str, Any]]:
     return [(str(k), v) for k, v in state.items() if isinstance(v, kind)]
 
 
-def _entry(name: str, tensor: Any, torch: Any) -> Entry:
+def _entry(name: str, tensor: Any, torch: Any, take: Callable[[str], Any]) -> Entry:
     types = {
         torch.float64: mx.float32,  # mlx has none on a GPU, and no network needs it
         torch.float32: mx.float32,
@@ -233,7 +266,7 @@ def _entry(name: str, tensor: Any, torch: Any) -> Entry:
         raise UserError(f"'{name}' is of the type {tensor.dtype}, which is not known here")
 
     def make() -> tuple[dict[str, mx.array], None]:
-        plain = tensor.detach().contiguous()
+        plain = take(name).detach().contiguous()
         if dtype == mx.bfloat16:
             return {name: mx.array(plain.view(torch.int16).numpy()).view(dtype)}, None
         return {name: mx.array(plain.numpy()).astype(dtype)}, None

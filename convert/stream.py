@@ -103,6 +103,15 @@ def write_tensors(
     return notes
 
 
+def write_new(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_tensors` to a new file that nobody will go on with."""
+    journal = path.with_suffix(".journal")
+    write_tensors(path, entries, journal, metadata)
+    journal.unlink()
+
+
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     described: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0

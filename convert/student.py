@@ -8,6 +8,7 @@ taken from the model that it came from.
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from convert.folders import new_folder
 from convert.sources import check_whole, read_object
 from convert.to_torch import FOLDED, SHUFFLED, twin_name, twins
 from convert.torch_folder import FORMAT, read_config
-from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.config import WIDTH_NAMES, TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.pipeline import check_width
 from mlx_snapgen.stored import Quantization, listed
@@ -126,5 +128,17 @@ def convert_student(
         },
     }
     how: Quantization | None = None if quantization is None else {"transformer": quantization}
-    save_pretrained(out, components, how, dtype, {"report.json": json.dumps(report, indent=1)})
+    with new_folder(out) as made:
+        save_pretrained(made, components, how, dtype, {"report.json": json.dumps(report, indent=1)})
+        for encoder in components.config.text_encoders:
+            _copy_source(encoder, model, made)
     return report
+
+
+def _copy_source(encoder: TextEncoderConfig, model: Path, made: Path) -> None:
+    """A text encoder's folder inside that of the model; others are found where they are."""
+    if encoder.source is None or encoder.revision is not None:
+        return
+    inside = Path(encoder.source)
+    if (model / inside).is_dir() and not inside.is_absolute() and ".." not in inside.parts:
+        shutil.copytree(model / inside, made / inside, dirs_exist_ok=True)

@@ -17,7 +17,8 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from convert.folders import check_new, new_folder
+from convert.stream import Entry, write_new
 from convert.torch_folder import FORMAT, twin_files
 from mlx_snapgen.config import WIDTH_NAMES, to_dict
 from mlx_snapgen.errors import run_command
@@ -37,7 +39,8 @@ from mlx_snapgen.hub import find_model
 from mlx_snapgen.pipeline import check_width
 from mlx_snapgen.weights import Components, load_config, load_pretrained
 
-Weights = dict[str, np.ndarray]
+Weights = dict[str, Callable[[], np.ndarray]]
+"""One by one, so that no second copy of a network is in memory."""
 
 FOLDED = r"(patch_embed|downsample\.linear|[kv]_compress)\.weight$"
 """Linear layers over the pixels of a cell, which are strided convolutions."""
@@ -46,7 +49,7 @@ SHUFFLED = r"(^upsample\.linear|^head\.linear|^up[12]|^out)\.(weight|bias)$"
 
 
 def torch_weights(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Weights of one of our modules as its PyTorch twin names and shapes them.
+    """Weights of one of our modules as its PyTorch twin names and shapes them, made when called.
 
     Args:
         module: of one width.
@@ -55,24 +58,28 @@ def torch_weights(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Weights
     Raises:
         ValueError: the two are not the same network.
     """
-    weights = {}
-    for key, value in tree_flatten(module.parameters()):
-        name = twin_name(key)
-        value = np.array(value.astype(mx.float32))
-        if name not in shapes:
-            raise ValueError(f"the PyTorch network has no {name}")
-        if re.search(FOLDED, name):
-            out, channels, height, width = shapes[name]
-            value = value.reshape(out, height, width, channels)
-        if value.ndim == 4:
-            value = value.transpose(0, 3, 1, 2)
-        if re.search(SHUFFLED, name):
-            cells = module.config.patch_size**2 if name.startswith("head") else 4
-            value = value.reshape(cells, len(value) // cells, *value.shape[1:]).swapaxes(0, 1)
-        weights[name] = np.ascontiguousarray(value.reshape(shapes[name]))
-    if missing := shapes.keys() - weights.keys():
+    values = {twin_name(key): value for key, value in tree_flatten(module.parameters())}
+    if unknown := values.keys() - shapes.keys():
+        raise ValueError(f"the PyTorch network has no {', '.join(sorted(unknown))}")
+    if missing := shapes.keys() - values.keys():
         raise ValueError(f"only the PyTorch network has {', '.join(sorted(missing))}")
-    return weights
+    return {
+        name: partial(_torch_weight, module, name, value, shapes[name])
+        for name, value in values.items()
+    }
+
+
+def _torch_weight(module: Any, name: str, array: mx.array, shape: tuple[int, ...]) -> np.ndarray:
+    value = np.array(array.astype(mx.float32))
+    if re.search(FOLDED, name):
+        out, channels, height, width = shape
+        value = value.reshape(out, height, width, channels)
+    if value.ndim == 4:
+        value = value.transpose(0, 3, 1, 2)
+    if re.search(SHUFFLED, name):
+        cells = module.config.patch_size**2 if name.startswith("head") else 4
+        value = value.reshape(cells, len(value) // cells, *value.shape[1:]).swapaxes(0, 1)
+    return np.ascontiguousarray(value.reshape(shape))
 
 
 def twin_name(key: str) -> str:
@@ -102,11 +109,15 @@ def torch_networks(components: Components, **kwargs: Any) -> dict[str, Any]:
     modules = twins(components)
     networks = make_networks(components.config, **kwargs)
     for name, network in networks.items():
-        shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        weights = torch_weights(modules[name], shapes)
-        network.load_state_dict({key: torch.from_numpy(v) for key, v in weights.items()})
         network.eval().requires_grad_(False)
+        state = network.state_dict()
+        for key, make in torch_weights(modules[name], _shapes(network)).items():
+            state[key].copy_(torch.from_numpy(make()))
     return networks
+
+
+def _shapes(network: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
 def to_torch(components: Components, output: Path, width: str) -> list[str]:
@@ -123,17 +134,30 @@ def to_torch(components: Components, output: Path, width: str) -> list[str]:
     Raises:
         UserError: the folder holds something or cannot be written.
     """
-    from safetensors.torch import save_file
+    import torch
+
+    from convert.torch_dit import make_networks
 
     config = dataclasses.replace(components.config, quantization=None, few_step=None)
     values = {"format": FORMAT, "width": width} | to_dict(config)
-    networks = torch_networks(components)
-    with new_folder(output) as partial:
-        (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    modules = twins(components)
+    with torch.device("meta"):  # for names and shapes alone
+        networks = make_networks(components.config)
+    with new_folder(output) as folder:
+        (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         for name, network in networks.items():
-            save_file(network.state_dict(), partial / f"{name}.safetensors")
-        write_tokenizers(components, networks, partial)
+            shapes = _shapes(network)
+            entries = [
+                Entry({key: (mx.float32, shapes[key])}, partial(_tensor, key, make))
+                for key, make in torch_weights(modules[name], shapes).items()
+            ]
+            write_new(folder / f"{name}.safetensors", entries, {"format": "pt"})
+        write_tokenizers(components, networks, folder)
     return without_twin(components, networks)
+
+
+def _tensor(name: str, make: Callable[[], np.ndarray]) -> tuple[dict[str, mx.array], None]:
+    return {name: mx.array(make())}, None
 
 
 def write_tokenizers(components: Components, networks: Mapping[str, Any], folder: Path) -> None:

@@ -10,6 +10,8 @@ from mlx.utils import tree_flatten
 
 from convert import random_model
 from convert.random_model import write_random_model
+from convert.student import convert_student
+from convert.to_torch import to_torch
 from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.elastic import QuantizedElasticLinear
 from mlx_snapgen.errors import UserError
@@ -73,6 +75,19 @@ def test_its_gemma_loads_and_knows_every_byte(presets, tmp_path):
     tokens, mask = encoder.tokenize(["café!"])
     assert mask.sum().item() == 1 + len("café!".encode())
     assert mx.isfinite(encoder(tokens, mask)).all()
+
+
+def test_it_comes_back_from_pytorch_with_its_gemma(presets, tmp_path):
+    """The folder inside the model's that its config names was left behind."""
+    pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
+    pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+    write_random_model(tmp_path / "model", "small")
+    model = load_pretrained(tmp_path / "model")
+    to_torch(model, tmp_path / "torch", "full")
+    convert_student(tmp_path / "torch", tmp_path / "model", tmp_path / "back")
+    gemma = load_pretrained(tmp_path / "back").text_encoders[0]
+    tokens = gemma.tokenize(["a red apple"])
+    assert mx.array_equal(gemma(*tokens), model.text_encoders[0](*tokens))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

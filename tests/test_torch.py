@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,8 +35,9 @@ torch = pytest.importorskip("torch", reason=WHY)
 safetensors_torch = pytest.importorskip("safetensors.torch", reason=WHY)
 
 from convert import from_torch, torch_dit, torch_parts  # noqa: E402
+from convert import to_torch as to_torch_module  # noqa: E402
 from convert.student import convert_student  # noqa: E402
-from convert.to_torch import to_torch, torch_weights  # noqa: E402
+from convert.to_torch import to_torch, torch_networks, torch_weights  # noqa: E402
 from convert.torch_attention import attend_fused, attend_split  # noqa: E402
 
 CONFIG = TransformerConfig(
@@ -60,7 +62,7 @@ def filled(twin, module):
     """`twin` with the weights of the MLX `module`."""
     shapes = {name: tuple(value.shape) for name, value in twin.state_dict().items()}
     weights = torch_weights(module, shapes)
-    twin.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    twin.load_state_dict({name: torch.tensor(make()) for name, make in weights.items()})
     return twin.eval()
 
 
@@ -214,6 +216,36 @@ def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypat
     with pytest.raises(KeyError):
         to_torch(alone, tmp_path / "other", "small")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
+    """A model of 1.2 GB took more than 5 GiB: its weights were in memory three times over."""
+    alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
+    alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
+    make_networks, one, made = torch_dit.make_networks, to_torch_module._torch_weight, []
+
+    def shapes_alone(config):
+        networks = make_networks(config)
+        assert all(p.is_meta for network in networks.values() for p in network.parameters())
+        return networks
+
+    def watched(*args):
+        assert all(array() is None for array in made)
+        array = one(*args)
+        made.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(to_torch_module, "_torch_weight", watched)
+    networks = torch_networks(alone)
+    count = sum(len(network.state_dict()) for network in networks.values())
+    assert len(made) == count
+    monkeypatch.setattr(torch_dit, "make_networks", shapes_alone)
+    to_torch(alone, tmp_path / "model", "small")
+    assert len(made) == 2 * count
+    for name, network in networks.items():
+        state = safetensors_torch.load_file(tmp_path / "model" / f"{name}.safetensors")
+        assert state.keys() == network.state_dict().keys()
+        assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
 
 
 def test_a_bad_folder_is_one_line(components, model_folder, tmp_path):
