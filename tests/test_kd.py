@@ -245,6 +245,8 @@ def test_a_teacher_on_another_grid_is_refused(parts):
     student.transformer.head.linear.bias = student.transformer.head.linear.bias[:4]
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
         make_gradients(teacher)(student, batch, mx.random.key(0), (), 1.0)
+    with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
+        kd.fit_to_teacher(student, teacher, [batch], 0, 1.0)
 
 
 # --- the loop -----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from mlx_snapgen.weights import load_config, load_pretrained
 from train.engine import Batch, Trainer, latest_checkpoint
 from train.losses import features_loss, per_sample, timestep_aware
 from train.previews import previews_of
-from train.projectors import fit_projectors, new_projectors
+from train.projectors import check_same_tokens, fit_projectors, new_projectors
 from train.supernetwork import (
     Data,
     TextToLatents,
@@ -99,11 +99,7 @@ def make_gradients(
         def loss(text: mx.array, mask: mx.array, width: float, full: mx.array | None):
             predicted, own = model.transformer(x_t, t, text, mask, width, return_features=True)
             projected = model.project(own, width)
-            if projected.shape != seen.shape:
-                raise UserError(
-                    f"the student has features of {projected.shape[1]} tokens, its teacher of "
-                    f"{seen.shape[1]}: give it the teacher's patch size"
-                )
+            check_same_tokens(projected, seen)
             task, output = per_sample(predicted - v), per_sample(predicted - v_teacher)
             features = features_loss(projected, seen).mean()
             total = timestep_aware(task, output, t) + features
