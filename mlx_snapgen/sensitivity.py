@@ -140,7 +140,8 @@ def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[
         return list(PROMPTS)
     colours = words.get("colours") or [""]
     chosen = [nouns[i * len(nouns) // 4] for i in range(4)]
-    return [" ".join(f"a {colours[i % len(colours)]} {n}".split()) for i, n in enumerate(chosen)]
+    phrases = [f"{colours[i % len(colours)]} {n}".strip() for i, n in enumerate(chosen)]
+    return [f"an {p}" if p[0] in "aeiou" else f"a {p}" for p in phrases]
 
 
 def draw_latents(

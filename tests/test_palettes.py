@@ -105,13 +105,14 @@ def test_the_worst_layers_get_more_bits():
 
 
 def test_prompts_are_of_the_model_s_vocabulary():
-    words = {"nouns": ["apple", "car"], "colours": ["red", "blue"]}
+    words = {"nouns": ["apple", "car"], "colours": ["red", "orange"]}
     assert sensitivity.calibration_prompts(words) == [
         "a red apple",
-        "a blue apple",
+        "an orange apple",
         "a red car",
-        "a blue car",
+        "an orange car",
     ]
+    assert sensitivity.calibration_prompts({"nouns": ["egg"]}) == ["an egg"] * 4
     assert sensitivity.calibration_prompts(None) == list(sensitivity.PROMPTS)
 
 
