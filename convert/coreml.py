@@ -54,11 +54,11 @@ from convert.coreml_package import (
     line,
     write_package,
 )
-from convert.folders import check_new, new_folder
 from convert.to_torch import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
 from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.palettes import (
     LEAST,

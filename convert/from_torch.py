@@ -33,13 +33,13 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 import mlx.core as mx
 from tqdm import tqdm
 
-from convert.folders import check_new
 from convert.kinds import KINDS, Plan, find_kind
 from convert.report import peak_process_bytes, summary
 from convert.sources import Source, find_source
 from convert.stream import Entry, lazy, write_tensors
 from convert.student import convert_student, is_student
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import check_new
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.stored import listed
 

@@ -21,7 +21,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from convert.folders import check_new, new_folder
 from convert.gemma import gemma_shapes
 from convert.report import peak_process_bytes
 from convert.stream import Entry, lazy, write_new
@@ -36,6 +35,7 @@ from mlx_snapgen.config import (
     transformer_preset,
 )
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.stored import FORMAT_VERSION, matrices
 from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import make_autoencoder

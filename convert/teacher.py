@@ -25,12 +25,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from convert.autoencoder import read_autoencoder
-from convert.folders import check_new, new_folder
 from convert.from_torch import convert
 from convert.sources import find_source, read_object
 from convert.teacher_transformer import make_transformer
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora_files import load_lora
 from mlx_snapgen.stored import read_part

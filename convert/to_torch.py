@@ -30,11 +30,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from convert.folders import check_new, new_folder
 from convert.stream import Entry, write_new
 from convert.torch_folder import FORMAT, twin_files
 from mlx_snapgen.config import WIDTH_NAMES, to_dict
 from mlx_snapgen.errors import run_command
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.pipeline import check_width
 from mlx_snapgen.weights import Components, load_config, load_pretrained

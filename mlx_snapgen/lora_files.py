@@ -6,9 +6,7 @@ Written are those of diffusers and PEFT: `transformer.<layer>.lora_A.weight`,
 
 import json
 import math
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.lora import (
     Adapter,
     adapted_layers,
@@ -72,16 +71,10 @@ def save_lora(
     if base_model is not None:
         header["base_model"] = base_model
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
+        with whole_file(path, replace=False) as partial:
             mx.save_safetensors(str(partial), tensors, header)
-            # Claim the name, which fails when it is taken, then replace the claim.
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                raise UserError(f"{path} exists already: choose another name") from None
-            os.replace(partial, path)
+    except FileExistsError:
+        raise UserError(f"{path} exists already: choose another name") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}") from None
 

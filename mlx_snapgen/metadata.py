@@ -1,10 +1,7 @@
 """What a picture knows about its making: JSON in a PNG's text chunk `parameters`."""
 
-import contextlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import whole_file
 
 KEY = "parameters"
 """The chunk's keyword, where picture viewers and other generators look for settings too."""
@@ -104,44 +102,19 @@ def save_picture(
     path = Path(path)
     data = encode_png(image, metadata)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _write_exclusively(path, data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _write_exclusively(path: Path, data: bytes) -> Path:
-    descriptor, partial = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as f:
-            f.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
         for candidate in _numbered(path):
             if candidate.exists():
                 continue
             try:
-                _move_to_free(partial, candidate)
+                with whole_file(candidate, replace=False) as partial:
+                    partial.write_bytes(data)
             except FileExistsError:
+                # Another process took the name meanwhile.
                 continue
             return candidate
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     raise AssertionError("numbers do not end")
-
-
-def _move_to_free(source: str, target: Path) -> None:
-    """Move a file to a name that must be free (`FileExistsError`)."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        # exFAT and some network drives have no links: claim the name, then replace the claim.
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(source, target)
 
 
 def _numbered(path: Path) -> Iterator[Path]:

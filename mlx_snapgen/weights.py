@@ -14,9 +14,6 @@ them), recorded in config.json as `{"transformer": {"bits": 4, "group_size": 32}
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from mlx_snapgen.config import (
 from mlx_snapgen.elastic import extract
 from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.kl_autoencoder import KLAutoencoder
 from mlx_snapgen.lora import fuse_lora, get_lora_weights, set_lora_weights, without_lora
@@ -114,8 +112,7 @@ def save_pretrained(
         UserError: the folder holds something, or the quantization is impossible.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: choose another folder or delete it")
+    check_new(folder)
     if None in components.text_encoders:
         raise UserError("a text encoder was left out: load the model with all of them to save it")
     modules = components.modules()
@@ -136,12 +133,7 @@ def save_pretrained(
     files = {"config.json": json.dumps(values, indent=1)}
     if components.vocabulary is not None:
         files["vocabulary.json"] = json.dumps(components.vocabulary, indent=1, ensure_ascii=False)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror}") from None
-    try:
+    with new_folder(folder) as partial:
         for name, text in (files | dict(texts or {})).items():
             (partial / name).write_text(text, encoding="utf-8")
         for i, encoder in enumerate(components.text_encoders):
@@ -154,15 +146,6 @@ def save_pretrained(
         if adapters:
             path = partial / f"{FEW_STEP}.safetensors"
             save_lora(path, components.transformer, FEW_STEP, config.name, dtype)
-        # mkdtemp makes a private folder; a model is as readable as any other folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stored(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mlx_snapgen import generate, metadata
+from mlx_snapgen import files, generate
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main, slug
 from mlx_snapgen.metadata import read_metadata, save_picture
@@ -274,7 +274,7 @@ def test_a_name_taken_meanwhile_is_not_overwritten(monkeypatch):
             Path(target).write_text("theirs")
         link(source, target)
 
-    monkeypatch.setattr(metadata.os, "link", race)
+    monkeypatch.setattr(files.os, "link", race)
     assert save_picture(Image.new("RGB", (8, 8)), "x.png").name == "x-1.png"
     assert Path("x.png").read_text() == "theirs"
 
@@ -283,7 +283,7 @@ def test_a_file_system_without_links(monkeypatch):
     def refuse(source, target):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(metadata.os, "link", refuse)
+    monkeypatch.setattr(files.os, "link", refuse)
     for name in ("x.png", "x-1.png"):
         assert save_picture(Image.new("RGB", (8, 8)), "x.png") == Path(name)
     assert sorted(os.listdir()) == ["x-1.png", "x.png"]
@@ -294,7 +294,7 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metadata.os, "fdopen", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="No space left"):
         save_picture(Image.new("RGB", (8, 8)), "x.png")
     assert os.listdir() == []

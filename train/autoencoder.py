@@ -24,6 +24,7 @@ from mlx_snapgen import weights
 from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import STICKERS, AutoencoderConfig, from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.weights import make_autoencoder
 from train import stickers
 from train.engine import Trainer, TrainingConfig, load_ema
@@ -150,10 +151,8 @@ def keep_config(run: Path, config: AutoencoderConfig) -> None:
     path = run / CONFIG_FILE
     if path.is_file() and _config_of(run) != config:
         raise UserError(f"{run} trains another autoencoder: choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
 
 
 def main() -> None:

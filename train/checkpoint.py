@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import whole_file
 
 TREES = ("model", "ema", "optimizer")
 
@@ -153,6 +154,5 @@ def rewind_log(run_dir: Path, step: int) -> None:
     """Drop what was logged after `step`, which a resumed run logs again."""
     if (run_dir / "log.jsonl").is_file():
         kept = [json.dumps(e) + "\n" for e in read_log(run_dir) if e["step"] <= step]
-        partial = run_dir / ".log.jsonl.partial"
-        partial.write_text("".join(kept))
-        partial.replace(run_dir / "log.jsonl")
+        with whole_file(run_dir / "log.jsonl") as partial:
+            partial.write_text("".join(kept))

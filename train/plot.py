@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from mlx_snapgen.files import whole_file
 from train.checkpoint import read_log
 
 HIDDEN = {"step", "time", "seconds_per_step"}
@@ -37,6 +38,7 @@ def plot_log(run_dir: Path) -> Path | None:
         if min(value for _, value in points) > 0:
             axes.set_yscale("log")
     axes.set_xlabel("step")
-    partial = run_dir / ".loss.png.partial"
-    figure.savefig(partial, format="png", dpi=80)
-    return partial.replace(run_dir / "loss.png")
+    path = run_dir / "loss.png"
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=80)
+    return path

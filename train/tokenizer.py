@@ -3,12 +3,12 @@
 import argparse
 import io
 import itertools
-import os
 from pathlib import Path
 
 import sentencepiece
 
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.text_encoder import normalise
 from train import stickers
 from train.vocabulary import BACKGROUNDS, COLOURS, NOUNS
@@ -48,10 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         raise UserError(f"{args.output} exists: choose another name or delete it first")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_suffix(".partial")
-    partial.write_bytes(train_tokenizer(args.vocab_size))
-    os.replace(partial, args.output)
+    with whole_file(args.output) as partial:
+        partial.write_bytes(train_tokenizer(args.vocab_size))
 
 
 if __name__ == "__main__":

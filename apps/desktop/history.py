@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from apps.desktop.settings import write_whole
+from mlx_snapgen.files import whole_file
 
 THUMBNAIL = 84
 """Pixels of the longer side."""
@@ -48,7 +48,8 @@ class History:
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"{int(now % 1 * 1e6):06d}"
         path = self.folder / f"{stamp}_{name}.png"
-        write_whole(path, png)
+        with whole_file(path) as partial:
+            partial.write_bytes(png)
         for old in self.paths()[self.limit :]:
             old.unlink(missing_ok=True)
         return Entry(path)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from apps.desktop import system
 from apps.desktop.history import Entry
-from apps.desktop.settings import write_whole
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import whole_file
 
 BUDGET = 0.015
 """Seconds of thumbnails at a time, so that the window is there at once."""
@@ -86,7 +86,8 @@ class Pictures:
     def save_to(self, entry: Entry, path: Path) -> None:
         """Save a picture of the history with its settings; the dialog has asked about replacing."""
         try:
-            write_whole(path, entry.path.read_bytes())
+            with whole_file(path) as partial:
+                partial.write_bytes(entry.path.read_bytes())
         except OSError as error:
             self._window.banner.show(f"Cannot save {path}: {error.strerror or error}")
             return

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import types
 import typing
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.worker import Job, ModelChoice
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.metadata import read_settings
 
 
@@ -112,23 +112,8 @@ def load_settings(path: Path) -> tuple[Settings, str | None]:
 
 def save_settings(path: Path, settings: Settings) -> None:
     """Write whole or not at all; raises OSError."""
-    write_whole(path, json.dumps(dataclasses.asdict(settings), indent=1).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, over one that is there; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as f:
-            f.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(settings), indent=1), encoding="utf-8")
 
 
 def _set_aside(path: Path) -> Path:

@@ -1,0 +1,90 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import new_folder, whole_file
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def permissions(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def test_a_file_takes_the_place_of_another_at_the_end(empty_folder):
+    path = empty_folder / "a.txt"
+    path.write_text("old")
+    with whole_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir() == ["a.txt"]
+
+
+def test_a_failure_keeps_the_old_file(empty_folder):
+    path = empty_folder / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert os.listdir() == ["a.txt"]
+
+
+def test_a_name_that_is_taken_is_kept(empty_folder):
+    path = empty_folder / "a.txt"
+    with pytest.raises(FileExistsError), whole_file(path, replace=False) as partial:
+        partial.write_text("mine")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs"
+    assert os.listdir() == ["a.txt"]
+
+
+def test_a_file_in_the_way_of_the_folder_is_no_taken_name(empty_folder):
+    (empty_folder / "a").write_text("a file")
+    with (
+        pytest.raises(NotADirectoryError),
+        whole_file(empty_folder / "a" / "b.txt", replace=False),
+    ):
+        raise AssertionError("nothing to write to")
+    with pytest.raises(UserError, match="Not a directory"), new_folder(empty_folder / "a" / "b"):
+        raise AssertionError("nothing to write to")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_what_the_umask_lets_them(umask, empty_folder):
+    before = os.umask(umask)
+    try:
+        with whole_file(empty_folder / "new" / "a.txt") as partial:
+            partial.write_text("a")
+        with new_folder(empty_folder / "b") as partial:
+            (partial / "c.txt").write_text("c")
+    finally:
+        os.umask(before)
+    assert permissions("new/a.txt") == permissions("b/c.txt") == 0o666 & ~umask
+    assert permissions("b") == permissions("new") == 0o777 & ~umask
+
+
+def test_a_folder_that_fails_leaves_nothing(empty_folder):
+    with pytest.raises(UserError, match="No space left"), new_folder(empty_folder / "a") as partial:
+        (partial / "b.txt").write_text("b")
+        raise OSError(28, "No space left on device")
+    assert os.listdir() == []
+
+
+def test_only_an_empty_folder_is_filled(empty_folder):
+    (empty_folder / "a").mkdir()
+    with new_folder(empty_folder / "a") as partial:
+        (partial / "b.txt").write_text("b")
+    with pytest.raises(UserError, match="exists already"), new_folder(empty_folder / "a"):
+        raise AssertionError("nothing to write to")
+    assert os.listdir("a") == ["b.txt"]
+    assert os.listdir() == ["a"]
