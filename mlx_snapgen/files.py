@@ -65,7 +65,9 @@ def _beside(path: Path) -> Iterator[Path]:
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path.parent) from None
     # The folder is private; what is made in it is as readable as anything else.
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as hidden:
+    with tempfile.TemporaryDirectory(
+        prefix=".", dir=path.parent, ignore_cleanup_errors=True
+    ) as hidden:
         yield Path(hidden) / path.name
 
 
