@@ -56,10 +56,11 @@ from convert.coreml_package import (
 )
 from convert.to_torch import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
-from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.networks.efficient_dit import count_parameters
+from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.palettes import (
     LEAST,
     Palettes,
@@ -69,7 +70,6 @@ from mlx_snapgen.palettes import (
 )
 from mlx_snapgen.pipeline import check_size, check_width
 from mlx_snapgen.sensitivity import choose_palettes
-from mlx_snapgen.transformer import count_parameters
 from mlx_snapgen.weights import (
     FORMAT_VERSION,
     Components,

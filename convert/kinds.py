@@ -29,9 +29,9 @@ from convert.gemma import GEMMA_FILES, gemma_config, gemma_name, gemma_shapes
 from convert.lora import lora_metadata, lora_name, lora_weights
 from convert.sources import Source
 from convert.teacher_transformer import make_transformer, transformer_name
-from mlx_snapgen import clip
 from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.networks.text_encoders import clip
 from mlx_snapgen.stored import FORMAT_VERSION, matrices
 from mlx_snapgen.teachers.folder import quantizable
 from mlx_snapgen.weights import make_autoencoder

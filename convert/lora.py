@@ -10,9 +10,9 @@ from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import linear_layers
 from mlx_snapgen.lora_files import public_name
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
-from mlx_snapgen.transformer import EfficientDiT
 
 Weights = dict[str, mx.array]
 

@@ -10,7 +10,7 @@ import numpy as np
 from convert.teacher_transformer import read_transformer
 from mlx_snapgen.lora import linear_layers
 from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.teachers.qwen_transformer import pack
+from mlx_snapgen.networks.qwen_image import pack
 
 Pairs = Iterator[tuple[str, mx.array, Any]]
 """What is compared: its name, ours, and the library's as a torch tensor."""

@@ -33,10 +33,10 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.networks.text_encoders.qwen import FILES
 from mlx_snapgen.stored import read_part
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, TURBO, Schedule, TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
-from mlx_snapgen.teachers.text import FILES
 from mlx_snapgen.weights import BITS, FEW_STEP, GROUP_SIZES
 
 SCHEDULES = {"qwen-image": (Schedule(), LIGHTNING), "z-image": (TURBO, TURBO)}

@@ -13,12 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from convert.sources import find_source, read_object
+from mlx_snapgen.config import QwenTransformerConfig, ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.teachers.config import (
-    TRANSFORMERS,
-    QwenTransformerConfig,
-    ZImageTransformerConfig,
-)
+from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
 
 

@@ -1,6 +1,6 @@
 """The widths of one supernetwork in tiles, so that a package of all stores each weight once.
 
-A narrower network's weight is the corner of the wider one's (`mlx_snapgen.elastic`), which as a
+A narrower network's weight is the corner of the wider one's (`mlx_snapgen.networks.elastic`), which as a
 tensor of its own would be stored again. So a layer computes width after width: y of the narrowest,
 plus what the inputs that the next width adds bring (`right`), and below it the outputs that it adds
 (`below`). Each tile is a convolution whose weight is the same at every width that has it.

@@ -16,10 +16,11 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_snapgen.attention import Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.config import TRANSFORMERS, TransformerConfig, transformer_preset
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.transformer import EfficientDiT, TextStates, count_parameters
+from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttention
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
+from mlx_snapgen.networks.text_encoders.base import TextStates
 
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""

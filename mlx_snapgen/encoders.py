@@ -7,13 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_snapgen import clip, gemma
 from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import DownloadProgress, find_model
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.text_encoders import clip, gemma
+from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.stored import load_stored, read_part
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_states
-from mlx_snapgen.transformer import EfficientDiT, TextStates
 
 STORED = {
     "transformer": (TransformerTextEncoder, Tokenizer),

@@ -20,6 +20,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.interactive import Session
 from mlx_snapgen.metadata import RECORDED, read_settings, save_picture
+from mlx_snapgen.networks.text_encoders.base import normalise
 from mlx_snapgen.options import build_parser
 from mlx_snapgen.pipeline import (
     MAX_SEED,
@@ -28,7 +29,6 @@ from mlx_snapgen.pipeline import (
     check_size,
     check_width,
 )
-from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.weights import load_config, load_vocabulary
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

@@ -19,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
 
 
 class Adapter(nn.Module):

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import linear_layers
-from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
 LOW, HIGH = 4, 8
 """Bits of an index, of most layers and of the sensitive ones."""

@@ -17,14 +17,14 @@ from PIL import Image
 
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, SamplerConfig
-from mlx_snapgen.elastic import extract
 from mlx_snapgen.encoders import PromptEncoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora import fuse_lora, remove_lora, switched
 from mlx_snapgen.lora_files import load_lora, read_lora
+from mlx_snapgen.networks.elastic import extract
+from mlx_snapgen.networks.text_encoders.base import normalise
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.text_encoder import normalise
 from mlx_snapgen.weights import (
     FEW_STEP,
     Components,

@@ -12,13 +12,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen.elastic import ElasticLinear
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import linear_layers
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.networks.elastic import ElasticLinear
 from mlx_snapgen.palettes import HIGH, LOW, Palettes, layers, palettized
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.text_encoder import encode_prompts
-from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import Components
 
 MOST_STEPS = 8

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.elastic import ElasticLinear
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.elastic import ElasticLinear
 
 FORMAT_VERSION = 1
 

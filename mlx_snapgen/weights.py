@@ -22,22 +22,25 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import (
     AutoencoderConfig,
     ModelConfig,
     from_dict,
     to_dict,
 )
-from mlx_snapgen.elastic import extract
 from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.hub import find_model
-from mlx_snapgen.kl_autoencoder import KLAutoencoder
 from mlx_snapgen.lora import fuse_lora, get_lora_weights, set_lora_weights, without_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
-from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
+from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
+from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.stored import (
     FORMAT_VERSION,
     Quantization,
@@ -46,8 +49,6 @@ from mlx_snapgen.stored import (
     matrices,
     read_part,
 )
-from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
-from mlx_snapgen.transformer import EfficientDiT
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -308,7 +309,7 @@ def _load_transformer(
 
 
 AUTOENCODERS = {
-    "convolutional": Autoencoder,
+    "convolutional": ConvolutionalAutoencoder,
     "qwen-image": QwenAutoencoder,
     "taehv": TinyAutoencoder,
     "kl": KLAutoencoder,

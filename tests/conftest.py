@@ -15,7 +15,6 @@ import pytest
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -24,8 +23,9 @@ from mlx_snapgen.config import (
     TransformerConfig,
 )
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder
-from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.weights import Components, save_pretrained
 from train.stickers import find_font
 
@@ -129,7 +129,7 @@ def components(tokenizer_bytes) -> Components:
     made = Components(
         config,
         EfficientDiT(config.transformer),
-        Autoencoder(config.autoencoder),
+        ConvolutionalAutoencoder(config.autoencoder),
         [TransformerTextEncoder(c, Tokenizer(tokenizer_bytes, c.max_length)) for c in encoders],
         {"nouns": NOUNS, "other_words": ["apples", "automobile"], "colours": COLOURS},
     )

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_snapgen.activations import _gelu, gelu
+from mlx_snapgen.networks.layers import _gelu, gelu
 
 
 def test_value_and_gradient_equal_tanh_gelu():

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_snapgen import attention
-from mlx_snapgen.attention import (
+from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.networks import attention
+from mlx_snapgen.networks.attention import (
     CrossAttention,
     Grid,
     SelfAttention,
     SparseSelfAttention,
     apply_rope,
-    attend,
 )
-from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.networks.layers import attend
 
 CONFIG = TransformerConfig(
     hidden_size=64,

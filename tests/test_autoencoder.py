@@ -10,10 +10,11 @@ import pytest
 from conftest import randomise
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.autoencoder import Autoencoder, depth_to_space, space_to_depth
 from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.hub import default_model_path
+from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
 from mlx_snapgen.stored import FORMAT_VERSION
 from mlx_snapgen.weights import make_autoencoder
 from train import autoencoder as trainer
@@ -32,7 +33,7 @@ def test_space_to_depth_is_a_strided_convolutions_patches():
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 40)])
 def test_shapes(size):
-    model = Autoencoder(CONFIG)
+    model = ConvolutionalAutoencoder(CONFIG)
     latents = model.encode(mx.zeros((2, *size, 3)))
     assert latents.shape == (2, size[0] // 8, size[1] // 8, 4)
     assert model.decode(latents).shape == (2, *size, 3)
@@ -42,10 +43,10 @@ def test_shapes(size):
 
 def test_latents_are_normalised_and_decoding_undoes_it():
     mx.random.seed(0)
-    raw = Autoencoder(CONFIG)
+    raw = ConvolutionalAutoencoder(CONFIG)
     pictures = mx.random.uniform(-1, 1, (2, 16, 16, 3))
     latents = raw.encode(pictures)
-    model = Autoencoder(
+    model = ConvolutionalAutoencoder(
         dataclasses.replace(CONFIG, latents_mean=(1, 2, 3, 4), latents_std=(2, 2, 0.5, 1))
     )
     model.update(raw.parameters())

@@ -13,10 +13,15 @@ import pytest
 from conftest import randomise
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer, load_clip, sanitize
 from mlx_snapgen.config import TINYCLIP_19M, TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.text_encoders.clip import (
+    ClipTextEncoder,
+    ClipTokenizer,
+    load_clip,
+    sanitize,
+)
 from mlx_snapgen.weights import Components, load_pretrained, save_pretrained
 
 MERGES = (

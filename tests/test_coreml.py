@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from convert import coreml, coreml_options, coreml_package, coreml_picture
 from mlx_snapgen import SnapGenPipeline, palettes
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -29,8 +28,9 @@ from mlx_snapgen.config import (
     TransformerConfig,
 )
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import Tokenizer, TransformerTextEncoder, encode_prompts
-from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.weights import Components
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +130,7 @@ def model(tokenizer_bytes):
     made = Components(
         config,
         EfficientDiT(config.transformer),
-        Autoencoder(config.autoencoder),
+        ConvolutionalAutoencoder(config.autoencoder),
         [TransformerTextEncoder(encoder, Tokenizer(tokenizer_bytes, encoder.max_length))],
     )
     for seed, module in enumerate(made.modules().values()):

@@ -22,7 +22,7 @@ import train.engine
 import train.plot
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from train.checkpoint import read_log
 from train.engine import (
     Trainer,

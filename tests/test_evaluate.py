@@ -16,8 +16,8 @@ from PIL import Image
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import add_lora
 from mlx_snapgen.lora_files import save_lora
+from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule
-from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import load_pretrained
 from train import evaluate, stickers, validation
 from train.captions import Placed, Scene, plain_caption

@@ -17,7 +17,7 @@ from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import add_lora, fuse_lora, remove_lora, set_lora_weights
 from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.text_encoder import encode_prompts
+from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.weights import FEW_STEP, load_pretrained, save_pretrained
 from train import evaluate
 from train.previews import PROMPTS, previews_of

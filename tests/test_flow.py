@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 import train.engine
 from mlx_snapgen.config import STICKERS, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import Tokenizer
-from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from train.checkpoint import read_log, save_checkpoint
 from train.engine import Trainer, TrainingConfig
 from train.flow import gradients, kept_tokens

@@ -18,11 +18,11 @@ from convert.from_torch import convert
 from convert.kinds import find_kind
 from convert.report import error_table, summary
 from convert.sources import find_source
-from mlx_snapgen.clip import ClipTextEncoder, ClipTokenizer, load_clip
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.encoders import make_text_encoder
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer, load_clip
 from mlx_snapgen.weights import load_autoencoder
 
 VOCAB_SIZE = 512 + len(MERGES.split(b"\n")) + 2
@@ -187,7 +187,7 @@ def test_a_lora_is_one_file_under_the_keys_of_diffusers(components, tmp_path):
     name = f"transformer.{layer}"
     assert set(found) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha"}
     assert header["base_model"] == "random"
-    from mlx_snapgen.transformer import EfficientDiT
+    from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
     network = EfficientDiT(components.config.transformer)
     assert load_lora(tmp_path / "b.safetensors", network) == [layer]

@@ -14,7 +14,7 @@ import sentencepiece
 from apps.ios.vectors import PATH, PROMPTS, TOKENIZER, vectors
 from convert.mil_program import wire_fields
 from mlx_snapgen.config import STICKERS, to_dict
-from mlx_snapgen.text_encoder import normalise
+from mlx_snapgen.networks.text_encoders.base import normalise
 
 ROOT = Path(__file__).parents[1] / "apps/ios"
 

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten, tree_map
 import train.engine
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig, to_dict
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import Tokenizer
-from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.weights import FORMAT_VERSION, load_pretrained, save_pretrained
 from train import kd
 from train.checkpoint import read_log

@@ -15,7 +15,6 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_snapgen.elastic import ElasticLinear, extract, sliced_parameters
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
 from mlx_snapgen.lora import (
@@ -30,8 +29,9 @@ from mlx_snapgen.lora import (
 )
 from mlx_snapgen.lora_files import load_lora, save_lora
 from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.elastic import ElasticLinear, extract, sliced_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import load_pretrained, quantize_transformer, save_pretrained
 
 WIDTHS = (1.0, 0.5, 0.375)

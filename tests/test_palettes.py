@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_snapgen import palettes, sensitivity
-from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.weights import load_pretrained, save_pretrained
 
 WIDTHS = {"full": 1.0, "small": 0.5}

@@ -11,9 +11,9 @@ from conftest import randomise
 from convert.autoencoder import read_autoencoder, swap_autoencoder
 from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, AutoencoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
+from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.qwen_autoencoder import QwenAutoencoder
-from mlx_snapgen.tiling import Stage, run_stages
 from mlx_snapgen.weights import load_pretrained
 
 SMALL = AutoencoderConfig(
@@ -190,7 +190,7 @@ def test_attention_in_pieces_is_attention(monkeypatch):
     x = mx.random.normal((2, 5, 7, 32), key=mx.random.key(1))
     block = model.decoder.mid_block.attentions[0]
     whole = np.array(block(x))
-    monkeypatch.setattr("mlx_snapgen.qwen_autoencoder.MAX_SCORES", 2 * 35 * 8)
+    monkeypatch.setattr("mlx_snapgen.networks.autoencoders.qwen_image.MAX_SCORES", 2 * 35 * 8)
     for in_turn in (False, True):
         np.testing.assert_allclose(np.array(block(x, in_turn)), whole, atol=1e-5)
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import randomise
 
 from convert.teacher_transformer import read_transformer
+from mlx_snapgen.config import QwenTransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.teachers.config import QwenTransformerConfig
-from mlx_snapgen.teachers.qwen_transformer import QwenTransformer, msrope_table, pack, unpack
+from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
 
 SMALL = QwenTransformerConfig(
     num_layers=3,

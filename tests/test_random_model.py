@@ -13,8 +13,8 @@ from convert.random_model import write_random_model
 from convert.student import convert_student
 from convert.to_torch import to_torch
 from mlx_snapgen.config import TRANSFORMERS
-from mlx_snapgen.elastic import QuantizedElasticLinear
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.elastic import QuantizedElasticLinear
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.weights import load_pretrained, save_pretrained
 

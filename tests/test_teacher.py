@@ -12,20 +12,14 @@ from mlx.utils import tree_flatten
 from test_kd import student_config
 from tiny_teachers import TEXT_DIMS, Reader, write_teacher
 
-from mlx_snapgen.config import AutoencoderConfig
+from mlx_snapgen.config import AutoencoderConfig, QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import linear_layers
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, load_text_encoder
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.teachers import folder as folders
-from mlx_snapgen.teachers.config import (
-    LIGHTNING,
-    TRANSFORMERS,
-    QwenTransformerConfig,
-    Schedule,
-    TeacherConfig,
-)
+from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
 from mlx_snapgen.teachers.teacher import noise_levels
-from mlx_snapgen.teachers.text import QWEN_IMAGE, load_text_encoder
-from mlx_snapgen.text_encoder import Tokenizer
 from train import kdmd
 from train.kd import Student, make_gradients
 from train.teacher import CheckpointTeacher, load_teacher

@@ -15,10 +15,10 @@ import convert.teacher
 from convert import sample_teacher
 from convert.teacher import convert_teacher
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, load_text_encoder
 from mlx_snapgen.sampler import denoise, get_noise
 from mlx_snapgen.teachers.folder import load_flow_teacher
 from mlx_snapgen.teachers.teacher import noise_levels
-from mlx_snapgen.teachers.text import QWEN_IMAGE, Z_IMAGE, load_text_encoder
 
 PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
 

@@ -10,8 +10,8 @@ from conftest import randomise
 from convert.autoencoder import read_autoencoder, swap_autoencoder
 from mlx_snapgen.config import TAEW2_1
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.tiny_autoencoder import TinyAutoencoder
 
 SMALL = dataclasses.replace(
     TAEW2_1,

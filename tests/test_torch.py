@@ -16,18 +16,19 @@ import pytest
 from conftest import randomise
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import (
     WIDTH_NAMES,
     AutoencoderConfig,
     TextEncoderConfig,
     TransformerConfig,
 )
-from mlx_snapgen.elastic import extract
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.hub import default_model_path
-from mlx_snapgen.text_encoder import ACTIVATIONS, TransformerTextEncoder
-from mlx_snapgen.transformer import EfficientDiT, TextStates
+from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.elastic import extract
+from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
 from mlx_snapgen.weights import load_pretrained
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
@@ -158,7 +159,7 @@ def test_the_decoder_is_mlx_s(normalised):
         latents_mean=(0.1, -0.2, 0.3, 0.0) if normalised else (),
         latents_std=(1.0, 0.9, 1.1, 1.2) if normalised else (),
     )
-    autoencoder = Autoencoder(config)
+    autoencoder = ConvolutionalAutoencoder(config)
     randomise(autoencoder, 5)
     twin = filled(torch_parts.Decoder(config), autoencoder.decoder)
     latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))

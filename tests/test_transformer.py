@@ -9,9 +9,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_snapgen.config import TRANSFORMERS, WIDTH_NAMES, TransformerConfig
-from mlx_snapgen.elastic import ElasticLinear, extract, slice_groups
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.transformer import EfficientDiT, TextStates, count_parameters
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
+from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
+from mlx_snapgen.networks.text_encoders.base import TextStates
 
 CONFIG = TransformerConfig(
     hidden_size=64,

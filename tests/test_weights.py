@@ -13,9 +13,9 @@ from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
 from mlx_snapgen import hub, weights
-from mlx_snapgen.elastic import ElasticLinear, extract
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.transformer import EfficientDiT
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.elastic import ElasticLinear, extract
 from mlx_snapgen.weights import (
     load_config,
     load_pretrained,

@@ -9,9 +9,9 @@ from test_qwen_transformer import relative_error, to_mx
 from tiny_teachers import fill
 
 from convert.teacher_transformer import read_transformer
+from mlx_snapgen.config import ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.teachers.config import ZImageTransformerConfig
-from mlx_snapgen.teachers.z_image_transformer import ZImageTransformer
+from mlx_snapgen.networks.z_image import ZImageTransformer
 
 SMALL = ZImageTransformerConfig(
     num_layers=2,

@@ -21,10 +21,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen import weights
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import STICKERS, AutoencoderConfig, from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.weights import make_autoencoder
 from train import stickers
 from train.engine import Trainer, TrainingConfig, load_ema

@@ -16,10 +16,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import WIDTH_NAMES
-from mlx_snapgen.text_encoder import TextEncoder
-from mlx_snapgen.transformer import EfficientDiT, TextStates
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.text_encoders.base import TextEncoder, TextStates
 from mlx_snapgen.weights import Components
 from train.autoencoder import to_float
 from train.engine import Batch, Trainer

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import STICKERS, WIDTH_NAMES, ModelConfig
 from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.text_encoder import Tokenizer
-from mlx_snapgen.transformer import TextStates
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.weights import load_config, load_pretrained
 from train.engine import Batch, Trainer, latest_checkpoint
 from train.losses import features_loss, per_sample, timestep_aware

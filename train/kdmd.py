@@ -25,8 +25,8 @@ from mlx_snapgen.config import FOUR_STEPS, WIDTH_NAMES, AutoencoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora import LoRALinear, add_lora
 from mlx_snapgen.lora_files import load_lora, save_lora
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.sampler import get_schedule
-from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import FEW_STEP, load_pretrained
 from train.engine import Batch, Trainer, TrainingConfig, latest_checkpoint, load_ema
 from train.losses import (

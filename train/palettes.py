@@ -27,10 +27,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.hub import find_model
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.palettes import Palettes, check_palettes, palettes_file, with_palettes
 from mlx_snapgen.pipeline import check_width
 from mlx_snapgen.sensitivity import choose_palettes, draw_latents
-from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import (
     Components,
     fuse_few_step,

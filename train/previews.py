@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.weights import FEW_STEP, Components
 from train.engine import Trainer
 from train.sampling import sample

@@ -8,8 +8,8 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import switched
+from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.text_encoder import encode_prompts
 from mlx_snapgen.weights import FEW_STEP, Components
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.lora import get_lora_weights, lora_weights
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.sampler import guide
 from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
 from mlx_snapgen.teachers.teacher import Condition, Teacher
-from mlx_snapgen.text_encoder import encode_prompts
-from mlx_snapgen.transformer import EfficientDiT
 from mlx_snapgen.weights import load_pretrained
 
 __all__ = ["CheckpointTeacher", "Condition", "Teacher", "acting", "load_teacher"]

@@ -9,7 +9,7 @@ import sentencepiece
 
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.text_encoder import normalise
+from mlx_snapgen.networks.text_encoders.base import normalise
 from train import stickers
 from train.vocabulary import BACKGROUNDS, COLOURS, NOUNS
 

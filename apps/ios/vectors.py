@@ -16,8 +16,8 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
-from mlx_snapgen.text_encoder import Tokenizer
 
 PATH = Path(__file__).parent / "Tests/vectors.json"
 TOKENIZER = resources.files("mlx_snapgen") / "models/stickers/tokenizer_0.model"

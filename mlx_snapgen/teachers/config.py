@@ -4,64 +4,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, AutoencoderConfig, from_dict
+from mlx_snapgen.config import (
+    QWEN_IMAGE_AUTOENCODER,
+    AutoencoderConfig,
+    QwenTransformerConfig,
+    ZImageTransformerConfig,
+    from_dict,
+)
 from mlx_snapgen.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class QwenTransformerConfig:
-    """Qwen-Image's transformer; the defaults are the public 20B network."""
-
-    num_layers: int = 60
-    num_heads: int = 24
-    head_dim: int = 128
-    latent_channels: int = 16
-    patch_size: int = 2
-    text_dims: int = 3584
-    """Width of the text encoder's states."""
-    frequency_dim: int = 256
-    rope_axes: tuple[int, int, int] = (16, 56, 56)
-    """Share of each head that turns with the frame, the row and the column."""
-    rope_theta: float = 10000.0
-
-    def __post_init__(self):
-        check_axes(self.rope_axes, self.head_dim)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of both streams."""
-        return self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class ZImageTransformerConfig:
-    """Z-Image's transformer; the defaults are the public 6B network."""
-
-    num_layers: int = 30
-    num_refiner_layers: int = 2
-    hidden_size: int = 3840
-    num_heads: int = 30
-    latent_channels: int = 16
-    patch_size: int = 2
-    text_dims: int = 2560
-    frequency_dim: int = 256
-    time_hidden: int = 1024
-    time_dims: int = 256
-    """Width of the time's embedding."""
-    norm_eps: float = 1e-5
-    rope_axes: tuple[int, int, int] = (32, 48, 48)
-    rope_theta: float = 256.0
-
-    def __post_init__(self):
-        check_axes(self.rope_axes, self.hidden_size // self.num_heads)
-
-
-def check_axes(rope_axes: tuple[int, ...], head_dim: int) -> None:
-    """`UserError` unless the axes are three, of pairs, and fill a head."""
-    if len(rope_axes) != 3 or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
-        raise UserError(
-            f"rope_axes {tuple(rope_axes)} must be three even numbers that sum to {head_dim}"
-        )
 
 
 @dataclass(frozen=True)

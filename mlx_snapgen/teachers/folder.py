@@ -15,21 +15,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.hub import find_model
 from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
-from mlx_snapgen.teachers.qwen_transformer import QwenTransformer
-from mlx_snapgen.teachers.teacher import FlowTeacher
-from mlx_snapgen.teachers.text import (
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.qwen_image import QwenTransformer
+from mlx_snapgen.networks.text_encoders.qwen import (
     FILES,
     QWEN_IMAGE,
     Z_IMAGE,
     PromptEncoder,
     load_text_encoder,
 )
-from mlx_snapgen.teachers.z_image_transformer import ZImageTransformer
+from mlx_snapgen.networks.z_image import ZImageTransformer
+from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
+from mlx_snapgen.teachers.teacher import FlowTeacher
 from mlx_snapgen.weights import FEW_STEP, make_autoencoder
 
 FORMAT_VERSION = 1

@@ -10,12 +10,12 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.autoencoder import space_to_depth
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora import get_lora_weights, lora_weights
+from mlx_snapgen.networks.layers import space_to_depth
+from mlx_snapgen.networks.text_encoders.qwen import PromptEncoder
 from mlx_snapgen.sampler import get_schedule, guide
 from mlx_snapgen.teachers.config import Schedule, TeacherConfig
-from mlx_snapgen.teachers.text import PromptEncoder
 
 
 class Condition(NamedTuple):

@@ -1,7 +1,7 @@
 import Foundation
 
 /// Sentencepiece tokens of the kind BPE between begin and end marks, padded to a fixed length, as
-/// mlx_snapgen/text_encoder.py's `Tokenizer` makes them.
+/// mlx_snapgen/networks/text_encoders/sentencepiece.py's `Tokenizer` makes them.
 ///
 /// Reads sentencepiece's own `.model` file. Texts are arrays of scalars: a Swift `String` takes
 /// canonically equivalent texts for equal, sentencepiece does not.

@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import TransformerTextEncoder, padded
+from mlx_snapgen.networks.text_encoders.base import padded
+from mlx_snapgen.networks.text_encoders.sentencepiece import TransformerTextEncoder
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
 """What of a public repository `load_clip` may need."""

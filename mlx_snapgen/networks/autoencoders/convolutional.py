@@ -9,21 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.config import AutoencoderConfig
-from mlx_snapgen.errors import UserError
-
-
-def space_to_depth(x: mx.array, factor: int) -> mx.array:
-    """(B, H, W, C) -> (B, H/f, W/f, f*f*C), cells in row-major order, channels innermost."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor**2 * c)
-
-
-def depth_to_space(x: mx.array, factor: int) -> mx.array:
-    """Inverse of `space_to_depth`: (B, H, W, f*f*C) -> (B, H*f, W*f, C)."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, factor, factor, c // factor**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
 
 
 class ResidualBlock(nn.Module):
@@ -87,45 +74,7 @@ class Decoder(nn.Module):
         return depth_to_space(self.out(x), 2)
 
 
-class Autoencoder(nn.Module):
-    """Encoder and decoder with the latents normalised per channel in between.
-
-    `AutoencoderConfig.kind` "convolutional"; the other kinds differ in the two classes.
-    """
+class ConvolutionalAutoencoder(Autoencoder):
+    """`AutoencoderConfig.kind` "convolutional"."""
 
     encoder_class, decoder_class = Encoder, Decoder
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = self.encoder_class(config)
-        self.decoder = self.decoder_class(config)
-
-    def encode(self, pictures: mx.array) -> mx.array:
-        """Pictures (B, H, W, 3) in [-1, 1] -> normalised latents (B, H/8, W/8, C).
-
-        Raises:
-            UserError: the height or width does not divide by 8.
-        """
-        _, h, w, _ = pictures.shape
-        if h % self.config.downsampling or w % self.config.downsampling:
-            raise UserError(f"a picture of {h}x{w} pixels does not divide by 8")
-        mean, _ = self.encoder(pictures)
-        return self._normalise(mean)
-
-    def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, h, w, C) -> pictures (B, 8h, 8w, 3), about [-1, 1], unclipped."""
-        return self.decoder(self.denormalise(latents))
-
-    def _normalise(self, latents: mx.array) -> mx.array:
-        if not self.config.latents_std:
-            return latents
-        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
-        return (latents - mean) / std
-
-    def denormalise(self, latents: mx.array) -> mx.array:
-        """Normalised latents -> those that the decoder takes."""
-        if not self.config.latents_std:
-            return latents
-        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
-        return (latents * std.astype(latents.dtype)) + mean.astype(latents.dtype)

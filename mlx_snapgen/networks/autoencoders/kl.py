@@ -7,16 +7,16 @@ statistics, so it is never decoded in tiles. Module names are the public ones.
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import AutoencoderConfig
-from mlx_snapgen.qwen_autoencoder import (
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.autoencoders.qwen_image import (
     AttentionBlock,
     Downsample,
     MidBlock,
     ResidualBlock,
     check_levels,
 )
-from mlx_snapgen.tiling import upsample
+from mlx_snapgen.networks.autoencoders.tiling import upsample
 
 NUM_GROUPS = 32
 

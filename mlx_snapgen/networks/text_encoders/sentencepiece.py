@@ -4,57 +4,17 @@ Every encoder of a model follows `TextEncoder`; the transformer joins their stat
 default model's is a small bidirectional transformer over sentencepiece tokens, trained with it.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import sentencepiece
 
-from mlx_snapgen.activations import gelu
-from mlx_snapgen.attention import attend, merge_heads, split_heads
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.transformer import EfficientDiT, TextStates
-
-
-class TextEncoder(Protocol):
-    """What the pipeline and the trainers ask of a text encoder."""
-
-    def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, L) int32 and mask (B, L), true where a token counts.
-
-        L is fixed by the encoder. The empty prompt still has one token that counts.
-        """
-
-    def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
-        """Tokens and mask (B, L) -> states (B, L, D)."""
-
-
-def encode_prompts(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], transformer: EfficientDiT
-) -> tuple[mx.array, mx.array]:
-    """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
-
-    None stands for an encoder that is absent.
-    """
-    return transformer.encode_text(encode_states(prompts, encoders, transformer.dtype))
-
-
-def encode_states(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], dtype: mx.Dtype
-) -> list[TextStates | None]:
-    """What each encoder says of the prompts, cast to `dtype`; None for one that is absent."""
-    states: list[TextStates | None] = []
-    for encoder in encoders:
-        if encoder is None:
-            states.append(None)
-        else:
-            tokens, mask = encoder.tokenize(prompts)
-            states.append(TextStates(encoder(tokens, mask).astype(dtype), mask))
-    return states
+from mlx_snapgen.networks.layers import attend, gelu, merge_heads, split_heads
+from mlx_snapgen.networks.text_encoders.base import normalise, padded
 
 
 class Tokenizer:
@@ -101,18 +61,6 @@ class Tokenizer:
         begin, end, pad = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))
         rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
         return padded(rows, self.max_length, pad)
-
-
-def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[mx.array, mx.array]:
-    """Token ids, padded on the right -> tokens (B, length) int32 and mask (B, length)."""
-    tokens = [[*row, *[pad] * (length - len(row))] for row in rows]
-    mask = [[i < len(row) for i in range(length)] for row in rows]
-    return mx.array(tokens, mx.int32), mx.array(mask)
-
-
-def normalise(prompt: str) -> str:
-    """Lower case, composed Unicode, single spaces; the training captions pass through it too."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).lower().split())
 
 
 def quick_gelu(x: mx.array) -> mx.array:

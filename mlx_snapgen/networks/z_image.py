@@ -9,11 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_snapgen.attention import attend, merge_heads, split_heads
-from mlx_snapgen.autoencoder import depth_to_space, space_to_depth
-from mlx_snapgen.teachers.config import ZImageTransformerConfig
-from mlx_snapgen.teachers.rope import axis_frequencies, rotate, token_grid
-from mlx_snapgen.transformer import layer_norm, sinusoids
+from mlx_snapgen.config import ZImageTransformerConfig
+from mlx_snapgen.networks.layers import (
+    attend,
+    depth_to_space,
+    layer_norm,
+    merge_heads,
+    sinusoids,
+    space_to_depth,
+    split_heads,
+)
+from mlx_snapgen.networks.rope import axis_frequencies, rotate, token_grid
 
 MULTIPLE = 32
 """Lengths of picture and caption are filled up to multiples of this."""

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import padded
+from mlx_snapgen.networks.text_encoders.base import padded
 
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 """What of a repository `load_gemma` needs."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.text_encoder import padded
+from mlx_snapgen.networks.text_encoders.base import padded
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 """What of a repository is needed."""

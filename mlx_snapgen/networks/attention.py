@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import TransformerConfig
-from mlx_snapgen.elastic import ElasticLinear, PerWidth
+from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth
+from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
 
 
 class Grid(NamedTuple):
@@ -60,18 +61,6 @@ def apply_rope(x: mx.array, grid: Grid, theta: float) -> mx.array:
     return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype))
 
 
-def split_heads(x: mx.array, head_dim: int) -> mx.array:
-    """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
-    b, n, _ = x.shape
-    return x.reshape(b, n, -1, head_dim).transpose(0, 2, 1, 3)
-
-
-def merge_heads(x: mx.array) -> mx.array:
-    """(B, heads, N, head_dim) -> (B, N, heads * head_dim)."""
-    b, heads, n, head_dim = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(b, n, heads * head_dim)
-
-
 @functools.lru_cache(maxsize=32)
 def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
     """EDT's attention modulation matrix (arXiv 2410.23788): (query tokens, key tokens).
@@ -91,28 +80,6 @@ def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
     period, reach = 4 * math.sqrt(2) * (n - 1), math.sqrt((n - 1) ** 2 + 4)
     matrix = 0.5 * np.exp(np.cos(2 * np.pi * distance / period))
     return mx.array(np.where(distance > reach, 0, matrix), mx.float32)
-
-
-def attend(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    mask: mx.array | None = None,
-    modulation: mx.array | None = None,
-) -> mx.array:
-    """Softmax attention with scale 1/sqrt(head_dim); kv heads are shared in order (GQA).
-
-    `modulation` (queries, keys) multiplies the attention weights after the softmax, and nothing
-    brings their sum back to 1 (EDT).
-    """
-    if modulation is not None:
-        share = q.shape[1] // k.shape[1]
-        k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
-        weights = mx.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), axis=-1)
-        return (weights * modulation.astype(q.dtype)) @ v
-    return mx.fast.scaled_dot_product_attention(
-        q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask=mask
-    )
 
 
 def neighbourhood_attention(

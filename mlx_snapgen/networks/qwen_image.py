@@ -11,11 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_snapgen.activations import gelu
-from mlx_snapgen.attention import attend, merge_heads, split_heads
-from mlx_snapgen.teachers.config import QwenTransformerConfig
-from mlx_snapgen.teachers.rope import axis_frequencies, rotate, token_grid
-from mlx_snapgen.transformer import layer_norm, sinusoids
+from mlx_snapgen.config import QwenTransformerConfig
+from mlx_snapgen.networks.layers import (
+    attend,
+    gelu,
+    layer_norm,
+    merge_heads,
+    sinusoids,
+    split_heads,
+)
+from mlx_snapgen.networks.rope import axis_frequencies, rotate, token_grid
 
 
 @functools.lru_cache(maxsize=32)

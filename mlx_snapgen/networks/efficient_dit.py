@@ -6,44 +6,25 @@ table in each. Down and Up see the full token grid through ASSA, Middle a quarte
 with dense attention and long skip connections.
 """
 
-import math
 from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.activations import gelu
-from mlx_snapgen.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
-from mlx_snapgen.autoencoder import depth_to_space, space_to_depth
 from mlx_snapgen.config import TransformerConfig
-from mlx_snapgen.elastic import ElasticLinear, PerWidth, Table
 from mlx_snapgen.errors import UserError
-
-
-class TextStates(tuple):
-    """States (B, L, D) and mask (B, L; true where a token counts) of one text encoder."""
-
-    def __new__(cls, states: mx.array, mask: mx.array):
-        return super().__new__(cls, (states, mask))
-
-
-@mx.compile
-def _modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    return x * (1 + scale) + shift
-
-
-def layer_norm(x: mx.array) -> mx.array:
-    """LayerNorm without affine parameters: the modulation supplies them."""
-    return mx.fast.layer_norm(x, None, None, 1e-6)
-
-
-def sinusoids(t: mx.array, dims: int) -> mx.array:
-    """t (B,) in [0, 1] -> (B, dims) in float32: cosines, then sines, of 1000 t."""
-    half = dims // 2
-    frequencies = mx.exp(-math.log(10000) * mx.arange(half) / half)
-    angles = 1000 * t.astype(mx.float32)[:, None] * frequencies
-    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
+from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
+from mlx_snapgen.networks.layers import (
+    depth_to_space,
+    gelu,
+    layer_norm,
+    modulate,
+    sinusoids,
+    space_to_depth,
+)
+from mlx_snapgen.networks.text_encoders.base import TextEncoder, TextStates, encode_states
 
 
 class TimestepEmbedder(nn.Module):
@@ -111,10 +92,10 @@ class Block(nn.Module):
         table = self.modulation(width=width) + modulation
         # six of (B, 1, d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
-        h = _modulate(layer_norm(x), shift_a, scale_a)
+        h = modulate(layer_norm(x), shift_a, scale_a)
         x = x + gate_a * self.self_attention(h, grid, width, modulate_attention)
         x = x + self.cross_attention(x, text, mask, width)
-        h = _modulate(layer_norm(x), shift_f, scale_f)
+        h = modulate(layer_norm(x), shift_f, scale_f)
         return x + gate_f * self.ffn(h, width)
 
 
@@ -216,7 +197,7 @@ class Head(nn.Module):
 
     def __call__(self, x: mx.array, embedding: mx.array, width: float) -> mx.array:
         shift, scale = mx.split(self.modulation(width=width) + embedding[:, None], 2, axis=1)
-        return self.linear(_modulate(layer_norm(x), shift, scale), width)
+        return self.linear(modulate(layer_norm(x), shift, scale), width)
 
 
 class EfficientDiT(nn.Module):
@@ -356,3 +337,13 @@ class EfficientDiT(nn.Module):
 def count_parameters(config: TransformerConfig) -> int:
     """Parameters of a network of `config`; mlx arrays are lazy, so nothing is allocated."""
     return sum(p.size for _, p in tree_flatten(EfficientDiT(config).parameters()))
+
+
+def encode_prompts(
+    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], transformer: EfficientDiT
+) -> tuple[mx.array, mx.array]:
+    """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
+
+    None stands for an encoder that is absent.
+    """
+    return transformer.encode_text(encode_states(prompts, encoders, transformer.dtype))

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.autoencoder import Autoencoder
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.tiling import TILE, Stage, run_stages, upsample
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, upsample
 
 
 class Block(nn.Module):
