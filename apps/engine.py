@@ -31,14 +31,13 @@ from apps.worker import (
     Picture,
     Progress,
 )
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.encoders import download_sources
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.generate import slug
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.metadata import encode_png
+from mlx_snapgen.metadata import encode_png, slug
 from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
-from mlx_snapgen.weights import load_config
 
 REPORT_EVERY = 0.1
 """Seconds between two reports of a download."""

@@ -23,15 +23,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import load_autoencoder
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION, read_part
 from mlx_snapgen.config import TAEW2_1, AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import new_folder
-from mlx_snapgen.hub import find_model
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import NUM_GROUPS
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
-from mlx_snapgen.stored import FORMAT_VERSION, read_part
-from mlx_snapgen.weights import load_autoencoder, load_config, make_autoencoder
 
 Weights = dict[str, mx.array]
 

@@ -19,7 +19,7 @@ their order. The time t is the noise level in [0, 1], and a picture is in [-1, 1
 The few-step LoRA of a model that has one is fused into the transformer, which then draws in the
 steps of `few_step` in config.json and no other way; --no-few-step leaves it out.
 
---quantize gives the transformer's layers palettes (see `mlx_snapgen.palettes`); a model that
+--quantize gives the transformer's layers palettes (mlx_snapgen/quantize/palettes.py); a model that
 `train.palettes` wrote keeps the ones it was fine-tuned with. --widths makes one package with a
 function for each width, which share their weights (`torch_tiles`), and --chunks 2 cuts the
 transformer between two blocks into Transformer_0 and Transformer_1, whose further inputs and
@@ -55,28 +55,23 @@ from convert.coreml_package import (
     write_package,
 )
 from convert.to_torch import torch_networks, without_twin, write_tokenizers
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import FORMAT_VERSION, Components, fuse_few_step, load_pretrained
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
-from mlx_snapgen.hub import find_model
 from mlx_snapgen.networks.efficient_dit import count_parameters
 from mlx_snapgen.networks.elastic import extract
-from mlx_snapgen.palettes import (
+from mlx_snapgen.quantize.palettes import (
     LEAST,
     Palettes,
     check_palettes,
     load_palettes,
     with_palettes,
 )
-from mlx_snapgen.pipeline import check_size, check_width
-from mlx_snapgen.sensitivity import choose_palettes
-from mlx_snapgen.weights import (
-    FORMAT_VERSION,
-    Components,
-    fuse_few_step,
-    load_config,
-    load_pretrained,
-)
+from mlx_snapgen.quantize.sensitivity import choose_palettes
+from mlx_snapgen.settings import check_size, check_width
 
 
 def load_for_export(

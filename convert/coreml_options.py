@@ -8,7 +8,7 @@ from pathlib import Path
 from convert.coreml_package import PRECISIONS, TARGETS
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.palettes import Palettes
+from mlx_snapgen.quantize.palettes import Palettes
 
 
 def check_options(

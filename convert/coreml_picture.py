@@ -27,16 +27,17 @@ import numpy as np
 from PIL import Image
 
 from convert.mil_interpreter import Interpreter
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.hub import find_model
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from mlx_snapgen.palettes import load_palettes
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.weights import Components, fuse_few_step, load_config, load_pretrained
+from mlx_snapgen.quantize.palettes import load_palettes
+from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
 
 LEAST_PSNR = 35.0
 """dB between two pictures that count as the same."""

@@ -38,10 +38,10 @@ from convert.report import peak_process_bytes, summary
 from convert.sources import Source, find_source
 from convert.stream import Entry, lazy, write_tensors
 from convert.student import convert_student, is_student
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.module import listed
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.stored import listed
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 

@@ -29,12 +29,13 @@ from convert.gemma import GEMMA_FILES, gemma_config, gemma_name, gemma_shapes
 from convert.lora import lora_metadata, lora_name, lora_weights
 from convert.sources import Source
 from convert.teacher_transformer import make_transformer, transformer_name
+from mlx_snapgen.checkpoint import clip
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
 from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.networks.text_encoders import clip
-from mlx_snapgen.stored import FORMAT_VERSION, matrices
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
 from mlx_snapgen.teachers.folder import quantizable
-from mlx_snapgen.weights import make_autoencoder
 
 Weights = dict[str, mx.array]
 Config = Callable[[dict[str, int] | None], dict[str, Any]]
@@ -139,7 +140,7 @@ def _taehv(source: Source, public: Weights) -> Plan:
 def _clip(source: Source, public: Weights) -> Plan:
     weights = clip.sanitize(public)
     config, tokenizer = clip.describe(source.folder, weights)
-    module = clip.ClipTextEncoder(config, tokenizer)
+    module = ClipTextEncoder(config, tokenizer)
     files = {"tokenizer_0.model": tokenizer.model}
     return _part("text_encoder_0", to_dict(config), module, weights, files)
 

@@ -1,4 +1,4 @@
-"""LoRAs of any layout under the keys that `mlx_snapgen.lora_files` writes, for `convert.kinds`."""
+"""LoRAs of any layout under the keys that `mlx_snapgen.lora.files` writes, for `convert.kinds`."""
 
 import functools
 import re
@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import linear_layers
-from mlx_snapgen.lora_files import public_name
+from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.lora.files import public_name
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS

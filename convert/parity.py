@@ -40,10 +40,10 @@ from convert.parity_transformers import (
     make_z_image,
 )
 from convert.sources import find_source
+from mlx_snapgen.checkpoint.clip import load_clip
+from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.networks.text_encoders.clip import load_clip
-from mlx_snapgen.networks.text_encoders.gemma import load_gemma
 
 LIMIT = 1e-3
 """A larger relative difference is told as a fault; float32 networks are at 1e-6 to 1e-5."""

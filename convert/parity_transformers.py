@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from convert.teacher_transformer import read_transformer
-from mlx_snapgen.lora import linear_layers
-from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.qwen_image import pack
 
 Pairs = Iterator[tuple[str, mx.array, Any]]

@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 from convert.gemma import gemma_shapes
 from convert.report import peak_process_bytes
 from convert.stream import Entry, lazy, write_new
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
     TINYCLIP_19M,
@@ -35,10 +36,9 @@ from mlx_snapgen.config import (
 )
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer, byte_symbols
-from mlx_snapgen.stored import FORMAT_VERSION, matrices
-from mlx_snapgen.weights import make_autoencoder
 
 GEMMA = {
     "model_type": "gemma3_text",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.stored import listed
+from mlx_snapgen.checkpoint.module import listed
 
 
 def peak_process_bytes() -> int:

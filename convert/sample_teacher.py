@@ -20,9 +20,9 @@ from tqdm import tqdm
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.sampler import denoise, get_noise
+from mlx_snapgen.sampling import denoise, get_noise
+from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
-from mlx_snapgen.teachers.teacher import FlowTeacher, noise_levels
 
 
 def sample(

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from convert.stream import Entry, write_tensors
+from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.hub import find_model
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SIDE_FILES = ("*.json", "*.txt", "*.txt.gz", "*.model", "*.jinja")

@@ -20,12 +20,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from convert.sources import check_whole, read_object
 from convert.to_torch import FOLDED, SHUFFLED, twin_name, twins
 from convert.torch_folder import FORMAT, read_config
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.module import Quantization, listed
 from mlx_snapgen.config import WIDTH_NAMES, TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import new_folder
-from mlx_snapgen.pipeline import check_width
-from mlx_snapgen.stored import Quantization, listed
-from mlx_snapgen.weights import Components, load_config, load_pretrained, save_pretrained
+from mlx_snapgen.settings import check_width
 
 
 def is_student(folder: Path) -> bool:

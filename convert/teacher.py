@@ -28,16 +28,16 @@ from convert.autoencoder import read_autoencoder
 from convert.from_torch import convert
 from convert.sources import find_source, read_object
 from convert.teacher_transformer import make_transformer
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.language_models import QWEN_FILES
+from mlx_snapgen.checkpoint.model import BITS, FEW_STEP, GROUP_SIZES
+from mlx_snapgen.checkpoint.module import read_part
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.networks.text_encoders.qwen import FILES
-from mlx_snapgen.stored import read_part
+from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, TURBO, Schedule, TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
-from mlx_snapgen.weights import BITS, FEW_STEP, GROUP_SIZES
 
 SCHEDULES = {"qwen-image": (Schedule(), LIGHTNING), "z-image": (TURBO, TURBO)}
 """Kind of teacher -> its schedule and that of its few-step mode. Z-Image-Turbo is such a mode."""
@@ -150,7 +150,7 @@ def _copy(source: Path, target: Path) -> None:
         raise UserError(f"{source.parent} is incomplete: it has no folder {source.name}")
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        if any(path.match(pattern) for pattern in FILES):
+        if any(path.match(pattern) for pattern in QWEN_FILES):
             shutil.copyfile(path, target / path.name)
 
 
@@ -173,7 +173,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     quantization = {"bits": args.bits, "group_size": args.group_size} if args.bits else None
-    source = find_model(args.source, files=FILES)
+    source = find_model(args.source, files=QWEN_FILES)
     convert_teacher(
         source,
         args.output,

@@ -32,12 +32,13 @@ from mlx.utils import tree_flatten
 
 from convert.stream import Entry, write_new
 from convert.torch_folder import FORMAT, twin_files
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.config import WIDTH_NAMES, to_dict
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new, new_folder
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.pipeline import check_width
-from mlx_snapgen.weights import Components, load_config, load_pretrained
+from mlx_snapgen.settings import check_width
 
 Weights = dict[str, Callable[[], np.ndarray]]
 """One by one, so that no second copy of a network is in memory."""

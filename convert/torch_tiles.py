@@ -1,13 +1,10 @@
 """The widths of one supernetwork in tiles, so that a package of all stores each weight once.
 
-A narrower network's weight is the corner of the wider one's (`mlx_snapgen.networks.elastic`), which as a
-tensor of its own would be stored again. So a layer computes width after width: y of the narrowest,
-plus what the inputs that the next width adds bring (`right`), and below it the outputs that it adds
-(`below`). Each tile is a convolution whose weight is the same at every width that has it.
-
-    y = | corner  right_1  right_2 |   | x_0 |
-        | below_1 -------  ------- | . | x_1 |      (below_1 takes x_0 and x_1)
-        | below_2 ---------------- |   | x_2 |
+A narrower network's weight is the corner of the wider one's (mlx_snapgen/networks/elastic.py),
+which as a tensor of its own would be stored again. So a layer computes width after width: y of the
+narrowest, plus what the inputs that the next width adds bring (`right`), and below it the outputs
+that it adds (`below`). Each tile is a convolution whose weight is the same at every width that has
+it.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import resource
 import sys
 import time
@@ -16,20 +15,14 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.cli.interactive import Session
+from mlx_snapgen.cli.options import build_parser
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.interactive import Session
-from mlx_snapgen.metadata import RECORDED, read_settings, save_picture
-from mlx_snapgen.networks.text_encoders.base import normalise
-from mlx_snapgen.options import build_parser
-from mlx_snapgen.pipeline import (
-    MAX_SEED,
-    GenerationStep,
-    SnapGenPipeline,
-    check_size,
-    check_width,
-)
-from mlx_snapgen.weights import load_config, load_vocabulary
+from mlx_snapgen.metadata import RECORDED, read_settings, save_picture, slug
+from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
+from mlx_snapgen.settings import MAX_SEED, check_size, check_width
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -233,14 +226,6 @@ def _target(output: str | None, prompt: str) -> Path:
     if output is None or _is_folder(output):
         return Path(output or ".") / f"{slug(prompt)}.png"
     return Path(output)
-
-
-def slug(prompt: str) -> str:
-    """A file name out of a prompt: "A red apple!" -> "a-red-apple"."""
-    words = "-".join(re.findall(r"\w+", normalise(prompt)))
-    # Names are limited in bytes, and a letter may have several.
-    short = words.encode()[:80].decode(errors="ignore").strip("-_")
-    return short or "snapgen"
 
 
 def _report(

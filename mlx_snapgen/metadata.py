@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
+from mlx_snapgen.networks.text_encoders.base import normalise
 
 KEY = "parameters"
 """The chunk's keyword, where picture viewers and other generators look for settings too."""
@@ -123,3 +125,11 @@ def _numbered(path: Path) -> Iterator[Path]:
     while True:
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")
         number += 1
+
+
+def slug(prompt: str) -> str:
+    """A file name out of a prompt: "A red apple!" -> "a-red-apple"."""
+    words = "-".join(re.findall(r"\w+", normalise(prompt)))
+    # Names are limited in bytes, and a letter may have several.
+    short = words.encode()[:80].decode(errors="ignore").strip("-_")
+    return short or "snapgen"

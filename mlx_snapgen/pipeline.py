@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import math
-import operator
 import re
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,28 +14,34 @@ import numpy as np
 from PIL import Image
 
 from mlx_snapgen._version import __version__
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, SamplerConfig
-from mlx_snapgen.encoders import PromptEncoder
-from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora import fuse_lora, remove_lora, switched
-from mlx_snapgen.lora_files import load_lora, read_lora
-from mlx_snapgen.networks.elastic import extract
-from mlx_snapgen.networks.text_encoders.base import normalise
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.weights import (
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import (
     FEW_STEP,
     Components,
     Quantization,
-    load_config,
     load_pretrained,
     load_text_encoders,
-    quantize_transformer,
     save_pretrained,
 )
-
-MAX_SEED = 2**63 - 1
-MAX_STEPS = 1000
+from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
+from mlx_snapgen.config import SamplerConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora.adapters import fuse_lora, remove_lora, switched
+from mlx_snapgen.lora.files import load_lora, read_lora
+from mlx_snapgen.networks.elastic import extract
+from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.quantize.runtime import quantize_transformer
+from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.settings import (
+    MAX_SEED,
+    MAX_STEPS,
+    _whole_number,
+    check_size,
+    check_width,
+    parse_width,
+    random_seed,
+)
 
 
 class PromptWarning(UserWarning):
@@ -386,11 +390,6 @@ def _with_loras(
     return dataclasses.replace(components, config=config, transformer=transformer)
 
 
-def random_seed() -> int:
-    """A seed short enough to type."""
-    return secrets.randbelow(2**32)
-
-
 def known_names(vocabulary: dict[str, list[str]] | None) -> list[str]:
     """All names of things that a model can draw: its nouns, their plurals and synonyms."""
     vocabulary = vocabulary or {}
@@ -399,43 +398,3 @@ def known_names(vocabulary: dict[str, list[str]] | None) -> list[str]:
         for category in ("nouns", "other_words")
         for word in vocabulary.get(category, [])
     ]
-
-
-def parse_width(name: str) -> float:
-    """`WIDTH_NAMES[name]`; an unknown name is a `UserError`."""
-    if name not in WIDTH_NAMES:
-        known = ", ".join(WIDTH_NAMES)
-        raise UserError(f"no model width '{name}'{nearest(str(name), WIDTH_NAMES)}, known: {known}")
-    return WIDTH_NAMES[name]
-
-
-def check_width(config: ModelConfig, name: str) -> None:
-    """`UserError` unless the model of `config` holds the named width."""
-    held = [n for n, width in WIDTH_NAMES.items() if width in config.transformer.widths]
-    if parse_width(name) not in config.transformer.widths:
-        raise UserError(
-            f"this model has no width '{name}', only {', '.join(held)}: choose one with model_width"
-        )
-
-
-def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """`UserError` naming the nearest good size unless the network takes pictures of this size."""
-    unit = config.size_unit
-    for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int):
-            raise UserError(f"{name} takes pixels, got {side!r} (the network's is model_width)")
-        if side < 1 or side % unit:
-            good = max(unit, round(side / unit) * unit)
-            raise UserError(
-                f"{name} must be a positive multiple of {unit} pixels: {side} is not, {good} is"
-            )
-
-
-def _whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        raise UserError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-    return number

@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -26,7 +27,6 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
-from mlx_snapgen.weights import Components, save_pretrained
 from train.stickers import find_font
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]

@@ -10,13 +10,13 @@ import pytest
 from conftest import randomise
 from mlx.utils import tree_flatten
 
+from mlx_snapgen.checkpoint.hub import default_model_path
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.hub import default_model_path
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
-from mlx_snapgen.stored import FORMAT_VERSION
-from mlx_snapgen.weights import make_autoencoder
 from train import autoencoder as trainer
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))

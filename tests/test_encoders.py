@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 from mlx_snapgen import SnapGenPipeline
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.text_encoders import (
+    PromptEncoder,
+    encoder_names,
+    load_tokenizer,
+    new_text_encoder,
+)
 from mlx_snapgen.config import GEMMA_3_4B, TINYCLIP_19M, TextEncoderConfig
-from mlx_snapgen.encoders import PromptEncoder, encoder_names, load_tokenizer, new_text_encoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
-from mlx_snapgen.weights import load_pretrained, save_pretrained
 from train.supernetwork import TextToLatents
 
 

@@ -13,17 +13,17 @@ import pytest
 from mlx.utils import tree_map
 from PIL import Image
 
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.draw import sample
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import add_lora
-from mlx_snapgen.lora_files import save_lora
+from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule
-from mlx_snapgen.weights import load_pretrained
+from mlx_snapgen.sampling import denoise, get_noise, get_schedule
 from train import evaluate, stickers, validation
 from train.captions import Placed, Scene, plain_caption
 from train.detector import Detection
 from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
-from train.sampling import sample
 from train.scenes import HELD_OUT_CATEGORIES
 
 NOUN = {noun.name: noun for noun in stickers.NOUNS}

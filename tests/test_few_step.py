@@ -12,16 +12,16 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from PIL import Image
 
 from convert.coreml import load_for_export
-from mlx_snapgen import SnapGenPipeline, sampler
+from mlx_snapgen import SnapGenPipeline, sampling
+from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
+from mlx_snapgen.draw import sample
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import add_lora, fuse_lora, remove_lora, set_lora_weights
-from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights
+from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.weights import FEW_STEP, load_pretrained, save_pretrained
 from train import evaluate
 from train.previews import PROMPTS, previews_of
-from train.sampling import sample
 from train.supernetwork import TextToLatents
 from train.validation import validation_losses, validation_set
 
@@ -44,19 +44,19 @@ def folder(model_folder, tmp_path_factory):
 
 def velocity_of(components, width=1.0):
     text, mask = encode_prompts(["a cat"], components.text_encoders, components.transformer)
-    x = sampler.get_noise(0, 4, 8, 4)
+    x = sampling.get_noise(0, 4, 8, 4)
     return np.array(components.transformer(x, mx.array([0.7]), text, mask, width))
 
 
 def test_fresh_noise_is_put_on_the_estimates():
     """Three steps written out, the last of which adds none."""
-    x = noise = sampler.get_noise(1, 2, 2, 1)
-    levels = sampler.get_schedule(3, 2.0)
-    draws = {k: sampler.get_noise(1, 2, 2, 1, k) for k in (1, 2)}
+    x = noise = sampling.get_noise(1, 2, 2, 1)
+    levels = sampling.get_schedule(3, 2.0)
+    draws = {k: sampling.get_noise(1, 2, 2, 1, k) for k in (1, 2)}
     for k, (sigma, following) in enumerate(itertools.pairwise(levels)):
         x0 = x - sigma * (0.3 * x + sigma)
         x = (1 - following) * x0 + following * draws[k + 1] if k < 2 else x0
-    *_, last = sampler.denoise(lambda x, s: 0.3 * x + s, noise, levels, draws.__getitem__)
+    *_, last = sampling.denoise(lambda x, s: 0.3 * x + s, noise, levels, draws.__getitem__)
     np.testing.assert_allclose(np.array(last.x_t), np.array(x), rtol=1e-5)
     assert not np.allclose(np.array(draws[1]), np.array(draws[2]))
     assert not np.allclose(np.array(draws[1]), np.array(noise))
@@ -86,10 +86,10 @@ def test_the_mode_draws_with_the_lora_and_without_guidance(folder, name):
     load_lora(folder / "few_step.safetensors", model.transformer)
     fuse_lora(model.transformer)
     text, mask = encode_prompts(["a cat"], model.text_encoders, model.transformer)
-    x = sampler.get_noise(4, 4, 8, 4)
-    for k, (sigma, following) in enumerate(itertools.pairwise(sampler.get_schedule(2, 3.0))):
+    x = sampling.get_noise(4, 4, 8, 4)
+    for k, (sigma, following) in enumerate(itertools.pairwise(sampling.get_schedule(2, 3.0))):
         x0 = x - sigma * model.transformer(x, mx.array([sigma]), text, mask, width)
-        x = sampler.add_noise(x0, sampler.get_noise(4, 4, 8, 4, k + 1), following)
+        x = sampling.add_noise(x0, sampling.get_noise(4, 4, 8, 4, k + 1), following)
     expected = (np.clip(np.array(model.autoencoder.decode(x)[0]), -1, 1) + 1) * 127.5
     pipe = SnapGenPipeline.from_pretrained(folder, model_width=name)
     [picture] = pipe("a cat", seed=4)

@@ -11,11 +11,11 @@ from PIL import Image
 
 import train.engine
 import train.lora
+from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import add_lora
-from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.weights import load_pretrained
 from train.checkpoint import read_log
 from train.finetune import (
     Estimate,

@@ -18,12 +18,13 @@ from convert.from_torch import convert
 from convert.kinds import find_kind
 from convert.report import error_table, summary
 from convert.sources import find_source
+from mlx_snapgen.checkpoint.clip import load_clip
+from mlx_snapgen.checkpoint.model import load_autoencoder
+from mlx_snapgen.checkpoint.text_encoders import make_text_encoder
 from mlx_snapgen.config import TextEncoderConfig
-from mlx_snapgen.encoders import make_text_encoder
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer, load_clip
-from mlx_snapgen.weights import load_autoencoder
+from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 VOCAB_SIZE = 512 + len(MERGES.split(b"\n")) + 2
 

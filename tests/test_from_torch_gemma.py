@@ -13,8 +13,8 @@ from test_gemma import CONFIG, TEXT, write_gemma
 
 from convert.from_torch import convert
 from convert.sources import find_source
+from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.text_encoders.gemma import load_gemma
 
 TOKENS = [[2, 5, 6, 7, 8, 4, 5]]
 

@@ -15,14 +15,14 @@ from convert.lora import dotted, lora_name
 from convert.sources import find_source
 from convert.teacher import convert_teacher
 from convert.teacher_transformer import read_transformer
+from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.config import AutoencoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import linear_layers
+from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
-from mlx_snapgen.weights import load_autoencoder
 
 Z = test_z_image_transformer
 PUBLIC = {

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_snapgen.checkpoint.language_models import load_gemma
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import GEMMA_3_4B, TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders.gemma import load_gemma
-from mlx_snapgen.weights import load_pretrained, save_pretrained
 
 # sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
 TEXT = {

@@ -13,8 +13,8 @@ from PIL import Image, PngImagePlugin
 
 from mlx_snapgen import files, generate
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.generate import main, slug
-from mlx_snapgen.metadata import read_metadata, save_picture
+from mlx_snapgen.generate import main
+from mlx_snapgen.metadata import read_metadata, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
 
 ROOT = Path(__file__).parents[1]

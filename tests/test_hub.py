@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import constants
 
 from convert.sources import find_source
+from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.hub import find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = ("config.json", "model.safetensors")

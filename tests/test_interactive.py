@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_snapgen.cli.interactive import SETTINGS, Session
+from mlx_snapgen.cli.options import build_parser
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
-from mlx_snapgen.interactive import SETTINGS, Session
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.options import build_parser
 
 ROOT = Path(__file__).parents[1]
 

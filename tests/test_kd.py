@@ -10,18 +10,19 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import train.engine
+from mlx_snapgen.checkpoint.model import FORMAT_VERSION, load_pretrained, save_pretrained
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from mlx_snapgen.weights import FORMAT_VERSION, load_pretrained, save_pretrained
+from mlx_snapgen.teachers.base import Condition
+from mlx_snapgen.teachers.checkpoint import load_teacher
 from train import kd
 from train.checkpoint import read_log
 from train.engine import Trainer, TrainingConfig, latest_checkpoint
 from train.export import assemble
 from train.kd import Student, TaughtData, make_gradients
 from train.supernetwork import Data, noisy
-from train.teacher import Condition, load_teacher
 
 WIDTHS = (1.0, 0.5, 0.375)
 PROMPTS = ["a red car", "", "an apple next to a blue cat", "a green apple"]

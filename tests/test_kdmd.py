@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_snapgen.lora import add_lora
-from mlx_snapgen.weights import load_pretrained
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.lora.adapters import acting, add_lora
+from mlx_snapgen.teachers.base import Condition
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from train.engine import Trainer, TrainingConfig
 from train.kdmd import (
     STUDENT_TEXT,
@@ -19,7 +21,6 @@ from train.kdmd import (
     make_gradients,
 )
 from train.losses import add_noise, expand, sample_tau
-from train.teacher import CheckpointTeacher, Condition, acting
 
 WIDTHS = (1.0, 0.375)
 PROMPTS = ["a red car", "two cats", "an apple"]

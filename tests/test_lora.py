@@ -15,9 +15,10 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
-from mlx_snapgen.lora import (
+from mlx_snapgen.lora.adapters import (
     Adapter,
     LoRALinear,
     add_lora,
@@ -27,12 +28,12 @@ from mlx_snapgen.lora import (
     remove_lora,
     set_lora_weights,
 )
-from mlx_snapgen.lora_files import load_lora, save_lora
+from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, sliced_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.weights import load_pretrained, quantize_transformer, save_pretrained
+from mlx_snapgen.quantize.runtime import quantize_transformer
 
 WIDTHS = (1.0, 0.5, 0.375)
 QUERY = "down_blocks.0.self_attention.q_proj"

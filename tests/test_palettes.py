@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen import palettes, sensitivity
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.elastic import extract
-from mlx_snapgen.weights import load_pretrained, save_pretrained
+from mlx_snapgen.quantize import palettes, sensitivity
 
 WIDTHS = {"full": 1.0, "small": 0.5}
 AVERAGE = 5.0

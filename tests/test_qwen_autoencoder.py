@@ -9,12 +9,12 @@ import pytest
 from conftest import randomise
 
 from convert.autoencoder import read_autoencoder, swap_autoencoder
+from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.weights import load_pretrained
 
 SMALL = AutoencoderConfig(
     kind="qwen-image",

@@ -12,11 +12,11 @@ from convert import random_model
 from convert.random_model import write_random_model
 from convert.student import convert_student
 from convert.to_torch import to_torch
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.elastic import QuantizedElasticLinear
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.weights import load_pretrained, save_pretrained
 
 SETTINGS = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.0}
 

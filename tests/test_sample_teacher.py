@@ -12,7 +12,7 @@ from tiny_teachers import Reader, write_teacher
 
 from convert import sample_teacher
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.sampler import get_noise
+from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import load_flow_teacher

@@ -12,17 +12,18 @@ from mlx.utils import tree_flatten
 from test_kd import student_config
 from tiny_teachers import TEXT_DIMS, Reader, write_teacher
 
+from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.config import AutoencoderConfig, QwenTransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import linear_layers
-from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, load_text_encoder
+from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.teachers import folder as folders
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
-from mlx_snapgen.teachers.teacher import noise_levels
+from mlx_snapgen.teachers.flow import noise_levels
 from train import kdmd
 from train.kd import Student, make_gradients
-from train.teacher import CheckpointTeacher, load_teacher
 
 AUTOENCODER = AutoencoderConfig(
     latent_channels=4,
@@ -238,4 +239,4 @@ def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
     with pytest.raises(UserError, match=r"mlx_snapgen\[teacher\]"):
-        load_text_encoder(tmp_path, QWEN_IMAGE, 8)
+        load_qwen(tmp_path, QWEN_IMAGE, 8)

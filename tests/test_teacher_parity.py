@@ -14,11 +14,12 @@ from tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
 import convert.teacher
 from convert import sample_teacher
 from convert.teacher import convert_teacher
+from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, load_text_encoder
-from mlx_snapgen.sampler import denoise, get_noise
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE
+from mlx_snapgen.sampling import denoise, get_noise
+from mlx_snapgen.teachers.flow import noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
-from mlx_snapgen.teachers.teacher import noise_levels
 
 PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
 
@@ -101,14 +102,14 @@ def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, b
     if bits:
         config["quantization"] = {"bits": bits, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
-    prompts = load_text_encoder(folder, QWEN_IMAGE, 32)
+    prompts = load_qwen(folder, QWEN_IMAGE, 32)
     found, expected = prompts(PROMPTS)[0], teacher.encode(PROMPTS).text
     error = relative_error(found, expected)
     assert 0 < error < 0.1 if bits else error < 1e-6
     with pytest.raises(UserError, match="holds a qwen2_5_vl, this teacher reads with a qwen3"):
-        load_text_encoder(folder, Z_IMAGE, 32)
+        load_qwen(folder, Z_IMAGE, 32)
     with pytest.raises(UserError, match="gives states of 32, the teacher takes those of 48"):
-        load_text_encoder(folder, QWEN_IMAGE, 48)
+        load_qwen(folder, QWEN_IMAGE, 48)
 
 
 @pytest.mark.parametrize(("guidance", "steps"), [(4.0, 3), (1.0, 2)])

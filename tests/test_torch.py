@@ -16,6 +16,8 @@ import pytest
 from conftest import randomise
 from mlx.utils import tree_flatten
 
+from mlx_snapgen.checkpoint.hub import default_model_path
+from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.config import (
     WIDTH_NAMES,
     AutoencoderConfig,
@@ -23,13 +25,11 @@ from mlx_snapgen.config import (
     TransformerConfig,
 )
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.hub import default_model_path
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
-from mlx_snapgen.weights import load_pretrained
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)

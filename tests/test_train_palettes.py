@@ -12,12 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from convert.coreml_options import check_palettes_fit, parse_bits
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import add_lora
+from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.palettes import check_palettes, load_palettes, with_palettes
-from mlx_snapgen.sensitivity import draw_latents
-from mlx_snapgen.weights import load_pretrained, save_pretrained
+from mlx_snapgen.quantize.palettes import check_palettes, load_palettes, with_palettes
 from train import palettes, trajectories
 from train.checkpoint import read_log
 

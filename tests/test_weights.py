@@ -12,17 +12,13 @@ import pytest
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
-from mlx_snapgen import hub, weights
+from mlx_snapgen.checkpoint import hub, model
+from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract
-from mlx_snapgen.weights import (
-    load_config,
-    load_pretrained,
-    load_vocabulary,
-    quantize_transformer,
-    save_pretrained,
-)
+from mlx_snapgen.quantize.runtime import quantize_transformer
 
 
 def flat(module):
@@ -97,12 +93,12 @@ def test_bfloat16_is_stored_and_computed_in_on_a_gpu_alone(components, tmp_path,
     save_pretrained(tmp_path / "m", components, dtype=mx.bfloat16)
     stored = mx.load(str(tmp_path / "m" / "transformer.safetensors"))
     assert {v.dtype for v in stored.values()} == {mx.bfloat16}
-    monkeypatch.setattr(weights.mx, "default_device", lambda: mx.Device(mx.cpu, 0))
+    monkeypatch.setattr(model.mx, "default_device", lambda: mx.Device(mx.cpu, 0))
     loaded = load_pretrained(tmp_path / "m")
     for name, value in flat(loaded.transformer).items():
         assert value.dtype == mx.float32
         assert mx.array_equal(value, stored[name].astype(mx.float32)), name
-    monkeypatch.setattr(weights.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(model.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     half = load_pretrained(tmp_path / "m")
     for module in (half.transformer, *half.text_encoders):
         assert {v.dtype for v in flat(module).values()} == {mx.bfloat16}
@@ -210,7 +206,7 @@ def test_a_write_that_fails_leaves_nothing(components, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(path, *args)
 
-    monkeypatch.setattr(weights.mx, "save_safetensors", fail_at_the_second)
+    monkeypatch.setattr(model.mx, "save_safetensors", fail_at_the_second)
     with pytest.raises(UserError, match="No space left"):
         save_pretrained(tmp_path / "m", components)
     assert list(tmp_path.iterdir()) == []
@@ -449,7 +445,7 @@ def test_packed_layers_compute_what_the_rounded_ones_do(components, monkeypatch)
     rounded = extract(components.transformer, 0.5)
     quantize_transformer(rounded, 4)
     packed = extract(components.transformer, 0.5)
-    monkeypatch.setattr(weights.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(model.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     quantize_transformer(packed, 4)
     monkeypatch.undo()
     assert "scales" in packed.down_blocks[0].self_attention.q_proj
@@ -473,7 +469,7 @@ def test_loading_a_width_the_model_lacks(copy):
 
 def test_saving_does_not_import_a_hub_client(model_folder):
     code = (
-        "import sys; from mlx_snapgen.weights import load_pretrained; "
+        "import sys; from mlx_snapgen.checkpoint.model import load_pretrained; "
         f"load_pretrained({str(model_folder)!r}); assert 'huggingface_hub' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=hub.Path(hub.__file__).parents[1])

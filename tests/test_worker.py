@@ -24,7 +24,7 @@ from apps.worker import (
     Progress,
     Worker,
 )
-from mlx_snapgen.hub import _reporting_bar
+from mlx_snapgen.checkpoint.hub import _reporting_bar
 from mlx_snapgen.metadata import KEY
 from mlx_snapgen.pipeline import SnapGenPipeline
 

@@ -9,10 +9,10 @@ from conftest import randomise
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.config import to_dict
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
-from mlx_snapgen.weights import make_autoencoder
 
 TEXT_DIMS = 32
 SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}

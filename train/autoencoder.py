@@ -20,12 +20,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen import weights
+from mlx_snapgen.checkpoint import model as checkpoint_model
 from mlx_snapgen.config import STICKERS, AutoencoderConfig, from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.weights import make_autoencoder
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from train import stickers
 from train.engine import Trainer, TrainingConfig, load_ema
 
@@ -128,7 +128,7 @@ def load_autoencoder(folder: Path, num_nouns: int | None) -> Autoencoder:
     A run's has its latents' statistics measured, over scenes of the first `num_nouns` nouns.
     """
     if (folder / "config.json").is_file():
-        return weights.load_autoencoder(folder)
+        return checkpoint_model.load_autoencoder(folder)
     model = make_autoencoder(_config_of(folder))
     model.update(tree_unflatten(list(load_ema(folder).items())))
     if model.config.kind != STICKERS.autoencoder.kind:

@@ -19,18 +19,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained
 from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.draw import sample
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.lora import lora_weights
-from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.pipeline import check_width, parse_width
-from mlx_snapgen.weights import FEW_STEP, Components, load_pretrained
+from mlx_snapgen.lora.adapters import lora_weights
+from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.settings import check_width, parse_width
 from train import stickers
 from train.autoencoder import reconstruct
 from train.captions import with_article
 from train.detector import Detection, Detector
 from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct
-from train.sampling import sample
 from train.scenes import first_nouns
 from train.validation import validation_losses, validation_set
 

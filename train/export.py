@@ -9,11 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components, save_pretrained
+from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.config import FOUR_STEPS, STICKERS, ModelConfig
-from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import run_command
-from mlx_snapgen.lora_files import load_lora
-from mlx_snapgen.weights import FEW_STEP, Components, load_config, save_pretrained
+from mlx_snapgen.lora.files import load_lora
 from train.autoencoder import load_autoencoder
 from train.scenes import first_nouns
 from train.supernetwork import TextToLatents, start_from

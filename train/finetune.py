@@ -16,19 +16,19 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.draw import sample
+from mlx_snapgen.lora.adapters import acting
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextEncoder, TextStates
-from mlx_snapgen.weights import Components
 from train.autoencoder import to_float
 from train.engine import Batch, Trainer
 from train.imagefolder import Example
 from train.losses import add_noise, per_sample
 from train.previews import Previews
-from train.sampling import sample
 from train.supernetwork import noisy
-from train.teacher import acting
 
 FIXED, LEVELS = 12, 4  # samples of a bucket, and noise levels, of the validation loss
 CHUNK = 4  # pictures encoded at a time

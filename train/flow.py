@@ -17,8 +17,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.config import STICKERS, WIDTH_NAMES
-from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import UserError, run_command
 from train.autoencoder import load_autoencoder
 from train.engine import Batch, Trainer

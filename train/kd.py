@@ -20,13 +20,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.config import STICKERS, WIDTH_NAMES, ModelConfig
-from mlx_snapgen.encoders import load_tokenizer
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from mlx_snapgen.weights import load_config, load_pretrained
+from mlx_snapgen.teachers.base import Condition, Teacher
+from mlx_snapgen.teachers.checkpoint import load_teacher
 from train.engine import Batch, Trainer, latest_checkpoint
 from train.losses import features_loss, per_sample, timestep_aware
 from train.previews import previews_of
@@ -42,7 +45,6 @@ from train.supernetwork import (
     start_from,
     training_config,
 )
-from train.teacher import Condition, Teacher, load_teacher
 
 
 class Student(TextToLatents):

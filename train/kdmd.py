@@ -21,13 +21,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
 from mlx_snapgen.config import FOUR_STEPS, WIDTH_NAMES, AutoencoderConfig
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.lora import LoRALinear, add_lora
-from mlx_snapgen.lora_files import load_lora, save_lora
+from mlx_snapgen.lora.adapters import LoRALinear, acting, add_lora
+from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.sampler import get_schedule
-from mlx_snapgen.weights import FEW_STEP, load_pretrained
+from mlx_snapgen.sampling import get_schedule
+from mlx_snapgen.teachers.base import Condition, Teacher
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from train.engine import Batch, Trainer, TrainingConfig, latest_checkpoint, load_ema
 from train.losses import (
     add_noise,
@@ -40,7 +42,6 @@ from train.losses import (
 from train.previews import Previews
 from train.projectors import fit_projectors, new_projectors
 from train.scenes import training_scene
-from train.teacher import CheckpointTeacher, Condition, Teacher, acting, load_teacher
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
 STUDENT = "student"

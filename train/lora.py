@@ -15,12 +15,12 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.lora import add_lora
-from mlx_snapgen.lora_files import save_lora
-from mlx_snapgen.pipeline import check_width
-from mlx_snapgen.weights import Components, load_pretrained
+from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.files import save_lora
+from mlx_snapgen.settings import check_width
 from train.engine import Trainer, TrainingConfig, latest_checkpoint, load_ema
 from train.evaluate import known_nouns
 from train.finetune import (

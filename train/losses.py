@@ -6,8 +6,8 @@ Flow form throughout: x_t = (1 - t) x0 + t eps, v = eps - x0, and so x0 = x_t - 
 
 import mlx.core as mx
 
-from mlx_snapgen import sampler
-from mlx_snapgen.sampler import shift_time
+from mlx_snapgen import sampling
+from mlx_snapgen.sampling import shift_time
 
 
 def expand(t: mx.array, like: mx.array) -> mx.array:
@@ -17,7 +17,7 @@ def expand(t: mx.array, like: mx.array) -> mx.array:
 
 def add_noise(x0: mx.array, eps: mx.array, t: mx.array) -> mx.array:
     """`sampler.add_noise` with one noise level per sample, t (B,): the paper's F."""
-    return sampler.add_noise(x0, eps, expand(t, x0))
+    return sampling.add_noise(x0, eps, expand(t, x0))
 
 
 def logit_normal_density(t: mx.array) -> mx.array:

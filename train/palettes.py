@@ -24,20 +24,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
 from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.hub import find_model
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.palettes import Palettes, check_palettes, palettes_file, with_palettes
-from mlx_snapgen.pipeline import check_width
-from mlx_snapgen.sensitivity import choose_palettes, draw_latents
-from mlx_snapgen.weights import (
-    Components,
-    fuse_few_step,
-    load_config,
-    load_pretrained,
-    save_pretrained,
-)
+from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file, with_palettes
+from mlx_snapgen.quantize.sensitivity import choose_palettes
+from mlx_snapgen.settings import check_width
 from train.engine import Batch, Trainer, TrainingConfig, load_ema
 from train.evaluate import known_nouns, quick_score
 from train.finetune import step_width

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import WIDTH_NAMES
+from mlx_snapgen.draw import sample
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.weights import FEW_STEP, Components
 from train.engine import Trainer
-from train.sampling import sample
 from train.stickers import SIDE, contact_sheet
 from train.supernetwork import TextToLatents
 
@@ -32,7 +32,7 @@ class Previews:
         components: the model, made of the very modules that are trained.
         widths: names of the widths to draw with.
         prompts: what to draw.
-        adapter: see `train.sampling.sample`.
+        adapter: see `mlx_snapgen.draw.sample`.
     """
 
     def __init__(

@@ -18,15 +18,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
-from mlx_snapgen.encoders import new_text_encoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from mlx_snapgen.sampler import shift_time
-from mlx_snapgen.weights import load_pretrained
+from mlx_snapgen.sampling import shift_time
 from train import stickers
 from train.autoencoder import to_float
 from train.engine import Batch, TrainingConfig, load_ema

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from mlx_snapgen.sensitivity import draw_latents
-from mlx_snapgen.weights import Components
 from train.engine import Batch
 from train.losses import per_sample
 

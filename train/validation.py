@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.sampler import add_noise, get_noise
-from mlx_snapgen.weights import Components
+from mlx_snapgen.sampling import add_noise, get_noise
 from train import stickers
 from train.autoencoder import to_float
 from train.scenes import validation_scenes

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guide
+from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guide
 
 PATH = Path(__file__).parent / "Tests/vectors.json"
 TOKENIZER = resources.files("mlx_snapgen") / "models/stickers/tokenizer_0.model"

@@ -12,7 +12,7 @@ from typing import Any
 from apps.worker import Job, ModelChoice
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.pipeline import MAX_SEED, check_size
+from mlx_snapgen.settings import MAX_SEED, check_size
 
 IGNORED = {"background", "moderation", "output_compression", "quality", "style", "user"}
 """Parameters of OpenAI's models that have no meaning here."""

@@ -15,22 +15,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.language_models import QWEN_FILES, load_qwen
+from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora_files import load_lora
+from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.qwen_image import QwenTransformer
-from mlx_snapgen.networks.text_encoders.qwen import (
-    FILES,
-    QWEN_IMAGE,
-    Z_IMAGE,
-    PromptEncoder,
-    load_text_encoder,
-)
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, PromptEncoder
 from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
-from mlx_snapgen.teachers.teacher import FlowTeacher
-from mlx_snapgen.weights import FEW_STEP, make_autoencoder
+from mlx_snapgen.teachers.flow import FlowTeacher
 
 FORMAT_VERSION = 1
 CONFIG = "teacher.json"
@@ -112,8 +108,8 @@ def load_prompts(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None) ->
     """The text encoder, in the teacher's folder or where its config says."""
     source = folder / config.text_encoder
     if not source.is_dir():
-        source = find_model(config.text_encoder, files=FILES)
-    return load_text_encoder(source, READINGS[config.kind], config.transformer.text_dims, dtype)
+        source = find_model(config.text_encoder, files=QWEN_FILES)
+    return load_qwen(source, READINGS[config.kind], config.transformer.text_dims, dtype)
 
 
 def _fill(

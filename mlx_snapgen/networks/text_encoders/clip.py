@@ -4,25 +4,17 @@ The paper conditions on TinyCLIP (SnapGen++ section 2; arXiv 2309.12314). The st
 the last layer norm, of every token; the projection to the space shared with pictures is left out.
 """
 
-import gzip
 import itertools
-import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import padded
 from mlx_snapgen.networks.text_encoders.sentencepiece import TransformerTextEncoder
-
-FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
-"""What of a public repository `load_clip` may need."""
 
 END_OF_WORD = "</w>"
 
@@ -144,167 +136,3 @@ class ClipTextEncoder(TransformerTextEncoder):
 
 
 # --- public checkpoints -------------------------------------------------------------------------
-
-_PREFIX = re.compile(r"^(module\.|_text_encoder\.|text_encoder\.|text_model\.|text\.)+")
-_LEFT_OUT = re.compile(
-    r"(visual|vision_model|_image_encoder|visual_projection)\..*"
-    r"|(_?logit_scale\.)?(module\.)?(logit_scale|logit_bias)"
-    r"|text_projection(\.weight)?|(embeddings\.)?position_ids|attn_mask"
-)
-_NAMES = (
-    # Hugging Face
-    (r"embeddings\.token_embedding\.", "token_embedding."),
-    (r"embeddings\.position_embedding\.weight", "position_embedding"),
-    (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"layers.\1.norm\2."),
-    (r"encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.", r"layers.\1.\2_proj."),
-    (r"encoder\.layers\.(\d+)\.mlp\.fc([12])\.", r"layers.\1.linear\2."),
-    (r"final_layer_norm\.", "norm."),
-    # OpenCLIP, and OpenAI's and TinyCLIP's own
-    (r"positional_embedding", "position_embedding"),
-    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"layers.\1.norm\2."),
-    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"layers.\1.qkv_proj."),
-    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"layers.\1.out_proj."),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"layers.\1.linear1."),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"layers.\1.linear2."),
-    (r"ln_final\.", "norm."),
-    (r"token_embedding\.", "token_embedding."),
-)
-
-
-def public_name(key: str) -> str | None:
-    """Our name of a public checkpoint's key, None where it belongs to the picture side.
-
-    Queries, keys and values that are stored apart keep names of their own: `layers.0.q_proj.bias`.
-
-    Raises:
-        UserError: a key that belongs to no layout.
-    """
-    name = _PREFIX.sub("", key)
-    if _LEFT_OUT.fullmatch(name):
-        return None
-    for pattern, ours in _NAMES:
-        match = re.match(pattern, name)
-        if match:
-            return match.expand(ours) + name[match.end() :]
-    raise UserError(f"'{key}' belongs to no CLIP text encoder that is known here")
-
-
-def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """A public checkpoint's weights under the names of `ClipTextEncoder`.
-
-    Takes Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP's, OpenAI's and TinyCLIP's own,
-    with or without the wrappers' prefixes. The picture side is left out.
-
-    Raises:
-        UserError: a key that belongs to none of them.
-    """
-    named = ((public_name(key), value) for key, value in weights.items())
-    found = {name: value for name, value in named if name is not None}
-    for name in [name for name in found if ".q_proj." in name]:
-        parts = [found.pop(name.replace("q_proj", f"{x}_proj"), None) for x in "qkv"]
-        if any(part is None for part in parts):
-            raise UserError(f"'{name}' lacks its keys or values: the checkpoint is incomplete")
-        found[name.replace("q_proj", "qkv_proj")] = mx.concatenate(parts)
-    return found
-
-
-def describe(
-    folder: Path, weights: Mapping[str, mx.array]
-) -> tuple[TextEncoderConfig, ClipTokenizer]:
-    """Sizes and tokenizer of the public CLIP in `folder`, whose `sanitize`d weights are given.
-
-    Sizes are those of the weights; heads and activation are read from config.json or
-    open_clip_config.json, the merges from merges.txt, tokenizer.json or OpenCLIP's .txt.gz.
-
-    Raises:
-        UserError: files that are missing, damaged or of another network.
-    """
-    try:
-        vocab_size, hidden_size = weights["token_embedding.weight"].shape
-        config = TextEncoderConfig(
-            kind="clip",
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_layers=len({k.split(".")[1] for k in weights if k.startswith("layers.")}),
-            max_length=weights["position_embedding"].shape[0],
-            **_heads_and_activation(folder, hidden_size),
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{folder} holds no CLIP text encoder: {error}") from None
-    tokenizer = ClipTokenizer(_merges(folder, vocab_size), config.max_length)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the network {vocab_size}"
-        )
-    return config, tokenizer
-
-
-def load_clip(folder: Path) -> ClipTextEncoder:
-    """A text encoder from a public CLIP in safetensors: Hugging Face's format or OpenCLIP's.
-
-    Raises:
-        UserError: files that are missing, damaged or of another network.
-    """
-    names = ("model.safetensors", "open_clip_model.safetensors")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(
-            f"{folder} has neither {names[0]} nor {names[1]} (weights in a pickle, .bin or .pt, "
-            "are not read here: `python -m convert.from_torch` converts them)"
-        )
-    try:
-        weights = sanitize(mx.load(str(path)))
-        mx.eval(weights)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    config, tokenizer = describe(folder, weights)
-    encoder = ClipTextEncoder(config, tokenizer)
-    expected = {name: p.shape for name, p in tree_flatten(encoder.parameters())}
-    shapes = {name: p.shape for name, p in weights.items()}
-    if shapes != expected:
-        name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
-        raise UserError(
-            f"{path}: '{name}' is {shapes.get(name, 'missing')}, not {expected.get(name, 'known')}"
-        )
-    encoder.update(tree_unflatten(list(weights.items())))
-    return encoder
-
-
-def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
-    """What the shapes of the weights do not tell."""
-    path = folder / "open_clip_config.json"
-    if path.is_file():
-        model = _read_json(path)
-        model = model.get("model_cfg", model)
-        heads = model.get("text_cfg", {}).get("heads", hidden_size // 64)
-        activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    else:
-        text = _read_json(folder / "config.json")
-        text = text.get("text_config", text)
-        # Hugging Face leaves out what equals its own defaults, which are these.
-        heads = text.get("num_attention_heads", 8)
-        activation = text.get("hidden_act", "quick_gelu")
-    return {"num_heads": heads, "activation": activation}
-
-
-def _merges(folder: Path, vocab_size: int) -> bytes:
-    """The merges that a vocabulary of this size uses, one per line."""
-    lines: list[str] | None = None
-    if (path := folder / "merges.txt").is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")
-    elif (path := folder / "tokenizer.json").is_file():
-        merges = _read_json(path)["model"]["merges"]
-        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    elif path := next(iter(sorted(folder.glob("bpe_simple_vocab*.txt.gz"))), None):
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:]
-    if lines is None:
-        raise UserError(f"{folder} has no tokenizer: neither merges.txt nor tokenizer.json")
-    lines = [line for line in lines if line and not line.startswith("#version:")]
-    return "\n".join(lines[: vocab_size - 2 * 256 - 2]).encode()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None

@@ -6,18 +6,13 @@ counts sees it, and the mask keeps it out of cross-attention.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.config import TextEncoderConfig
-from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import padded
-
-FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-"""What of a repository `load_gemma` needs."""
 
 
 class GemmaTokenizer:
@@ -84,33 +79,3 @@ class GemmaTextEncoder(nn.Module):
         # mlx-lm asks for the cache of the first full layer, which a short Gemma has not.
         cache = [None] * max(len(self.model.layers), self.model.sliding_window_pattern)
         return self.model(tokens, cache, input_embeddings=embeddings)
-
-
-def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
-    """A Gemma 3 from a folder in Hugging Face's or mlx-lm's format, quantized or not.
-
-    Raises:
-        UserError: mlx-lm is not installed, or the folder holds no Gemma 3 that fits `config`.
-    """
-    try:
-        from mlx_lm.utils import load_model, load_tokenizer
-    except ImportError:
-        raise UserError(
-            'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or leave this encoder out'
-        ) from None
-    try:
-        model, values = load_model(folder, lazy=True)
-        tokenizer = load_tokenizer(folder)
-    except Exception as error:
-        # Whatever a folder lacks, mlx-lm and transformers tell in exceptions of many kinds.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load Gemma from {folder}: {reason}") from None
-    if values["model_type"] not in ("gemma3", "gemma3_text"):
-        raise UserError(f"{folder} holds a {values['model_type']}, not a Gemma 3")
-    text = getattr(model, "language_model", model).model
-    if text.args.hidden_size != config.hidden_size:
-        raise UserError(
-            f"{folder} gives states of {text.args.hidden_size}, the model takes those of "
-            f"{config.hidden_size}"
-        )
-    return GemmaTextEncoder(config, text, tokenizer)

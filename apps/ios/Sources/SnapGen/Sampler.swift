@@ -1,4 +1,4 @@
-/// Flow-matching sampling as pure functions, those of mlx_snapgen/sampler.py.
+/// Flow-matching sampling as pure functions, those of mlx_snapgen/sampling.py.
 ///
 /// Noise level sigma runs from 1 (noise) to 0 (picture): x_t = (1 - sigma) x0 + sigma eps, and the
 /// network's velocity is v = eps - x0. Latents are flat, in the order (channel, row, column).

@@ -7,24 +7,26 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_snapgen.checkpoint import clip
+from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model
+from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, load_gemma
+from mlx_snapgen.checkpoint.module import load_stored, read_part
 from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.hub import DownloadProgress, find_model
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders import clip, gemma
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
-from mlx_snapgen.stored import load_stored, read_part
 
 STORED = {
     "transformer": (TransformerTextEncoder, Tokenizer),
-    "clip": (clip.ClipTextEncoder, clip.ClipTokenizer),
+    "clip": (ClipTextEncoder, ClipTokenizer),
 }
 """`TextEncoderConfig.kind` -> encoder and tokenizer of encoders that a model's folder holds."""
 
 KINDS = (*STORED, "gemma")
 
-SOURCE_FILES = {"clip": clip.FILES, "gemma": gemma.FILES}
+SOURCE_FILES = {"clip": clip.FILES, "gemma": GEMMA_FILES}
 """What is downloaded of a kind's repository, where `TextEncoderConfig.source` names one."""
 
 
@@ -77,7 +79,7 @@ def _stored_classes(config: TextEncoderConfig) -> tuple[type, type]:
 
 def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     if config.kind == "gemma":
-        return gemma.load_gemma(_find(folder, config), config)
+        return load_gemma(_find(folder, config), config)
     if config.kind == "clip":
         encoder = _load_clip(_find(folder, config))
         if encoder.config.hidden_size != config.hidden_size:
@@ -92,7 +94,7 @@ def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
     )
 
 
-def _load_clip(folder: Path) -> clip.ClipTextEncoder:
+def _load_clip(folder: Path) -> ClipTextEncoder:
     """A CLIP in a public layout, or one that `convert.from_torch` made."""
     part = read_part(folder, "text_encoder_0")
     if part is None:

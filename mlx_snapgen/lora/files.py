@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.lora import (
+from mlx_snapgen.lora.adapters import (
     Adapter,
     adapted_layers,
     attach,

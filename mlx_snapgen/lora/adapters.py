@@ -4,7 +4,7 @@ A layer with adapters computes y = base(x) + sum_i weight_i * alpha_i / rank_i *
 with A (rank, in) and B (out, rank). At width m the columns of A and the rows of B are cut by the
 base layer's own rule, so B A is cut exactly as the base weight is: one adapter serves all widths,
 and fusing it at full width fuses it at each.
-`mlx_snapgen/lora_files.py` reads and writes them.
+`mlx_snapgen/lora/files.py` reads and writes them.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
 
 
@@ -311,3 +312,11 @@ def _near(target: str, paths: Mapping[str, Any]) -> str:
     ends = {path[m.end() :] for path in paths for m in re.finditer(r"^|\.", path)}
     close = difflib.get_close_matches(target, sorted(ends), n=3, cutoff=0.4)
     return f" (near it: {', '.join(close)})" if close else ""
+
+
+@contextlib.contextmanager
+def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
+    """Only the adapters `names` are on: one network plays teacher, student or critic in turn."""
+    weights = {name: float(name in names) for name in get_lora_weights(network)}
+    with lora_weights(network, weights):
+        yield

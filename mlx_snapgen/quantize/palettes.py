@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import linear_layers
+from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
 LOW, HIGH = 4, 8

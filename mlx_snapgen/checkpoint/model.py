@@ -22,26 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.config import (
-    AutoencoderConfig,
-    ModelConfig,
-    from_dict,
-    to_dict,
-)
-from mlx_snapgen.encoders import chosen_encoders, make_text_encoder
-from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import check_new, new_folder
-from mlx_snapgen.hub import find_model
-from mlx_snapgen.lora import fuse_lora, get_lora_weights, set_lora_weights, without_lora
-from mlx_snapgen.lora_files import load_lora, save_lora
-from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
-from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
-from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
-from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
-from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.elastic import extract
-from mlx_snapgen.stored import (
+from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.module import (
     FORMAT_VERSION,
     Quantization,
     load_stored,
@@ -49,6 +32,26 @@ from mlx_snapgen.stored import (
     matrices,
     read_part,
 )
+from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, make_text_encoder
+from mlx_snapgen.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    from_dict,
+    to_dict,
+)
+from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.lora.adapters import (
+    fuse_lora,
+    get_lora_weights,
+    set_lora_weights,
+    without_lora,
+)
+from mlx_snapgen.lora.files import load_lora, save_lora
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.elastic import extract
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -179,63 +182,6 @@ def _check_quantization(quantization: Quantization, components: Sequence[str]) -
 # --- reading ----------------------------------------------------------------------------------
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """`config.json` of a model folder; `UserError` when it is missing, foreign or too new."""
-    path = folder / "config.json"
-    values = _read_json(path)
-    if not isinstance(values, dict) or "format_version" not in values:
-        raise UserError(f"{folder} is not an mlx_snapgen model: config.json has no format_version")
-    version = values.pop("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
-            "upgrade it"
-        )
-    try:
-        config = from_dict(ModelConfig, values)
-        quantization = config.quantization or {}
-        _check_quantization(
-            quantization,
-            ["transformer", "autoencoder"]
-            + [f"text_encoder_{i}" for i in range(len(config.text_encoders))],
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
-        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
-    dims = tuple(encoder.hidden_size for encoder in config.text_encoders)
-    if dims != config.transformer.text_dims:
-        raise UserError(
-            f"{path}: the text encoders give states of {dims}, the transformer takes "
-            f"{config.transformer.text_dims}"
-        )
-    return config
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
-    """The words a model knows, by category, or None when its folder does not say."""
-    path = folder / "vocabulary.json"
-    if not path.exists():
-        return None
-    vocabulary = _read_json(path)
-    good = isinstance(vocabulary, dict) and all(
-        isinstance(words, list) and all(isinstance(word, str) for word in words)
-        for words in vocabulary.values()
-    )
-    if not good:
-        raise UserError(f"{path} must map each category to a list of words")
-    return vocabulary
-
-
 def load_pretrained(
     path_or_repo: str | Path | None = None,
     revision: str | None = None,
@@ -308,23 +254,6 @@ def _load_transformer(
     return extract(transformer, width)
 
 
-AUTOENCODERS = {
-    "convolutional": ConvolutionalAutoencoder,
-    "qwen-image": QwenAutoencoder,
-    "taehv": TinyAutoencoder,
-    "kl": KLAutoencoder,
-}
-"""`AutoencoderConfig.kind` -> the class."""
-
-
-def make_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """An autoencoder of the config's kind with random weights; `UserError`: no such kind."""
-    if config.kind not in AUTOENCODERS:
-        known = ", ".join(AUTOENCODERS)
-        raise UserError(f"unknown autoencoder kind '{config.kind}', known: {known}")
-    return AUTOENCODERS[config.kind](config)
-
-
 def load_autoencoder(folder: Path) -> Autoencoder:
     """The autoencoder of a model, or one that `convert.from_torch` made; in float32."""
     part = read_part(folder, "autoencoder")
@@ -340,38 +269,3 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 
 
 # --- quantization at run time -----------------------------------------------------------------
-
-
-def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int = 32) -> int:
-    """Quantize a single-width transformer's linear layers in place.
-
-    Layers whose rows do not divide by `group_size` keep their precision. On Metal and CUDA the
-    layers are replaced by packed ones. On the CPU, where MLX's quantized product is forty times
-    slower than a dense one, weights are rounded to what the packed ones would hold and stay dense:
-    the pictures show the quantization, memory and speed do not.
-
-    Returns:
-        The number of parameters that are now quantized.
-
-    Raises:
-        UserError: impossible bits or groups, several widths, or not one layer divides.
-    """
-    _check_quantization({"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"])
-    if transformer.config.widths != (1.0,):
-        raise UserError("extract one width before quantizing: packed weights cannot be sliced")
-    layers = {path: m for path, m in transformer.named_modules()}
-    chosen = matrices(transformer, group_size)
-    if not chosen:
-        raise UserError(f"no layer's rows divide into groups of {group_size}")
-    count = sum(layers[path].weight.size for path in chosen)
-    if mx.default_device().type == mx.DeviceType.cpu:
-        for path in chosen:
-            weight = layers[path].weight
-            packed = mx.quantize(weight, group_size=group_size, bits=bits)
-            rounded = mx.dequantize(*packed, group_size=group_size, bits=bits)
-            layers[path].weight = rounded.astype(weight.dtype)
-            mx.eval(layers[path].weight)
-    else:
-        nn.quantize(transformer, group_size, bits, class_predicate=lambda p, _: p in set(chosen))
-        mx.eval(transformer.parameters())
-    return count

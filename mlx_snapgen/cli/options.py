@@ -5,7 +5,7 @@ import math
 
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.pipeline import MAX_SEED, MAX_STEPS
+from mlx_snapgen.settings import MAX_SEED, MAX_STEPS
 
 EXAMPLES = """
 examples:

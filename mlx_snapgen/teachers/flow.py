@@ -1,58 +1,17 @@
-"""What distillation asks of a teacher, and the public ones that meet it.
-
-A teacher is a flow model with guidance, last-layer features, and a few-step mode that a LoRA
-switches on inside the same weights.
-"""
+"""Public flow models as teachers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import get_lora_weights, lora_weights
+from mlx_snapgen.lora.adapters import get_lora_weights, lora_weights
 from mlx_snapgen.networks.layers import space_to_depth
 from mlx_snapgen.networks.text_encoders.qwen import PromptEncoder
-from mlx_snapgen.sampler import get_schedule, guide
+from mlx_snapgen.sampling import get_schedule, guide
+from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.config import Schedule, TeacherConfig
-
-
-class Condition(NamedTuple):
-    """Encoded prompts: text (B, L, D), mask (B, L), and both of the empty prompt (1, ...)."""
-
-    text: mx.array
-    mask: mx.array
-    empty_text: mx.array
-    empty_mask: mx.array
-
-
-class Teacher(Protocol):
-    """A frozen flow model. x_t is (B, H, W, C), t is (B,), velocities are shaped like x_t."""
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as this teacher wants them."""
-
-    def velocity(
-        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
-    ) -> mx.array:
-        """The many-step model's velocity (xi); a scale of 1 is no guidance."""
-
-    def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
-    ) -> tuple[mx.array, mx.array]:
-        """Velocity without guidance and last-layer features (B, N, D).
-
-        With `few_step` the few-step LoRA is on (xi').
-        """
-
-    @property
-    def feature_dims(self) -> int:
-        """D of the features."""
-
-    @property
-    def has_few_step(self) -> bool:
-        """Whether there is a few-step mode."""
 
 
 class FlowTeacher:

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from mlx_snapgen.cli.options import build_parser
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.options import build_parser
 
 try:
     import readline

@@ -12,13 +12,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import linear_layers
-from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear
-from mlx_snapgen.palettes import HIGH, LOW, Palettes, layers, palettized
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.weights import Components
+from mlx_snapgen.quantize.palettes import HIGH, LOW, Palettes, layers, palettized
 
 MOST_STEPS = 8
 """Steps of a calibration picture, fewer than those of a model that samples in many."""
@@ -141,34 +141,3 @@ def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[
     chosen = [nouns[i * len(nouns) // 4] for i in range(4)]
     phrases = [f"{colours[i % len(colours)]} {n}".strip() for i, n in enumerate(chosen)]
     return [f"an {p}" if p[0] in "aeiou" else f"a {p}" for p in phrases]
-
-
-def draw_latents(
-    components: Components,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    width: float = 1.0,
-    network: Callable[..., mx.array] | None = None,
-    most_steps: int | None = None,
-) -> mx.array:
-    """Latents (B, h, w, C) of prompts, drawn as the model samples when nobody says how.
-
-    Args:
-        network: computes the velocity instead of the model's transformer.
-        most_steps: of sampling.
-    """
-    config = components.config
-    sampler = config.sampler_for()
-    scale, steps = sampler.guidance_scale, sampler.num_inference_steps
-    side = config.autoencoder.downsampling
-    shape = (*(n // side for n in config.image_size), config.transformer.latent_channels)
-    both = list(prompts) if scale == 1 else [""] * len(prompts) + list(prompts)
-    text, mask = encode_prompts(both, components.text_encoders, components.transformer)
-    velocity = guided_velocity(network or components.transformer, text, mask, scale, width=width)
-
-    def draw(number: int) -> mx.array:
-        return mx.concatenate([get_noise(seed, *shape, number) for seed in seeds])
-
-    schedule = get_schedule(min(steps, most_steps or steps), sampler.time_shift)
-    *_, last = denoise(velocity, draw(0), schedule, draw if sampler.fresh_noise else None)
-    return last.x_t

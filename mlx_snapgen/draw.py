@@ -1,4 +1,4 @@
-"""Pictures of many prompts at once, for evaluation and for looks during training."""
+"""Prompts to latents and pictures."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,20 +6,42 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora import switched
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components
+from mlx_snapgen.lora.adapters import switched
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.sampler import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.weights import FEW_STEP, Components
+from mlx_snapgen.pictures import to_pictures
+from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
 
 
-def to_pictures(decoded: mx.array) -> np.ndarray:
-    """Decoded pictures (B, H, W, 3), about [-1, 1] -> uint8; a UserError if not finite."""
-    if not mx.isfinite(decoded).all().item():
-        raise UserError(
-            "the model's pictures are not finite: its training has diverged, or it is damaged"
-        )
-    return np.array(mx.round((mx.clip(decoded, -1, 1) + 1) * 127.5).astype(mx.uint8))
+def draw_latents(
+    components: Components,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    width: float = 1.0,
+    network: Callable[..., mx.array] | None = None,
+    most_steps: int | None = None,
+) -> mx.array:
+    """Latents (B, h, w, C) of prompts, drawn as the model samples when nobody says how.
+
+    Args:
+        network: computes the velocity instead of the model's transformer.
+        most_steps: of sampling.
+    """
+    config = components.config
+    sampler = config.sampler_for()
+    scale, steps = sampler.guidance_scale, sampler.num_inference_steps
+    side = config.autoencoder.downsampling
+    shape = (*(n // side for n in config.image_size), config.transformer.latent_channels)
+    both = list(prompts) if scale == 1 else [""] * len(prompts) + list(prompts)
+    text, mask = encode_prompts(both, components.text_encoders, components.transformer)
+    velocity = guided_velocity(network or components.transformer, text, mask, scale, width=width)
+
+    def draw(number: int) -> mx.array:
+        return mx.concatenate([get_noise(seed, *shape, number) for seed in seeds])
+
+    schedule = get_schedule(min(steps, most_steps or steps), sampler.time_shift)
+    *_, last = denoise(velocity, draw(0), schedule, draw if sampler.fresh_noise else None)
+    return last.x_t
 
 
 def sample(

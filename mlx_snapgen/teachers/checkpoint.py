@@ -1,32 +1,18 @@
-"""Where trainers get their teacher: any checkpoint of this project, or a public model.
+"""A checkpoint of this project as a teacher."""
 
-Trainers know the interface `Teacher` and nothing of what is behind it.
-"""
-
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_snapgen.lora import get_lora_weights, lora_weights
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.lora.adapters import acting
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from mlx_snapgen.sampler import guide
+from mlx_snapgen.sampling import guide
+from mlx_snapgen.teachers.base import Condition, Teacher
 from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
-from mlx_snapgen.teachers.teacher import Condition, Teacher
-from mlx_snapgen.weights import load_pretrained
-
-__all__ = ["CheckpointTeacher", "Condition", "Teacher", "acting", "load_teacher"]
-
-
-@contextlib.contextmanager
-def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
-    """Only the adapters `names` are on: one network plays teacher, student or critic in turn."""
-    weights = {name: float(name in names) for name in get_lora_weights(network)}
-    with lora_weights(network, weights):
-        yield
 
 
 class CheckpointTeacher:

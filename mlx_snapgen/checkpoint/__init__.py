@@ -1,0 +1,1 @@
+"""Models on disk: folders to objects and back."""

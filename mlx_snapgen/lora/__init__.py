@@ -1,0 +1,1 @@
+"""LoRA adapters: attach, switch, fuse, and their files."""

@@ -1,0 +1,1 @@
+"""Fewer bits: quantization in memory, palettes, and which layers are sensitive."""
