@@ -57,7 +57,8 @@ from convert.coreml_package import (
 from convert.to_torch import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.checkpoint.model import FORMAT_VERSION, Components, fuse_few_step, load_pretrained
+from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder

@@ -30,8 +30,8 @@ from convert.sources import find_source, read_object
 from convert.teacher_transformer import make_transformer
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
-from mlx_snapgen.checkpoint.model import BITS, FEW_STEP, GROUP_SIZES
-from mlx_snapgen.checkpoint.module import read_part
+from mlx_snapgen.checkpoint.model import FEW_STEP
+from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES, read_part
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder

@@ -19,11 +19,11 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import (
     FEW_STEP,
     Components,
-    Quantization,
     load_pretrained,
     load_text_encoders,
     save_pretrained,
 )
+from mlx_snapgen.checkpoint.module import Quantization
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
@@ -36,11 +36,11 @@ from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_veloci
 from mlx_snapgen.settings import (
     MAX_SEED,
     MAX_STEPS,
-    _whole_number,
     check_size,
     check_width,
     parse_width,
     random_seed,
+    whole_number,
 )
 
 
@@ -268,12 +268,12 @@ class SnapGenPipeline:
         check_size(self.config, height, width)
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        steps = _whole_number("num_inference_steps", steps, 1, MAX_STEPS)
+        steps = whole_number("num_inference_steps", steps, 1, MAX_STEPS)
         if not math.isfinite(scale):
             raise UserError(f"guidance_scale must be a finite number, got {scale}")
-        num_images = _whole_number("num_images", num_images, 1)
+        num_images = whole_number("num_images", num_images, 1)
         seed = random_seed() if seed is None else seed
-        seed = _whole_number("seed", seed, 0, MAX_SEED - num_images + 1)
+        seed = whole_number("seed", seed, 0, MAX_SEED - num_images + 1)
         self._warn_about(prompt, negative_prompt, scale)
         metadata = self.describe() | {
             "prompt": prompt,

@@ -43,7 +43,7 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
             )
 
 
-def _whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
+def whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
     try:
         number = operator.index(value)
     except TypeError:

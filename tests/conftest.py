@@ -27,7 +27,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
-from train.stickers import find_font
+from train.data.stickers.render import find_font
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
 COLOURS = ["red", "blue", "green"]

@@ -129,8 +129,8 @@ def write_part(folder, model):
 def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_path, monkeypatch):
     tiny = write_part(tmp_path / "tiny", made("taehv"))
     qwen = write_part(tmp_path / "qwen", made("qwen-image"))
-    scenes = trainer.stickers.validation_scenes(2)
-    monkeypatch.setattr(trainer.stickers, "validation_scenes", lambda count: scenes)
+    scenes = trainer.validation_scenes(2)
+    monkeypatch.setattr(trainer, "validation_scenes", lambda count: scenes)
 
     def run(name, *options):
         command = ["autoencoder", "--run-dir", str(tmp_path / name), *map(str, options)]

@@ -19,7 +19,6 @@ from conftest import VOCAB_SIZE, randomise
 from mlx.utils import tree_flatten, tree_unflatten
 
 from convert import coreml, coreml_options, coreml_package, coreml_picture
-from mlx_snapgen import SnapGenPipeline
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.config import (
     AutoencoderConfig,
@@ -32,6 +31,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
 
 ROOT = Path(__file__).parents[1]

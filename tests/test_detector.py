@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 
 from mlx_snapgen.errors import UserError
-from train import stickers
-from train.captions import Placed, Scene
-from train.detector import Detector, background_colour, foreground
-from train.geneval import SIX, is_correct
-from train.scenes import first_nouns, sample_scene
+from train.data.stickers.captions import Placed, Scene
+from train.data.stickers.render import drawn_box, find_font, render, sprite
+from train.data.stickers.scenes import SIDE, first_nouns, sample_scene
+from train.data.stickers.vocabulary import NOUNS
+from train.evaluation.detector import Detector, background_colour, foreground
+from train.evaluation.geneval import SIX, is_correct
 
 NUM_NOUNS = 100
 PER_CATEGORY = 35
-NOUN = {noun.name: noun for noun in stickers.NOUNS}
+NOUN = {noun.name: noun for noun in NOUNS}
 
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     try:
-        stickers.find_font()
+        find_font()
     except UserError as error:
         pytest.skip(str(error))
     return Detector(first_nouns(NUM_NOUNS))
@@ -65,19 +66,19 @@ def found(detections):
 
 def alone(name, size=72, background="white"):
     """One glyph in the middle."""
-    corner = (stickers.SIDE - size) // 2
+    corner = (SIDE - size) // 2
     return Scene("single_object", (Placed(NOUN[name], None, size, corner, corner),), background)
 
 
 @pytest.mark.parametrize("category", SIX)
 def test_finds_exactly_what_was_rendered(detector, category):
-    right = [shown(s) == found(detector(stickers.render(s))) for s in some_scenes(category)]
+    right = [shown(s) == found(detector(render(s))) for s in some_scenes(category)]
     assert np.mean(right) >= 0.97
 
 
 def test_finds_it_in_blurred_and_noisy_pictures(detector):
     scenes = [scene for category in SIX for scene in some_scenes(category, 12)]
-    pictures = [poor(stickers.render(scene), k) for k, scene in enumerate(scenes)]
+    pictures = [poor(render(scene), k) for k, scene in enumerate(scenes)]
     found_in = [detector(picture) for picture in pictures]
     assert np.mean([shown(s) == found(d) for s, d in zip(scenes, found_in, strict=True)]) >= 0.95
     assert np.mean([is_correct(s, d) for s, d in zip(scenes, found_in, strict=True)]) >= 0.95
@@ -86,7 +87,7 @@ def test_finds_it_in_blurred_and_noisy_pictures(detector):
 @pytest.mark.parametrize("category", SIX)
 def test_pictures_of_other_prompts_score_about_nothing(detector, category):
     scenes = some_scenes(category)
-    pictures = [stickers.render(scene) for scene in scenes]
+    pictures = [render(scene) for scene in scenes]
     wrong = [
         is_correct(scene, detector(picture))
         for scene, picture in zip(scenes, pictures[1:] + pictures[:1], strict=True)
@@ -96,16 +97,16 @@ def test_pictures_of_other_prompts_score_about_nothing(detector, category):
 
 def test_boxes_lie_where_the_glyphs_are(detector):
     for scene in some_scenes("position", 10):
-        boxes = {d.noun: d.box for d in detector(stickers.render(scene))}
+        boxes = {d.noun: d.box for d in detector(render(scene))}
         for placed in scene.placed:
-            drawn = stickers.drawn_box(placed)
+            drawn = drawn_box(placed)
             assert np.abs(np.array(boxes[placed.noun.name]) - drawn).max() <= 4
 
 
 def test_objects_that_touch_are_told_apart(detector):
     for a, b in (("apple", "car"), ("cat", "tree"), ("house", "fish"), ("heart", "turtle")):
-        left, right = (stickers.sprite(NOUN[name], None, 56) for name in (a, b))
-        picture = np.full((stickers.SIDE, stickers.SIDE, 3), 255, np.uint8)
+        left, right = (sprite(NOUN[name], None, 56) for name in (a, b))
+        picture = np.full((SIDE, SIDE, 3), 255, np.uint8)
         x = 8
         for drawn in (left, right):
             h, w = drawn.rgb.shape[:2]
@@ -119,17 +120,17 @@ def test_garbage_is_mostly_nothing(detector):
     rng = np.random.default_rng(0)
     names = [noun.name for noun in detector.nouns]
     pairs = [rng.choice(names, 2, replace=False) for _ in range(40)]
-    both = [np.stack([stickers.render(alone(name)) for name in pair]) for pair in pairs]
+    both = [np.stack([render(alone(name)) for name in pair]) for pair in pairs]
     mixtures = [np.rint(b.mean(axis=0)).astype(np.uint8) for b in both]
     assert np.mean([len(detector(picture)) for picture in mixtures]) <= 0.3
     halves = [b[0].copy() for b in both]
     for picture in halves:
-        picture[:, stickers.SIDE // 2 :] = 255
+        picture[:, SIDE // 2 :] = 255
     assert np.mean([len(detector(picture)) for picture in halves]) <= 0.15
     blots = []
     for _ in range(20):
-        spots = blurred(rng.normal(0, 1, (stickers.SIDE, stickers.SIDE, 3)), 6.0)
-        edge = blurred(rng.normal(0, 1, (stickers.SIDE, stickers.SIDE, 1)), 8.0)
+        spots = blurred(rng.normal(0, 1, (SIDE, SIDE, 3)), 6.0)
+        edge = blurred(rng.normal(0, 1, (SIDE, SIDE, 1)), 8.0)
         edge = edge / edge.std() - np.hypot(*np.mgrid[-2:2:128j, -2:2:128j])[..., None] + 1
         blots.append(np.where(edge > 0, np.clip(128 + 80 * spots / spots.std(), 0, 255), 255))
     assert np.mean([len(detector(blot.astype(np.uint8))) for blot in blots]) <= 0.15
@@ -140,7 +141,7 @@ def test_a_mangled_object_is_left_over(detector):
     places = [(4, 4), (68, 4), (4, 68)]
     placed = tuple(Placed(noun, None, 56, x, y) for x, y in places)
     scene = Scene("counting", placed, "white")
-    picture = stickers.render(scene)
+    picture = render(scene)
     detections = detector(picture)
     assert detector.leftover(picture, detections) < 0.02
     assert is_correct(scene, detections, detector.leftover(picture, detections))
@@ -153,14 +154,14 @@ def test_a_mangled_object_is_left_over(detector):
 
 
 def test_an_empty_picture_holds_nothing(detector):
-    assert detector(np.full((stickers.SIDE, stickers.SIDE, 3), 200, np.uint8)) == []
-    noise = np.random.default_rng(0).normal(128, 8, (stickers.SIDE, stickers.SIDE, 3))
+    assert detector(np.full((SIDE, SIDE, 3), 200, np.uint8)) == []
+    noise = np.random.default_rng(0).normal(128, 8, (SIDE, SIDE, 3))
     assert detector(noise.astype(np.uint8)) == []
 
 
 def test_noun_without_other_colours_has_none_and_own_colour_has_a_name(detector):
-    (cat,) = detector(stickers.render(alone("cat")))
-    (apple,) = detector(stickers.render(alone("apple")))
+    (cat,) = detector(render(alone("cat")))
+    (apple,) = detector(render(alone("apple")))
     assert (cat.noun, cat.colour) == ("cat", None)
     assert (apple.noun, apple.colour) == ("apple", "red")
     assert 0.96 < cat.score < 2

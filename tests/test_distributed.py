@@ -14,9 +14,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-import train.engine
-import train.watch
-from train.engine import Trainer, TrainingConfig, latest_checkpoint
+import train.loop.distributed
+import train.loop.trainer
+from train.loop.checkpoint import latest_checkpoint
+from train.loop.config import TrainingConfig
+from train.loop.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8
@@ -39,7 +41,7 @@ def trainer(run_dir, accumulate, before_batch=lambda number: None):
         rng = np.random.default_rng(number)
         return {"x": mx.array(rng.normal(size=(8, 4)), mx.float32)}
 
-    train.engine.plot_log = lambda run_dir: None
+    train.loop.trainer.plot_log = lambda run_dir: None
     # Another seed in each process: all must go on from the first one's weights.
     mx.random.seed(mx.distributed.init().rank())
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
@@ -66,7 +68,7 @@ def worker(folder, event=None):
             os.kill(os.getpid(), getattr(signal, event))
             time.sleep(0.2)
 
-    train.watch.SILENCE = 3.0
+    train.loop.distributed.SILENCE = 3.0
     run = trainer(Path(folder) / str(rank), 1, before_batch)
     finished = run.run()
     print(json.dumps({"step": run.step, "finished": finished}))

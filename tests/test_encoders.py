@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_snapgen import SnapGenPipeline
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.text_encoders import (
     PromptEncoder,
@@ -23,7 +22,8 @@ from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
-from train.supernetwork import TextToLatents
+from mlx_snapgen.pipeline import SnapGenPipeline
+from train.objectives.elastic import TextToLatents
 
 
 def draw(pipe, prompt="a red apple", **settings):

@@ -17,21 +17,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-import train.checkpoint
-import train.engine
-import train.plot
+import train.loop.checkpoint
+import train.loop.plot
+import train.loop.trainer
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from train.checkpoint import read_log
-from train.engine import (
-    Trainer,
-    TrainingConfig,
-    checkpoints,
-    latest_checkpoint,
-    learning_rate_schedule,
-    load_ema,
-)
+from train.loop.checkpoint import checkpoints, latest_checkpoint, load_ema, read_log
+from train.loop.config import TrainingConfig
+from train.loop.optimizer import learning_rate_schedule
+from train.loop.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Drawing the curves takes longer than all the rest of these runs."""
-    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
 
 
 def gradients(model, batch, key, noise=0.1):
@@ -107,7 +102,7 @@ LONG = {"steps": 60, "checkpoint_every": 2, "seed": 3}
 
 def worker(run_dir):
     """Runs in a process of its own."""
-    train.engine.plot_log = lambda run_dir: None
+    train.loop.trainer.plot_log = lambda run_dir: None
     trainer(Path(run_dir), **LONG).run()
 
 
@@ -157,9 +152,9 @@ def test_a_run_that_dies_amid_a_checkpoint_resumes_from_the_one_before(tmp_path,
 
     with monkeypatch.context() as patch:
         if at == "saving":
-            patch.setattr(train.checkpoint, "mx", SimpleNamespace(save_safetensors=save))
+            patch.setattr(train.loop.checkpoint, "mx", SimpleNamespace(save_safetensors=save))
         else:
-            patch.setattr(train.checkpoint, "shutil", SimpleNamespace(rmtree=delete))
+            patch.setattr(train.loop.checkpoint, "shutil", SimpleNamespace(rmtree=delete))
         with pytest.raises(MemoryError):
             trainer(tmp_path / "b").run()
     left = [c.name for c in checkpoints(tmp_path / "b")]
@@ -432,13 +427,13 @@ def test_validation_is_logged_and_may_write_pictures(tmp_path):
 
 def test_curves_are_drawn(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    assert train.plot.plot_log(tmp_path) is None
+    assert train.loop.plot.plot_log(tmp_path) is None
     log = [{"step": s, "time": 0.0, "loss": 1 / s, "balance": s - 3} for s in range(1, 9)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log) + '{"step": 9')
-    assert train.plot.plot_log(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert train.loop.plot.plot_log(tmp_path).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for _ in range(2):
-        assert train.plot.plot_log(tmp_path) is None
+        assert train.loop.plot.plot_log(tmp_path) is None
     assert capsys.readouterr().err.count("matplotlib") == 2  # one line that names it twice
 
 

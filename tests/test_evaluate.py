@@ -20,13 +20,18 @@ from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule
-from train import evaluate, stickers, validation
-from train.captions import Placed, Scene, plain_caption
-from train.detector import Detection
-from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
-from train.scenes import HELD_OUT_CATEGORIES
+from train import evaluate
+from train.data.stickers.captions import Placed, Scene, plain_caption
+from train.data.stickers.render import render
+from train.data.stickers.scenes import HELD_OUT_CATEGORIES, noun_scene
+from train.data.stickers.vocabulary import NOUNS, known_nouns
+from train.evaluation import validation
+from train.evaluation.detector import Detection
+from train.evaluation.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
+from train.evaluation.report import Row, table
+from train.evaluation.score import gallery_prompts, judge, noun_prompts, quick_score
 
-NOUN = {noun.name: noun for noun in stickers.NOUNS}
+NOUN = {noun.name: noun for noun in NOUNS}
 
 
 def scene(category, *things, relation=None):
@@ -140,11 +145,11 @@ def test_accuracies_average_categories_not_pictures():
 
 def test_rendered_prompts_score_near_one_and_shuffled_ones_near_zero(font):
     prompts = fixed_prompts(8, 100)
-    pictures = [stickers.render(prompt.scene) for prompt in prompts]
-    right = accuracies(prompts, evaluate.judge(prompts, pictures, 100)[0])
+    pictures = [render(prompt.scene) for prompt in prompts]
+    right = accuracies(prompts, judge(prompts, pictures, 100)[0])
     assert right["overall"] >= 0.97 and right["held_out"] >= 0.97
     shuffled = pictures[11:] + pictures[:11]
-    assert accuracies(prompts, evaluate.judge(prompts, shuffled, 100)[0])["overall"] <= 0.05
+    assert accuracies(prompts, judge(prompts, shuffled, 100)[0])["overall"] <= 0.05
 
 
 # --- validation loss --------------------------------------------------------------------------
@@ -257,7 +262,7 @@ def test_sampling_refuses_a_width_that_the_model_lacks(components):
 
 
 def test_quick_score_of_a_random_model_is_about_nothing(font, components):
-    scores = evaluate.quick_score(components, 100, 1, steps=1, width=0.375)
+    scores = quick_score(components, 100, 1, steps=1, width=0.375)
     assert set(SIX) < set(scores) and scores["overall"] <= 0.2
 
 
@@ -267,10 +272,10 @@ def test_quick_score_of_a_random_model_is_about_nothing(font, components):
 def test_table_has_a_line_per_row_and_gaps_where_a_ceiling_has_no_number():
     scores = dict.fromkeys(SIX, 0.5) | {"overall": 0.5, "overall_error": 0.04, "held_out": 0.25}
     rows = [
-        evaluate.Row("tiny", scores, [0.5, 0.7], 0.125, []),
-        evaluate.Row("rendered scenes", scores | {"held_out": None}, [], None, []),
+        Row("tiny", scores, [0.5, 0.7], 0.125, []),
+        Row("rendered scenes", scores | {"held_out": None}, [], None, []),
     ]
-    head, rule, tiny, ceiling = evaluate.table(rows).splitlines()
+    head, rule, tiny, ceiling = table(rows).splitlines()
     assert "| single object | two objects | counting |" in head
     assert len({line.count("|") for line in (head, rule, tiny, ceiling)}) == 1
     assert tiny.endswith("| 0.500 ± 0.040 | 0.25 | 0.6000 | 0.12 |")
@@ -307,7 +312,7 @@ def test_gallery(font, model_folder, tmp_path, monkeypatch):
     arguments = ["--model", model_folder, "--output", tmp_path / "look", "--num-nouns", 100]
     run(monkeypatch, *arguments, "--gallery", "--steps", 1, "--guidance", 1)
     assert [p.name for p in (tmp_path / "look").iterdir()] == ["gallery.png"]
-    texts = evaluate.gallery_prompts(40, 100)
+    texts = gallery_prompts(40, 100)
     assert len(set(texts)) == 40 and texts[0] == "an apple"
 
 
@@ -335,12 +340,12 @@ def test_one_noun_is_scored_with_and_without_a_lora(
 
 
 def test_prompts_of_a_noun_are_drawn_apart_from_its_training_pictures():
-    prompts = evaluate.noun_prompts("zebra", 20)
+    prompts = noun_prompts("zebra", 20)
     assert (
         all("zebra" in p.text.lower() for p in prompts) and len({p.number for p in prompts}) == 20
     )
-    assert prompts[:7] == evaluate.noun_prompts("zebra", 7)
-    learned_from = [stickers.noun_scene("zebra", 0, k) for k in range(20)]
+    assert prompts[:7] == noun_prompts("zebra", 7)
+    learned_from = [noun_scene("zebra", 0, k) for k in range(20)]
     assert sum(p.scene == s for p, s in zip(prompts, learned_from, strict=True)) <= 2
 
 
@@ -357,8 +362,8 @@ def test_mistakes_are_said(model_folder, tmp_path, monkeypatch):
 
 
 def test_known_nouns_must_be_the_first_of_the_vocabulary(components):
-    names = [noun.name for noun in stickers.NOUNS[:30]]
+    names = [noun.name for noun in NOUNS[:30]]
     good = dataclasses.replace(components, vocabulary={"nouns": names})
-    assert evaluate.known_nouns(good) == 30
+    assert known_nouns(good) == 30
     with pytest.raises(UserError, match="other nouns"):
-        evaluate.known_nouns(dataclasses.replace(good, vocabulary={"nouns": names[::-1]}))
+        known_nouns(dataclasses.replace(good, vocabulary={"nouns": names[::-1]}))

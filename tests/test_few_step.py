@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from PIL import Image
 
 from convert.coreml import load_for_export
-from mlx_snapgen import SnapGenPipeline, sampling
+from mlx_snapgen import sampling
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.draw import sample
@@ -20,10 +20,11 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.pipeline import SnapGenPipeline
 from train import evaluate
-from train.previews import PROMPTS, previews_of
-from train.supernetwork import TextToLatents
-from train.validation import validation_losses, validation_set
+from train.evaluation.previews import PROMPTS, previews_of
+from train.evaluation.validation import validation_losses, validation_set
+from train.objectives.elastic import TextToLatents
 
 MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
 

@@ -9,27 +9,21 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 
-import train.engine
+import train.loop.trainer
 import train.lora
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
-from train.checkpoint import read_log
-from train.finetune import (
-    Estimate,
-    Pictures,
-    Validation,
-    draw_prior,
-    encode_captions,
-    estimate,
-    gradients,
-    step_width,
-    velocity,
-)
-from train.imagefolder import bucket_sizes, read_folder
-from train.supernetwork import noisy
+from train.data.encoded import Pictures, encode_captions
+from train.data.imagefolder import bucket_sizes, read_folder
+from train.data.prior import draw_prior
+from train.evaluation.drift import Validation
+from train.evaluation.estimate import Estimate, estimate
+from train.loop.checkpoint import read_log
+from train.objectives.elastic import noisy
+from train.objectives.finetune import gradients, step_width, velocity
 
 WIDE, TALL = (32, 64), (64, 32)
 BUCKETS = bucket_sizes(WIDE, 32)
@@ -39,7 +33,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Few steps are done long before the compiler is, the curves drawn, or the time measured."""
-    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
     monkeypatch.setattr(train.lora, "estimate", lambda *a: Estimate(0.5, 2.0, 3_100_000_000))
     mx.disable_compile()
     yield

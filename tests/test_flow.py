@@ -10,15 +10,18 @@ import pytest
 import sentencepiece
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-import train.engine
+import train.loop.trainer
 from mlx_snapgen.config import STICKERS, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from train.checkpoint import read_log, save_checkpoint
-from train.engine import Trainer, TrainingConfig
-from train.flow import gradients, kept_tokens
-from train.supernetwork import Data, TextToLatents, add_balanced, noisy, sampled_widths, start_from
+from train.data.encoded import Data
+from train.loop.checkpoint import read_log, save_checkpoint
+from train.loop.config import TrainingConfig
+from train.loop.run import start_from
+from train.loop.trainer import Trainer
+from train.objectives.elastic import TextToLatents, add_balanced, noisy, sampled_widths
+from train.objectives.flow import gradients, kept_tokens
 
 TEXT = TextEncoderConfig(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, max_length=6)
 CONFIG = dataclasses.replace(
@@ -228,7 +231,7 @@ def test_masked_share():
 
 def test_masked_training_learns_compiled(even_batch, tmp_path, monkeypatch):
     """The same scenes again and again: the whole ones' loss and the masked ones' both fall."""
-    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
     mx.random.seed(0)
     transformer = dataclasses.replace(
         CONFIG.transformer, hidden_size=32, head_dim=4, blocks=(1, 1, 1)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
-from train.imagefolder import (
+from train.data.imagefolder import (
     bucket_sizes,
     find_captions,
     fit,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-import train.engine
-from mlx_snapgen.checkpoint.model import FORMAT_VERSION, load_pretrained, save_pretrained
+import train.loop.trainer
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
@@ -18,11 +19,14 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from train import kd
-from train.checkpoint import read_log
-from train.engine import Trainer, TrainingConfig, latest_checkpoint
+from train.data.encoded import Data
+from train.data.taught import TaughtData
 from train.export import assemble
-from train.kd import Student, TaughtData, make_gradients
-from train.supernetwork import Data, noisy
+from train.loop.checkpoint import latest_checkpoint, read_log
+from train.loop.config import TrainingConfig
+from train.loop.trainer import Trainer
+from train.objectives.distillation import Student, fit_to_teacher, lesson, make_gradients
+from train.objectives.elastic import noisy
 
 WIDTHS = (1.0, 0.5, 0.375)
 PROMPTS = ["a red car", "", "an apple next to a blue cat", "a green apple"]
@@ -160,7 +164,7 @@ def test_every_width_is_equation_8_beside_the_full_network(parts, width, monkeyp
     """Both gradients by hand; how they are balanced is the elastic trainer's test."""
     student, teacher = parts
     batch, key = make_batch(student, teacher), mx.random.key(4)
-    monkeypatch.setattr("train.supernetwork.add_balanced", lambda full, sub: sub)
+    monkeypatch.setattr("train.objectives.elastic.add_balanced", lambda full, sub: sub)
     grads, metrics = make_gradients(teacher)(student, batch, key, (width,), 2.0)
     args = (student, teacher, batch, key)
     full_metrics, _, full = written_out(*args, 1.0, None, 1.0)
@@ -192,7 +196,7 @@ def test_projectors_start_at_the_best_fit(parts):
     """No number of a projector can move without the loss of the latents it was fitted to rising."""
     student, teacher = parts
     batches = [make_batch(student, teacher, seed) for seed in range(3)]
-    kd.fit_to_teacher(student, teacher, batches, 7, 2.0)
+    fit_to_teacher(student, teacher, batches, 7, 2.0)
     keys = mx.random.split(mx.random.key(7), len(batches))
 
     def loss():
@@ -230,7 +234,7 @@ def test_no_gradient_goes_into_the_teacher(parts):
 
     def told(params):
         network.update(params)
-        return sum(y.square().sum() for y in kd.lesson(teacher, x_t, t, condition, 3.0))
+        return sum(y.square().sum() for y in lesson(teacher, x_t, t, condition, 3.0))
 
     grads = mx.grad(told)(params)
     network.update(params)
@@ -247,7 +251,7 @@ def test_a_teacher_on_another_grid_is_refused(parts):
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
         make_gradients(teacher)(student, batch, mx.random.key(0), (), 1.0)
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
-        kd.fit_to_teacher(student, teacher, [batch], 0, 1.0)
+        fit_to_teacher(student, teacher, [batch], 0, 1.0)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -256,7 +260,7 @@ def test_a_teacher_on_another_grid_is_refused(parts):
 @pytest.fixture
 def quick(monkeypatch):
     """No curves; steps are few, so compiling them would take longer than they do."""
-    monkeypatch.setattr(train.engine, "plot_log", lambda run_dir: None)
+    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -330,7 +334,7 @@ def test_command_trains_resumes_and_starts_another_run(
         drawn = rng.integers(0, 255, (count, 32, 32, 3), np.uint8)
         return drawn, [PROMPTS[(start + k) % 4] for k in range(count)]
 
-    monkeypatch.setattr("train.stickers.batch", pictures)
+    monkeypatch.setattr("train.data.stickers.render.batch", pictures)
 
     def command(run_dir, *options):
         common = ["--run-dir", str(tmp_path / run_dir), "--teacher", str(model_folder)]
@@ -368,7 +372,7 @@ def test_the_teacher_reads_what_the_student_is_told(
     """A caption dropped for every text encoder of the student is dropped for the teacher."""
     _, teacher = parts
     monkeypatch.setattr(
-        "train.stickers.batch",
+        "train.data.stickers.render.batch",
         lambda *_, **__: (np.zeros((4, 32, 32, 3), np.uint8), [p or "two cars" for p in PROMPTS]),
     )
     asked = []

@@ -11,16 +11,17 @@ from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.lora.adapters import acting, add_lora
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
-from train.engine import Trainer, TrainingConfig
-from train.kdmd import (
+from train.data.simulation import Simulation
+from train.loop.config import TrainingConfig
+from train.loop.trainer import Trainer
+from train.objectives.dmd import (
     STUDENT_TEXT,
     Distilled,
-    Simulation,
     critic_name,
     fit_to_few_step,
     make_gradients,
 )
-from train.losses import add_noise, expand, sample_tau
+from train.objectives.losses import add_noise, expand, sample_tau
 
 WIDTHS = (1.0, 0.375)
 PROMPTS = ["a red car", "two cats", "an apple"]

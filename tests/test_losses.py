@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from train.losses import (
+from train.objectives.losses import (
     add_noise,
     dmd_loss,
     features_loss,

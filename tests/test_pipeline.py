@@ -11,12 +11,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_snapgen
-from mlx_snapgen import SnapGenPipeline
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.pipeline import PromptWarning
+from mlx_snapgen.pipeline import PromptWarning, SnapGenPipeline
 from mlx_snapgen.sampling import get_noise, get_schedule
 
 

@@ -20,7 +20,7 @@ from mlx_snapgen.teachers.folder import load_flow_teacher
 
 @pytest.fixture(autouse=True)
 def no_language_model(monkeypatch):
-    monkeypatch.setattr(folders, "load_text_encoder", lambda *_: Reader())
+    monkeypatch.setattr(folders, "load_qwen", lambda *_: Reader())
 
 
 @pytest.fixture(scope="module")

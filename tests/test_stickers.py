@@ -12,24 +12,37 @@ import pytest
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
-from train import captions, stickers
-from train import scenes as sampling
-from train.imagefolder import read_folder
-from train.vocabulary import COLOUR_LOST_ON, pluralise
+from train import stickers
+from train.data.imagefolder import read_folder
+from train.data.stickers import captions
+from train.data.stickers import scenes as sampling
+from train.data.stickers.captions import plain_caption
+from train.data.stickers.render import batch, drawn_box, find_font, render, sprite
+from train.data.stickers.scenes import (
+    CATEGORIES,
+    SIDE,
+    is_held_out_colour,
+    is_held_out_pair,
+    noun_scene,
+    sample_scene,
+    training_scene,
+    validation_scenes,
+)
+from train.data.stickers.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, pluralise
 
 ROOT = Path(__file__).parent.parent
-TRAINING = [next(stickers.scenes(5, start=k)) for k in range(3000)]
-FIRST_100 = list(itertools.islice(stickers.scenes(6, num_nouns=100), 1500))
+TRAINING = [next(sampling.scenes(5, start=k)) for k in range(3000)]
+FIRST_100 = list(itertools.islice(sampling.scenes(6, num_nouns=100), 1500))
 
 
 def held_out_combinations(scene):
     """The held-out pairs and colours that a scene shows."""
     names = {placed.noun.name for placed in scene.placed}
-    pairs = [p for p in itertools.combinations(names, 2) if stickers.is_held_out_pair(*p)]
+    pairs = [p for p in itertools.combinations(names, 2) if is_held_out_pair(*p)]
     colours = [
         (placed.noun.name, placed.colour)
         for placed in scene.placed
-        if placed.colour and stickers.is_held_out_colour(placed.noun.name, placed.colour)
+        if placed.colour and is_held_out_colour(placed.noun.name, placed.colour)
     ]
     return pairs + colours
 
@@ -44,17 +57,17 @@ def words_for(noun):
 
 
 def test_vocabulary_has_its_size_and_no_word_twice():
-    nouns = stickers.NOUNS
+    nouns = NOUNS
     assert len(nouns) >= 220
     assert sum(noun.recolour for noun in nouns) >= 80
     assert sum(noun.recolour for noun in nouns[:100]) >= 40
     words = [word for noun in nouns for word in (noun.name, *noun.synonyms)]
     assert sorted(set(words)) == sorted(words)
     assert len({noun.emoji for noun in nouns}) == len(nouns)
-    assert len(stickers.COLOURS) >= 8 and len(stickers.BACKGROUNDS) == 10
-    assert set(COLOUR_LOST_ON) == set(stickers.COLOURS)
+    assert len(COLOURS) >= 8 and len(BACKGROUNDS) == 10
+    assert set(COLOUR_LOST_ON) == set(COLOURS)
     lost = {name for noun in nouns for name in noun.lost_on}
-    assert lost.union(*COLOUR_LOST_ON.values()) <= set(stickers.BACKGROUNDS)
+    assert lost.union(*COLOUR_LOST_ON.values()) <= set(BACKGROUNDS)
     assert all("white" not in noun.lost_on for noun in nouns)
 
 
@@ -78,19 +91,19 @@ def test_pluralise(one, many):
 
 
 def test_scene_depends_on_seed_and_index_only():
-    again = list(itertools.islice(stickers.scenes(5, start=100), 20))
+    again = list(itertools.islice(sampling.scenes(5, start=100), 20))
     assert again == TRAINING[100:120]
-    assert list(itertools.islice(stickers.scenes(7), 20)) != TRAINING[:20]
+    assert list(itertools.islice(sampling.scenes(7), 20)) != TRAINING[:20]
 
 
 def test_validation_set_is_fixed_and_apart_from_training():
-    chosen = stickers.validation_scenes(40)
-    assert chosen[:10] == stickers.validation_scenes(10)
+    chosen = validation_scenes(40)
+    assert chosen[:10] == validation_scenes(10)
     # Scores of different days compare only while this list stays; change it knowingly.
-    assert [stickers.plain_caption(scene) for scene in chosen[:4]] == PINNED
+    assert [plain_caption(scene) for scene in chosen[:4]] == PINNED
     for k, scene in enumerate(chosen):
         assert bool(held_out_combinations(scene)) == (k % 4 == 3)
-    training = list(itertools.islice(stickers.scenes(0), 40))
+    training = list(itertools.islice(sampling.scenes(0), 40))
     assert sum(a.placed == b.placed for a, b in zip(chosen, training, strict=True)) == 0
 
 
@@ -122,23 +135,23 @@ def test_training_never_shows_a_held_out_combination():
 def test_held_out_scenes_show_a_held_out_combination(num_nouns, category):
     rng = np.random.default_rng(0)
     for _ in range(60):
-        scene = stickers.sample_scene(rng, num_nouns, held_out=True, category=category)
+        scene = sample_scene(rng, num_nouns, held_out=True, category=category)
         assert held_out_combinations(scene), scene.caption
         assert category in (None, scene.category)
 
 
 def test_about_a_tenth_is_held_out_and_order_does_not_matter():
-    names = [noun.name for noun in stickers.NOUNS[:100]]
+    names = [noun.name for noun in NOUNS[:100]]
     pairs = list(itertools.combinations(names, 2))
-    share = sum(stickers.is_held_out_pair(a, b) for a, b in pairs) / len(pairs)
+    share = sum(is_held_out_pair(a, b) for a, b in pairs) / len(pairs)
     assert 0.08 < share < 0.12
-    assert all(stickers.is_held_out_pair(a, b) == stickers.is_held_out_pair(b, a) for a, b in pairs)
-    colours = [(a, c) for a in names for c in stickers.COLOURS]
-    share = sum(stickers.is_held_out_colour(*pair) for pair in colours) / len(colours)
+    assert all(is_held_out_pair(a, b) == is_held_out_pair(b, a) for a, b in pairs)
+    colours = [(a, c) for a in names for c in COLOURS]
+    share = sum(is_held_out_colour(*pair) for pair in colours) / len(colours)
     assert 0.07 < share < 0.13
     # The digest is part of the data: these hold on every machine.
-    assert stickers.is_held_out_pair(*PINNED_PAIR)
-    assert stickers.is_held_out_colour(*PINNED_COLOUR)
+    assert is_held_out_pair(*PINNED_PAIR)
+    assert is_held_out_colour(*PINNED_COLOUR)
 
 
 PINNED_PAIR = ("apple", "house")
@@ -160,7 +173,7 @@ def test_cells_lie_inside_and_apart():
         assert 1 <= len(scene.placed) <= 4
         for placed in scene.placed:
             x, y, w, h = placed.cell
-            assert x >= 0 and y >= 0 and x + w <= stickers.SIDE and y + h <= stickers.SIDE
+            assert x >= 0 and y >= 0 and x + w <= SIDE and y + h <= SIDE
             assert x % 4 == 0 and y % 4 == 0
             assert placed.size_px in SIZES[placed.size_word, len(scene.placed) == 1]
         for a, b in itertools.combinations(scene.placed, 2):
@@ -170,7 +183,7 @@ def test_cells_lie_inside_and_apart():
 
 def test_categories_show_what_they_promise():
     seen = {scene.category for scene in TRAINING}
-    assert seen == set(stickers.CATEGORIES)
+    assert seen == set(CATEGORIES)
     for scene in TRAINING:
         placed = scene.placed
         nouns = {p.noun.name for p in placed}
@@ -219,21 +232,21 @@ def test_without_a_relation_the_first_named_comes_first_in_reading_order():
         assert a.centre[0] < b.centre[0] or a.centre[1] < b.centre[1]
 
 
-@pytest.mark.parametrize("num_nouns", [0, -3, sampling.MIN_NOUNS - 1, len(stickers.NOUNS) + 1])
+@pytest.mark.parametrize("num_nouns", [0, -3, sampling.MIN_NOUNS - 1, len(NOUNS) + 1])
 def test_impossible_number_of_nouns_is_refused(num_nouns):
     with pytest.raises(UserError, match="num_nouns"):
-        next(stickers.scenes(0, num_nouns=num_nouns))
+        next(sampling.scenes(0, num_nouns=num_nouns))
 
 
 def test_unknown_category_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'colors'"):
-        stickers.sample_scene(np.random.default_rng(0), category="colours")
+        sample_scene(np.random.default_rng(0), category="colours")
     with pytest.raises(UserError, match="counting"):
-        stickers.sample_scene(np.random.default_rng(0), held_out=True, category="counting")
+        sample_scene(np.random.default_rng(0), held_out=True, category="counting")
 
 
 def test_few_nouns_use_the_first_ones_only():
-    allowed = {noun.name for noun in stickers.NOUNS[:100]}
+    allowed = {noun.name for noun in NOUNS[:100]}
     assert {placed.noun.name for scene in FIRST_100 for placed in scene.placed} == allowed
 
 
@@ -245,7 +258,7 @@ def test_articles_are_right():
     sounds_like_vowel = ("hourglass",)
     seen = set()
     for scene in TRAINING:
-        for text in (scene.caption, stickers.plain_caption(scene)):
+        for text in (scene.caption, plain_caption(scene)):
             for article, word in re.findall(r"\b(an?) ([\w-]+)", text.lower()):
                 vowel = word[0] in "aeiou" and word not in sounds_like_consonant
                 assert (article == "an") == (vowel or word in sounds_like_vowel), text
@@ -257,11 +270,11 @@ def test_articles_are_right():
 def test_captions_name_every_thing_shown():
     for scene in TRAINING:
         for placed in scene.placed:
-            for text in (scene.caption.lower(), stickers.plain_caption(scene)):
+            for text in (scene.caption.lower(), plain_caption(scene)):
                 assert re.search(words_for(placed.noun), text), text
                 assert placed.colour is None or placed.colour in text
         text = scene.caption.lower().replace("gray", "grey")
-        named = [name for name in stickers.BACKGROUNDS if f"{name} background" in text]
+        named = [name for name in BACKGROUNDS if f"{name} background" in text]
         if scene.background_said:
             assert scene.background in named or f" on {scene.background}" in text, text
         else:
@@ -273,7 +286,7 @@ def test_counts_in_captions_agree():
     scenes = [scene for scene in TRAINING if scene.category == "counting"]
     assert {len(scene.placed) for scene in scenes} == {2, 3, 4}
     for scene in scenes:
-        for text in (scene.caption.lower(), stickers.plain_caption(scene)):
+        for text in (scene.caption.lower(), plain_caption(scene)):
             said = [numbers[word] for word in re.findall(r"[\w-]+", text) if word in numbers]
             assert said == [len(scene.placed)], text
 
@@ -316,7 +329,7 @@ def test_positions_in_captions_agree_with_the_boxes():
     for scene in scenes:
         scene = dataclasses.replace(scene, background_said=False)
         texts = [captions.caption(scene, rng) for _ in range(5)]
-        for text in [stickers.plain_caption(scene), *texts]:
+        for text in [plain_caption(scene), *texts]:
             text = re.sub(r"(, clip art|, sticker style)?\.?$", "", text.lower())
             matches = [
                 (relation, match.groups())
@@ -338,8 +351,8 @@ def test_positions_in_captions_agree_with_the_boxes():
 
 def test_wording_varies():
     rng = np.random.default_rng(0)
-    for category in stickers.CATEGORIES:
-        scene = stickers.sample_scene(rng, category=category)
+    for category in CATEGORIES:
+        scene = sample_scene(rng, category=category)
         assert len({captions.caption(scene, rng) for _ in range(300)}) >= 40, category
 
 
@@ -347,29 +360,29 @@ def test_wording_varies():
 
 
 def test_batch_equals_its_scenes(font):
-    images, texts = stickers.batch(5, 10, 12)
+    images, texts = batch(5, 10, 12)
     assert images.shape == (12, 128, 128, 3) and images.dtype == np.uint8
     assert texts == [scene.caption for scene in TRAINING[10:22]]
     for image, scene in zip(images, TRAINING[10:22], strict=True):
-        np.testing.assert_array_equal(image, stickers.render(scene))
+        np.testing.assert_array_equal(image, render(scene))
 
 
 def test_chosen_categories_keep_their_proportions(font):
     chosen = ("colors", "single_object")
-    drawn = [stickers.training_scene(1, k, 20, chosen).category for k in range(600)]
+    drawn = [training_scene(1, k, 20, chosen).category for k in range(600)]
     assert set(drawn) == set(chosen)
-    expected = stickers.CATEGORIES["single_object"] / sum(stickers.CATEGORIES[c] for c in chosen)
+    expected = CATEGORIES["single_object"] / sum(CATEGORIES[c] for c in chosen)
     assert abs(drawn.count("single_object") / len(drawn) - expected) < 0.07
-    _, texts = stickers.batch(1, 3, 5, 20, categories=chosen)
-    assert texts == [stickers.training_scene(1, k, 20, chosen).caption for k in range(3, 8)]
+    _, texts = batch(1, 3, 5, 20, categories=chosen)
+    assert texts == [training_scene(1, k, 20, chosen).caption for k in range(3, 8)]
     with pytest.raises(UserError, match=r"unknown category 'color'.*colors"):
-        stickers.training_scene(1, 0, 20, ("color",))
+        training_scene(1, 0, 20, ("color",))
 
 
 def test_every_noun_has_a_picture_of_its_own(font):
-    canvas = np.full((len(stickers.NOUNS), 48, 48, 3), 255.0)
-    for picture, noun in zip(canvas, stickers.NOUNS, strict=True):
-        drawn = stickers.sprite(noun, None, 48)
+    canvas = np.full((len(NOUNS), 48, 48, 3), 255.0)
+    for picture, noun in zip(canvas, NOUNS, strict=True):
+        drawn = sprite(noun, None, 48)
         h, w = drawn.rgb.shape[:2]
         assert max(h, w) == 48
         assert (drawn.keep < 128).mean() > 0.1, noun.name
@@ -383,16 +396,16 @@ def test_every_noun_has_a_picture_of_its_own(font):
     )
     np.fill_diagonal(distance, np.inf)
     k = np.unravel_index(distance.argmin(), distance.shape)
-    assert distance.min() > 20, [stickers.NOUNS[i].name for i in k]
+    assert distance.min() > 20, [NOUNS[i].name for i in k]
 
 
 def test_glyphs_are_drawn_where_the_scene_says(font):
     for scene in TRAINING[:150]:
-        picture = stickers.render(scene)
-        plain = np.array(stickers.BACKGROUNDS[scene.background])
+        picture = render(scene)
+        plain = np.array(BACKGROUNDS[scene.background])
         changed = (picture != plain).any(axis=-1)
         for placed in scene.placed:
-            x, y, w, h = stickers.drawn_box(placed)
+            x, y, w, h = drawn_box(placed)
             assert max(w, h) == placed.size_px
             cx, cy, cw, ch = placed.cell
             assert cx <= x and cy <= y and x + w <= cx + cw and y + h <= cy + ch
@@ -404,24 +417,24 @@ def test_glyphs_are_drawn_where_the_scene_says(font):
 @pytest.mark.parametrize("size", [32, 100, 256])
 def test_other_sizes_show_the_same_scene(font, size):
     for scene in TRAINING[:25]:
-        picture = stickers.render(scene, size)
+        picture = render(scene, size)
         assert picture.shape == (size, size, 3)
         small, reference = (
             np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX), float)
-            for p in (picture, stickers.render(scene))
+            for p in (picture, render(scene))
         )
         assert np.abs(small - reference).mean() < 12
 
 
 def test_recoloured_glyphs_have_the_named_colour(font):
-    nouns = [noun for noun in stickers.NOUNS if noun.recolour]
+    nouns = [noun for noun in NOUNS if noun.recolour]
     for k, noun in enumerate(nouns):
-        for colour in list(stickers.COLOURS)[k % 5 :: 5]:
-            drawn = stickers.sprite(noun, colour, 64)
+        for colour in list(COLOURS)[k % 5 :: 5]:
+            drawn = sprite(noun, colour, 64)
             pixels = drawn.rgb[drawn.keep[..., 0] < 8]
             hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"), float)[0] / 255
             hue, saturation, value = 360 * hsv[:, 0], hsv[:, 1], hsv[:, 2]
-            target = stickers.COLOURS[colour]
+            target = COLOURS[colour]
             if colour in ("black", "white"):
                 near = (np.abs(value - target[2]) < 0.2) & (saturation < 0.3)
             else:
@@ -436,20 +449,20 @@ def test_recoloured_glyphs_have_the_named_colour(font):
 def test_missing_font_tells_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr(stickers, "FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UserError, match="apt install fonts-noto-color-emoji") as caught:
-        stickers.find_font()
+        find_font()
     assert "brew install --cask font-noto-color-emoji" in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="apt install"):
-        stickers.find_font(tmp_path / "none.ttf")
+        find_font(tmp_path / "none.ttf")
     (tmp_path / "NotoColorEmoji-Regular.ttf").touch()
-    assert stickers.find_font() == tmp_path / "NotoColorEmoji-Regular.ttf"
+    assert find_font() == tmp_path / "NotoColorEmoji-Regular.ttf"
 
 
 def test_font_without_bitmaps_is_refused(tmp_path):
     broken = tmp_path / "NotoColorEmoji.ttf"
     broken.write_bytes(b"no font")
     with pytest.raises(UserError, match="bitmaps"):
-        stickers.render(TRAINING[0], font=broken)
+        render(TRAINING[0], font=broken)
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -471,13 +484,13 @@ def test_contact_sheet_is_written_once(font, tmp_path):
 def test_one_noun_makes_an_imagefolder(font, tmp_path):
     folder = tmp_path / "zebras"
     stickers.main(["--noun", "zebra", "--count", "12", "--seed", "3", "--output", str(folder)])
-    shown = [stickers.noun_scene("zebra", 3, k) for k in range(12)]
+    shown = [noun_scene("zebra", 3, k) for k in range(12)]
     assert {(p.noun.name, p.colour) for s in shown for p in s.placed} == {("zebra", None)}
     assert len({s.caption for s in shown}) > 6 and all(len(s.placed) == 1 for s in shown)
     examples, skipped = read_folder(folder, [(128, 128)])
     assert not skipped and [e.caption for e in examples] == [s.caption for s in shown]
     for example, scene in zip(examples, shown, strict=True):
-        np.testing.assert_array_equal(example.pixels, stickers.render(scene))
+        np.testing.assert_array_equal(example.pixels, render(scene))
     with pytest.raises(UserError, match="did you mean 'zebra'"):
         stickers.main(["--noun", "zebr", "--output", str(tmp_path / "b")])
 

@@ -23,7 +23,9 @@ from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
 from mlx_snapgen.teachers.flow import noise_levels
 from train import kdmd
-from train.kd import Student, make_gradients
+from train.data.simulation import Simulation
+from train.objectives.distillation import Student, make_gradients
+from train.objectives.dmd import STUDENT, Distilled, critic_name, make_gradients
 
 AUTOENCODER = AutoencoderConfig(
     latent_channels=4,
@@ -48,7 +50,7 @@ PROMPTS = ["a red car", "two cats"]
 
 @pytest.fixture(autouse=True)
 def no_language_model(monkeypatch):
-    monkeypatch.setattr(folders, "load_text_encoder", lambda *_: Reader())
+    monkeypatch.setattr(folders, "load_qwen", lambda *_: Reader())
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +209,8 @@ def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
     """Student and critic are told what the student's own encoders say, the teacher its own text."""
     own, _ = load_teacher(model_folder)
     teacher = kdmd.other_teacher(qwen_folder, components.config.autoencoder)
-    model = kdmd.Distilled(own.network, (1.0,), teacher.feature_dims, rank=2, alpha=2.0)
-    batch = kdmd.Simulation(
+    model = Distilled(own.network, (1.0,), teacher.feature_dims, rank=2, alpha=2.0)
+    batch = Simulation(
         model, teacher, (4, 4, 4), 2, lambda k: PROMPTS[k % 2], lambda n: 1.0, read=own.read
     )(0)
     text, mask = own.read(PROMPTS)
@@ -216,10 +218,10 @@ def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
         batch["student_mask"], mask
     )
     assert mx.array_equal(batch["text"], teacher.encode(PROMPTS).text)
-    gradients = kdmd.make_gradients(teacher, 4.0, teacher.has_few_step)
+    gradients = make_gradients(teacher, 4.0, teacher.has_few_step)
     grads, metrics = gradients(model, batch, mx.random.key(0), 1.0, True)
     assert set(metrics) == {"dmd_1", "critic_1"}
-    for name in (kdmd.STUDENT, kdmd.critic_name(1.0)):
+    for name in (STUDENT, critic_name(1.0)):
         moved = [mx.abs(g).max() for k, g in tree_flatten(grads) if name in k.split(".")]
         assert max(moved) > 0
     with pytest.raises(UserError, match="the student those of qwen-image"):

@@ -18,8 +18,10 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import check_palettes, load_palettes, with_palettes
-from train import palettes, trajectories
-from train.checkpoint import read_log
+from train import palettes
+from train.data import trajectories
+from train.evaluation.palettes import compare
+from train.loop.checkpoint import read_log
 
 PROMPTS = [f"a {colour} {noun}" for colour in ("red", "blue", "green") for noun in ("car", "cat")]
 
@@ -159,7 +161,7 @@ def test_a_picture_that_turns_into_another_does_not_decide(components, monkeypat
         palettes, "draw_latents", lambda *args: moved if args[-1] is other else expected
     )
     monkeypatch.setattr(palettes, "velocity_psnr", lambda *args: {"full": 30.0})
-    table = palettes.compare(components, {"tuned": other}, None, PROMPTS[:3], {"full": 1.0})
+    table = compare(components, {"tuned": other}, None, PROMPTS[:3], {"full": 1.0})
     assert table.splitlines()[-1] == f"| full | tuned | 30.0 | {20 * np.log10(11 / 0.01):.1f} |"
 
 

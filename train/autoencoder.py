@@ -12,147 +12,22 @@ from another autoencoder, such as Qwen-Image's for a tiny decoder of its latents
 """
 
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
 
-from mlx_snapgen.checkpoint import model as checkpoint_model
-from mlx_snapgen.config import STICKERS, AutoencoderConfig, from_dict, to_dict
+from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.files import whole_file
-from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from train import stickers
-from train.engine import Trainer, TrainingConfig, load_ema
-
-
-def crops(seed: int, step: int, count: int, num_nouns: int | None, size: int) -> mx.array:
-    """Random crops of training scenes, (count, size, size, 3) in [-1, 1]."""
-    pictures, _ = stickers.batch(seed, step * count, count, num_nouns)
-    rng = np.random.default_rng((seed, step, 1))
-    tops, lefts = rng.integers(0, pictures.shape[1] - size + 1, (2, count))
-    rows = tops[:, None, None] + np.arange(size)[None, :, None]
-    columns = lefts[:, None, None] + np.arange(size)[None, None, :]
-    return to_float(pictures[np.arange(count)[:, None, None], rows, columns])
-
-
-def to_float(pictures: np.ndarray) -> mx.array:
-    """uint8 pictures -> float32 in [-1, 1]."""
-    return mx.array(pictures).astype(mx.float32) / 127.5 - 1
-
-
-CONFIG_FILE = "autoencoder.json"
-"""In a run of another autoencoder than the default model's: its config."""
-
-DECODER_NOISE = 0.1
-"""Noise on the latents while the decoder trains alone, in standard deviations of a channel."""
-
-
-def gradients(
-    model: Autoencoder, batch: dict, key: mx.array, kl_weight: float, decoder_only: bool = False
-):
-    """Reconstruction and KL loss of one batch of crops.
-
-    With `decoder_only` no gradient reaches the encoder, and its weights stay as they are.
-    Normalised `latents` in the batch stand for what it says.
-    """
-
-    def loss_fn(params):
-        model.update(params)
-        x = batch["pictures"]
-        if "latents" in batch:
-            mean, log_var = model.denormalise(batch["latents"]), None
-        else:
-            mean, log_var = model.encoder(x)
-        if decoder_only:
-            mean = mx.stop_gradient(mean)
-            log_var = None if log_var is None else mx.stop_gradient(log_var)
-            std = DECODER_NOISE * mx.sqrt(mx.var(mean, axis=(0, 1, 2)))
-        else:
-            std = mx.exp(0.5 * log_var)
-        latents = mean + std * mx.random.normal(mean.shape, key=key)
-        y = model.decoder(latents)
-        error = y - x
-        edges = (
-            mx.abs(error[:, 1:] - error[:, :-1]).mean()
-            + mx.abs(error[:, :, 1:] - error[:, :, :-1]).mean()
-        )
-        reconstruction = mx.abs(error).mean()
-        kl = mx.array(0.0)
-        if log_var is not None:
-            kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
-        loss = reconstruction + 0.5 * edges + kl_weight * kl
-        noise = std.mean()
-        return loss, {"l1": reconstruction, "edges": edges, "kl": kl, "noise": noise}
-
-    (_, metrics), grads = mx.value_and_grad(loss_fn)(model.trainable_parameters())
-    return grads, metrics
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 pictures."""
-    return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2) / 255**2))
-
-
-def reconstruct(
-    model: Autoencoder, pictures: np.ndarray, encoder: Autoencoder | None = None
-) -> np.ndarray:
-    """uint8 pictures (B, H, W, 3) through the autoencoder and back, 16 at a time.
-
-    `encoder` encodes in the model's place.
-    """
-    out = []
-    for i in range(0, len(pictures), 16):
-        y = model.decode((encoder or model).encode(to_float(pictures[i : i + 16])))
-        out.append(np.array(mx.round((mx.clip(y, -1, 1) + 1) * 127.5).astype(mx.uint8)))
-    return np.concatenate(out)
-
-
-def measure_latents(model: Autoencoder, num_nouns: int | None, count: int = 512) -> tuple:
-    """Mean and standard deviation per channel of raw latents over `count` scenes."""
-    pictures, _ = stickers.batch(12345, 0, count, num_nouns)
-    means = [
-        np.array(model.encoder(to_float(pictures[i : i + 16]))[0]) for i in range(0, count, 16)
-    ]
-    flat = np.concatenate(means).reshape(-1, model.config.latent_channels)
-    return tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))
-
-
-def load_autoencoder(folder: Path, num_nouns: int | None) -> Autoencoder:
-    """The autoencoder of a model folder, or the averaged one of a run.
-
-    A run's has its latents' statistics measured, over scenes of the first `num_nouns` nouns.
-    """
-    if (folder / "config.json").is_file():
-        return checkpoint_model.load_autoencoder(folder)
-    model = make_autoencoder(_config_of(folder))
-    model.update(tree_unflatten(list(load_ema(folder).items())))
-    if model.config.kind != STICKERS.autoencoder.kind:
-        return model  # its latents are not trained here, and bring their statistics
-    mean, std = measure_latents(model, num_nouns)
-    model.config = dataclasses.replace(model.config, latents_mean=mean, latents_std=std)
-    return model
-
-
-def _config_of(run: Path) -> AutoencoderConfig:
-    """What the autoencoder of a run is made of."""
-    path = run / CONFIG_FILE
-    if not path.is_file():
-        return STICKERS.autoencoder
-    return from_dict(AutoencoderConfig, json.loads(path.read_text(encoding="utf-8")))
-
-
-def keep_config(run: Path, config: AutoencoderConfig) -> None:
-    """Write what the run's autoencoder is made of; `UserError`: the run is of another one."""
-    path = run / CONFIG_FILE
-    if path.is_file() and _config_of(run) != config:
-        raise UserError(f"{run} trains another autoencoder: choose another folder")
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
+from train.data.crops import crops
+from train.data.stickers.render import render
+from train.data.stickers.scenes import validation_scenes
+from train.evaluation.reconstruction import psnr, reconstruct
+from train.loop.autoencoder import keep_config, load_autoencoder
+from train.loop.config import TrainingConfig
+from train.loop.trainer import Trainer
+from train.objectives.autoencoder import gradients
 
 
 def main() -> None:
@@ -203,7 +78,7 @@ def main() -> None:
             f"{args.encoder} gives {encoder.config.latent_channels} latent channels, the decoder "
             f"takes {model.config.latent_channels}"
         )
-    validation = np.stack([stickers.render(s) for s in stickers.validation_scenes(48)])
+    validation = np.stack([render(s) for s in validation_scenes(48)])
 
     def validate(trainer: Trainer) -> dict[str, float]:
         current = model.trainable_parameters()

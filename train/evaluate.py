@@ -1,22 +1,20 @@
 """Score a model: `python -m train.evaluate --model FOLDER --output DIR`.
 
 GenEval-style accuracies: prompts of six categories, each picture judged by what a detector of the
-rendered glyphs (train/detector.py) finds in it, by the rules of GenEval (arXiv 2310.11513). Every
-score stands beside its ceilings: the same detector on the prompts' rendered scenes, and on these
-after the autoencoder. Flow validation loss: the error of the predicted velocity on fixed latents,
-fixed noise and fixed noise levels.
+rendered glyphs (train/evaluation/detector.py) finds in it, by the rules of GenEval (arXiv
+2310.11513). Every score stands beside its ceilings: the same detector on the prompts' rendered
+scenes, and on these after the autoencoder. Flow validation loss: the error of the predicted
+velocity on fixed latents, fixed noise and fixed noise levels.
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained
@@ -26,149 +24,19 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import lora_weights
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.settings import check_width, parse_width
-from train import stickers
-from train.autoencoder import reconstruct
-from train.captions import with_article
-from train.detector import Detection, Detector
-from train.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct
-from train.scenes import first_nouns
-from train.validation import validation_losses, validation_set
+from train.data.stickers.render import render
+from train.data.stickers.vocabulary import known_nouns
+from train.evaluation.geneval import fixed_prompts
+from train.evaluation.reconstruction import reconstruct
+from train.evaluation.report import Row, make_row, marked_picture, table
+from train.evaluation.score import draw, gallery_prompts, judge, noun_prompts
+from train.evaluation.sheets import contact_sheet
+from train.evaluation.validation import validation_losses, validation_set
 
 GALLERY, COLUMNS = 40, 10  # pictures of the gallery, and in a row of any contact sheet
 
 
-@functools.lru_cache(maxsize=2)
-def detector(num_nouns: int | None = None, also: str | None = None) -> Detector:
-    """The detector of the first `num_nouns` nouns, and of the one named `also`."""
-    nouns = first_nouns(num_nouns)
-    more = [noun for noun in stickers.NOUNS if noun.name == also and noun not in nouns]
-    return Detector([*nouns, *more])
-
-
-def judge(
-    prompts: Sequence[Prompt],
-    pictures: Sequence[np.ndarray],
-    num_nouns: int | None,
-    also: str | None = None,
-) -> tuple[list[bool], list[list[Detection]]]:
-    """For each picture, uint8 (H, W, 3): whether it shows its prompt, and what it shows.
-
-    `num_nouns` and `also` are those of `detector`.
-    """
-    detect = detector(num_nouns, also)
-    found = [detect(picture) for picture in pictures]
-    correct = [
-        is_correct(prompt.scene, detections, detect.leftover(picture, detections))
-        for prompt, picture, detections in zip(prompts, pictures, found, strict=True)
-    ]
-    return correct, found
-
-
-def draw(
-    components: Components,
-    prompts: Sequence[Prompt],
-    width: float,
-    seed: int = 0,
-    name: str = "sampling",
-    **settings,
-) -> np.ndarray:
-    """Pictures of prompts; `settings` are those of `sampling.sample`."""
-    seeds = [seed + prompt.number for prompt in prompts]
-    texts = [prompt.text for prompt in prompts]
-    with tqdm(total=len(texts), desc=name, unit="picture", leave=False) as bar:
-        return sample(components, texts, seeds, width, progress=bar.update, **settings)
-
-
-def quick_score(
-    components: Components,
-    num_nouns: int | None = None,
-    count_per_category: int = 8,
-    steps: int = 14,
-    width: float = 1.0,
-    **settings,
-) -> dict[str, float | None]:
-    """The accuracies of one width over few prompts, for a look during training."""
-    prompts = fixed_prompts(count_per_category, num_nouns)
-    pictures = draw(components, prompts, width, steps=steps, **settings)
-    return accuracies(prompts, judge(prompts, pictures, num_nouns)[0])
-
-
 # --- the whole evaluation -----------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: a width, or what a ceiling was measured on.
-        scores: see `accuracies`.
-        validation_losses: one per noise level; empty for a ceiling.
-        seconds_per_picture: of the sampling, in batches; None for a ceiling.
-        judged: per picture the prompt, what was found, and whether that is correct.
-    """
-
-    name: str
-    scores: dict[str, float | None]
-    validation_losses: list[float]
-    seconds_per_picture: float | None
-    judged: list[dict]
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a markdown table."""
-    titles = ["", *(category.replace("_", " ") for category in SIX)]
-    titles += ["overall", "held-out", "validation loss", "s / picture"]
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
-    for row in rows:
-        s, losses, seconds = row.scores, row.validation_losses, row.seconds_per_picture
-        lines.append(
-            [
-                row.name,
-                *(f"{s[category]:.2f}" for category in SIX),
-                f"{s['overall']:.3f} ± {s['overall_error']:.3f}",
-                "" if s["held_out"] is None else f"{s['held_out']:.2f}",
-                f"{np.mean(losses):.4f}" if losses else "",
-                "" if seconds is None else f"{seconds:.2f}",
-            ]
-        )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _row(
-    name: str,
-    prompts: Sequence[Prompt],
-    pictures: Sequence[np.ndarray],
-    num_nouns: int | None,
-    losses: list[float] | None = None,
-    seconds: float | None = None,
-) -> Row:
-    correct, found = judge(prompts, pictures, num_nouns)
-    records = [
-        {
-            "prompt": prompt.text,
-            "category": prompt.scene.category,
-            "held_out": prompt.held_out,
-            "correct": ok,
-            "found": [asdict(detection) for detection in detections],
-        }
-        for prompt, ok, detections in zip(prompts, correct, found, strict=True)
-    ]
-    return Row(name, accuracies(prompts, correct), losses or [], seconds, records)
-
-
-def _marked(picture: np.ndarray, correct: bool) -> np.ndarray:
-    """The picture with a tick or a cross in its corner."""
-    image = Image.fromarray(picture)
-    drawing = ImageDraw.Draw(image)
-    left = image.width - 15
-    drawing.rectangle((left - 2, 0, image.width, 15), fill="white")
-    if correct:
-        drawing.line((left, 8, left + 4, 12, left + 12, 2), fill=(0, 150, 60), width=2)
-    else:
-        drawing.line((left, 2, left + 11, 13), fill=(215, 20, 20), width=2)
-        drawing.line((left, 13, left + 11, 2), fill=(215, 20, 20), width=2)
-    return np.asarray(image)
 
 
 def _evaluate(
@@ -194,12 +62,12 @@ def _evaluate(
         seconds = (time.perf_counter() - started) / len(prompts)
         with lora_weights(components.transformer, adapters):
             losses = validation_losses(components, data, width)
-        finish(_row(name, prompts, pictures, num_nouns, losses, seconds), pictures)
+        finish(make_row(name, prompts, pictures, num_nouns, losses, seconds), pictures)
     if args.ceilings:
-        truth = np.stack([stickers.render(prompt.scene) for prompt in prompts])
+        truth = np.stack([render(prompt.scene) for prompt in prompts])
         again = reconstruct(components.autoencoder, truth)
         for name, pictures in (("rendered scenes", truth), ("reconstructed scenes", again)):
-            finish(_row(name, prompts, pictures, num_nouns), pictures)
+            finish(make_row(name, prompts, pictures, num_nouns), pictures)
     return rows
 
 
@@ -248,21 +116,9 @@ def _write(output: Path, rows: Sequence[Row], pictures: np.ndarray, settings: di
     results = {"settings": settings, "rows": [asdict(row) for row in rows]}
     (output / "results.json").write_text(json.dumps(results, indent=1))
     row = rows[-1]
-    marked = [_marked(p, r["correct"]) for p, r in zip(pictures, row.judged, strict=True)]
-    sheet = stickers.contact_sheet(marked, [r["prompt"] for r in row.judged], COLUMNS)
+    marked = [marked_picture(p, r["correct"]) for p, r in zip(pictures, row.judged, strict=True)]
+    sheet = contact_sheet(marked, [r["prompt"] for r in row.judged], COLUMNS)
     sheet.save(output / f"{row.name.replace(' ', '_')}.png")
-
-
-NOUN_SEED = 1  # not what `train.stickers --noun` writes unless it is told to
-
-
-def noun_prompts(name: str, count: int) -> list[Prompt]:
-    """Prompts for one noun alone, every other one in plain wording."""
-    scenes = [stickers.noun_scene(name, NOUN_SEED, k) for k in range(count)]
-    texts = [s.caption if k % 2 else stickers.plain_caption(s) for k, s in enumerate(scenes)]
-    return [
-        Prompt(text, s, False, k) for k, (text, s) in enumerate(zip(texts, scenes, strict=True))
-    ]
 
 
 def _score_noun(
@@ -278,8 +134,8 @@ def _score_noun(
         error = np.sqrt(share * (1 - share) / len(prompts))
         lines.append(f"| {name} | {share:.3f} ± {error:.3f} |")
         if args.output:
-            marked = [_marked(p, ok) for p, ok in zip(pictures, correct, strict=True)]
-            sheet = stickers.contact_sheet(marked, [p.text for p in prompts], COLUMNS)
+            marked = [marked_picture(p, ok) for p, ok in zip(pictures, correct, strict=True)]
+            sheet = contact_sheet(marked, [p.text for p in prompts], COLUMNS)
             sheet.save(args.output / f"{name.replace(' ', '_')}.png")
             (args.output / "table.md").write_text("\n".join(lines) + "\n")
 
@@ -287,27 +143,10 @@ def _score_noun(
         pictures = draw(components, prompts, parse_width(name), args.seed, name, **_sampling(args))
         add(name, pictures)
     if args.ceilings:
-        truth = np.stack([stickers.render(prompt.scene) for prompt in prompts])
+        truth = np.stack([render(prompt.scene) for prompt in prompts])
         add("rendered scenes", truth)
         add("reconstructed scenes", reconstruct(components.autoencoder, truth))
     return "\n".join(lines) + "\n"
-
-
-def gallery_prompts(count: int, num_nouns: int | None) -> list[str]:
-    """Up to `count` prompts such as "an apple", of nouns from all over the list."""
-    nouns = first_nouns(num_nouns)
-    count = min(count, len(nouns))
-    return [with_article(nouns[k * len(nouns) // count].name) for k in range(count)]
-
-
-def known_nouns(components: Components) -> int:
-    """How many of the vocabulary's nouns, from the first, the model has learned."""
-    names = (components.vocabulary or {}).get("nouns")
-    if names is None:
-        raise UserError("the model has no vocabulary.json: say --num-nouns")
-    if names != [noun.name for noun in stickers.NOUNS[: len(names)]]:
-        raise UserError("the model knows other nouns than this vocabulary: say --num-nouns")
-    return len(names)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -395,7 +234,7 @@ def main() -> None:
             pictures = sample(
                 components, texts, seeds, width, progress=bar.update, **_sampling(args)
             )
-        stickers.contact_sheet(list(pictures), texts, COLUMNS).save(args.output / "gallery.png")
+        contact_sheet(list(pictures), texts, COLUMNS).save(args.output / "gallery.png")
         return
     if args.noun:
         print(_score_noun(components, widths, num_nouns, args), end="")

@@ -15,10 +15,11 @@ from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.config import FOUR_STEPS, STICKERS, ModelConfig
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora.files import load_lora
-from train.autoencoder import load_autoencoder
-from train.scenes import first_nouns
-from train.supernetwork import TextToLatents, start_from
-from train.vocabulary import BACKGROUNDS, COLOURS
+from train.data.stickers.scenes import first_nouns
+from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS
+from train.loop.autoencoder import load_autoencoder
+from train.loop.run import start_from
+from train.objectives.elastic import TextToLatents
 
 NOTICE = """\
 These weights are under the MIT licence of mlx_snapgen. They were trained on pictures drawn with the

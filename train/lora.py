@@ -1,12 +1,10 @@
 """Fine-tune a model on your own pictures: `python -m train.lora --data FOLDER`.
 
-A LoRA learns the pictures of a folder (train/imagefolder.py) at every width, and is held to what
-the model knew (train/finetune.py).
+A LoRA learns the pictures of a folder (train/data/imagefolder.py) at every width, and is held to
+what the model knew (train/objectives/finetune.py).
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,23 +19,20 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.settings import check_width
-from train.engine import Trainer, TrainingConfig, latest_checkpoint, load_ema
-from train.evaluate import known_nouns
-from train.finetune import (
-    Pictures,
-    Validation,
-    draw_prior,
-    estimate,
-    gradients,
-    physical_memory,
-    step_width,
-)
-from train.imagefolder import Example, Size, bucket_sizes, read_folder
-from train.scenes import training_scene
+from train.data.encoded import Pictures
+from train.data.imagefolder import Example, Size, bucket_sizes, digest, read_folder
+from train.data.prior import draw_prior, prior_captions
+from train.data.prompts import spread
+from train.evaluation.drift import Validation
+from train.evaluation.estimate import estimate, physical_memory
+from train.loop.checkpoint import load_ema
+from train.loop.config import TrainingConfig
+from train.loop.run import claim
+from train.loop.trainer import Trainer
+from train.objectives.finetune import gradients, step_width
 
 TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
 NAME = "default"  # of the adapter
-SETTINGS = "settings.json"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,61 +185,6 @@ def _tell_plan(
             "--batch-size with --accumulate",
             file=sys.stderr,
         )
-
-
-def spread(items: Sequence[str], count: int) -> list[str]:
-    """Up to `count` different items from all over a sequence."""
-    different = list(dict.fromkeys(items))
-    count = min(count, len(different))
-    return [different[k * len(different) // count] for k in range(count)]
-
-
-def prior_captions(components: Components, path: Path | None, count: int) -> list[str]:
-    """Prompts that the model knows: those of a file, or scenes of the model's vocabulary.
-
-    Returns:
-        at most `count`; none for a model whose vocabulary is not this project's.
-    """
-    if path is not None:
-        try:
-            lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        captions = [line.strip() for line in lines if line.strip()]
-        if not captions:
-            raise UserError(f"{path} is empty: one prompt in each line is expected")
-        return captions[:count]
-    try:
-        num_nouns = known_nouns(components)
-    except UserError:
-        return []
-    return [training_scene(0, k, num_nouns).caption for k in range(count)]
-
-
-def claim(run_dir: Path, settings: dict) -> None:
-    """Note in the run's folder what it trains; `UserError` if it has trained something else."""
-    path = run_dir / SETTINGS
-    if latest_checkpoint(run_dir) is None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
-        return
-    try:
-        then = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{run_dir} holds a run of another kind: give another --run-dir") from None
-    if changed := [name for name in settings if then.get(name) != settings[name]]:
-        raise UserError(
-            f"{run_dir} holds a run with other {' and '.join(changed)}: give another --run-dir, "
-            "or delete it to start again"
-        )
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """Tells sets of pictures and captions apart."""
-    state = hashlib.blake2b(digest_size=8)
-    for example in examples:
-        state.update(f"{example.size}{example.caption}".encode() + example.pixels.tobytes())
-    return state.hexdigest()
 
 
 def _settings(args: argparse.Namespace, config: ModelConfig, examples: Sequence[Example]) -> dict:

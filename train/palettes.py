@@ -16,151 +16,41 @@ alone; several share their palettes and are trained in turn.
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
 from mlx_snapgen.config import WIDTH_NAMES
-from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file, with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import check_width
-from train.engine import Batch, Trainer, TrainingConfig, load_ema
-from train.evaluate import known_nouns, quick_score
-from train.finetune import step_width
-from train.lora import claim, prior_captions, spread
-from train.losses import per_sample
-from train.previews import Previews
-from train.trajectories import Trajectories
+from train.data.prior import prior_captions
+from train.data.prompts import spread
+from train.data.stickers.vocabulary import known_nouns
+from train.data.trajectories import Trajectories
+from train.evaluation.palettes import HELD_OUT_SEED, Validation, compare, in_float16
+from train.evaluation.previews import Previews
+from train.loop.checkpoint import load_ema
+from train.loop.config import TrainingConfig
+from train.loop.run import claim
+from train.loop.trainer import Trainer
+from train.objectives.finetune import step_width
+from train.objectives.palettes import gradients, train_biases_and_norms
 
-SCORED_STEPS = 14  # of a scored picture at most, as in looks during training
 HELD_OUT = 16  # prompts that nothing is learned from
-HELD_OUT_SEED = 1_000_000  # of their first picture, away from those that are
 
 
 # --- what is learned ----------------------------------------------------------------------------
 
 
-def train_biases_and_norms(network: EfficientDiT, widths: Collection[float]) -> None:
-    """Freeze all but the biases and norms of some widths.
-
-    The text projections stay, which do not run with the network, and what other widths alone have:
-    it would not learn, but an average rounds.
-    """
-    network.freeze()
-    held = network.config.widths
-    others = [f".members.{i}." for i, width in enumerate(held) if width not in widths]
-    for path, module in network.named_modules():
-        if path.startswith("text.") or any(part in f"{path}." for part in others):
-            continue
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            module.unfreeze(recurse=False)
-        elif "bias" in module:
-            module.unfreeze(recurse=False, keys="bias")
-
-
-def gradients(network: EfficientDiT, batch: Batch, key: mx.array, width: float):
-    """Gradients of one width, as `Trainer` takes them; `batch` is as `Trajectories` makes it."""
-
-    def loss_fn(params):
-        network.update(params)
-        v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], width)
-        loss = per_sample(v - batch["v"]).mean()
-        return loss, {f"loss_{width:g}": loss}
-
-    params = network.trainable_parameters()
-    (_, metrics), grads = mx.value_and_grad(loss_fn)(params)
-    network.update(params)
-    return grads, metrics
-
-
 # --- how good it is -----------------------------------------------------------------------------
-
-
-def psnr(expected: mx.array, error: float) -> float:
-    """dB of a mean squared error, the peak being the range of the numbers expected."""
-    peak = (expected.max() - expected.min()).item()
-    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
-
-
-class Validation:
-    """After each checkpoint: how near the velocity is for prompts held out, and pictures."""
-
-    def __init__(self, held_out: Trajectories, widths: Mapping[str, float], previews: Previews):
-        self.held_out, self.widths, self.previews = held_out, widths, previews
-
-    def __call__(self, trainer: Trainer) -> dict[str, float]:
-        current = trainer.model.trainable_parameters()
-        trainer.model.update(trainer.ema_parameters)
-        try:
-            found = velocity_psnr(trainer.model, self.held_out, self.widths)
-        finally:
-            trainer.model.update(current)
-        return {f"psnr_{name}": value for name, value in found.items()} | self.previews(trainer)
-
-
-def velocity_psnr(
-    network: EfficientDiT, held_out: Trajectories, widths: Mapping[str, float]
-) -> dict[str, float]:
-    """Name of a width -> dB between the network's velocity and that of the one without palettes."""
-    return {
-        name: psnr(held_out.states[width]["v"], held_out.error(network, width))
-        for name, width in widths.items()
-    }
-
-
-def compare(
-    components: Components,
-    networks: Mapping[str, EfficientDiT],
-    held_out: Trajectories,
-    captions: Sequence[str],
-    widths: Mapping[str, float],
-    score: int = 0,
-) -> str:
-    """A markdown table of networks that are to compute what `components` do.
-
-    Args:
-        networks: by name.
-        captions: drawn for the PSNR of latents, which is that of the median picture: of a mean, one
-            picture that turns into another would decide.
-        score: prompts of each category of the GenEval-style score; 0 leaves it out.
-    """
-    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(captions))
-    titles = ["width", "network", "velocity, dB", "latents, dB", *(["score"] if score else [])]
-    lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
-    for name, width in widths.items():
-        expected = draw_latents(components, captions, seeds, width)
-        for label, network in ({"float32": components.transformer} | dict(networks)).items():
-            line = [name, label, "", ""]
-            if network is not components.transformer:
-                velocity = velocity_psnr(network, held_out, {name: width})[name]
-                found = draw_latents(components, captions, seeds, width, network)
-                errors = np.array((found - expected).square().mean(axis=(1, 2, 3)))
-                latents = psnr(expected, float(np.median(errors)))
-                line = [name, label, f"{velocity:.1f}", f"{latents:.1f}"]
-            if score:
-                made = dataclasses.replace(components, transformer=network)
-                steps = min(SCORED_STEPS, components.config.sampler.num_inference_steps)
-                scores = quick_score(made, known_nouns(components), score, steps, width)
-                line.append(f"{scores['overall']:.3f} ± {scores['overall_error']:.3f}")
-            lines.append(line)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def in_float16(network: EfficientDiT) -> EfficientDiT:
-    """`network` with its weights rounded to fp16; it computes in float32 as before."""
-    made = EfficientDiT(network.config)
-    made.update(tree_map(lambda p: p.astype(mx.float16).astype(mx.float32), network.parameters()))
-    return made
 
 
 # --- the command --------------------------------------------------------------------------------

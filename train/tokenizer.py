@@ -10,8 +10,8 @@ import sentencepiece
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.text_encoders.base import normalise
-from train import stickers
-from train.vocabulary import BACKGROUNDS, COLOURS, NOUNS
+from train.data.stickers.scenes import scenes
+from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, NOUNS
 
 
 def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
@@ -20,7 +20,7 @@ def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
     Every word of the vocabulary is added many times: the pieces then are whole words for what the
     pictures can show and syllables for what a person may type besides.
     """
-    captions = (s.caption for s in itertools.islice(stickers.scenes(0), num_captions))
+    captions = (s.caption for s in itertools.islice(scenes(0), num_captions))
     names = [w for n in NOUNS for w in (n.name, n.plural, *n.synonyms)]
     names += [*COLOURS, *BACKGROUNDS]
     model = io.BytesIO()

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.checkpoint.model import _check_quantization
-from mlx_snapgen.checkpoint.module import FORMAT_VERSION
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION, check_quantization
 from mlx_snapgen.config import ModelConfig, from_dict
 from mlx_snapgen.errors import UserError
 
@@ -25,7 +24,7 @@ def load_config(folder: Path) -> ModelConfig:
     try:
         config = from_dict(ModelConfig, values)
         quantization = config.quantization or {}
-        _check_quantization(
+        check_quantization(
             quantization,
             ["transformer", "autoencoder"]
             + [f"text_encoder_{i}" for i in range(len(config.text_encoders))],

@@ -27,6 +27,7 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import (
     FORMAT_VERSION,
     Quantization,
+    check_quantization,
     load_stored,
     materialise,
     matrices,
@@ -39,7 +40,7 @@ from mlx_snapgen.config import (
     from_dict,
     to_dict,
 )
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.lora.adapters import (
     fuse_lora,
@@ -52,9 +53,6 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 
 FEW_STEP = "few_step"
 """Name of the transformer's adapter for the few-step mode."""
@@ -125,7 +123,7 @@ def save_pretrained(
         raise UserError(f"fuse or remove the LoRAs first ({', '.join(names)}): a model has none")
     if (components.config.few_step is None) != (FEW_STEP not in adapters):
         raise UserError("a few-step mode takes both `config.few_step` and the few-step LoRA")
-    _check_quantization(quantize or {}, modules)
+    check_quantization(quantize or {}, modules)
     config = dataclasses.replace(
         components.config,
         transformer=components.transformer.config,
@@ -164,19 +162,6 @@ def _stored(
             packed, scales, biases = mx.quantize(stored[f"{name}.weight"], **quantize)
             stored |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     return stored
-
-
-def _check_quantization(quantization: Quantization, components: Sequence[str]) -> None:
-    for name, how in quantization.items():
-        if name not in components:
-            raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")
-        if set(how) != {"bits", "group_size"}:
-            raise UserError(f"quantization of {name} needs bits and group_size, got {dict(how)}")
-        if how["bits"] not in BITS or how["group_size"] not in GROUP_SIZES:
-            raise UserError(
-                f"{name} cannot be quantized to {how['bits']} bits in groups of "
-                f"{how['group_size']}: bits are one of {BITS}, groups one of {GROUP_SIZES}"
-            )
 
 
 # --- reading ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.elastic import ElasticLinear
 
 FORMAT_VERSION = 1
@@ -144,3 +144,22 @@ def materialise(module: nn.Module, dtype: mx.Dtype | None) -> None:
     module.update(tree_unflatten(cast))
     for _, value in cast:
         mx.eval(value)
+
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+GROUP_SIZES = (32, 64, 128)
+
+
+def check_quantization(quantization: Quantization, components: Sequence[str]) -> None:
+    for name, how in quantization.items():
+        if name not in components:
+            raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")
+        if set(how) != {"bits", "group_size"}:
+            raise UserError(f"quantization of {name} needs bits and group_size, got {dict(how)}")
+        if how["bits"] not in BITS or how["group_size"] not in GROUP_SIZES:
+            raise UserError(
+                f"{name} cannot be quantized to {how['bits']} bits in groups of "
+                f"{how['group_size']}: bits are one of {BITS}, groups one of {GROUP_SIZES}"
+            )

@@ -3,8 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.checkpoint.model import _check_quantization
-from mlx_snapgen.checkpoint.module import matrices
+from mlx_snapgen.checkpoint.module import check_quantization, matrices
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
@@ -23,7 +22,7 @@ def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int =
     Raises:
         UserError: impossible bits or groups, several widths, or not one layer divides.
     """
-    _check_quantization({"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"])
+    check_quantization({"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"])
     if transformer.config.widths != (1.0,):
         raise UserError("extract one width before quantizing: packed weights cannot be sliced")
     layers = {path: m for path, m in transformer.named_modules()}

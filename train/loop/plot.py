@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mlx_snapgen.files import whole_file
-from train.checkpoint import read_log
+from train.loop.checkpoint import read_log
 
 HIDDEN = {"step", "time", "seconds_per_step"}
 _told = False

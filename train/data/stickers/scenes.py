@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_snapgen.errors import UserError, nearest
-from train.captions import RELATIONS, Placed, Scene, caption, pick
-from train.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, Noun
+from train.data.stickers.captions import RELATIONS, Placed, Scene, caption, pick
+from train.data.stickers.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, Noun
 
 SIDE = 128  # pixels of a scene's side; Placed is in these pixels
 CELL = SIDE // 2  # of two to four glyphs each has a square of this side

@@ -8,10 +8,10 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.pictures import to_float
 from mlx_snapgen.sampling import add_noise, get_noise
-from train import stickers
-from train.autoencoder import to_float
-from train.scenes import validation_scenes
+from train.data.stickers.render import render
+from train.data.stickers.scenes import validation_scenes
 
 NUM_LEVELS = 8
 
@@ -33,7 +33,7 @@ class ValidationSet:
 def validation_set(components: Components, count: int, num_nouns: int | None) -> ValidationSet:
     """Encoded validation scenes, each with the noise that its place and caption determine."""
     scenes = validation_scenes(count, num_nouns)
-    pictures = np.stack([stickers.render(scene) for scene in scenes])
+    pictures = np.stack([render(scene) for scene in scenes])
     latents = mx.concatenate(
         [components.autoencoder.encode(to_float(pictures[k : k + 16])) for k in range(0, count, 16)]
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.vocabulary import Noun, pluralise
+from train.data.stickers.vocabulary import Noun, pluralise
 
 RELATIONS = {
     "left": "to the left of",

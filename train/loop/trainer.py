@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,81 +27,20 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError
-from train.checkpoint import (
+from train.data.source import Batch
+from train.loop.checkpoint import (
     append_log,
-    checkpoints,
     latest_checkpoint,
     load_checkpoint,
-    load_ema,
     remove_partials,
     rewind_log,
     save_checkpoint,
 )
-from train.plot import plot_log
-from train.watch import GRACE, PeerWatch, StopSignals
+from train.loop.config import TrainingConfig
+from train.loop.distributed import GRACE, PeerWatch, StopSignals
+from train.loop.optimizer import make_optimizer
+from train.loop.plot import plot_log
 
-__all__ = [
-    "Batch",
-    "GradientFunction",
-    "Trainer",
-    "TrainingConfig",
-    "checkpoints",
-    "latest_checkpoint",
-    "learning_rate_schedule",
-    "load_ema",
-]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Loop settings; sizes in samples and steps.
-
-    Args:
-        batch_size: samples in a micro-batch, which is what memory must hold.
-        accumulate: micro-batches of each process in a step.
-        precision: what the gradient function computes in; weights, averages and optimizer stay
-            float32. "auto" takes bfloat16 on a GPU and float32 on the CPU, where it is faster.
-        optimizer: "adamw", or "muon": matrices inside the blocks by Muon at `MUON_RATE` times the
-            learning rate, all else by AdamW.
-        keep_checkpoints: older ones are deleted; 0 keeps all.
-    """
-
-    steps: int
-    batch_size: int = 64
-    accumulate: int = 1
-    precision: str = "auto"
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 200
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 50
-
-    def __post_init__(self):
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision '{self.precision}' is none of auto, float32, bfloat16")
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"optimizer '{self.optimizer}' is none of adamw, muon")
-        for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """What `precision` means on this machine."""
-        if self.precision == "auto":
-            gpu = mx.default_device().type == mx.DeviceType.gpu
-            return mx.bfloat16 if gpu else mx.float32
-        return getattr(mx, self.precision)
-
-
-Batch = dict[str, mx.array]
 GradientFunction = Callable[..., tuple[dict, dict[str, mx.array]]]
 """(model, batch, key, *static) -> (gradients, metrics) of one micro-batch.
 
@@ -403,42 +342,3 @@ class Trainer:
 def _cast(tree, dtype: mx.Dtype):
     """`tree` with its floating arrays in `dtype`."""
     return tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, tree)
-
-
-MUON_RATE = 20
-"""Muon's steps have a spectral norm of its learning rate, where Adam's have that in every entry."""
-
-
-def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with its learning-rate schedule."""
-    adamw = optim.AdamW(
-        learning_rate=learning_rate_schedule(config),
-        betas=list(config.betas),
-        weight_decay=config.weight_decay,
-        bias_correction=True,
-    )
-    if config.optimizer == "adamw":
-        return adamw
-    faster = replace(
-        config,
-        learning_rate=MUON_RATE * config.learning_rate,
-        final_learning_rate=MUON_RATE * config.final_learning_rate,
-    )
-    muon = optim.Muon(learning_rate_schedule(faster), weight_decay=0.0)
-    return optim.MultiOptimizer([muon, adamw], [is_hidden_matrix])
-
-
-def is_hidden_matrix(path: str, weight: mx.array) -> bool:
-    """Whether Muon trains a parameter: a matrix from hidden to hidden, no table or embedding."""
-    inside = ("blocks.", "layers.", "long_skips.", "sample.")
-    return weight.ndim == 2 and "modulation" not in path and any(p in path for p in inside)
-
-
-def learning_rate_schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:
-    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""
-    warmup = max(1, config.warmup_steps)
-    decay = optim.cosine_decay(
-        config.learning_rate, max(1, config.steps - warmup), config.final_learning_rate
-    )
-    rise = optim.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup)
-    return optim.join_schedules([rise, decay], [warmup])

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from train.engine import Batch
-from train.losses import per_sample
+from train.data.source import Batch
+from train.objectives.losses import per_sample
 
 CHUNK = 8  # pictures drawn at a time
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train.stickers import sprite
-from train.vocabulary import COLOURS, Noun
+from train.data.stickers.render import sprite
+from train.data.stickers.vocabulary import COLOURS, Noun
 
 ACCEPT = 0.96  # least score of a detection
 SURE = 1.15  # from here on a box is one object and is not cut further

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from train.engine import Batch
+from train.data.source import Batch
 
 
 def new_projectors(hidden_size: int, widths: Sequence[float], feature_dims: int) -> list[nn.Linear]:

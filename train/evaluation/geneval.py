@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.captions import Scene, plain_caption
-from train.detector import Box, Detection
-from train.scenes import HELD_OUT_CATEGORIES, sample_scene
+from train.data.stickers.captions import Scene, plain_caption
+from train.data.stickers.scenes import HELD_OUT_CATEGORIES, sample_scene
+from train.evaluation.detector import Box, Detection
 
 SIX = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 """GenEval's categories."""

@@ -9,9 +9,10 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.draw import sample
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from train.engine import Trainer
-from train.stickers import SIDE, contact_sheet
-from train.supernetwork import TextToLatents
+from train.data.stickers.scenes import SIDE
+from train.evaluation.sheets import contact_sheet
+from train.loop.trainer import Trainer
+from train.objectives.elastic import TextToLatents
 
 PROMPTS = (
     "an apple",

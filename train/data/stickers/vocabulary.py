@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.errors import UserError
+
 
 @dataclass(frozen=True)
 class Noun:
@@ -480,3 +483,13 @@ COLOUR_LOST_ON: dict[str, tuple[str, ...]] = {
     "black": ("black",),
     "white": ("white", "light blue"),
 }
+
+
+def known_nouns(components: Components) -> int:
+    """How many of the vocabulary's nouns, from the first, the model has learned."""
+    names = (components.vocabulary or {}).get("nouns")
+    if names is None:
+        raise UserError("the model has no vocabulary.json: say --num-nouns")
+    if names != [noun.name for noun in NOUNS[: len(names)]]:
+        raise UserError("the model knows other nouns than this vocabulary: say --num-nouns")
+    return len(names)

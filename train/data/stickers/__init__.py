@@ -1,0 +1,1 @@
+"""Rendered sticker scenes, the default model's training pictures."""

@@ -1,0 +1,242 @@
+"""Sticker scenes to pictures, from the glyphs of the Noto Color Emoji font."""
+
+import functools
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mlx_snapgen.errors import UserError
+from train.data.stickers.captions import Placed, Scene
+from train.data.stickers.scenes import SIDE, first_nouns, training_scene
+from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, Noun
+
+STRIKE = 109  # the one size, in pixels per em, that the bitmap font holds
+
+
+FONT_FOLDERS = (
+    "/usr/share/fonts/truetype/noto",
+    "/usr/share/fonts/noto",
+    "~/Library/Fonts",
+    "/Library/Fonts",
+    "~/.local/share/fonts",
+    "~/.fonts",
+)
+
+
+INSTALL = "`apt install fonts-noto-color-emoji` or `brew install --cask font-noto-color-emoji`"
+
+
+# The builds with vector glyphs (COLRv1, SVG) have the same name, but Pillow cannot draw them.
+OTHER_FONT = (
+    "a build with bitmaps is fonts/NotoColorEmoji.ttf of https://github.com/googlefonts/noto-emoji"
+)
+
+
+def find_font(path: str | Path | None = None) -> Path:
+    """The Noto Color Emoji font: `path` if given, else the first found in the usual folders.
+
+    Raises:
+        UserError: no such file; the message names the two commands that install the font.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"no font at {path}; {INSTALL} installs Noto Color Emoji")
+        return Path(path)
+    for folder in FONT_FOLDERS:
+        for found in sorted(Path(folder).expanduser().glob("NotoColorEmoji*.ttf")):
+            return found
+    raise UserError(f"the font Noto Color Emoji is not installed; {INSTALL} installs it")
+
+
+@functools.lru_cache(maxsize=2)
+def _font(path: str | Path | None) -> ImageFont.FreeTypeFont:
+    path = find_font(path)
+    try:
+        # From bytes, because for a file that it cannot read Pillow silently takes an installed
+        # font of the same name.
+        return ImageFont.truetype(io.BytesIO(path.read_bytes()), STRIKE)
+    except OSError as error:
+        raise UserError(
+            f"{path} holds no bitmaps of {STRIKE} pixels ({error}); {OTHER_FONT}"
+        ) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _glyph(font: str | Path | None, emoji: str) -> Image.Image:
+    """The glyph cropped to what is drawn, RGBA."""
+    canvas = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE))
+    drawing = ImageDraw.Draw(canvas)
+    drawing.text((STRIKE // 4, STRIKE // 4), emoji, font=_font(font), embedded_color=True)
+    box = canvas.getchannel("A").getbbox()
+    colours = canvas.convert("RGB").getextrema() if box else ()
+    if not any(high for _, high in colours):
+        raise UserError(f"{find_font(font)} draws no picture for {emoji}; {OTHER_FONT}")
+    return canvas.crop(box)
+
+
+def _smoothstep(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    x = np.clip((x - low) / (high - low), 0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def dominant_hue(rgba: np.ndarray) -> float:
+    """The hue in degrees that most of the saturated pixels of (H, W, 4) uint8 lie near."""
+    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV"), np.float64)
+    weight = (hsv[..., 1] / 255) * (hsv[..., 2] / 255) * (rgba[..., 3] / 255)
+    weight = weight * (hsv[..., 1] > 50)
+    histogram = np.bincount(hsv[..., 0].astype(int).ravel(), weight.ravel(), minlength=256)
+    window = sum(np.roll(histogram, shift) for shift in range(-10, 11))
+    return float(window.argmax()) * 360 / 256
+
+
+def recolour(glyph: Image.Image, colour: str) -> Image.Image:
+    """Give the glyph's dominant colour the hue, saturation and value of `colour`.
+
+    Pixels near the dominant hue change, each by the ratio of its saturation and value to their
+    medians, so that shading stays; leaves, wheels and outlines keep their own colours.
+    """
+    rgba = np.asarray(glyph)
+    hsv = np.asarray(glyph.convert("RGB").convert("HSV"), np.float32) / 255
+    hue, saturation, value = hsv[..., 0] * 360, hsv[..., 1], hsv[..., 2]
+    offset = (hue - dominant_hue(rgba) + 180) % 360 - 180
+    weight = (1 - _smoothstep(np.abs(offset), 38, 58)) * _smoothstep(saturation, 0.08, 0.25)
+    chosen = (weight > 0.5) & (rgba[..., 3] > 128)
+    target_hue, target_saturation, target_value = COLOURS[colour]
+    new = np.stack(
+        [
+            (target_hue + 0.25 * offset) % 360 / 360,
+            np.clip(target_saturation * saturation / np.median(saturation[chosen]), 0, 1),
+            np.clip(target_value * value / np.median(value[chosen]), 0, 1),
+        ],
+        axis=-1,
+    )
+    changed = Image.fromarray(np.rint(new * 255).astype(np.uint8), "HSV").convert("RGB")
+    weight = weight[..., None]
+    rgb = weight * np.asarray(changed) + (1 - weight) * rgba[..., :3]
+    rgb = np.rint(rgb).astype(np.uint8)
+    return Image.fromarray(np.concatenate([rgb, rgba[..., 3:]], axis=-1))
+
+
+@functools.lru_cache(maxsize=2048)  # about 55 kB each; holds every noun in every colour
+def _recoloured(font: str | Path | None, emoji: str, colour: str | None) -> Image.Image:
+    glyph = _glyph(font, emoji)
+    glyph = glyph if colour is None else recolour(glyph, colour)
+    return glyph.convert("RGBa")
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """A glyph ready to be laid over a picture.
+
+    Attributes:
+        rgb: uint8 (h, w, 3), colours times alpha.
+        keep: uint16 (h, w, 1), share of the background that shows through, out of 256.
+    """
+
+    rgb: np.ndarray
+    keep: np.ndarray
+
+
+@functools.lru_cache(maxsize=8192)  # about 13 kB each
+def sprite(noun: Noun, colour: str | None, size_px: int, font: str | Path | None = None) -> Sprite:
+    """The glyph of `noun` in `colour` (None: its own) with its longer side `size_px` pixels."""
+    glyph = _recoloured(font, noun.emoji, colour)
+    scale = size_px / max(glyph.size)
+    width, height = (max(round(side * scale), 1) for side in glyph.size)
+    pixels = np.asarray(glyph.resize((width, height), Image.Resampling.BICUBIC))
+    keep = np.rint((255 - pixels[..., 3:].astype(np.float64)) * 256 / 255).astype(np.uint16)
+    room = 255 - (255 * keep >> 8)  # rgb + background * keep / 256 must not pass 255
+    rgb = np.minimum(pixels[..., :3], room).astype(np.uint8)
+    return Sprite(rgb, keep)
+
+
+def _corner(placed: Placed, drawn: Sprite, scale: float) -> tuple[int, int]:
+    """Left and top edge of a glyph in the middle of its cell."""
+    height, width = drawn.rgb.shape[:2]
+    cx, cy = placed.centre
+    return int(cx * scale - width / 2), int(cy * scale - height / 2)
+
+
+def drawn_box(placed: Placed, font: str | Path | None = None) -> tuple[int, int, int, int]:
+    """The box (x, y, w, h) in pixels that the glyph fills; its cell is at least as large."""
+    drawn = sprite(placed.noun, placed.colour, placed.size_px, font)
+    height, width = drawn.rgb.shape[:2]
+    return *_corner(placed, drawn, 1.0), width, height
+
+
+@functools.lru_cache(maxsize=2 * len(BACKGROUNDS))
+def _plain(background: str, size: int) -> np.ndarray:
+    return np.full((size, size, 3), BACKGROUNDS[background], np.uint8)
+
+
+def render(scene: Scene, size: int = SIDE, font: str | Path | None = None) -> np.ndarray:
+    """Draw a scene.
+
+    Args:
+        scene: what to draw, placed on a square of SIDE pixels.
+        size: side of the picture in pixels; places and glyphs scale along.
+        font: path of the font; None looks in the usual places.
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+    """
+    picture = _plain(scene.background, size).copy()
+    scale = size / SIDE
+    for placed in scene.placed:
+        drawn = sprite(placed.noun, placed.colour, round(placed.size_px * scale), font)
+        x, y = _corner(placed, drawn, scale)
+        height, width = drawn.rgb.shape[:2]
+        under = picture[y : y + height, x : x + width]
+        under[:] = (under * drawn.keep >> 8) + drawn.rgb
+    return picture
+
+
+def batch(
+    seed: int,
+    start: int,
+    count: int,
+    num_nouns: int | None = None,
+    font: str | Path | None = None,
+    categories: Sequence[str] | None = None,
+) -> tuple[np.ndarray, list[str]]:
+    """Training scenes start ... start + count - 1 of a seed; see `training_scene`.
+
+    Returns:
+        images: uint8 (count, 128, 128, 3), RGB.
+        captions: list of `count` strings.
+    """
+    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    captions = []
+    for k in range(count):
+        scene = training_scene(seed, start + k, num_nouns, categories)
+        images[k] = render(scene, font=font)
+        captions.append(scene.caption)
+    return images, captions
+
+
+def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
+    """Every noun alone, and every recolourable one in each colour, in the nouns' order."""
+    pictures = []
+    for noun in first_nouns(num_nouns):
+        for colour in (None, *COLOURS) if noun.recolour else (None,):
+            background = "grey" if colour == "white" else "white"
+            said = noun.name if colour is None else f"{colour} {noun.name}"
+            placed = (Placed(noun, colour, 112, 8, 8),)
+            pictures.append(Scene("colors", placed, background, said))
+    return pictures
+
+
+def write_imagefolder(folder: Path, shown: Sequence[Scene], font: str | Path | None = None) -> None:
+    """Write scenes as pictures and a metadata.jsonl with their captions, into a new folder."""
+    folder.mkdir(parents=True)
+    lines = []
+    for k, scene in enumerate(shown):
+        name = f"{k:03d}.png"
+        Image.fromarray(render(scene, font=font)).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))

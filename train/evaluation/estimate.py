@@ -1,0 +1,95 @@
+"""What a run will need, measured on this machine."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.draw import sample
+from train.data.encoded import rows
+from train.data.source import Batch
+from train.objectives.finetune import gradients
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need, measured on this machine.
+
+    Attributes:
+        step: seconds of a step.
+        picture: seconds to draw a picture.
+        memory: bytes at most.
+    """
+
+    step: float
+    picture: float
+    memory: int
+
+    def told(self, steps: int, pictures: int) -> str:
+        """Such as "about 4 minutes (400 steps of 0.60 s, 56 pictures of 0.5 s), 0.3 GB"."""
+        seconds = steps * self.step + pictures * self.picture
+        if seconds < 100:
+            long = f"{seconds:.0f} seconds"
+        elif seconds < 6000:
+            long = f"{seconds / 60:.0f} minutes"
+        else:
+            long = f"{seconds / 3600:.1f} hours"
+        return (
+            f"about {long} ({steps} steps of {self.step:.2f} s, {pictures} pictures to draw of "
+            f"{self.picture:.1f} s) and {self.memory / 1e9:.1f} GB of memory"
+        )
+
+
+def estimate(
+    components: Components, batch: Batch, widths: Mapping[float, float], accumulate: int = 1
+) -> Estimate:
+    """Measure a step and a picture, without changing the model.
+
+    Memory is that of one sample times the samples of a batch. Where the machine has less than
+    that, a step's time is taken from one sample as well.
+
+    Args:
+        batch: as the steps get it.
+        widths: how often each is trained; the shares add up to 1.
+        accumulate: batches in a step.
+    """
+    network, widest = components.transformer, max(widths)
+
+    def count(some: Batch) -> int:
+        return sum(len(value) for name, value in some.items() if name.endswith("latents"))
+
+    def seconds(some: Batch, width: float) -> float:
+        started = time.perf_counter()
+        mx.eval(gradients(network, some, mx.random.key(0), width, 1.0, 1.0))
+        return time.perf_counter() - started
+
+    one = rows(batch, slice(1))
+    mx.eval(components.modules(), batch, one)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    seconds(one, widest)
+    each = (mx.get_peak_memory() - before) / count(one)
+    trained = sum(p.size for _, p in tree_flatten(network.trainable_parameters()))
+    # Besides float32 gradients there are the averages and two moments of the optimizer.
+    memory = round(before + count(batch) * each + 16 * trained)
+    some, times = (one, count(batch) / count(one)) if memory > physical_memory() else (batch, 1)
+    # The first step of a kind is slower than those that follow.
+    step = sum(
+        share * times * min(seconds(some, width) for _ in range(2))
+        for width, share in widths.items()
+    )
+    sample(components, ["a"], [0], widest, steps=1)
+    started = time.perf_counter()
+    sample(components, ["a"], [0], widest, steps=4)
+    picture = (time.perf_counter() - started) / 4 * components.config.sampler.num_inference_steps
+    return Estimate(accumulate * step, picture, memory)
+
+
+def physical_memory() -> int:
+    """Bytes of main memory; a Mac's GPU shares it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

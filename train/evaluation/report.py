@@ -1,0 +1,85 @@
+"""Tables and marked pictures of an evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from train.evaluation.geneval import SIX, Prompt, accuracies
+from train.evaluation.score import judge
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: a width, or what a ceiling was measured on.
+        scores: see `accuracies`.
+        validation_losses: one per noise level; empty for a ceiling.
+        seconds_per_picture: of the sampling, in batches; None for a ceiling.
+        judged: per picture the prompt, what was found, and whether that is correct.
+    """
+
+    name: str
+    scores: dict[str, float | None]
+    validation_losses: list[float]
+    seconds_per_picture: float | None
+    judged: list[dict]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a markdown table."""
+    titles = ["", *(category.replace("_", " ") for category in SIX)]
+    titles += ["overall", "held-out", "validation loss", "s / picture"]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    for row in rows:
+        s, losses, seconds = row.scores, row.validation_losses, row.seconds_per_picture
+        lines.append(
+            [
+                row.name,
+                *(f"{s[category]:.2f}" for category in SIX),
+                f"{s['overall']:.3f} ± {s['overall_error']:.3f}",
+                "" if s["held_out"] is None else f"{s['held_out']:.2f}",
+                f"{np.mean(losses):.4f}" if losses else "",
+                "" if seconds is None else f"{seconds:.2f}",
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def make_row(
+    name: str,
+    prompts: Sequence[Prompt],
+    pictures: Sequence[np.ndarray],
+    num_nouns: int | None,
+    losses: list[float] | None = None,
+    seconds: float | None = None,
+) -> Row:
+    correct, found = judge(prompts, pictures, num_nouns)
+    records = [
+        {
+            "prompt": prompt.text,
+            "category": prompt.scene.category,
+            "held_out": prompt.held_out,
+            "correct": ok,
+            "found": [asdict(detection) for detection in detections],
+        }
+        for prompt, ok, detections in zip(prompts, correct, found, strict=True)
+    ]
+    return Row(name, accuracies(prompts, correct), losses or [], seconds, records)
+
+
+def marked_picture(picture: np.ndarray, correct: bool) -> np.ndarray:
+    """The picture with a tick or a cross in its corner."""
+    image = Image.fromarray(picture)
+    drawing = ImageDraw.Draw(image)
+    left = image.width - 15
+    drawing.rectangle((left - 2, 0, image.width, 15), fill="white")
+    if correct:
+        drawing.line((left, 8, left + 4, 12, left + 12, 2), fill=(0, 150, 60), width=2)
+    else:
+        drawing.line((left, 2, left + 11, 13), fill=(215, 20, 20), width=2)
+        drawing.line((left, 13, left + 11, 2), fill=(215, 20, 20), width=2)
+    return np.asarray(image)

@@ -1,0 +1,90 @@
+"""GenEval-style scores of sticker models."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.draw import sample
+from train.data.stickers.captions import plain_caption, with_article
+from train.data.stickers.scenes import first_nouns, noun_scene
+from train.data.stickers.vocabulary import NOUNS
+from train.evaluation.detector import Detection, Detector
+from train.evaluation.geneval import Prompt, accuracies, fixed_prompts, is_correct
+
+
+@functools.lru_cache(maxsize=2)
+def detector(num_nouns: int | None = None, also: str | None = None) -> Detector:
+    """The detector of the first `num_nouns` nouns, and of the one named `also`."""
+    nouns = first_nouns(num_nouns)
+    more = [noun for noun in NOUNS if noun.name == also and noun not in nouns]
+    return Detector([*nouns, *more])
+
+
+def judge(
+    prompts: Sequence[Prompt],
+    pictures: Sequence[np.ndarray],
+    num_nouns: int | None,
+    also: str | None = None,
+) -> tuple[list[bool], list[list[Detection]]]:
+    """For each picture, uint8 (H, W, 3): whether it shows its prompt, and what it shows.
+
+    `num_nouns` and `also` are those of `detector`.
+    """
+    detect = detector(num_nouns, also)
+    found = [detect(picture) for picture in pictures]
+    correct = [
+        is_correct(prompt.scene, detections, detect.leftover(picture, detections))
+        for prompt, picture, detections in zip(prompts, pictures, found, strict=True)
+    ]
+    return correct, found
+
+
+def draw(
+    components: Components,
+    prompts: Sequence[Prompt],
+    width: float,
+    seed: int = 0,
+    name: str = "sampling",
+    **settings,
+) -> np.ndarray:
+    """Pictures of prompts; `settings` are those of `sampling.sample`."""
+    seeds = [seed + prompt.number for prompt in prompts]
+    texts = [prompt.text for prompt in prompts]
+    with tqdm(total=len(texts), desc=name, unit="picture", leave=False) as bar:
+        return sample(components, texts, seeds, width, progress=bar.update, **settings)
+
+
+def quick_score(
+    components: Components,
+    num_nouns: int | None = None,
+    count_per_category: int = 8,
+    steps: int = 14,
+    width: float = 1.0,
+    **settings,
+) -> dict[str, float | None]:
+    """The accuracies of one width over few prompts, for a look during training."""
+    prompts = fixed_prompts(count_per_category, num_nouns)
+    pictures = draw(components, prompts, width, steps=steps, **settings)
+    return accuracies(prompts, judge(prompts, pictures, num_nouns)[0])
+
+
+NOUN_SEED = 1  # not what `train.stickers --noun` writes unless it is told to
+
+
+def noun_prompts(name: str, count: int) -> list[Prompt]:
+    """Prompts for one noun alone, every other one in plain wording."""
+    scenes = [noun_scene(name, NOUN_SEED, k) for k in range(count)]
+    texts = [s.caption if k % 2 else plain_caption(s) for k, s in enumerate(scenes)]
+    return [
+        Prompt(text, s, False, k) for k, (text, s) in enumerate(zip(texts, scenes, strict=True))
+    ]
+
+
+def gallery_prompts(count: int, num_nouns: int | None) -> list[str]:
+    """Up to `count` prompts such as "an apple", of nouns from all over the list."""
+    nouns = first_nouns(num_nouns)
+    count = min(count, len(nouns))
+    return [with_article(nouns[k * len(nouns) // count].name) for k in range(count)]

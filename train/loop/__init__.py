@@ -1,0 +1,1 @@
+"""The training loop: a run's folder, its steps, and several processes."""
