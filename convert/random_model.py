@@ -21,9 +21,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from convert.gemma import gemma_shapes
-from convert.report import peak_process_bytes
-from convert.stream import Entry, lazy, write_new
+from convert.parity.originals import write_byte_tokenizer
+from convert.public.keys.gemma import gemma_shapes
+from convert.public.report import peak_process_bytes
+from convert.public.stream import Entry, lazy, write_new
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
@@ -38,7 +39,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer, byte_symbols
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 GEMMA = {
     "model_type": "gemma3_text",
@@ -154,37 +155,6 @@ def _write_gemma(folder: Path, dtype: mx.Dtype) -> None:
     entries = [lazy(name, _random(shape).astype(dtype)) for name, shape in shapes]
     write_new(folder / "model.safetensors", entries)
     write_byte_tokenizer(folder)
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    """Hugging Face's files of a tokenizer whose 260 tokens are marks and bytes."""
-    marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    vocabulary = {symbol: i for i, symbol in enumerate([*marks, *byte_symbols()])}
-    added = [
-        {
-            "id": i,
-            "content": mark,
-            "special": True,
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        }
-        for i, mark in enumerate(marks)
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": level | {"use_regex": True},
-        "post_processor": None,
-        "decoder": level | {"use_regex": True},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = {f"{mark[1:-1]}_token": mark for mark in marks}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from convert.autoencoder import read_autoencoder
-from convert.from_torch import convert
-from convert.sources import find_source, read_object
-from convert.teacher_transformer import make_transformer
+from convert.public.convert import convert
+from convert.public.keys.autoencoders import read_autoencoder
+from convert.public.keys.transformers import make_transformer
+from convert.public.source import find_source, read_object
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP

@@ -18,7 +18,11 @@ import pytest
 from conftest import VOCAB_SIZE, randomise
 from mlx.utils import tree_flatten, tree_unflatten
 
-from convert import coreml, coreml_options, coreml_package, coreml_picture
+from convert.coreml import __main__ as command
+from convert.coreml import compare as comparison
+from convert.coreml import export as exporter
+from convert.coreml import options as coreml_options
+from convert.coreml import package
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.config import (
     AutoencoderConfig,
@@ -80,19 +84,19 @@ def test_what_cannot_be_is_said_at_once(options, message, model_folder, tmp_path
     folder.mkdir()
     for file in ("config.json", "tokenizer_0.model", "tokenizer_1.model"):
         (folder / file).write_bytes((model_folder / file).read_bytes())
-    monkeypatch.setattr(coreml, "coremltools", lambda: None)
+    monkeypatch.setattr(command, "coremltools", lambda: None)
     monkeypatch.setattr(sys, "argv", ["coreml", str(folder), str(tmp_path / "out"), *options])
     with pytest.raises(UserError, match=message):
-        coreml.main()
+        command.main()
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_noticed_first(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(coreml, "coremltools", lambda: None)
-    monkeypatch.setattr(coreml_package.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(command, "coremltools", lambda: None)
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(sys, "argv", ["coreml", str(model_folder), str(tmp_path / "out")])
     with pytest.raises(UserError, match="has 0 MB left, the export takes"):
-        coreml.main()
+        command.main()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,7 @@ def export(model, tmp_path_factory):
     """Exports the model with the options given, once."""
     pytest.importorskip("torch", reason="Core ML export needs torch: pip install -e '.[coreml]'")
     try:
-        coreml.coremltools()
+        exporter.coremltools()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -170,16 +174,16 @@ def export(model, tmp_path_factory):
     def export(widths=("full",), target="ios17", precision="float16", quantize=None, chunks=1):
         folder = tmp_path_factory.mktemp("coreml") / "packages"
         with pytest.MonkeyPatch.context() as patch:
-            for module in (palettes, coreml):
+            for module in (palettes, exporter):
                 patch.setattr(module, "LEAST", LEAST)
-            coreml.export_coreml(model, folder, widths, target, precision, quantize, chunks)
+            exporter.export_coreml(model, folder, widths, target, precision, quantize, chunks)
         return folder
 
     return export
 
 
 def run(path, **inputs):
-    from convert.mil_interpreter import run
+    from convert.mil.interpreter import run
 
     return run(path, {name: np.array(value) for name, value in inputs.items()})
 
@@ -200,7 +204,7 @@ def transformer_inputs(model, prompt="a red apple"):
 
 
 def velocity_of(folder, x_t, t, text, mask, function=None):
-    return np.array(coreml_picture.Packages(folder, function).velocity(x_t, t, text, mask))
+    return np.array(comparison.Packages(folder, function).velocity(x_t, t, text, mask))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -251,7 +255,7 @@ def test_palettes_are_what_mlx_computes_with_them(export, model):
     assert report["packages"]["Decoder"]["palettes"] == 0
     inputs = transformer_inputs(model)
     found = velocity_of(folder, *inputs)
-    network = coreml.of_width(model, "full").transformer
+    network = exporter.of_width(model, "full").transformer
 
     def with_palettes(bits):
         return np.array(palettes.with_palettes(network, bits)(*inputs))
@@ -302,7 +306,7 @@ def test_the_report_tells_what_is_in_the_packages(export, model):
     assert {path.name for path in folder.iterdir()} == names | files
     assert not list(folder.rglob("executorch*"))
     with pytest.raises(UserError, match="exists already"):
-        coreml.export_coreml(model, folder)
+        exporter.export_coreml(model, folder)
 
 
 # --- whole pictures -----------------------------------------------------------------------------
@@ -315,12 +319,12 @@ def drawn(components):
 
 @pytest.fixture(scope="module")
 def picture(export):
-    return coreml_picture.Packages(export()).draw("a red apple", seed=3)
+    return comparison.Packages(export()).draw("a red apple", seed=3)
 
 
 def changed(model, **settings):
     """The model with another transformer of the same weights, at full width."""
-    alone = coreml.of_width(model, "full")
+    alone = exporter.of_width(model, "full")
     config = dataclasses.replace(alone.transformer.config, **settings)
     network = EfficientDiT(config)
     network.update(alone.transformer.parameters())
@@ -329,19 +333,19 @@ def changed(model, **settings):
 
 
 def test_the_packages_alone_draw_the_picture(picture, model):
-    ratio = coreml_picture.psnr(picture, drawn(changed(model)))
-    coreml_picture.check_picture(ratio)
+    ratio = comparison.psnr(picture, drawn(changed(model)))
+    comparison.check_picture(ratio)
     assert np.asarray(picture).std() > 5
 
 
 def test_one_step_tells_packages_from_others(export, model, monkeypatch, capsys):
     def compare(folder, other):
-        monkeypatch.setattr(coreml_picture, "load_pretrained", lambda *a, **k: other)
+        monkeypatch.setattr(comparison, "load_pretrained", lambda *a, **k: other)
         command = ["coreml_picture", str(folder), "a cat", "--compare", "model", "--one-step"]
-        monkeypatch.setattr(coreml_picture, "find_model", lambda name: Path(name))
+        monkeypatch.setattr(comparison, "find_model", lambda name: Path(name))
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()  # what the export said
-        coreml_picture.main()
+        comparison.main()
         return float(re.match(r"velocity: ([\d.]+) dB", capsys.readouterr().out)[1])
 
     same = changed(model)
@@ -379,14 +383,14 @@ def with_gates(model, factor):
 )
 def test_a_wrong_network_draws_another_picture(broken, picture, model):
     with pytest.raises(UserError, match="the packages draw another picture than MLX"):
-        coreml_picture.check_picture(coreml_picture.psnr(picture, drawn(broken(model))))
+        comparison.check_picture(comparison.psnr(picture, drawn(broken(model))))
 
 
 def test_a_part_without_a_twin_is_left_out(model):
     pytest.importorskip("torch", reason="Core ML export needs torch: pip install -e '.[coreml]'")
-    from convert.to_torch import torch_networks, without_twin
+    from convert.pytorch.weights import torch_networks, without_twin
 
-    alone = coreml.of_width(model, "full")
+    alone = exporter.of_width(model, "full")
     gemma = TextEncoderConfig(kind="gemma", hidden_size=16)
     config = dataclasses.replace(alone.config, text_encoders=(gemma,))
     networks = torch_networks(dataclasses.replace(alone, config=config))

@@ -18,7 +18,7 @@ from PIL import Image
 from apps.desktop.history import History
 from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
-from apps.worker import Downloading, Loaded, ModelChoice, Progress
+from apps.worker.messages import Downloading, Loaded, ModelChoice, Progress
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, read_metadata
 

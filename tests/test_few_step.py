@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from PIL import Image
 
-from convert.coreml import load_for_export
+from convert.coreml.export import load_for_export
 from mlx_snapgen import sampling
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig

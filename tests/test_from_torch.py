@@ -12,12 +12,14 @@ from mlx.utils import tree_flatten
 from test_clip import MERGES, hugging_face, open_clip
 from test_qwen_autoencoder import SMALL, SMALL_SIZES, public_autoencoder
 
-from convert import from_torch, stream
-from convert.autoencoder import read_autoencoder
-from convert.from_torch import convert
-from convert.kinds import find_kind
-from convert.report import error_table, summary
-from convert.sources import find_source
+from convert import from_torch
+from convert.public import convert as conversion
+from convert.public import stream
+from convert.public.convert import convert
+from convert.public.keys.autoencoders import read_autoencoder
+from convert.public.kinds import Plan, find_kind
+from convert.public.report import error_table, summary
+from convert.public.source import find_source
 from mlx_snapgen.checkpoint.clip import load_clip
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.text_encoders import make_text_encoder
@@ -113,7 +115,7 @@ def test_open_clip_in_a_pickle(encoder, tmp_path):
 
 def test_every_torch_type_keeps_its_numbers(tmp_path):
     torch = pytest.importorskip("torch", reason="pickles are read by torch")
-    from convert.sources import spooled
+    from convert.public.source import spooled
 
     values = torch.tensor([[1.5, -2.25], [0.0, 3.0]])
     state = {str(t): values.to(t) for t in (torch.float64, torch.float32, torch.float16)}
@@ -132,7 +134,7 @@ def test_every_torch_type_keeps_its_numbers(tmp_path):
 def test_what_was_read_of_a_pickle_is_let_go(tmp_path, monkeypatch):
     """The pages of a LoRA of 850 MB all counted as this process's memory: it peaked at 1055 MiB."""
     torch = pytest.importorskip("torch", reason="pickles are read by torch")
-    from convert import sources
+    from convert.public import source
 
     state = {f"{i}": torch.randn(64, 64) for i in range(12)}
     torch.save(state, tmp_path / "a.bin")
@@ -145,8 +147,8 @@ def test_what_was_read_of_a_pickle_is_let_go(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(torch, "load", watched)
-    monkeypatch.setattr(sources, "MAPPED_BYTES", 4 * state["0"].nbytes)
-    found = mx.load(str(sources.spooled(tmp_path / "a.bin", tmp_path / "a.safetensors")))
+    monkeypatch.setattr(source, "MAPPED_BYTES", 4 * state["0"].nbytes)
+    found = mx.load(str(source.spooled(tmp_path / "a.bin", tmp_path / "a.safetensors")))
     assert len(opened) == 3
     assert found.keys() == state.keys()
     for name, value in state.items():
@@ -223,9 +225,9 @@ def test_bits_are_those_of_mlx_and_their_error_is_told(encoder, tmp_path, bits):
 
 
 def test_a_group_that_no_row_divides_by_is_told(encoder):
-    plan = from_torch.Plan({"norm.weight": mx.ones(3)}, "x")
+    plan = Plan({"norm.weight": mx.ones(3)}, "x")
     with pytest.raises(UserError, match="no matrix has rows that 128 divides"):
-        from_torch._entries(plan, None, {"bits": 4, "group_size": 128})
+        conversion._entries(plan, None, {"bits": 4, "group_size": 128})
 
 
 # --- streaming ----------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def test_a_group_that_no_row_divides_by_is_told(encoder):
 @pytest.mark.parametrize("bits", [None, 4])
 def test_no_more_than_a_few_tensors_are_in_memory(tmp_path, monkeypatch, bits):
     """Forty layers of 1 MiB: what is resident does not grow with their number."""
-    monkeypatch.setattr(from_torch, "PIECE", 2**16)
+    monkeypatch.setattr(conversion, "PIECE", 2**16)
     one = mx.random.normal((512, 512))
     for i in range(4):
         keys = [f"x.{i * 10 + k}.lora_A.weight" for k in range(10)]
@@ -243,9 +245,9 @@ def test_no_more_than_a_few_tensors_are_in_memory(tmp_path, monkeypatch, bits):
     for i in range(4):
         found |= mx.load(str(tmp_path / f"{i}.safetensors"))
     layers = [key.removesuffix(".weight") for key in found]
-    plan = from_torch.Plan(found, "x", matrices=lambda _: layers)
+    plan = Plan(found, "x", matrices=lambda _: layers)
     how = None if bits is None else {"bits": bits, "group_size": 32}
-    entries = from_torch._entries(plan, mx.bfloat16, how)
+    entries = conversion._entries(plan, mx.bfloat16, how)
     del found, plan
     mx.eval(one)
     mx.clear_cache()
@@ -264,7 +266,7 @@ def test_quantizing_takes_little_more_than_the_matrix():
     mx.clear_cache()
     before, size = mx.get_active_memory(), value.nbytes
     mx.reset_peak_memory()
-    entry = from_torch._packed("x", value, {"bits": 4, "group_size": 32})
+    entry = conversion._packed("x", value, {"bits": 4, "group_size": 32})
     del value
     tensors, (_, error) = entry.make()
     mx.eval(tensors)
@@ -292,7 +294,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(encoder, tmp_path, monke
             ]
             return write(path, wrapped, journal, metadata, 1, progress)
 
-        monkeypatch.setattr(from_torch, "write_tensors", patched)
+        monkeypatch.setattr(conversion, "write_tensors", patched)
 
     stops(20)
     with pytest.raises(KeyboardInterrupt):
@@ -317,7 +319,7 @@ def test_other_options_start_over(encoder, tmp_path, monkeypatch):
     write_clip(tmp_path / "in", encoder)
     source, out = find_source(str(tmp_path / "in")), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(from_torch, "_put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(conversion, "_put", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, bits=4)
     assert (tmp_path / ".out.partial" / "journal").exists()
@@ -330,7 +332,7 @@ def test_two_conversions_to_one_place_do_not_mix(encoder, tmp_path):
     write_clip(tmp_path / "in", encoder)
     source = find_source(str(tmp_path / "in"))
     with (
-        from_torch._claimed(tmp_path / ".out.partial"),
+        conversion._claimed(tmp_path / ".out.partial"),
         pytest.raises(UserError, match="another conversion is writing"),
     ):
         convert(source, tmp_path / "out")
@@ -440,7 +442,7 @@ def test_a_repository_is_fetched_without_its_pickles(encoder, tmp_path, monkeypa
         asked.append((repo, revision, tuple(files)))
         return tmp_path / "in"
 
-    monkeypatch.setattr("convert.sources.find_model", fetched)
+    monkeypatch.setattr("convert.public.source.find_model", fetched)
     assert find_source("owner/name", "v1").files == (tmp_path / "in" / "model.safetensors",)
     assert [a[:2] for a in asked] == [("owner/name", "v1")]
     assert "*.bin" not in asked[0][2]

@@ -11,8 +11,8 @@ import pytest
 import test_gemma
 from test_gemma import CONFIG, TEXT, write_gemma
 
-from convert.from_torch import convert
-from convert.sources import find_source
+from convert.public.convert import convert
+from convert.public.source import find_source
 from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.errors import UserError
 

@@ -9,12 +9,12 @@ from conftest import randomise
 from mlx.utils import tree_flatten
 from test_qwen_transformer import SMALL, SMALL_SIZES
 
-from convert.autoencoder import read_autoencoder
-from convert.from_torch import convert
-from convert.lora import dotted, lora_name
-from convert.sources import find_source
+from convert.public.convert import convert
+from convert.public.keys.autoencoders import read_autoencoder
+from convert.public.keys.lora import dotted, lora_name
+from convert.public.keys.transformers import read_transformer
+from convert.public.source import find_source
 from convert.teacher import convert_teacher
-from convert.teacher_transformer import read_transformer
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.config import AutoencoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from huggingface_hub import constants
 
-from convert.sources import find_source
+from convert.public.source import find_source
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
 

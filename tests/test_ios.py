@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from apps.ios.vectors import PATH, PROMPTS, TOKENIZER, vectors
-from convert.mil_program import wire_fields
+from convert.mil.program import wire_fields
 from mlx_snapgen.config import STICKERS, to_dict
 from mlx_snapgen.networks.text_encoders.base import normalise
 

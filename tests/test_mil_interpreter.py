@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
-from convert import mil_interpreter
-from convert.mil_interpreter import Interpreter, run, summary
-from convert.mil_program import Package
-from convert.mil_weights import Blob
+from convert.mil import interpreter
+from convert.mil.interpreter import Interpreter, run, summary
+from convert.mil.program import Package
+from convert.mil.weights import Blob
 from mlx_snapgen.errors import UserError
 
 WHY = "writing Core ML packages needs coremltools and torch: pip install '.[coreml]' torch"
@@ -354,7 +354,7 @@ def test_summary(fp16, monkeypatch, capsys):
     assert found["palettes"] == 0
     assert found["bits_per_weight"] == 16
     monkeypatch.setattr("sys.argv", ["mil_interpreter", str(fp16)])
-    mil_interpreter.main()
+    interpreter.main()
     printed = capsys.readouterr().out
     assert "  input  timestep: fp16 (1)" in printed
     assert "1 conv_transpose" in printed

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from convert.mil_interpreter import Interpreter
-from convert.mil_ops import OPS
+from convert.mil.interpreter import Interpreter
+from convert.mil.ops import OPS
 
 WHY = "writing Core ML packages needs coremltools and torch: pip install '.[coreml]' torch"
 ct = pytest.importorskip("coremltools", reason=WHY)

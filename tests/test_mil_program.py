@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from convert.mil_interpreter import Interpreter, run, summary
-from convert.mil_program import Package
-from convert.mil_weights import TensorType, unpack
+from convert.mil.interpreter import Interpreter, run, summary
+from convert.mil.program import Package
+from convert.mil.weights import TensorType, unpack
 from mlx_snapgen.errors import UserError
 
 FP32, INT32, UINT8, STRING = 11, 23, 31, 2
@@ -169,7 +169,7 @@ def test_an_unknown_operation_is_named(tmp_path):
     with pytest.raises(
         UserError,
         match=r"function 'main', operation 2 'y_op' of type linearly: .* not known \(did you mean "
-        r"'linear'\?\): add it to convert/mil_ops.py",
+        r"'linear'\?\): add it to convert/mil/ops.py",
     ):
         Interpreter(package)
 

@@ -5,7 +5,8 @@ import sys
 import mlx.core as mx
 import pytest
 
-from convert import parity
+from convert.parity import __main__ as parity
+from convert.parity import text_encoders
 from mlx_snapgen.errors import UserError
 
 
@@ -29,14 +30,14 @@ def test_a_users_own_folder_is_compared_and_a_difference_is_seen(tmp_path, monke
     monkeypatch.setattr(sys, "argv", command)
     assert parity.main() == 0
     assert "mine" in capsys.readouterr().out
-    load = parity.load_clip
+    load = text_encoders.load_clip
 
     def broken(folder):
         encoder = load(folder)
         encoder.layers[0].linear1.bias = encoder.layers[0].linear1.bias + 0.1
         return encoder
 
-    monkeypatch.setattr(parity, "load_clip", broken)
+    monkeypatch.setattr(text_encoders, "load_clip", broken)
     assert parity.main() == 1
 
 

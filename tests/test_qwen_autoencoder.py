@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import randomise
 
-from convert.autoencoder import read_autoencoder, swap_autoencoder
+from convert.autoencoder import swap_autoencoder
+from convert.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, AutoencoderConfig
 from mlx_snapgen.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import randomise
 
-from convert.teacher_transformer import read_transformer
+from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.config import QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack

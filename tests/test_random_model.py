@@ -9,9 +9,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from convert import random_model
+from convert.pytorch.read_back import convert_student
+from convert.pytorch.weights import to_torch
 from convert.random_model import write_random_model
-from convert.student import convert_student
-from convert.to_torch import to_torch
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError

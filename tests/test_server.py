@@ -29,7 +29,7 @@ pytest.importorskip("uvicorn", reason='the server extra is not installed: pip in
 
 from apps.server.jobs import Drawing
 from apps.server.request import Limits, RequestError, parse_request
-from apps.worker import Finished, ModelChoice, Progress
+from apps.worker.messages import Finished, ModelChoice, Progress
 
 ROOT = Path(__file__).parents[1]
 GENERATIONS = "/v1/images/generations"

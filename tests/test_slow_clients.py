@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason='the server extra is not installed: pip in
 from apps.server import app, connection
 from apps.server.jobs import Drawing
 from apps.server.request import Limits
-from apps.worker import Finished, ModelChoice, Picture, Progress
+from apps.worker.messages import Finished, ModelChoice, Picture, Progress
 
 HEAD = (
     b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -24,7 +24,7 @@ from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, Teach
 from mlx_snapgen.teachers.flow import noise_levels
 from train import kdmd
 from train.data.simulation import Simulation
-from train.objectives.distillation import Student, make_gradients
+from train.objectives.distillation import Student
 from train.objectives.dmd import STUDENT, Distilled, critic_name, make_gradients
 
 AUTOENCODER = AutoencoderConfig(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import randomise
 
-from convert.autoencoder import read_autoencoder, swap_autoencoder
+from convert.autoencoder import swap_autoencoder
+from convert.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.config import TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder

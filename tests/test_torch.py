@@ -35,11 +35,12 @@ WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
 safetensors_torch = pytest.importorskip("safetensors.torch", reason=WHY)
 
-from convert import from_torch, torch_dit, torch_parts  # noqa: E402
-from convert import to_torch as to_torch_module  # noqa: E402
-from convert.student import convert_student  # noqa: E402
-from convert.to_torch import to_torch, torch_networks, torch_weights  # noqa: E402
-from convert.torch_attention import attend_fused, attend_split  # noqa: E402
+from convert import from_torch  # noqa: E402
+from convert.pytorch import efficient_dit, parts  # noqa: E402
+from convert.pytorch import weights as torch_twins  # noqa: E402
+from convert.pytorch.attention import attend_fused, attend_split  # noqa: E402
+from convert.pytorch.read_back import convert_student  # noqa: E402
+from convert.pytorch.weights import to_torch, torch_networks, torch_weights  # noqa: E402
 
 CONFIG = TransformerConfig(
     hidden_size=64,
@@ -113,14 +114,14 @@ def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
     # The fused form is one path for all widths, the split one is written out by heads.
     for width in config.widths[:1] if attend is attend_fused else config.widths:
         alone = extract(network, width)
-        twin = filled(torch_dit.EfficientDiT(alone.config, size, attend), alone)
+        twin = filled(efficient_dit.EfficientDiT(alone.config, size, attend), alone)
         assert_close(*velocities(alone, twin, *size))
 
 
 def test_another_resolution_is_one_call_away():
     network = extract(EfficientDiT(CONFIG), 0.5)
     randomise(network, 2)
-    twin = filled(torch_dit.EfficientDiT(network.config, (8, 8)), network)
+    twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     twin.resize((12, 20))
     assert_close(*velocities(network, twin, 12, 20))
     with pytest.raises(UserError, match="10x20 do not divide by 4"):
@@ -130,7 +131,7 @@ def test_another_resolution_is_one_call_away():
 def test_a_text_encoder_that_is_absent_is_left_out():
     network = extract(EfficientDiT(CONFIG), 0.375)
     randomise(network, 3)
-    twin = filled(torch_dit.EfficientDiT(network.config, (8, 8)), network)
+    twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     states, mask = mx.random.normal((1, 4, 20), key=mx.random.key(0)), mx.ones((1, 4), mx.bool_)
     expected, _ = network.encode_text([None, TextStates(states, mask)])
     actual, _ = twin.encode_text([None, (torch.tensor(np.array(states)), torch.ones(1, 4))])
@@ -144,7 +145,7 @@ def test_a_text_encoder_that_is_absent_is_left_out():
 def test_time_is_exact_in_half_precision():
     network = extract(EfficientDiT(CONFIG), 1.0)
     randomise(network, 4)
-    twin = filled(torch_dit.EfficientDiT(network.config, (8, 8)), network)
+    twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     expected, _ = twin.time(torch.tensor([0.731]))
     actual, _ = twin.half().time(torch.tensor([0.731]))
     assert_close(actual.float(), expected.detach().numpy(), 5e-3)
@@ -161,7 +162,7 @@ def test_the_decoder_is_mlx_s(normalised):
     )
     autoencoder = ConvolutionalAutoencoder(config)
     randomise(autoencoder, 5)
-    twin = filled(torch_parts.Decoder(config), autoencoder.decoder)
+    twin = filled(parts.Decoder(config), autoencoder.decoder)
     latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))
     actual = twin(torch.tensor(np.array(latents)).permute(0, 3, 1, 2))
     assert_close(actual.permute(0, 2, 3, 1), autoencoder.decode(latents))
@@ -175,7 +176,7 @@ def test_the_text_encoder_is_mlx_s(activation, attend):
     )
     encoder = TransformerTextEncoder(config)
     randomise(encoder, 6)
-    twin = filled(torch_parts.TextEncoder(config, attend), encoder)
+    twin = filled(parts.TextEncoder(config, attend), encoder)
     tokens, mask = mx.arange(14).reshape(2, 7), mx.arange(7)[None] < mx.array([[7], [3]])
     actual = twin(torch.tensor(np.array(tokens)), torch.tensor(np.array(mask)))
     assert_close(actual, encoder(tokens, mask))
@@ -184,7 +185,7 @@ def test_the_text_encoder_is_mlx_s(activation, attend):
 def test_the_default_model_is_the_same_in_pytorch(tmp_path):
     components = load_pretrained(dtype=mx.float32, model_width=0.375)
     assert to_torch(components, tmp_path / "new" / "model", "tiny") == []
-    model = torch_dit.load(tmp_path / "new" / "model")
+    model = efficient_dit.load(tmp_path / "new" / "model")
     assert model.config.transformer == components.config.transformer
     network, encoder = components.transformer, components.text_encoders[0]
     tokens, mask = encoder.tokenize(["a red apple to the left of a blue car", ""])
@@ -223,7 +224,7 @@ def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
     """A model of 1.2 GB took more than 5 GiB: its weights were in memory three times over."""
     alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
     alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
-    make_networks, one, made = torch_dit.make_networks, to_torch_module._torch_weight, []
+    make_networks, one, made = efficient_dit.make_networks, torch_twins._torch_weight, []
 
     def shapes_alone(config):
         networks = make_networks(config)
@@ -236,11 +237,11 @@ def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
         made.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(to_torch_module, "_torch_weight", watched)
+    monkeypatch.setattr(torch_twins, "_torch_weight", watched)
     networks = torch_networks(alone)
     count = sum(len(network.state_dict()) for network in networks.values())
     assert len(made) == count
-    monkeypatch.setattr(torch_dit, "make_networks", shapes_alone)
+    monkeypatch.setattr(efficient_dit, "make_networks", shapes_alone)
     to_torch(alone, tmp_path / "model", "small")
     assert len(made) == 2 * count
     for name, network in networks.items():
@@ -251,16 +252,16 @@ def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
 
 def test_a_bad_folder_is_one_line(components, model_folder, tmp_path):
     with pytest.raises(UserError, match="is not a model for PyTorch"):
-        torch_dit.load(model_folder)
+        efficient_dit.load(model_folder)
     with pytest.raises(UserError, match="is not a model for PyTorch"):
-        torch_dit.load(tmp_path / "nothing")
+        efficient_dit.load(tmp_path / "nothing")
     alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
     alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
     to_torch(alone, tmp_path / "model", "small")
     path = tmp_path / "model" / "decoder.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"decoder\.safetensors does not fit"):
-        torch_dit.load(tmp_path / "model")
+        efficient_dit.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("module", ["to_torch"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from convert.coreml_options import check_palettes_fit, parse_bits
+from convert.coreml.options import check_palettes_fit, parse_bits
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.worker import (
+from apps.worker.client import Worker
+from apps.worker.messages import (
     Downloading,
     Failed,
     Finished,
@@ -22,7 +23,6 @@ from apps.worker import (
     Notice,
     Picture,
     Progress,
-    Worker,
 )
 from mlx_snapgen.checkpoint.hub import _reporting_bar
 from mlx_snapgen.metadata import KEY

@@ -8,7 +8,7 @@ from conftest import randomise
 from test_qwen_transformer import relative_error, to_mx
 from tiny_teachers import fill
 
-from convert.teacher_transformer import read_transformer
+from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.config import ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer

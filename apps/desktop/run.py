@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from apps.worker import Downloading, Event, Loaded, Loading, Picture, Progress
+from apps.worker.messages import Downloading, Event, Loaded, Loading, Picture, Progress
 
 
 class Run:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apps.worker import Job, ModelChoice
+from apps.worker.messages import Job, ModelChoice
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.metadata import read_settings
 

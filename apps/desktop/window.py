@@ -21,7 +21,8 @@ from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
 from apps.desktop.theme import Theme
 from apps.desktop.widgets import Banner, Filmstrip, PictureView, scale
-from apps.worker import (
+from apps.worker.client import Worker
+from apps.worker.messages import (
     Downloading,
     Event,
     Failed,
@@ -33,7 +34,6 @@ from apps.worker import (
     Notice,
     Picture,
     Progress,
-    Worker,
 )
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError

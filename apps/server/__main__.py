@@ -69,7 +69,7 @@ async def _serve(args: argparse.Namespace) -> int:
     from apps.server.connection import make_server
     from apps.server.jobs import Jobs
     from apps.server.request import Limits
-    from apps.worker import Failed, Job, Loaded, ModelChoice
+    from apps.worker.messages import Failed, Job, Loaded, ModelChoice
 
     sock = _bind(args.host, args.port)
     jobs = Jobs(args.queue, keep=len(args.model_width))

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.request import ImageRequest, Limits, RequestError, parse_request
-from apps.worker import Failed, Finished, ModelChoice, Notice, Picture, Progress
+from apps.worker.messages import Failed, Finished, ModelChoice, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import ModelConfig
 

@@ -6,7 +6,8 @@ import math
 import time
 from collections import OrderedDict, deque
 
-from apps.worker import Event, Failed, Finished, Job, Loaded, Progress, Worker
+from apps.worker.client import Worker
+from apps.worker.messages import Event, Failed, Finished, Job, Loaded, Progress
 
 MAX_UNREAD = 8 << 20
 """Bytes of previews that wait for one client."""

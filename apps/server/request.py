@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apps.worker import Job, ModelChoice
+from apps.worker.messages import Job, ModelChoice
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.settings import MAX_SEED, check_size

@@ -1,6 +1,6 @@
 import Foundation
 
-/// A folder that convert/coreml.py wrote, its packages compiled:
+/// A folder that python -m convert.coreml wrote, its packages compiled:
 ///
 ///     config.json  tokenizer_0.model
 ///     TextEncoder_0.mlmodelc  Transformer.mlmodelc  Decoder.mlmodelc

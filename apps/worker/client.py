@@ -1,0 +1,153 @@
+"""A model in a process of its own: jobs go in, events come out, and no caller ever waits for MLX.
+
+A process, not a thread: drawing holds no lock of the caller's, a crash (a GPU out of memory ends
+its whole process) becomes an event, and a download stops at once. This side does not import mlx.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from apps.worker.messages import Cancel, Event, Failed, Finished, Job
+
+CACHE_LIMIT = 1 << 30
+"""Bytes of freed arrays that MLX may keep for reuse while it draws."""
+
+
+class Worker:
+    """The process and the way to talk to it; safe to use from several threads.
+
+    Args:
+        deliver: called with each `Event`, in a thread of its own. Every job submitted gets exactly
+            one `Finished` or `Failed`, also when the process dies.
+        keep: how many loaded pipelines stay in memory, those used last.
+        cache_limit: see `CACHE_LIMIT`.
+    """
+
+    def __init__(
+        self, deliver: Callable[[Event], None], keep: int = 1, cache_limit: int = CACHE_LIMIT
+    ):
+        self._deliver, self._keep, self._cache_limit = deliver, keep, cache_limit
+        self._ids = itertools.count(1)
+        self._lock = threading.RLock()
+        self._process: Any = None
+        self._connection: Any = None
+        self._reader: threading.Thread | None = None
+        self._open: dict[int, Job] = {}
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def submit(self, job: Job) -> int:
+        """Queue a job behind those submitted before; starts the process if there is none."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the worker is closed")
+            if self._process is None:
+                self._start()
+            number = next(self._ids)
+            self._open[number] = job
+            # A process that has just died is noticed by the reader, which fails the job.
+            with contextlib.suppress(OSError):
+                self._connection.send((number, job))
+            return number
+
+    def cancel(self, job: int) -> None:
+        """Stop a job after the step it is in; one that has ended is left alone."""
+        with self._lock:
+            if job in self._open and self._process is not None:
+                with contextlib.suppress(OSError):
+                    self._connection.send(Cancel(job))
+
+    def interrupt(self) -> None:
+        """Stop whatever runs at once, a download or a load too, by ending the process.
+
+        Open jobs end as cancelled; the next one starts a new process.
+        """
+        with self._lock:
+            process, reader = self._process, self._reader
+            stopped, self._open = list(self._open), {}
+            self._process = None
+            if process is not None:
+                process.terminate()
+        _reap(process, reader)
+        for number in stopped:
+            self._deliver(Finished(number, cancelled=True))
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the process: asked first, made to after `timeout` seconds. Jobs are dropped."""
+        with self._lock:
+            self._closed = True
+            process, reader, self._process = self._process, self._reader, None
+            self._open.clear()
+            if process is not None:
+                with contextlib.suppress(OSError):
+                    self._connection.send(None)
+        if process is not None:
+            process.join(timeout)
+        _reap(process, reader)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(theirs, self._keep, self._cache_limit), daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._process, self._connection = process, ours
+        self._reader = threading.Thread(target=self._read, args=(process, ours), daemon=True)
+        self._reader.start()
+
+    def _read(self, process: Any, connection: Any) -> None:
+        with connection:
+            while True:
+                try:
+                    event = connection.recv()
+                except (EOFError, OSError):
+                    break
+                with self._lock:
+                    if self._process is not process or event.job not in self._open:
+                        continue  # closed or interrupted since
+                    if isinstance(event, Finished | Failed):
+                        del self._open[event.job]
+                self._deliver(event)
+        process.join()
+        with self._lock:
+            if self._process is not process:
+                return
+            self._process = None
+            lost, self._open = list(self._open), {}
+        for number in lost:
+            message = f"the drawing process ended unexpectedly ({_ending(process.exitcode)})"
+            hint = "It starts again with the next picture. A smaller size or width needs less."
+            self._deliver(Failed(number, f"{message}: probably out of memory", hint))
+
+
+def _ending(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _reap(process: Any, reader: threading.Thread | None) -> None:
+    if process is None:
+        return
+    if process.is_alive():
+        process.terminate()
+        process.join(2)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if reader is not threading.current_thread():
+        reader.join(2)
+
+
+def _serve(connection: Any, keep: int, cache_limit: int) -> None:
+    from apps.worker.engine import serve
+
+    serve(connection, keep, cache_limit)

@@ -1,0 +1,1 @@
+"""Programs of Core ML packages, read and run with numpy."""

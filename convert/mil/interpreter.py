@@ -1,0 +1,335 @@
+"""Run a Core ML package in numpy, on any machine: the proof that an export computes the same.
+
+    python -m convert.mil.interpreter Transformer.mlpackage
+
+prints what is in it. In Python, `run` computes it once and `Interpreter` many times. What is
+computed is the saved program, with the weights as they are saved; macOS, Core ML and coremltools
+have no part in it. So a run shows that the program is right. It does not show what the Neural
+Engine makes of it, which accumulates in its own ways.
+
+Every operation computes in float32 and its result is rounded to the type that the program declares,
+as a package in fp16 stores it between operations. With `keep_float32` nothing is rounded to fp16,
+which tells apart the rounding of the program from that of its weights.
+
+A picture among inputs or outputs is the tensor that the program sees, (1, 3, H, W).
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.mil.ops import OPS
+from convert.mil.program import Function, Literal, Operation, Package
+from convert.mil.weights import Blob, TensorType
+from mlx_snapgen.errors import UserError, nearest, run_command
+
+TUPLES = {"concat": "values", "einsum": "values", "stack": "values"}
+"""The parameter that takes several values, by operation."""
+
+LAYOUT_OPS = ("transpose", "reshape")
+"""Operations that only move numbers, which the Neural Engine likes least."""
+
+
+class Interpreter:
+    """One function of a package, ready to run. Weights stay in their file, which is mapped.
+
+    Args:
+        package: folder of the package.
+        function: None takes the package's default one, usually "main".
+        keep_float32: do not round to fp16 between operations.
+        keep_weights: remember decompressed weights between runs, at the precision that the program
+            declares. False decompresses them anew wherever they are used, for large models.
+
+    Raises:
+        UserError: a package that cannot be read, no such function, or an unknown operation.
+    """
+
+    inputs: dict[str, TensorType]
+    outputs: dict[str, TensorType]
+
+    def __init__(
+        self,
+        package: str | Path | Package,
+        function: str | None = None,
+        keep_float32: bool = False,
+        keep_weights: bool = True,
+    ):
+        self.package = package if isinstance(package, Package) else Package(package)
+        self.function_name = self.package.default_function if function is None else function
+        self._function = self.package.function(function)
+        self._keep_float32, self._keep_weights = keep_float32, keep_weights
+        for i, operation in enumerate(self._function.operations):
+            if operation.type != "const" and operation.type not in OPS:
+                raise UserError(
+                    f"{self._where(i, operation)}: this operation is not known"
+                    f"{nearest(operation.type, OPS)}: add it to convert/mil/ops.py"
+                )
+        types = self._function.types()
+        self.inputs = self._function.inputs
+        self.outputs = {name: types[name] for name in self._function.outputs}
+        self._constants = {
+            name: (i, operation)
+            for i, operation in enumerate(self._function.operations)
+            if _is_constant(operation)
+            for name in operation.outputs
+        }
+        self._weights: dict[str, Any] = {}
+        self._last_use = _last_use(self._function)
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs by name -> outputs by name, of the types that the function declares.
+
+        Raises:
+            UserError: an input that is missing, unknown or misshapen, or an operation that fails.
+        """
+        values = self._checked(inputs)
+        for i, operation in enumerate(self._function.operations):
+            if not _is_constant(operation):
+                values |= self._compute(i, operation, values)
+            for name in self._last_use.get(i, ()):
+                values.pop(name, None)
+        return {name: self._value(name, values) for name in self._function.outputs}
+
+    def _checked(self, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+        for name in inputs:
+            if name not in self.inputs:
+                hint = nearest(name, self.inputs)
+                raise UserError(f"{self._place} has no input '{name}'{hint}")
+        values = {}
+        for name, kind in self.inputs.items():
+            if name not in inputs:
+                raise UserError(f"{self._place} lacks its input '{name}', {kind}")
+            value = np.asarray(inputs[name])
+            if not _fits(value, kind):
+                raise UserError(f"{self._place} takes {name} as {kind}, got {value.shape}")
+            values[name] = self._rounded(value, kind)
+        return values
+
+    @property
+    def _place(self) -> str:
+        return f"{self.package.path}, function '{self.function_name}'"
+
+    def _where(self, index: int, operation: Operation) -> str:
+        return f"{self._place}, operation {index} '{operation.name}' of type {operation.type}"
+
+    def _rounded(self, value: Any, kind: TensorType) -> Any:
+        if kind.dtype == "string":
+            return value
+        dtype = np.float32 if self._keep_float32 and kind.dtype == "fp16" else kind.numpy
+        return np.asarray(value).astype(dtype, copy=False)
+
+    def _value(self, name: str, values: dict[str, Any]) -> Any:
+        """A value of the program; constants and weights are read when they are needed."""
+        if name in values:
+            return values[name]
+        if name in self._weights:
+            return self._weights[name]
+        index, operation = self._constants[name]
+        if operation.type == "const":
+            return self.package.read(operation.inputs["val"][0].value)
+        value = self._compute(index, operation, {})[name]
+        if self._keep_weights:
+            self._weights[name] = value
+        return value
+
+    def _argument(self, binding: str | Literal, values: dict[str, Any]) -> Any:
+        if isinstance(binding, Literal):
+            value = self.package.read(binding.value)
+        else:
+            value = self._value(binding, values)
+        if isinstance(value, np.ndarray) and value.dtype == np.float16:
+            return value.astype(np.float32)
+        return value
+
+    def _compute(self, index: int, operation: Operation, values: dict[str, Any]) -> dict[str, Any]:
+        several = TUPLES.get(operation.type)
+        arguments = {}
+        for parameter, bindings in operation.inputs.items():
+            found = [self._argument(binding, values) for binding in bindings]
+            arguments[parameter] = found if parameter == several else found[0]
+        try:
+            with np.errstate(all="ignore"):  # masks of -inf and fp16's overflow are the program's
+                made = OPS[operation.type](**arguments)
+                made = made if isinstance(made, list) else [made]
+                rounded = {
+                    name: self._rounded(value, kind)
+                    for value, (name, kind) in zip(made, operation.outputs.items(), strict=True)
+                }
+        except (UserError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise UserError(f"{self._where(index, operation)}: {error}") from error
+        for name, kind in operation.outputs.items():
+            if not _fits(rounded[name], kind):
+                raise UserError(
+                    f"{self._where(index, operation)} gives {rounded[name].shape}, the program "
+                    f"says {kind}"
+                )
+        return rounded
+
+
+def run(
+    package_path: str | Path,
+    inputs: dict[str, np.ndarray],
+    function: str | None = None,
+    keep_float32: bool = False,
+) -> dict[str, np.ndarray]:
+    """Compute one function of a package once (see `Interpreter`)."""
+    return Interpreter(package_path, function, keep_float32, keep_weights=False)(inputs)
+
+
+def _is_constant(operation: Operation) -> bool:
+    return operation.type == "const" or operation.type.startswith("constexpr_")
+
+
+def _fits(value: Any, kind: TensorType) -> bool:
+    if kind.dtype == "string":
+        return True
+    return len(value.shape) == len(kind.shape) and all(
+        m is None or n == m for n, m in zip(value.shape, kind.shape, strict=True)
+    )
+
+
+def _last_use(function: Function) -> dict[int, list[str]]:
+    """Place of an operation -> values that nothing after it needs."""
+    last = {}
+    for i, operation in enumerate(function.operations):
+        used = [b for bindings in operation.inputs.values() for b in bindings]
+        for name in [*(b for b in used if isinstance(b, str)), *operation.outputs]:
+            last[name] = i
+    ends: dict[int, list[str]] = {}
+    for name, i in last.items():
+        if name not in function.outputs:
+            ends.setdefault(i, []).append(name)
+    return ends
+
+
+# --- what is in a package ---------------------------------------------------------------------
+
+
+def summary(package_path: str | Path) -> dict[str, Any]:
+    """What a package holds, as plain JSON values; nothing is computed.
+
+    Returns:
+        `functions`: for each its `inputs` and `outputs` (name -> "fp16 (1, 8, 16, 16)"), the number
+        of `operations` by type, most first, constants left out, and the `layout_operations` among
+        them (see `LAYOUT_OPS`). `default_function`, `specification_version`, `weight_bytes` (size
+        of the weight file), `palettized_weights` (weights stored as indices into palettes),
+        `palettes` (how many of these there are, several for a grouped weight), `bits_per_index`
+        (average over the numbers in palettized weights), `weights` (numbers in floating weights
+        from the file) and `bits_per_weight` (bits of all that is stored for them, palettes and
+        scales included, for each). What functions share counts once.
+
+    Raises:
+        UserError: see `Package`.
+    """
+    package = Package(package_path)
+    functions = {}
+    stored: dict[tuple, tuple[int, int]] = {}  # blobs of a weight -> (numbers, bits)
+    palettized: dict[tuple, tuple[int, int, float]] = {}  # -> palettes, numbers, bits
+    for name, function in package.functions.items():
+        types = function.types()
+        counts = Counter(o.type for o in function.operations if not _is_constant(o))
+        functions[name] = {
+            "inputs": {n: str(kind) for n, kind in function.inputs.items()},
+            "outputs": {n: str(types[n]) for n in function.outputs},
+            "operations": dict(counts.most_common()),
+            "layout_operations": {kind: counts[kind] for kind in LAYOUT_OPS},
+        }
+        for weight, blobs, kind in _weights(function):
+            key = tuple(b.offset for b in blobs)
+            bits = sum(int(np.prod(b.type.shape)) * b.type.bits for b in blobs)
+            stored[key] = int(np.prod(kind.shape)), bits
+            if weight.type == "constexpr_lut_to_dense":
+                count, bits = _palettes(weight, types)
+                palettized[key] = count, stored[key][0], stored[key][0] * bits
+    numbers, bits = (sum(x) for x in zip(*stored.values(), strict=True)) if stored else (0, 0)
+    palettes, indices, index_bits = (
+        sum(x) for x in zip((0, 0, 0), *palettized.values(), strict=True)
+    )
+    return {
+        "specification_version": package.specification_version,
+        "default_function": package.default_function,
+        "functions": functions,
+        "weight_bytes": package.weight_bytes(),
+        "palettized_weights": len(palettized),
+        "palettes": palettes,
+        "bits_per_index": round(index_bits / indices, 3) if indices else 0.0,
+        "weights": numbers,
+        "bits_per_weight": round(bits / numbers, 3) if numbers else 0.0,
+    }
+
+
+def _weights(function: Function):
+    """(operation, what it has in the weight file, type) of each floating weight as it is used."""
+    made = {name: op for op in function.operations for name in op.outputs}
+    parts = {
+        b
+        for op in function.operations
+        if op.type.startswith("constexpr_")
+        for bindings in op.inputs.values()
+        for b in bindings
+        if isinstance(b, str)
+    }
+
+    def blobs(operation: Operation) -> list[Blob]:
+        found = []
+        for binding in (b for bindings in operation.inputs.values() for b in bindings):
+            if isinstance(binding, str):
+                found += blobs(made[binding])
+            elif isinstance(binding.value, Blob):
+                found.append(binding.value)
+        return found
+
+    for operation in filter(_is_constant, function.operations):
+        for name, kind in operation.outputs.items():
+            if kind.floating and name not in parts and (found := blobs(operation)):
+                yield operation, found, kind
+
+
+def _palettes(operation: Operation, types: dict[str, TensorType]) -> tuple[int, float]:
+    """How many palettes a weight has, and the bits of indices into them for each number."""
+    (lut,) = operation.inputs["lut"]
+    if isinstance(lut, str):
+        shape = types[lut].shape
+    else:
+        shape = lut.value.type.shape if isinstance(lut.value, Blob) else lut.value.shape
+    if len(shape) == 1:
+        return 1, int(shape[0]).bit_length() - 1
+    *groups, entries, numbers = shape
+    return int(np.prod(groups)), (int(entries).bit_length() - 1) / numbers
+
+
+def _printed(path: Path) -> str:
+    found = summary(path)
+    lines = [f"{path}, specification version {found['specification_version']}"]
+    for name, function in found["functions"].items():
+        default = " (default)" if name == found["default_function"] else ""
+        lines.append(f"function {name}{default}")
+        for what in ("inputs", "outputs"):
+            lines += [f"  {what[:-1]:6} {n}: {kind}" for n, kind in function[what].items()]
+        counts = function["operations"]
+        layout = ", ".join(f"{n} {kind}" for kind, n in function["layout_operations"].items())
+        lines.append(f"  {sum(counts.values())} operations, of these {layout}")
+        others = [f"{n} {kind}" for kind, n in counts.items() if kind not in LAYOUT_OPS]
+        lines.append(f"  {', '.join(others)}")
+    lines.append(
+        f"weights: {found['weight_bytes']:,} bytes, {found['weights']:,} numbers at "
+        f"{found['bits_per_weight']:g} bits, {found['palettized_weights']} in "
+        f"{found['palettes']} palettes of {found['bits_per_index']:g} bits"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.mil.interpreter",
+        description="Print what is in a Core ML package.",
+    )
+    parser.add_argument("package", type=Path, help="folder of the .mlpackage")
+    print(_printed(parser.parse_args().package))
+
+
+if __name__ == "__main__":
+    run_command(main)

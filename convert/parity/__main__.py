@@ -1,0 +1,192 @@
+"""How far the networks here are from the libraries that they are ported from.
+
+    python -m convert.parity
+    python -m convert.parity --source my-clip --source Qwen-Image/vae
+
+Without a source, each network runs on random weights of a small size; with one, on the checkpoint
+in that folder. The table has the largest difference over the largest value, in float32. Needs the
+libraries themselves: pip install "mlx_snapgen[parity]".
+"""
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from convert.parity.autoencoders import (
+    compare_kl_vae,
+    compare_qwen_image_vae,
+    make_kl_vae,
+    make_qwen_image_vae,
+)
+from convert.parity.text_encoders import compare_clip, compare_gemma, make_clip, make_gemma
+from convert.parity.transformers import (
+    Pairs,
+    compare_lora,
+    compare_qwen_image,
+    compare_z_image,
+    make_lora,
+    make_qwen_image,
+    make_z_image,
+)
+from convert.public.kinds import find_kind
+from convert.public.source import find_source
+from mlx_snapgen.errors import UserError, run_command
+
+LIMIT = 1e-3
+"""A larger relative difference is told as a fault; float32 networks are at 1e-6 to 1e-5."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A network here, and the original."""
+
+    original: str
+    packages: tuple[str, ...]
+    make: Callable[[Path], None]
+    """Writes the original with small random weights into a folder."""
+    compare: Callable[[Path], Pairs]
+    """Runs both on the checkpoint in a folder."""
+    only_random: bool = False
+    """It takes more than the checkpoint."""
+
+
+def relative_difference(found: mx.array, expected: Any) -> float:
+    """Largest difference over largest value; NaN where either is not finite.
+
+    Args:
+        expected: a torch tensor of the same shape.
+    """
+    found, expected = np.array(found.astype(mx.float32)), expected.float().numpy()
+    if found.shape != expected.shape:
+        raise ValueError(f"{found.shape} is compared with {expected.shape}")
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+PORTS = {
+    "clip": Port("transformers CLIPTextModel", ("torch", "transformers"), make_clip, compare_clip),
+    "gemma": Port(
+        "transformers Gemma3TextModel",
+        ("torch", "transformers", "mlx_lm"),
+        make_gemma,
+        compare_gemma,
+    ),
+    "qwen-image-vae": Port(
+        "diffusers AutoencoderKLQwenImage",
+        ("torch", "diffusers"),
+        make_qwen_image_vae,
+        compare_qwen_image_vae,
+    ),
+    "kl-vae": Port("diffusers AutoencoderKL", ("torch", "diffusers"), make_kl_vae, compare_kl_vae),
+    "qwen-image": Port(
+        "diffusers QwenImageTransformer2DModel",
+        ("torch", "diffusers"),
+        make_qwen_image,
+        compare_qwen_image,
+    ),
+    "z-image": Port(
+        "diffusers ZImageTransformer2DModel", ("torch", "diffusers"), make_z_image, compare_z_image
+    ),
+    "lora": Port(
+        "diffusers load_lora_adapter",
+        ("torch", "diffusers", "peft"),
+        make_lora,
+        compare_lora,
+        only_random=True,
+    ),
+}
+"""By kind, as `convert.from_torch` finds it."""
+
+
+def measure(kind: str, folder: Path | None = None) -> list[tuple[str, float]]:
+    """(what, relative difference) of one network; on random weights without a folder.
+
+    Raises:
+        UserError: a library is missing, or the folder holds something else.
+    """
+    port = PORTS[kind]
+    missing = [p for p in port.packages if importlib.util.find_spec(p) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f'{kind} needs {names}: pip install "mlx_snapgen[parity]"')
+    with tempfile.TemporaryDirectory() as place:
+        if folder is None:
+            folder = Path(place)
+            port.make(folder)
+        pairs = list(port.compare(folder))
+    return [(what, relative_difference(found, expected)) for what, found, expected in pairs]
+
+
+def kind_of(source: str) -> tuple[str, Path]:
+    """The kind of a checkpoint and its folder; `UserError`: one that is compared with nothing."""
+    found = find_source(source)
+    with tempfile.TemporaryDirectory() as place:
+        kind = find_kind(found, found.weights(Path(place)))
+    if kind not in PORTS or PORTS[kind].only_random:
+        raise UserError(f"{source} is a {kind}, which has no library to compare with on its own")
+    return kind, found.folder
+
+
+def _hush() -> None:
+    """The table without transformers' progress bars, and its list of a checkpoint's other keys."""
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--source", action="append", metavar="FOLDER", help="a checkpoint of your own; repeatable"
+    )
+    parser.add_argument("--kind", action="append", choices=PORTS, help="only this; repeatable")
+    args = parser.parse_args()
+    if args.source and args.kind:
+        raise UserError("--source finds the kind itself: leave --kind out")
+    _hush()
+    runs = [kind_of(source) for source in args.source or ()]
+    runs = runs or [(kind, None) for kind in args.kind or PORTS]
+    print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<10}difference")
+    worst = done = 0.0
+    for kind, folder in runs:
+        try:
+            rows = measure(kind, folder)
+        except UserError as error:
+            if args.source or args.kind:
+                raise
+            print(f"{kind:<16}skipped: {error}", flush=True)
+            continue
+        for what, difference in rows:
+            name = "random" if folder is None else folder.name[-18:]
+            print(
+                f"{kind:<16}{name:<20}{PORTS[kind].original:<38}{what:<10}{difference:.1e}",
+                flush=True,
+            )
+            worst, done = max(worst, difference), done + 1
+            if not difference <= LIMIT:
+                worst = float("inf")
+    if not done:
+        raise UserError('no library is there to compare with: pip install "mlx_snapgen[parity]"')
+    return 0 if worst <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""Public checkpoints: found, read tensor by tensor, renamed and accounted for."""

@@ -1,0 +1,1 @@
+"""Names and sizes of public checkpoints, one file for each family."""

@@ -1,0 +1,114 @@
+"""Gemma 3's text network as mlx-lm has it: keys, config and shapes, for `convert.public.kinds`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_snapgen.errors import UserError
+
+GEMMA_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What mlx-lm reads besides weights and config.json."""
+
+_TEXT = re.compile(r"(language_model\.model|model\.language_model|language_model|model)\.(?=[eln])")
+_KEY = re.compile(
+    r"embed_tokens\.weight|norm\.weight"
+    r"|layers\.\d+\.(self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj"
+    r"|(input|post_attention|pre_feedforward|post_feedforward)_layernorm)\.weight"
+)
+_LEFT_OUT = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector)\..+|(language_model\.)?lm_head\.weight"
+)
+
+
+def gemma_name(key: str) -> str | None:
+    """mlx-lm's name of a key of Hugging Face, with or without the pictures' side.
+
+    None for that side, and for `lm_head`: the encoder takes states.
+
+    Raises:
+        UserError: a key of another network.
+    """
+    if _LEFT_OUT.fullmatch(key):
+        return None
+    name = _TEXT.sub("", key, count=1)
+    if not _KEY.fullmatch(name):
+        raise UserError(f"'{key}' belongs to no Gemma 3")
+    return f"model.{name}"
+
+
+def gemma_config(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """config.json of the text network alone, in the names that mlx-lm reads.
+
+    Raises:
+        UserError: another network, or sizes that are missing.
+    """
+    if values.get("model_type") not in ("gemma3", "gemma3_text"):
+        raise UserError(f"{path} describes a {values.get('model_type')}, not a Gemma 3")
+    if values.get("quantization") or values.get("quantization_config"):
+        raise UserError(f"{path} is of quantized weights: get the original ones")
+    text = dict(values)
+    if "text_config" in values:
+        # What Google's files leave out of it is the 4B model's; mlx-lm's own defaults are the 1B's.
+        defaults = {
+            "vocab_size": values.get("vocab_size", 262208),
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        }
+        text = defaults | values["text_config"]
+    text["model_type"] = "gemma3_text"
+    # transformers 5 writes the rotary settings by kind of layer, and the pattern as a list.
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and "full_attention" in rope:
+        whole, local = rope["full_attention"], rope.get("sliding_attention", {})
+        text["rope_theta"] = whole.get("rope_theta", 1_000_000.0)
+        text["rope_local_base_freq"] = local.get("rope_theta", 10_000.0)
+        if whole.get("rope_type", "default") != "default":
+            text["rope_scaling"] = {k: v for k, v in whole.items() if k != "rope_theta"}
+    layers = text.get("layer_types")
+    if "sliding_window_pattern" not in text and layers:
+        whole = [i for i, kind in enumerate(layers) if kind == "full_attention"]
+        # No full layer at all: the pattern never comes round.
+        text["sliding_window_pattern"] = whole[0] + 1 if whole else len(layers) + 1
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+        if not isinstance(text.get(key), int):
+            raise UserError(f"{path} lacks {key}: it does not describe a Gemma 3")
+    return text
+
+
+def gemma_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of the network that `gemma_config` describes."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim", 256)
+    queries = config.get("num_attention_heads", 4) * head
+    keys = config.get("num_key_value_heads", 1) * head
+    layer = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    } | {
+        f"{name}_layernorm": (width,)
+        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    }
+    return {
+        "model.embed_tokens.weight": (config.get("vocab_size", 262144), width),
+        "model.norm.weight": (width,),
+    } | {
+        f"model.layers.{i}.{name}.weight": shape
+        for i in range(config["num_hidden_layers"])
+        for name, shape in layer.items()
+    }

@@ -1,0 +1,66 @@
+"""LoRAs of any layout under the keys that `mlx_snapgen.lora.files` writes."""
+
+import functools
+import re
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.lora.files import public_name
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.teachers.config import TRANSFORMERS
+from mlx_snapgen.teachers.folder import NETWORKS
+
+Weights = dict[str, mx.array]
+
+
+def lora_name(key: str) -> str:
+    """Our name of a public key, kohya's flat ones too where the network is known.
+
+    Raises:
+        UserError: no part of a LoRA, or a flat name of another network.
+    """
+    return public_name(key, dotted)
+
+
+_NUMBER = r"(?<=[._])\d+(?=[._]|$)"
+
+
+def dotted(flat: str) -> str | None:
+    """Path of the layer whose dots have become underscores, None when no network here has it."""
+    path = _layers().get(re.sub(_NUMBER, "#", flat))
+    numbers = iter(re.findall(_NUMBER, flat))
+    return path and re.sub("#", lambda _: next(numbers), path)
+
+
+@functools.cache
+def _layers() -> dict[str, str]:
+    """Flat name -> path of the layers of all networks here, with # for each number."""
+    networks = [EfficientDiT(TransformerConfig())]
+    networks += [network(TRANSFORMERS[kind](num_layers=1)) for kind, network in NETWORKS.items()]
+    paths = {re.sub(_NUMBER, "#", path) for network in networks for path in linear_layers(network)}
+    return {path.replace(".", "_"): path for path in paths}
+
+
+def lora_weights(path: Path, public: Weights) -> Weights:
+    """The public keys to ours; `UserError` when a layer has one matrix alone."""
+    weights = {lora_name(key): value for key, value in public.items()}
+    layers = {re.sub(r"\.(lora_[AB]\.weight|alpha)$", "", key) for key in weights}
+    for layer in sorted(layers):
+        for part in ("lora_A", "lora_B"):
+            if f"{layer}.{part}.weight" not in weights:
+                raise UserError(f"{path}: {layer} lacks {part}")
+    return weights
+
+
+def lora_metadata(path: Path) -> dict[str, str]:
+    """What the header of a file says that loading it takes."""
+    metadata = {"format": "mlx"}
+    if path.suffix == ".safetensors":
+        header = mx.load(str(path), return_metadata=True)[1]
+        kept = ("base_model", "lora_adapter_metadata")
+        metadata |= {name: value for name, value in header.items() if name in kept}
+    return metadata

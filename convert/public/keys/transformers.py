@@ -1,0 +1,131 @@
+"""The transformers of public teachers, from diffusers: config and keys, for `convert.public.kinds`.
+
+The networks here keep the public names, by which public LoRAs find their layers, and MLX's linear
+layers the public layout: all that is left of the mapping is to know the keys.
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from convert.public.source import find_source, read_object
+from mlx_snapgen.config import QwenTransformerConfig, ZImageTransformerConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.teachers.config import TRANSFORMERS
+from mlx_snapgen.teachers.folder import NETWORKS
+
+
+def read_transformer(folder: Path) -> nn.Module:
+    """The transformer in a folder of diffusers, lazily and in the type it is stored in.
+
+    Raises:
+        UserError: another network, or a key that is missing, unknown or misshapen.
+    """
+    path = folder / "config.json"
+    _, network = make_transformer(read_object(path), path)
+    # Of safetensors alone; pickles go through `convert.from_torch`.
+    weights = find_source(str(folder)).weights(folder)
+    try:
+        network.load_weights(list(weights.items()))
+    except ValueError as error:
+        raise UserError(f"{folder} is another network: {' '.join(str(error).split())}") from None
+    return network
+
+
+def transformer_name(kind: str, key: str) -> str:
+    """The key itself; `UserError` when the network `kind` has none such."""
+    if _numberless(key) not in _known(kind):
+        raise UserError(f"'{key}' belongs to no {kind} transformer")
+    return key
+
+
+@functools.cache
+def _known(kind: str) -> frozenset[str]:
+    """Every key of a network, without the numbers of the blocks."""
+    network = NETWORKS[kind](TRANSFORMERS[kind](num_layers=1))
+    return frozenset(_numberless(key) for key, _ in tree_flatten(network.parameters()))
+
+
+def _numberless(key: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".#", key)
+
+
+def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, nn.Module]:
+    """Kind of teacher and our network, of random weights, from config.json in diffusers.
+
+    Args:
+        path: of config.json, for messages.
+
+    Raises:
+        UserError: another network, or settings that are missing or not supported.
+    """
+    name = values.get("_class_name")
+    if name not in CONFIGS:
+        raise UserError(
+            f"{path}: expected one of {', '.join(CONFIGS)}, got {name}: give a model in "
+            "diffusers' format"
+        )
+    kind, read = CONFIGS[name]
+    try:
+        return kind, NETWORKS[kind](read(values))
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} does not describe a transformer known here: {error!r}") from None
+
+
+def qwen_transformer_config(values: dict[str, Any]) -> QwenTransformerConfig:
+    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
+    flags = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+    for key in flags:
+        if values.get(key):
+            raise UserError(f"this is a variant of Qwen-Image with {key}, which is not supported")
+    patch = values["patch_size"]
+    channels, rest = divmod(values["in_channels"], patch**2)
+    if rest or values["out_channels"] not in (None, channels):
+        raise UserError(
+            f"{values['in_channels']} channels in and {values['out_channels']} out do not make "
+            f"latents of one kind in patches of {patch}x{patch}"
+        )
+    return QwenTransformerConfig(
+        num_layers=values["num_layers"],
+        num_heads=values["num_attention_heads"],
+        head_dim=values["attention_head_dim"],
+        latent_channels=channels,
+        patch_size=patch,
+        text_dims=values["joint_attention_dim"],
+        rope_axes=tuple(values["axes_dims_rope"]),
+    )
+
+
+def z_image_transformer_config(values: dict[str, Any]) -> ZImageTransformerConfig:
+    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
+    only = {"qk_norm": True, "siglip_feat_dim": None, "t_scale": 1000.0, "all_f_patch_size": [1]}
+    only["n_kv_heads"] = values["n_heads"]
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise UserError(f"only {key} {value} is supported, got {values[key]}")
+    if len(values["all_patch_size"]) != 1:
+        raise UserError(f"only one patch size is supported, got {values['all_patch_size']}")
+    return ZImageTransformerConfig(
+        num_layers=values["n_layers"],
+        num_refiner_layers=values["n_refiner_layers"],
+        hidden_size=values["dim"],
+        num_heads=values["n_heads"],
+        latent_channels=values["in_channels"],
+        patch_size=values["all_patch_size"][0],
+        text_dims=values["cap_feat_dim"],
+        time_dims=min(values["dim"], 256),
+        norm_eps=values["norm_eps"],
+        rope_axes=tuple(values["axes_dims"]),
+        rope_theta=values["rope_theta"],
+    )
+
+
+CONFIGS = {
+    "QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config),
+    "ZImageTransformer2DModel": ("z-image", z_image_transformer_config),
+}
+"""diffusers' class -> kind of teacher, and what reads its config."""

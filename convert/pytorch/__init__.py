@@ -1,0 +1,1 @@
+"""The networks in PyTorch, and weights there and back."""

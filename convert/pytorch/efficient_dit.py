@@ -1,0 +1,348 @@
+"""The Efficient DiT in PyTorch, at one width and one resolution: the twin of `mlx_snapgen`'s.
+
+For PyTorch users, and what Core ML export traces: shapes, RoPE tables and bands are fixed when the
+network is built, so nothing in `forward` depends on the data. `torch_layers` tells the layout.
+Names are those of the MLX network, and so is the order of channels; `to_torch` moves the weights.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from convert.pytorch.attention import (
+    Attend,
+    CrossAttention,
+    Grid,
+    SelfAttention,
+    SparseSelfAttention,
+    attend_fused,
+)
+from convert.pytorch.folder import read_config, twin_files
+from convert.pytorch.layers import RMSNorm, linear, normalised, text_bias, tokens
+from convert.pytorch.parts import Decoder, TextEncoder
+from mlx_snapgen.config import ModelConfig, TransformerConfig
+from mlx_snapgen.errors import UserError
+
+# isort: split
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, dims, 1, 1), sinusoids of 1000 t through an MLP."""
+
+    def __init__(self, frequency_dim: int, dims: int):
+        super().__init__()
+        self.half = frequency_dim // 2
+        self.linear1 = linear(frequency_dim, dims)
+        self.linear2 = linear(dims, dims)
+
+    def forward(self, t: Tensor) -> Tensor:
+        # In float32 whatever the weights are: angles go up to 1000.
+        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        frequencies = 1000 * torch.exp(-math.log(10000) / self.half * steps)
+        angles = t.reshape(-1, 1, 1, 1).float() * frequencies.reshape(1, -1, 1, 1)
+        x = torch.cat([angles.cos(), angles.sin()], 1).to(self.linear1.weight.dtype)
+        return self.linear2(F.silu(self.linear1(x)))
+
+
+class AdaLNSingle(nn.Module):
+    """The timestep projection shared by all blocks: t -> (B, dims, 1, 1) and (B, 6 dims, 1, 1)."""
+
+    def __init__(self, frequency_dim: int, dims: int):
+        super().__init__()
+        self.embedder = TimestepEmbedder(frequency_dim, dims)
+        self.linear = linear(dims, 6 * dims)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.embedder(t)
+        return embedding, self.linear(F.silu(embedding))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dims: int, ratio: float):
+        super().__init__()
+        self.linear1 = linear(dims, round(dims * ratio))
+        self.linear2 = linear(round(dims * ratio), dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.gelu(self.linear1(x), approximate="tanh"))
+
+
+class Table(nn.Module):
+    """Learned modulation, rows of (1, dims, 1, 1), on top of the timestep's."""
+
+    def __init__(self, rows: int, dims: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, rows * dims, 1, 1))
+        self.rows = rows
+
+    def forward(self, modulation: Tensor) -> Sequence[Tensor]:
+        return (self.weight + modulation).chunk(self.rows, 1)
+
+
+class Block(nn.Module):
+    """PixArt-alpha block at one stage's resolution."""
+
+    def __init__(self, config: TransformerConfig, ffn_ratio: float, sparse: bool, attend: Attend):
+        super().__init__()
+        self.self_attention = (SparseSelfAttention if sparse else SelfAttention)(config, attend)
+        self.cross_attention = CrossAttention(config, attend)
+        self.ffn = FeedForward(config.hidden_size, ffn_ratio)
+        self.modulation = Table(6, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        bias: Tensor | None,
+        grid: Grid,
+        cells: Grid | None = None,
+    ) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(modulation)
+        h = normalised(x, 1e-6) * (1 + scale_a) + shift_a
+        x = x + gate_a * self.self_attention(h, grid, cells)
+        x = x + self.cross_attention(x, text, bias)
+        h = normalised(x, 1e-6) * (1 + scale_f) + shift_f
+        return x + gate_f * self.ffn(h)
+
+
+class LongSkip(nn.Module):
+    """Concatenate with an earlier output and project 2d -> d (U-ViT)."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = linear(2 * dims, dims)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.linear(torch.cat([x, skip], 1))
+
+
+class Downsample(nn.Module):
+    """2x2 cells of tokens -> one token."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = nn.Conv2d(dims, dims, 2, stride=2, bias=False)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return tokens(self.linear(grid.picture(x)))
+
+
+class Upsample(nn.Module):
+    """One token -> a 2x2 cell, then a learned mix with the Down stage's output."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = linear(dims, 4 * dims, bias=False)
+        self.skip_weight = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor, cells: Grid) -> Tensor:
+        x = tokens(F.pixel_shuffle(cells.picture(self.linear(x)), 2))
+        return skip + self.skip_weight * (x - skip)
+
+
+class TextProjection(nn.Module):
+    """States (B, dims, 1, L) of one encoder -> (B, text_width, 1, L)."""
+
+    def __init__(self, dims: int, text_width: int):
+        super().__init__()
+        self.norm = RMSNorm(dims)
+        self.linear = linear(dims, text_width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(self.norm(states))
+
+
+class Head(nn.Module):
+    """Modulated norm, the linear layer to the velocity of a patch, and the patches' pixels."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.modulation = Table(2, config.hidden_size)
+        self.linear = linear(config.hidden_size, config.patch_size**2 * config.latent_channels)
+        self.patch = config.patch_size
+
+    def forward(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
+        shift, scale = self.modulation(torch.cat([embedding, embedding], 1))
+        v = self.linear(normalised(x, 1e-6) * (1 + scale) + shift)
+        return F.pixel_shuffle(grid.picture(v), self.patch)
+
+
+class EfficientDiT(nn.Module):
+    """Velocity v = eps - x0 of latents x_t = (1 - t) x0 + t eps, at one width and resolution.
+
+    Args:
+        config: of one width (`TransformerConfig.standalone`).
+        latent_size: height and width of the latents; both divide by twice the patch size.
+        attend: `attend_fused`, or `attend_split` for Core ML.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        latent_size: tuple[int, int],
+        attend: Attend = attend_fused,
+    ):
+        super().__init__()
+        if config.widths != (1.0,):
+            raise UserError("the PyTorch network has one width: take config.standalone(width)")
+        self.config = config
+        d, sparse = config.hidden_size, config.sparse_attention
+        down, middle, up = config.blocks
+        self.patch_embed = nn.Conv2d(
+            config.latent_channels, d, config.patch_size, stride=config.patch_size
+        )
+        self.time = AdaLNSingle(config.frequency_dim, d)
+        self.text = nn.ModuleList(
+            TextProjection(dims, config.text_width) for dims in config.text_dims
+        )
+
+        def blocks(count: int, stage: int, sparse: bool) -> nn.ModuleList:
+            ratio = config.ffn_ratio[stage]
+            return nn.ModuleList(Block(config, ratio, sparse, attend) for _ in range(count))
+
+        self.down_blocks = blocks(down, 0, sparse)
+        if middle:
+            self.downsample = Downsample(d)
+            self.middle_blocks = blocks(middle, 1, False)
+            if config.long_skips:
+                self.long_skips = nn.ModuleList(LongSkip(d) for _ in range(middle // 2))
+            self.upsample = Upsample(d)
+            self.up_blocks = blocks(up, 2, sparse)
+        self.head = Head(config)
+        self.resize(latent_size)
+
+    def resize(self, latent_size: tuple[int, int]) -> None:
+        """Take latents of this (height, width) from now on; see the class for the error."""
+        unit = 2 * self.config.patch_size
+        if any(side < 1 or side % unit for side in latent_size):
+            height, width = latent_size
+            raise UserError(
+                f"latents of {height}x{width} do not divide by {unit}: choose a picture size "
+                f"that divides by {8 * unit}"
+            )
+        height, width = (side // self.config.patch_size for side in latent_size)
+        weight = self.patch_embed.weight
+        self.grid = Grid(self.config, height, width, 1).to(weight)
+        self.cells = Grid(self.config, height // 2, width // 2, 2).to(weight)
+
+    def encode_text(self, states: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+        """Project each encoder's states and join them token-wise.
+
+        Args:
+            states: for each of `config.text_dims`, in order, states (B, L, D) and mask (B, L), true
+                where a token counts; None for an encoder that is absent.
+
+        Returns:
+            text (B, text_width, 1, L) and mask (B, L), L the sum of the encoders' lengths.
+        """
+        if len(states) != len(self.text):
+            raise UserError(f"{len(self.text)} text encoders expected, got {len(states)}")
+        present = [(p, s) for p, s in zip(self.text, states, strict=True) if s is not None]
+        if not present:
+            raise UserError("all text encoders are absent: leave at least one")
+        projected = [project(s.permute(0, 2, 1)[:, :, None]) for project, (s, _) in present]
+        return torch.cat(projected, 3), torch.cat([mask for _, (_, mask) in present], 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            x_t: noisy latents (B, C, H, W).
+            t: noise level (B,) in [0, 1], float32.
+            text: (B, text_width, 1, L) from `encode_text`.
+            mask: (B, L), 1 or true where a text token counts; None when all do.
+
+        Returns:
+            v (B, C, H, W)
+        """
+        bias = None if mask is None else text_bias(mask).to(text.dtype)
+        x = tokens(self.patch_embed(x_t))
+        embedding, modulation = self.time(t)
+        for block in self.down_blocks:
+            x = block(x, modulation, text, bias, self.grid, self.cells)
+        if self.config.blocks[1]:
+            skip = x
+            x = self._middle(self.downsample(x, self.grid), modulation, text, bias)
+            x = self.upsample(x, skip, self.cells)
+            for block in self.up_blocks:
+                x = block(x, modulation, text, bias, self.grid, self.cells)
+        return self.head(x, embedding, self.grid)
+
+    def _middle(self, x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+        """Middle stage: block i's output returns at the input of block n - 1 - i."""
+        count = len(self.middle_blocks)
+        outputs = []
+        for i, block in enumerate(self.middle_blocks):
+            mirrored = count - 1 - i
+            if self.config.long_skips and mirrored < i:
+                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored])
+            x = block(x, modulation, text, bias, self.cells)
+            outputs.append(x)
+        return x
+
+
+class ProjectedEncoder(nn.Module):
+    """A text encoder and its projection: tokens and mask (B, L) -> text (B, text_width, 1, L)."""
+
+    def __init__(self, encoder: TextEncoder, projection: TextProjection):
+        super().__init__()
+        self.encoder, self.projection = encoder, projection
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.projection(self.encoder(tokens, mask).permute(0, 2, 1)[:, :, None])
+
+
+class Model(NamedTuple):
+    """What `to_torch` writes, in memory."""
+
+    config: ModelConfig
+    transformer: EfficientDiT
+    decoder: Decoder | None
+    """None where the model has a public autoencoder."""
+    text_encoders: list[TextEncoder | None]
+    """None stands for a public one."""
+
+
+def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
+    """Read a folder that `convert.to_torch` wrote: float32, on the CPU, for the model's own size.
+
+    Args:
+        attend: see `EfficientDiT`.
+
+    Raises:
+        UserError: no such folder, or its weights do not fit.
+    """
+    folder = Path(folder).expanduser()
+    config, _ = read_config(folder)
+    networks = make_networks(config, attend)
+    for name, network in networks.items():
+        path = folder / f"{name}.safetensors"
+        try:
+            network.load_state_dict(safetensors.torch.load_file(path))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None
+        network.eval().requires_grad_(False)
+    encoders = [networks.get(f"text_encoder_{i}") for i in range(len(config.text_encoders))]
+    return Model(config, networks["transformer"], networks.get("decoder"), encoders)
+
+
+def make_networks(config: ModelConfig, attend: Attend = attend_fused) -> dict[str, nn.Module]:
+    """The networks of a model that have a twin, by the name of their file, with random weights."""
+    side = config.autoencoder.downsampling
+    latent_size = tuple(pixels // side for pixels in config.image_size)
+    networks: dict[str, nn.Module] = {}
+    for name in twin_files(config):
+        if name == "transformer":
+            networks[name] = EfficientDiT(config.transformer, latent_size, attend)
+        elif name == "decoder":
+            networks[name] = Decoder(config.autoencoder)
+        else:
+            encoder = config.text_encoders[int(name.removeprefix("text_encoder_"))]
+            networks[name] = TextEncoder(encoder, attend)
+    return networks

@@ -1,0 +1,112 @@
+"""The default model's other networks in PyTorch: the decoder and the text encoder.
+
+Twins of `autoencoder.Decoder` and `text_encoder.TransformerTextEncoder`, in the layout of
+`torch_layers`.
+"""
+
+from convert.pytorch.attention import Attend, attend_fused
+from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bias
+from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Channel RMS norm, then two 3x3 convolutions around a leaky ReLU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.leaky_relu(self.conv1(self.norm(x)), 0.1))
+
+
+class Decoder(nn.Module):
+    """Normalised latents (B, C, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1], unclipped."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        eighth, quarter, half = config.decoder_channels
+        blocks = config.decoder_blocks
+        self.inp = nn.Conv2d(config.latent_channels, eighth, 3, padding=1)
+        self.blocks1 = nn.ModuleList(ResidualBlock(eighth) for _ in range(blocks[0]))
+        self.up1 = linear(eighth, 4 * quarter)
+        self.blocks2 = nn.ModuleList(ResidualBlock(quarter) for _ in range(blocks[1]))
+        self.up2 = linear(quarter, 4 * half)
+        self.blocks3 = nn.ModuleList(ResidualBlock(half) for _ in range(blocks[2]))
+        self.out = nn.Conv2d(half, 4 * 3, 3, padding=1)
+        mean = config.latents_mean or (0.0,) * config.latent_channels
+        std = config.latents_std or (1.0,) * config.latent_channels
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.inp(latents * self.std + self.mean)
+        for block in self.blocks1:
+            x = block(x)
+        x = F.pixel_shuffle(self.up1(x), 2)
+        for block in self.blocks2:
+            x = block(x)
+        x = F.pixel_shuffle(self.up2(x), 2)
+        for block in self.blocks3:
+            x = block(x)
+        return F.pixel_shuffle(self.out(x), 2)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer, bidirectional."""
+
+    def __init__(self, config: TextEncoderConfig, attend: Attend):
+        super().__init__()
+        d = config.hidden_size
+        self.norm1, self.norm2 = LayerNorm(d), LayerNorm(d)
+        self.qkv_proj, self.out_proj = linear(d, 3 * d), linear(d, d)
+        self.linear1, self.linear2 = linear(d, 4 * d), linear(4 * d, d)
+        self.heads, self.attend = range(config.num_heads), attend
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(self.norm1(x)).chunk(3, 1)
+        k = keys_of(k, len(self.heads))
+        x = x + self.out_proj(self.attend(q, k, v, self.heads, None, bias))
+        return x + self.linear2(self.activation(self.linear1(self.norm2(x))))
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu_tanh": _gelu_tanh, "gelu": F.gelu, "quick_gelu": _quick_gelu}
+"""`TextEncoderConfig.activation` -> the function."""
+
+
+class TextEncoder(nn.Module):
+    """Tokens and mask (B, L), 1 or true where one counts -> states (B, L, D)."""
+
+    def __init__(self, config: TextEncoderConfig, attend: Attend = attend_fused):
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.token_embedding = nn.Embedding(config.vocab_size, d)
+        self.position_embedding = nn.Parameter(torch.zeros(config.max_length, d))
+        self.layers = nn.ModuleList(Layer(config, attend) for _ in range(config.num_layers))
+        self.norm = LayerNorm(d)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]
+        x = x.permute(0, 2, 1)[:, :, None]
+        bias = text_bias(mask).to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.norm(x)[:, :, 0].permute(0, 2, 1)

@@ -1,0 +1,145 @@
+"""A model that `convert.to_torch` wrote, back into ours: the inverse of its mapping.
+
+PyTorch has the transformer, of convolutional autoencoders the decoder, and the text encoders of
+our own kind, at one width. All else (the autoencoder's encoder, public networks, tokenizers) is
+taken from the model that it came from.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from convert.public.source import check_whole, read_object
+from convert.pytorch.folder import FORMAT, read_config
+from convert.pytorch.weights import FOLDED, SHUFFLED, twin_name, twins
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.module import Quantization, listed
+from mlx_snapgen.config import WIDTH_NAMES, TextEncoderConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import new_folder
+from mlx_snapgen.settings import check_width
+
+
+def is_student(folder: Path) -> bool:
+    """Whether `convert.to_torch` wrote the folder."""
+    path = folder / "config.json"
+    return path.is_file() and read_object(path).get("format") == FORMAT
+
+
+def read_student(folder: Path, model: Path) -> Components:
+    """The model of one width in `folder`, with what PyTorch has not from `model`.
+
+    Raises:
+        UserError: weights that are missing, damaged or do not fit, or another model.
+    """
+    config, width = read_config(folder)
+    check_width(load_config(model), width)
+    components = load_pretrained(model, dtype=mx.float32, model_width=WIDTH_NAMES[width])
+    if dataclasses.replace(components.config, quantization=None, few_step=None) != config:
+        raise UserError(f"{folder} does not come from {model}: their configs differ")
+    for name, module in twins(components).items():
+        found = folder / f"{name}.safetensors"
+        if not found.is_file():
+            raise UserError(f"{folder} is incomplete: {found.name} is missing")
+        check_whole(found)
+        weights = our_weights(module, mx.load(str(found)), found)
+        module.update(tree_unflatten(list(weights.items())))
+    return components
+
+
+def our_weights(module: nn.Module, public: Mapping[str, mx.array], path: Path) -> dict[str, Any]:
+    """Weights of `module` out of its PyTorch twin's; `to_torch.torch_weights` is the inverse.
+
+    Args:
+        path: of the twin's weights, for messages.
+
+    Raises:
+        UserError: the two are not the same network.
+    """
+    ours = dict(tree_flatten(module.parameters()))
+    names = {twin_name(key): key for key in ours}
+    faults = [
+        listed("lacks", [name for name in names if name not in public]),
+        listed("has the unknown", [name for name in public if name not in names]),
+        listed(
+            "misshapes",
+            [
+                f"{name} {value.shape}"
+                for name, value in public.items()
+                if name in names and value.size != ours[names[name]].size
+            ],
+        ),
+    ]
+    if any(faults):
+        raise UserError(f"{path} does not fit its config: it " + "; ".join(filter(None, faults)))
+    weights = {}
+    for name, key in names.items():
+        value = public[name]
+        if re.search(SHUFFLED, name):
+            cells = module.config.patch_size**2 if name.startswith("head") else 4
+            value = value.reshape(len(value) // cells, cells, *value.shape[1:]).swapaxes(0, 1)
+            value = value.reshape(-1, *value.shape[2:])
+        if value.ndim == 4 and (ours[key].ndim == 4 or re.search(FOLDED, name)):
+            value = value.transpose(0, 2, 3, 1)
+        weights[key] = mx.contiguous(value.reshape(ours[key].shape).astype(mx.float32))
+    return weights
+
+
+def convert_student(
+    folder: Path,
+    model: Path,
+    out: Path,
+    dtype: mx.Dtype | None = None,
+    quantization: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Write the model in `folder` as ours, whole or not at all; what `read_student` raises, too.
+
+    Args:
+        model: folder of the model that `convert.to_torch` read.
+        quantization: {"bits", "group_size"} to store the transformer in.
+
+    Returns:
+        The report, as report.json has it.
+    """
+    components = read_student(folder, model)
+    keys = [
+        (f"{part}.{twin_name(key)}", f"{part}.{key}")
+        for part, module in twins(components).items()
+        for key, _ in tree_flatten(module.parameters())
+    ]
+    report = {
+        "source": str(folder),
+        "kind": "student",
+        "dtype": None if dtype is None else str(dtype).removeprefix("mlx.core."),
+        "quantization": quantization,
+        "keys": {
+            "used": [a for a, b in keys if a == b],
+            "renamed": {a: b for a, b in keys if a != b},
+            "ignored": {},
+            "missing": [],
+        },
+    }
+    how: Quantization | None = None if quantization is None else {"transformer": quantization}
+    with new_folder(out) as made:
+        save_pretrained(made, components, how, dtype, {"report.json": json.dumps(report, indent=1)})
+        for encoder in components.config.text_encoders:
+            _copy_source(encoder, model, made)
+    return report
+
+
+def _copy_source(encoder: TextEncoderConfig, model: Path, made: Path) -> None:
+    """A text encoder's folder inside that of the model; others are found where they are."""
+    if encoder.source is None or encoder.revision is not None:
+        return
+    inside = Path(encoder.source)
+    if (model / inside).is_dir() and not inside.is_absolute() and ".." not in inside.parts:
+        shutil.copytree(model / inside, made / inside, dirs_exist_ok=True)
