@@ -2,18 +2,14 @@
 
 import io
 import itertools
-import os
-import re
 from pathlib import Path
 
 # Before mlx, so that the fast BLAS gets in first.
 import mlx_snapgen  # noqa: F401
 
 # isort: split
-import mlx.core as mx
 import pytest
 import sentencepiece
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.config import (
@@ -27,11 +23,8 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
+from tests.tiny import COLOURS, NOUNS, VOCAB_SIZE, randomise
 from train.data.stickers.render import find_font
-
-NOUNS = ["apple", "car", "cat", "ice cream cone"]
-COLOURS = ["red", "blue", "green"]
-VOCAB_SIZE = 64
 
 
 @pytest.fixture(scope="session")
@@ -61,31 +54,6 @@ def tokenizer_bytes() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def randomise(module, seed: int) -> None:
-    """Normal weights everywhere, so that layers that start at zero take part."""
-    flat = tree_flatten(module.parameters())
-    keys = mx.random.split(mx.random.key(seed), len(flat))
-    values = []
-    for key, (name, p) in zip(keys, flat, strict=True):
-        if p.ndim == 1 and re.search(r"norm\d?(\.members\.\d)?\.weight", name):
-            value = 1 + 0.1 * mx.random.normal(p.shape, key=key)
-        else:
-            scale = 0.1 if p.ndim == 1 else (p.size // p.shape[0]) ** -0.5
-            value = scale * mx.random.normal(p.shape, key=key)
-        values.append((name, value))
-    module.update(tree_unflatten(values))
-    mx.eval(module.parameters())
-
-
-def memory(pid):
-    """MiB of a process and its children; Linux alone tells."""
-    pids = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        pids += map(int, (task / "children").read_text().split())
-    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.fixture(scope="session")

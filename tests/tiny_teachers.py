@@ -5,7 +5,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.config import to_dict
@@ -13,6 +12,7 @@ from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
+from tests.tiny import randomise
 
 TEXT_DIMS = 32
 SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}

@@ -2,7 +2,8 @@
 
     python -m apps.ios.vectors
 
-writes Tests/vectors.json, which the Swift tests read and tests/test_ios.py compares with a new one.
+writes Tests/vectors.json, which the Swift tests read and tests/applications/test_ios.py compares
+with a new one.
 """
 
 import functools

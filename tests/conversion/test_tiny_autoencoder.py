@@ -5,7 +5,6 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 
 from convert.autoencoder import swap_autoencoder
 from convert.public.keys.autoencoders import read_autoencoder
@@ -13,6 +12,7 @@ from mlx_snapgen.config import TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
 from mlx_snapgen.pipeline import SnapGenPipeline
+from tests.tiny import randomise
 
 SMALL = dataclasses.replace(
     TAEW2_1,

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import VOCAB_SIZE, randomise
 from mlx.utils import tree_flatten, tree_unflatten
 
 from convert.coreml import __main__ as command
@@ -37,8 +36,9 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
+from tests.tiny import VOCAB_SIZE, randomise
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
 WIDTHS = ["full", "small"]
 LEAST = 500

@@ -9,8 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_kd import student_config
-from tiny_teachers import TEXT_DIMS, Reader, write_teacher
 
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.config import AutoencoderConfig, QwenTransformerConfig
@@ -22,6 +20,8 @@ from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
 from mlx_snapgen.teachers.flow import noise_levels
+from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
+from tests.training.test_kd import student_config
 from train import kdmd
 from train.data.simulation import Simulation
 from train.objectives.distillation import Student

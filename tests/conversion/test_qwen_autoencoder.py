@@ -6,7 +6,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 
 from convert.autoencoder import swap_autoencoder
 from convert.public.keys.autoencoders import read_autoencoder
@@ -16,6 +15,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
 from mlx_snapgen.pipeline import SnapGenPipeline
+from tests.tiny import randomise
 
 SMALL = AutoencoderConfig(
     kind="qwen-image",

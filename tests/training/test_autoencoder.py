@@ -7,7 +7,6 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.hub import default_model_path
@@ -17,6 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
+from tests.tiny import randomise
 from train import autoencoder as trainer
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))

@@ -7,8 +7,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from test_teacher import QWEN, lightning
-from tiny_teachers import Reader, write_teacher
 
 from convert import sample_teacher
 from mlx_snapgen.errors import UserError
@@ -16,6 +14,8 @@ from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import load_flow_teacher
+from tests.runtime.test_teacher import QWEN, lightning
+from tests.tiny_teachers import Reader, write_teacher
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import memory
 from PIL import Image
 
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.pipeline import SnapGenPipeline
+from tests.tiny import memory
 
 pytest.importorskip(
     "starlette", reason='the server extra is not installed: pip install ".[server]"'
@@ -31,7 +31,7 @@ from apps.server.jobs import Drawing
 from apps.server.request import Limits, RequestError, parse_request
 from apps.worker.messages import Finished, ModelChoice, Progress
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GENERATIONS = "/v1/images/generations"
 PATIENCE = 120
 

@@ -30,7 +30,7 @@ from train.data.stickers.scenes import (
 )
 from train.data.stickers.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, pluralise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAINING = [next(sampling.scenes(5, start=k)) for k in range(3000)]
 FIRST_100 = list(itertools.islice(sampling.scenes(6, num_nouns=100), 1500))
 

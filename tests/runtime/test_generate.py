@@ -17,7 +17,7 @@ from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAST = ("--steps", "1")
 
 

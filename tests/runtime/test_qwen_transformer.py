@@ -6,12 +6,12 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.config import QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
+from tests.tiny import randomise
 
 SMALL = QwenTransformerConfig(
     num_layers=3,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("mlx_snapgen", "train", "convert", "apps")
 FORBIDDEN = {
     "mlx_snapgen": {"train", "convert", "apps", "tests", "torch", "coremltools"},

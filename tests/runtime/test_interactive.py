@@ -17,7 +17,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

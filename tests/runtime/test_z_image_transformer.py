@@ -4,14 +4,14 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import randomise
-from test_qwen_transformer import relative_error, to_mx
-from tiny_teachers import fill
 
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.config import ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer
+from tests.runtime.test_qwen_transformer import relative_error, to_mx
+from tests.tiny import randomise
+from tests.tiny_teachers import fill
 
 SMALL = ZImageTransformerConfig(
     num_layers=2,

@@ -13,7 +13,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.hub import default_model_path
@@ -30,6 +29,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
+from tests.tiny import randomise
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -271,7 +271,7 @@ def test_torch_that_is_missing_is_one_line(module, tmp_path):
         f"sys.argv = ['{module}', 'model', {str(tmp_path / 'out')!r}]; "
         f"runpy.run_module('convert.{module}', run_name='__main__')"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: this needs PyTorch")

@@ -16,7 +16,7 @@ from convert.mil.program import wire_fields
 from mlx_snapgen.config import STICKERS, to_dict
 from mlx_snapgen.networks.text_encoders.base import normalise
 
-ROOT = Path(__file__).parents[1] / "apps/ios"
+ROOT = Path(__file__).parents[2] / "apps/ios"
 
 SOURCES = ROOT / "Sources/SnapGen"
 

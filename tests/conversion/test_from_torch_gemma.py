@@ -8,13 +8,13 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-import test_gemma
-from test_gemma import CONFIG, TEXT, write_gemma
 
 from convert.public.convert import convert
 from convert.public.source import find_source
 from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.errors import UserError
+from tests.runtime import test_gemma
+from tests.runtime.test_gemma import CONFIG, TEXT, write_gemma
 
 TOKENS = [[2, 5, 6, 7, 8, 4, 5]]
 

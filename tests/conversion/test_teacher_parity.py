@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
 
 import convert.teacher
 from convert import sample_teacher
@@ -20,6 +19,7 @@ from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers.flow import noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
+from tests.tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
 
 PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
 

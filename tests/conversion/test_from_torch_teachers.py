@@ -4,10 +4,7 @@ import json
 
 import mlx.core as mx
 import pytest
-import test_z_image_transformer
-from conftest import randomise
 from mlx.utils import tree_flatten
-from test_qwen_transformer import SMALL, SMALL_SIZES
 
 from convert.public.convert import convert
 from convert.public.keys.autoencoders import read_autoencoder
@@ -23,6 +20,9 @@ from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
+from tests.runtime import test_z_image_transformer
+from tests.runtime.test_qwen_transformer import SMALL, SMALL_SIZES
+from tests.tiny import randomise
 
 Z = test_z_image_transformer
 PUBLIC = {

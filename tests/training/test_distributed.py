@@ -20,7 +20,7 @@ from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig
 from train.loop.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 

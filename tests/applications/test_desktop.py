@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import memory
 from PIL import Image
 
 from apps.desktop.history import History
@@ -21,8 +20,9 @@ from apps.desktop.settings import Settings, load_settings, save_settings
 from apps.worker.messages import Downloading, Loaded, ModelChoice, Progress
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, read_metadata
+from tests.tiny import memory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 120
 
 # --- without a screen ---------------------------------------------------------------------------

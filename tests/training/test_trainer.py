@@ -28,7 +28,7 @@ from train.loop.config import TrainingConfig
 from train.loop.optimizer import learning_rate_schedule
 from train.loop.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

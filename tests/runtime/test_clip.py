@@ -10,7 +10,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.clip import load_clip, sanitize
@@ -19,6 +18,7 @@ from mlx_snapgen.config import TINYCLIP_19M, TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from tests.tiny import randomise
 
 MERGES = (
     "a p|p l|ap pl|l e</w>|appl e</w>|r e|re d</w>|t h|th e</w>|i n|in g</w>|1 2|' s</w>|"

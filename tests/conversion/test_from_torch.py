@@ -7,10 +7,7 @@ import weakref
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import randomise
 from mlx.utils import tree_flatten
-from test_clip import MERGES, hugging_face, open_clip
-from test_qwen_autoencoder import SMALL, SMALL_SIZES, public_autoencoder
 
 from convert import from_torch
 from convert.public import convert as conversion
@@ -27,6 +24,9 @@ from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from tests.conversion.test_qwen_autoencoder import SMALL, SMALL_SIZES, public_autoencoder
+from tests.runtime.test_clip import MERGES, hugging_face, open_clip
+from tests.tiny import randomise
 
 VOCAB_SIZE = 512 + len(MERGES.split(b"\n")) + 2
 
