@@ -11,7 +11,7 @@ from mlx_snapgen.errors import UserError
 
 def default_model_path() -> Path:
     """Folder of the model that comes with the package; `UserError` when it is not there."""
-    folder = Path(__file__).parent / "models" / "stickers"
+    folder = Path(__file__).parents[1] / "models" / "stickers"
     if not (folder / "config.json").is_file():
         raise UserError(
             f"the default model is missing ({folder}): reinstall mlx_snapgen, train the model as "

@@ -214,7 +214,7 @@ def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypat
     with pytest.raises(UserError, match="exists already"):
         to_torch(alone, folder, "small")
     assert {p.name for p in folder.iterdir()} == written
-    monkeypatch.setattr("convert.to_torch.torch_weights", lambda *_: {}["disk full"])
+    monkeypatch.setattr("convert.pytorch.weights.torch_weights", lambda *_: {}["disk full"])
     with pytest.raises(KeyError):
         to_torch(alone, tmp_path / "other", "small")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

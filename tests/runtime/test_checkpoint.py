@@ -335,7 +335,7 @@ def test_a_missing_folder_says_so(tmp_path, model_folder):
 
 
 def test_a_missing_default_model_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "checkpoint" / "hub.py"))
     with pytest.raises(UserError, match="default model is missing"):
         load_pretrained()
 
@@ -472,4 +472,4 @@ def test_saving_does_not_import_a_hub_client(model_folder):
         "import sys; from mlx_snapgen.checkpoint.model import load_pretrained; "
         f"load_pretrained({str(model_folder)!r}); assert 'huggingface_hub' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=hub.Path(hub.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=hub.Path(hub.__file__).parents[2])

@@ -24,6 +24,7 @@ from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
 from tests.training.test_kd import student_config
 from train import kdmd
 from train.data.simulation import Simulation
+from train.objectives import distillation
 from train.objectives.distillation import Student
 from train.objectives.dmd import STUDENT, Distilled, critic_name, make_gradients
 
@@ -164,7 +165,7 @@ def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
     batch = {"latents": inputs(4, 4)[0], "tokens_0": tokens, "mask_0": mask}
     batch |= teacher.encode(PROMPTS)._asdict()
     before = [np.array(p) for _, p in tree_flatten(teacher.network.parameters())]
-    learn = functools.partial(make_gradients(teacher, 4.0), student)
+    learn = functools.partial(distillation.make_gradients(teacher, 4.0), student)
     compiled = mx.compile(lambda b, k: learn(b, k, (0.5,), 1.0), inputs=student.state)
     grads, metrics = compiled(batch, mx.random.key(0))
     assert metrics["output"].item() > 0 and metrics["features_0.5"].item() > 0

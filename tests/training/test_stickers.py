@@ -15,6 +15,7 @@ from mlx_snapgen.errors import UserError
 from train import stickers
 from train.data.imagefolder import read_folder
 from train.data.stickers import captions
+from train.data.stickers import render as rendering
 from train.data.stickers import scenes as sampling
 from train.data.stickers.captions import plain_caption
 from train.data.stickers.render import batch, drawn_box, find_font, render, sprite
@@ -447,7 +448,7 @@ def test_recoloured_glyphs_have_the_named_colour(font):
 
 
 def test_missing_font_tells_how_to_install_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(stickers, "FONT_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(rendering, "FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UserError, match="apt install fonts-noto-color-emoji") as caught:
         find_font()
     assert "brew install --cask font-noto-color-emoji" in str(caught.value)

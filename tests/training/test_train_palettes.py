@@ -20,6 +20,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import check_palettes, load_palettes, with_palettes
 from train import palettes
 from train.data import trajectories
+from train.evaluation import palettes as comparison
 from train.evaluation.palettes import compare
 from train.loop.checkpoint import read_log
 
@@ -158,9 +159,9 @@ def test_a_picture_that_turns_into_another_does_not_decide(components, monkeypat
     moved = expected + mx.array([0.01, 0.01, 5.0]).reshape(3, 1, 1, 1)
     other = EfficientDiT(components.config.transformer)
     monkeypatch.setattr(
-        palettes, "draw_latents", lambda *args: moved if args[-1] is other else expected
+        comparison, "draw_latents", lambda *args: moved if args[-1] is other else expected
     )
-    monkeypatch.setattr(palettes, "velocity_psnr", lambda *args: {"full": 30.0})
+    monkeypatch.setattr(comparison, "velocity_psnr", lambda *args: {"full": 30.0})
     table = compare(components, {"tuned": other}, None, PROMPTS[:3], {"full": 1.0})
     assert table.splitlines()[-1] == f"| full | tuned | 30.0 | {20 * np.log10(11 / 0.01):.1f} |"
 
