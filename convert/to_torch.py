@@ -25,10 +25,9 @@ from convert.pytorch.weights import to_torch
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new
-from mlx_snapgen.settings import check_width
+from mlx_snapgen.settings import WIDTH_NAMES, check_width, parse_width
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
     check_new(args.output)
     folder = find_model(args.model)
     check_width(load_config(folder), args.width)
-    components = load_pretrained(folder, dtype=mx.float32, model_width=WIDTH_NAMES[args.width])
+    components = load_pretrained(folder, dtype=mx.float32, share=parse_width(args.width).share)
     for name in to_torch(components, args.output, args.width):
         print(f"{name} is not written: take the public one")
 

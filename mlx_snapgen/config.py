@@ -13,9 +13,6 @@ from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
 
-WIDTH_NAMES = {"full": 1.0, "small": 0.5, "tiny": 0.375}
-"""The paper's names for the share of every hidden dimension that a sub-network keeps."""
-
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -80,22 +77,22 @@ class TransformerConfig:
         """Query heads at full width."""
         return self.hidden_size // self.head_dim
 
-    def standalone(self, width: float) -> "TransformerConfig":
-        """Config of the sub-network of `width` as a network of its own."""
-        self.width_index(width)
+    def standalone(self, share: float) -> "TransformerConfig":
+        """Config of the sub-network of `share` as a network of its own."""
+        self.width_index(share)
         return dataclasses.replace(
             self,
-            hidden_size=round(self.hidden_size * width),
-            num_kv_heads=max(1, round(self.num_kv_heads * width)),
+            hidden_size=round(self.hidden_size * share),
+            num_kv_heads=max(1, round(self.num_kv_heads * share)),
             widths=(1.0,),
         )
 
-    def width_index(self, width: float) -> int:
-        """Place of `width` in `widths`; `UserError` when the network does not hold it."""
-        if width not in self.widths:
+    def width_index(self, share: float) -> int:
+        """Place of `share` in `widths`; `UserError` when the network does not hold it."""
+        if share not in self.widths:
             held = ", ".join(f"{w:g}" for w in self.widths)
-            raise UserError(f"this network holds the widths {held}, not {width:g}")
-        return self.widths.index(width)
+            raise UserError(f"this network holds the widths {held}, not {share:g}")
+        return self.widths.index(share)
 
 
 @dataclass(frozen=True)

@@ -1,73 +1,140 @@
-"""Prompts to latents and pictures."""
+"""Prompts to latents and pictures: the one loop that draws, for one picture or many at once."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
-from mlx_snapgen.lora.adapters import switched
-from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.pictures import to_pictures
-from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.lora.adapters import get_lora_weights, switched
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.pictures import to_uint8
+from mlx_snapgen.sampling import Step, denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.settings import DrawSettings
+
+Encode = Callable[[Sequence[str]], tuple[mx.array, mx.array]]
+"""Prompts -> text (B, L, D) and mask (B, L)."""
+
+
+def encode_for(
+    settings: DrawSettings, prompts: Sequence[str], encode: Encode
+) -> tuple[mx.array, mx.array]:
+    """Text and mask as `denoise_latents` takes them: with guidance, what it leads away from first.
+
+    Args:
+        settings: resolved.
+        prompts: one for each picture of the batch.
+    """
+    away = [] if settings.guidance_scale == 1 else [settings.negative_prompt] * len(prompts)
+    text, mask = encode([*away, *prompts])
+    mx.eval(text, mask)
+    return text, mask
+
+
+def denoise_latents(
+    network: Callable[..., mx.array],
+    text: mx.array,
+    mask: mx.array,
+    *,
+    seeds: Sequence[int],
+    settings: DrawSettings,
+    config: ModelConfig,
+    share: float = 1.0,
+) -> Iterator[Step]:
+    """Go from the seeds' noise to latents (B, h, w, C), yielding after every step.
+
+    Args:
+        network: `EfficientDiT` or alike.
+        text, mask: from `encode_for`.
+        seeds: one for each picture; a picture's noise is its seed's alone.
+        settings: resolved.
+        config: the model's.
+        share: of the network's hidden dimensions.
+    """
+    assert settings.height is not None and settings.width is not None
+    sampler, factor = settings.sampler(config), config.autoencoder.downsampling
+    shape = settings.height // factor, settings.width // factor, config.transformer.latent_channels
+    velocity = guided_velocity(
+        network,
+        text,
+        mask,
+        sampler.guidance_scale,
+        share=share,
+        modulate_attention=settings.attention_modulation,
+    )
+
+    def noise(draw: int) -> mx.array:
+        return mx.concatenate([get_noise(seed, *shape, draw) for seed in seeds])
+
+    schedule = get_schedule(sampler.num_inference_steps, sampler.time_shift)
+    yield from denoise(velocity, noise(0), schedule, noise if sampler.fresh_noise else None)
+
+
+def in_mode(
+    network: EfficientDiT, settings: DrawSettings, *, config: ModelConfig, adapter: str = FEW_STEP
+) -> Callable[..., mx.array]:
+    """`network` with its few-step adapter, if it still has one, on or off as in `settings`."""
+    if config.few_step is None or adapter not in get_lora_weights(network):
+        return network
+    return switched(network, {adapter: float(bool(settings.few_step))})
 
 
 def draw_latents(
     components: Components,
     prompts: Sequence[str],
+    *,
     seeds: Sequence[int],
-    width: float = 1.0,
+    settings: DrawSettings | None = None,
+    share: float = 1.0,
     network: Callable[..., mx.array] | None = None,
-    most_steps: int | None = None,
+    adapter: str = FEW_STEP,
 ) -> mx.array:
-    """Latents (B, h, w, C) of prompts, drawn as the model samples when nobody says how.
+    """Latents (B, h, w, C) of one picture for each prompt, all in one batch.
 
     Args:
-        network: computes the velocity instead of the model's transformer.
-        most_steps: of sampling.
+        components: the model.
+        settings: everything but the prompts and seeds; None takes the model's own.
+        network: computes the velocity in place of the model's transformer.
+        adapter: name of the few-step mode's adapter in the transformer.
+
+    Raises:
+        UserError: the model has no width of `share`, or cannot draw with the settings.
     """
     config = components.config
-    sampler = config.sampler_for()
-    scale, steps = sampler.guidance_scale, sampler.num_inference_steps
-    side = config.autoencoder.downsampling
-    shape = (*(n // side for n in config.image_size), config.transformer.latent_channels)
-    both = list(prompts) if scale == 1 else [""] * len(prompts) + list(prompts)
-    text, mask = encode_prompts(both, components.text_encoders, components.transformer)
-    velocity = guided_velocity(network or components.transformer, text, mask, scale, width=width)
-
-    def draw(number: int) -> mx.array:
-        return mx.concatenate([get_noise(seed, *shape, number) for seed in seeds])
-
-    schedule = get_schedule(min(steps, most_steps or steps), sampler.time_shift)
-    *_, last = denoise(velocity, draw(0), schedule, draw if sampler.fresh_noise else None)
+    config.transformer.width_index(share)
+    settings = (settings or DrawSettings()).resolved(config)
+    text, mask = encode_for(
+        settings,
+        prompts,
+        lambda some: encode_prompts(some, components.text_encoders, components.transformer),
+    )
+    *_, last = denoise_latents(
+        network or in_mode(components.transformer, settings, config=config, adapter=adapter),
+        text,
+        mask,
+        seeds=seeds,
+        settings=settings,
+        config=config,
+        share=share,
+    )
     return last.x_t
 
 
-def sample(
+def draw_pictures(
     components: Components,
     prompts: Sequence[str],
+    *,
     seeds: Sequence[int],
-    width: float = 1.0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    time_shift: float | None = None,
-    few_step: bool | None = None,
-    attention_modulation: bool = False,
+    settings: DrawSettings | None = None,
+    share: float = 1.0,
     adapter: str = FEW_STEP,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """Draw one picture for each prompt, at the model's own size.
+    """Draw one picture for each prompt; arguments are those of `draw_latents`.
 
     Args:
-        components: the model.
-        prompts, seeds: one of each per picture; a picture's noise is its seed's alone.
-        width: share of the hidden dimensions, one that the transformer holds.
-        steps, guidance, time_shift: None takes the model's own; guidance 1 is none at all.
-        few_step: whether to use the model's few-step mode (see `ModelConfig.sampler_for`).
-        attention_modulation: EDT's (see `EfficientDiT`).
-        adapter: name of the few-step mode's adapter.
         batch_size: pictures at a time.
         progress: called with the number of pictures that were just finished.
 
@@ -75,35 +142,20 @@ def sample(
         uint8 (B, H, W, 3), RGB.
 
     Raises:
-        UserError: the model does not hold `width`, or its pictures are not finite.
+        UserError: as `draw_latents`, or pictures that are not finite.
     """
-    config = components.config
-    config.transformer.width_index(width)
-    mode = config.sampler_for(steps, few_step)
-    network = components.transformer
-    if config.few_step is not None:
-        network = switched(network, {adapter: float(mode is config.few_step)})
-    steps = mode.num_inference_steps if steps is None else steps
-    guidance = mode.guidance_scale if guidance is None else guidance
-    schedule = get_schedule(steps, mode.time_shift if time_shift is None else time_shift)
-    h, w = (side // config.autoencoder.downsampling for side in config.image_size)
-    shape = (h, w, config.autoencoder.latent_channels)
-    settings = {"width": width, "modulate_attention": attention_modulation}
     pictures = []
     for start in range(0, len(prompts), batch_size):
-        some = list(prompts[start : start + batch_size])
-        negative = [] if guidance == 1 else [""] * len(some)
-        encoded = encode_prompts(negative + some, components.text_encoders, components.transformer)
-        mx.eval(encoded)
-        velocity = guided_velocity(network, *encoded, guidance, **settings)
-        draw = functools.partial(_noise, seeds[start : start + len(some)], shape)
-        *_, last = denoise(velocity, draw(0), schedule, draw if mode.fresh_noise else None)
-        pictures.append(to_pictures(components.autoencoder.decode(last.x_t)))
+        chunk = slice(start, start + batch_size)
+        latents = draw_latents(
+            components,
+            prompts[chunk],
+            seeds=seeds[chunk],
+            settings=settings,
+            share=share,
+            adapter=adapter,
+        )
+        pictures.append(to_uint8(components.autoencoder.decode(latents)))
         if progress is not None:
-            progress(len(some))
+            progress(len(pictures[-1]))
     return np.concatenate(pictures)
-
-
-def _noise(seeds: Sequence[int], shape: tuple[int, int, int], number: int) -> mx.array:
-    """Draw `number` of each seed, (B, h, w, C)."""
-    return mx.concatenate([get_noise(seed, *shape, number) for seed in seeds])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from PIL import Image
 
 from mlx_snapgen._version import __version__
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import (
-    FEW_STEP,
     Components,
     load_pretrained,
     load_text_encoders,
@@ -25,23 +22,16 @@ from mlx_snapgen.checkpoint.model import (
 )
 from mlx_snapgen.checkpoint.module import Quantization
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
-from mlx_snapgen.config import SamplerConfig
+from mlx_snapgen.draw import denoise_latents, encode_for, in_mode
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import fuse_lora, remove_lora, switched
+from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.quantize.runtime import quantize_transformer
-from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.settings import (
-    MAX_SEED,
-    MAX_STEPS,
-    check_size,
-    check_width,
-    parse_width,
-    random_seed,
-    whole_number,
-)
+from mlx_snapgen.sampling import get_schedule
+from mlx_snapgen.settings import DrawSettings, check_width, parse_width
 
 
 class PromptWarning(UserWarning):
@@ -142,14 +132,14 @@ class SnapGenPipeline:
             keep_text_encoders: leave them in memory while denoising. Otherwise they are freed
                 first, and loaded again for the next prompt that is not remembered.
         """
-        width = parse_width(model_width)
+        share = parse_width(model_width).share
         folder = find_model(path_or_repo, revision)
         check_width(load_config(folder), model_width)
         if path_or_repo is not None and not Path(path_or_repo).expanduser().is_dir():
             revision = folder.name  # the commit that a branch or tag stands for now
         for path, _ in loras:
             read_lora(path)  # a missing file is found before the model is loaded
-        kept = None if loras else width
+        kept = None if loras else share
         packed = not loras and quantize is None
         components = load_pretrained(folder, None, dtype, kept, True, text_encoders, packed)
         reload = None
@@ -158,7 +148,7 @@ class SnapGenPipeline:
                 load_text_encoders, folder, components.config, dtype, text_encoders
             )
         if loras:
-            components = _with_loras(components, loras, width)
+            components = _with_loras(components, loras, share)
         if quantize is not None:
             quantize_transformer(components.transformer, quantize)
         source = None if path_or_repo is None else str(path_or_repo)
@@ -187,52 +177,24 @@ class SnapGenPipeline:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | DrawSettings,
         *,
-        negative_prompt: str = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        few_step: bool | None = None,
-        attention_modulation: bool = False,
-        seed: int | None = 0,
-        num_images: int = 1,
         callback: Callable[[GenerationStep], None] | None = None,
+        **settings: Any,
     ) -> list[Image.Image]:
         """Draw a prompt.
 
         Args:
-            prompt: what to draw.
-            negative_prompt: what guidance leads away from; needs a guidance scale other than 1.
-            height, width: pixels; None takes the model's own size.
-            num_inference_steps: None takes the model's own.
-            guidance_scale: 1 is no guidance and half the work; None takes the model's own.
-            few_step: whether to use the model's few-step mode; None leaves it to the number of
-                steps (see `ModelConfig.sampler_for`).
-            attention_modulation: EDT's: some blocks look harder at what is near them.
-            seed: of the first picture; picture k is the one that seed + k draws alone. None takes
-                a random seed.
-            num_images: how many, drawn one after the other.
+            prompt: what to draw, or settings as a whole.
             callback: called after each step.
+            settings: fields of `DrawSettings`, such as `seed=7`.
 
         Returns:
             RGB pictures.
 
         Raises:
-            UserError: an impossible argument, or numbers that stop being finite.
+            UserError: an impossible setting, or numbers that stop being finite.
         """
-        settings = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "few_step": few_step,
-            "attention_modulation": attention_modulation,
-            "seed": seed,
-            "num_images": num_images,
-        }
         pictures = []
         for step in self.generate(prompt, **settings):
             if callback is not None:
@@ -241,52 +203,20 @@ class SnapGenPipeline:
                 pictures.append(step.preview())
         return pictures
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        few_step: bool | None = None,
-        attention_modulation: bool = False,
-        seed: int | None = 0,
-        num_images: int = 1,
-    ) -> Iterator[GenerationStep]:
+    def generate(self, prompt: str | DrawSettings, **settings: Any) -> Iterator[GenerationStep]:
         """Draw a prompt, yielding after every step; stop iterating to cancel.
 
         Arguments are those of `__call__` and are checked at once. Warns with `PromptWarning` about
         a prompt that is too long or holds no word the model knows.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, DrawSettings):
+            prompt = DrawSettings(prompt)
+        asked = dataclasses.replace(prompt, **settings)
+        if not isinstance(asked.prompt, str) or not asked.prompt.strip():
             raise UserError("the prompt is empty: say what to draw")
-        defaults = self.config.sampler_for(num_inference_steps, few_step)
-        height = self.config.image_size[0] if height is None else height
-        width = self.config.image_size[1] if width is None else width
-        check_size(self.config, height, width)
-        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        steps = whole_number("num_inference_steps", steps, 1, MAX_STEPS)
-        if not math.isfinite(scale):
-            raise UserError(f"guidance_scale must be a finite number, got {scale}")
-        num_images = whole_number("num_images", num_images, 1)
-        seed = random_seed() if seed is None else seed
-        seed = whole_number("seed", seed, 0, MAX_SEED - num_images + 1)
-        self._warn_about(prompt, negative_prompt, scale)
-        metadata = self.describe() | {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": steps,
-            "guidance_scale": scale,
-            "few_step": self.config.few_step is not None and defaults is self.config.few_step,
-            "time_shift": defaults.time_shift,
-            "attention_modulation": attention_modulation,
-        }
-        return self._steps(metadata, defaults, seed, num_images)
+        resolved = asked.resolved(self.config)
+        self._warn_about(resolved)
+        return self._steps(resolved)
 
     def describe(self) -> dict[str, Any]:
         """The part of a picture's metadata that all pictures of this pipeline share."""
@@ -304,61 +234,52 @@ class SnapGenPipeline:
             "dtype": str(self.dtype).removeprefix("mlx.core."),
         }
 
-    def _steps(
-        self, metadata: dict[str, Any], sampler: SamplerConfig, seed: int, num_images: int
-    ) -> Iterator[GenerationStep]:
-        steps, scale = metadata["num_inference_steps"], metadata["guidance_scale"]
-        schedule = get_schedule(steps, sampler.time_shift)
-        prompts = [metadata["prompt"]]
-        if scale != 1:
-            prompts.insert(0, metadata["negative_prompt"])
-        text, mask = self._prompts(prompts, self.transformer)
-        mx.eval(text, mask)
+    def _steps(self, settings: DrawSettings) -> Iterator[GenerationStep]:
+        text, mask = encode_for(
+            settings, [settings.prompt], lambda prompts: self._prompts(prompts, self.transformer)
+        )
         self._prompts.free()
-
-        network = self.transformer
-        if self.config.few_step is not None:
-            network = switched(network, {FEW_STEP: float(metadata["few_step"])})
-        local = metadata["attention_modulation"]
-        velocity = guided_velocity(network, text, mask, scale, modulate_attention=local)
-        factor = self.autoencoder.config.downsampling
-        shape = metadata["height"] // factor, metadata["width"] // factor
-        shape = *shape, self.autoencoder.config.latent_channels
-        for k in range(num_images):
-            draw = functools.partial(get_noise, seed + k, *shape)
-            for step in denoise(velocity, draw(0), schedule, draw if sampler.fresh_noise else None):
+        network = in_mode(self.transformer, settings, config=self.config)
+        sampler = settings.sampler(self.config)
+        steps, scale = sampler.num_inference_steps, sampler.guidance_scale
+        schedule = get_schedule(steps, sampler.time_shift)
+        recorded = dataclasses.asdict(settings)
+        first, count = recorded.pop("seed"), recorded.pop("num_images")
+        metadata = self.describe() | recorded
+        for k, seed in enumerate(range(first, first + count)):
+            for step in denoise_latents(
+                network, text, mask, seeds=[seed], settings=settings, config=self.config
+            ):
                 if not mx.isfinite(step.x_t).all().item():
                     raise UserError(
                         f"latents are not finite at step {step.index + 1} of {steps} (seed "
-                        f"{seed + k}): the weights are damaged, or {metadata['dtype']} or a "
+                        f"{seed}): the weights are damaged, or {metadata['dtype']} or a "
                         f"guidance scale of {scale:g} is too much for them"
                     )
                 yield GenerationStep(
                     image=k,
-                    seed=seed + k,
+                    seed=seed,
                     index=step.index,
                     num_steps=steps,
                     sigma=schedule[step.index],
                     x0=step.x_t if step.index == steps - 1 else step.x0,
                     decode=self.decode,
-                    metadata=metadata | {"seed": seed + k},
+                    metadata=metadata | {"seed": seed},
                 )
 
     def decode(self, latents: mx.array) -> Image.Image:
         """Latents (1, h, w, C) -> RGB picture of 8h x 8w pixels."""
-        x = self.autoencoder.decode(latents.astype(mx.float32))[0]
-        if not mx.isfinite(x).all().item():
-            raise UserError("the decoded picture is not finite: the autoencoder is damaged")
-        pixels = mx.round((mx.clip(x, -1, 1) + 1) * 127.5).astype(mx.uint8)
-        return Image.fromarray(np.array(pixels))
+        x = self.autoencoder.decode(latents.astype(mx.float32))
+        return Image.fromarray(to_uint8(x[0]))
 
-    def _warn_about(self, prompt: str, negative_prompt: str, scale: float) -> None:
+    def _warn_about(self, settings: DrawSettings) -> None:
         """Say what of the prompts will not be seen in the picture."""
+        prompt, negative_prompt = settings.prompt, settings.negative_prompt
 
         def warn(message: str) -> None:
             warnings.warn(message, PromptWarning, stacklevel=4)
 
-        if scale == 1 and negative_prompt.strip():
+        if settings.guidance_scale == 1 and negative_prompt.strip():
             warn("the negative prompt has no effect at a guidance scale of 1")
         for what, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
             for tokenizer in self._prompts.tokenizers:
@@ -374,7 +295,7 @@ class SnapGenPipeline:
 
 
 def _with_loras(
-    components: Components, loras: Sequence[tuple[str | Path, float]], width: float
+    components: Components, loras: Sequence[tuple[str | Path, float]], share: float
 ) -> Components:
     """`components` with LoRAs fused into the transformer, of which one width is kept."""
     transformer = components.transformer
@@ -383,7 +304,7 @@ def _with_loras(
     fuse_lora(transformer)
     remove_lora(transformer, [f"lora_{i}" for i in range(len(loras))])
     if len(transformer.config.widths) > 1:
-        transformer = extract(transformer, width)
+        transformer = extract(transformer, share)
         # A slice would otherwise keep the whole tensor it was cut from.
         mx.eval(transformer.apply(mx.contiguous).parameters())
     config = dataclasses.replace(components.config, transformer=transformer.config)

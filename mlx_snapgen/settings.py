@@ -1,33 +1,56 @@
-"""What a caller may set: names of widths, limits, and their checks. No mlx here."""
+"""What a caller may set: the network's width, and how to draw. No mlx here."""
 
+import dataclasses
+import math
 import operator
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.errors import UserError, nearest
 
 MAX_SEED = 2**63 - 1
-
-
 MAX_STEPS = 1000
 
 
-def parse_width(name: str) -> float:
-    """`WIDTH_NAMES[name]`; an unknown name is a `UserError`."""
-    if name not in WIDTH_NAMES:
-        known = ", ".join(WIDTH_NAMES)
-        raise UserError(f"no model width '{name}'{nearest(str(name), WIDTH_NAMES)}, known: {known}")
-    return WIDTH_NAMES[name]
+@dataclass(frozen=True)
+class Width:
+    """A width of an elastic network. Pixels are always `height` and `width`."""
+
+    name: str
+    share: float
+    """Of every hidden dimension, in (0, 1]."""
 
 
-def check_width(config: ModelConfig, name: str) -> None:
-    """`UserError` unless the model of `config` holds the named width."""
-    held = [n for n, width in WIDTH_NAMES.items() if width in config.transformer.widths]
-    if parse_width(name) not in config.transformer.widths:
+FULL, SMALL, TINY = WIDTHS = (Width("full", 1.0), Width("small", 0.5), Width("tiny", 0.375))
+"""The paper's widths, the widest first."""
+WIDTH_NAMES = tuple(width.name for width in WIDTHS)
+
+
+def parse_width(name: str) -> Width:
+    """The width of this name; `UserError` for an unknown one."""
+    for width in WIDTHS:
+        if width.name == name:
+            return width
+    known = ", ".join(WIDTH_NAMES)
+    raise UserError(f"no model width '{name}'{nearest(str(name), WIDTH_NAMES)}, known: {known}")
+
+
+def held_widths(config: ModelConfig) -> tuple[Width, ...]:
+    """The widths that the model of `config` has, the widest first."""
+    return tuple(width for width in WIDTHS if width.share in config.transformer.widths)
+
+
+def check_width(config: ModelConfig, name: str) -> Width:
+    """The width of this name; `UserError` unless the model of `config` has it."""
+    width, held = parse_width(name), held_widths(config)
+    if width not in held:
+        names = ", ".join(width.name for width in held)
         raise UserError(
-            f"this model has no width '{name}', only {', '.join(held)}: choose one with model_width"
+            f"this model has no width '{name}', only {names}: choose one with model_width"
         )
+    return width
 
 
 def check_size(config: ModelConfig, height: int, width: int) -> None:
@@ -43,7 +66,75 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
             )
 
 
+@dataclass(frozen=True)
+class DrawSettings:
+    """How to draw a prompt. None means the model's own value (`resolved`)."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    """What guidance leads away from; without effect at a guidance scale of 1."""
+    height: int | None = None
+    width: int | None = None
+    """Of the picture in pixels."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    """1 is no guidance and half the work."""
+    few_step: bool | None = None
+    """Whether to use the model's few-step mode; None decides by the number of steps (see
+    `ModelConfig.sampler_for`)."""
+    time_shift: float | None = None
+    """Shift of the noise levels (see `sampling.get_schedule`)."""
+    attention_modulation: bool = False
+    """EDT's: every second block of the Up stage attends more to what is near."""
+    seed: int | None = 0
+    """Of the first picture; picture k is the one that seed + k draws alone. None is random."""
+    num_images: int = 1
+
+    def resolved(self, config: ModelConfig) -> "DrawSettings":
+        """These settings with the model's own values in place of None.
+
+        Raises:
+            UserError: a value that the model of `config` cannot draw with.
+        """
+        mode = config.sampler_for(self.num_inference_steps, self.few_step)
+        height, width = config.image_size
+        height = height if self.height is None else self.height
+        width = width if self.width is None else self.width
+        check_size(config, height, width)
+        steps = self.num_inference_steps
+        steps = mode.num_inference_steps if steps is None else steps
+        scale = mode.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        if not math.isfinite(scale):
+            raise UserError(f"guidance_scale must be a finite number, got {scale}")
+        num_images = whole_number("num_images", self.num_images, 1)
+        seed = random_seed() if self.seed is None else self.seed
+        return dataclasses.replace(
+            self,
+            height=height,
+            width=width,
+            num_inference_steps=whole_number("num_inference_steps", steps, 1, MAX_STEPS),
+            guidance_scale=scale,
+            few_step=config.few_step is not None and mode is config.few_step,
+            time_shift=mode.time_shift if self.time_shift is None else self.time_shift,
+            seed=whole_number("seed", seed, 0, MAX_SEED - num_images + 1),
+            num_images=num_images,
+        )
+
+    def sampler(self, config: ModelConfig) -> SamplerConfig:
+        """The sampler of settings that are `resolved`."""
+        mode = config.few_step if self.few_step and config.few_step else config.sampler
+        assert self.num_inference_steps is not None
+        assert self.guidance_scale is not None and self.time_shift is not None
+        return dataclasses.replace(
+            mode,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            time_shift=self.time_shift,
+        )
+
+
 def whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
+    """`value` as an int; `UserError` unless it is a whole number from `least` to `most`."""
     try:
         number = operator.index(value)
     except TypeError:

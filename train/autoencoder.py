@@ -20,10 +20,11 @@ import numpy as np
 from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.pictures import psnr
 from train.data.crops import crops
 from train.data.stickers.render import render
 from train.data.stickers.scenes import validation_scenes
-from train.evaluation.reconstruction import psnr, reconstruct
+from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import keep_config, load_autoencoder
 from train.loop.config import TrainingConfig
 from train.loop.trainer import Trainer
@@ -83,7 +84,7 @@ def main() -> None:
     def validate(trainer: Trainer) -> dict[str, float]:
         current = model.trainable_parameters()
         model.update(trainer.ema_parameters)
-        value = psnr(validation, reconstruct(model, validation, encoder))
+        value = psnr(reconstruct(model, validation, encoder), validation)
         model.update(current)
         return {"validation_psnr": value}
 

@@ -18,19 +18,18 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained
-from mlx_snapgen.config import WIDTH_NAMES
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import lora_weights
 from mlx_snapgen.lora.files import load_lora
-from mlx_snapgen.settings import check_width, parse_width
+from mlx_snapgen.pictures import contact_sheet
+from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, check_width, held_widths, parse_width
 from train.data.stickers.render import render
 from train.data.stickers.vocabulary import known_nouns
 from train.evaluation.geneval import fixed_prompts
 from train.evaluation.reconstruction import reconstruct
 from train.evaluation.report import Row, make_row, marked_picture, table
 from train.evaluation.score import draw, gallery_prompts, judge, noun_prompts
-from train.evaluation.sheets import contact_sheet
 from train.evaluation.validation import validation_losses, validation_set
 
 GALLERY, COLUMNS = 40, 10  # pictures of the gallery, and in a row of any contact sheet
@@ -56,12 +55,19 @@ def _evaluate(
             _write(args.output, rows, pictures, _settings(args, components, num_nouns))
 
     for name in widths:
-        width = parse_width(name)
+        share = parse_width(name).share
         started = time.perf_counter()
-        pictures = draw(components, prompts, width, args.seed, name, **_sampling(args))
+        pictures = draw(
+            components,
+            prompts,
+            settings=_sampling(args),
+            share=share,
+            name=name,
+            batch_size=args.batch_size,
+        )
         seconds = (time.perf_counter() - started) / len(prompts)
         with lora_weights(components.transformer, adapters):
-            losses = validation_losses(components, data, width)
+            losses = validation_losses(components, data, share)
         finish(make_row(name, prompts, pictures, num_nouns, losses, seconds), pictures)
     if args.ceilings:
         truth = np.stack([render(prompt.scene) for prompt in prompts])
@@ -80,20 +86,20 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
-def _sampling(args: argparse.Namespace) -> dict:
-    return {
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "time_shift": args.time_shift,
-        "few_step": args.few_step,
-        "attention_modulation": args.attention_modulation,
-        "batch_size": args.batch_size,
-    }
+def _sampling(args: argparse.Namespace) -> DrawSettings:
+    return DrawSettings(
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        time_shift=args.time_shift,
+        few_step=args.few_step,
+        attention_modulation=args.attention_modulation,
+        seed=args.seed,
+    )
 
 
 def _settings(args: argparse.Namespace, components: Components, num_nouns: int) -> dict:
     """What the scores depend on, for results.json."""
-    own = components.config.sampler_for(args.steps, args.few_step)
+    settings = _sampling(args).resolved(components.config)
     return {
         "model": args.model,
         "lora": args.lora and str(args.lora),
@@ -101,11 +107,11 @@ def _settings(args: argparse.Namespace, components: Components, num_nouns: int) 
         "per_category": args.per_category,
         "validation_scenes": args.validation_scenes,
         "seed": args.seed,
-        "steps": own.num_inference_steps if args.steps is None else args.steps,
-        "guidance": own.guidance_scale if args.guidance is None else args.guidance,
-        "time_shift": own.time_shift if args.time_shift is None else args.time_shift,
-        "few_step": own is components.config.few_step,
-        "attention_modulation": args.attention_modulation,
+        "steps": settings.num_inference_steps,
+        "guidance": settings.guidance_scale,
+        "time_shift": settings.time_shift,
+        "few_step": settings.few_step,
+        "attention_modulation": settings.attention_modulation,
         "batch_size": args.batch_size,
     }
 
@@ -140,7 +146,14 @@ def _score_noun(
             (args.output / "table.md").write_text("\n".join(lines) + "\n")
 
     for name in widths:
-        pictures = draw(components, prompts, parse_width(name), args.seed, name, **_sampling(args))
+        pictures = draw(
+            components,
+            prompts,
+            settings=_sampling(args),
+            share=parse_width(name).share,
+            name=name,
+            batch_size=args.batch_size,
+        )
         add(name, pictures)
     if args.ceilings:
         truth = np.stack([render(prompt.scene) for prompt in prompts])
@@ -223,16 +236,21 @@ def main() -> None:
     if args.lora:
         load_lora(args.lora, components.transformer, 1.0, "scored", components.config.name)
     num_nouns = args.num_nouns or known_nouns(components)
-    held = [n for n, w in WIDTH_NAMES.items() if w in components.config.transformer.widths]
+    held = [width.name for width in held_widths(components.config)]
     widths = args.widths or held
     for name in widths:
         check_width(components.config, name)
     if args.gallery:
         texts = gallery_prompts(GALLERY, num_nouns)
-        width, seeds = parse_width(widths[0]), range(args.seed, args.seed + len(texts))
         with tqdm(total=len(texts), unit="picture") as bar:
-            pictures = sample(
-                components, texts, seeds, width, progress=bar.update, **_sampling(args)
+            pictures = draw_pictures(
+                components,
+                texts,
+                seeds=range(args.seed, args.seed + len(texts)),
+                settings=_sampling(args),
+                share=parse_width(widths[0]).share,
+                batch_size=args.batch_size,
+                progress=bar.update,
             )
         contact_sheet(list(pictures), texts, COLUMNS).save(args.output / "gallery.png")
         return

@@ -17,8 +17,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
-from mlx_snapgen.config import STICKERS, WIDTH_NAMES
+from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.settings import parse_width
 from train.evaluation.previews import previews_of
 from train.loop.autoencoder import load_autoencoder
 from train.loop.run import start_from
@@ -71,7 +72,7 @@ def main() -> None:
     model.transformer.checkpoint_blocks(args.save_memory)
     autoencoder = load_autoencoder(args.autoencoder, args.num_nouns)
     data = make_data(args, autoencoder, tokenizers)
-    widths = [WIDTH_NAMES[name] for name in args.widths]
+    widths = [parse_width(name).share for name in args.widths]
     Trainer(
         model,
         gradients,

@@ -22,9 +22,10 @@ import mlx.core as mx
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
-from mlx_snapgen.config import STICKERS, WIDTH_NAMES
+from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.settings import parse_width
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from train.data.taught import TaughtData
 from train.evaluation.previews import previews_of
@@ -80,7 +81,7 @@ def main() -> None:
     teacher, autoencoder = load_teacher(args.teacher)
     student = make_student(args, autoencoder, teacher.feature_dims)
     student.transformer.checkpoint_blocks(args.save_memory)
-    widths = [WIDTH_NAMES[name] for name in args.widths]
+    widths = [parse_width(name).share for name in args.widths]
     for width in widths:
         student.transformer.config.width_index(width)
     tokenizers = [encoder.tokenizer for encoder in student.text_encoders]

@@ -20,9 +20,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
-from mlx_snapgen.config import FOUR_STEPS, WIDTH_NAMES, AutoencoderConfig
+from mlx_snapgen.config import FOUR_STEPS, AutoencoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora, save_lora
+from mlx_snapgen.settings import WIDTH_NAMES, parse_width
 from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from train.data.simulation import Simulation
@@ -64,7 +65,7 @@ def main() -> None:
         help="folder of another teacher of the same latents, with its own few-step mode",
     )
     parser.add_argument(
-        "--widths", nargs="+", choices=list(WIDTH_NAMES), default=list(WIDTH_NAMES), metavar="W"
+        "--widths", nargs="+", choices=WIDTH_NAMES, default=WIDTH_NAMES, metavar="W"
     )
     parser.add_argument("--steps", type=int, default=2000, help="critic iterations")
     parser.add_argument("--student-every", type=int, default=5, help="iterations per student step")
@@ -95,7 +96,7 @@ def main() -> None:
     if guidance is None:
         guidance = config.sampler.guidance_scale
     teacher = own if args.teacher is None else other_teacher(args.teacher, config.autoencoder)
-    widths = [WIDTH_NAMES[name] for name in args.widths]
+    widths = [parse_width(name).share for name in args.widths]
     for width in widths:
         config.transformer.width_index(width)
     model = Distilled(network, widths, teacher.feature_dims, args.rank, args.alpha)

@@ -14,11 +14,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import save_lora
-from mlx_snapgen.settings import check_width
+from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS, check_width, held_widths, parse_width
 from train.data.encoded import Pictures
 from train.data.imagefolder import Example, Size, bucket_sizes, digest, read_folder
 from train.data.prior import draw_prior, prior_captions
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--widths",
         nargs="+",
-        choices=list(WIDTH_NAMES),
+        choices=WIDTH_NAMES,
         metavar="WIDTH",
         help="widths to train, of full, small and tiny (default: all that the model holds)",
     )
@@ -168,7 +168,7 @@ def _tell_plan(
 ) -> None:
     """Print what will be trained, and an estimate of time and memory."""
     trained = sum(p.size for _, p in tree_flatten(components.transformer.trainable_parameters()))
-    names = [name for name, width in WIDTH_NAMES.items() if width in widths]
+    names = [width.name for width in WIDTHS if width.share in widths]
     print(
         f"training {trained:,} numbers (rank {args.rank}) at {', '.join(names)} in {args.run_dir}"
     )
@@ -224,11 +224,11 @@ def main() -> None:
     mx.random.seed(args.seed)
     components = load_pretrained(args.model)
     network, config = components.transformer, components.config
-    held = [n for n, w in WIDTH_NAMES.items() if w in config.transformer.widths]
+    held = [width.name for width in held_widths(config)]
     names = list(dict.fromkeys(args.widths or held))
     for width in names:
         check_width(config, width)
-    widths = [WIDTH_NAMES[n] for n in names]
+    widths = [parse_width(n).share for n in names]
     examples, skipped = read_folder(args.data, _buckets(config))
     _tell_pictures(examples, skipped)
     if not args.dry_run:
@@ -258,7 +258,9 @@ def main() -> None:
         _training(args),
         args.run_dir,
         static=static,
-        validate=Validation(components, data, prompts, max(names, key=WIDTH_NAMES.get)),
+        validate=Validation(
+            components, data, prompts, max(names, key=lambda name: parse_width(name).share)
+        ),
     )
     if trainer.run() and trainer.is_main:
         network.update(tree_unflatten(list(load_ema(args.run_dir).items())))

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.settings import WIDTH_NAMES
 from train.data.encoded import Data
 from train.data.stickers.scenes import CATEGORIES
 from train.loop.config import TrainingConfig
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--widths",
         nargs="+",
-        choices=list(WIDTH_NAMES),
-        default=list(WIDTH_NAMES),
+        choices=WIDTH_NAMES,
+        default=WIDTH_NAMES,
         help="widths to train; 'full' alone takes two thirds of the time of a step",
     )
     parser.add_argument(

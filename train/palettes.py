@@ -25,12 +25,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file, with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
-from mlx_snapgen.settings import check_width
+from mlx_snapgen.settings import WIDTH_NAMES, check_width, parse_width
 from train.data.prior import prior_captions
 from train.data.prompts import spread
 from train.data.stickers.vocabulary import known_nouns
@@ -77,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--widths",
         nargs="+",
-        choices=list(WIDTH_NAMES),
+        choices=WIDTH_NAMES,
         default=["full"],
         metavar="WIDTH",
         help="of full, small and tiny (default full)",
@@ -149,8 +148,8 @@ def load_alone(folder: Path, widths: Sequence[str]) -> Components:
     Args:
         widths: one takes that sub-network alone.
     """
-    width = WIDTH_NAMES[widths[0]] if len(widths) == 1 else None
-    components = load_pretrained(folder, dtype=mx.float32, model_width=width, few_step=True)
+    width = parse_width(widths[0]).share if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, share=width, few_step=True)
     fuse_few_step(components)
     config = dataclasses.replace(
         components.config, sampler=components.config.sampler_for(), few_step=None
@@ -184,7 +183,7 @@ def main() -> None:
         known_nouns(components)  # fails before anything is drawn
     # A model of one width is that width.
     alone = len(args.widths) == 1
-    widths = {name: 1.0 if alone else WIDTH_NAMES[name] for name in args.widths}
+    widths = {name: 1.0 if alone else parse_width(name).share for name in args.widths}
     captions = prior_captions(components, args.prompts, args.pictures)
     if len(captions) <= HELD_OUT:
         raise UserError(f"--prompts: more than {HELD_OUT} prompts are needed, a line for each")

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.pictures import contact_sheet
 from train.data.stickers.render import (
     INSTALL,
     glyph_scenes,
@@ -24,7 +25,6 @@ from train.data.stickers.scenes import (
     validation_scenes,
 )
 from train.data.stickers.vocabulary import NOUNS
-from train.evaluation.sheets import contact_sheet
 
 
 def main(argv: list[str] | None = None) -> None:

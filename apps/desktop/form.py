@@ -11,8 +11,9 @@ from tkinter import filedialog, ttk
 
 from apps.desktop.settings import Settings
 from apps.desktop.widgets import Column, Slider
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.settings import WIDTH_NAMES, parse_width
 
 DEFAULT_MODEL = "Default (stickers)"
 RATIOS = (
@@ -130,7 +131,7 @@ class Form(Column):
             for variable in (self.steps, self.guidance, self.size):
                 variable.set("")
         for name, button in self._widths.items():
-            held = WIDTH_NAMES[name] in config.transformer.widths
+            held = parse_width(name).share in config.transformer.widths
             button.state(["!disabled" if held else "disabled"])
         unit = config.size_unit
         area = math.prod(config.image_size)

@@ -14,7 +14,7 @@ KEY_VARIABLE = "MLX_SNAPGEN_API_KEY"
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    from mlx_snapgen.config import WIDTH_NAMES
+    from mlx_snapgen.settings import WIDTH_NAMES
 
     parser = argparse.ArgumentParser(
         prog="python -m apps.server",
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--model-width",
         nargs="+",
-        choices=list(WIDTH_NAMES),
+        choices=WIDTH_NAMES,
         default=["full"],
         metavar="W",
         help="widths to offer, the default first; all stay in memory (default: full)",

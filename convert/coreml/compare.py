@@ -30,7 +30,6 @@ from convert.mil.interpreter import Interpreter
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.efficient_dit import encode_prompts
@@ -38,6 +37,7 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.palettes import load_palettes
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.settings import parse_width
 
 LEAST_PSNR = 35.0
 """dB between two pictures that count as the same."""
@@ -189,8 +189,8 @@ def compare_step(
 ) -> tuple[float, float]:
     """How far one velocity of the packages is from the model's in MLX (see `step_difference`)."""
     few_step = packages.config.few_step is not None
-    share = WIDTH_NAMES[width]
-    components = load_pretrained(model, dtype=mx.float32, model_width=share, few_step=few_step)
+    share = parse_width(width).share
+    components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
     fuse_few_step(components)
     inputs = step_inputs(packages, components, prompt, seed)
     expected = components.transformer(*inputs)

@@ -20,7 +20,7 @@ from convert.coreml.package import Network, coremltools, line, write_package
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig, to_dict
+from mlx_snapgen.config import ModelConfig, to_dict
 from mlx_snapgen.files import new_folder
 from mlx_snapgen.networks.efficient_dit import count_parameters
 from mlx_snapgen.networks.elastic import extract
@@ -31,6 +31,7 @@ from mlx_snapgen.quantize.palettes import (
     with_palettes,
 )
 from mlx_snapgen.quantize.sensitivity import choose_palettes
+from mlx_snapgen.settings import parse_width
 
 
 def load_for_export(
@@ -41,8 +42,8 @@ def load_for_export(
     Args:
         few_step: fuse the few-step LoRA, if the model has one; `config.few_step` is None otherwise.
     """
-    width = WIDTH_NAMES[widths[0]] if len(widths) == 1 else None
-    components = load_pretrained(folder, dtype=mx.float32, model_width=width, few_step=few_step)
+    width = parse_width(widths[0]).share if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, share=width, few_step=few_step)
     fuse_few_step(components)
     return components
 
@@ -51,7 +52,7 @@ def of_width(components: Components, width: str) -> Components:
     """`components` with the transformer's sub-network of this width alone."""
     transformer = components.transformer
     if transformer.config.widths != (1.0,):
-        transformer = extract(transformer, WIDTH_NAMES[width])
+        transformer = extract(transformer, parse_width(width).share)
     config = dataclasses.replace(components.config, transformer=transformer.config)
     return dataclasses.replace(components, config=config, transformer=transformer)
 
@@ -99,7 +100,7 @@ def export_coreml(
     from convert.pytorch.chunks import cut, cut_points, example_values
     from convert.pytorch.tiles import share_weights
 
-    kept = sorted(widths, key=WIDTH_NAMES.__getitem__, reverse=True)
+    kept = sorted(widths, key=lambda name: parse_width(name).share, reverse=True)
     if len(kept) == 1:
         components = of_width(components, kept[0])
     if quantize is not None:
@@ -183,7 +184,7 @@ def _with_palettes(
     """`components` with palettes in the transformer: those that it has, or else new ones."""
     network = components.transformer
     if palettes is None:
-        several = {name: WIDTH_NAMES[name] for name in widths}
+        several = {name: parse_width(name).share for name in widths}
         shares = several if len(widths) > 1 else {widths[0]: 1.0}
         palettes = choose_palettes(components, average, shares, prompts)
         network = with_palettes(network, palettes.bits)
@@ -248,7 +249,7 @@ def _example_inputs(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 def needed_bytes(config: ModelConfig, widths: Sequence[str], precision: str) -> int:
     """Disk space that an export takes while it is written, roughly."""
-    counts = [count_parameters(config.transformer.standalone(WIDTH_NAMES[w])) for w in widths]
+    counts = [count_parameters(config.transformer.standalone(parse_width(w).share)) for w in widths]
     # Each is written twice, and several widths are put together in a third package.
     copies = 2 * sum(counts) + (max(counts) if len(widths) > 1 else 0)
     return copies * (2 if precision == "float16" else 4)

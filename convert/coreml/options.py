@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.coreml.package import PRECISIONS, TARGETS
-from mlx_snapgen.config import WIDTH_NAMES, ModelConfig
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.quantize.palettes import Palettes
+from mlx_snapgen.settings import WIDTH_NAMES
 
 
 def check_options(

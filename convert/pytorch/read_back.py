@@ -23,10 +23,10 @@ from convert.pytorch.weights import FOLDED, SHUFFLED, twin_name, twins
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.module import Quantization, listed
-from mlx_snapgen.config import WIDTH_NAMES, TextEncoderConfig
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import new_folder
-from mlx_snapgen.settings import check_width
+from mlx_snapgen.settings import check_width, parse_width
 
 
 def is_student(folder: Path) -> bool:
@@ -43,7 +43,7 @@ def read_student(folder: Path, model: Path) -> Components:
     """
     config, width = read_config(folder)
     check_width(load_config(model), width)
-    components = load_pretrained(model, dtype=mx.float32, model_width=WIDTH_NAMES[width])
+    components = load_pretrained(model, dtype=mx.float32, share=parse_width(width).share)
     if dataclasses.replace(components.config, quantization=None, few_step=None) != config:
         raise UserError(f"{folder} does not come from {model}: their configs differ")
     for name, module in twins(components).items():

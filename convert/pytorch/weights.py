@@ -81,7 +81,7 @@ def torch_networks(components: Components, **kwargs: Any) -> dict[str, Any]:
     """The PyTorch twins of a model's networks, by the name of their file, with its weights.
 
     Args:
-        components: their transformer has one width (`load_pretrained(model_width=...)`).
+        components: their transformer has one width (`load_pretrained(share=...)`).
         kwargs: see `torch_dit.make_networks`.
     """
     # Not at the top, where a missing torch would be a traceback.
@@ -107,7 +107,7 @@ def to_torch(components: Components, output: Path, width: str) -> list[str]:
     """Write a model of one width.
 
     Args:
-        components: their transformer has one width (`load_pretrained(model_width=...)`).
+        components: their transformer has one width (`load_pretrained(share=...)`).
         output: folder to write; must not exist yet, or be empty.
         width: name of the width, for the record.
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_snapgen.checkpoint.module import check_fit, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
@@ -136,13 +137,7 @@ def load_clip(folder: Path) -> ClipTextEncoder:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
     config, tokenizer = describe(folder, weights)
     encoder = ClipTextEncoder(config, tokenizer)
-    expected = {name: p.shape for name, p in tree_flatten(encoder.parameters())}
-    shapes = {name: p.shape for name, p in weights.items()}
-    if shapes != expected:
-        name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
-        raise UserError(
-            f"{path}: '{name}' is {shapes.get(name, 'missing')}, not {expected.get(name, 'known')}"
-        )
+    check_fit(shapes(weights), shapes(encoder.parameters()), path)
     encoder.update(tree_unflatten(list(weights.items())))
     return encoder
 

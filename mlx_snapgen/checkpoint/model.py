@@ -171,7 +171,7 @@ def load_pretrained(
     path_or_repo: str | Path | None = None,
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
-    model_width: float | None = None,
+    share: float | None = None,
     few_step: bool = False,
     text_encoders: Sequence[str] | None = None,
     packed: bool = False,
@@ -182,7 +182,7 @@ def load_pretrained(
         dtype: floating type of the transformer and the text encoders. None takes float32 on the
             CPU, where anything else is some fifty times slower, and the stored type on a GPU. The
             autoencoder always runs in float32: bfloat16 shows as bands on plain backgrounds.
-        model_width: load only the sub-network of this width; None keeps the supernetwork.
+        share: load only the sub-network of this width; None keeps the supernetwork.
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
             `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
         text_encoders: names of those to load (see `encoders.encoder_names`), None for all.
@@ -197,7 +197,7 @@ def load_pretrained(
         config = dataclasses.replace(config, few_step=None)
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
-    transformer = _load_transformer(folder, config, model_width, packed)
+    transformer = _load_transformer(folder, config, share, packed)
     materialise(transformer, dtype)
     autoencoder = load_autoencoder(folder)
     encoders = load_text_encoders(folder, config, dtype, text_encoders)
@@ -225,18 +225,18 @@ def load_text_encoders(
 
 
 def _load_transformer(
-    folder: Path, config: ModelConfig, width: float | None, packed: bool
+    folder: Path, config: ModelConfig, share: float | None, packed: bool
 ) -> EfficientDiT:
-    if width is not None:
-        config.transformer.width_index(width)
+    if share is not None:
+        config.transformer.width_index(share)
     transformer = EfficientDiT(config.transformer)
     packed = packed and config.transformer.widths == (1.0,)
     load_stored(transformer, folder, "transformer", config.quantization, packed)
     if config.few_step is not None:
         load_lora(folder / f"{FEW_STEP}.safetensors", transformer, 0.0, FEW_STEP, config.name)
-    if width is None or config.transformer.widths == (1.0,):
+    if share is None or config.transformer.widths == (1.0,):
         return transformer
-    return extract(transformer, width)
+    return extract(transformer, share)
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

@@ -84,31 +84,53 @@ def load_stored(
             found = dequantized(found, how)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
-    expected = dict(tree_flatten(module.parameters()))
+    whole = [
+        key
+        for key, value in found.items()
+        if not mx.issubdtype(value.dtype, mx.floating)
+        and f"{key.removesuffix('weight')}scales" not in found
+    ]
+    check_fit(shapes(found), shapes(module.parameters()), path, whole_numbers=whole)
+    module.update(tree_unflatten(list(found.items())))
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes(weights: Any) -> dict[str, tuple[int, ...]]:
+    """Dotted name -> shape, of a dict of arrays or a module's nested parameters."""
+    return {name: tuple(value.shape) for name, value in tree_flatten(weights)}
+
+
+def check_fit(
+    found: Shapes,
+    expected: Shapes,
+    where: object,
+    *,
+    what: str = "its config",
+    whole_numbers: Sequence[str] = (),
+) -> None:
+    """`UserError` unless there are just the weights expected.
+
+    Args:
+        where: names the weights in the message: "<where> does not fit <what>: it lacks ...".
+        whole_numbers: weights that are stored as integers and should not be.
+    """
     faults = [
-        listed("lacks", [k for k in expected if k not in found]),
-        listed("has the unknown", [k for k in found if k not in expected]),
+        listed("lacks", [name for name in expected if name not in found]),
+        listed("has the unknown", [name for name in found if name not in expected]),
         listed(
             "misshapes",
             [
-                f"{k} {tuple(v.shape)} instead of {tuple(expected[k].shape)}"
-                for k, v in found.items()
-                if k in expected and v.shape != expected[k].shape
+                f"{name} {shape} instead of {expected[name]}"
+                for name, shape in found.items()
+                if name in expected and shape != expected[name]
             ],
         ),
-        listed(
-            "stores as whole numbers",
-            [
-                k
-                for k, v in found.items()
-                if not mx.issubdtype(v.dtype, mx.floating)
-                and f"{k.removesuffix('weight')}scales" not in found
-            ],
-        ),
+        listed("stores as whole numbers", whole_numbers),
     ]
     if any(faults):
-        raise UserError(f"{path} does not fit its config: it " + "; ".join(filter(None, faults)))
-    module.update(tree_unflatten(list(found.items())))
+        raise UserError(f"{where} does not fit {what}: it " + "; ".join(filter(None, faults)))
 
 
 def listed(fault: str, keys: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mlx_snapgen.cli.options import build_parser
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.settings import WIDTH_NAMES
 
 try:
     import readline
@@ -35,7 +35,7 @@ SETTINGS = {
     "images": Setting("--num-images", "num_images", "pictures per prompt"),
     "steps": Setting("--steps", "num_inference_steps", "denoising steps"),
     "guidance": Setting("--guidance", "guidance_scale", "how hard to follow the prompt; 1 is off"),
-    "width": Setting("--model-width", "model_width", "of the network", tuple(WIDTH_NAMES)),
+    "width": Setting("--model-width", "model_width", "of the network", WIDTH_NAMES),
     "model": Setting("--model", "model", "folder or Hugging Face repository"),
     "lora": Setting("--lora", "loras", "a file, and its scale"),
     "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("0", "4", "8")),

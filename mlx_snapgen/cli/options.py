@@ -3,9 +3,8 @@
 import argparse
 import math
 
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.settings import MAX_SEED, MAX_STEPS
+from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES
 
 EXAMPLES = """
 examples:

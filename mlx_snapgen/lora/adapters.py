@@ -66,34 +66,34 @@ class LoRALinear(nn.Module):
         """The adapters that are on."""
         return [adapter for adapter in self.adapters.values() if adapter.scale]
 
-    def matrices(self, adapter: Adapter, width: float) -> tuple[mx.array, mx.array]:
-        """`adapter`'s A and B in the sub-network of `width`."""
+    def matrices(self, adapter: Adapter, share: float) -> tuple[mx.array, mx.array]:
+        """`adapter`'s A and B in the sub-network of `share`."""
         if isinstance(self.linear, ElasticLinear):
-            a = self.linear.slice_inputs(adapter.a, width)
-            return a, self.linear.slice_outputs(adapter.b, width)
+            a = self.linear.slice_inputs(adapter.a, share)
+            return a, self.linear.slice_outputs(adapter.b, share)
         return adapter.a, adapter.b
 
-    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+    def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
         elastic = isinstance(self.linear, (ElasticLinear, QuantizedElasticLinear))
-        y = self.linear(x, width) if elastic else self.linear(x)
+        y = self.linear(x, share) if elastic else self.linear(x)
         for adapter in self.active():
-            a, b = self.matrices(adapter, width)
+            a, b = self.matrices(adapter, share)
             y = y + (adapter.scale * ((x @ a.T) @ b.T)).astype(y.dtype)
         return y
 
-    def sliced(self, width: float) -> dict[str, Any]:
-        """Parameters of the sub-network of `width` (see `elastic.sliced_parameters`)."""
-        pairs = {name: self.matrices(adapter, width) for name, adapter in self.adapters.items()}
+    def sliced(self, share: float) -> dict[str, Any]:
+        """Parameters of the sub-network of `share` (see `elastic.sliced_parameters`)."""
+        pairs = {name: self.matrices(adapter, share) for name, adapter in self.adapters.items()}
         return {
-            "linear": sliced_parameters(self.linear, width),
+            "linear": sliced_parameters(self.linear, share),
             "adapters": {name: {"a": a, "b": b} for name, (a, b) in pairs.items()},
         }
 
-    def around(self, linear: nn.Module, width: float) -> "LoRALinear":
-        """These adapters at `width` around another layer (see `elastic.extract`)."""
+    def around(self, linear: nn.Module, share: float) -> "LoRALinear":
+        """These adapters at `share` around another layer (see `elastic.extract`)."""
         other = LoRALinear(linear)
         for name, adapter in self.adapters.items():
-            pair = self.matrices(adapter, width)
+            pair = self.matrices(adapter, share)
             other.adapters[name] = Adapter(*pair, adapter.alpha, adapter.weight)
         return other
 

@@ -169,21 +169,21 @@ class SelfAttention(nn.Module):
         self.k_norm = PerWidth(config.widths, lambda _: nn.LayerNorm(head_dim))
         self._head_dim, self._theta = head_dim, config.rope_theta
 
-    def project(self, h: mx.array, width: float) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, h: mx.array, share: float) -> tuple[mx.array, mx.array, mx.array]:
         """h (B, N, d) -> q, k, v by heads, q and k normalised but not yet rotated."""
-        q = split_heads(self.q_proj(h, width), self._head_dim)
-        k = split_heads(self.k_proj(h, width), self._head_dim)
-        v = split_heads(self.v_proj(h, width), self._head_dim)
-        return self.q_norm(q, width=width), self.k_norm(k, width=width), v
+        q = split_heads(self.q_proj(h, share), self._head_dim)
+        k = split_heads(self.k_proj(h, share), self._head_dim)
+        v = split_heads(self.v_proj(h, share), self._head_dim)
+        return self.q_norm(q, share=share), self.k_norm(k, share=share), v
 
     def __call__(
-        self, h: mx.array, grid: Grid, width: float = 1.0, modulate: bool = False
+        self, h: mx.array, grid: Grid, share: float = 1.0, modulate: bool = False
     ) -> mx.array:
         """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
-        q, k, v = self.project(h, width)
+        q, k, v = self.project(h, share)
         q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
         matrix = modulation_matrix(grid, grid) if modulate else None
-        return self.out_proj(merge_heads(attend(q, k, v, modulation=matrix)), width)
+        return self.out_proj(merge_heads(attend(q, k, v, modulation=matrix)), share)
 
 
 class SparseSelfAttention(SelfAttention):
@@ -203,33 +203,33 @@ class SparseSelfAttention(SelfAttention):
         self._num_bands, self._radius = config.num_bands, config.band_radius
 
     def compress(
-        self, x: mx.array, grid: Grid, projection: ElasticLinear, width: float
+        self, x: mx.array, grid: Grid, projection: ElasticLinear, share: float
     ) -> mx.array:
         """2x2 convolution with stride 2 over the grid: (B, heads, N, D) -> (B, heads, N/4, D)."""
         b, heads, _, dim = x.shape
         rows, columns = grid.height // 2, grid.width // 2
         x = x.reshape(b, heads, rows, 2, columns, 2, dim).transpose(0, 2, 4, 3, 5, 1, 6)
-        x = projection(x.reshape(b, rows * columns, 4 * heads * dim), width)
+        x = projection(x.reshape(b, rows * columns, 4 * heads * dim), share)
         return split_heads(x, dim)
 
     def __call__(
-        self, h: mx.array, grid: Grid, width: float = 1.0, modulate: bool = False
+        self, h: mx.array, grid: Grid, share: float = 1.0, modulate: bool = False
     ) -> mx.array:
         """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
-        q, k, v = self.project(h, width)
+        q, k, v = self.project(h, share)
         cells = grid.halved()
         near = modulation_matrix(grid, grid) if modulate else None
         far = modulation_matrix(grid, cells) if modulate else None
-        k_cells = self.compress(k, grid, self.k_compress, width)
-        v_cells = self.compress(v, grid, self.v_compress, width)
+        k_cells = self.compress(k, grid, self.k_compress, share)
+        v_cells = self.compress(v, grid, self.v_compress, share)
         q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
         k_cells = apply_rope(k_cells, cells, self._theta)
         out_global = attend(q, k_cells, v_cells, modulation=far)
         out_local = neighbourhood_attention(q, k, v, grid, self._num_bands, self._radius, near)
         # (B, N, heads) -> (B, heads, N, 1)
-        mix = mx.sigmoid(self.mix_proj(h, width)).transpose(0, 2, 1)[..., None]
+        mix = mx.sigmoid(self.mix_proj(h, share)).transpose(0, 2, 1)[..., None]
         out = out_local + mix * (out_global - out_local)
-        return self.out_proj(merge_heads(out), width)
+        return self.out_proj(merge_heads(out), share)
 
 
 def _compression(kv: int, sliced: bool) -> ElasticLinear:
@@ -259,10 +259,10 @@ class CrossAttention(nn.Module):
         self.out_proj.weight = mx.zeros_like(self.out_proj.weight)
 
     def __call__(
-        self, h: mx.array, text: mx.array, mask: mx.array | None, width: float = 1.0
+        self, h: mx.array, text: mx.array, mask: mx.array | None, share: float = 1.0
     ) -> mx.array:
         """h (B, N, d), text (B, L, text_width), mask (B, L) true where a token counts."""
-        q = split_heads(self.q_proj(h, width), self._head_dim)
+        q = split_heads(self.q_proj(h, share), self._head_dim)
         k = split_heads(self.k_proj(text), self._head_dim)
         v = split_heads(self.v_proj(text), self._head_dim)
         b, heads, n, head_dim = q.shape
@@ -273,4 +273,4 @@ class CrossAttention(nn.Module):
         q = q.reshape(b, heads, n, head_dim)
         out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
         out = out.reshape(b, kv_heads, heads // kv_heads, n, head_dim).swapaxes(1, 2)
-        return self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), width)
+        return self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), share)

@@ -64,8 +64,8 @@ class FeedForward(nn.Module):
         self.linear1 = ElasticLinear(dims, round(dims * ratio))
         self.linear2 = ElasticLinear(round(dims * ratio), dims)
 
-    def __call__(self, x: mx.array, width: float) -> mx.array:
-        return self.linear2(gelu(self.linear1(x, width)), width)
+    def __call__(self, x: mx.array, share: float) -> mx.array:
+        return self.linear2(gelu(self.linear1(x, share)), share)
 
 
 class Block(nn.Module):
@@ -86,17 +86,17 @@ class Block(nn.Module):
         text: mx.array,
         mask: mx.array | None,
         grid: Grid,
-        width: float,
+        share: float,
         modulate_attention: bool = False,
     ) -> mx.array:
-        table = self.modulation(width=width) + modulation
+        table = self.modulation(share=share) + modulation
         # six of (B, 1, d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
         h = modulate(layer_norm(x), shift_a, scale_a)
-        x = x + gate_a * self.self_attention(h, grid, width, modulate_attention)
-        x = x + self.cross_attention(x, text, mask, width)
+        x = x + gate_a * self.self_attention(h, grid, share, modulate_attention)
+        x = x + self.cross_attention(x, text, mask, share)
         h = modulate(layer_norm(x), shift_f, scale_f)
-        return x + gate_f * self.ffn(h, width)
+        return x + gate_f * self.ffn(h, share)
 
 
 def checkpointed(block: nn.Module, arrays: Sequence[mx.array], settings: Sequence) -> mx.array:
@@ -135,8 +135,8 @@ class LongSkip(nn.Module):
         self.linear = ElasticLinear(2 * dims, dims, in_groups=2)
         self.linear.weight = mx.concatenate([mx.eye(dims), mx.zeros((dims, dims))], axis=1)
 
-    def __call__(self, x: mx.array, skip: mx.array, width: float) -> mx.array:
-        return self.linear(mx.concatenate([x, skip], axis=-1), width)
+    def __call__(self, x: mx.array, skip: mx.array, share: float) -> mx.array:
+        return self.linear(mx.concatenate([x, skip], axis=-1), share)
 
 
 class Downsample(nn.Module):
@@ -147,14 +147,14 @@ class Downsample(nn.Module):
         self.linear = ElasticLinear(4 * dims, dims, bias=False, in_groups=4)
 
     def __call__(
-        self, x: mx.array, grid: Grid, width: float, keep: mx.array | None = None
+        self, x: mx.array, grid: Grid, share: float, keep: mx.array | None = None
     ) -> mx.array:
         """x (B, N, d) -> (B, N/4, d); tokens where `keep` (B, N) is false count as zeros."""
         b, n, d = x.shape
         if keep is not None:
             x = mx.where(keep[..., None], x, 0)
         cells = space_to_depth(x.reshape(b, grid.height, grid.width, d), 2)
-        return self.linear(cells.reshape(b, n // 4, 4 * d), width)
+        return self.linear(cells.reshape(b, n // 4, 4 * d), share)
 
 
 class Upsample(nn.Module):
@@ -165,10 +165,10 @@ class Upsample(nn.Module):
         self.linear = ElasticLinear(dims, 4 * dims, bias=False, out_groups=4)
         self.skip_weight = mx.array([0.5])
 
-    def __call__(self, x: mx.array, skip: mx.array, grid: Grid, width: float) -> mx.array:
+    def __call__(self, x: mx.array, skip: mx.array, grid: Grid, share: float) -> mx.array:
         """x (B, N/4, d) of the Middle stage, skip (B, N, d) of the Down stage on `grid`."""
         b, n, d = x.shape
-        cells = self.linear(x, width).reshape(b, grid.height // 2, grid.width // 2, 4 * d)
+        cells = self.linear(x, share).reshape(b, grid.height // 2, grid.width // 2, 4 * d)
         x = depth_to_space(cells, 2).reshape(b, 4 * n, d)
         return skip + self.skip_weight * (x - skip)
 
@@ -195,9 +195,9 @@ class Head(nn.Module):
         self.linear = ElasticLinear(d, out, slice_out=False)
         self.linear.weight = mx.zeros_like(self.linear.weight)
 
-    def __call__(self, x: mx.array, embedding: mx.array, width: float) -> mx.array:
-        shift, scale = mx.split(self.modulation(width=width) + embedding[:, None], 2, axis=1)
-        return self.linear(modulate(layer_norm(x), shift, scale), width)
+    def __call__(self, x: mx.array, embedding: mx.array, share: float) -> mx.array:
+        shift, scale = mx.split(self.modulation(share=share) + embedding[:, None], 2, axis=1)
+        return self.linear(modulate(layer_norm(x), shift, scale), share)
 
 
 class EfficientDiT(nn.Module):
@@ -267,7 +267,7 @@ class EfficientDiT(nn.Module):
         t: mx.array,
         text: mx.array,
         mask: mx.array | None = None,
-        width: float = 1.0,
+        share: float = 1.0,
         return_features: bool = False,
         modulate_attention: bool = False,
         keep: mx.array | None = None,
@@ -280,7 +280,7 @@ class EfficientDiT(nn.Module):
             t: noise level (B,) in [0, 1].
             text: joined text states (B, L, text_width) from `encode_text`.
             mask: (B, L), true where a text token counts; None when all do.
-            width: one of `config.widths`.
+            share: one of `config.widths`.
             return_features: also return the last block's output (B, N, width * hidden_size).
             modulate_attention: EDT's attention modulation, in every second block of the Up stage.
             keep: (B, N) over patch tokens; where false a token is masked on its way to the Middle
@@ -290,7 +290,7 @@ class EfficientDiT(nn.Module):
             v (B, H, W, C), and the features when asked for, in the type of x_t.
         """
         config = self.config
-        config.width_index(width)
+        config.width_index(share)
         b, height, row, _ = x_t.shape
         patch = config.patch_size
         if height % (2 * patch) or row % (2 * patch):
@@ -300,19 +300,19 @@ class EfficientDiT(nn.Module):
             )
         grid = Grid(height // patch, row // patch)
         x = space_to_depth(x_t, patch).reshape(b, grid.height * grid.width, -1)
-        x = self.patch_embed(x.astype(self.patch_embed.bias.dtype), width)
-        embedding, modulation = self.time(t, width=width)
+        x = self.patch_embed(x.astype(self.patch_embed.bias.dtype), share)
+        embedding, modulation = self.time(t, share=share)
         for block in self.down_blocks:
-            x = self._block(block, x, modulation, text, mask, grid, width)
+            x = self._block(block, x, modulation, text, mask, grid, share)
         if config.blocks[1]:
             skip = x
-            x = self.downsample(x, grid, width, keep)
-            x = self._middle(x, modulation, text, mask, grid.halved(), width)
-            x = self.upsample(x, skip, grid, width)
+            x = self.downsample(x, grid, share, keep)
+            x = self._middle(x, modulation, text, mask, grid.halved(), share)
+            x = self.upsample(x, skip, grid, share)
             for i, block in enumerate(self.up_blocks):
                 local = modulate_attention and i % 2 == 1
-                x = self._block(block, x, modulation, text, mask, grid, width, local)
-        v = self.head(x, embedding, width)
+                x = self._block(block, x, modulation, text, mask, grid, share, local)
+        v = self.head(x, embedding, share)
         v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch).astype(x_t.dtype)
         return (v, x.astype(x_t.dtype)) if return_features else v
 
@@ -321,15 +321,15 @@ class EfficientDiT(nn.Module):
             return checkpointed(block, (x, modulation, text), settings)
         return block(x, modulation, text, *settings)
 
-    def _middle(self, x, modulation, text, mask, grid: Grid, width: float) -> mx.array:
+    def _middle(self, x, modulation, text, mask, grid: Grid, share: float) -> mx.array:
         """Middle stage: block i's output returns at the input of block n - 1 - i."""
         count = len(self.middle_blocks)
         outputs = []
         for i, block in enumerate(self.middle_blocks):
             mirrored = count - 1 - i
             if self.config.long_skips and mirrored < i:
-                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored], width)
-            x = self._block(block, x, modulation, text, mask, grid, width)
+                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored], share)
+            x = self._block(block, x, modulation, text, mask, grid, share)
             outputs.append(x)
         return x
 

@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def slice_groups(x: mx.array, axis: int, groups: int, width: float) -> mx.array:
-    """Keep the leading `width` of each of `groups` equal runs along `axis` (0 or -1)."""
-    if width == 1.0:
+def slice_groups(x: mx.array, axis: int, groups: int, share: float) -> mx.array:
+    """Keep the leading `share` of each of `groups` equal runs along `axis` (0 or -1)."""
+    if share == 1.0:
         return x
     length = x.shape[axis] // groups
-    kept = round(length * width)
+    kept = round(length * share)
     if axis == 0:
         return x.reshape(groups, length, *x.shape[1:])[:, :kept].reshape(-1, *x.shape[1:])
     return x.reshape(*x.shape[:-1], groups, length)[..., :kept].reshape(*x.shape[:-1], -1)
@@ -51,23 +51,23 @@ class ElasticLinear(nn.Module):
         self.slice_in, self.slice_out = slice_in, slice_out
         self.in_groups, self.out_groups = in_groups, out_groups
 
-    def slice_inputs(self, x: mx.array, width: float) -> mx.array:
-        """Cut x (..., in_dims) to the inputs of the sub-network of `width`."""
-        return slice_groups(x, -1, self.in_groups, width) if self.slice_in else x
+    def slice_inputs(self, x: mx.array, share: float) -> mx.array:
+        """Cut x (..., in_dims) to the inputs of the sub-network of `share`."""
+        return slice_groups(x, -1, self.in_groups, share) if self.slice_in else x
 
-    def slice_outputs(self, x: mx.array, width: float) -> mx.array:
-        """Cut x (out_dims, ...) to the outputs of the sub-network of `width`."""
-        return slice_groups(x, 0, self.out_groups, width) if self.slice_out else x
+    def slice_outputs(self, x: mx.array, share: float) -> mx.array:
+        """Cut x (out_dims, ...) to the outputs of the sub-network of `share`."""
+        return slice_groups(x, 0, self.out_groups, share) if self.slice_out else x
 
-    def sliced(self, width: float) -> dict[str, mx.array]:
-        """Weight and bias of the sub-network of `width`."""
-        weight = self.slice_inputs(self.slice_outputs(self.weight, width), width)
+    def sliced(self, share: float) -> dict[str, mx.array]:
+        """Weight and bias of the sub-network of `share`."""
+        weight = self.slice_inputs(self.slice_outputs(self.weight, share), share)
         if "bias" not in self:
             return {"weight": weight}
-        return {"weight": weight, "bias": self.slice_outputs(self.bias, width)}
+        return {"weight": weight, "bias": self.slice_outputs(self.bias, share)}
 
-    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
-        p = self.sliced(width)
+    def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
+        p = self.sliced(share)
         if "bias" in p:
             return mx.addmm(p["bias"], x, p["weight"].T)
         return x @ p["weight"].T
@@ -84,8 +84,8 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
     unpacked for each call: memory stays that of the packed one and of a single dense matrix.
     """
 
-    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
-        if width != 1.0:
+    def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
+        if share != 1.0:
             raise ValueError("a quantized layer has one width: extract it first, then quantize")
         if mx.default_device().type != mx.DeviceType.cpu:
             return super().__call__(x)
@@ -105,18 +105,18 @@ class PerWidth(nn.Module):
     def __init__(self, widths: Sequence[float], make: Callable[[float], nn.Module]):
         super().__init__()
         self._widths = tuple(widths)
-        self.members = [make(width) for width in widths]
+        self.members = [make(share) for share in widths]
 
-    def at(self, width: float) -> nn.Module:
-        """The member of `width`."""
-        return self.members[self._widths.index(width)]
+    def at(self, share: float) -> nn.Module:
+        """The member of `share`."""
+        return self.members[self._widths.index(share)]
 
-    def sliced(self, width: float) -> dict[str, list]:
-        """Parameters of the one member that the sub-network of `width` has."""
-        return {"members": [self.at(width).parameters()]}
+    def sliced(self, share: float) -> dict[str, list]:
+        """Parameters of the one member that the sub-network of `share` has."""
+        return {"members": [self.at(share).parameters()]}
 
-    def __call__(self, *args: Any, width: float = 1.0) -> Any:
-        return self.at(width)(*args)
+    def __call__(self, *args: Any, share: float = 1.0) -> Any:
+        return self.at(share)(*args)
 
 
 class Table(nn.Module):
@@ -130,42 +130,42 @@ class Table(nn.Module):
         return self.weight
 
 
-def sliced_parameters(module: Any, width: float) -> Any:
-    """Parameters of `module`'s sub-network of `width`, nested like `module.parameters()`.
+def sliced_parameters(module: Any, share: float) -> Any:
+    """Parameters of `module`'s sub-network of `share`, nested like `module.parameters()`.
 
-    A module that depends on the width defines `sliced(width)`; all others are taken whole.
+    A module that depends on the width defines `sliced(share)`; all others are taken whole.
     """
     if isinstance(module, nn.Module):
         if hasattr(module, "sliced"):
-            return module.sliced(width)
+            return module.sliced(share)
         items = {k: v for k, v in module.items() if nn.Module.valid_parameter_filter(module, k, v)}
-        return {k: sliced_parameters(v, width) for k, v in items.items()}
+        return {k: sliced_parameters(v, share) for k, v in items.items()}
     if isinstance(module, list):
-        return [sliced_parameters(item, width) for item in module]
+        return [sliced_parameters(item, share) for item in module]
     return module
 
 
-def extract(network: nn.Module, width: float) -> nn.Module:
-    """A stand-alone network holding only the sub-network of `width`.
+def extract(network: nn.Module, share: float) -> nn.Module:
+    """A stand-alone network holding only the sub-network of `share`.
 
-    `network` is built from a config that knows its own `standalone(width)`. The result computes
-    what `network` computes at `width`. A module put around one of the network's own, as an adapter
-    is, defines `around(module, width)`: itself, at that width, around another module.
+    `network` is built from a config that knows its own `standalone(share)`. The result computes
+    what `network` computes at `share`. A module put around one of the network's own, as an adapter
+    is, defines `around(module, share)`: itself, at that width, around another module.
     """
-    alone = _wrapped(type(network)(network.config.standalone(width)), network, width)
-    alone.update(sliced_parameters(network, width))
+    alone = _wrapped(type(network)(network.config.standalone(share)), network, share)
+    alone.update(sliced_parameters(network, share))
     return alone
 
 
-def _wrapped(alone: Any, network: Any, width: float) -> Any:
+def _wrapped(alone: Any, network: Any, share: float) -> Any:
     """`alone` with the modules that `network` has around its own."""
     if hasattr(network, "around"):
-        return network.around(alone, width)
+        return network.around(alone, share)
     if isinstance(network, PerWidth):
-        alone.members[0] = _wrapped(alone.members[0], network.at(width), 1.0)
+        alone.members[0] = _wrapped(alone.members[0], network.at(share), 1.0)
     elif isinstance(network, list):
-        return [_wrapped(a, n, width) for a, n in zip(alone, network, strict=True)]
+        return [_wrapped(a, n, share) for a, n in zip(alone, network, strict=True)]
     elif isinstance(network, nn.Module):
         for key, child in network.children().items():
-            alone[key] = _wrapped(alone[key], child, width)
+            alone[key] = _wrapped(alone[key], child, share)
     return alone

@@ -19,6 +19,7 @@ from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear
 from mlx_snapgen.quantize.palettes import HIGH, LOW, Palettes, layers, palettized
+from mlx_snapgen.settings import DrawSettings
 
 MOST_STEPS = 8
 """Steps of a calibration picture, fewer than those of a model that samples in many."""
@@ -44,12 +45,12 @@ class _Probe(nn.Module):
         # The network reads its dtype from a layer's bias.
         return self.linear.bias
 
-    def __call__(self, x: mx.array, width: float = 1.0) -> mx.array:
+    def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
         delta, elastic = self._delta, isinstance(self.linear, ElasticLinear)
         if elastic:
-            delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, width), width)
+            delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, share), share)
         self._tell((x @ delta.T).square().mean().item())
-        return self.linear(x, width) if elastic else self.linear(x)
+        return self.linear(x, share) if elastic else self.linear(x)
 
 
 @contextlib.contextmanager
@@ -115,21 +116,23 @@ def choose_palettes(
         widths: name -> share of the hidden dimensions, of `components.transformer`.
         prompts: to calibrate on; None takes some that the model knows.
     """
-    network, width = components.transformer, max(widths.values())
+    network, share = components.transformer, max(widths.values())
     prompts = list(prompts or calibration_prompts(components.vocabulary))
     seeds = range(len(prompts))
 
     def run() -> None:
-        draw_latents(components, prompts, seeds, width, most_steps=MOST_STEPS)
+        steps = min(MOST_STEPS, components.config.sampler_for().num_inference_steps)
+        settings = DrawSettings(num_inference_steps=steps)
+        draw_latents(components, prompts, seeds=seeds, settings=settings, share=share)
 
     errors = sensitivities(network, run)
-    sizes = {name: sliced_size(some[0], width) for name, some in layers(network).items()}
+    sizes = {name: sliced_size(some[0], share) for name, some in layers(network).items()}
     return Palettes(average, choose_bits(errors, sizes, average), errors, prompts, list(widths))
 
 
-def sliced_size(layer: nn.Module, width: float) -> int:
-    """Weights of the sub-network of `width`."""
-    return (layer.sliced(width) if isinstance(layer, ElasticLinear) else layer)["weight"].size
+def sliced_size(layer: nn.Module, share: float) -> int:
+    """Weights of the sub-network of `share`."""
+    return (layer.sliced(share) if isinstance(layer, ElasticLinear) else layer)["weight"].size
 
 
 def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[str]:

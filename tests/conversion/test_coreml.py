@@ -229,7 +229,7 @@ def test_widths_and_chunks_are_the_whole(export, model):
     assert names == {"Transformer_0", "Transformer_1", "Decoder", "TextEncoder_0"}
     inputs = transformer_inputs(model)
     for width, function in zip(model.config.transformer.widths, WIDTHS, strict=True):
-        expected = model.transformer(*inputs, width=width)
+        expected = model.transformer(*inputs, share=width)
         assert_close(velocity_of(folder, *inputs, function), expected, 1e-4)
     default = velocity_of(folder, *inputs)
     np.testing.assert_array_equal(default, velocity_of(folder, *inputs, "full"))
@@ -279,7 +279,7 @@ def test_palettes_are_shared_between_widths(export, model):
     assert set(package["functions"]) == set(WIDTHS)
     inputs = transformer_inputs(model)
     for width, function in zip(model.config.transformer.widths, WIDTHS, strict=True):
-        expected = model.transformer(*inputs, width=width)
+        expected = model.transformer(*inputs, share=width)
         assert_close(velocity_of(folder, *inputs, function), expected, 5e-2)
 
 

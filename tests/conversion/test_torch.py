@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten
 from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.config import (
-    WIDTH_NAMES,
     AutoencoderConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -29,6 +28,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
+from mlx_snapgen.settings import parse_width
 from tests.tiny import randomise
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
@@ -183,7 +183,7 @@ def test_the_text_encoder_is_mlx_s(activation, attend):
 
 
 def test_the_default_model_is_the_same_in_pytorch(tmp_path):
-    components = load_pretrained(dtype=mx.float32, model_width=0.375)
+    components = load_pretrained(dtype=mx.float32, share=0.375)
     assert to_torch(components, tmp_path / "new" / "model", "tiny") == []
     model = efficient_dit.load(tmp_path / "new" / "model")
     assert model.config.transformer == components.config.transformer
@@ -283,7 +283,7 @@ def test_torch_that_is_missing_is_one_line(module, tmp_path):
 
 @pytest.mark.parametrize("width", ["full", "tiny"])
 def test_a_model_comes_back_bit_for_bit(components, model_folder, tmp_path, width, monkeypatch):
-    alone = load_pretrained(model_folder, dtype=mx.float32, model_width=WIDTH_NAMES[width])
+    alone = load_pretrained(model_folder, dtype=mx.float32, share=parse_width(width).share)
     to_torch(alone, tmp_path / "torch", width)
     path = tmp_path / "torch" / "decoder.safetensors"
     state = safetensors_torch.load_file(path)
@@ -311,7 +311,7 @@ def test_a_model_comes_back_bit_for_bit(components, model_folder, tmp_path, widt
 
 
 def test_what_does_not_come_back_is_one_line(components, model_folder, tmp_path):
-    alone = load_pretrained(model_folder, dtype=mx.float32, model_width=0.5)
+    alone = load_pretrained(model_folder, dtype=mx.float32, share=0.5)
     to_torch(alone, tmp_path / "torch", "small")
     path = tmp_path / "torch" / "transformer.safetensors"
     state = safetensors_torch.load_file(path)

@@ -36,7 +36,7 @@ def velocity(transformer, width=1.0):
     key = mx.random.key(3)
     x_t = mx.random.normal((1, 8, 8, 4), key=key)
     text = mx.random.normal((1, 5, 32), key=key)
-    return transformer(x_t, mx.array([0.6]), text, width=width)
+    return transformer(x_t, mx.array([0.6]), text, share=width)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_quantized_files_are_smaller(components, model_folder, tmp_path):
 
 @pytest.mark.parametrize("width", [1.0, 0.5, 0.375])
 def test_loading_one_width_gives_that_sub_network_alone(components, model_folder, width):
-    loaded = load_pretrained(model_folder, model_width=width)
+    loaded = load_pretrained(model_folder, share=width)
     assert loaded.config.transformer == components.config.transformer.standalone(width)
     assert_same_weights(loaded.transformer, extract(components.transformer, width))
     expected = velocity(components.transformer, width)
@@ -160,7 +160,7 @@ def test_one_width_takes_the_memory_of_that_width(components, tmp_path):
     save_pretrained(tmp_path / "big", big)
     del big
     before = mx.get_active_memory()
-    loaded = load_pretrained(tmp_path / "big", model_width=0.375)
+    loaded = load_pretrained(tmp_path / "big", share=0.375)
     used = mx.get_active_memory() - before
     alone = sum(v.nbytes for m in loaded.modules().values() for v in flat(m).values())
     supernetwork = (tmp_path / "big" / "transformer.safetensors").stat().st_size
@@ -170,7 +170,7 @@ def test_one_width_takes_the_memory_of_that_width(components, tmp_path):
 
 
 def test_a_loaded_width_can_be_saved_as_a_model(components, model_folder, tmp_path):
-    save_pretrained(tmp_path / "small", load_pretrained(model_folder, model_width=0.5))
+    save_pretrained(tmp_path / "small", load_pretrained(model_folder, share=0.5))
     alone = load_pretrained(tmp_path / "small")
     assert alone.config.transformer.hidden_size == 32
     expected = velocity(components.transformer, 0.5)
@@ -464,7 +464,7 @@ def test_what_cannot_be_quantized_says_why(components):
 
 def test_loading_a_width_the_model_lacks(copy):
     with pytest.raises(UserError, match=r"not 0\.25"):
-        load_pretrained(copy, model_width=0.25)
+        load_pretrained(copy, share=0.25)
 
 
 def test_saving_does_not_import_a_hub_client(model_folder):

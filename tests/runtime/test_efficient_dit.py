@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_snapgen.config import TRANSFORMERS, WIDTH_NAMES, TransformerConfig
+from mlx_snapgen.config import TRANSFORMERS, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
 from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS
 
 CONFIG = TransformerConfig(
     hidden_size=64,
@@ -64,7 +65,7 @@ def test_a_width_equals_its_extracted_network(network, width, dtype):
     x_t = x_t.astype(dtype)
     states = [TextStates(s.astype(dtype), m) for s, m in states]
     alone = extract(network, width)
-    inside = run(network, x_t, t, states, width=width).astype(mx.float32)
+    inside = run(network, x_t, t, states, share=width).astype(mx.float32)
     outside = run(alone, x_t, t, states).astype(mx.float32)
     assert alone.config == CONFIG.standalone(width)
     assert float(mx.abs(inside).max()) > 0.1
@@ -73,13 +74,13 @@ def test_a_width_equals_its_extracted_network(network, width, dtype):
 
 def test_widths_differ_and_share_what_the_rule_says(network):
     x_t, t, states = inputs()
-    full, small, tiny = (run(network, x_t, t, states, width=w) for w in CONFIG.widths)
+    full, small, tiny = (run(network, x_t, t, states, share=w) for w in CONFIG.widths)
     assert float(mx.abs(full - small).max()) > 1e-2
     assert float(mx.abs(small - tiny).max()) > 1e-2
 
     def loss(params, width):
         network.update(params)
-        return run(network, x_t, t, states, width=width).square().sum()
+        return run(network, x_t, t, states, share=width).square().sum()
 
     params = network.trainable_parameters()
     grads = dict(tree_flatten(mx.grad(loss)(params, 0.5)))
@@ -131,7 +132,7 @@ def test_published_sizes():
     assert counts["full"] == pytest.approx(1.6e9, rel=0.07)
     assert counts["small"] == pytest.approx(0.4e9, rel=0.07)
     assert round(counts["tiny"] / 1e9, 1) == 0.3
-    for name, width in WIDTH_NAMES.items():
+    for name, width in ((width.name, width.share) for width in WIDTHS):
         assert TRANSFORMERS["supernetwork"].standalone(width) == TRANSFORMERS[name]
 
 
@@ -170,7 +171,7 @@ def test_odd_grid_names_the_way_out(network):
     with pytest.raises(UserError, match="divides by 32"):
         run(network, *inputs(6, 8))
     with pytest.raises(UserError, match="holds the widths 1, "):
-        run(network, *inputs(), width=0.25)
+        run(network, *inputs(), share=0.25)
 
 
 def test_padding_and_dropped_encoders_do_not_matter(network):

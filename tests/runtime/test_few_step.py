@@ -15,12 +15,13 @@ from convert.coreml.export import load_for_export
 from mlx_snapgen import sampling
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings
 from train import evaluate
 from train.evaluation.previews import PROMPTS, previews_of
 from train.evaluation.validation import validation_losses, validation_set
@@ -96,7 +97,7 @@ def test_the_mode_draws_with_the_lora_and_without_guidance(folder, name):
     [picture] = pipe("a cat", seed=4)
     assert np.abs(np.array(picture) - expected).max() < 0.6
     batched = load_pretrained(folder, few_step=True)
-    [again] = sample(batched, ["a cat"], [4], width)
+    [again] = draw_pictures(batched, ["a cat"], seeds=[4], share=width)
     assert np.abs(again - expected).max() < 0.6
 
 
@@ -212,7 +213,12 @@ def test_previews_show_the_averages_and_leave_the_model_alone(components, font, 
         components, transformer=model.transformer, text_encoders=model.text_encoders
     )
     own.config = dataclasses.replace(own.config, image_size=(128, 128))
-    expected = sample(own, list(PROMPTS), range(len(PROMPTS)), 1.0, time_shift=2.0)
+    expected = draw_pictures(
+        own,
+        list(PROMPTS),
+        seeds=range(len(PROMPTS)),
+        settings=DrawSettings(time_shift=2.0),
+    )
     for k in (0, 7):
         assert np.array_equal(sheets[0][:128, 134 * k : 134 * k + 128], expected[k])
 
@@ -233,7 +239,7 @@ def test_the_validation_loss_is_of_the_mode_that_draws(folder, font, tmp_path, m
 def test_a_core_ml_export_has_it_fused(folder):
     fused = load_for_export(folder, ["small"])
     assert fused.config.few_step == MODE
-    expected = load_pretrained(folder, model_width=0.5, few_step=True)
+    expected = load_pretrained(folder, share=0.5, few_step=True)
     base = velocity_of(expected)
     set_lora_weights(expected.transformer, {FEW_STEP: 1.0})
     np.testing.assert_allclose(velocity_of(fused), velocity_of(expected), rtol=1e-4, atol=1e-5)

@@ -68,7 +68,7 @@ def run(network, width=1.0):
     keys = mx.random.split(mx.random.key(7), 2)
     x_t = mx.random.normal((2, 4, 8, 4), key=keys[0])
     text = mx.random.normal((2, 5, 32), key=keys[1])
-    return network(x_t, mx.array([0.3, 0.8]), text, width=width)
+    return network(x_t, mx.array([0.3, 0.8]), text, share=width)
 
 
 def differ(a, b):

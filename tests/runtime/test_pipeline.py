@@ -157,7 +157,7 @@ def test_model_width_draws_what_the_supernetwork_draws_at_it(components, model_f
     network = whole.transformer
     x_t, t = get_noise(0, 4, 8, 4), mx.array([0.7])
     text, mask = encode_prompts(["a red apple"], whole.text_encoders, whole.transformer)
-    expected = network(x_t, t, text, mask, width=width)
+    expected = network(x_t, t, text, mask, share=width)
     assert mx.allclose(pipe.transformer(x_t, t, text, mask), expected, atol=1e-5)
 
 
@@ -246,7 +246,7 @@ def test_latents_that_are_not_finite_are_an_error(model_folder, value):
 def test_pixels_that_are_not_finite_are_an_error(model_folder):
     pipe = SnapGenPipeline.from_pretrained(model_folder)
     pipe.autoencoder.decoder.out.bias = mx.full((12,), float("nan"))
-    with pytest.raises(UserError, match="picture is not finite"):
+    with pytest.raises(UserError, match="pictures are not finite"):
         pipe("a red apple")
 
 

@@ -14,12 +14,13 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule
+from mlx_snapgen.settings import DrawSettings
 from train import evaluate
 from train.data.stickers.captions import Placed, Scene, plain_caption
 from train.data.stickers.render import render
@@ -214,8 +215,8 @@ PINNED_SEED = 2436758733
 
 def test_pictures_do_not_depend_on_their_batch(components):
     prompts, seeds = ["a red apple", "a cat", "a blue car"], [5, 6, 7]
-    together = sample(components, prompts, seeds, batch_size=3)
-    apart = sample(components, prompts, seeds, batch_size=2)
+    together = draw_pictures(components, prompts, seeds=seeds, batch_size=3)
+    apart = draw_pictures(components, prompts, seeds=seeds, batch_size=2)
     assert together.shape == (3, 32, 64, 3) and together.dtype == np.uint8
     assert np.abs(together.astype(int) - apart).max() <= 1
     assert np.abs(together[0].astype(int) - together[1]).max() > 20
@@ -224,7 +225,8 @@ def test_pictures_do_not_depend_on_their_batch(components):
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
 def test_sampling_is_the_samplers_formula(components, guidance):
     """Guidance 0 is the picture of the empty prompt, 1 that of the prompt alone."""
-    (picture,) = sample(components, ["a red apple"], [5], 0.5, 3, guidance, 2.0)
+    settings = DrawSettings(num_inference_steps=3, guidance_scale=guidance, time_shift=2.0)
+    (picture,) = draw_pictures(components, ["a red apple"], seeds=[5], settings=settings, share=0.5)
     transformer = components.transformer
     conditions = [
         encode_prompts([prompt], components.text_encoders, components.transformer)
@@ -245,7 +247,7 @@ def test_sampling_is_the_samplers_formula(components, guidance):
 def test_sampling_refuses_pictures_that_are_not_finite(components):
     broken = dataclasses.replace(components, transformer=_Nan(components.transformer))
     with pytest.raises(UserError, match="not finite"):
-        sample(broken, ["a cat"], [0])
+        draw_pictures(broken, ["a cat"], seeds=[0])
 
 
 class _Nan:
@@ -258,11 +260,11 @@ class _Nan:
 
 def test_sampling_refuses_a_width_that_the_model_lacks(components):
     with pytest.raises(UserError, match="holds the widths"):
-        sample(components, ["a cat"], [0], width=0.7)
+        draw_pictures(components, ["a cat"], seeds=[0], share=0.7)
 
 
 def test_quick_score_of_a_random_model_is_about_nothing(font, components):
-    scores = quick_score(components, 100, 1, steps=1, width=0.375)
+    scores = quick_score(components, 100, 1, steps=1, share=0.375)
     assert set(SIX) < set(scores) and scores["overall"] <= 0.2
 
 

@@ -133,7 +133,7 @@ def test_trajectories_are_what_the_model_says_on_its_way(components):
     v = components.transformer(first["x_t"], first["t"], first["text"], first["mask"], 0.5)
     np.testing.assert_allclose(v, first["v"], atol=1e-5)
     assert not mx.array_equal(first["x_t"], data(4)["x_t"])
-    mine = draw_latents(components, PROMPTS[:2], [0, 1], 0.5)
+    mine = draw_latents(components, PROMPTS[:2], seeds=[0, 1], share=0.5)
     last = data.rows(data.states[0.5], [0])
     assert mine.shape == (2, *last["x_t"].shape[1:])
 
@@ -159,7 +159,9 @@ def test_a_picture_that_turns_into_another_does_not_decide(components, monkeypat
     moved = expected + mx.array([0.01, 0.01, 5.0]).reshape(3, 1, 1, 1)
     other = EfficientDiT(components.config.transformer)
     monkeypatch.setattr(
-        comparison, "draw_latents", lambda *args: moved if args[-1] is other else expected
+        comparison,
+        "draw_latents",
+        lambda *args, network=None, **_: moved if network is other else expected,
     )
     monkeypatch.setattr(comparison, "velocity_psnr", lambda *args: {"full": 30.0})
     table = compare(components, {"tuned": other}, None, PROMPTS[:3], {"full": 1.0})

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.pictures import to_float
+from mlx_snapgen.pictures import from_uint8
 from train.data.stickers.render import batch
 
 
@@ -14,4 +14,4 @@ def crops(seed: int, step: int, count: int, num_nouns: int | None, size: int) ->
     tops, lefts = rng.integers(0, pictures.shape[1] - size + 1, (2, count))
     rows = tops[:, None, None] + np.arange(size)[None, :, None]
     columns = lefts[:, None, None] + np.arange(size)[None, None, :]
-    return to_float(pictures[np.arange(count)[:, None, None], rows, columns])
+    return from_uint8(pictures[np.arange(count)[:, None, None], rows, columns])

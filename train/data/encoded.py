@@ -10,7 +10,7 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import TextEncoder
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
-from mlx_snapgen.pictures import to_float
+from mlx_snapgen.pictures import from_uint8
 from train.data.imagefolder import Example
 from train.data.source import Batch
 from train.data.stickers import render
@@ -70,7 +70,7 @@ class Data:
         pictures, captions = render.batch(
             self.seed, start, self.batch_size, self.num_nouns, categories=self.categories
         )
-        latents = self.encode(to_float(pictures))
+        latents = self.encode(from_uint8(pictures))
         mx.eval(latents)
         return latents, captions
 
@@ -94,7 +94,7 @@ def encode_pictures(autoencoder: Autoencoder, pictures: Sequence[np.ndarray]) ->
     """uint8 pictures (H, W, 3) of one size -> latents (N, h, w, C)."""
     latents = []
     for start in range(0, len(pictures), CHUNK):
-        chunk = to_float(np.stack(pictures[start : start + CHUNK]))
+        chunk = from_uint8(np.stack(pictures[start : start + CHUNK]))
         latents.append(autoencoder.encode(chunk))
         mx.eval(latents)
     return mx.concatenate(latents)

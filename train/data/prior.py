@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
 from train.data.encoded import encode_captions, encode_pictures
 from train.data.source import Batch
@@ -20,7 +20,7 @@ def draw_prior(components: Components, captions: Sequence[str]) -> Batch:
     """What the model knows: `latents` of its pictures of `captions`, with the encoded captions."""
     with tqdm(total=len(captions), desc="what the model knows", unit="picture") as bar:
         seeds = range(PRIOR_SEED, PRIOR_SEED + len(captions))
-        pictures = sample(components, captions, seeds, progress=bar.update)
+        pictures = draw_pictures(components, captions, seeds=seeds, progress=bar.update)
     latents = encode_pictures(components.autoencoder, list(pictures))
     return {"latents": latents} | encode_captions(components.text_encoders, captions)
 

@@ -97,5 +97,5 @@ def _seen(
         states.append({"x_t": x_t, "t": t, "v": v, "prompt": prompt})
         return v
 
-    mx.eval(draw_latents(components, captions, seeds, width, watched))
+    mx.eval(draw_latents(components, captions, seeds=seeds, share=width, network=watched))
     return states

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.config import WIDTH_NAMES
 from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.settings import parse_width
 from train.data.encoded import CHUNK, Pictures, rows
 from train.data.source import Batch
 from train.evaluation.previews import Previews
@@ -24,7 +24,7 @@ class Validation:
     def __init__(
         self, components: Components, data: Pictures, prompts: Sequence[str], width: str = "full"
     ):
-        self.network, self.data, self.width = components.transformer, data, WIDTH_NAMES[width]
+        self.network, self.data, self.width = components.transformer, data, parse_width(width).share
         self.previews = Previews(components, [width], prompts)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:

@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.settings import DrawSettings
 from train.data.encoded import rows
 from train.data.source import Batch
 from train.objectives.finetune import gradients
@@ -83,11 +84,16 @@ def estimate(
         share * times * min(seconds(some, width) for _ in range(2))
         for width, share in widths.items()
     )
-    sample(components, ["a"], [0], widest, steps=1)
+    _draw_one(components, widest, 1)
     started = time.perf_counter()
-    sample(components, ["a"], [0], widest, steps=4)
+    _draw_one(components, widest, 4)
     picture = (time.perf_counter() - started) / 4 * components.config.sampler.num_inference_steps
     return Estimate(accumulate * step, picture, memory)
+
+
+def _draw_one(components: Components, share: float, steps: int) -> None:
+    settings = DrawSettings(num_inference_steps=steps)
+    draw_pictures(components, ["a"], seeds=[0], settings=settings, share=share)
 
 
 def physical_memory() -> int:

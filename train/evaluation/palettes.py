@@ -10,6 +10,7 @@ from mlx.utils import tree_map
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.pictures import decibels
 from train.data.stickers.vocabulary import known_nouns
 from train.data.trajectories import Trajectories
 from train.evaluation.previews import Previews
@@ -22,10 +23,9 @@ SCORED_STEPS = 14  # of a scored picture at most, as in looks during training
 HELD_OUT_SEED = 1_000_000  # of their first picture, away from those that are
 
 
-def psnr(expected: mx.array, error: float) -> float:
-    """dB of a mean squared error, the peak being the range of the numbers expected."""
-    peak = (expected.max() - expected.min()).item()
-    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+def _range(expected: mx.array) -> float:
+    """The peak of a PSNR: the range of the numbers expected."""
+    return (expected.max() - expected.min()).item()
 
 
 class Validation:
@@ -49,7 +49,7 @@ def velocity_psnr(
 ) -> dict[str, float]:
     """Name of a width -> dB between the network's velocity and that of the one without palettes."""
     return {
-        name: psnr(held_out.states[width]["v"], held_out.error(network, width))
+        name: decibels(held_out.error(network, width), _range(held_out.states[width]["v"]))
         for name, width in widths.items()
     }
 
@@ -74,19 +74,21 @@ def compare(
     titles = ["width", "network", "velocity, dB", "latents, dB", *(["score"] if score else [])]
     lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
     for name, width in widths.items():
-        expected = draw_latents(components, captions, seeds, width)
+        expected = draw_latents(components, captions, seeds=seeds, share=width)
         for label, network in ({"float32": components.transformer} | dict(networks)).items():
             line = [name, label, "", ""]
             if network is not components.transformer:
                 velocity = velocity_psnr(network, held_out, {name: width})[name]
-                found = draw_latents(components, captions, seeds, width, network)
+                found = draw_latents(
+                    components, captions, seeds=seeds, share=width, network=network
+                )
                 errors = np.array((found - expected).square().mean(axis=(1, 2, 3)))
-                latents = psnr(expected, float(np.median(errors)))
+                latents = decibels(float(np.median(errors)), _range(expected))
                 line = [name, label, f"{velocity:.1f}", f"{latents:.1f}"]
             if score:
                 made = dataclasses.replace(components, transformer=network)
                 steps = min(SCORED_STEPS, components.config.sampler.num_inference_steps)
-                scores = quick_score(made, known_nouns(components), score, steps, width)
+                scores = quick_score(made, known_nouns(components), score, steps=steps, share=width)
                 line.append(f"{scores['overall']:.3f} ± {scores['overall_error']:.3f}")
             lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

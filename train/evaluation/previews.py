@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
-from mlx_snapgen.config import WIDTH_NAMES
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.pictures import contact_sheet
+from mlx_snapgen.settings import WIDTH_NAMES, parse_width
 from train.data.stickers.scenes import SIDE
-from train.evaluation.sheets import contact_sheet
 from train.loop.trainer import Trainer
 from train.objectives.elastic import TextToLatents
 
@@ -39,7 +39,7 @@ class Previews:
     def __init__(
         self,
         components: Components,
-        widths: Sequence[str] = tuple(WIDTH_NAMES),
+        widths: Sequence[str] = WIDTH_NAMES,
         prompts: Sequence[str] = PROMPTS,
         adapter: str = FEW_STEP,
     ):
@@ -51,11 +51,11 @@ class Previews:
         trainer.model.update(trainer.ema_parameters)
         try:
             rows = [
-                sample(
+                draw_pictures(
                     self.components,
                     self.prompts,
-                    range(len(self.prompts)),
-                    WIDTH_NAMES[name],
+                    seeds=range(len(self.prompts)),
+                    share=parse_width(name).share,
                     adapter=self.adapter,
                 )
                 for name in self.widths

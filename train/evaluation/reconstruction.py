@@ -1,15 +1,9 @@
 """Pictures through an autoencoder and back."""
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.pictures import to_float
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 pictures."""
-    return float(-10 * np.log10(np.mean((a.astype(np.float64) - b) ** 2) / 255**2))
+from mlx_snapgen.pictures import from_uint8, to_uint8
 
 
 def reconstruct(
@@ -21,6 +15,6 @@ def reconstruct(
     """
     out = []
     for i in range(0, len(pictures), 16):
-        y = model.decode((encoder or model).encode(to_float(pictures[i : i + 16])))
-        out.append(np.array(mx.round((mx.clip(y, -1, 1) + 1) * 127.5).astype(mx.uint8)))
+        y = model.decode((encoder or model).encode(from_uint8(pictures[i : i + 16])))
+        out.append(to_uint8(y))
     return np.concatenate(out)

@@ -7,7 +7,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import sample
+from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.settings import DrawSettings
 from train.data.stickers.captions import plain_caption, with_article
 from train.data.stickers.scenes import first_nouns, noun_scene
 from train.data.stickers.vocabulary import NOUNS
@@ -45,29 +46,39 @@ def judge(
 def draw(
     components: Components,
     prompts: Sequence[Prompt],
-    width: float,
-    seed: int = 0,
+    *,
+    settings: DrawSettings,
+    share: float = 1.0,
     name: str = "sampling",
-    **settings,
+    batch_size: int = 16,
 ) -> np.ndarray:
-    """Pictures of prompts; `settings` are those of `sampling.sample`."""
-    seeds = [seed + prompt.number for prompt in prompts]
+    """Pictures of prompts, a prompt's seed being its number after that of `settings`."""
+    first = settings.seed or 0
     texts = [prompt.text for prompt in prompts]
     with tqdm(total=len(texts), desc=name, unit="picture", leave=False) as bar:
-        return sample(components, texts, seeds, width, progress=bar.update, **settings)
+        return draw_pictures(
+            components,
+            texts,
+            seeds=[first + prompt.number for prompt in prompts],
+            settings=settings,
+            share=share,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
 
 
 def quick_score(
     components: Components,
     num_nouns: int | None = None,
     count_per_category: int = 8,
+    *,
     steps: int = 14,
-    width: float = 1.0,
-    **settings,
+    share: float = 1.0,
 ) -> dict[str, float | None]:
     """The accuracies of one width over few prompts, for a look during training."""
     prompts = fixed_prompts(count_per_category, num_nouns)
-    pictures = draw(components, prompts, width, steps=steps, **settings)
+    settings = DrawSettings(num_inference_steps=steps)
+    pictures = draw(components, prompts, settings=settings, share=share)
     return accuracies(prompts, judge(prompts, pictures, num_nouns)[0])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.pictures import to_float
+from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.sampling import add_noise, get_noise
 from train.data.stickers.render import render
 from train.data.stickers.scenes import validation_scenes
@@ -35,7 +35,10 @@ def validation_set(components: Components, count: int, num_nouns: int | None) ->
     scenes = validation_scenes(count, num_nouns)
     pictures = np.stack([render(scene) for scene in scenes])
     latents = mx.concatenate(
-        [components.autoencoder.encode(to_float(pictures[k : k + 16])) for k in range(0, count, 16)]
+        [
+            components.autoencoder.encode(from_uint8(pictures[k : k + 16]))
+            for k in range(0, count, 16)
+        ]
     )
     seeds = [noise_seed(k, scene.caption) for k, scene in enumerate(scenes)]
     noise = mx.concatenate([get_noise(seed, *latents.shape[1:]) for seed in seeds])

@@ -13,7 +13,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.pictures import to_float
+from mlx_snapgen.pictures import from_uint8
 from train.data.stickers.render import batch
 from train.loop.checkpoint import load_ema
 
@@ -25,7 +25,7 @@ def measure_latents(model: Autoencoder, num_nouns: int | None, count: int = 512)
     """Mean and standard deviation per channel of raw latents over `count` scenes."""
     pictures, _ = batch(12345, 0, count, num_nouns)
     means = [
-        np.array(model.encoder(to_float(pictures[i : i + 16]))[0]) for i in range(0, count, 16)
+        np.array(model.encoder(from_uint8(pictures[i : i + 16]))[0]) for i in range(0, count, 16)
     ]
     flat = np.concatenate(means).reshape(-1, model.config.latent_channels)
     return tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))

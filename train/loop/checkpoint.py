@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_snapgen.checkpoint.module import check_fit, shapes
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
 
@@ -82,14 +83,8 @@ def load_checkpoint(checkpoint: Path, expected: Mapping[str, dict]) -> tuple[dic
         way_out = f"delete it to resume from {good[-1]}" if good else "delete it to start again"
         raise UserError(f"{checkpoint} is damaged ({_line(error)}): {way_out}") from None
     for name, tree in trees.items():
-        wanted = {k: v.shape for k, v in tree_flatten(expected[name])}
-        found = {k: v.shape for k, v in tree.items()}
-        if found != wanted:
-            key = next(k for k in {**wanted, **found} if wanted.get(k) != found.get(k))
-            raise UserError(
-                f"{checkpoint} is of another model: '{key}' is {found.get(key, 'missing')} in its "
-                f"{name}.safetensors, {wanted.get(key, 'missing')} here; use another run folder"
-            )
+        where, what = checkpoint / f"{name}.safetensors", "this model (use another run folder)"
+        check_fit(shapes(tree), shapes(expected[name]), where, what=what)
     return {name: tree_unflatten(list(tree.items())) for name, tree in trees.items()}, state
 
 

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.module import check_fit, shapes
 from mlx_snapgen.errors import UserError
 from train.loop.checkpoint import latest_checkpoint, load_ema
 from train.objectives.elastic import TextToLatents
@@ -25,18 +26,8 @@ def load_trained(folder: Path) -> dict:
 def start_from(model: TextToLatents, folder: Path) -> None:
     """Put the weights of a model folder or a run into `model`; a `UserError` if they do not fit."""
     weights = load_trained(folder)
-    found = {k: p.shape for k, p in tree_flatten(weights)}
-    wanted = {
-        f"{part}.{k}": p.shape
-        for part in ("transformer", "text_encoders")
-        for k, p in tree_flatten(model.parameters()[part])
-    }
-    if found != wanted:
-        key = next(k for k in {**wanted, **found} if wanted.get(k) != found.get(k))
-        raise UserError(
-            f"{folder} holds another model: '{key}' is {found.get(key, 'missing')} there, "
-            f"{wanted.get(key, 'missing')} here"
-        )
+    own = {part: model.parameters()[part] for part in ("transformer", "text_encoders")}
+    check_fit(shapes(weights), shapes(own), folder, what="this model")
     model.update(weights)
 
 
