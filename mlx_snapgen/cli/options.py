@@ -1,7 +1,10 @@
-"""The options of `python -m mlx_snapgen.generate`."""
+"""Options: what all commands share, and those of `python -m mlx_snapgen.generate`."""
 
 import argparse
 import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES
@@ -23,8 +26,38 @@ with code 2 and one line that says what to do.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all errors here."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser of this project: errors are one line, and old names of options still work.
+
+    Args:
+        renamed: old name of an option -> its name now. The old one works and prints a warning.
+        only: old name -> the values that it is renamed with, where the old name has another
+            meaning otherwise.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        renamed: Mapping[str, str] | None = None,
+        only: Mapping[str, Collection[str]] | None = None,
+        **kwargs: Any,
+    ):
+        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.renamed, self.only = dict(renamed or {}), dict(only or {})
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(given):
+            old, equals, value = word.partition("=")
+            if old not in self.renamed:
+                continue
+            value = value if equals else next(iter(given[i + 1 :]), "")
+            if old in self.only and value not in self.only[old]:
+                continue
+            print(f"warning: {old} is now {self.renamed[old]}", file=sys.stderr)
+            given[i] = self.renamed[old] + word[len(old) :]
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -34,6 +67,31 @@ class _Parser(argparse.ArgumentParser):
             else:
                 message = f"unexpected '{first}': put the whole prompt in quotes"
         raise UserError(f"{message}; see --help")
+
+
+def add_model(parser: argparse._ActionsContainer, *, default: str | None = "stickers") -> None:
+    """`--model`, for `checkpoint.hub.find_model`; required without a default."""
+    known = "folder, Hugging Face repository, or stickers for the built-in one"
+    parser.add_argument(
+        "--model",
+        default=default,
+        required=default is None,
+        metavar="MODEL",
+        help=f"model: {known}" + (f" (default: {default})" if default else ""),
+    )
+
+
+def add_model_widths(parser: argparse._ActionsContainer, *, default: Sequence[str] | None) -> None:
+    """`--model-widths`; None means all that the model has."""
+    shown = "all that the model has" if default is None else " ".join(default)
+    parser.add_argument(
+        "--model-widths",
+        nargs="+",
+        choices=WIDTH_NAMES,
+        default=default,
+        metavar="NAME",
+        help=f"network widths, of {', '.join(WIDTH_NAMES)} (default: {shown})",
+    )
 
 
 class _LoRAs(argparse.Action):
@@ -90,12 +148,10 @@ def _finite(text: str) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options. All default to None where a picture or the model may know better."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m mlx_snapgen.generate",
         description="Draw pictures from a sentence.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
     picture = parser.add_argument_group("picture")

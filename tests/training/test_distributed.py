@@ -86,7 +86,7 @@ def start(folder, *args):
     call = f"worker({', '.join(map(repr, (str(folder), *args)))})"
     return [
         subprocess.Popen(
-            [sys.executable, "-c", f"import train, tests.test_distributed as t; t.{call}"],
+            [sys.executable, "-c", f"import train, tests.training.test_distributed as t; t.{call}"],
             cwd=ROOT,
             env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
             stdout=subprocess.PIPE,
