@@ -334,7 +334,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 
 def test_foreign_and_damaged_checkpoints_are_refused_in_one_line(tmp_path):
     trainer(tmp_path, stop_at=8).run()
-    with pytest.raises(UserError, match="does not fit this model.*layers") as error:
+    with pytest.raises(UserError, match=r"does not fit this model.*layers") as error:
         trainer(tmp_path, hidden=6).run()
     assert "\n" not in str(error.value)
     for name, length in (("ema", 100), ("optimizer", -1), ("state", 20)):
