@@ -97,11 +97,11 @@ def convert_teacher(
     else:
         if quantization is not None:
             raise UserError(f"{given} is converted: it is quantized by convert.from_torch --bits")
-        kind = part[0].pop("kind", None)
+        kind = part.config.pop("kind", None)
         if kind not in NETWORKS:
             raise UserError(f"{given} holds no teacher's transformer: it is of the kind {kind}")
-        network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part[0]))
-        quantization = part[1].get("transformer")
+        network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config))
+        quantization = part.quantization
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # The network's random weights are lazy: this is only whether the LoRA fits.

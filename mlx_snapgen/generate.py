@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         origin = _fill_from_image(args)
         if not args.vocabulary:
             _check(args)
-        folder = find_model(args.model, args.revision)
+        folder = find_model(args.model, revision=args.revision)
         if args.vocabulary:
             return _print_vocabulary(folder, args.json)
         if args.interactive:
@@ -60,7 +60,7 @@ def _interact(args: argparse.Namespace, origin: dict[str, Any]) -> None:
     """Prompts from the terminal, the given one first."""
     session = Session(
         args,
-        load=lambda: _load(args, find_model(args.model, args.revision), origin),
+        load=lambda: _load(args, find_model(args.model, revision=args.revision), origin),
         draw=lambda pipeline, prompt: _draw(pipeline, prompt, args),
     )
     if args.prompt is not None:

@@ -133,7 +133,7 @@ class SnapGenPipeline:
                 first, and loaded again for the next prompt that is not remembered.
         """
         share = parse_width(model_width).share
-        folder = find_model(path_or_repo, revision)
+        folder = find_model(path_or_repo, revision=revision)
         check_width(load_config(folder), model_width)
         if path_or_repo is not None and not Path(path_or_repo).expanduser().is_dir():
             revision = folder.name  # the commit that a branch or tag stands for now
@@ -141,12 +141,17 @@ class SnapGenPipeline:
             read_lora(path)  # a missing file is found before the model is loaded
         kept = None if loras else share
         packed = not loras and quantize is None
-        components = load_pretrained(folder, None, dtype, kept, True, text_encoders, packed)
+        components = load_pretrained(
+            folder,
+            dtype=dtype,
+            share=kept,
+            few_step=True,
+            text_encoders=text_encoders,
+            packed=packed,
+        )
         reload = None
         if not keep_text_encoders:
-            reload = functools.partial(
-                load_text_encoders, folder, components.config, dtype, text_encoders
-            )
+            reload = functools.partial(load_text_encoders, folder, dtype=dtype, names=text_encoders)
         if loras:
             components = _with_loras(components, loras, share)
         if quantize is not None:

@@ -31,8 +31,7 @@ from apps.worker.messages import (
     Picture,
     Progress,
 )
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
@@ -114,9 +113,11 @@ class Engine:
     def _load(self, number: int, choice: ModelChoice) -> SnapGenPipeline:
         if choice not in self._pipelines:
             self._send(Loading(number))
-            folder = find_model(choice.model, choice.revision, progress=self._download(number))
-            config = load_config(folder)
-            download_sources(folder, config.text_encoders, self._download(number))
+            folder = ModelFolder.open(
+                choice.model, revision=choice.revision, progress=self._download(number)
+            )
+            config = folder.config
+            download_sources(folder, self._download(number))
             while len(self._pipelines) >= self._keep:
                 self._pipelines.popitem(last=False)
             mx.clear_cache()

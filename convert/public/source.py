@@ -80,11 +80,15 @@ def find_source(source: str, revision: str | None = None, subfolder: str | None 
         return Source(path, path.parent, (path,), None)
     inside = f"{subfolder}/" if subfolder else ""
     is_local = path.is_dir()
-    folder = find_model(source, revision, [inside + p for p in (*SIDE_FILES, "*.safetensors")])
+    folder = find_model(
+        source, revision=revision, files=[inside + p for p in (*SIDE_FILES, "*.safetensors")]
+    )
     if not is_local and not [*(folder / inside).glob("*.safetensors")]:
         # Pickles are often there besides, and as large.
         pickles = [f"{inside}*{suffix}" for suffix in PICKLES]
-        folder = find_model(source, revision, [*(inside + p for p in SIDE_FILES), *pickles])
+        folder = find_model(
+            source, revision=revision, files=[*(inside + p for p in SIDE_FILES), *pickles]
+        )
     folder = folder / inside
     if not folder.is_dir():
         raise UserError(f"{source} has no subfolder {subfolder}")

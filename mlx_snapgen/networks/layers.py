@@ -7,9 +7,11 @@ times faster, with an absolute error below 1e-5. Metal and CUDA take MLX's own G
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 _C = 0.7978845608028654  # sqrt(2 / pi)
 
@@ -69,6 +71,11 @@ def sinusoids(t: mx.array, dims: int) -> mx.array:
     frequencies = mx.exp(-math.log(10000) * mx.arange(half) / half)
     angles = 1000 * t.astype(mx.float32)[:, None] * frequencies
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+def flat_parameters(tree: Any) -> dict[str, mx.array]:
+    """Dotted name -> array, of a module's parameters or of any nested ones, such as gradients."""
+    return dict(tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree))
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:

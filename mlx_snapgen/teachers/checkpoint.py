@@ -72,7 +72,7 @@ class CheckpointTeacher:
 
 
 def load_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
-    """A teacher and the autoencoder whose latents it knows.
+    """A teacher and its autoencoder.
 
     `folder` is a model of this project, or a public one that `convert.teacher` wrote.
     """

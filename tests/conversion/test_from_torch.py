@@ -19,7 +19,7 @@ from convert.public.report import error_table, summary
 from convert.public.source import find_source
 from mlx_snapgen.checkpoint.clip import load_clip
 from mlx_snapgen.checkpoint.model import load_autoencoder
-from mlx_snapgen.checkpoint.text_encoders import make_text_encoder
+from mlx_snapgen.checkpoint.text_encoders import load_source
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
@@ -75,7 +75,7 @@ def states(encoder):
 def as_source(folder, encoder):
     """The encoder of a model whose config names `folder` as its source."""
     config = TextEncoderConfig(**{**vars(encoder.config), "source": str(folder)})
-    return make_text_encoder(folder, 0, config)
+    return load_source(folder, config)
 
 
 # --- what comes out -----------------------------------------------------------------------------

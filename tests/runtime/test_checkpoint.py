@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint import hub, model
-from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.config import ModelFolder, load_config, load_vocabulary
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -340,6 +340,20 @@ def test_a_missing_default_model_says_what_to_do(tmp_path, monkeypatch):
         load_pretrained()
 
 
+def test_stickers_is_the_built_in_model_unless_a_model_of_that_name_is_here(
+    tmp_path, monkeypatch, model_folder
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stickers").mkdir()
+    assert hub.find_model("stickers") == hub.default_model_path()
+    assert ModelFolder.open("stickers").source is None
+    (tmp_path / "stickers").rmdir()
+    (tmp_path / "stickers").symlink_to(model_folder)
+    assert ModelFolder.open("stickers").config.name == "random"
+    assert ModelFolder.open("stickers").source == "stickers"
+    assert ModelFolder.open().config.name == "stickers"
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -357,8 +371,9 @@ def offline_cache(model_folder, tmp_path, monkeypatch):
 
 def test_a_repository_loads_from_the_cache_when_offline(offline_cache, components):
     for revision in (None, "main", COMMIT):
-        loaded = load_pretrained("someone/random", revision=revision)
-        assert_same_weights(loaded.transformer, components.transformer)
+        folder = ModelFolder.open("someone/random", revision=revision)
+        assert (folder.source, folder.revision) == ("someone/random", COMMIT)
+        assert_same_weights(load_pretrained(folder).transformer, components.transformer)
 
 
 def test_offline_and_not_cached_is_one_line(offline_cache):
