@@ -5,13 +5,12 @@ is adaLN-zero, per block and stream. Positions are MSRoPE: rows and columns coun
 picture's centre, and the text on the diagonal beyond its edge.
 """
 
-import functools
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import QwenTransformerConfig
+from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.layers import (
     attend,
     gelu,
@@ -23,7 +22,7 @@ from mlx_snapgen.networks.layers import (
 from mlx_snapgen.networks.rope import axis_frequencies, rotate, token_grid
 
 
-@functools.lru_cache(maxsize=32)
+@bounded_cache(16 * 2**20)
 def msrope_table(
     height: int, width: int, text_length: int, axes: tuple[int, ...], theta: float
 ) -> tuple[mx.array, mx.array]:
