@@ -105,13 +105,18 @@ def convert_teacher(
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # The network's random weights are lazy: this is only whether the LoRA fits.
-        load_lora(few_step_lora, network, 0.0, FEW_STEP)
+        load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
     schedule, few_step = SCHEDULES[kind]
     schedule = read_schedule(source / "scheduler", schedule)
     if kind == "qwen-image" and few_step_lora is None:
         few_step = None
     config = TeacherConfig(
-        kind, network.config, autoencoder.config, schedule, few_step, quantization=quantization
+        kind=kind,
+        transformer=network.config,
+        autoencoder=autoencoder.config,
+        schedule=schedule,
+        few_step=few_step,
+        quantization=quantization,
     )
     if text_encoder is not None:
         config = dataclasses.replace(config, text_encoder=text_encoder)

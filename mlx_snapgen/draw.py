@@ -107,7 +107,9 @@ def draw_latents(
     text, mask = encode_for(
         settings,
         prompts,
-        lambda some: encode_prompts(some, components.text_encoders, components.transformer),
+        lambda some: encode_prompts(
+            some, components.text_encoders, transformer=components.transformer
+        ),
     )
     *_, last = denoise_latents(
         network or in_mode(components.transformer, settings, config=config, adapter=adapter),

@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.networks.text_encoders.base import normalize
 
 KEY = "parameters"
 """The chunk's keyword, where picture viewers and other generators look for settings too."""
@@ -129,7 +129,7 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 def slug(prompt: str) -> str:
     """A file name out of a prompt: "A red apple!" -> "a-red-apple"."""
-    words = "-".join(re.findall(r"\w+", normalise(prompt)))
+    words = "-".join(re.findall(r"\w+", normalize(prompt)))
     # Names are limited in bytes, and a letter may have several.
     short = words.encode()[:80].decode(errors="ignore").strip("-_")
     return short or "snapgen"

@@ -27,7 +27,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
 from mlx_snapgen.networks.elastic import extract
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.networks.text_encoders.base import normalize
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.quantize.runtime import quantize_transformer
 from mlx_snapgen.sampling import get_schedule
@@ -178,7 +178,7 @@ class SnapGenPipeline:
                 "this pipeline is quantized in memory: load it without, then save it with "
                 f'quantize={{"transformer": {{"bits": {self.quantize}, "group_size": 32}}}}'
             )
-        save_pretrained(folder, self.components, quantize)
+        save_pretrained(folder, self.components, quantize=quantize)
 
     def __call__(
         self,
@@ -294,7 +294,7 @@ class SnapGenPipeline:
                     warn(f"the {what} is longer than {tokenizer.max_length} tokens, cut: '{cut}'")
                 if unknown := tokenizer.unknown(text):
                     warn(f"the {what} has parts that mean nothing here: {' '.join(unknown)}")
-        if self._names and not self._names.search(normalise(prompt)):
+        if self._names and not self._names.search(normalize(prompt)):
             nouns = ", ".join(self.vocabulary["nouns"][:5])
             warn(f"the prompt names nothing that this model can draw (such as {nouns})")
 
@@ -305,7 +305,13 @@ def _with_loras(
     """`components` with LoRAs fused into the transformer, of which one width is kept."""
     transformer = components.transformer
     for i, (path, weight) in enumerate(loras):
-        load_lora(path, transformer, weight, f"lora_{i}", components.config.name)
+        load_lora(
+            path,
+            transformer,
+            weight=weight,
+            name=f"lora_{i}",
+            base_model=components.config.name,
+        )
     fuse_lora(transformer)
     remove_lora(transformer, [f"lora_{i}" for i in range(len(loras))])
     if len(transformer.config.widths) > 1:
@@ -320,7 +326,7 @@ def known_names(vocabulary: dict[str, list[str]] | None) -> list[str]:
     """All names of things that a model can draw: its nouns, their plurals and synonyms."""
     vocabulary = vocabulary or {}
     return [
-        normalise(word)
+        normalize(word)
         for category in ("nouns", "other_words")
         for word in vocabulary.get(category, [])
     ]

@@ -22,7 +22,10 @@ from mlx_snapgen.config import (
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.networks.text_encoders.sentencepiece import (
+    SentencePieceTokenizer,
+    TransformerTextEncoder,
+)
 from tests.tiny import COLOURS, NOUNS, VOCAB_SIZE, randomise
 from train.data.stickers.render import find_font
 
@@ -95,11 +98,14 @@ def components(tokenizer_bytes) -> Components:
         sampler=SamplerConfig(num_inference_steps=2, guidance_scale=3.0, time_shift=2.0),
     )
     made = Components(
-        config,
-        EfficientDiT(config.transformer),
-        ConvolutionalAutoencoder(config.autoencoder),
-        [TransformerTextEncoder(c, Tokenizer(tokenizer_bytes, c.max_length)) for c in encoders],
-        {"nouns": NOUNS, "other_words": ["apples", "automobile"], "colours": COLOURS},
+        config=config,
+        transformer=EfficientDiT(config.transformer),
+        autoencoder=ConvolutionalAutoencoder(config.autoencoder),
+        text_encoders=[
+            TransformerTextEncoder(c, SentencePieceTokenizer(tokenizer_bytes, c.max_length))
+            for c in encoders
+        ],
+        vocabulary={"nouns": NOUNS, "other_words": ["apples", "automobile"], "colours": COLOURS},
     )
     for seed, module in enumerate(made.modules().values()):
         randomise(module, seed)

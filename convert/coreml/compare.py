@@ -33,7 +33,7 @@ from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrai
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.palettes import load_palettes
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
@@ -78,12 +78,14 @@ class Packages:
         return Interpreter(self.folder / "Decoder.mlpackage")
 
     @functools.cached_property
-    def encoders(self) -> list[tuple[Interpreter, Tokenizer]]:
+    def encoders(self) -> list[tuple[Interpreter, SentencePieceTokenizer]]:
         """Each text encoder with its tokenizer."""
         return [
             (
                 Interpreter(self.folder / f"TextEncoder_{i}.mlpackage"),
-                Tokenizer.from_file(self.folder / f"tokenizer_{i}.model", encoder.max_length),
+                SentencePieceTokenizer.from_file(
+                    self.folder / f"tokenizer_{i}.model", encoder.max_length
+                ),
             )
             for i, encoder in enumerate(self.config.text_encoders)
         ]
@@ -162,7 +164,9 @@ def step_inputs(
     (What no encoder says may be too large for fp16 to be near.)
     """
     _, channels, height, width = packages.chunks[0].inputs["x_t"].shape
-    text, mask = encode_prompts([prompt], components.text_encoders, components.transformer)
+    text, mask = encode_prompts(
+        [prompt], components.text_encoders, transformer=components.transformer
+    )
     return get_noise(seed, height, width, channels), mx.array([0.5]), text, mask
 
 

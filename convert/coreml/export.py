@@ -186,7 +186,7 @@ def _with_palettes(
     if palettes is None:
         several = {name: parse_width(name).share for name in widths}
         shares = several if len(widths) > 1 else {widths[0]: 1.0}
-        palettes = choose_palettes(components, average, shares, prompts)
+        palettes = choose_palettes(components, average, widths=shares, prompts=prompts)
         network = with_palettes(network, palettes.bits)
     check_palettes(network, palettes)
     return dataclasses.replace(components, transformer=network), palettes

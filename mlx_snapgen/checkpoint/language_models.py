@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
-from mlx_snapgen.networks.text_encoders.qwen import PromptEncoder, Reading
+from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder, Reading
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 QWEN_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
@@ -33,7 +33,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         model, values = load_model(folder, lazy=True)
         tokenizer = load_tokenizer(folder)
     except Exception as error:
-        # Whatever a folder lacks, mlx-lm and transformers tell in exceptions of many kinds.
+        # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load Gemma from {folder}: {reason}") from None
     if values["model_type"] not in ("gemma3", "gemma3_text"):
@@ -48,8 +48,8 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
 
 
 def load_qwen(
-    folder: Path, reading: Reading, dims: int, dtype: mx.Dtype | None = None
-) -> PromptEncoder:
+    folder: Path, reading: Reading, *, dims: int, dtype: mx.Dtype | None = None
+) -> QwenPromptEncoder:
     """The language model of a teacher, from a folder of Hugging Face or mlx-lm.
 
     Args:
@@ -77,7 +77,7 @@ def load_qwen(
         )
         tokenizer = load_tokenizer(folder)
     except Exception as error:
-        # Whatever a folder lacks, mlx-lm and transformers tell in exceptions of many kinds.
+        # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the language model in {folder}: {reason}") from None
     tower = model.model
@@ -90,7 +90,7 @@ def load_qwen(
         tower.norm = nn.Identity()
     if dtype is not None:
         tower.set_dtype(dtype)
-    return PromptEncoder(tower, tokenizer, reading)
+    return QwenPromptEncoder(tower, tokenizer, reading=reading)
 
 
 class _Arguments(dict):

@@ -57,7 +57,7 @@ FEW_STEP = "few_step"
 """Name of the transformer's adapter for the few-step mode."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Components:
     """A model in memory."""
 
@@ -65,7 +65,7 @@ class Components:
     transformer: EfficientDiT
     autoencoder: Autoencoder
     text_encoders: list[Any]
-    """None stands for one that was left out."""
+    """None stands for one that is not loaded."""
     vocabulary: dict[str, list[str]] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
@@ -94,6 +94,7 @@ def fuse_few_step(components: Components) -> None:
 def save_pretrained(
     folder: str | Path,
     components: Components,
+    *,
     quantize: Quantization | None = None,
     dtype: mx.Dtype | None = None,
     texts: Mapping[str, str] | None = None,
@@ -142,23 +143,27 @@ def save_pretrained(
                 (partial / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
         for name, module in modules.items():
             with without_lora(module):
-                stored = _stored(module, (quantize or {}).get(name), dtype)
+                stored = _stored(module, quantize=(quantize or {}).get(name), dtype=dtype)
             mx.save_safetensors(str(partial / f"{name}.safetensors"), stored, {"format": "mlx"})
         if adapters:
             path = partial / f"{FEW_STEP}.safetensors"
-            save_lora(path, components.transformer, FEW_STEP, config.name, dtype)
+            transformer = components.transformer
+            save_lora(path, transformer, name=FEW_STEP, base_model=config.name, dtype=dtype)
 
 
 def _stored(
-    module: nn.Module, quantize: Mapping[str, int] | None, dtype: mx.Dtype | None
+    module: nn.Module, *, quantize: Mapping[str, int] | None, dtype: mx.Dtype | None
 ) -> dict[str, mx.array]:
     """Flat parameters as they go into the file."""
     stored = flat_parameters(module)
     if dtype is not None:
         stored = {name: value.astype(dtype) for name, value in stored.items()}
     if quantize:
-        for name in matrices(module, quantize["group_size"]):
-            packed, scales, biases = mx.quantize(stored[f"{name}.weight"], **quantize)
+        bits, group_size = quantize["bits"], quantize["group_size"]
+        for name in matrices(module, group_size):
+            packed, scales, biases = mx.quantize(
+                stored[f"{name}.weight"], group_size=group_size, bits=bits
+            )
             stored |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     return stored
 
@@ -201,11 +206,11 @@ def load_pretrained(
         few_step=folder.config.few_step if few_step else None,
     )
     return Components(
-        config,
-        transformer,
-        load_autoencoder(folder),
-        load_text_encoders(folder, dtype=dtype, names=text_encoders),
-        load_vocabulary(folder.path),
+        config=config,
+        transformer=transformer,
+        autoencoder=load_autoencoder(folder),
+        text_encoders=load_text_encoders(folder, dtype=dtype, names=text_encoders),
+        vocabulary=load_vocabulary(folder.path),
     )
 
 

@@ -174,7 +174,13 @@ def dequantized(weights: Mapping[str, mx.array], how: Mapping[str, int]) -> dict
         scales, biases = weights.pop(key), weights.pop(f"{name}.biases", None)
         if biases is None or f"{name}.weight" not in weights:
             raise ValueError(f"{key} has no {name}.weight and {name}.biases beside it")
-        weights[f"{name}.weight"] = mx.dequantize(weights[f"{name}.weight"], scales, biases, **how)
+        weights[f"{name}.weight"] = mx.dequantize(
+            weights[f"{name}.weight"],
+            scales,
+            biases,
+            group_size=how["group_size"],
+            bits=how["bits"],
+        )
     return weights
 
 

@@ -17,10 +17,13 @@ from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.networks.text_encoders.sentencepiece import (
+    SentencePieceTokenizer,
+    TransformerTextEncoder,
+)
 
 STORED = {
-    "transformer": (TransformerTextEncoder, Tokenizer),
+    "transformer": (TransformerTextEncoder, SentencePieceTokenizer),
     "clip": (ClipTextEncoder, ClipTokenizer),
 }
 """`TextEncoderConfig.kind` -> encoder and tokenizer of encoders that a model's folder holds."""
@@ -203,7 +206,7 @@ class PromptEncoder:
         found = []
         for prompt in prompts:
             if prompt not in self._cache:
-                states = encode_states([prompt], self.encoders, transformer.dtype)
+                states = encode_states([prompt], self.encoders, dtype=transformer.dtype)
                 mx.eval(*(s for s in states if s is not None))
                 self._cache[prompt] = states
             self._cache.move_to_end(prompt)

@@ -1,4 +1,4 @@
-"""Attention of the Efficient DiT: 2-D RoPE, dense, blockwise neighbourhood, ASSA, and cross.
+"""Attention of the Efficient DiT: 2-D RoPE, dense, blockwise neighborhood, ASSA, and cross.
 
 Shapes: h is (B, N, d) with the N = H * W tokens of a grid in raster order; q, k and v are
 (B, heads, tokens, head_dim). Grouped-query attention keeps the ratio of query to kv heads over all
@@ -31,7 +31,7 @@ class Grid(NamedTuple):
 
 
 @bounded_cache(16 * 2**20)
-def rope_table(grid: Grid, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
+def rope_table(grid: Grid, head_dim: int, *, theta: float) -> tuple[mx.array, mx.array]:
     """Cosines and sines (N, head_dim/2) of 2-D rotary positions: rows first, then columns.
 
     A token of stride s stands at the center of the s x s finest tokens that it covers, so a 2x2
@@ -55,9 +55,9 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def apply_rope(x: mx.array, grid: Grid, theta: float) -> mx.array:
+def apply_rope(x: mx.array, grid: Grid, *, theta: float) -> mx.array:
     """Rotate x (B, heads, N, head_dim) to the positions of `grid`."""
-    cos, sin = rope_table(grid, x.shape[-1], theta)
+    cos, sin = rope_table(grid, x.shape[-1], theta=theta)
     return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype))
 
 
@@ -70,11 +70,13 @@ def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
     grid. At 1024 px the matrix takes 64 MiB, and 16 MiB for keys of 2x2 cells.
     """
 
-    def centers(grid: Grid, count: int) -> np.ndarray:
-        return np.arange(count) * grid.stride + (grid.stride - 1) / 2
+    def centers(count: int, stride: int) -> np.ndarray:
+        return np.arange(count) * stride + (stride - 1) / 2
 
-    rows = centers(queries, queries.height)[:, None] - centers(keys, keys.height)
-    columns = centers(queries, queries.width)[:, None] - centers(keys, keys.width)
+    rows, columns = (
+        centers(a, queries.stride)[:, None] - centers(b, keys.stride)
+        for a, b in ((queries.height, keys.height), (queries.width, keys.width))
+    )
     squared = rows[:, None, :, None] ** 2 + columns[None, :, None, :] ** 2
     distance = np.sqrt(squared).reshape(queries.height * queries.width, -1)
     n = max(queries.height, queries.width)
@@ -83,37 +85,40 @@ def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
     return mx.array(np.where(distance > reach, 0, matrix), mx.float32)
 
 
-def neighbourhood_attention(
+def neighborhood_attention(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     grid: Grid,
     num_bands: int,
     radius: int,
     modulation: mx.array | None = None,
 ) -> mx.array:
-    """Blockwise neighbourhood attention, BNA (eqs. 2-3).
+    """Blockwise neighborhood attention, BNA (eqs. 2-3).
 
     The rows of the grid are cut into bands of ceil(H / num_bands) rows, the last one shorter where
     they do not divide. Band b attends to bands b - radius .. b + radius that exist.
 
-    On Metal and CUDA all bands with a full neighbourhood go into one batched call, since launches
-    are dear there; on the CPU a loop over bands is as fast and needs less memory.
+    On Metal and CUDA all bands with a full neighborhood go into one batched call, because launches
+    are expensive there; on the CPU a loop over bands is as fast and needs less memory.
     """
     band = math.ceil(grid.height / num_bands) * grid.width
     if modulation is None and mx.default_device().type == mx.DeviceType.gpu:
-        return _bands_batched(q, k, v, band, radius)
-    return _bands_looped(q, k, v, band, radius, modulation)
+        return bands_batched(q, k, v, band=band, radius=radius)
+    return bands_looped(q, k, v, band=band, radius=radius, modulation=modulation)
 
 
-def _bands_looped(
+def bands_looped(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     band: int,
     radius: int,
     modulation: mx.array | None = None,
 ) -> mx.array:
+    """BNA band by band; `band` is the tokens of one."""
     out = []
     for start in range(0, q.shape[2], band):
         here = slice(start, start + band)
@@ -123,13 +128,13 @@ def _bands_looped(
     return mx.concatenate(out, axis=2)
 
 
-def _bands_batched(q: mx.array, k: mx.array, v: mx.array, band: int, radius: int) -> mx.array:
-    """The inner bands, which all see 2 * radius + 1 whole bands, as one batch; edges looped."""
+def bands_batched(q: mx.array, k: mx.array, v: mx.array, *, band: int, radius: int) -> mx.array:
+    """BNA with the inner bands, which all see 2 * radius + 1 whole bands, as one batch."""
     b, heads, n, head_dim = q.shape
     span = 2 * radius + 1
     inner = n // band - 2 * radius
     if inner < 2:
-        return _bands_looped(q, k, v, band, radius)
+        return bands_looped(q, k, v, band=band, radius=radius)
 
     def windows(x: mx.array) -> mx.array:
         """(B, heads, N, D) -> (B * inner, heads, span * band, D), overlapping."""
@@ -171,18 +176,18 @@ class SelfAttention(nn.Module):
         self._head_dim, self._theta = head_dim, config.rope_theta
 
     def project(self, h: mx.array, share: float) -> tuple[mx.array, mx.array, mx.array]:
-        """h (B, N, d) -> q, k, v by heads, q and k normalised but not yet rotated."""
+        """h (B, N, d) -> q, k, v by heads, q and k normalized but not yet rotated."""
         q = split_heads(self.q_proj(h, share), self._head_dim)
         k = split_heads(self.k_proj(h, share), self._head_dim)
         v = split_heads(self.v_proj(h, share), self._head_dim)
         return self.q_norm(q, share=share), self.k_norm(k, share=share), v
 
     def __call__(
-        self, h: mx.array, grid: Grid, share: float = 1.0, modulate: bool = False
+        self, h: mx.array, grid: Grid, *, share: float = 1.0, modulate: bool = False
     ) -> mx.array:
         """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
         q, k, v = self.project(h, share)
-        q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
+        q, k = apply_rope(q, grid, theta=self._theta), apply_rope(k, grid, theta=self._theta)
         matrix = modulation_matrix(grid, grid) if modulate else None
         return self.out_proj(merge_heads(attend(q, k, v, modulation=matrix)), share)
 
@@ -204,7 +209,7 @@ class SparseSelfAttention(SelfAttention):
         self._num_bands, self._radius = config.num_bands, config.band_radius
 
     def compress(
-        self, x: mx.array, grid: Grid, projection: ElasticLinear, share: float
+        self, x: mx.array, grid: Grid, *, projection: ElasticLinear, share: float
     ) -> mx.array:
         """2x2 convolution with stride 2 over the grid: (B, heads, N, D) -> (B, heads, N/4, D)."""
         b, heads, _, dim = x.shape
@@ -214,19 +219,27 @@ class SparseSelfAttention(SelfAttention):
         return split_heads(x, dim)
 
     def __call__(
-        self, h: mx.array, grid: Grid, share: float = 1.0, modulate: bool = False
+        self, h: mx.array, grid: Grid, *, share: float = 1.0, modulate: bool = False
     ) -> mx.array:
         """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
         q, k, v = self.project(h, share)
         cells = grid.halved()
         near = modulation_matrix(grid, grid) if modulate else None
         far = modulation_matrix(grid, cells) if modulate else None
-        k_cells = self.compress(k, grid, self.k_compress, share)
-        v_cells = self.compress(v, grid, self.v_compress, share)
-        q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
-        k_cells = apply_rope(k_cells, cells, self._theta)
+        k_cells = self.compress(k, grid, projection=self.k_compress, share=share)
+        v_cells = self.compress(v, grid, projection=self.v_compress, share=share)
+        q, k = apply_rope(q, grid, theta=self._theta), apply_rope(k, grid, theta=self._theta)
+        k_cells = apply_rope(k_cells, cells, theta=self._theta)
         out_global = attend(q, k_cells, v_cells, modulation=far)
-        out_local = neighbourhood_attention(q, k, v, grid, self._num_bands, self._radius, near)
+        out_local = neighborhood_attention(
+            q,
+            k,
+            v,
+            grid=grid,
+            num_bands=self._num_bands,
+            radius=self._radius,
+            modulation=near,
+        )
         # (B, N, heads) -> (B, heads, N, 1)
         mix = mx.sigmoid(self.mix_proj(h, share)).transpose(0, 2, 1)[..., None]
         out = out_local + mix * (out_global - out_local)
@@ -252,15 +265,14 @@ class CrossAttention(nn.Module):
         d, head_dim = config.hidden_size, config.head_dim
         self._num_kv_heads, self._head_dim = config.num_cross_kv_heads, head_dim
         kv = config.num_cross_kv_heads * head_dim
-        fixed = {"slice_in": False, "slice_out": False}
         self.q_proj = ElasticLinear(d, d)
-        self.k_proj = ElasticLinear(config.text_width, kv, **fixed)
-        self.v_proj = ElasticLinear(config.text_width, kv, **fixed)
+        self.k_proj = ElasticLinear(config.text_width, kv, slice_in=False, slice_out=False)
+        self.v_proj = ElasticLinear(config.text_width, kv, slice_in=False, slice_out=False)
         self.out_proj = ElasticLinear(d, d)
         self.out_proj.weight = mx.zeros_like(self.out_proj.weight)
 
     def __call__(
-        self, h: mx.array, text: mx.array, mask: mx.array | None, share: float = 1.0
+        self, h: mx.array, text: mx.array, *, mask: mx.array | None = None, share: float = 1.0
     ) -> mx.array:
         """h (B, N, d), text (B, L, text_width), mask (B, L) true where a token counts."""
         q = split_heads(self.q_proj(h, share), self._head_dim)
@@ -272,6 +284,6 @@ class CrossAttention(nn.Module):
         # Heads that share a kv head become neighbours: i mod kv_heads runs slowest.
         q = q.reshape(b, heads // kv_heads, kv_heads, n, head_dim).swapaxes(1, 2)
         q = q.reshape(b, heads, n, head_dim)
-        out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        out = attend(q, k, v, mask=None if mask is None else mask[:, None, None, :])
         out = out.reshape(b, kv_heads, heads // kv_heads, n, head_dim).swapaxes(1, 2)
         return self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), share)

@@ -16,7 +16,7 @@ def bounded_cache(max_bytes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`functools.lru_cache` for functions that return arrays, with a limit on their bytes.
 
     The latest results stay, up to `max_bytes` together; a larger one is computed at each call.
-    Arguments must be positional and hashable.
+    Arguments must be hashable.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -25,15 +25,16 @@ def bounded_cache(max_bytes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def cached(*args: P.args, **kwargs: P.kwargs) -> R:
+            key = args, tuple(sorted(kwargs.items()))
             with lock:
-                if args in kept:
-                    kept.move_to_end(args)
-                    return kept[args][0]
+                if key in kept:
+                    kept.move_to_end(key)
+                    return kept[key][0]
             result = function(*args, **kwargs)
             size = sum(array.nbytes for array in flat_parameters(result).values())
             with lock:
                 if size <= max_bytes:
-                    kept[args] = result, size
+                    kept[key] = result, size
                 while sum(size for _, size in kept.values()) > max_bytes:
                     kept.popitem(last=False)
             return result

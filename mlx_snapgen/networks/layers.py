@@ -19,7 +19,7 @@ _C = 0.7978845608028654  # sqrt(2 / pi)
 def gelu(x: mx.array) -> mx.array:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), element-wise."""
     if mx.default_device().type == mx.DeviceType.cpu:
-        return _gelu(x)
+        return _gelu(x)  # pyright: ignore[reportReturnType]  mx.custom_function has no types
     return nn.gelu_approx(x)
 
 
@@ -61,7 +61,7 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
 
 
 def layer_norm(x: mx.array) -> mx.array:
-    """LayerNorm without affine parameters: the modulation supplies them."""
+    """LayerNorm without affine parameters, which the modulation replaces."""
     return mx.fast.layer_norm(x, None, None, 1e-6)
 
 
@@ -94,6 +94,7 @@ def attend(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     mask: mx.array | None = None,
     modulation: mx.array | None = None,
 ) -> mx.array:

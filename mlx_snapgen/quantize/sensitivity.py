@@ -6,6 +6,7 @@ How sensitive a layer is, is the mean squared error of its own output when it al
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,9 +36,9 @@ PROMPTS = (
 class _Probe(nn.Module):
     """A layer that measures what its output loses when its weight has `LOW` bits."""
 
-    def __init__(self, layer: nn.Module, tell: Callable[[float], object]):
+    def __init__(self, layer: Any, report: Callable[[float], object]):
         super().__init__()
-        self.linear, self._tell = layer, tell
+        self.linear, self._report = layer, report
         self._delta = palettized(layer.weight, LOW) - layer.weight
 
     @property
@@ -49,7 +50,7 @@ class _Probe(nn.Module):
         delta, elastic = self._delta, isinstance(self.linear, ElasticLinear)
         if elastic:
             delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, share), share)
-        self._tell((x @ delta.T).square().mean().item())
+        self._report((x @ delta.T).square().mean().item())
         return self.linear(x, share) if elastic else self.linear(x)
 
 
@@ -60,8 +61,8 @@ def _probed(network: EfficientDiT) -> Iterator[dict[str, list[float]]]:
     chosen = {id(layer): name for name, some in layers(network).items() for layer in some}
     own = {path: m for path, m in linear_layers(network).items() if id(m) in chosen}
     for path, layer in own.items():
-        told = errors.setdefault(chosen[id(layer)], [])
-        network.update_modules(tree_unflatten([(path, _Probe(layer, told.append))]))
+        found = errors.setdefault(chosen[id(layer)], [])
+        network.update_modules(tree_unflatten([(path, _Probe(layer, found.append))]))
     try:
         yield errors
     finally:
@@ -80,7 +81,7 @@ def sensitivities(network: EfficientDiT, run: Callable[[], object]) -> dict[str,
 
 
 def choose_bits(
-    errors: Mapping[str, float], sizes: Mapping[str, int], average: float
+    errors: Mapping[str, float], sizes: Mapping[str, int], *, average: float
 ) -> dict[str, int]:
     """Bits of each layer, at most `average` over all weights.
 
@@ -106,6 +107,7 @@ def choose_bits(
 def choose_palettes(
     components: Components,
     average: float,
+    *,
     widths: Mapping[str, float],
     prompts: Sequence[str] | None = None,
 ) -> Palettes:
@@ -114,7 +116,7 @@ def choose_palettes(
     Args:
         components: in float32, the few-step LoRA fused if it is to be used.
         widths: name -> share of the hidden dimensions, of `components.transformer`.
-        prompts: to calibrate on; None takes some that the model knows.
+        prompts: to calibrate on; None takes some from the model's vocabulary.
     """
     network, share = components.transformer, max(widths.values())
     prompts = list(prompts or calibration_prompts(components.vocabulary))
@@ -127,7 +129,13 @@ def choose_palettes(
 
     errors = sensitivities(network, run)
     sizes = {name: sliced_size(some[0], share) for name, some in layers(network).items()}
-    return Palettes(average, choose_bits(errors, sizes, average), errors, prompts, list(widths))
+    return Palettes(
+        average_bits=average,
+        bits=choose_bits(errors, sizes, average=average),
+        mse=errors,
+        prompts=prompts,
+        widths=list(widths),
+    )
 
 
 def sliced_size(layer: nn.Module, share: float) -> int:
@@ -136,11 +144,11 @@ def sliced_size(layer: nn.Module, share: float) -> int:
 
 
 def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[str]:
-    """Prompts that a model can draw: of its vocabulary, if it says one."""
+    """Prompts that a model can draw: from its vocabulary, if it has one."""
     words = vocabulary or {}
     if not (nouns := words.get("nouns")):
         return list(PROMPTS)
-    colours = words.get("colours") or [""]
+    colors = words.get("colours") or [""]
     chosen = [nouns[i * len(nouns) // 4] for i in range(4)]
-    phrases = [f"{colours[i % len(colours)]} {n}".strip() for i, n in enumerate(chosen)]
+    phrases = [f"{colors[i % len(colors)]} {n}".strip() for i, n in enumerate(chosen)]
     return [f"an {p}" if p[0] in "aeiou" else f"a {p}" for p in phrases]

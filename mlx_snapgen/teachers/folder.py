@@ -24,7 +24,7 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.qwen_image import QwenTransformer
-from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, PromptEncoder
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, QwenPromptEncoder
 from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -34,7 +34,7 @@ CONFIG = "teacher.json"
 
 NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
 READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
-"""`TeacherConfig.kind` -> class of the transformer, and how it has its prompts read."""
+"""`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
 
 
 def is_teacher(folder: Path) -> bool:
@@ -49,22 +49,23 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
     layers stay packed.
 
     Args:
-        lazy: leave the transformer's weights on disk until they are first used, so that the text
-            encoder can be freed before. Not for compiled functions.
+        lazy: read the transformer's weights when they are first used, so that the text encoder
+            can be freed before. Not for compiled functions.
 
     Raises:
         UserError: no teacher, or one with damaged, missing, unknown or misshapen weights.
     """
     config = load_teacher_config(folder)
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
-    network = load_network(folder, config, dtype)
+    network = load_network(folder, config, dtype=dtype)
     autoencoder = make_autoencoder(config.autoencoder)
     load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
     cast(autoencoder, mx.float32)
     if not lazy:
         mx.eval(network.parameters())
     mx.eval(autoencoder.parameters())
-    return FlowTeacher(config, network, load_prompts(folder, config, dtype)), autoencoder
+    prompts = load_prompts(folder, config, dtype=dtype)
+    return FlowTeacher(config, network, prompts=prompts), autoencoder
 
 
 def load_teacher_config(folder: Path) -> TeacherConfig:
@@ -88,7 +89,9 @@ def load_teacher_config(folder: Path) -> TeacherConfig:
         raise UserError(f"{path} has a value of the wrong kind: {error}") from None
 
 
-def load_network(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None = None) -> nn.Module:
+def load_network(
+    folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None = None
+) -> nn.Module:
     """The transformer, lazily, and its few-step LoRA, switched off, where there is one."""
     network = NETWORKS[config.kind](config.transformer)
     paths = tuple(sorted(folder.glob("transformer-*.safetensors")))
@@ -104,12 +107,15 @@ def load_network(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None = N
     return network
 
 
-def load_prompts(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None) -> PromptEncoder:
+def load_prompts(
+    folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None
+) -> QwenPromptEncoder:
     """The text encoder, in the teacher's folder or where its config says."""
     source = folder / config.text_encoder
     if not source.is_dir():
         source = find_model(config.text_encoder, files=QWEN_FILES)
-    return load_qwen(source, READINGS[config.kind], config.transformer.text_dims, dtype)
+    reading = READINGS[config.kind]
+    return load_qwen(source, reading, dims=config.transformer.text_dims, dtype=dtype)
 
 
 def quantizable(network: QwenTransformer | ZImageTransformer, group_size: int) -> set[str]:

@@ -179,9 +179,9 @@ def test_tiles_have_no_more_margin_than_they_need():
     kernel = mx.random.normal((1, 3, 3, 1), key=mx.random.key(0))
     blurs = [lambda x: mx.conv2d(x, kernel, padding=1)] * 3
     x = mx.random.normal((1, 20, 20, 1), key=mx.random.key(1))
-    whole = run_stages([Stage(blur, 1, 1) for blur in blurs], x, None)
+    whole = run_stages([Stage(blur, 1, 1) for blur in blurs], x, tile=None)
     for reach, same in ((1, True), (0, False)):
-        tiled = run_stages([Stage(blur, 1, reach) for blur in blurs], x, 7)
+        tiled = run_stages([Stage(blur, 1, reach) for blur in blurs], x, tile=7)
         assert mx.allclose(tiled, whole, atol=1e-5).item() is same
 
 

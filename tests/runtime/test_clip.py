@@ -158,7 +158,12 @@ def test_it_can_be_an_encoder_of_a_model_folder(components, encoder, tmp_path):
     config = components.config
     transformer = EfficientDiT(dataclasses.replace(config.transformer, text_dims=(32, 48)))
     encoders = [components.text_encoders[0], encoder]
-    made = Components(config, transformer, components.autoencoder, encoders)
+    made = Components(
+        config=config,
+        transformer=transformer,
+        autoencoder=components.autoencoder,
+        text_encoders=encoders,
+    )
     save_pretrained(tmp_path / "m", made)
     loaded = load_pretrained(tmp_path / "m").text_encoders[1]
     assert loaded.config == encoder.config

@@ -96,7 +96,7 @@ def test_widths_differ_and_share_what_the_rule_says(network):
 
 def test_slice_rule_keeps_the_head_of_every_group():
     x = mx.arange(24).reshape(8, 3)
-    kept = slice_groups(x, 0, 4, 0.5)
+    kept = slice_groups(x, 0, groups=4, share=0.5)
     np.testing.assert_array_equal(np.array(kept), np.array(x)[[0, 2, 4, 6]])
     layer = ElasticLinear(16, 8, in_groups=4)
     cut = layer.sliced(0.5)["weight"]

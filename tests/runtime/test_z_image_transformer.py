@@ -113,8 +113,8 @@ def recorded(block, name, found):
     """Keep what a block gives in `found[name]`."""
 
     class Recorded(type(block)):
-        def __call__(self, *args):
-            found[name] = super().__call__(*args)
+        def __call__(self, *args, **settings):
+            found[name] = super().__call__(*args, **settings)
             return found[name]
 
     block.__class__ = Recorded

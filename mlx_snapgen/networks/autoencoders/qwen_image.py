@@ -168,7 +168,7 @@ class QwenDecoder(nn.Module):
         """
         tiled = tile is not None and max(latents.shape[1:3]) > tile
         x = self.mid_block(self.conv_in(self.post_quant_conv(latents)), in_turn=tiled)
-        return run_stages(self._stages(), x, tile)
+        return run_stages(self._stages(), x, tile=tile)
 
     def _stages(self) -> list[Stage]:
         *upward, last = self.up_blocks

@@ -111,7 +111,7 @@ class TinyDecoder(nn.Module):
             Stage(self._half, 2, reaches[2]),
             Stage(self._full, 2, 2),
         ]
-        return run_stages(stages, latents, tile)
+        return run_stages(stages, latents, tile=tile)
 
     def _eighth(self, latents: mx.array) -> mx.array:
         x = nn.relu(self.conv_in(mx.tanh(latents / 3) * 3))

@@ -37,7 +37,7 @@ def upsample(x: mx.array) -> mx.array:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
-def run_stages(stages: Sequence[Stage], x: mx.array, tile: int | None) -> mx.array:
+def run_stages(stages: Sequence[Stage], x: mx.array, *, tile: int | None) -> mx.array:
     """Chain the stages over x (B, H, W, C).
 
     Args:
@@ -60,14 +60,14 @@ def run_stages(stages: Sequence[Stage], x: mx.array, tile: int | None) -> mx.arr
         for left, right in _spans(w, tile):
             sides = [min(margin, room) for room in (top, h - bottom, left, w - right)]
             part = x[:, top - sides[0] : bottom + sides[1], left - sides[2] : right + sides[3]]
-            row.append(_run_tile(stages, part, sides, needs))
+            row.append(_run_tile(stages, part, sides=sides, needs=needs))
             mx.eval(row[-1])
         rows.append(mx.concatenate(row, axis=2))
     return mx.concatenate(rows, axis=1)
 
 
 def _run_tile(
-    stages: Sequence[Stage], x: mx.array, sides: Sequence[int], needs: Sequence[int]
+    stages: Sequence[Stage], x: mx.array, *, sides: Sequence[int], needs: Sequence[int]
 ) -> mx.array:
     """One tile with margins of `sides` pixels: top, bottom, left and right."""
     for stage, need in zip(stages, needs, strict=True):

@@ -1,4 +1,4 @@
-"""CLIP's text tower, TinyCLIP's among them: byte-pair tokenizer, network, and reading public ones.
+"""The text towers of CLIP and TinyCLIP: byte-pair tokenizer and network.
 
 The paper conditions on TinyCLIP (SnapGen++ section 2; arXiv 2309.12314). The states are those after
 the last layer norm, of every token; the projection to the space shared with pictures is left out.
@@ -72,7 +72,7 @@ class ClipTokenizer:
         return len(self._vocabulary) + 2
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt without marks or padding, untruncated."""
+        """See `Tokenizer.encode`."""
         return [self._ids[symbol] for word in _words(prompt) for symbol in self._merge(word)]
 
     def _merge(self, word: str) -> list[str]:
@@ -91,7 +91,7 @@ class ClipTokenizer:
             symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into `max_length`; "" when all of it does."""
+        """See `Tokenizer.cut`."""
         symbols = "".join(self._vocabulary[i] for i in self.encode(prompt)[self.max_length - 2 :])
         parts = [bytes(_BYTE_OF[c] for c in part) for part in symbols.split(END_OF_WORD)]
         return b" ".join(parts).decode(errors="replace").strip()
@@ -101,10 +101,10 @@ class ClipTokenizer:
         return []
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        """See `Tokenizer.__call__`."""
         begin, end = self.vocab_size - 2, self.vocab_size - 1
         rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
-        return padded(rows, self.max_length, end)
+        return padded(rows, self.max_length, pad=end)
 
 
 def _words(prompt: str) -> list[str]:
@@ -133,6 +133,3 @@ class ClipTextEncoder(TransformerTextEncoder):
         for layer in self.layers:
             x = layer(x, causal)
         return self.norm(x)
-
-
-# --- public checkpoints -------------------------------------------------------------------------
