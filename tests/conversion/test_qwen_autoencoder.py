@@ -191,7 +191,7 @@ def test_attention_in_pieces_is_attention(monkeypatch):
     x = mx.random.normal((2, 5, 7, 32), key=mx.random.key(1))
     block = model.decoder.mid_block.attentions[0]
     whole = np.array(block(x))
-    monkeypatch.setattr("mlx_snapgen.networks.autoencoders.qwen_image.MAX_SCORES", 2 * 35 * 8)
+    monkeypatch.setattr("mlx_snapgen.networks.autoencoders.residual.MAX_SCORES", 2 * 35 * 8)
     for in_turn in (False, True):
         np.testing.assert_allclose(np.array(block(x, in_turn)), whole, atol=1e-5)
 

@@ -27,7 +27,7 @@ class Stage(NamedTuple):
     """(B, H, W, C) -> (B, H * scale, W * scale, C')."""
     scale: int
     reach: int
-    """How many output pixels inwards from a cut still feel it."""
+    """How many output pixels inwards from a cut are changed by it."""
 
 
 def upsample(x: mx.array) -> mx.array:
