@@ -9,7 +9,7 @@ import dataclasses
 import json
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mlx_snapgen.errors import UserError, nearest
 
@@ -282,7 +282,7 @@ def _read(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType) and isinstance(value, dict):
         kind = next(filter(dataclasses.is_dataclass, kind.__args__), kind)
     if dataclasses.is_dataclass(kind):
-        return from_dict(kind, value)
+        return from_dict(cast(type, kind), value)
     if isinstance(value, list):
         item = getattr(kind, "__args__", (None,))[0]
         return tuple(_read(item, v) for v in value)

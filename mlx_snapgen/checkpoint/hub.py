@@ -134,7 +134,7 @@ def _reporting_bar(repo: str, progress: DownloadProgress) -> type:
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"file": io.StringIO(), "disable": False})
 
-        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        def display(self, *_: Any, **__: Any) -> Any:
             nonlocal most
             # Versions of the client count files, bytes received and bytes written, each in a bar.
             if self.unit == "B" and self.total:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
             'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or leave this encoder out'
         ) from None
     try:
-        model, values = load_model(folder, lazy=True)
+        model, values = cast(Any, load_model(folder, lazy=True))
         tokenizer = load_tokenizer(folder)
     except Exception as error:
         # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
@@ -80,7 +80,7 @@ def load_qwen(
         # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the language model in {folder}: {reason}") from None
-    tower = model.model
+    tower: Any = model.model
     if tower.args.hidden_size != dims:
         raise UserError(
             f"{folder} gives states of {tower.args.hidden_size}, the teacher takes those of {dims}"
@@ -104,7 +104,7 @@ class _Arguments(dict):
         theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         scaling = text.get("rope_scaling") or {}
         if scaling.get("type", scaling.get("rope_type")) == "mrope":
-            # Its three axes count alike in text: the plain rotation.
+            # In text its three axes are alike: the plain rotation.
             text = text | {"rope_scaling": None}
         return cls(text | theta | {"tie_word_embeddings": True})
 
@@ -120,7 +120,7 @@ class _Tower(nn.Module):
         else:
             from mlx_lm.models.qwen2 import ModelArgs
             from mlx_lm.models.qwen2 import Qwen2Model as Tower
-        self.model = Tower(ModelArgs.from_dict(values))
+        self.model = cast(Any, Tower)(ModelArgs.from_dict(values))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The text tower's weights, from any of the layouts in use; vision and head dropped."""

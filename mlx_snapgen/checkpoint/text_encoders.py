@@ -213,10 +213,10 @@ class PromptEncoder:
             found.append(self._cache[prompt])
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        joined = [
-            None if parts[0] is None else TextStates(*map(mx.concatenate, zip(*parts, strict=True)))
-            for parts in zip(*found, strict=True)
-        ]
+        joined: list[TextStates | None] = []
+        for parts in zip(*found, strict=True):
+            present = [part for part in parts if part is not None]
+            joined.append(_joined(present) if present else None)
         return transformer.encode_text(joined)
 
     def free(self) -> None:
@@ -224,3 +224,11 @@ class PromptEncoder:
         if self._reload is not None and self._encoders is not None:
             self._encoders = None
             mx.clear_cache()
+
+
+def _joined(parts: Sequence[TextStates]) -> TextStates:
+    """The states of several prompts as one batch."""
+    return TextStates(
+        mx.concatenate([part.states for part in parts]),
+        mx.concatenate([part.mask for part in parts]),
+    )

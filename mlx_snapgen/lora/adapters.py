@@ -52,7 +52,7 @@ class Adapter(nn.Module):
 class LoRALinear(nn.Module):
     """A linear layer, elastic, quantized or plain, with named adapters beside it."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: Any):
         super().__init__()
         self.linear = linear
         self.adapters: dict[str, Adapter] = {}
@@ -272,7 +272,7 @@ def adapted_layers(module: nn.Module) -> dict[str, LoRALinear]:
     return {p: m for p, m in linear_layers(module).items() if isinstance(m, LoRALinear)}
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(module: nn.Module) -> dict[str, Any]:
     """Dotted path -> linear layer below `module`, those with adapters as `LoRALinear`."""
     kinds = (LoRALinear, ElasticLinear, nn.Linear, nn.QuantizedLinear)
     found = {p: m for p, m in module.named_modules() if p and isinstance(m, kinds)}
@@ -280,11 +280,11 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {p: found[p] for p in sorted(found) if p not in inner}
 
 
-def _base(layer: nn.Module) -> nn.Module:
+def _base(layer: Any) -> Any:
     return layer.linear if isinstance(layer, LoRALinear) else layer
 
 
-def layer_dims(layer: nn.Module) -> tuple[int, int]:
+def layer_dims(layer: Any) -> tuple[int, int]:
     """(out, in) at full width."""
     layer = _base(layer)
     if isinstance(layer, nn.QuantizedLinear):
@@ -292,7 +292,7 @@ def layer_dims(layer: nn.Module) -> tuple[int, int]:
     return layer.weight.shape
 
 
-def layer_dtype(layer: nn.Module) -> mx.Dtype:
+def layer_dtype(layer: Any) -> mx.Dtype:
     """Floating type of the weight, or of the scales if it is quantized."""
     layer = _base(layer)
     return (layer.scales if isinstance(layer, nn.QuantizedLinear) else layer.weight).dtype

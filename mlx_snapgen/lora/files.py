@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,9 +91,10 @@ def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"no LoRA file {path}")
     try:
-        tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
+    tensors, header = loaded
     return tensors, header
 
 
@@ -102,7 +104,9 @@ _KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")
 def _split_key(key: str) -> tuple[str, str] | None:
     """A file's key -> (layer as it is called there, "a", "b" or "alpha"); None for no LoRA's."""
     match = _KEY.fullmatch(key)
-    part = match and ("alpha" if match[3] else PARTS.get(match[2]))
+    if match is None:
+        return None
+    part = "alpha" if match[3] else PARTS.get(match[2])
     return (match[1], part) if part else None
 
 
@@ -177,7 +181,7 @@ def load_lora(
     for layer, parts in _by_layer(tensors, layers, path=path).items():
         dtype = mx.float32 if trainable else layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
-        alpha = parts["alpha"].item() if "alpha" in parts else default_alpha
+        alpha = float(parts["alpha"]) if "alpha" in parts else default_alpha
         alpha = a.shape[0] if alpha is None else alpha
         adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight))
     made_for = header.get("base_model")
@@ -235,7 +239,7 @@ def _misfits(layer: str, parts: Mapping[str, mx.array], *, linear: nn.Module) ->
         elif not mx.issubdtype(parts[part].dtype, mx.floating):
             yield f"{layer} has {what} in whole numbers"
     alpha = parts.get("alpha", mx.array(1.0))
-    if alpha.size != 1 or not math.isfinite(alpha.item()):
+    if alpha.size != 1 or not math.isfinite(float(alpha)):
         yield f"{layer} has an alpha that is not one finite number"
 
 
