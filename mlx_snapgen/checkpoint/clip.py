@@ -68,7 +68,7 @@ def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A public checkpoint's weights under the names of `ClipTextEncoder`.
 
     Takes Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP's, OpenAI's and TinyCLIP's own,
-    with or without the wrappers' prefixes. The picture side is left out.
+    with or without the wrappers' prefixes. The picture side is dropped.
 
     Raises:
         UserError: a key that belongs to none of them.
@@ -151,7 +151,7 @@ def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
     else:
         text = _read_json(folder / "config.json")
         text = text.get("text_config", text)
-        # Hugging Face leaves out what equals its own defaults, which are these.
+        # Hugging Face omits what equals its own defaults, which are these.
         heads = text.get("num_attention_heads", 8)
         activation = text.get("hidden_act", "quick_gelu")
     return {"num_heads": heads, "activation": activation}

@@ -27,7 +27,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError(
-            'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or leave this encoder out'
+            'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
         ) from None
     try:
         model, values = cast(Any, load_model(folder, lazy=True))

@@ -6,7 +6,7 @@
     autoencoder.safetensors
     text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model; not for those
                                  whose config names a source
-    vocabulary.json              optional: the words the model knows, {"nouns": ["apple", ...], ...}
+    vocabulary.json              optional: words of prompts, {"nouns": ["apple", ...], ...}
 
 Weights may be stored quantized (`X.weight` packed, `X.scales`, `X.biases`, as `mx.quantize` gives
 them), recorded in config.json as `{"transformer": {"bits": 4, "group_size": 32}}`.
@@ -116,7 +116,7 @@ def save_pretrained(
     folder = Path(folder).expanduser()
     check_new(folder)
     if None in components.text_encoders:
-        raise UserError("a text encoder was left out: load the model with all of them to save it")
+        raise UserError("a text encoder is not loaded: load the model with all of them to save it")
     modules = components.modules()
     adapters = set(get_lora_weights(components.transformer))
     if names := sorted(adapters - {FEW_STEP}):
@@ -192,7 +192,7 @@ def load_pretrained(
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
             `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
         text_encoders: names of those to load (see `text_encoders.encoder_names`), None for all.
-        packed: leave a transformer of one width quantized in memory, if that is how it is stored.
+        packed: keep a transformer of one width quantized in memory, if it is stored so.
 
     Raises:
         UserError: no such model, or one with damaged, missing, unknown or misshapen weights.

@@ -78,7 +78,7 @@ def load_stored(module: nn.Module, part: Part, *, packed: bool = False) -> None:
     """Put the weights of `part` into `module`, all of them and nothing else.
 
     Args:
-        packed: leave quantized layers packed in memory, instead of dequantizing their weights.
+        packed: keep quantized layers packed in memory, instead of dequantizing their weights.
 
     Raises:
         UserError: a file that is missing or damaged, or holds other weights than the module's.

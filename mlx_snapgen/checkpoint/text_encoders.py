@@ -63,7 +63,7 @@ def _load_stored(tokenizer: Path, config: TextEncoderConfig, part: Part) -> Any:
 
 
 def load_tokenizer(path: Path, config: TextEncoderConfig) -> Any:
-    """The tokenizer in a file, of the kind that `config` asks for.
+    """The tokenizer in a file, of the kind that `config` names.
 
     Raises:
         UserError: a kind that has no such file, or one that is missing, damaged or too large.
@@ -164,7 +164,7 @@ def chosen_encoders(
                 + ", ".join(known)
             )
     if names is not None and not names:
-        raise UserError(f"leave at least one text encoder of {', '.join(known)}")
+        raise UserError(f"choose at least one text encoder of {', '.join(known)}")
     return [names is None or name in names for name in known]
 
 

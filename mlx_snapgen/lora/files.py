@@ -221,8 +221,8 @@ def _by_layer(
         faults += _misfits(layer, parts, linear=layers[layer])
     if faults or not found:
         more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
-        told = "; ".join(faults[:3]) or "it is empty"
-        raise UserError(f"{path} does not fit this network: {told}{more}")
+        listed = "; ".join(faults[:3]) or "it is empty"
+        raise UserError(f"{path} does not fit this network: {listed}{more}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 Shapes: h is (B, N, d) with the N = H * W tokens of a grid in raster order; q, k and v are
 (B, heads, tokens, head_dim). Grouped-query attention keeps the ratio of query to kv heads over all
-widths, so cutting heads from the end leaves every remaining head with the kv head it had.
+widths, so every head that a narrower width keeps has the same kv head as before.
 """
 
 import math
@@ -19,7 +19,7 @@ from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
 
 
 class Grid(NamedTuple):
-    """A token grid. `stride` is the distance of neighbouring tokens in finest-grid tokens."""
+    """A token grid. `stride` is the distance of neighboring tokens in finest-grid tokens."""
 
     height: int
     width: int
@@ -281,7 +281,7 @@ class CrossAttention(nn.Module):
         b, heads, n, head_dim = q.shape
         kv_heads = min(heads, self._num_kv_heads)
         k, v = k[:, :kv_heads], v[:, :kv_heads]
-        # Heads that share a kv head become neighbours: i mod kv_heads runs slowest.
+        # Heads that share a kv head become adjacent: i mod kv_heads runs slowest.
         q = q.reshape(b, heads // kv_heads, kv_heads, n, head_dim).swapaxes(1, 2)
         q = q.reshape(b, heads, n, head_dim)
         out = attend(q, k, v, mask=None if mask is None else mask[:, None, None, :])

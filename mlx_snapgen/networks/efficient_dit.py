@@ -260,7 +260,7 @@ class EfficientDiT(nn.Module):
             raise UserError(f"{len(self.text)} text encoders expected, got {len(states)}")
         present = [(p, s) for p, s in zip(self.text, states, strict=True) if s is not None]
         if not present:
-            raise UserError("all text encoders are absent: leave at least one")
+            raise UserError("all text encoders are absent: at least one is needed")
         projected = [project(s) for project, (s, _) in present]
         masks = [mask for _, (_, mask) in present]
         return mx.concatenate(projected, axis=1), mx.concatenate(masks, axis=1)

@@ -86,7 +86,7 @@ def k_means(values: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _first_centers(values: np.ndarray, clusters: int) -> np.ndarray:
-    """Centres to start from: the best of a histogram, or for many a density that is nearly it."""
+    """Centers to start from: the best of a histogram, or for many a density that is nearly it."""
     bins = 512
     counts, edges = np.histogram(values, bins)
     if clusters > 2**LOW:
@@ -146,7 +146,7 @@ def is_large(layer: Any) -> bool:
 
 
 def with_palettes(network: EfficientDiT, bits: Mapping[str, int]) -> EfficientDiT:
-    """`network` in float32 with palettes of `bits` for the layers of these names; it is left."""
+    """`network` in float32 with palettes of `bits` for the layers of these names; a copy."""
     made = EfficientDiT(network.config)
     made.update(network.parameters())
     for name, some in layers(made).items():

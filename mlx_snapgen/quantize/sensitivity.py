@@ -1,7 +1,7 @@
 """Which layers of a transformer get larger palettes, by what each loses (SnapGen++ section 6).
 
 How sensitive a layer is, is the mean squared error of its own output when it alone has a palette of
-16 numbers, over calibration prompts. The worst get 256, as many as the asked average allows.
+16 numbers, over calibration prompts. The worst get 256, as many as the average allows.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ PROMPTS = (
     "a red apple",
     "a portrait of an old fisherman, soft light",
     "a city street at night in the rain",
-    "a watercolour of mountains above a lake",
+    "a watercolour of mountains above a lake",  # its spelling decides which palettes are chosen
 )
 
 
@@ -96,11 +96,11 @@ def choose_bits(
     if not LOW <= average <= HIGH:
         raise UserError(f"weights take {LOW} to {HIGH} bits on average, not {average:g}")
     bits = dict.fromkeys(errors, LOW)
-    left = (average - LOW) * sum(sizes[name] for name in errors)
+    budget = (average - LOW) * sum(sizes[name] for name in errors)
     for name in sorted(errors, key=errors.__getitem__, reverse=True):
         cost = (HIGH - LOW) * sizes[name]
-        if cost <= left:
-            bits[name], left = HIGH, left - cost
+        if cost <= budget:
+            bits[name], budget = HIGH, budget - cost
     return bits
 
 

@@ -20,7 +20,7 @@ class CheckpointTeacher:
 
     Args:
         network: may be the very network whose adapters are being trained: adapters that are off
-            leave no trace, so teacher, student and critic share one set of base weights.
+            have no effect, so teacher, student and critic share one set of base weights.
         text_encoders: the model's.
         few_step: name of the few-step adapter in `network`, or None when there is none.
     """

@@ -78,8 +78,8 @@ class FlowTeacher:
         """See `Teacher.velocity_and_features`; `UserError` without a few-step mode."""
         if few_step and not self.has_few_step:
             raise UserError(
-                "this teacher has no few-step mode: convert it with --few-step-lora, or leave "
-                "that mode out"
+                "this teacher has no few-step mode: convert it with --few-step-lora, or do not use "
+                "that mode"
             )
         return self._run(
             x_t, t, condition.text, condition.mask, few_step=few_step, return_features=True

@@ -110,7 +110,7 @@ def load_network(
 def load_prompts(
     folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None
 ) -> QwenPromptEncoder:
-    """The text encoder, in the teacher's folder or where its config says."""
+    """The text encoder, in the teacher's folder or at the place in its config."""
     source = folder / config.text_encoder
     if not source.is_dir():
         source = find_model(config.text_encoder, files=QWEN_FILES)

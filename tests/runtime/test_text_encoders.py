@@ -56,7 +56,7 @@ def test_an_absent_encoder_is_one_whose_tokens_are_all_masked(components, absent
 
 
 def test_without_any_encoder_nothing_is_drawn(components):
-    with pytest.raises(UserError, match="leave at least one"):
+    with pytest.raises(UserError, match="at least one is needed"):
         encode_prompts(["a"], [None, None], transformer=components.transformer)
 
 
@@ -77,7 +77,7 @@ def test_only_the_chosen_encoders_are_loaded(model_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["transfomer-1"], "did you mean 'transformer-1'"), ([], "leave at least one"), ([3], "'3'")],
+    [(["transfomer-1"], "did you mean 'transformer-1'"), ([], "choose at least one"), ([3], "'3'")],
 )
 def test_names_that_are_not_there(model_folder, names, message):
     with pytest.raises(UserError, match=message):

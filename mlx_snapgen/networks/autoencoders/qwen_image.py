@@ -3,7 +3,7 @@
 The public network (diffusers' AutoencoderKLQwenImage) is made for video, of convolutions that are
 causal in time. A picture is its first frame: only zeros lie before it, so each 3-D kernel acts
 through its last temporal slice alone, and the convolutions that change the frame rate never run.
-What is left is a 2-D network.
+The rest is a 2-D network.
 """
 
 import mlx.nn as nn

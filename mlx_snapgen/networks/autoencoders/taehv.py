@@ -5,7 +5,7 @@ does, already normalized. The network is made for video: memory blocks see the f
 the decoder makes four frames of a latent and keeps the last of the first four, the encoder makes
 one latent of four frames. A picture is a video of one latent, or of four frames alike, and all
 that its one frame needs is computed here: where a single frame goes through, the memory is empty
-and its half of the kernel is left out; at half resolution two frames go through.
+and its half of the kernel is dropped; at half resolution two frames go through.
 """
 
 import itertools

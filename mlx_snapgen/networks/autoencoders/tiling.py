@@ -21,7 +21,7 @@ On the CPU, which unfolds what it convolves, the up-sampling half of Qwen-Image'
 
 
 class Stage(NamedTuple):
-    """A part of a decoder that looks at neighbourhoods only: no attention, no statistics."""
+    """A part of a decoder that is local: no attention, no statistics of the whole picture."""
 
     run: Callable[[mx.array], mx.array]
     """(B, H, W, C) -> (B, H * scale, W * scale, C')."""
@@ -31,7 +31,7 @@ class Stage(NamedTuple):
 
 
 def upsample(x: mx.array) -> mx.array:
-    """Nearest neighbour, twice the side: (B, H, W, C) -> (B, 2H, 2W, C)."""
+    """Nearest neighbor, twice the side: (B, H, W, C) -> (B, 2H, 2W, C)."""
     b, h, w, c = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)

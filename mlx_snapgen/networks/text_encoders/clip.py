@@ -1,7 +1,7 @@
 """The text towers of CLIP and TinyCLIP: byte-pair tokenizer and network.
 
 The paper conditions on TinyCLIP (SnapGen++ section 2; arXiv 2309.12314). The states are those after
-the last layer norm, of every token; the projection to the space shared with pictures is left out.
+the last layer norm, of every token; the projection to the space shared with pictures is dropped.
 """
 
 import itertools
