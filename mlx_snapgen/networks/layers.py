@@ -19,7 +19,7 @@ _C = 0.7978845608028654  # sqrt(2 / pi)
 def gelu(x: mx.array) -> mx.array:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), element-wise."""
     if mx.default_device().type == mx.DeviceType.cpu:
-        return _gelu(x)  # pyright: ignore[reportReturnType]  mx.custom_function has no types
+        return cpu_gelu(x)  # pyright: ignore[reportReturnType]  mx.custom_function has no types
     return nn.gelu_approx(x)
 
 
@@ -45,12 +45,13 @@ def _gradient(x: mx.array, cotangent: mx.array) -> mx.array:
 
 
 @mx.custom_function
-def _gelu(x: mx.array) -> mx.array:
+def cpu_gelu(x: mx.array) -> mx.array:
+    """`gelu` as it runs on the CPU."""
     return _value(x)
 
 
-@_gelu.vjp
-def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+@cpu_gelu.vjp
+def _cpu_gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return _gradient(x, cotangent)
 
 

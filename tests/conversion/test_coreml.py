@@ -39,7 +39,7 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import (
 )
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
-from tests.tiny import VOCAB_SIZE, randomise
+from tests.tiny import VOCAB_SIZE, randomize
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
@@ -146,7 +146,7 @@ def model(tokenizer_bytes):
         ],
     )
     for seed, module in enumerate(made.modules().values()):
-        randomise(module, seed)
+        randomize(module, seed)
     sharpen(made)
     return made
 

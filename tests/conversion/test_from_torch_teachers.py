@@ -22,7 +22,7 @@ from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
 from tests.runtime import test_z_image_transformer
 from tests.runtime.test_qwen_transformer import SMALL, SMALL_SIZES
-from tests.tiny import randomise
+from tests.tiny import randomize
 
 Z = test_z_image_transformer
 PUBLIC = {
@@ -81,7 +81,7 @@ def public_transformer(folder, kind, shards=2):
     """Our network of random weights, and its folder of diffusers."""
     config, values = PUBLIC[kind]
     network = NETWORKS[kind](config)
-    randomise(network, 1)
+    randomize(network, 1)
     write_public(folder, values, flat(network), shards)
     return network
 
@@ -89,7 +89,7 @@ def public_transformer(folder, kind, shards=2):
 def public_kl(folder):
     """The same of Flux's autoencoder, its keys and layouts written out."""
     autoencoder = KLAutoencoder(KL)
-    randomise(autoencoder, 2)
+    randomize(autoencoder, 2)
     weights = {}
     for key, value in flat(autoencoder).items():
         key = key.replace("attentions.0.norm.", "attentions.0.group_norm.")

@@ -33,6 +33,7 @@ from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, sliced_parameters
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.runtime import quantize_transformer
 
@@ -46,10 +47,6 @@ def network(components):
     network = EfficientDiT(components.config.transformer)
     network.update(components.transformer.parameters())
     return network
-
-
-def flat(module):
-    return dict(tree_flatten(module.parameters()))
 
 
 def adapt(module, name="style", targets=("*",), rank=4, alpha=6.0, seed=0):
@@ -146,14 +143,16 @@ def test_a_width_with_adapters_equals_its_extracted_network(network, width):
     assert differ(inside, run(alone)) < 1e-5
     assert get_lora_weights(alone) == {"one": 0.7, "two": 1.0}
     sliced = dict(tree_flatten(sliced_parameters(network, width)))
-    assert {k: v.shape for k, v in sliced.items()} == {k: v.shape for k, v in flat(alone).items()}
+    assert {k: v.shape for k, v in sliced.items()} == {
+        k: v.shape for k, v in flat_parameters(alone).items()
+    }
     set_lora_weights(alone, {"one": 0, "two": 0})
     assert differ(base, run(alone)) < 1e-5
     assert get_lora_weights(network) == {"one": 0.7, "two": 1.0}
 
 
 def test_fused_equals_unfused_at_every_width(network):
-    keys = list(flat(network))
+    keys = list(flat_parameters(network))
     adapt(network, "one", seed=1)
     adapt(network, "two", ["*ffn*"], seed=2)
     adapt(network, "off", ["*_proj"], seed=3)
@@ -165,7 +164,7 @@ def test_fused_equals_unfused_at_every_width(network):
         assert differ(run(network, width), unfused) < 1e-5
         assert differ(run(extract(network, width)), unfused) < 1e-5
     remove_lora(network)
-    assert list(flat(network)) == keys
+    assert list(flat_parameters(network)) == keys
     assert differ(run(network), before[0]) < 1e-5
 
 
@@ -189,7 +188,7 @@ def test_half_precision_stays_half_precision(network):
     assert layer.adapters["style"].a.dtype == mx.float32
     assert layer(mx.ones((1, 2, 64), mx.bfloat16)).dtype == mx.bfloat16
     fuse_lora(network)
-    assert {p.dtype for p in flat(network).values()} == {mx.bfloat16}
+    assert {p.dtype for p in flat_parameters(network).values()} == {mx.bfloat16}
 
 
 def test_quantized_bases(network):
@@ -200,10 +199,10 @@ def test_quantized_bases(network):
     quantized = dict(alone.named_modules())["up_blocks.0.ffn.linear1"]
     assert isinstance(quantized.linear, nn.QuantizedLinear)
     assert 0 < differ(run(alone), exact) < 0.1 * mx.abs(exact).max().item()
-    before = flat(alone)
+    before = flat_parameters(alone)
     with pytest.raises(UserError, match="is quantized: fuse the LoRA first"):
         fuse_lora(alone)
-    assert list(flat(alone)) == list(before)
+    assert list(flat_parameters(alone)) == list(before)
     adapt(alone, "late", ["ffn.linear1"])
     assert quantized.adapters["late"].a.shape == (4, 32)
     dense = extract(network, 0.5)
@@ -218,14 +217,14 @@ def test_quantized_bases(network):
 
 def test_weight_zero_is_the_base_bit_for_bit_and_copies_nothing(network):
     base = [run(network, width) for width in WIDTHS]
-    arrays = {id(p) for p in flat(network).values()}
+    arrays = {id(p) for p in flat_parameters(network).values()}
     adapt(network)
-    assert arrays <= {id(p) for p in flat(network).values()}
+    assert arrays <= {id(p) for p in flat_parameters(network).values()}
     adapted = run(network)
     with lora_weights(network, {"style": 0}):
         for width, expected in zip(WIDTHS, base, strict=True):
             assert mx.array_equal(run(network, width), expected)
-        assert arrays <= {id(p) for p in flat(network).values()}
+        assert arrays <= {id(p) for p in flat_parameters(network).values()}
     assert mx.array_equal(run(network), adapted)
     with pytest.raises(RuntimeError), lora_weights(network, {"style": 0.5}):
         raise RuntimeError
@@ -302,7 +301,7 @@ def test_gradients_flow_to_the_new_adapter_only(network):
     def loss(model):
         return run(model).square().mean() + run(model, 0.5).square().mean()
 
-    before = flat(network)
+    before = flat_parameters(network)
     step = nn.value_and_grad(network, loss)
     optimizer = optim.SGD(0.1)
     value, grads = step(network)
@@ -312,7 +311,7 @@ def test_gradients_flow_to_the_new_adapter_only(network):
     for _ in range(5):
         optimizer.update(network, step(network)[1])
     assert step(network)[0].item() < value.item()
-    after = flat(network)
+    after = flat_parameters(network)
     assert {k for k in after if not mx.array_equal(before[k], after[k])} == wanted
 
 
@@ -344,10 +343,10 @@ def test_loaded_adapters_are_frozen_unless_they_are_to_be_trained(network, tmp_p
     ],
 )
 def test_targets_without_a_layer(network, targets, message):
-    keys = list(flat(network))
+    keys = list(flat_parameters(network))
     with pytest.raises(UserError, match=message):
         add_lora(network, 4, alpha=8, targets=targets)
-    assert list(flat(network)) == keys
+    assert list(flat_parameters(network)) == keys
 
 
 @pytest.mark.parametrize(
@@ -470,11 +469,11 @@ A, B, ALPHA = (
 )
 def test_files_that_do_not_fit_change_nothing(network, tmp_path, edit, message):
     edited(network, tmp_path / "x.safetensors", edit)
-    keys = list(flat(network))
+    keys = list(flat_parameters(network))
     with pytest.raises(UserError, match=message) as error:
         load_lora(tmp_path / "x.safetensors", network)
     assert "\n" not in str(error.value)
-    assert list(flat(network)) == keys
+    assert list(flat_parameters(network)) == keys
 
 
 @pytest.mark.parametrize(

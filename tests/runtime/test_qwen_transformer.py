@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 
 from convert.public.keys.transformers import read_transformer
-from mlx_snapgen.config import QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
-from tests.tiny import randomise
+from tests.tiny import QWEN, randomize
 
-SMALL = QwenTransformerConfig(
-    num_layers=3,
-    num_heads=2,
-    head_dim=16,
-    latent_channels=4,
-    text_dims=24,
-    rope_axes=(4, 6, 6),
-)
+SMALL = dataclasses.replace(QWEN, num_layers=3)
 SMALL_SIZES = {
     "patch_size": 2,
     "in_channels": 16,
@@ -129,7 +121,7 @@ def test_parity_with_diffusers(both, height, width, lengths):
 
 def network():
     model = QwenTransformer(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     return model
 
 

@@ -11,7 +11,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.language_models import load_qwen
-from mlx_snapgen.config import AutoencoderConfig, QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
@@ -20,6 +19,8 @@ from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
 from mlx_snapgen.teachers.flow import noise_levels
+from tests import tiny
+from tests.tiny import AUTOENCODER
 from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
 from tests.training.test_kd import student_config
 from train import kdmd
@@ -28,23 +29,8 @@ from train.objectives import distillation
 from train.objectives.distillation import Student
 from train.objectives.dmd import STUDENT, Distilled, critic_name, make_gradients
 
-AUTOENCODER = AutoencoderConfig(
-    latent_channels=4,
-    encoder_channels=(4, 4),
-    decoder_channels=(4, 4, 4),
-    encoder_blocks=(1, 1),
-    decoder_blocks=(1, 1, 1),
-)
 QWEN = TeacherConfig(
-    transformer=QwenTransformerConfig(
-        num_layers=2,
-        num_heads=2,
-        head_dim=16,
-        latent_channels=4,
-        text_dims=TEXT_DIMS,
-        rope_axes=(4, 6, 6),
-    ),
-    autoencoder=AUTOENCODER,
+    transformer=dataclasses.replace(tiny.QWEN, text_dims=TEXT_DIMS), autoencoder=AUTOENCODER
 )
 PROMPTS = ["a red car", "two cats"]
 

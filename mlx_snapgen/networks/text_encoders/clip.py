@@ -56,8 +56,8 @@ class ClipTokenizer:
         if any(len(pair) != 2 for pair in merges):
             raise ValueError("a merge is two symbols with a space between")
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self._vocabulary = [*_SYMBOLS, *(s + END_OF_WORD for s in _SYMBOLS), *map("".join, merges)]
-        self._ids = {symbol: i for i, symbol in enumerate(self._vocabulary)}
+        self.vocabulary = [*_SYMBOLS, *(s + END_OF_WORD for s in _SYMBOLS), *map("".join, merges)]
+        self._ids = {symbol: i for i, symbol in enumerate(self.vocabulary)}
 
     @classmethod
     def from_file(cls, path: Path, max_length: int) -> "ClipTokenizer":
@@ -69,7 +69,7 @@ class ClipTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self._vocabulary) + 2
+        return len(self.vocabulary) + 2
 
     def encode(self, prompt: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -92,7 +92,7 @@ class ClipTokenizer:
 
     def cut(self, prompt: str) -> str:
         """See `Tokenizer.cut`."""
-        symbols = "".join(self._vocabulary[i] for i in self.encode(prompt)[self.max_length - 2 :])
+        symbols = "".join(self.vocabulary[i] for i in self.encode(prompt)[self.max_length - 2 :])
         parts = [bytes(_BYTE_OF[c] for c in part) for part in symbols.split(END_OF_WORD)]
         return b" ".join(parts).decode(errors="replace").strip()
 
