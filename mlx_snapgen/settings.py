@@ -1,9 +1,12 @@
-"""What a caller may set: the network's width, and how to draw. No mlx here."""
+"""What a caller may set: which model to load, at which width, and how to draw. No mlx here."""
 
 import dataclasses
 import math
 import operator
 import secrets
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +67,27 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
             raise UserError(
                 f"{name} must be a positive multiple of {unit} pixels: {side} is not, {good} is"
             )
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load and how. Equal choices give the same pipeline."""
+
+    model: str | None = None
+    """Folder, Hugging Face repository "owner/name", or None for the built-in model."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository."""
+    model_width: str = "full"
+    """Name of the network's width; only this sub-network stays in memory."""
+    quantize: int | None = None
+    """Bits, 2 to 8, to quantize the transformer to in memory; None leaves it as stored."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """(file, scale) of LoRAs to merge into the weights, before width and quantization."""
+    text_encoders: tuple[str, ...] | None = None
+    """Names of those to load, such as ("clip",); None loads all."""
+    keep_text_encoders: bool = False
+    """Keep them in memory while denoising. Otherwise they are freed first, and loaded again for
+    the next prompt that is not in the cache."""
 
 
 @dataclass(frozen=True)
@@ -147,3 +171,34 @@ def whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int
 def random_seed() -> int:
     """A seed short enough to type."""
     return secrets.randbelow(2**32)
+
+
+def read_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the JSON `values` that are fields of the dataclass `kind` and have its types."""
+    hints, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        try:
+            found[field.name] = _read(hints[field.name], values[field.name])
+        except (LookupError, TypeError, ValueError):
+            continue
+    return found
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """`value` as the annotated type `kind`; TypeError or ValueError when it has another type."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        return _read(next(k for k in kind.__args__ if k is not types.NoneType), value)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise TypeError
+        parts = kind.__args__
+        if parts[-1] is Ellipsis:
+            return tuple(_read(parts[0], v) for v in value)
+        return tuple(_read(part, v) for part, v in zip(parts, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value

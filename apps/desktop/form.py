@@ -8,6 +8,7 @@ import tkinter as tk
 from collections.abc import Callable
 from pathlib import Path
 from tkinter import filedialog, ttk
+from typing import Any
 
 from apps.desktop.settings import Settings
 from apps.desktop.widgets import Column, Slider
@@ -25,8 +26,12 @@ RATIOS = (
     ("Wide 16:9", 16, 9),
     ("Tall 9:16", 9, 16),
 )
-FEW_STEP = {"Automatic": None, "On": True, "Off": False}
-QUANTIZE = {"As stored": None, "8 bits": 8, "4 bits": 4}
+CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Weights in memory", "quantize", {"As stored": None, "8 bits": 8, "4 bits": 4}),
+    ("Few-step mode", "few_step", {"Automatic": None, "On": True, "Off": False}),
+    ("Attention modulation (EDT)", "attention_modulation", {"Off": False, "On": True}),
+)
+"""Label, field of `ModelChoice` or `DrawSettings`, and values by what the form calls them."""
 
 
 class Form(Column):
@@ -44,8 +49,8 @@ class Form(Column):
         self.model, self.model_width = tk.StringVar(), tk.StringVar()
         self.steps, self.guidance = tk.StringVar(), tk.StringVar()
         self.size, self.num_images = tk.StringVar(), tk.StringVar()
-        self.few_step, self.quantize = tk.StringVar(), tk.StringVar()
-        self.text_encoders, self.modulation = tk.StringVar(), tk.BooleanVar()
+        self.text_encoders = tk.StringVar()
+        self._choices = {field: tk.StringVar() for _, field, _ in CHOICES}
         self._loras: list[tuple[str, tk.StringVar]] = []
         self.inside.configure(padding=(14, 10))
         self.inside.columnconfigure(0, weight=1)
@@ -71,55 +76,54 @@ class Form(Column):
             width, height = int(found[1]), int(found[2])
         names = [name.strip() for name in self.text_encoders.get().split(",") if name.strip()]
         model, revision = self._model_name()
-        return dataclasses.replace(
-            base,
-            prompt=self.prompt.get("1.0", "end").strip(),
-            negative_prompt=self.negative.get("1.0", "end").strip(),
-            seed=_number("seed", self.seed.get(), int) or 0,
-            seed_locked=self.locked.get(),
-            model=model,
-            revision=revision,
-            model_width=self.model_width.get(),
-            quantize=QUANTIZE[self.quantize.get()],
-            loras=tuple(
+        values = {field: choices[self._choices[field].get()] for _, field, choices in CHOICES}
+        values |= {
+            "prompt": self.prompt.get("1.0", "end").strip(),
+            "negative_prompt": self.negative.get("1.0", "end").strip(),
+            "seed": _number("seed", self.seed.get(), int) or 0,
+            "height": height,
+            "width": width,
+            "num_inference_steps": _number("number of steps", self.steps.get(), int, optional=True),
+            "guidance_scale": _number("guidance", self.guidance.get(), float, optional=True),
+            "num_images": _number("number of pictures", self.num_images.get(), int),
+            "model": model,
+            "revision": revision,
+            "model_width": self.model_width.get(),
+            "loras": tuple(
                 (path, _number("LoRA's scale", scale.get(), float)) for path, scale in self._loras
             ),
-            text_encoders=tuple(names) or None,
-            height=height,
-            width=width,
-            num_inference_steps=_number("number of steps", self.steps.get(), int, optional=True),
-            guidance_scale=_number("guidance", self.guidance.get(), float, optional=True),
-            few_step=FEW_STEP[self.few_step.get()],
-            attention_modulation=self.modulation.get(),
-            num_images=_number("number of pictures", self.num_images.get(), int),
+            "text_encoders": tuple(names) or None,
+        }
+        draw, choice = (
+            dataclasses.replace(part, **{k: v for k, v in values.items() if k in vars(part)})
+            for part in (base.draw, base.choice)
         )
+        return dataclasses.replace(base, draw=draw, choice=choice, seed_locked=self.locked.get())
 
     def show(self, settings: Settings) -> None:
         """Fill all fields."""
-        for text, value in (
-            (self.prompt, settings.prompt),
-            (self.negative, settings.negative_prompt),
-        ):
+        draw, choice = settings.draw, settings.choice
+        for text, value in ((self.prompt, draw.prompt), (self.negative, draw.negative_prompt)):
             text.delete("1.0", "end")
             text.insert("1.0", value)
             text.edit_reset()
-        self.seed.set(str(settings.seed))
+        self.seed.set(str(draw.seed))
         self.locked.set(settings.seed_locked)
-        revision = "" if settings.revision is None else f"@{settings.revision}"
-        self.model.set(DEFAULT_MODEL if settings.model is None else settings.model + revision)
+        revision = "" if choice.revision is None else f"@{choice.revision}"
+        self.model.set(DEFAULT_MODEL if choice.model is None else choice.model + revision)
         self._model_field.configure(values=[DEFAULT_MODEL, *settings.recent_models])
-        self.model_width.set(settings.model_width)
-        known = settings.height is not None and settings.width is not None
-        self.size.set(f"{settings.width} × {settings.height}" if known else "")  # noqa: RUF001
-        steps, scale = settings.num_inference_steps, settings.guidance_scale
+        self.model_width.set(choice.model_width)
+        known = draw.height is not None and draw.width is not None
+        self.size.set(f"{draw.width} × {draw.height}" if known else "")  # noqa: RUF001
+        steps, scale = draw.num_inference_steps, draw.guidance_scale
         self.steps.set("" if steps is None else str(steps))
         self.guidance.set("" if scale is None else f"{scale:g}")
-        self.num_images.set(str(settings.num_images))
-        self.few_step.set(_key(FEW_STEP, settings.few_step))
-        self.quantize.set(_key(QUANTIZE, settings.quantize))
-        self.text_encoders.set(", ".join(settings.text_encoders or ()))
-        self.modulation.set(settings.attention_modulation)
-        self._loras = [(path, tk.StringVar(value=f"{w:g}")) for path, w in settings.loras]
+        self.num_images.set(str(draw.num_images))
+        values = vars(draw) | vars(choice)
+        for _, field, choices in CHOICES:
+            self._choices[field].set(_key(choices, values[field]))
+        self.text_encoders.set(", ".join(choice.text_encoders or ()))
+        self._loras = [(path, tk.StringVar(value=f"{w:g}")) for path, w in choice.loras]
         self._show_loras()
         if self._config is not None:
             self._fill(self._config)
@@ -193,8 +197,8 @@ class Form(Column):
         )
         text.grid(sticky="ew")
         # Tab leaves the field, as everywhere but in editors.
-        text.bind("<Tab>", lambda e: (e.widget.tk_focusNext().focus_set(), "break")[1])
-        text.bind("<Shift-Tab>", lambda e: (e.widget.tk_focusPrev().focus_set(), "break")[1])
+        text.bind("<Tab>", lambda _: _focus(text.tk_focusNext()))
+        text.bind("<Shift-Tab>", lambda _: _focus(text.tk_focusPrev()))
         return text
 
     def _seed(self) -> None:
@@ -307,20 +311,18 @@ class Form(Column):
 
     def _more(self) -> None:
         self._heading("More")
-        for label, variable, choices in (
-            ("Weights in memory", self.quantize, QUANTIZE),
-            ("Few-step mode", self.few_step, FEW_STEP),
-        ):
+        for label, field, choices in CHOICES:
             row = self._row(label)
             box = ttk.Combobox(
-                row, textvariable=variable, values=list(choices), state="readonly", width=10
+                row,
+                textvariable=self._choices[field],
+                values=list(choices),
+                state="readonly",
+                width=10,
             )
             box.grid(row=0, column=1, sticky="e")
         row = self._row("Text encoders")
         ttk.Entry(row, textvariable=self.text_encoders, width=12).grid(row=0, column=1, sticky="e")
-        ttk.Checkbutton(
-            self.inside, text="Modulate attention (EDT)", variable=self.modulation
-        ).grid(sticky="w", pady=(4, 10))
 
     def _row(self, label: str, heading: bool = False) -> ttk.Frame:
         row = ttk.Frame(self.inside)
@@ -329,6 +331,12 @@ class Form(Column):
         style = "Heading.TLabel" if heading else "TLabel"
         ttk.Label(row, text=label, style=style).grid(row=0, column=0, sticky="w")
         return row
+
+
+def _focus(widget: tk.Misc | None) -> str:
+    if widget is not None:
+        widget.focus_set()
+    return "break"
 
 
 def _key(choices: dict, value) -> str:

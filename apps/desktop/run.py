@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from apps.worker.messages import Downloading, Event, Loaded, Loading, Picture, Progress
+from mlx_snapgen.settings import DrawSettings
 
 
 class Run:
@@ -11,18 +12,19 @@ class Run:
 
     Args:
         job: its number.
-        draws: False when it only loads a model.
+        settings: None when it only loads a model.
         clock: seconds.
     """
 
     def __init__(
         self,
         job: int,
-        draws: bool,
-        num_images: int = 1,
+        settings: DrawSettings | None,
+        *,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.job, self.draws, self.num_images, self._clock = job, draws, num_images, clock
+        self.job, self.draws, self._clock = job, settings is not None, clock
+        self.num_images = 1 if settings is None else settings.num_images
         self.status = ""
         self.share = 0.0
         """Of the work, 0 to 1."""
@@ -49,7 +51,7 @@ class Run:
     def take(self, event: Event) -> None:
         """Update `status` and `share`."""
         self.downloading = isinstance(event, Downloading)
-        if self.downloading:
+        if isinstance(event, Downloading):
             self.share = event.done / event.total if event.total else 0.0
             done, total = event.done / 1e6, event.total / 1e6
             left = self._left(self.share)

@@ -156,8 +156,8 @@ class Filmstrip(ttk.Frame):
             if 0 <= index < len(self.entries):
                 self._pick(index)
 
-    def _scrolled(self, first: str, last: str) -> None:
-        self._bar.set(first, last)
+    def _scrolled(self, first: float | str, last: float | str) -> None:
+        self._bar.set(float(first), float(last))
         self._bar.state(["disabled" if float(first) <= 0 and float(last) >= 1 else "!disabled"])
 
     def _remove(self, index: int) -> None:
@@ -258,8 +258,8 @@ class Column(ttk.Frame):
     def _measure(self, _event: tk.Event) -> None:
         self._canvas.configure(scrollregion=self._canvas.bbox("all"))
 
-    def _scrolled(self, first: str, last: str) -> None:
-        self._bar.set(first, last)
+    def _scrolled(self, first: float | str, last: float | str) -> None:
+        self._bar.set(float(first), float(last))
         if float(first) <= 0 and float(last) >= 1:
             self._bar.pack_forget()
         else:
@@ -310,10 +310,11 @@ class Slider(ttk.Frame):
 class Banner(ttk.Frame):
     """One line that needs reading, with a button for more; hidden when there is none."""
 
-    def __init__(self, master: tk.Misc, details: Callable[[str, str], None]):
+    def __init__(self, master: tk.Misc, details: Callable[[str, str | None], object]):
         super().__init__(master, style="Banner.TFrame", padding=(12, 6))
         self._show_details = details
-        self.message, self.details = "", None
+        self.message = ""
+        self.details: str | None = None
         self._label = ttk.Label(self, style="Banner.TLabel", justify="left")
         self._close = ttk.Button(self, text="Dismiss", command=self.hide)
         self._more = ttk.Button(self, text="Details…", command=self._open)

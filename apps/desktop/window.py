@@ -30,13 +30,13 @@ from apps.worker.messages import (
     Job,
     Loaded,
     Loading,
-    ModelChoice,
     Notice,
     Picture,
     Progress,
 )
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.settings import ModelChoice
 
 POLL_BUSY, POLL_IDLE = 15, 60
 """Milliseconds between two looks for what the worker says."""
@@ -95,7 +95,7 @@ class Window(tk.Tk):
         key = "⌘↩" if self.theme.native else "Ctrl+Return"
         self.view = PictureView(self, f"Say what to draw,\nthen press {key}.", self.theme)
         self.view.grid(row=0, column=1, sticky="nsew")
-        self.banner = Banner(self, lambda *texts: show_details(self, *texts))
+        self.banner = Banner(self, lambda text, details: show_details(self, text, details or ""))
         self.banner.grid(row=1, column=1, sticky="ew")
         self.banner.hide()
         self._build_bar()
@@ -155,17 +155,18 @@ class Window(tk.Tk):
             return
         try:
             settings = self.form.read(self.settings)
-            if not settings.prompt:
+            if not settings.draw.prompt:
                 raise UserError("the prompt is empty: say what to draw")
         except UserError as error:
             self.complain(str(error))
             return
         if not settings.seed_locked:
             self.form.new_seed()
-            settings = dataclasses.replace(settings, seed=int(self.form.seed.get()))
+            draw = dataclasses.replace(settings.draw, seed=int(self.form.seed.get()))
+            settings = dataclasses.replace(settings, draw=draw)
         self.remember(settings)
         self.banner.hide()
-        self._start(settings.job())
+        self._start(Job(settings.choice, settings.draw))
 
     def load_model(self) -> None:
         """Load the model of the form, fetching it first if need be."""
@@ -179,7 +180,7 @@ class Window(tk.Tk):
             self.complain(str(error))
             return
         self.remember(settings)
-        self._start(Job(settings.choice(), None))
+        self._start(Job(settings.choice))
 
     def cancel(self) -> None:
         """Stop after this step; a download or a load stops at once."""
@@ -193,17 +194,16 @@ class Window(tk.Tk):
 
     def _start(self, job: Job) -> None:
         number = self.worker.submit(job)
-        self.run = Run(number, draws=job.prompt is not None, num_images=job.num_images)
+        self.run = Run(number, job.settings)
         self.progress.configure(value=0)
         self.status.set("Starting…")
         self.update_buttons()
 
     def remember(self, settings: Settings) -> None:
         """Keep what the form says, also for the next time."""
-        if settings.model is not None:
-            name = settings.model
-            if settings.revision is not None:
-                name += f"@{settings.revision}"
+        model, revision = settings.choice.model, settings.choice.revision
+        if model is not None:
+            name = model if revision is None else f"{model}@{revision}"
             others = [m for m in settings.recent_models if m != name]
             settings = dataclasses.replace(settings, recent_models=(name, *others[:7]))
         self.settings = settings
@@ -236,10 +236,11 @@ class Window(tk.Tk):
                 event, extra = self._events.get_nowait()
             except queue.Empty:
                 break
-            if self.run is None or event.job != self.run.job:
+            run = self.run
+            if run is None or event.job != run.job:
                 continue
-            # Of several previews only the last is worth the time.
-            shown = self._handle(event, extra) or shown
+            # Of several previews only the last one is shown, to save time.
+            shown = self._handle(event, run, extra=extra) or shown
         if shown is not None:
             self.view.show(*shown)
         if self._asked_to_close:
@@ -247,15 +248,15 @@ class Window(tk.Tk):
         if not self._closing:
             self.after(POLL_IDLE if self.run is None else POLL_BUSY, self._poll)
 
-    def _handle(self, event: Event, extra) -> tuple | None:
-        """Take in one event; the pictures to show for it, if any."""
-        self.run.take(event)
-        self.status.set(self.run.status)
-        self.progress.configure(value=self.run.share)
+    def _handle(self, event: Event, run: Run, *, extra) -> tuple | None:
+        """Show one event of the job; returns its pictures, if any."""
+        run.take(event)
+        self.status.set(run.status)
+        self.progress.configure(value=run.share)
         if isinstance(event, Downloading | Loading):
             self.update_buttons()
         elif isinstance(event, Loaded):
-            self._adopt(event)
+            self._adopt(event, run)
         elif isinstance(event, Progress):
             return extra
         elif isinstance(event, Picture):
@@ -271,15 +272,15 @@ class Window(tk.Tk):
             self._end("")
             self.complain(event.message, event.details)
         elif isinstance(event, Finished):
-            drawn = self.run.draws and not event.cancelled
-            self._end("Stopped" if event.cancelled else self.run.summary if drawn else "Ready")
+            drawn = run.draws and not event.cancelled
+            self._end("Stopped" if event.cancelled else run.summary if drawn else "Ready")
         return None
 
-    def _adopt(self, event: Loaded) -> None:
+    def _adopt(self, event: Loaded, run: Run) -> None:
         before, self._loaded = self._loaded, (event.choice, event.config)
         other = before is not None and before[1].name != event.config.name
         if before is None or before[1] != event.config:
-            self.form.adopt(event.config, forget=other and not self.run.draws)
+            self.form.adopt(event.config, forget=other and not run.draws)
 
     def _end(self, status: str) -> None:
         self.run = None

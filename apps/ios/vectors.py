@@ -10,6 +10,7 @@ import functools
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
 
@@ -74,7 +75,7 @@ def vectors() -> dict:
     }
 
 
-def _flat(latents: mx.array) -> list[float]:
+def _flat(latents: mx.array) -> Any:
     """(1, H, W, C) -> numbers in the order (C, H, W)."""
     return latents[0].transpose(2, 0, 1).reshape(-1).tolist()
 

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, streaming, and what keeps strangers out."""
+"""The ASGI application: routes, streaming, and access control."""
 
 import asyncio
 import base64
@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.request import ImageRequest, Limits, RequestError, parse_request
-from apps.worker.messages import Failed, Finished, ModelChoice, Notice, Picture, Progress
+from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.settings import ModelChoice
 
 MAX_BODY = 64 << 10
 BODY_SECONDS = 10.0
@@ -34,13 +35,13 @@ class Server:
 
     Args:
         jobs: the queue.
-        models: names that clients may use -> what is loaded for them, the default first.
+        models: names that clients may use -> the model to load, the default first.
         config: the model's.
         limits: of one request.
     """
 
     def __init__(
-        self, jobs: Jobs, models: Mapping[str, ModelChoice], config: ModelConfig, limits: Limits
+        self, jobs: Jobs, models: Mapping[str, ModelChoice], *, config: ModelConfig, limits: Limits
     ):
         self.jobs, self.models, self.config, self.limits = jobs, models, config, limits
         self._pictures = PictureStore()
@@ -66,7 +67,7 @@ class Server:
         """`GET /v1/models/{name}`."""
         name = request.path_params["name"]
         if name not in self.models:
-            raise RequestError(f"no model '{name}'", 404, "model", "model_not_found")
+            raise RequestError(f"no model '{name}'", 404, param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class Server:
 
     async def generate(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
-        wish = parse_request(await _read_json(request), self.models, self.config, self.limits)
+        values = await _read_json(request)
+        wish = parse_request(values, self.models, config=self.config, limits=self.limits)
         try:
             drawing = self.jobs.submit(wish.job)
         except Busy as busy:
@@ -262,10 +264,10 @@ def _refuse(error: RequestError) -> JSONResponse:
 def create_app(server: Server, api_key: str | None) -> ASGIApp:
     """The application; pictures by `url` need no key, their addresses cannot be guessed."""
 
-    async def refuse(request: Request, error: Exception) -> Response:
+    async def refuse(request: Request, error: Any) -> Response:
         return _refuse(error)
 
-    async def unknown(request: Request, error: Exception) -> Response:
+    async def unknown(request: Request, error: Any) -> Response:
         return _refuse(RequestError(error.detail, error.status_code, headers=error.headers))
 
     routes = [

@@ -1,7 +1,8 @@
 """uvicorn as it is run here, with an end to the patience with slow clients."""
 
 import asyncio
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -30,9 +31,9 @@ class Connection(H11Protocol):
         self._waited = self._stuck = 0.0
         self._ticking = self.loop.call_later(TICK, self._tick)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self._ticking.cancel()
-        super().connection_lost(error)
+        super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         self._waited = 0.0
@@ -53,10 +54,11 @@ class Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: uvicorn's own handling kills the process before it cleans up."""
+    """Does not handle signals: uvicorn's handling kills the process before it cleans up."""
 
-    def capture_signals(self):
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:

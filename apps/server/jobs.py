@@ -45,7 +45,7 @@ class Drawing:
         self._arrived.set()
 
     def _is_full(self) -> bool:
-        unread = (e.preview for e in self._events if isinstance(e, Progress))
+        unread = (e.preview or b"" for e in self._events if isinstance(e, Progress))
         return sum(map(len, unread)) > MAX_UNREAD
 
     async def get(self) -> Event:

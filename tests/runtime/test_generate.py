@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mlx_snapgen import files, generate
+from mlx_snapgen import files
+from mlx_snapgen.cli.generate_options import build_parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
-from mlx_snapgen.metadata import read_metadata, save_picture, slug
+from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--steps", "1")
@@ -27,6 +29,7 @@ def inside(tmp_path, monkeypatch):
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("mlx_snapgen.cli.notices.PATIENCE", 60)
     return folder
 
 
@@ -176,7 +179,7 @@ def test_prompts_are_read_as_they_come(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"# nothing\n", "holds no prompt"), (b"\xff\xfe\n", "cannot read")]
+    ("content", "message"), [(b"# nothing\n", "has no prompts"), (b"\xff\xfe\n", "cannot read")]
 )
 def test_bad_prompts_files(capsys, model_folder, content, message):
     Path("prompts.txt").write_bytes(content)
@@ -206,6 +209,33 @@ def test_config_from_image_repeats_the_picture(run):
         assert read_metadata("again.png") == read_metadata(f"{name}.png")
         assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
         os.remove("again.png")
+
+
+def test_pictures_of_the_first_version_are_read():
+    """They have no few-step mode, attention modulation, LoRAs or chosen text encoders."""
+    old = {"mlx_snapgen": "0.1.0", "mlx": "0.32.0", "device": "cpu", "model": None,
+           "revision": None, "model_name": "stickers", "model_width": "tiny", "quantize": 8,
+           "dtype": "float32", "prompt": "two owls", "negative_prompt": "a cat", "height": 128,
+           "width": 96, "num_inference_steps": 6, "guidance_scale": 2, "time_shift": 4.0,
+           "seed": 4}  # fmt: skip
+    save_picture(Image.new("RGB", (8, 8)), "old.png", old)
+    settings, choice, values = read_settings("old.png")
+    assert settings == DrawSettings(
+        "two owls",
+        "a cat",
+        height=128,
+        width=96,
+        num_inference_steps=6,
+        guidance_scale=2.0,
+        few_step=False,
+        seed=4,
+    )
+    assert choice == ModelChoice(model_width="tiny", quantize=8)
+    assert values == old
+    for name, bad in {"seed": None, "loras": [{"path": "x"}], "few_step": 1, "width": "w"}.items():
+        save_picture(Image.new("RGB", (8, 8)), f"{name}.png", old | {name: bad})
+        with pytest.raises(UserError, match=f"no usable '{name}'"):
+            read_settings(f"{name}.png")
 
 
 def test_options_win_over_the_picture(run):
@@ -320,12 +350,15 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch):
         (["a", "--ouput", "x.png"], "unknown option --ouput (did you mean '--output'?)"),
         (["a", "red", "apple"], "quotes"),
         (["a", "--output", "x.jpg"], "ending in .png"),
-        (["a", "--output", "x"], "ending in .png, or a folder ending in /"),
+        (["a", "--output", "x"], "neither a name ending in .png nor a folder ending in /"),
         (["a", "--output", "file/x.png"], "file is a file, not a folder"),
         (["a", "--stepwise-dir", "file"], "file is a file, not a folder"),
         (["a", "--prompts-file", "file"], "either a prompt or --prompts-file"),
         (["--prompts-file", "missing"], "cannot read missing"),
-        (["a", "--seed", str(2**63 - 1), "--num-images", "2"], "no room"),
+        (
+            ["a", "--seed", str(2**63 - 1), "--num-images", "2"],
+            "seed must be a whole number from 0",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_the_model_is_loaded(
@@ -354,7 +387,7 @@ def test_help_names_every_option(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert exit_.value.code == 0
-    for action in generate.build_parser()._actions:
+    for action in build_parser()._actions:
         assert action.help
         assert all(option in text for option in action.option_strings)
 
