@@ -18,7 +18,7 @@ Encode = Callable[[Sequence[str]], tuple[mx.array, mx.array]]
 
 
 def encode_for(
-    settings: DrawSettings, prompts: Sequence[str], encode: Encode
+    settings: DrawSettings, prompts: Sequence[str], *, encode: Encode
 ) -> tuple[mx.array, mx.array]:
     """Text and mask as `denoise_latents` takes them: with guidance, what it leads away from first.
 
@@ -107,7 +107,7 @@ def draw_latents(
     text, mask = encode_for(
         settings,
         prompts,
-        lambda some: encode_prompts(
+        encode=lambda some: encode_prompts(
             some, components.text_encoders, transformer=components.transformer
         ),
     )

@@ -119,7 +119,9 @@ def _draw(
         # On a terminal there is a bar.
         with announce(f"drawing {name} {count} ...", enabled=not sys.stderr.isatty()):
             step, per_step = _last_step(steps, count, name=name, folder=args.stepwise_dir)
-            path = save_picture(step.preview(), target, step.metadata if args.metadata else None)
+            path = save_picture(
+                step.preview(), target, metadata=step.metadata if args.metadata else None
+            )
         seconds = time.perf_counter() - started
         _report(step, path, seconds=seconds, per_step=per_step, as_json=args.json)
 

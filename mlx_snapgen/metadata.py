@@ -106,7 +106,7 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) ->
 
 
 def save_picture(
-    image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None
+    image: Image.Image, path: str | Path, *, metadata: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a PNG whole or not at all, never over another file.
 

@@ -135,7 +135,7 @@ class SnapGenPipeline:
                 load_text_encoders, folder, dtype=dtype, names=chosen.text_encoders
             )
         if chosen.loras:
-            components = _with_loras(components, chosen.loras, share)
+            components = _with_loras(components, chosen.loras, share=share)
         if chosen.quantize is not None:
             quantize_transformer(components.transformer, chosen.quantize)
         return cls(components, chosen, reload_text_encoders=reload)
@@ -199,7 +199,7 @@ class SnapGenPipeline:
         if not isinstance(wanted.prompt, str) or not wanted.prompt.strip():
             raise UserError("the prompt is empty: say what to draw")
         resolved = wanted.resolved(self.config)
-        for text in check_prompts(resolved, self._prompts.tokenizers, self.vocabulary):
+        for text in check_prompts(resolved, self._prompts.tokenizers, vocabulary=self.vocabulary):
             warnings.warn(text, PromptWarning, stacklevel=2)
         return self._steps(resolved)
 
@@ -216,7 +216,9 @@ class SnapGenPipeline:
 
     def _steps(self, settings: DrawSettings) -> Iterator[GenerationStep]:
         text, mask = encode_for(
-            settings, [settings.prompt], lambda prompts: self._prompts(prompts, self.transformer)
+            settings,
+            [settings.prompt],
+            encode=lambda prompts: self._prompts(prompts, self.transformer),
         )
         self._prompts.free()
         network = in_mode(self.transformer, settings, config=self.config)
@@ -254,7 +256,7 @@ class SnapGenPipeline:
 
 
 def _with_loras(
-    components: Components, loras: tuple[tuple[str, float], ...], share: float
+    components: Components, loras: tuple[tuple[str, float], ...], *, share: float
 ) -> Components:
     """`components` with LoRAs fused into the transformer, of which one width is kept."""
     transformer = components.transformer

@@ -11,6 +11,7 @@ from mlx_snapgen.settings import DrawSettings
 def check_prompts(
     settings: DrawSettings,
     tokenizers: Sequence[Any],
+    *,
     vocabulary: Mapping[str, Sequence[str]] | None,
 ) -> Iterator[str]:
     """A line for each problem with the prompts.

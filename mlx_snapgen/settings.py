@@ -96,7 +96,7 @@ class DrawSettings:
 
     prompt: str = ""
     negative_prompt: str = ""
-    """What guidance leads away from; without effect at a guidance scale of 1."""
+    """What to keep out of the picture; no effect at a guidance scale of 1."""
     height: int | None = None
     width: int | None = None
     """Of the picture in pixels."""
@@ -109,7 +109,7 @@ class DrawSettings:
     time_shift: float | None = None
     """Shift of the noise levels (see `sampling.get_schedule`)."""
     attention_modulation: bool = False
-    """EDT's: every second block of the Up stage attends more to what is near."""
+    """EDT's: every second block of the Up stage attends more to near tokens."""
     seed: int | None = 0
     """Of the first picture; picture k is the one that seed + k draws alone. None is random."""
     num_images: int = 1
@@ -130,17 +130,17 @@ class DrawSettings:
         scale = mode.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if not math.isfinite(scale):
             raise UserError(f"guidance_scale must be a finite number, got {scale}")
-        num_images = whole_number("num_images", self.num_images, 1)
+        num_images = whole_number("num_images", self.num_images, least=1)
         seed = random_seed() if self.seed is None else self.seed
         return dataclasses.replace(
             self,
             height=height,
             width=width,
-            num_inference_steps=whole_number("num_inference_steps", steps, 1, MAX_STEPS),
+            num_inference_steps=whole_number("num_inference_steps", steps, least=1, most=MAX_STEPS),
             guidance_scale=scale,
             few_step=config.few_step is not None and mode is config.few_step,
             time_shift=mode.time_shift if self.time_shift is None else self.time_shift,
-            seed=whole_number("seed", seed, 0, MAX_SEED - num_images + 1),
+            seed=whole_number("seed", seed, least=0, most=MAX_SEED - num_images + 1),
             num_images=num_images,
         )
 
@@ -157,7 +157,7 @@ class DrawSettings:
         )
 
 
-def whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
+def whole_number(name: str, value: Any, *, least: int, most: int = MAX_SEED) -> int:
     """`value` as an int; `UserError` unless it is a whole number from `least` to `most`."""
     try:
         number = operator.index(value)

@@ -1,4 +1,4 @@
-"""The column of settings: everything a picture is drawn with."""
+"""The form: all settings of a picture."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from tkinter import filedialog, ttk
 from typing import Any
 
 from apps.desktop.settings import Settings
+from apps.desktop.theme import Theme
 from apps.desktop.widgets import Column, Slider
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
@@ -38,10 +39,10 @@ class Form(Column):
     """Shows `Settings` and reads them back.
 
     Args:
-        load: called when another model is wanted.
+        load: called when the user selects another model.
     """
 
-    def __init__(self, master: tk.Misc, theme, load: Callable[[], None]):
+    def __init__(self, master: tk.Misc, theme: Theme, *, load: Callable[[], None]):
         super().__init__(master, width=300)
         self._theme, self._load = theme, load
         self._config: ModelConfig | None = None
@@ -66,7 +67,7 @@ class Form(Column):
     # --- reading and showing --------------------------------------------------------------------
 
     def read(self, base: Settings) -> Settings:
-        """`base` with what the form says; `UserError` names a field that makes no sense."""
+        """`base` with the values of the form; `UserError` names a wrong field."""
         size = self.size.get().strip()
         height = width = None
         if size:
@@ -80,17 +81,20 @@ class Form(Column):
         values |= {
             "prompt": self.prompt.get("1.0", "end").strip(),
             "negative_prompt": self.negative.get("1.0", "end").strip(),
-            "seed": _number("seed", self.seed.get(), int) or 0,
+            "seed": _number("seed", self.seed.get(), kind=int) or 0,
             "height": height,
             "width": width,
-            "num_inference_steps": _number("number of steps", self.steps.get(), int, optional=True),
-            "guidance_scale": _number("guidance", self.guidance.get(), float, optional=True),
-            "num_images": _number("number of pictures", self.num_images.get(), int),
+            "num_inference_steps": _number(
+                "number of steps", self.steps.get(), kind=int, optional=True
+            ),
+            "guidance_scale": _number("guidance", self.guidance.get(), kind=float, optional=True),
+            "num_images": _number("number of pictures", self.num_images.get(), kind=int),
             "model": model,
             "revision": revision,
             "model_width": self.model_width.get(),
             "loras": tuple(
-                (path, _number("LoRA's scale", scale.get(), float)) for path, scale in self._loras
+                (path, _number("LoRA's scale", scale.get(), kind=float))
+                for path, scale in self._loras
             ),
             "text_encoders": tuple(names) or None,
         }
@@ -129,7 +133,7 @@ class Form(Column):
             self._fill(self._config)
 
     def adopt(self, config: ModelConfig, forget: bool) -> None:
-        """Offer what a loaded model has; `forget` the numbers that suited another one."""
+        """Offer the widths and sizes of a loaded model; `forget` clears those of another one."""
         self._config = config
         if forget:
             for variable in (self.steps, self.guidance, self.size):
@@ -148,11 +152,11 @@ class Form(Column):
         self._fill(config)
 
     def new_seed(self) -> None:
-        """Roll the dice."""
+        """A random seed."""
         self.seed.set(str(secrets.randbelow(2**32)))
 
     def _fill(self, config: ModelConfig) -> None:
-        """The model's own numbers where a field is empty."""
+        """Fill empty fields with the model's own numbers."""
         sampler = config.sampler_for(None, None)
         height, width = config.image_size
         for variable, value in (
@@ -208,7 +212,7 @@ class Form(Column):
         row.columnconfigure(0, weight=1)
         entry = ttk.Entry(row, textvariable=self.seed, width=12)
         entry.grid(row=0, column=0, sticky="ew")
-        # Whoever types a seed wants that one.
+        # A typed seed is kept.
         entry.bind("<Key>", lambda e: e.char.isdigit() and self.locked.set(True), add=True)
         ttk.Button(row, text="Roll", width=5, command=self.new_seed).grid(row=0, column=1, padx=6)
         ttk.Checkbutton(row, text="Keep", variable=self.locked).grid(row=0, column=2)
@@ -236,7 +240,7 @@ class Form(Column):
             ("Steps", self.steps, 1, 50, 1),
             ("Guidance", self.guidance, 1, 10, 0.5),
         ):
-            slider = Slider(self.inside, label, variable, low, high, by)
+            slider = Slider(self.inside, label, variable=variable, low=low, high=high, by=by)
             slider.grid(sticky="ew", pady=(0, 6))
         row = self._row("Size")
         self._size_field = ttk.Combobox(row, textvariable=self.size, width=19)
@@ -347,7 +351,7 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _number(name: str, text: str, kind: type, optional: bool = False):
+def _number(name: str, text: str, *, kind: type, optional: bool = False):
     """`text` as a number; `UserError` names the field."""
     text = text.strip().replace(",", ".") if kind is float else text.strip()
     if not text and optional:

@@ -1,5 +1,5 @@
 """Widgets that ttk lacks: the picture, the film strip, a scrolling column, a slider with a number,
-and the banner that says what went wrong."""
+and the banner for messages."""
 
 import tkinter as tk
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from tkinter import ttk
 from PIL import Image, ImageTk
 
 from apps.desktop.history import THUMBNAIL, Entry
+from apps.desktop.theme import Theme
 
 MARGIN = 12
 
@@ -23,7 +24,7 @@ class PictureView(tk.Canvas):
 
     on_stage = True
 
-    def __init__(self, master: tk.Misc, hint: str, theme):
+    def __init__(self, master: tk.Misc, hint: str, *, theme: Theme):
         super().__init__(master, highlightthickness=0, width=320, height=240)
         self._theme, self._hint = theme, hint
         self.image: Image.Image | None = None
@@ -92,7 +93,8 @@ class Filmstrip(ttk.Frame):
     def __init__(
         self,
         master: tk.Misc,
-        theme,
+        theme: Theme,
+        *,
         choose: Callable[[Entry], None],
         menu: Callable[[Entry, int, int], None],
         limit: int,
@@ -122,7 +124,7 @@ class Filmstrip(ttk.Frame):
             self._canvas.bind(button, lambda _, way=way: self._canvas.xview_scroll(way, "units"))
         self._canvas.bind("<<Painted>>", lambda _: self._mark())
 
-    def add(self, entry: Entry, thumbnail: Image.Image, at_end: bool = False) -> None:
+    def add(self, entry: Entry, thumbnail: Image.Image, *, at_end: bool = False) -> None:
         """Put an entry first, or last while older ones are being loaded."""
         photo = ImageTk.PhotoImage(thumbnail, master=self)
         if at_end:
@@ -150,7 +152,7 @@ class Filmstrip(ttk.Frame):
         self._mark()
 
     def step(self, by: int) -> None:
-        """Choose the neighbour of the selected entry."""
+        """Choose the neighbor of the selected entry."""
         if self.entries:
             index = self.entries.index(self.selected) + by if self.selected in self.entries else 0
             if 0 <= index < len(self.entries):
@@ -207,7 +209,7 @@ class Filmstrip(ttk.Frame):
                 self._cell / 2,
                 anchor="w",
                 tags="mark",
-                text="Your pictures will gather here.",
+                text="Your pictures appear here.",
                 fill=self._theme.palette.muted,
             )
         elif self.selected in self.entries:
@@ -276,6 +278,7 @@ class Slider(ttk.Frame):
         self,
         master: tk.Misc,
         label: str,
+        *,
         variable: tk.StringVar,
         low: float,
         high: float,
@@ -308,7 +311,7 @@ class Slider(ttk.Frame):
 
 
 class Banner(ttk.Frame):
-    """One line that needs reading, with a button for more; hidden when there is none."""
+    """One message, with a button for its details; hidden without a message."""
 
     def __init__(self, master: tk.Misc, details: Callable[[str, str | None], object]):
         super().__init__(master, style="Banner.TFrame", padding=(12, 6))

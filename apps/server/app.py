@@ -74,7 +74,7 @@ class Server:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "mlx_snapgen"}
 
     async def picture(self, request: Request) -> Response:
-        """`GET /images/{token}.png`: what a response of kind `url` points to."""
+        """`GET /images/{token}.png`: a picture of a response of kind `url`."""
         png = self._pictures.get(request.path_params["token"])
         if png is None:
             raise RequestError("no such picture, or no longer", 404)
@@ -90,13 +90,13 @@ class Server:
             headers = {"Retry-After": str(busy.retry_after)}
             raise RequestError(str(busy), 429, code="queue_full", headers=headers) from None
         if wish.stream:
-            return _Stream(self.jobs, drawing, self._events(wish, drawing))
+            return _Stream(self.jobs, drawing, events=self._events(wish, drawing))
         try:
-            return await _unless_gone(request.receive, self._answer(request, wish, drawing))
+            return await _unless_gone(request.receive, self._answer(request, wish, drawing=drawing))
         finally:
             self.jobs.cancel(drawing)
 
-    async def _answer(self, request: Request, wish: ImageRequest, drawing: Drawing) -> Response:
+    async def _answer(self, request: Request, wish: ImageRequest, *, drawing: Drawing) -> Response:
         data, notices = [], []
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
@@ -125,11 +125,11 @@ class Server:
                 extra |= {"partial_image_index": partial, "step": event.index + 1}
                 extra |= {"steps": event.num_steps, "seed": event.seed, "image": event.image}
                 partial += 1
-                yield _event("partial_image", event.preview, extra)
+                yield _event("partial_image", event.preview, **extra)
             elif isinstance(event, Picture):
                 partial = 0
                 extra |= {"seed": event.metadata["seed"], "image": event.image}
-                yield _event("completed", event.png, extra)
+                yield _event("completed", event.png, **extra)
 
 
 def _format(wish: ImageRequest) -> dict[str, str]:
@@ -137,7 +137,7 @@ def _format(wish: ImageRequest) -> dict[str, str]:
     return {"size": size, "output_format": "png", "background": "opaque"}
 
 
-def _event(name: str, png: bytes, extra: dict[str, Any]) -> bytes:
+def _event(name: str, png: bytes, **extra: Any) -> bytes:
     data = {"type": PREFIX + name, "b64_json": base64.b64encode(png).decode(), **extra}
     return f"event: {PREFIX}{name}\ndata: {json.dumps(data)}\n\n".encode()
 
@@ -147,7 +147,7 @@ def _failure(event: Failed) -> RequestError:
 
 
 async def _read_json(request: Request) -> Any:
-    # A web page may send a form or plain text to this machine unasked, but not JSON.
+    # Any web page can make a browser send a form or plain text to this machine, but not JSON.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("send JSON, with Content-Type: application/json", 415)
@@ -167,11 +167,11 @@ async def _read_json(request: Request) -> Any:
 
 
 class Gone(Exception):
-    """The client has left."""
+    """The client has disconnected."""
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`; `Gone` as soon as the client leaves."""
+    """The result of `work`; `Gone` as soon as the client disconnects."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -190,9 +190,9 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 class _Stream(Response):
-    """Sends events as they come. A failure before the first one is an ordinary error response."""
+    """Sends each event at once. A failure before the first one is an ordinary error response."""
 
-    def __init__(self, jobs: Jobs, drawing: Drawing, events: AsyncIterator[bytes]):
+    def __init__(self, jobs: Jobs, drawing: Drawing, *, events: AsyncIterator[bytes]):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._jobs, self._drawing, self._events = jobs, drawing, events
@@ -221,11 +221,11 @@ class _Stream(Response):
 
 
 class Guard:
-    """Around everything: the key, the host, clients that left.
+    """Checks the key or the host of every request, and ends those whose client has disconnected.
 
     Args:
-        api_key: None lets everybody in who speaks to this machine by a loopback name, so that a
-            web page cannot reach the server through a name of its own (DNS rebinding).
+        api_key: None allows requests whose Host is a loopback name, so that a web page cannot
+            reach the server through a name of its own (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None):
@@ -258,7 +258,7 @@ class Guard:
 
 
 def _refuse(error: RequestError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
+    return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
 def create_app(server: Server, api_key: str | None) -> ASGIApp:

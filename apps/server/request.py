@@ -83,18 +83,18 @@ def parse_request(
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
     get = _Reader({name: value for name, value in values.items() if value is not None})
-    num_images = get.integer("n", 1, limits.max_images) or 1
-    width, height = _size(get.text("size", 20), config, limits)
+    num_images = get.integer("n", least=1, most=limits.max_images) or 1
+    width, height = _size(get.text("size", 20), config=config, limits=limits)
     settings = DrawSettings(
         prompt=get.text("prompt", limits.max_prompt) or "",
         negative_prompt=get.text("negative_prompt", limits.max_prompt) or "",
         height=height,
         width=width,
-        num_inference_steps=get.integer("steps", 1, limits.max_steps),
+        num_inference_steps=get.integer("steps", least=1, most=limits.max_steps),
         guidance_scale=get.number("guidance"),
         few_step=get.boolean("few_step"),
         attention_modulation=get.boolean("attention_modulation") or False,
-        seed=get.integer("seed", 0, MAX_SEED - num_images + 1),
+        seed=get.integer("seed", least=0, most=MAX_SEED - num_images + 1),
         num_images=num_images,
     )
     if not settings.prompt.strip():
@@ -103,13 +103,13 @@ def parse_request(
         config.sampler_for(settings.num_inference_steps, settings.few_step)
     except UserError as error:
         raise RequestError(str(error), param="few_step") from None
-    model = get.choice("model", list(models), next(iter(models)))
-    get.choice("output_format", ["png"], "png")
+    model = get.choice("model", list(models))
+    get.choice("output_format", ["png"])
     stream = get.boolean("stream") or False
-    as_url = get.choice("response_format", ["b64_json", "url"], "b64_json") == "url"
+    as_url = get.choice("response_format", ["b64_json", "url"]) == "url"
     if stream and as_url:
         raise RequestError("a stream carries b64_json, not url", param="response_format")
-    partial = get.integer("partial_images", 0, limits.max_steps)
+    partial = get.integer("partial_images", least=0, most=limits.max_steps)
     get.check_all_read()
     job = Job(models[model], settings, previews=partial if stream else 0, png_previews=True)
     return ImageRequest(job, (width, height), as_url=as_url, stream=stream)
@@ -129,7 +129,7 @@ class _Reader:
                 hint = nearest(name, self._known)
                 raise RequestError(f"unknown parameter '{name}'{hint}", param=name)
 
-    def _get(self, name: str, kinds: type | tuple[type, ...], what: str) -> Any:
+    def _get(self, name: str, kinds: type | tuple[type, ...], *, what: str) -> Any:
         self._known.add(name)
         value = self._values.get(name)
         wrong_bool = isinstance(value, bool) and kinds is not bool
@@ -138,38 +138,39 @@ class _Reader:
         return value
 
     def text(self, name: str, most: int) -> str | None:
-        value = self._get(name, str, "a string")
+        value = self._get(name, str, what="a string")
         if value is not None and len(value) > most:
             raise RequestError(f"{name} is longer than {most} characters", param=name)
         return value
 
-    def choice(self, name: str, known: list[str], default: str) -> str:
-        value = self._get(name, str, "a string")
+    def choice(self, name: str, known: list[str]) -> str:
+        """One of `known`, whose first is the default."""
+        value = self._get(name, str, what="a string")
         if value is not None and value not in known:
             status, code = (404, "model_not_found") if name == "model" else (400, None)
             listed = ", ".join(known)
             message = f"no {name} '{value}', known: {listed}"
             raise RequestError(message, status, param=name, code=code)
-        return default if value is None else value
+        return known[0] if value is None else value
 
-    def integer(self, name: str, least: int, most: int) -> int | None:
-        value = self._get(name, int, "a whole number")
+    def integer(self, name: str, *, least: int, most: int) -> int | None:
+        value = self._get(name, int, what="a whole number")
         if value is not None and not least <= value <= most:
             raise RequestError(f"{name} must be from {least} to {most}", param=name)
         return value
 
     def number(self, name: str) -> float | None:
-        value = self._get(name, (int, float), "a number")
+        value = self._get(name, (int, float), what="a number")
         # An integer may be too long for a float, too.
         if value is not None and not (abs(value) <= 1e6 and math.isfinite(value)):
             raise RequestError(f"{name} must be a finite number, at most 1e6", param=name)
         return value
 
     def boolean(self, name: str) -> bool | None:
-        return self._get(name, bool, "true or false")
+        return self._get(name, bool, what="true or false")
 
 
-def _size(text: str | None, config: ModelConfig, limits: Limits) -> tuple[int, int]:
+def _size(text: str | None, *, config: ModelConfig, limits: Limits) -> tuple[int, int]:
     height, width = config.image_size
     most = 4 * height * width if limits.max_pixels is None else limits.max_pixels
     if text is not None and text != "auto":

@@ -24,12 +24,12 @@ class Worker:
     Args:
         deliver: called with each `Event`, in a thread of its own. Every job submitted gets exactly
             one `Finished` or `Failed`, also when the process dies.
-        keep: how many loaded pipelines stay in memory, those used last.
+        keep: number of loaded pipelines that stay in memory, the latest ones.
         cache_limit: see `CACHE_LIMIT`.
     """
 
     def __init__(
-        self, deliver: Callable[[Event], None], keep: int = 1, cache_limit: int = CACHE_LIMIT
+        self, deliver: Callable[[Event], None], *, keep: int = 1, cache_limit: int = CACHE_LIMIT
     ):
         self._deliver, self._keep, self._cache_limit = deliver, keep, cache_limit
         self._ids = itertools.count(1)
@@ -98,7 +98,10 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, self._keep, self._cache_limit), daemon=True
+            target=_serve,
+            args=(theirs,),
+            kwargs={"keep": self._keep, "cache_limit": self._cache_limit},
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -128,7 +131,7 @@ class Worker:
         for number in lost:
             message = f"the drawing process ended unexpectedly ({_ending(process.exitcode)})"
             hint = "It starts again with the next picture. A smaller size or width needs less."
-            self._deliver(Failed(number, f"{message}: probably out of memory", hint))
+            self._deliver(Failed(number, f"{message}: probably out of memory", details=hint))
 
 
 def _ending(code: int | None) -> str:
@@ -148,7 +151,7 @@ def _reap(process: Any, reader: threading.Thread | None) -> None:
         reader.join(2)
 
 
-def _serve(connection: Any, keep: int, cache_limit: int) -> None:
+def _serve(connection: Any, *, keep: int, cache_limit: int) -> None:
     from apps.worker.engine import serve
 
-    serve(connection, keep, cache_limit)
+    serve(connection, keep=keep, cache_limit=cache_limit)

@@ -48,7 +48,7 @@ class Stop(Exception):
 class Engine:
     """Runs the jobs that come over `connection`, one after the other."""
 
-    def __init__(self, connection: Any, keep: int, cache_limit: int):
+    def __init__(self, connection: Any, *, keep: int, cache_limit: int):
         self._connection, self._keep = connection, keep
         self._jobs: deque[tuple[int, Job]] = deque()
         self._cancelled: set[int] = set()
@@ -106,10 +106,10 @@ class Engine:
         except UserError as error:
             self._send(Failed(number, str(error)))
         except Exception as error:
-            # What failed may have been the memory: give back what can be loaded again.
+            # Perhaps out of memory: free what can be loaded again.
             self._pipelines.clear()
             message = f"{type(error).__name__}: {error}"
-            self._send(Failed(number, message, traceback.format_exc()))
+            self._send(Failed(number, message, details=traceback.format_exc()))
 
     def _load(self, number: int, choice: ModelChoice) -> SnapGenPipeline:
         if choice not in self._pipelines:
@@ -125,7 +125,7 @@ class Engine:
             self._pipelines[choice] = pipeline, folder.config
         self._pipelines.move_to_end(choice)
         pipeline, config = self._pipelines[choice]
-        self._send(Loaded(number, choice, config))
+        self._send(Loaded(number, choice=choice, config=config))
         return pipeline
 
     def _download(self, number: int):
@@ -135,7 +135,7 @@ class Engine:
             nonlocal last
             if (now := time.monotonic()) - last >= REPORT_EVERY or done == total:
                 last = now
-                self._send(Downloading(number, name, done, total))
+                self._send(Downloading(number, name, done=done, total=total))
 
         return report
 
@@ -148,7 +148,7 @@ class Engine:
             if self._is_cancelled(number):
                 return False
             preview = None
-            if not step.final and _has_preview(step.index, step.num_steps, job.previews):
+            if not step.final and _has_preview(step.index, step.num_steps, previews=job.previews):
                 picture = step.preview()
                 preview = encode_png(picture) if job.png_previews else picture.tobytes()
             self._send(
@@ -190,7 +190,7 @@ class Engine:
             yield
 
 
-def _has_preview(index: int, num_steps: int, previews: int | None) -> bool:
+def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
     """Whether step `index` is one of `previews` spread over the steps before the last."""
     if previews is None:
         return True
@@ -199,13 +199,13 @@ def _has_preview(index: int, num_steps: int, previews: int | None) -> bool:
     return any(index == (k + 1) * before // (count + 1) for k in range(count))
 
 
-def serve(connection: Any, keep: int, cache_limit: int) -> None:
-    """Entry of the process. Ctrl-C in a terminal reaches it too, and is the caller's to handle."""
+def serve(connection: Any, *, keep: int, cache_limit: int) -> None:
+    """Entry of the process. It ignores Ctrl-C, which the caller handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # tqdm's own lock is a semaphore of the system, which this process would leave when interrupted.
+    # tqdm's own lock is a system semaphore, which would remain when this process is interrupted.
     tqdm.set_lock(threading.RLock())
     try:
-        Engine(connection, keep, cache_limit).run()
+        Engine(connection, keep=keep, cache_limit=cache_limit).run()
     except Stop:
         pass
     except KeyboardInterrupt:

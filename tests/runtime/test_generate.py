@@ -218,7 +218,7 @@ def test_pictures_of_the_first_version_are_read():
            "dtype": "float32", "prompt": "two owls", "negative_prompt": "a cat", "height": 128,
            "width": 96, "num_inference_steps": 6, "guidance_scale": 2, "time_shift": 4.0,
            "seed": 4}  # fmt: skip
-    save_picture(Image.new("RGB", (8, 8)), "old.png", old)
+    save_picture(Image.new("RGB", (8, 8)), "old.png", metadata=old)
     settings, choice, values = read_settings("old.png")
     assert settings == DrawSettings(
         "two owls",
@@ -233,7 +233,7 @@ def test_pictures_of_the_first_version_are_read():
     assert choice == ModelChoice(model_width="tiny", quantize=8)
     assert values == old
     for name, bad in {"seed": None, "loras": [{"path": "x"}], "few_step": 1, "width": "w"}.items():
-        save_picture(Image.new("RGB", (8, 8)), f"{name}.png", old | {name: bad})
+        save_picture(Image.new("RGB", (8, 8)), f"{name}.png", metadata=old | {name: bad})
         with pytest.raises(UserError, match=f"no usable '{name}'"):
             read_settings(f"{name}.png")
 
@@ -249,7 +249,7 @@ def test_options_win_over_the_picture(run):
 def test_a_picture_of_other_versions_is_repeated_with_a_notice(run, capsys):
     run("a red apple", *FAST)
     old = read_metadata("a-red-apple.png") | {"mlx": "0.1", "device": "elsewhere"}
-    save_picture(Image.open("a-red-apple.png"), "old.png", old)
+    save_picture(Image.open("a-red-apple.png"), "old.png", metadata=old)
     main(["--config-from-image", "old.png"])
     err = capsys.readouterr().err
     assert "made with mlx 0.1, this is" in err
@@ -280,7 +280,7 @@ def test_pictures_that_cannot_be_repeated(capsys):
     foreign = PngImagePlugin.PngInfo()
     foreign.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a")
     image.save("foreign.png", pnginfo=foreign)
-    save_picture(image, "partial.png", {"mlx_snapgen": "0.1", "prompt": 3})
+    save_picture(image, "partial.png", metadata={"mlx_snapgen": "0.1", "prompt": 3})
     Path("text.png").write_text("no picture")
     for name, message in {
         "photo.jpg": "is a JPEG",

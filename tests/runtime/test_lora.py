@@ -644,10 +644,10 @@ def test_a_picture_without_a_word_on_loras_is_repeated(model_folder, tmp_path, m
     main(["a cat", "--model", str(model_folder), "--steps", "1", "-o", "new.png"])
     old = read_metadata("new.png")
     del old["loras"]
-    save_picture(Image.open("new.png"), "old.png", old)
+    save_picture(Image.open("new.png"), "old.png", metadata=old)
     main(["--config-from-image", "old.png", "-o", "again.png"])
     assert np.array_equal(np.array(Image.open("again.png")), np.array(Image.open("new.png")))
-    save_picture(Image.open("new.png"), "odd.png", old | {"loras": [{"path": "x"}]})
+    save_picture(Image.open("new.png"), "odd.png", metadata=old | {"loras": [{"path": "x"}]})
     with pytest.raises(UserError, match="no usable 'loras'"):
         main(["--config-from-image", "odd.png"])
 
