@@ -20,7 +20,7 @@ Encode = Callable[[Sequence[str]], tuple[mx.array, mx.array]]
 def encode_for(
     settings: DrawSettings, prompts: Sequence[str], *, encode: Encode
 ) -> tuple[mx.array, mx.array]:
-    """Text and mask as `denoise_latents` takes them: with guidance, what it leads away from first.
+    """Text and mask for `denoise_latents`: with guidance, the negative prompts first.
 
     Args:
         settings: resolved.

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.prompts_file is not None and args.prompt is not None:
         raise UserError("give either a prompt or --prompts-file, not both")
     if args.interactive and (args.prompts_file is not None or args.json):
-        raise UserError("--interactive goes with neither --prompts-file nor --json")
+        raise UserError("--interactive cannot be combined with --prompts-file or --json")
     with short_warnings():
         settings, choice, origin = _settings(args)
         if args.vocabulary:

@@ -17,7 +17,7 @@ from mlx_snapgen.files import whole_file
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 KEY = "parameters"
-"""The chunk's keyword, where picture viewers and other generators look for settings too."""
+"""The chunk's keyword, which picture viewers and other generators use too."""
 
 REQUIRED = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
@@ -55,7 +55,7 @@ def record_choice(choice: ModelChoice) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The settings that a picture was made with; `UserError` when it carries none."""
+    """The metadata of a picture; `UserError` if it has none."""
     path = Path(path).expanduser()
     try:
         with Image.open(path) as image:
@@ -67,7 +67,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if kind != "PNG":
         raise UserError(f"{path} is a {kind}: only PNG pictures carry settings")
     if text is None:
-        raise UserError(f"{path} carries no settings: it was saved without them or edited since")
+        raise UserError(f"{path} carries no settings: it was saved without them, or edited later")
     try:
         values = json.loads(text)
     except ValueError:
@@ -126,7 +126,7 @@ def save_picture(
                 with whole_file(candidate, replace=False) as partial:
                     partial.write_bytes(data)
             except FileExistsError:
-                # Another process took the name meanwhile.
+                # Another process has just created this file.
                 continue
             return candidate
     except OSError as error:

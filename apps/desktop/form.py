@@ -30,7 +30,7 @@ RATIOS = (
 CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Weights in memory", "quantize", {"As stored": None, "8 bits": 8, "4 bits": 4}),
     ("Few-step mode", "few_step", {"Automatic": None, "On": True, "Off": False}),
-    ("Attention modulation (EDT)", "attention_modulation", {"Off": False, "On": True}),
+    ("Modulation (EDT)", "attention_modulation", {"Off": False, "On": True}),
 )
 """Label, field of `ModelChoice` or `DrawSettings`, and values by what the form calls them."""
 

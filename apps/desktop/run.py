@@ -1,4 +1,4 @@
-"""What is known about the job that runs: how far it is and how long it will take."""
+"""Progress of the running job, and the time it still takes."""
 
 import time
 from collections.abc import Callable
@@ -29,19 +29,19 @@ class Run:
         self.share = 0.0
         """Of the work, 0 to 1."""
         self.between_steps = False
-        """Whether the worker looks out for a cancel; it does not while it loads."""
+        """Whether the job can be cancelled; it cannot while the model loads."""
         self.downloading = False
         self._started = clock()
         self._seconds: list[float] = []
 
     @property
     def can_cancel(self) -> bool:
-        """Whether there is something worth stopping."""
+        """Whether the button cancels: while drawing or downloading."""
         return self.draws or self.downloading
 
     @property
     def summary(self) -> str:
-        """What to say at the end."""
+        """Status text at the end."""
         count = len(self._seconds)
         if not count:
             return ""
@@ -61,7 +61,7 @@ class Run:
             self.status = "Loading the model…"
         elif isinstance(event, Loaded):
             self.share, self._started, self.between_steps = 0.0, self._clock(), True
-            self.status = "Reading the prompt…" if self.draws else "Ready"
+            self.status = "Encoding the prompt…" if self.draws else "Ready"
         elif isinstance(event, Progress):
             done = event.image * event.num_steps + event.index + 1
             self.share = done / (self.num_images * event.num_steps)

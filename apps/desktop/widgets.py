@@ -20,7 +20,7 @@ def fit(size: tuple[int, int], space: tuple[int, int]) -> tuple[int, int]:
 
 
 class PictureView(tk.Canvas):
-    """One picture, as large as the space allows, or a hint while there is none."""
+    """One picture, as large as the space allows, or a hint without a picture."""
 
     on_stage = True
 
@@ -36,7 +36,7 @@ class PictureView(tk.Canvas):
         self.bind("<<Painted>>", lambda _: self._draw())
 
     def show(self, image: Image.Image | None, scaled: Image.Image | None = None) -> None:
-        """Show a picture; `scaled` is a copy already made for `space`, to save time here."""
+        """Show a picture; `scaled` is a copy already resized to `space`."""
         self.image = image
         if image is not None:
             size = fit(image.size, self.space)
@@ -141,7 +141,7 @@ class Filmstrip(ttk.Frame):
         self._mark()
 
     def remove(self, entry: Entry) -> None:
-        """Take an entry out."""
+        """Remove an entry."""
         if entry in self.entries:
             self._remove(self.entries.index(entry))
             self._mark()
@@ -241,7 +241,7 @@ class Column(ttk.Frame):
         self._canvas.bind("<Configure>", lambda e: self._canvas.itemconfigure(item, width=e.width))
 
     def bind_wheel(self) -> None:
-        """Scroll from wherever the pointer is; call when all widgets are there."""
+        """Scroll wherever the pointer is; call after all widgets are created."""
 
         def over(widget: tk.Misc) -> None:
             if widget.winfo_class() not in ("Text", "TCombobox", "TSpinbox"):
@@ -326,7 +326,7 @@ class Banner(ttk.Frame):
         self.bind("<Configure>", lambda e: self._wrap(e.width))
 
     def show(self, message: str, details: str | None = None) -> None:
-        """Show a message; `details` go behind a button."""
+        """Show a message; a button opens the `details`."""
         self.message, self.details = message, details
         self._label.configure(text=message)
         self._more.pack_forget()

@@ -91,7 +91,7 @@ def main() -> int:
     args = build_parser().parse_args()
     if not args.api_key and not _is_loopback(args.host):
         raise UserError(
-            f"listening on {args.host} lets others in: give an --api-key, or stay on 127.0.0.1"
+            f"other machines can connect to {args.host}: set an --api-key, or use 127.0.0.1"
         )
     try:
         import starlette  # noqa: F401

@@ -83,20 +83,24 @@ class Server:
     async def generate(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
         values = await _read_json(request)
-        wish = parse_request(values, self.models, config=self.config, limits=self.limits)
+        wanted = parse_request(values, self.models, config=self.config, limits=self.limits)
         try:
-            drawing = self.jobs.submit(wish.job)
+            drawing = self.jobs.submit(wanted.job)
         except Busy as busy:
             headers = {"Retry-After": str(busy.retry_after)}
             raise RequestError(str(busy), 429, code="queue_full", headers=headers) from None
-        if wish.stream:
-            return _Stream(self.jobs, drawing, events=self._events(wish, drawing))
+        if wanted.stream:
+            return _Stream(self.jobs, drawing, events=self._events(wanted, drawing))
         try:
-            return await _unless_gone(request.receive, self._answer(request, wish, drawing=drawing))
+            return await _unless_gone(
+                request.receive, self._answer(request, wanted, drawing=drawing)
+            )
         finally:
             self.jobs.cancel(drawing)
 
-    async def _answer(self, request: Request, wish: ImageRequest, *, drawing: Drawing) -> Response:
+    async def _answer(
+        self, request: Request, wanted: ImageRequest, *, drawing: Drawing
+    ) -> Response:
         data, notices = [], []
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
@@ -104,23 +108,23 @@ class Server:
             if isinstance(event, Notice):
                 notices.append(event.text)
             elif isinstance(event, Picture):
-                if wish.as_url:
+                if wanted.as_url:
                     token = secrets.token_urlsafe(16)
                     self._pictures.add(token, event.png)
                     shown = {"url": str(request.url_for("picture", token=token))}
                 else:
                     shown = {"b64_json": base64.b64encode(event.png).decode()}
                 data.append(shown | {"seed": event.metadata["seed"]})
-        body = {"created": int(time.time()), "data": data, **_format(wish)}
+        body = {"created": int(time.time()), "data": data, **_format(wanted)}
         return JSONResponse(body | ({"notices": notices} if notices else {}))
 
-    async def _events(self, wish: ImageRequest, drawing: Drawing) -> AsyncIterator[bytes]:
+    async def _events(self, wanted: ImageRequest, drawing: Drawing) -> AsyncIterator[bytes]:
         """Server-sent events, named as in OpenAI's image streaming."""
         partial = 0
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
                 raise _failure(event)
-            extra = {"created_at": int(time.time()), "quality": "auto", **_format(wish)}
+            extra = {"created_at": int(time.time()), "quality": "auto", **_format(wanted)}
             if isinstance(event, Progress) and event.preview is not None:
                 extra |= {"partial_image_index": partial, "step": event.index + 1}
                 extra |= {"steps": event.num_steps, "seed": event.seed, "image": event.image}
@@ -132,8 +136,8 @@ class Server:
                 yield _event("completed", event.png, **extra)
 
 
-def _format(wish: ImageRequest) -> dict[str, str]:
-    size = "{}x{}".format(*wish.size)
+def _format(wanted: ImageRequest) -> dict[str, str]:
+    size = "{}x{}".format(*wanted.size)
     return {"size": size, "output_format": "png", "background": "opaque"}
 
 
@@ -215,8 +219,8 @@ class _Stream(Response):
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except RequestError as error:
-            said = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
-            await send({"type": "http.response.body", "body": said, "more_body": True})
+            text = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": text, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -65,7 +65,7 @@ class Progress(Event):
     size: tuple[int, int]
     """(width, height) in pixels."""
     preview: bytes | None
-    """The x0 estimate as RGB bytes, or PNG where the job asked for it."""
+    """The x0 estimate as RGB bytes, or PNG with `Job.png_previews`."""
 
 
 @dataclass(frozen=True)

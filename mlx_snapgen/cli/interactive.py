@@ -86,7 +86,7 @@ class Session:
         """Read lines until there are no more, or `:quit`."""
         with _line_editing(self.complete):
             if not self._quiet:
-                print("Say what to draw. :help lists the settings, Ctrl-D ends.")
+                print("Type a prompt. :help lists the settings, Ctrl-D ends.")
             while True:
                 try:
                     line = input("" if self._quiet else "> ").strip()
@@ -150,12 +150,12 @@ class Session:
     def _size(self, value: str) -> None:
         found = re.fullmatch(r"(\d+)\s*x\s*(\d+)", value)
         if value and not found:
-            raise UserError(f"the size is like 192x128 (width x height), not '{value}'")
+            raise UserError(f"the size must be like 192x128 (width x height), not '{value}'")
         width, height = (int(found[1]), int(found[2])) if found else (None, None)
         self._settings = dataclasses.replace(self._settings, width=width, height=height)
 
     def _set(self, setting: Setting, value: str) -> None:
-        # The lora's file and scale are two words, a negative prompt is one.
+        # A LoRA's file and scale are two arguments, a negative prompt is one.
         words = value.split() if setting.dest == "loras" else [value]
         given = [setting.option, *words] if value else []
         args = build_parser().parse_args(given)
@@ -172,20 +172,20 @@ class Session:
             try:
                 self._pipeline = self._load(self._choice, self._settings)
             except UserError:
-                # The next prompt loads what was there before.
+                # The next prompt loads the model of before.
                 self._choice = before
                 raise
 
 
 def history_path() -> Path:
-    """Where typed lines are remembered."""
+    """File of the typed lines."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "mlx_snapgen" / "prompts"
 
 
 @contextlib.contextmanager
 def _line_editing(complete: Callable[[str, str], list[str]]):
-    """Arrow keys, remembered lines and completion, where readline is there and somebody types."""
+    """Arrow keys, history and completion, with readline on a terminal."""
     if readline is None or not sys.stdin.isatty():
         yield
         return
@@ -203,7 +203,7 @@ def _line_editing(complete: Callable[[str, str], list[str]]):
 
     readline.set_completer_delims(" ")
     readline.set_completer(completer)
-    # macOS has libedit under the same name, with a language of its own.
+    # macOS has libedit under the same name, with another syntax.
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     try:

@@ -12,7 +12,7 @@ from mlx_snapgen.settings import MAX_SEED, WIDTH_NAMES, DrawSettings, ModelChoic
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser of this project: errors are one line, and old names of options still work.
+    """An argument parser: errors are one line, and old names of options still work.
 
     Args:
         renamed: old name of an option -> its name now. The old one works and prints a warning.

@@ -375,7 +375,7 @@ def test_the_openai_client(port):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "lets others in: give an --api-key"),
+        (["--host", "0.0.0.0"], "set an --api-key"),
         (["--model", "/no/such/folder"], "no model folder /no/such/folder"),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "cannot listen on"),
     ],

@@ -76,7 +76,7 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
     wrong = {
         ":sede 7": "no setting ':sede' (did you mean 'seed'?); see :help",
         ":seed many": "a whole number expected, not 'many'",
-        ":size big": "the size is like 192x128 (width x height), not 'big'",
+        ":size big": "the size must be like 192x128 (width x height), not 'big'",
         ":width huge": "'huge' is not full, small or tiny",
         ":model /no/such/folder": "no model folder /no/such/folder",
         ":lora missing.safetensors 0.5": "missing.safetensors",
@@ -129,7 +129,7 @@ def test_the_model_is_loaded_once_unless_it_changes():
 
 
 def test_wrong_together():
-    with pytest.raises(UserError, match="neither --prompts-file nor --json"):
+    with pytest.raises(UserError, match="cannot be combined with --prompts-file or --json"):
         main(["--interactive", "--json"])
 
 
