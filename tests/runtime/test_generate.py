@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from mlx_snapgen import files
 from mlx_snapgen.cli.generate_options import build_parser
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
@@ -135,6 +137,18 @@ def test_notices_are_one_line_on_stderr(run, capsys):
     err = capsys.readouterr().err
     assert err.startswith("note: the prompt names nothing")
     assert err.count("\n") == 1
+
+
+def test_only_slow_work_is_announced(monkeypatch, capsys):
+    with announce("loading ..."):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("mlx_snapgen.cli.notices.PATIENCE", 0.01)
+    with announce("drawing ...", enabled=False):
+        time.sleep(0.2)
+    with announce("loading ..."):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "loading ...\n"
 
 
 @pytest.mark.parametrize(
