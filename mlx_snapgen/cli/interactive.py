@@ -47,10 +47,8 @@ COMMANDS = (*SETTINGS, "size", "show", "help", "quit")
 HISTORY_LENGTH = 1000
 
 
-class Load(Protocol):
-    """Loads the pipeline of a choice; the settings are checked first."""
-
-    def __call__(self, choice: ModelChoice, settings: DrawSettings) -> Any: ...
+Load = Callable[[ModelChoice, DrawSettings], Any]
+"""Loads the pipeline of a choice, if its model can draw with the settings."""
 
 
 class Draw(Protocol):
