@@ -1,7 +1,12 @@
 """SnapGen++ in MLX: text to image on Apple Silicon, one elastic network in three widths."""
 
+from typing import TYPE_CHECKING
+
 from mlx_snapgen._blas import load_openblas
 from mlx_snapgen._version import __version__
+
+if TYPE_CHECKING:
+    from mlx_snapgen.pipeline import SnapGenPipeline
 
 __all__ = ["OPENBLAS", "SnapGenPipeline", "__version__"]
 

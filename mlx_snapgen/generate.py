@@ -273,5 +273,10 @@ def _notices() -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script `mlx-snapgen`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()
