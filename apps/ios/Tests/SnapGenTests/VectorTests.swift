@@ -2,7 +2,7 @@ import XCTest
 
 @testable import SnapGen
 
-/// Numbers that mlx_snapgen gave (apps/ios/vectors.py); tests/applications/test_ios.py holds it to the same.
+/// Numbers that mlx_snapgen computes (apps/ios/vectors.py, tests/applications/test_ios.py).
 private struct Vectors: Decodable {
     struct Tokens: Decodable {
         let prompt: String
