@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import subprocess
 import sys
 
@@ -201,6 +202,7 @@ MODULES = find_modules()
 GRAPH = import_graph()
 
 
+@functools.cache
 def syntax(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text())
 
