@@ -196,6 +196,18 @@ STILL_WRONG = {
     "train: data imports objectives",
     "convert.coreml.compare imports the command convert.mil.interpreter",
 }
+STILL_KNOW_STICKERS = {
+    "train.data.crops",
+    "train.data.encoded",
+    "train.data.prior",
+    "train.evaluation.detector",
+    "train.evaluation.geneval",
+    "train.evaluation.palettes",
+    "train.evaluation.previews",
+    "train.evaluation.score",
+    "train.evaluation.validation",
+    "train.loop.autoencoder",
+}
 STILL_IMPORT_MLX = {"mlx_snapgen.metadata", "apps.desktop.window"}
 
 MODULES = find_modules()
@@ -255,6 +267,19 @@ def test_commands_import_no_commands():
         for target in GRAPH[module] & running
     }
     assert wrong == {line for line in STILL_WRONG if " the command " in line}
+
+
+def test_training_does_not_depend_on_the_stickers():
+    """Only commands, their options and what scores stickers choose that data source."""
+    stickers = ("train.data.stickers", "train.evaluation.stickers")
+    wrong = {
+        module
+        for module, targets in GRAPH.items()
+        if any(target.startswith(stickers) for target in targets)
+        and not module.startswith((*stickers, "train.options"))
+        and module not in commands()
+    }
+    assert wrong <= STILL_KNOW_STICKERS
 
 
 def test_front_ends_do_not_import_the_engine():
