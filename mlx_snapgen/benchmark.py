@@ -197,5 +197,10 @@ def main() -> None:
         print(f"{height}x{width} px, {dtype}, {setting['device']}\n{table(results)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script `mlx-snapgen-benchmark`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

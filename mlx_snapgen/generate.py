@@ -181,5 +181,10 @@ def _print_vocabulary(folder: Path, as_json: bool) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script `mlx-snapgen`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()
