@@ -168,7 +168,7 @@ class _Encoder:
 
 
 class _Velocity:
-    """v = a x_t + b t + c (prompt length) width."""
+    """v = a x_t + b t + c (prompt length) share."""
 
     dtype = mx.float32
 
@@ -176,8 +176,8 @@ class _Velocity:
         ((text, mask),) = states
         return text, mask
 
-    def __call__(self, x_t, t, text, mask, width):
-        last = 0.01 * text.reshape(-1, 1, 1, 1) * width
+    def __call__(self, x_t, t, text, mask, *, share):
+        last = 0.01 * text.reshape(-1, 1, 1, 1) * share
         return 0.3 * x_t + 0.5 * t[:, None, None, None] + last
 
 

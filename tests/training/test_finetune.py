@@ -272,12 +272,10 @@ def test_fine_tuning_lowers_the_loss_and_the_lora_is_the_trained_network(
     text = mx.random.normal((1, 5, 32), key=mx.random.key(1))
     for width in (1.0, 0.5, 0.375):
         a, b = (
-            net(x_t, mx.array([0.4]), text, None, width) for net in (fresh, components.transformer)
+            net(x_t, mx.array([0.4]), text, share=width) for net in (fresh, components.transformer)
         )
         np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-5)
-        plain = load_pretrained(model_folder).transformer(
-            x_t, mx.array([0.4]), text, None, share=width
-        )
+        plain = load_pretrained(model_folder).transformer(x_t, mx.array([0.4]), text, share=width)
         assert float(mx.abs(a - plain).max()) > 1e-3
     pipe = SnapGenPipeline.from_pretrained(model_folder, loras=[(path, 1.0)], model_width="tiny")
     assert pipe("a car and a red robot")[0].size == (64, 32)
