@@ -7,12 +7,20 @@ import dataclasses
 import gzip
 import json
 
+import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_snapgen.checkpoint.clip import load_clip, sanitize
-from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.model import (
+    Components,
+    load_pretrained,
+    load_text_encoders,
+    save_pretrained,
+)
+from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.config import TINYCLIP_19M
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -154,6 +162,37 @@ def test_it_can_be_an_encoder_of_a_model_folder(components, encoder, tmp_path):
     assert loaded.config == encoder.config
     prompt = ["a red apple, one café"]
     assert mx.array_equal(loaded(*loaded.tokenize(prompt)), encoder(*encoder.tokenize(prompt)))
+
+
+def test_a_repository_of_a_text_encoder_is_looked_up_once(
+    components, encoder, tmp_path, monkeypatch
+):
+    """Also when the encoder is freed and loaded again."""
+    (public := tmp_path / "public").mkdir()
+    mx.save_safetensors(str(public / "model.safetensors"), hugging_face(encoder))
+    (public / "merges.txt").write_bytes(MERGES)
+    text = {"num_attention_heads": 3, "hidden_act": "gelu"}
+    (public / "config.json").write_text(json.dumps({"text_config": text}))
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or public
+    )
+    config = components.config
+    clip = dataclasses.replace(encoder.config, source="someone/clip")
+    transformer = EfficientDiT(dataclasses.replace(config.transformer, text_dims=(32, 48)))
+    made = dataclasses.replace(
+        components, transformer=transformer, text_encoders=[components.text_encoders[0], encoder]
+    )
+    made.text_encoders[1] = ClipTextEncoder(clip, encoder.tokenizer)
+    save_pretrained(tmp_path / "m", made)
+    folder = ModelFolder.open(tmp_path / "m")
+    download_sources(folder, lambda *_: None)
+    for _ in range(2):
+        loaded = load_text_encoders(folder)[1]
+        assert np.array_equal(
+            loaded(*loaded.tokenize(PROMPTS)), encoder(*encoder.tokenize(PROMPTS))
+        )
+    assert asked == ["someone/clip"]
 
 
 # --- public checkpoints -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -438,3 +439,29 @@ def test_a_cached_repository_draws_offline(model_folder, tmp_path):
     result = json.loads(done.stdout)
     assert (result["model"], result["revision"]) == ("someone/random", commit)
     assert Image.open(io.BytesIO(Path(result["path"]).read_bytes())).size == (64, 32)
+
+
+def test_one_command_reads_the_config_once_and_looks_the_hub_up_once(model_folder, monkeypatch):
+    asked, opened = [], []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or model_folder
+    )
+    recording = True
+
+    def record(event, arguments):
+        if recording and event == "open" and str(arguments[0]).endswith("config.json"):
+            opened.append(arguments[0])
+
+    sys.addaudithook(record)
+    try:
+        main(["a red apple", *FAST, "--model", "someone/random", "--num-images", "2"])
+    finally:
+        recording = False
+    assert asked == ["someone/random"]
+    assert opened == [str(model_folder / "config.json")]
+
+
+def test_stickers_is_a_model_s_name(capsys):
+    assert main(["a red apple", *FAST, "--model", "stickers", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["model"], result["model_name"]) == (None, "stickers")
