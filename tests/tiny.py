@@ -12,6 +12,7 @@ import mlx_snapgen  # noqa: F401  before mlx, which otherwise links its slow ref
 
 # isort: split
 import mlx.core as mx
+import numpy as np
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -155,6 +156,24 @@ def make_clip(merges: bytes, hidden_size: int, *, num_heads: int) -> ClipTextEnc
     made = ClipTextEncoder(config, tokenizer)
     randomize(made, 5)
     return made
+
+
+def states_error(ours, theirs, *, tokens, mask) -> float:
+    """Largest difference over largest value, of the states that count.
+
+    Args:
+        ours: a text encoder.
+        theirs: the same of transformers.
+        tokens, mask: numpy arrays (B, L).
+    """
+    import torch
+
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long()
+        ).last_hidden_state.numpy()
+    found = np.array(ours(mx.array(tokens), mx.array(mask)))
+    return float(np.abs(found - expected)[mask].max() / np.abs(expected[mask]).max())
 
 
 def memory(pid):

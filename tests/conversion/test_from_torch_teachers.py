@@ -22,16 +22,16 @@ from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
 from tests.runtime import test_z_image_transformer
 from tests.runtime.test_qwen_transformer import SMALL, SMALL_SIZES
-from tests.tiny import randomize
+from tests.tiny import Z_IMAGE, randomize
 
 Z = test_z_image_transformer
 PUBLIC = {
     "qwen-image": (SMALL, {"_class_name": "QwenImageTransformer2DModel"} | SMALL_SIZES),
     "z-image": (
-        Z.SMALL,
+        Z_IMAGE,
         {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "norm_eps": 1e-5}
         | {"rope_theta": 256.0}
-        | Z.SMALL_SIZES,
+        | Z.SIZES,
     ),
 }
 """Kind -> our config, and diffusers'."""

@@ -18,6 +18,7 @@ from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import GEMMA_3_4B, TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from tests.tiny import states_error
 
 # sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
 TEXT = {
@@ -196,11 +197,4 @@ def test_states_equal_those_of_transformers(mlx_lm, tmp_path, multimodal, length
     tokens = rng.integers(1, 64, (len(lengths), length))
     mask = np.arange(length) < np.array(lengths)[:, None]
     tokens[~mask] = 0
-    with torch.no_grad():
-        expected = theirs(
-            input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long()
-        ).last_hidden_state.numpy()
-    found = np.array(ours(mx.array(tokens), mx.array(mask)))
-    error = np.abs(found - expected)[mask].max() / np.abs(expected[mask]).max()
-    print(f"relative error {error:.1e}")
-    assert error < 1e-4
+    assert states_error(ours, theirs, tokens=tokens, mask=mask) < 1e-4
