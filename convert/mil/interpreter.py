@@ -1,20 +1,19 @@
-"""Run a Core ML package in numpy, on any machine: the proof that an export computes the same.
+"""Print the contents of a Core ML package, or run it in numpy, on any machine.
 
     python -m convert.mil.interpreter Transformer.mlpackage
 
-prints what is in it. In Python, `run` computes it once and `Interpreter` many times. What is
-computed is the saved program, with the weights as they are saved; macOS, Core ML and coremltools
-have no part in it. So a run shows that the program is right. It does not show what the Neural
-Engine makes of it, which accumulates in its own ways.
+prints its functions, inputs, outputs, operations and weights. In Python, `run` computes a function
+once and `Interpreter` many times. Both execute the saved program with the saved weights, without
+macOS, Core ML or coremltools, to verify that an export is correct. The Neural Engine accumulates
+in other ways, which this does not reproduce.
 
-Every operation computes in float32 and its result is rounded to the type that the program declares,
-as a package in fp16 stores it between operations. With `keep_float32` nothing is rounded to fp16,
-which tells apart the rounding of the program from that of its weights.
+Every operation computes in float32; its result is rounded to the type that the program declares, as
+a package in fp16 stores it between operations. With `keep_float32` nothing is rounded to fp16,
+which separates rounding in the program from rounding of its weights.
 
-A picture among inputs or outputs is the tensor that the program sees, (1, 3, H, W).
+A picture among inputs or outputs is the tensor of the program, (1, 3, H, W).
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from convert.mil.ops import OPS
 from convert.mil.program import Function, Literal, Operation, Package
 from convert.mil.weights import Blob, TensorType
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, nearest, run_command
 
 TUPLES = {"concat": "values", "einsum": "values", "stack": "values"}
@@ -323,10 +323,7 @@ def _printed(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.mil.interpreter",
-        description="Print what is in a Core ML package.",
-    )
+    parser = Parser(prog="python -m convert.mil.interpreter", description=__doc__)
     parser.add_argument("package", type=Path, help="folder of the .mlpackage")
     print(_printed(parser.parse_args().package))
 

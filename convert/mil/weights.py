@@ -9,6 +9,7 @@ weight.bin (coremltools' MILBlob, storage format 2), little-endian, everything a
     data      row-major; elements of less than a byte packed from the lowest bit on, across bytes
 """
 
+import math
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,15 @@ class TensorType(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.dtype} ({', '.join('?' if n is None else str(n) for n in self.shape)})"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a value without open dimensions, as all but inputs and outputs are."""
+        return tuple(n or 0 for n in self.shape)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.sizes)
 
     @property
     def numpy(self) -> type:
@@ -111,22 +121,19 @@ class WeightFile:
         if sentinel != _SENTINEL or start + size > len(self._data):
             raise UserError(f"{where} are damaged: export it again")
         kind = _BLOB_TYPES.get(dtype, f"type {dtype}")
-        count = int(np.prod(blob.type.shape))
-        if kind != blob.type.dtype or size != -(-count * blob.type.bits // 8):
+        if kind != blob.type.dtype or size != -(-blob.type.num_elements * blob.type.bits // 8):
             raise UserError(f"{where} are {size} bytes of {kind}, the program expects {blob.type}")
         return unpack(self._data[start : start + size], blob.type)
 
 
 def unpack(raw: np.ndarray, kind: TensorType) -> np.ndarray:
     """Stored bytes -> the tensor; elements of less than a byte from the lowest bit on."""
-    shape = tuple(n or 0 for n in kind.shape)
     if kind.bits >= 8:
-        return raw.view(kind.numpy).reshape(shape)
-    count = int(np.prod(shape))
-    values = unpack_bits(raw, kind.bits, count)
+        return raw.view(kind.numpy).reshape(kind.sizes)
+    values = unpack_bits(raw, kind.bits, kind.num_elements)
     if kind.dtype == "int4":
         values = (values ^ 8).astype(np.int8) - 8
-    return values.astype(kind.numpy).reshape(shape)
+    return values.astype(kind.numpy).reshape(kind.sizes)
 
 
 def unpack_bits(raw: np.ndarray, bits: int, count: int) -> np.ndarray:

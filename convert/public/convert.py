@@ -33,6 +33,7 @@ for fresh pages."""
 def convert(
     source: Source,
     out: str | Path,
+    *,
     kind: str | None = None,
     dtype: mx.Dtype | None = None,
     bits: int | None = None,

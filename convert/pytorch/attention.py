@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from convert.pytorch.layers import LayerNorm, keys_of, linear, split_heads, tokens
-from mlx_snapgen.config import TransformerConfig
-
-# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from convert.pytorch.layers import LayerNorm, keys_of, linear, split_heads, tokens
+from mlx_snapgen.config import TransformerConfig
 
 
 class Bands(NamedTuple):

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 from convert.pytorch.attention import Grid
 from convert.pytorch.efficient_dit import EfficientDiT
 from convert.pytorch.layers import text_bias, tokens
 from mlx_snapgen.errors import UserError
-
-# isort: split
-import torch
-from torch import Tensor, nn
 
 Values = dict[str, Tensor]
 

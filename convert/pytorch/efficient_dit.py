@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from convert.pytorch.attention import (
     Attend,
     CrossAttention,
@@ -23,12 +28,6 @@ from convert.pytorch.layers import RMSNorm, linear, normalised, text_bias, token
 from convert.pytorch.parts import Decoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
-
-# isort: split
-import safetensors.torch
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 
 class TimestepEmbedder(nn.Module):

@@ -5,14 +5,7 @@ Tokens are (B, C, 1, N), channels first and N tokens of a grid in raster order, 
 Apple advises for the Neural Engine.
 """
 
-from mlx_snapgen.errors import UserError
-
-try:
-    import safetensors.torch  # noqa: F401
-    import torch
-except ImportError as error:
-    raise UserError(f"this needs PyTorch ({error}): pip install '.[torch]'") from None
-
+import torch
 from torch import Tensor, nn
 
 

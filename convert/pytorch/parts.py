@@ -4,14 +4,13 @@ Twins of `autoencoder.Decoder` and `text_encoder.TransformerTextEncoder`, in the
 `torch_layers`.
 """
 
-from convert.pytorch.attention import Attend, attend_fused
-from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bias
-from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
-
-# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from convert.pytorch.attention import Attend, attend_fused
+from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bias
+from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
 
 
 class ResidualBlock(nn.Module):

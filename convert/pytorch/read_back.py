@@ -98,6 +98,7 @@ def convert_student(
     folder: Path,
     model: Path,
     out: Path,
+    *,
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:

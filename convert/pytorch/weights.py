@@ -103,7 +103,7 @@ def _shapes(network: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def to_torch(components: Components, output: Path, width: str) -> list[str]:
+def to_torch(components: Components, output: Path, *, width: str) -> list[str]:
     """Write a model of one width.
 
     Args:

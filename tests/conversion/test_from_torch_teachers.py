@@ -158,7 +158,7 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     how = None if bits is None else {"bits": bits, "group_size": 32}
     source = find_source(str(public / "transformer"))
     convert(source, tmp_path / "made", **(how or {}))
-    convert_teacher(public, tmp_path / "a", how, text_encoder="owner/reader")
+    convert_teacher(public, tmp_path / "a", quantization=how, text_encoder="owner/reader")
     convert_teacher(
         public, tmp_path / "b", text_encoder="owner/reader", transformer=tmp_path / "made"
     )
@@ -178,7 +178,7 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     assert len(report["relative_errors"]) == len(packed)
     with pytest.raises(UserError, match=r"it is quantized by convert\.from_torch --bits"):
         again = {"bits": 4, "group_size": 32}
-        convert_teacher(public, tmp_path / "c", again, transformer=tmp_path / "made")
+        convert_teacher(public, tmp_path / "c", quantization=again, transformer=tmp_path / "made")
     assert {p.name for p in tmp_path.iterdir()} == {"public", "made", "a", "b"}
 
 

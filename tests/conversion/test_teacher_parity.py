@@ -217,7 +217,7 @@ def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch)
 
 def test_a_quantized_teacher_says_nearly_the_same(qwen, tmp_path):
     _, public, teacher, _ = qwen
-    convert_teacher(public, tmp_path / "packed", {"bits": 8, "group_size": 32})
+    convert_teacher(public, tmp_path / "packed", quantization={"bits": 8, "group_size": 32})
     packed, _ = load_flow_teacher(tmp_path / "packed")
     assert "scales" in packed.network.transformer_blocks[0].img_mlp.net[0].proj
     assert "scales" not in packed.network.proj_out
