@@ -74,7 +74,8 @@ def compare_gemma(folder: Path) -> Pairs:
 
     # transformers' own folders say things where mlx-lm does not look; converted ones do not.
     with tempfile.TemporaryDirectory() as place:
-        convert(find_source(str(folder)), Path(place) / "gemma", "gemma", mx.float32)
+        source = find_source(str(folder))
+        convert(source, Path(place) / "gemma", kind="gemma", dtype=mx.float32)
         values = json.loads((Path(place) / "gemma" / "config.json").read_text())
         config = TextEncoderConfig(
             kind="gemma", vocab_size=values["vocab_size"], hidden_size=values["hidden_size"]

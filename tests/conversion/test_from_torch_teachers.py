@@ -176,7 +176,7 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
         assert mx.array_equal(loaded[key], expected), key
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert len(report["relative_errors"]) == len(packed)
-    with pytest.raises(UserError, match=r"it is quantized by convert\.from_torch --bits"):
+    with pytest.raises(UserError, match=r"quantize it with convert\.from_torch --quantize"):
         again = {"bits": 4, "group_size": 32}
         convert_teacher(public, tmp_path / "c", quantization=again, transformer=tmp_path / "made")
     assert {p.name for p in tmp_path.iterdir()} == {"public", "made", "a", "b"}

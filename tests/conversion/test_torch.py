@@ -274,7 +274,7 @@ def test_torch_that_is_missing_is_one_line(module, tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: this needs PyTorch")
+    assert done.stderr.startswith("error: this needs torch")
     assert len(done.stderr.splitlines()) == 1
 
 
