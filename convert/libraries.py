@@ -49,15 +49,18 @@ def quiet_coremltools(label: str) -> Iterator[None]:
     """Hide warnings of coremltools and torch, and show its progress in one line with `label`."""
     from coremltools.converters.mil.frontend.torch import ops
     from coremltools.converters.mil.mil.passes import pass_pipeline
+    from coremltools.optimize.coreml import _quantization_passes
 
     def bar(items: Iterable[Any], desc: str = "", **_: Any) -> Iterable[Any]:
-        stage = "convert" if desc.startswith("Converting") else "optimize"
+        stages = {"Converting": "convert", "Running MIL": "optimize"}
+        stage = next((s for start, s in stages.items() if desc.startswith(start)), "palettize")
         return tqdm(items, desc=f"{label}: {stage}", leave=False, disable=None)
 
     with (
         warnings.catch_warnings(),
         mock.patch.object(ops, "_tqdm", bar),
         mock.patch.object(pass_pipeline, "tqdm", bar),
+        mock.patch.object(_quantization_passes, "tqdm", bar),
     ):
         warnings.simplefilter("ignore")
         yield

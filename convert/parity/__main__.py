@@ -157,9 +157,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.source and args.kind:
         raise UserError("the kind of a --source is detected: leave --kind out")
-    _hush()
     runs = [kind_of(source) for source in args.source or ()]
     runs = runs or [(kind, None) for kind in args.kind or PORTS]
+    _hush()
     print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<10}difference")
     worst = done = 0.0
     for kind, folder in runs:
