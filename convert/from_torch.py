@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "source", metavar="SOURCE", help="folder, file or Hugging Face repository to convert"
     )
-    add_output(parser, "new folder (a .safetensors file for a LoRA)")
+    add_output(parser, "folder to write (for a LoRA a .safetensors file)")
     parser.add_argument("--kind", help="kind of network (default: found by its config and keys)")
     parser.add_argument(
         "--revision", help="branch, tag or commit of a repository (default: its main branch)"

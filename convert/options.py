@@ -7,9 +7,9 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser
 
 
-def add_output(parser: Parser, what: str = "new folder") -> None:
+def add_output(parser: Parser, what: str = "folder to write") -> None:
     """The output, as the last positional argument OUT or as --output; see `parse`."""
-    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=f"{what} to write")
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=f"{what}; must not exist")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the same as OUT")
 
 

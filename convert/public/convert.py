@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from convert.public.keymap import check_complete
 from convert.public.kinds import KINDS, Plan, find_kind
 from convert.public.report import peak_process_bytes
 from convert.public.source import Source
 from convert.public.stream import Entry, lazy, write_tensors
-from mlx_snapgen.checkpoint.module import listed
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new
 
@@ -62,9 +62,11 @@ def convert(
         kind = find_kind(source, weights, kind)
         accounts = _account(source, weights, kind)
         plan = KINDS[kind].plan(source, weights)
+        _check_output(plan, out, bits=bits)
+        if plan.expected is not None:
+            keys = KINDS[kind].keys
+            check_complete(keys, weights, plan.weights, plan.expected, where=source.path)
         del weights
-        _check_output(plan, out, bits)
-        _check_fit(source, plan)
         how = None if bits is None else {"bits": bits, "group_size": group_size}
         entries = _entries(plan, dtype, how)
         wanted = [_identity(source), kind, str(dtype), how]
@@ -103,7 +105,7 @@ def convert(
     return report
 
 
-def _check_output(plan: Plan, out: Path, bits: int | None) -> None:
+def _check_output(plan: Plan, out: Path, *, bits: int | None) -> None:
     if plan.config is None and out.suffix != ".safetensors":
         raise UserError(f"{out}: a LoRA is one file, give a name ending in .safetensors")
     if plan.config is None and bits is not None:
@@ -165,56 +167,33 @@ def _put(made: Path, out: Path) -> None:
 
 
 def _account(source: Source, weights: Mapping[str, mx.array], kind: str) -> dict[str, Any]:
-    """What becomes of every key; `UserError` when one is unknown, or two become the same."""
+    """The report on every key; `UserError` for unknown ones, and for two of the same weight."""
     used, renamed, ignored, unknown, taken = [], {}, {}, [], {}
     for key in weights:
         try:
-            name = KINDS[kind].rename(key)
+            name, part, _ = KINDS[kind].keys.find(key)
         except UserError as error:
             unknown.append(str(error))
             continue
         if name is None:
             ignored[key] = KINDS[kind].left_out
             continue
-        if name in taken:
-            raise UserError(f"{source.path}: '{taken[name]}' and '{key}' are the same weight")
-        taken[name] = key
+        if (name, part) in taken:
+            raise UserError(f"{source.path}: '{taken[name, part]}' and '{key}' are the same weight")
+        taken[name, part] = key
         if name == key:
             used.append(key)
         else:
             renamed[key] = name
         if not mx.issubdtype(weights[key].dtype, mx.floating):
             raise UserError(
-                f"{source.path}: '{key}' is stored as whole numbers, so quantized by somebody: "
+                f"{source.path}: '{key}' is stored as whole numbers, so it is quantized already: "
                 "get the original weights"
             )
     if unknown:
         more = f" ({len(unknown)} such keys)" if len(unknown) > 1 else ""
-        raise UserError(f"{source.path} is no {kind}: {unknown[0]}{more}")
+        raise UserError(f"{source.path} is not a {kind}: {unknown[0]}{more}")
     return {"used": used, "renamed": renamed, "ignored": ignored, "missing": []}
-
-
-def _check_fit(source: Source, plan: Plan) -> None:
-    """`UserError` unless the checkpoint has just the weights that its config describes."""
-    if plan.expected is None:
-        return
-    found = {key: tuple(value.shape) for key, value in plan.weights.items()}
-    faults = [
-        listed("lacks", [key for key in plan.expected if key not in found]),
-        listed("has the unknown", [key for key in found if key not in plan.expected]),
-        listed(
-            "misshapes",
-            [
-                f"{key} {shape} instead of {tuple(plan.expected[key])}"
-                for key, shape in found.items()
-                if key in plan.expected and shape != tuple(plan.expected[key])
-            ],
-        ),
-    ]
-    if any(faults):
-        raise UserError(
-            f"{source.path} does not fit its config: it " + "; ".join(filter(None, faults))
-        )
 
 
 def _entries(plan: Plan, dtype: mx.Dtype | None, how: Mapping[str, int] | None) -> list[Entry]:

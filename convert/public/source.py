@@ -160,6 +160,13 @@ def check_whole(path: Path) -> None:
         raise UserError(f"{path} is truncated: {size} of {whole} bytes, get it again")
 
 
+def config_of(source: Source) -> dict[str, Any]:
+    """config.json of a checkpoint; `UserError` when it has none."""
+    if source.config is None:
+        raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
+    return source.config
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

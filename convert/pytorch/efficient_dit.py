@@ -6,9 +6,9 @@ Names are those of the MLX network, and so is the order of channels; `to_torch` 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -260,30 +260,74 @@ class EfficientDiT(nn.Module):
         Returns:
             v (B, C, H, W)
         """
-        bias = None if mask is None else text_bias(mask).to(text.dtype)
-        x = tokens(self.patch_embed(x_t))
-        embedding, modulation = self.time(t)
-        for block in self.down_blocks:
-            x = block(x, modulation, text, bias, self.grid, self.cells)
-        if self.config.blocks[1]:
-            skip = x
-            x = self._middle(self.downsample(x, self.grid), modulation, text, bias)
-            x = self.upsample(x, skip, self.cells)
-            for block in self.up_blocks:
-                x = block(x, modulation, text, bias, self.grid, self.cells)
-        return self.head(x, embedding, self.grid)
+        values: dict[str, Any] = {"x_t": x_t, "t": t, "text": text, "mask": mask}
+        for step in self.steps():
+            values |= step(values)
+        return values["velocity"]
 
-    def _middle(self, x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        """Middle stage: block i's output returns at the input of block n - 1 - i."""
-        count = len(self.middle_blocks)
-        outputs = []
-        for i, block in enumerate(self.middle_blocks):
-            mirrored = count - 1 - i
-            if self.config.long_skips and mirrored < i:
-                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored])
-            x = block(x, modulation, text, bias, self.cells)
-            outputs.append(x)
-        return x
+    def steps(self) -> list["Step"]:
+        """The order of the network's parts, from x_t, t, text and mask to "velocity".
+
+        `forward` runs these steps, and `convert.pytorch.chunks` cuts between them. The hidden state
+        is "x", or "skip" and "middle_<i>" where a later step reads it once more: in the middle
+        stage, the output of block i returns at the input of block n - 1 - i.
+        """
+        grid, cells = self.grid, self.cells
+        count, skips = self.config.blocks[1], self.config.long_skips
+        steps: list[Step] = []
+
+        def start(x_t: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+            x = tokens(self.patch_embed(x_t))
+            return x, *self.time(t), None if mask is None else text_bias(mask).to(x.dtype)
+
+        def add(
+            run: Callable, reads: tuple[str, ...], module: nn.Module, writes: str = "x"
+        ) -> None:
+            # The hidden state has the name that the step before gave it.
+            reads = (steps[-1].writes[0], *reads)
+            steps.append(Step(reads, (writes,), lambda *values: (run(*values),), (module,)))
+
+        def add_block(block: nn.Module, *grids: Grid, writes: str = "x") -> None:
+            def run(x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+                return block(x, modulation, text, bias, *grids)
+
+            add(run, ("modulation", "text", "bias"), block, writes)
+            steps[-1] = steps[-1]._replace(is_block=True)
+
+        made = ("x", "embedding", "modulation", "bias")
+        steps.append(Step(("x_t", "t", "mask"), made, start, (self.patch_embed, self.time)))
+        for i, block in enumerate(self.down_blocks):
+            last = count and i == len(self.down_blocks) - 1
+            add_block(block, grid, cells, writes="skip" if last else "x")
+        if count:
+            add(lambda x: self.downsample(x, grid), (), self.downsample)
+            for i, block in enumerate(self.middle_blocks):
+                mirrored = count - 1 - i
+                if skips and mirrored < i:
+                    long_skip = self.long_skips[i - (count + 1) // 2]
+                    add(long_skip, (f"middle_{mirrored}",), long_skip)
+                add_block(block, cells, writes=f"middle_{i}" if skips and mirrored > i else "x")
+            add(lambda x, skip: self.upsample(x, skip, cells), ("skip",), self.upsample)
+            for block in self.up_blocks:
+                add_block(block, grid, cells)
+        head = self.head
+        add(lambda x, embedding: head(x, embedding, grid), ("embedding",), head, "velocity")
+        return steps
+
+
+class Step(NamedTuple):
+    """A part of the network that is never cut. It reads and writes values by name."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Callable[..., tuple[Any, ...]]
+    modules: tuple[nn.Module, ...]
+    is_block: bool = False
+    """The network may be cut before it."""
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        made = self.run(*(values[name] for name in self.reads))
+        return dict(zip(self.writes, made, strict=True))
 
 
 class ProjectedEncoder(nn.Module):

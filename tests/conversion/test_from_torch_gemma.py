@@ -63,7 +63,7 @@ def test_other_networks_are_refused(mlx_lm, tmp_path):
     with pytest.raises(UserError, match=r"misshapes model\.norm\.weight \(24,\) instead of"):
         convert(find_source(str(folder)), tmp_path / "out")
     path.write_text(json.dumps(TEXT | {"quantization_config": {"bits": 4}}))
-    with pytest.raises(UserError, match="is of quantized weights"):
+    with pytest.raises(UserError, match="describes quantized weights"):
         convert(find_source(str(folder)), tmp_path / "out")
 
 

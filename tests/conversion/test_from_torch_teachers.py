@@ -134,7 +134,7 @@ def test_fluxs_autoencoder(tmp_path):
     report = convert(find_source(str(tmp_path / "in")), tmp_path / "out")
     assert report["kind"] == "kl-vae"
     query = "encoder.mid_block.attentions.0.to_q.bias"
-    assert report["keys"]["renamed"][query] == "encoder.mid_block.attentions.0.to_qkv.bias (q)"
+    assert report["keys"]["renamed"][query] == "encoder.mid_block.attentions.0.to_qkv.bias"
     for found in (load_autoencoder(tmp_path / "out"), read_autoencoder(tmp_path / "in")):
         assert found.config == KL
         for name, value in flat(expected).items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from convert.public.keymap import Weights
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
@@ -13,8 +14,6 @@ from mlx_snapgen.lora.files import public_name
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
-
-Weights = dict[str, mx.array]
 
 
 def lora_name(key: str) -> str:
