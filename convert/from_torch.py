@@ -32,6 +32,10 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
 
 
+def _quantization(args: argparse.Namespace) -> dict[str, int] | None:
+    return args.quantize and {"bits": args.quantize, "group_size": args.group_size}
+
+
 def _convert_student(args: argparse.Namespace) -> None:
     if args.model is None:
         raise UserError(
@@ -43,7 +47,7 @@ def _convert_student(args: argparse.Namespace) -> None:
         find_model(args.model),
         args.output,
         dtype=DTYPES.get(args.dtype),
-        quantization=args.quantize and {"bits": args.quantize, "group_size": args.group_size},
+        quantization=_quantization(args),
     )
     keys = report["keys"]
     print(f"{args.output}: {len(keys['used'])} keys used, {len(keys['renamed'])} renamed")
@@ -109,8 +113,7 @@ def main() -> None:
             args.output,
             kind=args.kind,
             dtype=DTYPES.get(args.dtype),
-            bits=args.quantize,
-            group_size=args.group_size,
+            quantization=_quantization(args),
             revision=args.revision,
         )
     except KeyboardInterrupt:

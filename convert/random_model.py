@@ -101,26 +101,26 @@ def write_random_model(
     with new_folder(output) as folder:
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-        _write(folder / "transformer.safetensors", EfficientDiT(transformer), dtype, how)
+        _write(folder / "transformer.safetensors", EfficientDiT(transformer), dtype=dtype, how=how)
         autoencoder = make_autoencoder(config.autoencoder)
-        _write(folder / "autoencoder.safetensors", autoencoder, mx.float32)
+        _write(folder / "autoencoder.safetensors", autoencoder, dtype=mx.float32)
         clip = ClipTextEncoder(TINYCLIP_19M)
-        _write(folder / "text_encoder_1.safetensors", clip, dtype)
+        _write(folder / "text_encoder_1.safetensors", clip, dtype=dtype)
         # Without merges, each byte is a token.
         (folder / "tokenizer_1.model").write_bytes(ClipTokenizer(b"", 77).model)
         _write_gemma(folder / "gemma", dtype)
 
 
 def _write(
-    path: Path, module: nn.Module, dtype: mx.Dtype, how: dict[str, int] | None = None
+    path: Path, module: nn.Module, *, dtype: mx.Dtype, how: dict[str, int] | None = None
 ) -> None:
     """Write random weights for all parameters of a module, whose own are lazy and never made."""
     quantized = set(matrices(module, how["group_size"])) if how else set()
     entries = []
-    for name, start in tree_flatten(module.parameters()):
+    for name, start in dict(tree_flatten(module.parameters())).items():
         layer = name.removesuffix(".weight")
-        if layer in quantized:
-            entries.append(_random_packed(layer, start.shape, dtype, **how))
+        if how is not None and layer in quantized:
+            entries.append(_random_packed(layer, start.shape, dtype=dtype, **how))
         else:
             value = _random(start.shape) + (start if start.ndim < 2 else 0)
             entries.append(lazy(name, value.astype(dtype)))
@@ -134,7 +134,7 @@ def _random(shape: tuple[int, ...]) -> mx.array:
 
 
 def _random_packed(
-    layer: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int, group_size: int
+    layer: str, shape: tuple[int, ...], *, dtype: mx.Dtype, bits: int, group_size: int
 ) -> Entry:
     """A quantized matrix: random bits, scaled from -bound to bound like `_random`."""
     bound = (3 / shape[1]) ** 0.5

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,7 +71,7 @@ def convert_teacher(
     source: Path,
     output: Path,
     *,
-    quantization: Mapping[str, int] | None = None,
+    quantization: dict[str, int] | None = None,
     few_step_lora: Path | None = None,
     text_encoder: str | None = None,
     transformer: Path | None = None,
@@ -104,7 +104,7 @@ def convert_teacher(
         if kind not in NETWORKS:
             raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
         network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part[0]))
-        quantization = part[1].get("transformer")
+        quantization = dict(part[1].get("transformer") or {}) or None
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
@@ -125,7 +125,7 @@ def convert_teacher(
         mx.save_safetensors(str(partial / "autoencoder.safetensors"), weights, {"format": "mlx"})
         if part is None:
             converted = partial / "transformer"
-            convert(find_source(str(given)), converted, kind=kind, **(quantization or {}))
+            convert(find_source(str(given)), converted, kind=kind, quantization=quantization)
             _take(converted, partial, Path.rename)
             shutil.rmtree(converted)
         else:

@@ -14,6 +14,7 @@ which separates rounding in the program from rounding of its weights.
 A picture among inputs or outputs is the tensor of the program, (1, 3, H, W).
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,9 @@ class Interpreter:
             return self._weights[name]
         index, operation = self._constants[name]
         if operation.type == "const":
-            return self.package.read(operation.inputs["val"][0].value)
+            (binding,) = operation.inputs["val"]
+            assert isinstance(binding, Literal)
+            return self.package.read(binding.value)
         value = self._compute(index, operation, {})[name]
         if self._keep_weights:
             self._weights[name] = value
@@ -239,8 +242,8 @@ def summary(package_path: str | Path) -> dict[str, Any]:
         }
         for weight, blobs, kind in _weights(function):
             key = tuple(b.offset for b in blobs)
-            bits = sum(int(np.prod(b.type.shape)) * b.type.bits for b in blobs)
-            stored[key] = int(np.prod(kind.shape)), bits
+            bits = sum(b.type.num_elements * b.type.bits for b in blobs)
+            stored[key] = kind.num_elements, bits
             if weight.type == "constexpr_lut_to_dense":
                 count, bits = _palettes(weight, types)
                 palettized[key] = count, stored[key][0], stored[key][0] * bits
@@ -292,13 +295,13 @@ def _palettes(operation: Operation, types: dict[str, TensorType]) -> tuple[int, 
     """How many palettes a weight has, and the bits of indices into them for each number."""
     (lut,) = operation.inputs["lut"]
     if isinstance(lut, str):
-        shape = types[lut].shape
+        shape = types[lut].sizes
     else:
-        shape = lut.value.type.shape if isinstance(lut.value, Blob) else lut.value.shape
+        shape = lut.value.type.sizes if isinstance(lut.value, Blob) else np.shape(lut.value)
     if len(shape) == 1:
-        return 1, int(shape[0]).bit_length() - 1
+        return 1, shape[0].bit_length() - 1
     *groups, entries, numbers = shape
-    return int(np.prod(groups)), (int(entries).bit_length() - 1) / numbers
+    return math.prod(groups), (entries.bit_length() - 1) / numbers
 
 
 def _printed(path: Path) -> str:

@@ -221,7 +221,7 @@ def stack(values, axis):
 @_op
 def split(x, axis, num_splits=None, split_sizes=None):
     if split_sizes is None:
-        return np.split(x, int(num_splits), int(axis))
+        return np.split(x, ints(num_splits)[0], int(axis))
     return np.split(x, np.cumsum(ints(split_sizes))[:-1], int(axis))
 
 
@@ -260,7 +260,11 @@ def pad(x, pad, mode="constant", constant_val=0.0):
     widths = [(0, 0)] * (x.ndim - len(widths)) + widths
     if mode == "constant":
         return np.pad(x, widths, constant_values=constant_val)
-    return np.pad(x, widths, {"reflect": "reflect", "replicate": "edge"}[mode])
+    if mode == "reflect":
+        return np.pad(x, widths, "reflect")
+    if mode == "replicate":
+        return np.pad(x, widths, "edge")
+    raise KeyError(mode)
 
 
 @_op
@@ -330,7 +334,7 @@ def constexpr_lut_to_dense(indices, lut, shape=None, vector_axis=None):
     dense = lut.reshape(-1, vector)[_spread(first, indices.shape) + indices]
     if vector == 1:
         return dense[..., 0]
-    axis = int(vector_axis) % indices.ndim
+    axis = ints(vector_axis)[0] % indices.ndim
     shape = list(indices.shape)
     shape[axis] *= vector
     return np.moveaxis(dense, -1, axis + 1).reshape(shape)

@@ -13,10 +13,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
-import numpy as np
 
 from convert.libraries import require
 from convert.parity.autoencoders import (
@@ -25,6 +21,7 @@ from convert.parity.autoencoders import (
     make_kl_vae,
     make_qwen_image_vae,
 )
+from convert.parity.originals import relative_difference
 from convert.parity.text_encoders import compare_clip, compare_gemma, make_clip, make_gemma
 from convert.parity.transformers import (
     Pairs,
@@ -56,18 +53,6 @@ class Port:
     """Runs both on the checkpoint in a folder."""
     only_random: bool = False
     """It needs more than a checkpoint."""
-
-
-def relative_difference(found: mx.array, expected: Any) -> float:
-    """Largest difference over largest value; NaN where either is not finite.
-
-    Args:
-        expected: a torch tensor of the same shape.
-    """
-    found, expected = np.array(found.astype(mx.float32)), expected.float().numpy()
-    if found.shape != expected.shape:
-        raise ValueError(f"{found.shape} is compared with {expected.shape}")
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 PORTS = {

@@ -76,7 +76,11 @@ class KeyMap(Renaming):
     def __init__(self, network: str, *rows: Row):
         self.network = network
         self._rows = [
-            (row, [_compiled(name) for name in _parts(row)], row.ours and _compiled(row.ours))
+            (
+                row,
+                [_compiled(name) for name in _parts(row)],
+                None if row.ours is None else _compiled(row.ours),
+            )
             for row in rows
         ]
 
@@ -84,7 +88,8 @@ class KeyMap(Renaming):
         for row, public, ours in self._rows:
             for part, (pattern, _) in enumerate(public):
                 if match := pattern.fullmatch(key):
-                    return Place(ours and ours[1].format(*match.groups()), part, row)
+                    name = None if ours is None else ours[1].format(*match.groups())
+                    return Place(name, part, row)
         raise UserError(f"'{key}' belongs to no {self.network}")
 
     def public(self, name: str) -> tuple[str, ...]:

@@ -54,11 +54,7 @@ class Source:
         for i, path in enumerate(self.files):
             if path.suffix in PICKLES:
                 path = spooled(path, spool / f"{i}.safetensors")
-            check_whole(path)
-            try:
-                tensors = mx.load(str(path), format="safetensors")
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"{path} is damaged ({error}): get it again") from None
+            tensors = load_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
                 raise UserError(f"{path} has '{twice}' once more: it is in an earlier file")
             found |= tensors
@@ -143,8 +139,19 @@ def _indexed(path: Path) -> tuple[Path, ...]:
     return files
 
 
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, lazy; `UserError` for one that is damaged."""
+    check_whole(path)
+    try:
+        tensors = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    assert isinstance(tensors, dict)
+    return tensors
+
+
 def check_whole(path: Path) -> None:
-    """`UserError` unless the safetensors file is as long as its header says."""
+    """`UserError` unless the safetensors file has the length in its header."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:

@@ -1,8 +1,9 @@
-"""The Efficient DiT in PyTorch, at one width and one resolution: the twin of `mlx_snapgen`'s.
+"""The Efficient DiT in PyTorch, at one width and one resolution: the twin of the MLX network.
 
-For PyTorch users, and what Core ML export traces: shapes, RoPE tables and bands are fixed when the
-network is built, so nothing in `forward` depends on the data. `torch_layers` tells the layout.
-Names are those of the MLX network, and so is the order of channels; `to_torch` moves the weights.
+For PyTorch users, and for the Core ML export, which traces it: shapes, RoPE tables and bands are
+fixed when the network is built, so `forward` does not depend on the data. The layout is described
+in `convert.pytorch.layers`. Names and order of channels are those of the MLX network;
+`convert.pytorch.weights` copies the weights.
 """
 
 import math
@@ -35,14 +36,14 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, frequency_dim: int, dims: int):
         super().__init__()
-        self.half = frequency_dim // 2
+        self.frequencies = frequency_dim // 2
         self.linear1 = linear(frequency_dim, dims)
         self.linear2 = linear(dims, dims)
 
     def forward(self, t: Tensor) -> Tensor:
         # In float32 whatever the weights are: angles go up to 1000.
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        frequencies = 1000 * torch.exp(-math.log(10000) / self.half * steps)
+        steps = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
+        frequencies = 1000 * torch.exp(-math.log(10000) / self.frequencies * steps)
         angles = t.reshape(-1, 1, 1, 1).float() * frequencies.reshape(1, -1, 1, 1)
         x = torch.cat([angles.cos(), angles.sin()], 1).to(self.linear1.weight.dtype)
         return self.linear2(F.silu(self.linear1(x)))
@@ -158,7 +159,7 @@ class TextProjection(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated norm, the linear layer to the velocity of a patch, and the patches' pixels."""
+    """Modulated norm, a linear layer to the velocity of a patch, and patches to pixels."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -217,7 +218,11 @@ class EfficientDiT(nn.Module):
         self.resize(latent_size)
 
     def resize(self, latent_size: tuple[int, int]) -> None:
-        """Take latents of this (height, width) from now on; see the class for the error."""
+        """Change the (height, width) of the latents.
+
+        Raises:
+            UserError: sides that do not divide by twice the patch size.
+        """
         unit = 2 * self.config.patch_size
         if any(side < 1 or side % unit for side in latent_size):
             height, width = latent_size
@@ -342,28 +347,28 @@ class ProjectedEncoder(nn.Module):
 
 
 class Model(NamedTuple):
-    """What `to_torch` writes, in memory."""
+    """A model written by `convert.to_torch`, in memory."""
 
     config: ModelConfig
     transformer: EfficientDiT
     decoder: Decoder | None
-    """None where the model has a public autoencoder."""
+    """None if the model has a public autoencoder."""
     text_encoders: list[TextEncoder | None]
-    """None stands for a public one."""
+    """None for a public text encoder."""
 
 
 def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
-    """Read a folder that `convert.to_torch` wrote: float32, on the CPU, for the model's own size.
+    """Load a folder of `convert.to_torch`, in float32, on the CPU, for the model's own size.
 
     Args:
         attend: see `EfficientDiT`.
 
     Raises:
-        UserError: no such folder, or its weights do not fit.
+        UserError: no such folder, or weights that do not fit.
     """
     folder = Path(folder).expanduser()
     config, _ = read_config(folder)
-    networks = make_networks(config, attend)
+    networks: dict[str, Any] = make_networks(config, attend)
     for name, network in networks.items():
         path = folder / f"{name}.safetensors"
         try:
@@ -376,9 +381,10 @@ def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
 
 
 def make_networks(config: ModelConfig, attend: Attend = attend_fused) -> dict[str, nn.Module]:
-    """The networks of a model that have a twin, by the name of their file, with random weights."""
+    """The twins of a model's networks, by file name, with random weights."""
     side = config.autoencoder.downsampling
-    latent_size = tuple(pixels // side for pixels in config.image_size)
+    height, width = config.image_size
+    latent_size = (height // side, width // side)
     networks: dict[str, nn.Module] = {}
     for name in twin_files(config):
         if name == "transformer":

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from convert.public.source import check_whole, read_object
+from convert.public.source import load_tensors, read_object
 from convert.pytorch.folder import FORMAT, read_config
 from convert.pytorch.weights import FOLDED, SHUFFLED, twin_name, twins
 from mlx_snapgen.checkpoint.config import load_config
@@ -50,13 +49,12 @@ def read_student(folder: Path, model: Path) -> Components:
         found = folder / f"{name}.safetensors"
         if not found.is_file():
             raise UserError(f"{folder} is incomplete: {found.name} is missing")
-        check_whole(found)
-        weights = our_weights(module, mx.load(str(found)), found)
+        weights = our_weights(module, load_tensors(found), found)
         module.update(tree_unflatten(list(weights.items())))
     return components
 
 
-def our_weights(module: nn.Module, public: Mapping[str, mx.array], path: Path) -> dict[str, Any]:
+def our_weights(module: Any, public: Mapping[str, mx.array], path: Path) -> dict[str, Any]:
     """Weights of `module` out of its PyTorch twin's; `to_torch.torch_weights` is the inverse.
 
     Args:

@@ -41,7 +41,9 @@ def torch_weights(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Weights
     Raises:
         ValueError: the two are not the same network.
     """
-    values = {twin_name(key): value for key, value in tree_flatten(module.parameters())}
+    values = {
+        twin_name(key): value for key, value in dict(tree_flatten(module.parameters())).items()
+    }
     if unknown := values.keys() - shapes.keys():
         raise ValueError(f"the PyTorch network has no {', '.join(sorted(unknown))}")
     if missing := shapes.keys() - values.keys():

@@ -43,7 +43,12 @@ def test_bits_are_those_of_mlx_lms_own_conversion(mlx_lm, tmp_path, monkeypatch)
         str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=4, q_group_size=32,
         dtype="float32",
     )  # fmt: skip
-    report = convert(find_source(str(folder)), tmp_path / "ours", bits=4, dtype=mx.float32)
+    report = convert(
+        find_source(str(folder)),
+        tmp_path / "ours",
+        quantization={"bits": 4, "group_size": 32},
+        dtype=mx.float32,
+    )
     theirs = mx.load(str(tmp_path / "theirs" / "model.safetensors"))
     ours = mx.load(str(tmp_path / "ours" / "model.safetensors"))
     assert ours.keys() == theirs.keys()

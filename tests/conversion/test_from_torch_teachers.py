@@ -157,7 +157,7 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     network, public = pipeline
     how = None if bits is None else {"bits": bits, "group_size": 32}
     source = find_source(str(public / "transformer"))
-    convert(source, tmp_path / "made", **(how or {}))
+    convert(source, tmp_path / "made", quantization=how)
     convert_teacher(public, tmp_path / "a", quantization=how, text_encoder="owner/reader")
     convert_teacher(
         public, tmp_path / "b", text_encoder="owner/reader", transformer=tmp_path / "made"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from convert.autoencoder import swap_autoencoder
+from convert.parity.originals import relative_difference
 from convert.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, AutoencoderConfig
@@ -55,13 +56,9 @@ def public_autoencoder(**sizes):
 
 
 def relative_error(found: mx.array, expected) -> float:
-    """Largest difference over largest value; `expected` is a torch picture (B, C, [1,] H, W)."""
-    expected = expected.numpy()
-    if expected.ndim == 5:
-        expected = expected[:, :, 0]
-    expected = expected.transpose(0, 2, 3, 1)
-    assert found.shape == expected.shape
-    return float(np.abs(np.array(found) - expected).max() / np.abs(expected).max())
+    """`expected` is a torch picture (B, C, [1,] H, W)."""
+    expected = expected[:, :, 0] if expected.ndim == 5 else expected
+    return relative_difference(found, expected.permute(0, 2, 3, 1))
 
 
 def layers(network):
