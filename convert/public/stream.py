@@ -106,7 +106,7 @@ def write_tensors(
 
 
 def write_new(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+    path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] | None = None
 ) -> None:
     """`write_tensors` to a new file, without a journal to resume from."""
     journal = path.with_suffix(".journal")

@@ -25,7 +25,7 @@ from convert.pytorch.attention import (
     attend_fused,
 )
 from convert.pytorch.folder import read_config, twin_files
-from convert.pytorch.layers import RMSNorm, linear, normalised, text_bias, tokens
+from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, tokens
 from convert.pytorch.parts import Decoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
@@ -104,10 +104,10 @@ class Block(nn.Module):
         cells: Grid | None = None,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(modulation)
-        h = normalised(x, 1e-6) * (1 + scale_a) + shift_a
+        h = normalized(x, 1e-6) * (1 + scale_a) + shift_a
         x = x + gate_a * self.self_attention(h, grid, cells)
         x = x + self.cross_attention(x, text, bias)
-        h = normalised(x, 1e-6) * (1 + scale_f) + shift_f
+        h = normalized(x, 1e-6) * (1 + scale_f) + shift_f
         return x + gate_f * self.ffn(h)
 
 
@@ -169,7 +169,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = self.modulation(torch.cat([embedding, embedding], 1))
-        v = self.linear(normalised(x, 1e-6) * (1 + scale) + shift)
+        v = self.linear(normalized(x, 1e-6) * (1 + scale) + shift)
         return F.pixel_shuffle(grid.picture(v), self.patch)
 
 

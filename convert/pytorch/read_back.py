@@ -1,12 +1,13 @@
-"""A model that `convert.to_torch` wrote, back into ours: the inverse of its mapping.
+"""Convert a folder of `convert.to_torch` back: the inverse of `convert.pytorch.weights`.
 
-PyTorch has the transformer, of convolutional autoencoders the decoder, and the text encoders of
-our own kind, at one width. All else (the autoencoder's encoder, public networks, tokenizers) is
-taken from the model that it came from.
+PyTorch has the transformer, the decoder of a convolutional autoencoder, and the text encoders of
+our own kind, at one width. The other parts (the autoencoder's encoder, public networks, tokenizers)
+are copied from the original model.
 """
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from convert.pytorch.folder import FORMAT, read_config
 from convert.pytorch.weights import FOLDED, SHUFFLED, twin_name, twins
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
-from mlx_snapgen.checkpoint.module import Quantization, listed
+from mlx_snapgen.checkpoint.module import Quantization, check_fit, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import new_folder
@@ -35,10 +36,10 @@ def is_student(folder: Path) -> bool:
 
 
 def read_student(folder: Path, model: Path) -> Components:
-    """The model of one width in `folder`, with what PyTorch has not from `model`.
+    """The model of one width in `folder`, with the parts that PyTorch does not have from `model`.
 
     Raises:
-        UserError: weights that are missing, damaged or do not fit, or another model.
+        UserError: weights that are missing, damaged or do not fit; another model than `model`.
     """
     config, width = read_config(folder)
     check_width(load_config(model), width)
@@ -55,40 +56,32 @@ def read_student(folder: Path, model: Path) -> Components:
 
 
 def our_weights(module: Any, public: Mapping[str, mx.array], path: Path) -> dict[str, Any]:
-    """Weights of `module` out of its PyTorch twin's; `to_torch.torch_weights` is the inverse.
+    """Weights of `module` from those of its PyTorch twin, the inverse of `torch_weights`.
 
     Args:
         path: of the twin's weights, for messages.
 
     Raises:
-        UserError: the two are not the same network.
+        UserError: weights of another network.
     """
-    ours = dict(tree_flatten(module.parameters()))
-    names = {twin_name(key): key for key in ours}
-    faults = [
-        listed("lacks", [name for name in names if name not in public]),
-        listed("has the unknown", [name for name in public if name not in names]),
-        listed(
-            "misshapes",
-            [
-                f"{name} {value.shape}"
-                for name, value in public.items()
-                if name in names and value.size != ours[names[name]].size
-            ],
-        ),
-    ]
-    if any(faults):
-        raise UserError(f"{path} does not fit its config: it " + "; ".join(filter(None, faults)))
+    expected = {twin_name(key): shape for key, shape in shapes(module.parameters()).items()}
+    # The twin has other shapes, with the same number of weights.
+    found = {name: tuple(value.shape) for name, value in public.items()}
+    for name in expected.keys() & found.keys():
+        if math.prod(expected[name]) == math.prod(found[name]):
+            found[name] = expected[name]
+    check_fit(found, expected, path)
     weights = {}
-    for name, key in names.items():
+    for key, shape in shapes(module.parameters()).items():
+        name = twin_name(key)
         value = public[name]
         if re.search(SHUFFLED, name):
             cells = module.config.patch_size**2 if name.startswith("head") else 4
             value = value.reshape(len(value) // cells, cells, *value.shape[1:]).swapaxes(0, 1)
             value = value.reshape(-1, *value.shape[2:])
-        if value.ndim == 4 and (ours[key].ndim == 4 or re.search(FOLDED, name)):
+        if value.ndim == 4 and (len(shape) == 4 or re.search(FOLDED, name)):
             value = value.transpose(0, 2, 3, 1)
-        weights[key] = mx.contiguous(value.reshape(ours[key].shape).astype(mx.float32))
+        weights[key] = mx.contiguous(value.reshape(shape).astype(mx.float32))
     return weights
 
 
@@ -100,14 +93,17 @@ def convert_student(
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Write the model in `folder` as ours, whole or not at all; what `read_student` raises, too.
+    """Write the model in `folder` in our format, whole or not at all.
 
     Args:
         model: folder of the model that `convert.to_torch` read.
-        quantization: {"bits", "group_size"} to store the transformer in.
+        quantization: {"bits", "group_size"} of the transformer; None does not quantize.
 
     Returns:
-        The report, as report.json has it.
+        The contents of report.json.
+
+    Raises:
+        UserError: as `read_student`; `out` is not empty.
     """
     components = read_student(folder, model)
     keys = [
@@ -136,7 +132,7 @@ def convert_student(
 
 
 def _copy_source(encoder: TextEncoderConfig, model: Path, made: Path) -> None:
-    """A text encoder's folder inside that of the model; others are found where they are."""
+    """Copy a text encoder's folder if it is inside that of the model."""
     if encoder.source is None or encoder.revision is not None:
         return
     inside = Path(encoder.source)
