@@ -26,8 +26,12 @@ class Network(NamedTuple):
     """Layers with at least this many weights have palettes; 0 for none."""
 
 
-def convert(network: Network, *, target: str, precision: str) -> Any:
-    """A network as an MLModel, traced on its example inputs."""
+def convert(network: Network, *, target: str, precision: str, is_alone: bool = True) -> Any:
+    """A network as an MLModel, traced on its example inputs.
+
+    Args:
+        is_alone: False for one of several functions that share their palettes.
+    """
     ct = import_coremltools()
     import torch
 
@@ -44,6 +48,9 @@ def convert(network: Network, *, target: str, precision: str) -> Any:
     pipeline = ct.PassPipeline()
     # Deduplicate axes, strides and other small constants too: they are half of a program.
     pipeline.set_options("common::const_deduplication", {"const_threshold": 0})
+    if network.least and not is_alone:
+        # It would scale the weights of one width, which then differ from those of the others.
+        pipeline.remove_passes({"common::fuse_conv_scale"})
     traced = torch.jit.trace(network.module, tuple(network.inputs.values()), check_trace=False)
     model = ct.convert(
         traced,
@@ -109,7 +116,8 @@ def write_package(
     start = time.perf_counter()
 
     def saved(network: Network, to: Path) -> None:
-        model = convert(network, target=target, precision=precision)
+        is_alone = len(functions) == 1
+        model = convert(network, target=target, precision=precision, is_alone=is_alone)
         model.short_description = description
         model.user_defined_metadata.update({k: str(v) for k, v in about.items()})
         model.save(str(to))

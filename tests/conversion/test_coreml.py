@@ -44,7 +44,7 @@ from tests.tiny import VOCAB_SIZE, randomise
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
 WIDTHS = ("full", "small")
-LEAST = 500
+LEAST = 250
 """Layers of this many weights get palettes here; the real number is above what this model has."""
 
 IN_CHUNKS = ExportSettings(widths=WIDTHS, target="ios18", precision="float32", chunks=2)
