@@ -1,4 +1,4 @@
-"""What the commands of `convert` share: the output, as a positional argument or as an option."""
+"""Shared by the commands of `convert`: the output, as a positional argument or as an option."""
 
 from argparse import Namespace
 from collections.abc import Sequence

@@ -228,7 +228,7 @@ def _check_stored(
     if len(packages) == 1:
         average = sum(size * n for size, n in sizes) / sum(size for size, _ in sizes)
         stored = packages[0]["bits_per_index"]
-        # A layer of few different numbers takes fewer bits.
+        # A layer with few distinct values needs fewer bits.
         assert average - 0.1 < stored < average + 0.001, f"{stored} bits on average, not {average}"
 
 

@@ -21,7 +21,7 @@ PRECISIONS = ("float16", "float32")
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export, and how."""
+    """Settings of an export."""
 
     widths: tuple[str, ...] = ("full",)
     """Network widths; several become functions of these names in one package, the first its

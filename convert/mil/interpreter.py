@@ -28,21 +28,21 @@ from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, nearest, run_command
 
 TUPLES = {"concat": "values", "einsum": "values", "stack": "values"}
-"""The parameter that takes several values, by operation."""
+"""Operation -> its parameter with several values."""
 
 LAYOUT_OPS = ("transpose", "reshape")
-"""Operations that only move numbers, which the Neural Engine likes least."""
+"""Operations that only move numbers, which are slow on the Neural Engine."""
 
 
 class Interpreter:
-    """One function of a package, ready to run. Weights stay in their file, which is mapped.
+    """One function of a package, ready to run. Weights stay in their memory-mapped file.
 
     Args:
         package: folder of the package.
         function: None takes the package's default one, usually "main".
         keep_float32: do not round to fp16 between operations.
-        keep_weights: remember decompressed weights between runs, at the precision that the program
-            declares. False decompresses them anew wherever they are used, for large models.
+        keep_weights: cache decompressed weights between runs, in the type of the program. False
+            decompresses them at every use, for large models.
 
     Raises:
         UserError: a package that cannot be read, no such function, or an unknown operation.
@@ -65,7 +65,7 @@ class Interpreter:
         for i, operation in enumerate(self._function.operations):
             if operation.type != "const" and operation.type not in OPS:
                 raise UserError(
-                    f"{self._where(i, operation)}: this operation is not known"
+                    f"{self._where(i, operation)}: this operation is not supported"
                     f"{nearest(operation.type, OPS)}: add it to convert/mil/ops.py"
                 )
         types = self._function.types()
@@ -123,7 +123,7 @@ class Interpreter:
         return np.asarray(value).astype(dtype, copy=False)
 
     def _value(self, name: str, values: dict[str, Any]) -> Any:
-        """A value of the program; constants and weights are read when they are needed."""
+        """A value of the program; constants and weights are read at their first use."""
         if name in values:
             return values[name]
         if name in self._weights:
@@ -154,7 +154,9 @@ class Interpreter:
             found = [self._argument(binding, values) for binding in bindings]
             arguments[parameter] = found if parameter == several else found[0]
         try:
-            with np.errstate(all="ignore"):  # masks of -inf and fp16's overflow are the program's
+            with np.errstate(
+                all="ignore"
+            ):  # the program itself may have masks of -inf and overflow in fp16
                 made = OPS[operation.type](**arguments)
                 made = made if isinstance(made, list) else [made]
                 rounded = {
@@ -167,7 +169,7 @@ class Interpreter:
             if not _fits(rounded[name], kind):
                 raise UserError(
                     f"{self._where(index, operation)} gives {rounded[name].shape}, the program "
-                    f"says {kind}"
+                    f"declares {kind}"
                 )
         return rounded
 
@@ -195,7 +197,7 @@ def _fits(value: Any, kind: TensorType) -> bool:
 
 
 def _last_use(function: Function) -> dict[int, list[str]]:
-    """Place of an operation -> values that nothing after it needs."""
+    """Index of an operation -> values that no later operation reads."""
     last = {}
     for i, operation in enumerate(function.operations):
         used = [b for bindings in operation.inputs.values() for b in bindings]
@@ -212,17 +214,17 @@ def _last_use(function: Function) -> dict[int, list[str]]:
 
 
 def summary(package_path: str | Path) -> dict[str, Any]:
-    """What a package holds, as plain JSON values; nothing is computed.
+    """The contents of a package as JSON values; nothing is computed.
 
     Returns:
         `functions`: for each its `inputs` and `outputs` (name -> "fp16 (1, 8, 16, 16)"), the number
-        of `operations` by type, most first, constants left out, and the `layout_operations` among
-        them (see `LAYOUT_OPS`). `default_function`, `specification_version`, `weight_bytes` (size
-        of the weight file), `palettized_weights` (weights stored as indices into palettes),
-        `palettes` (how many of these there are, several for a grouped weight), `bits_per_index`
+        of `operations` by type, most frequent first, without constants, and the `layout_operations`
+        among them (see `LAYOUT_OPS`). `default_function`, `specification_version`, `weight_bytes`
+        (size of the weight file), `palettized_weights` (weights stored as indices into palettes),
+        `palettes` (their number, several for a grouped weight), `bits_per_index`
         (average over the numbers in palettized weights), `weights` (numbers in floating weights
         from the file) and `bits_per_weight` (bits of all that is stored for them, palettes and
-        scales included, for each). What functions share counts once.
+        scales included, for each). Weights that functions share count once.
 
     Raises:
         UserError: see `Package`.
@@ -265,7 +267,7 @@ def summary(package_path: str | Path) -> dict[str, Any]:
 
 
 def _weights(function: Function):
-    """(operation, what it has in the weight file, type) of each floating weight as it is used."""
+    """(operation, its blobs in the weight file, type) of each floating weight."""
     made = {name: op for op in function.operations for name in op.outputs}
     parts = {
         b

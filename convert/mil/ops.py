@@ -1,9 +1,9 @@
-"""What Core ML's operations compute, in numpy.
+"""Core ML's operations, in numpy.
 
-Each function carries the name and the parameters of one operation of MIL (coremltools'
-converters/mil/mil/ops/defs), and its defaults. Tensors arrive as numpy arrays, floating ones in
-float32, constants such as axes as arrays too. The result is an array, or a list where an operation
-has several outputs; `mil_interpreter` rounds it to the type that the program declares.
+Each function has the name, parameters and defaults of one operation of MIL (coremltools'
+converters/mil/mil/ops/defs). Tensors are numpy arrays, floating ones in float32; constants such as
+axes are arrays too. The result is an array, or a list if an operation has several outputs;
+`convert.mil.interpreter` rounds it to the type that the program declares.
 """
 
 import math
@@ -27,7 +27,7 @@ OPS: dict[str, Callable] = {
         products.conv_transpose,
     )
 }
-"""Name of each operation that is known -> what computes it."""
+"""Name of each supported operation -> its function."""
 
 
 def _op(function: Callable) -> Callable:
@@ -113,7 +113,7 @@ def select(cond, a, b):
     return np.where(cond, a, b)
 
 
-# --- reductions and normalisation -------------------------------------------------------------
+# --- reductions and normalization -------------------------------------------------------------
 
 
 def _reduction(f: Callable) -> Callable:

@@ -46,7 +46,7 @@ _BLOB_TYPES = {
     **{1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 6: "int16", 7: "uint16", 8: "int4"},
     **{9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32"},
 }
-"""A blob's own type, which must be the one that the program says."""
+"""Type of a blob, which must be the type in the program."""
 
 
 class TensorType(NamedTuple):
@@ -110,7 +110,7 @@ class WeightFile:
         """A blob as a read-only view of the file; elements of less than a byte as new bytes.
 
         Raises:
-            UserError: there is no blob, or it is another than the program says.
+            UserError: there is no blob, or one of another type than in the program.
         """
         try:
             head = bytes(self._data[blob.offset : blob.offset + 24])

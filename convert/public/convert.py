@@ -176,7 +176,7 @@ def _account(source: Source, weights: Mapping[str, mx.array], kind: str) -> dict
             unknown.append(str(error))
             continue
         if name is None:
-            ignored[key] = KINDS[kind].left_out
+            ignored[key] = KINDS[kind].ignored_because
             continue
         if (name, part) in taken:
             raise UserError(f"{source.path}: '{taken[name, part]}' and '{key}' are the same weight")

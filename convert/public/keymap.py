@@ -1,8 +1,8 @@
-"""Tables from the weights of a public checkpoint to ours: name, name, and what changes.
+"""Tables of the weights of public checkpoints: public name, our name, transform.
 
-A name in a table is a pattern of segments between dots: `#` is a number, `*` any segment, `**` one
-or more of them, `a|b` one of these words. Both sides of a row have the same wildcards in the same
-order, so that a row works in both directions.
+A name in a table is a pattern of segments between dots: `#` is a number, `*` one segment, `**` one
+or more, `a|b` one of these words. Both names of a row have the same wildcards in the same order, so
+that a row works in both directions.
 """
 
 import re
@@ -24,14 +24,14 @@ def unchanged(value: mx.array) -> mx.array:
 
 
 class Row(NamedTuple):
-    """Weights of one kind."""
+    """One row of a table."""
 
     public: str | tuple[str, ...]
-    """Several public names are the parts of one weight here."""
+    """Several public names are the parts of one weight of ours."""
     ours: str | None
-    """None for weights that are left out."""
+    """None for weights that are ignored."""
     transform: Callable[..., mx.array] = unchanged
-    """Our weight of the public one, or of all parts in the order of `public`."""
+    """Our weight, from the public one, or from all parts in the order of `public`."""
 
 
 def same(pattern: str, transform: Callable[..., mx.array] = unchanged) -> Row:
@@ -40,7 +40,7 @@ def same(pattern: str, transform: Callable[..., mx.array] = unchanged) -> Row:
 
 
 class Place(NamedTuple):
-    """Where a public weight goes: our name (None: left out), and which part of it it is."""
+    """Our name of a public weight (None: ignored), and its part of that weight."""
 
     name: str | None
     part: int = 0
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 class Renaming:
-    """A checkpoint whose names are read by a function, with no table.
+    """Names that a function converts, without a table.
 
     Args:
         rename: public name -> ours, or None; `UserError` for a name of another network.
@@ -58,16 +58,16 @@ class Renaming:
         self.rename = rename
 
     def find(self, key: str) -> Place:
-        """Where a public weight goes; `UserError` for one of another network."""
+        """Our name of a public weight; `UserError` for a weight of another network."""
         return Place(self.rename(key))
 
     def public(self, name: str) -> tuple[str, ...]:
-        """Public names of the parts of our weight, as far as they are known."""
+        """Public names of the parts of our weight; our name if they are not known."""
         return (name,)
 
 
 class KeyMap(Renaming):
-    """The table of one public network. The first row that matches a name counts.
+    """The table of one public network. The first matching row applies.
 
     Args:
         network: for the message about a name that no row matches.
@@ -99,7 +99,7 @@ class KeyMap(Renaming):
         return (name,)
 
     def weights(self, public: Mapping[str, mx.array]) -> Weights:
-        """Our weights, lazy, of a checkpoint's; a weight of which a part is missing is left out."""
+        """Our weights, lazy, from a checkpoint's; without those that lack a part."""
         found: Weights = {}
         for key, value in public.items():
             name, part, row = self.find(key)
@@ -117,7 +117,7 @@ def _parts(row: Row) -> tuple[str, ...]:
 
 
 def _compiled(name: str) -> tuple[re.Pattern[str], str]:
-    """Pattern of a name with a group for each wildcard, and a template with {} for it."""
+    """Regular expression with a group for each wildcard, and format string with a {} for it."""
 
     def segments() -> Iterator[tuple[str, str]]:
         wildcards = {"#": r"(\d+)", "*": r"([^.]+)", "**": "(.+)"}
@@ -139,7 +139,7 @@ def numberless(names: Iterable[str]) -> list[str]:
 def check_complete(
     keys: Renaming, public: Iterable[str], weights: Weights, expected: Shapes, *, where: object
 ) -> None:
-    """`UserError` unless `weights` are just the expected; those that are missing by public name.
+    """`UserError` unless `weights` are exactly the expected; lists missing ones by public name.
 
     Args:
         public: names in the checkpoint.

@@ -54,8 +54,8 @@ class Kind:
 
     about: str
     keys: Renaming
-    left_out: str
-    """Why some of its weights are left out."""
+    ignored_because: str
+    """Why some of its weights are ignored."""
     plan: Callable[[Source, Weights], Plan]
     classes: tuple[str, ...] = ()
     """Its names in config.json: `_class_name`, `architectures` or `model_type`."""
@@ -209,7 +209,7 @@ KINDS: dict[str, Kind] = {
         "a LoRA with the keys of diffusers, PEFT or kohya", Renaming(lora_name), "", _lora
     ),
 }
-"""Name -> kind, as `--kind` takes it."""
+"""Value of `--kind` -> kind."""
 
 
 # --- detection ----------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def _known(kind: Kind, weights: Weights) -> int:
-    """How many keys a kind has, if it does not leave all of them out."""
+    """How many of the keys a kind has; 0 if it ignores all of them."""
     count = taken = 0
     for key in weights:
         try:

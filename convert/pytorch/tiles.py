@@ -36,7 +36,7 @@ class TiledConv(nn.Module):
     ):
         super().__init__()
         self.sizes = sizes
-        # Lists of modules take None, whatever their annotation says.
+        # ModuleList accepts None, though its annotation does not.
         self.right: Any = nn.ModuleList(right)  # pyright: ignore[reportArgumentType]
         self.below: Any = nn.ModuleList(below)  # pyright: ignore[reportArgumentType]
 

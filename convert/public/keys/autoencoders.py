@@ -63,7 +63,7 @@ def kernel(value: mx.array) -> mx.array:
 
 
 def _frame(value: mx.array) -> mx.array:
-    """A 3-D kernel (O, I, T, H, W) keeps its last temporal slice, the only one for one frame."""
+    """Keeps the last temporal slice of a 3-D kernel (O, I, T, H, W), the only one for one frame."""
     return kernel(value[:, :, -1] if value.ndim == 5 else value)
 
 
@@ -76,17 +76,18 @@ def _rows_joined(*values: mx.array) -> mx.array:
 
 
 def _without_memory(value: mx.array) -> mx.array:
-    """Without the half of the inputs that is the memory, which is empty for one picture."""
+    """Removes the inputs for the memory (the second half), which is empty for one picture."""
     return kernel(value[:, : value.shape[1] // 2] if value.ndim == 4 else value)
 
 
 def _pooled(value: mx.array) -> mx.array:
-    """The two frames that are pooled are the same picture."""
+    """Sums the kernels of the two pooled frames, which are the same picture."""
     first, second = mx.split(kernel(value), 2, axis=1)
     return first + second
 
 
 def _last_frame(value: mx.array) -> mx.array:
+    """Keeps the outputs of the last of the frames that a latent becomes."""
     value = kernel(value)
     return value[-value.shape[1] :]
 
@@ -205,7 +206,7 @@ def taehv_config(public: Weights, path: Path) -> AutoencoderConfig:
 
 
 def _taehv_rows() -> list[Row]:
-    """Numbered layers of the video network, reduced to one picture (see `networks.taehv`)."""
+    """The numbered layers of the video network, reduced to one picture (see networks/taehv.py)."""
     places = {"encoder.0": "encoder.conv_in", "encoder.17": "encoder.conv_out"}
     places |= {"decoder.1": "decoder.conv_in", "decoder.22": "decoder.conv_out"}
     rows = []
@@ -238,7 +239,7 @@ TAEHV_KEYS = KeyMap("TAEHV autoencoder", *_taehv_rows())
 def _described(
     read: Callable[[dict[str, Any]], AutoencoderConfig],
 ) -> Callable[[Source, Weights], AutoencoderConfig]:
-    """Our config from config.json, with its name in the message about values of another kind."""
+    """A `PublicAutoencoder.config` that reads config.json and names it in errors."""
 
     def config(source: Source, _: Weights) -> AutoencoderConfig:
         try:
