@@ -56,7 +56,9 @@ def sample(
     scale = schedule.guidance_scale if guidance_scale is None else guidance_scale
     if few_step and scale != 1:
         raise UserError(f"the few-step mode has no guidance: leave out the scale {scale:g}")
-    levels = noise_levels(schedule, height * width // cell**2, num_inference_steps)
+    levels = noise_levels(
+        schedule, height * width // cell**2, num_inference_steps=num_inference_steps
+    )
     condition = teacher.encode([prompt])
     teacher.free_text_encoder()
 
@@ -64,7 +66,7 @@ def sample(
         t = mx.full((1,), sigma)
         if few_step:
             return teacher.velocity_and_features(x_t, t, condition, few_step=True)[0]
-        return teacher.velocity(x_t, t, condition, scale)
+        return teacher.velocity(x_t, t, condition, guidance_scale=scale)
 
     h, w = (side // autoencoder.config.downsampling for side in (height, width))
     x0 = get_noise(seed, h, w, autoencoder.config.latent_channels)

@@ -100,21 +100,26 @@ def convert_teacher(
             raise UserError(
                 f"{given} is converted already: quantize it with convert.from_torch --quantize"
             )
-        kind = part[0].pop("kind", None)
+        kind = part.config.pop("kind", None)
         if kind not in NETWORKS:
             raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
-        network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part[0]))
-        quantization = dict(part[1].get("transformer") or {}) or None
+        network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config))
+        quantization = part.quantization
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
-        load_lora(few_step_lora, network, 0.0, FEW_STEP)
+        load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
     schedule, few_step = SCHEDULES[kind]
     schedule = read_schedule(source / "scheduler", schedule)
     if kind == "qwen-image" and few_step_lora is None:
         few_step = None
     config = TeacherConfig(
-        kind, network.config, autoencoder.config, schedule, few_step, quantization=quantization
+        kind=kind,
+        transformer=network.config,
+        autoencoder=autoencoder.config,
+        schedule=schedule,
+        few_step=few_step,
+        quantization=quantization,
     )
     if text_encoder is not None:
         config = dataclasses.replace(config, text_encoder=text_encoder)

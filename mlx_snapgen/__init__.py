@@ -1,12 +1,17 @@
 """SnapGen++ in MLX: text to image on Apple Silicon, one elastic network in three widths."""
 
+from typing import TYPE_CHECKING
+
 from mlx_snapgen._blas import load_openblas
 from mlx_snapgen._version import __version__
+
+if TYPE_CHECKING:
+    from mlx_snapgen.pipeline import SnapGenPipeline
 
 __all__ = ["OPENBLAS", "SnapGenPipeline", "__version__"]
 
 OPENBLAS = load_openblas()
-"""Name of the OpenBLAS library put before mlx (Linux only), or None."""
+"""Name of the OpenBLAS library that was loaded before mlx (Linux only), or None."""
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""Put OpenBLAS in front of the reference BLAS that mlx's Linux CPU wheel carries.
+"""Load OpenBLAS before the reference BLAS of mlx's Linux CPU wheel.
 
 The wheel's own `cblas_sgemm` is a plain reference loop. A library loaded with `RTLD_GLOBAL` before
 the first `import mlx` wins the symbol look-up, so loading OpenBLAS here makes every matrix product

@@ -1,8 +1,8 @@
 """Step latency and peak memory: `python -m mlx_snapgen.benchmark`.
 
-Random weights at paper scale. Every figure is a median; compare the ratios, which one noisy machine
-still gets right. `blocks` sets one block of dense attention against one of ASSA, `ladder` walks the
-paper's ablation A -> D, `widths` runs the three sizes.
+Random weights at paper scale. Times are medians; compare their ratios, as absolute times depend on
+the machine and its load. The suite `blocks` compares one block of dense attention with one of ASSA,
+`ladder` is the paper's ablation A to D, `widths` the three network widths.
 """
 
 import argparse
@@ -13,9 +13,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import TRANSFORMERS, TransformerConfig, transformer_preset
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttention
@@ -32,8 +35,8 @@ SUITES = {
 }
 
 
-def time_calls(run: Callable[[], mx.array], repeats: int) -> dict[str, float]:
-    """Seconds of `run` (median, least, most) and peak memory in bytes, after a warm-up."""
+def time_calls(run: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Seconds of `run` (median, least, most) and peak memory in bytes, after one warm-up call."""
     mx.eval(run())
     mx.reset_peak_memory()
     seconds = []
@@ -50,7 +53,7 @@ def time_calls(run: Callable[[], mx.array], repeats: int) -> dict[str, float]:
 
 
 def measure_step(
-    config: TransformerConfig, height: int, width: int, dtype: mx.Dtype, repeats: int
+    config: TransformerConfig, *, height: int, width: int, dtype: mx.Dtype, repeats: int
 ) -> dict[str, float]:
     """One denoising step of a `height` x `width` pixel picture with 77 text tokens."""
     network = EfficientDiT(config)
@@ -68,7 +71,13 @@ def measure_step(
 
 
 def measure_block(
-    config: TransformerConfig, sparse: bool, height: int, width: int, dtype: mx.Dtype, repeats: int
+    config: TransformerConfig,
+    sparse: bool,
+    *,
+    height: int,
+    width: int,
+    dtype: mx.Dtype,
+    repeats: int,
 ) -> dict[str, float]:
     """Self-attention of one Down-stage block."""
     module = (SparseSelfAttention if sparse else SelfAttention)(config)
@@ -76,22 +85,21 @@ def measure_block(
     mx.eval(module.parameters())
     grid = Grid(height // 8 // config.patch_size, width // 8 // config.patch_size)
     h = mx.random.normal((1, grid.height * grid.width, config.hidden_size)).astype(dtype)
-    from mlx.utils import tree_flatten
-
-    parameters = sum(p.size for _, p in tree_flatten(module.parameters()))
+    weights: Any = tree_flatten(module.parameters())
+    parameters = sum(p.size for _, p in weights)
     return {"parameters": parameters, **time_calls(lambda: module(h, grid), repeats)}
 
 
-def measure(
-    name: str, height: int, width: int, dtype: mx.Dtype, repeats: int, base: TransformerConfig
-) -> dict[str, float]:
-    """Measure one preset, or one block of `base` by the names in `SUITES`."""
+def measure(name: str, base: TransformerConfig, **how: Any) -> dict[str, float]:
+    """Measure one preset, or one block of `base` by the names in `SUITES`.
+
+    Arguments are those of `measure_step`.
+    """
     gc.collect()
     mx.clear_cache()
     if name in SUITES["blocks"]:
-        return measure_block(base, name == "assa-block", height, width, dtype, repeats)
-    config = dataclasses.replace(TRANSFORMERS[name], widths=(1.0,))
-    return measure_step(config, height, width, dtype, repeats)
+        return measure_block(base, name == "assa-block", **how)
+    return measure_step(dataclasses.replace(TRANSFORMERS[name], widths=(1.0,)), **how)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -110,33 +118,63 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
         prog="python -m mlx_snapgen.benchmark",
-        description="Step latency and peak memory with random weights. Trust the ratios.",
+        description="Measure seconds and peak memory of a denoising step with random weights.",
         epilog="example: python -m mlx_snapgen.benchmark --suite ladder --size 512 --json",
     )
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
-    parser.add_argument("--preset", action="append", help="measure this preset only (repeatable)")
-    parser.add_argument("--size", type=int, default=1024, help="picture height and width in pixels")
-    parser.add_argument("--height", type=int, help="picture height in pixels (default: --size)")
-    parser.add_argument("--width", type=int, help="picture width in pixels (default: --size)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls per preset")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
+        "--suite",
+        choices=[*SUITES, "all"],
+        default="all",
+        help="networks to measure (default: %(default)s)",
+    )
+    add(
+        "--preset",
+        action="append",
+        metavar="NAME",
+        help="measure this preset or block only; repeat for more (default: those of the suite)",
+    )
+    add(
+        "--size",
+        type=integer(32),
+        default=1024,
+        metavar="PX",
+        help="picture height and width in pixels (default: %(default)s)",
+    )
+    for side in ("height", "width"):
+        text = f"picture {side} in pixels (default: --size)"
+        add(f"--{side}", type=integer(32), metavar="PX", help=text)
+    add(
+        "--repeats",
+        type=integer(1),
+        default=3,
+        metavar="N",
+        help="timed calls per preset (default: %(default)s)",
+    )
+    add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="default: float32 on the CPU, bfloat16 on a GPU",
+        help="type of weights and activations (default: float32 on a CPU, bfloat16 on a GPU)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    args = parser.parse_args()
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object instead of a table (default: off)",
+    )
+    return parser
 
+
+def main() -> None:
+    args = build_parser().parse_args()
     height = args.size if args.height is None else args.height
     width = args.size if args.width is None else args.width
     for side in (height, width):
-        if side < 32 or side % 32:
+        if side % 32:
             raise UserError(f"picture sides must be multiples of 32 pixels, got {side}")
-    if args.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {args.repeats}")
     gpu = mx.default_device().type == mx.DeviceType.gpu
     dtype = args.dtype or ("bfloat16" if gpu else "float32")
     if args.preset:
@@ -146,12 +184,11 @@ def main() -> None:
         names = [name for suite in SUITES.values() for name in suite]
     else:
         names = list(SUITES[args.suite])
+    how = {"height": height, "width": width, "dtype": getattr(mx, dtype), "repeats": args.repeats}
     results = {}
     for i, name in enumerate(names):
         print(f"[{i + 1}/{len(names)}] {name} ...", end=" ", file=sys.stderr, flush=True)
-        results[name] = measure(
-            name, height, width, getattr(mx, dtype), args.repeats, TRANSFORMERS["small"]
-        )
+        results[name] = measure(name, TRANSFORMERS["small"], **how)
         print(f"{results[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
     setting = {"height": height, "width": width, "dtype": dtype, "device": str(mx.default_device())}
     if args.json:
@@ -160,5 +197,10 @@ def main() -> None:
         print(f"{height}x{width} px, {dtype}, {setting['device']}\n{table(results)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script `mlx-snapgen-benchmark`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

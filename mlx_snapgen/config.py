@@ -9,7 +9,7 @@ import dataclasses
 import json
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mlx_snapgen.errors import UserError, nearest
 
@@ -33,7 +33,7 @@ class TransformerConfig:
     sparse_attention: bool = True
     """ASSA in the Down and Up stages; dense self-attention when false."""
     num_bands: int = 16
-    """Blocks of blockwise neighbourhood attention, as bands of token rows."""
+    """Blocks of blockwise neighborhood attention, as bands of token rows."""
     band_radius: int = 1
     long_skips: bool = True
     """Dense long skip connections inside the Middle stage."""
@@ -150,7 +150,7 @@ TAEW2_1 = AutoencoderConfig(
     encoder_blocks=(3, 3, 3),
     decoder_blocks=(3, 3, 3),
 )
-"""The public tiny autoencoder of the same latents; it takes them normalised as they are."""
+"""The public tiny autoencoder of the same latents; it takes the normalized ones."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ GEMMA_3_4B = TextEncoderConfig(
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """What a model asks of the sampler when the caller does not say."""
+    """A model's own sampler settings."""
 
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
@@ -231,11 +231,7 @@ class ModelConfig:
     """How the stored weights are quantized: per component `{"bits": 8, "group_size": 32}`."""
 
     def __post_init__(self):
-        if self.transformer.latent_channels != self.autoencoder.latent_channels:
-            raise UserError(
-                f"the transformer takes {self.transformer.latent_channels} latent channels, "
-                f"the autoencoder gives {self.autoencoder.latent_channels}"
-            )
+        check_latents(self.transformer.latent_channels, self.autoencoder)
 
     @property
     def size_unit(self) -> int:
@@ -246,22 +242,31 @@ class ModelConfig:
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
     ) -> SamplerConfig:
-        """`few_step` or `sampler`, whichever a caller's wishes mean.
+        """`few_step` or `sampler`, by what the caller sets.
 
         Args:
             num_inference_steps: None or up to twice the few-step mode's own number mean that mode.
-            few_step: the caller's word on it; None leaves it to the number of steps.
+            few_step: whether to use that mode; None decides by the number of steps.
 
         Raises:
             UserError: the few-step mode of a model that has none.
         """
         if few_step and self.few_step is None:
-            raise UserError("this model has no few-step mode: leave it out")
+            raise UserError("this model has no few-step mode: draw without it")
         if self.few_step is None or few_step is False:
             return self.sampler
         most = 2 * self.few_step.num_inference_steps
         few = few_step or num_inference_steps is None or num_inference_steps <= most
         return self.few_step if few else self.sampler
+
+
+def check_latents(latent_channels: int, autoencoder: AutoencoderConfig) -> None:
+    """`UserError` unless the autoencoder has the latent channels that the transformer takes."""
+    if latent_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"the transformer takes {latent_channels} latent channels, the autoencoder gives "
+            f"{autoencoder.latent_channels}"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def _read(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType) and isinstance(value, dict):
         kind = next(filter(dataclasses.is_dataclass, kind.__args__), kind)
     if dataclasses.is_dataclass(kind):
-        return from_dict(kind, value)
+        return from_dict(cast(type, kind), value)
     if isinstance(value, list):
         item = getattr(kind, "__args__", (None,))[0]
         return tuple(_read(item, v) for v in value)

@@ -18,9 +18,9 @@ Encode = Callable[[Sequence[str]], tuple[mx.array, mx.array]]
 
 
 def encode_for(
-    settings: DrawSettings, prompts: Sequence[str], encode: Encode
+    settings: DrawSettings, prompts: Sequence[str], *, encode: Encode
 ) -> tuple[mx.array, mx.array]:
-    """Text and mask as `denoise_latents` takes them: with guidance, what it leads away from first.
+    """Text and mask for `denoise_latents`: with guidance, the negative prompts first.
 
     Args:
         settings: resolved.
@@ -107,7 +107,9 @@ def draw_latents(
     text, mask = encode_for(
         settings,
         prompts,
-        lambda some: encode_prompts(some, components.text_encoders, components.transformer),
+        encode=lambda some: encode_prompts(
+            some, components.text_encoders, transformer=components.transformer
+        ),
     )
     *_, last = denoise_latents(
         network or in_mode(components.transformer, settings, config=config, adapter=adapter),

@@ -1,4 +1,4 @@
-"""A user's mistake is one line and exit code 2; a bug keeps its traceback."""
+"""Errors: one line and exit code 2 for a user's mistake, a traceback for a bug."""
 
 import difflib
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """A mistake of the caller. The message is one line: what was wrong and the way out."""
+    """A mistake of the user. The message is one line: what is wrong and what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all.
 
-What is under way stands in a hidden folder beside its destination and is renamed at the end, so
-that nobody meets half of it. Only a killed process leaves the hidden folder behind.
+Unfinished files are in a hidden folder beside their destination and are renamed at the end, so that
+no other process reads half of one. Only a killed process leaves the hidden folder behind.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from mlx_snapgen.errors import UserError
 
 
 def check_new(folder: Path) -> None:
-    """`UserError` when `folder` is a file or holds something."""
+    """`UserError` if `folder` is a file or not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another name or delete it")
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at the end, and goes if anything fails.
+    """A temporary folder, renamed to `folder` at the end, or deleted after an error.
 
     Raises:
-        UserError: `folder` holds something, or the disk does not take it.
+        UserError: `folder` is not empty, or cannot be written.
     """
     folder = folder.expanduser()
     check_new(folder)
@@ -40,14 +40,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A path to write to that becomes `path` at the end, and goes if anything fails.
+    """A temporary path, renamed to `path` at the end, or deleted after an error.
 
     Args:
-        replace: put it in the place of a file that is there.
+        replace: replace an existing file.
 
     Raises:
-        FileExistsError: there is one, and it is not to be replaced.
-        OSError: the disk does not take it, or the parent is no folder.
+        FileExistsError: there is one, and `replace` is false.
+        OSError: it cannot be written, or the parent is not a folder.
     """
     with _beside(path) as partial:
         yield partial
@@ -64,7 +64,7 @@ def _beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path.parent) from None
-    # The folder is private; what is made in it is as readable as anything else.
+    # The folder is private; the files in it have the usual permissions.
     with tempfile.TemporaryDirectory(
         prefix=".", dir=path.parent, ignore_cleanup_errors=True
     ) as hidden:

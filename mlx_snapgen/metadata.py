@@ -1,47 +1,61 @@
-"""What a picture knows about its making: JSON in a PNG's text chunk `parameters`."""
+"""The settings inside a picture: JSON in a PNG's text chunk `parameters`."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 KEY = "parameters"
-"""The chunk's keyword, where picture viewers and other generators look for settings too."""
+"""The chunk's keyword, which picture viewers and other generators use too."""
+
+REQUIRED = (
+    *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
+    *("height", "width", "model", "revision", "model_width", "quantize"),
+)
+"""What all pictures carry. A later field's default is how pictures were drawn before it."""
+
+OLDER = {"few_step": False}
+"""Where that is not so."""
 
 
-RECORDED: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "negative_prompt": (str,),
-    "seed": (int,),
-    "num_inference_steps": (int,),
-    "guidance_scale": (int, float),
-    "few_step": (bool,),
-    "attention_modulation": (bool,),
-    "height": (int,),
-    "width": (int,),
-    "model": (str, type(None)),
-    "revision": (str, type(None)),
-    "model_width": (str,),
-    "quantize": (int, type(None)),
-    "loras": (list,),
-    "text_encoders": (list, type(None)),
-}
-"""Settings that a picture is drawn again with, and what they are in its metadata."""
+class Recorded(NamedTuple):
+    """How a picture was drawn."""
 
-OLDER = {"loras": [], "few_step": False, "attention_modulation": False, "text_encoders": None}
-"""What older pictures do not know of, and were drawn with."""
+    settings: DrawSettings
+    choice: ModelChoice
+    values: dict[str, Any]
+    """All of its metadata, also versions, device and dtype."""
+
+
+def record_settings(settings: DrawSettings) -> dict[str, Any]:
+    """The metadata of settings that are resolved; each picture has a seed of its own."""
+    values = dataclasses.asdict(settings)
+    del values["num_images"]
+    return values
+
+
+def record_choice(choice: ModelChoice) -> dict[str, Any]:
+    """The metadata of a model: all that has an effect on pictures."""
+    values = dataclasses.asdict(choice)
+    del values["keep_text_encoders"]
+    values["loras"] = [{"path": str(path), "weight": float(w)} for path, w in choice.loras]
+    values["text_encoders"] = choice.text_encoders and list(choice.text_encoders)
+    return values
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The settings that a picture was made with; `UserError` when it carries none."""
+    """The metadata of a picture; `UserError` if it has none."""
     path = Path(path).expanduser()
     try:
         with Image.open(path) as image:
@@ -51,9 +65,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable picture: {error}") from None
     if kind != "PNG":
-        raise UserError(f"{path} is a {kind}: settings are kept in PNG pictures only")
+        raise UserError(f"{path} is a {kind}: only PNG pictures carry settings")
     if text is None:
-        raise UserError(f"{path} carries no settings: it was saved without them or edited since")
+        raise UserError(f"{path} carries no settings: it was saved without them, or edited later")
     try:
         values = json.loads(text)
     except ValueError:
@@ -63,20 +77,21 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """`read_metadata` with everything in `RECORDED` there and of its type.
-
-    `loras` are (path, weight) pairs. `UserError` names what is missing or odd.
-    """
-    values = OLDER | read_metadata(path)
-    try:
-        values["loras"] = [(str(x["path"]), float(x["weight"])) for x in values["loras"]]
-    except (TypeError, ValueError, LookupError):
-        values["loras"] = None
-    for key, kinds in RECORDED.items():
-        if key not in values or not isinstance(values[key], kinds):
-            raise UserError(f"{path} has no usable '{key}' in its settings")
-    return values
+def read_settings(path: str | Path) -> Recorded:
+    """The settings in a picture's metadata; `UserError` names one that is missing or damaged."""
+    metadata = read_metadata(path)
+    values: dict[str, Any] = OLDER | metadata
+    # The shift follows from the model and its mode.
+    values.pop("time_shift", None)
+    with contextlib.suppress(TypeError, LookupError):
+        values["loras"] = [[lora["path"], lora["weight"]] for lora in values["loras"]]
+    settings, choice = (read_fields(kind, values) for kind in (DrawSettings, ModelChoice))
+    fields = {f.name for kind in (DrawSettings, ModelChoice) for f in dataclasses.fields(kind)}
+    for name in (*REQUIRED, *values):
+        empty = name in settings and settings[name] is None
+        if empty or (name in fields and name not in settings | choice):
+            raise UserError(f"{path} has no usable '{name}' in its settings")
+    return Recorded(DrawSettings(**settings), ModelChoice(**choice), metadata)
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:
@@ -91,7 +106,7 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) ->
 
 
 def save_picture(
-    image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None
+    image: Image.Image, path: str | Path, *, metadata: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a PNG whole or not at all, never over another file.
 
@@ -111,7 +126,7 @@ def save_picture(
                 with whole_file(candidate, replace=False) as partial:
                     partial.write_bytes(data)
             except FileExistsError:
-                # Another process took the name meanwhile.
+                # Another process has just created this file.
                 continue
             return candidate
     except OSError as error:
@@ -128,8 +143,8 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 
 def slug(prompt: str) -> str:
-    """A file name out of a prompt: "A red apple!" -> "a-red-apple"."""
-    words = "-".join(re.findall(r"\w+", normalise(prompt)))
+    """A file name made of a prompt: "A red apple!" -> "a-red-apple"."""
+    words = "-".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).lower()))
     # Names are limited in bytes, and a letter may have several.
     short = words.encode()[:80].decode(errors="ignore").strip("-_")
     return short or "snapgen"

@@ -36,7 +36,7 @@ def decibels(mean_squared_error: float, peak: float) -> float:
     return float(10 * np.log10(peak**2 / mean_squared_error))
 
 
-def psnr(found: np.ndarray, expected: np.ndarray, peak: float = 255.0) -> float:
+def psnr(found: np.ndarray, expected: np.ndarray, *, peak: float = 255.0) -> float:
     """Peak signal-to-noise ratio in dB of two arrays of one shape; `peak` is 255 for uint8."""
     return decibels(float(np.mean((found.astype(np.float64) - expected) ** 2)), peak)
 

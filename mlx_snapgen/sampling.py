@@ -1,12 +1,12 @@
 """Flow-matching sampling as pure functions.
 
 Noise level sigma runs from 1 (noise) to 0 (picture): x_t = (1 - sigma) x0 + sigma eps, and the
-network's velocity is v = eps - x0. Everything that knows the schedule calls this file.
+network's velocity is v = eps - x0. All code that needs the schedule calls this file.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -14,14 +14,15 @@ Velocity = Callable[[mx.array, float], mx.array]
 """(x_t (B, H, W, C), sigma) -> v of the same shape, guidance included."""
 
 
-class Step(NamedTuple):
-    """What the sampler knows after step `index` (from 0)."""
+@dataclass(frozen=True)
+class Step:
+    """The sampler's state after step `index` (from 0)."""
 
     index: int
     x_t: mx.array
     """Latents at the next noise level; the result after the last step."""
     x0: mx.array
-    """The estimate of the clean latents that this step saw."""
+    """The estimate of the clean latents at the start of the step."""
 
 
 def shift_time(t, shift: float):
@@ -112,7 +113,7 @@ def denoise(
         schedule: falling noise levels, as from `get_schedule`.
         fresh_noise: None takes Euler steps along the flow. A function that returns unit noise like
             `noise`, called with 1, 2, ..., puts it on each step's estimate instead, as models
-            distilled to few steps by distribution matching have learned it (DMD2 section 4.4).
+            distilled to few steps by distribution matching are trained (DMD2 section 4.4).
     """
     x_t = noise
     for i, (sigma, next_sigma) in enumerate(itertools.pairwise(schedule)):
@@ -123,4 +124,4 @@ def denoise(
         else:
             x_t = x0 if next_sigma == 0 else add_noise(x0, fresh_noise(i + 1), next_sigma)
         mx.eval(x_t, x0)
-        yield Step(i, x_t, x0)
+        yield Step(i, x_t, x0=x0)

@@ -1,9 +1,12 @@
-"""What a caller may set: the network's width, and how to draw. No mlx here."""
+"""What a caller may set: which model to load, at which width, and how to draw. No mlx here."""
 
 import dataclasses
 import math
 import operator
 import secrets
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +70,33 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
 
 
 @dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load and how. Equal choices give the same pipeline."""
+
+    model: str | None = None
+    """Folder, Hugging Face repository "owner/name", or None for the built-in model."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository."""
+    model_width: str = "full"
+    """Name of the network's width; only this sub-network stays in memory."""
+    quantize: int | None = None
+    """Bits, 2 to 8, to quantize the transformer to in memory; None leaves it as stored."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """(file, scale) of LoRAs to merge into the weights, before width and quantization."""
+    text_encoders: tuple[str, ...] | None = None
+    """Names of those to load, such as ("clip",); None loads all."""
+    keep_text_encoders: bool = False
+    """Keep them in memory while denoising. Otherwise they are freed first, and loaded again for
+    the next prompt that is not in the cache."""
+
+
+@dataclass(frozen=True)
 class DrawSettings:
     """How to draw a prompt. None means the model's own value (`resolved`)."""
 
     prompt: str = ""
     negative_prompt: str = ""
-    """What guidance leads away from; without effect at a guidance scale of 1."""
+    """What to keep out of the picture; no effect at a guidance scale of 1."""
     height: int | None = None
     width: int | None = None
     """Of the picture in pixels."""
@@ -85,7 +109,7 @@ class DrawSettings:
     time_shift: float | None = None
     """Shift of the noise levels (see `sampling.get_schedule`)."""
     attention_modulation: bool = False
-    """EDT's: every second block of the Up stage attends more to what is near."""
+    """EDT's: every second block of the Up stage attends more to near tokens."""
     seed: int | None = 0
     """Of the first picture; picture k is the one that seed + k draws alone. None is random."""
     num_images: int = 1
@@ -106,17 +130,17 @@ class DrawSettings:
         scale = mode.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if not math.isfinite(scale):
             raise UserError(f"guidance_scale must be a finite number, got {scale}")
-        num_images = whole_number("num_images", self.num_images, 1)
+        num_images = whole_number("num_images", self.num_images, least=1)
         seed = random_seed() if self.seed is None else self.seed
         return dataclasses.replace(
             self,
             height=height,
             width=width,
-            num_inference_steps=whole_number("num_inference_steps", steps, 1, MAX_STEPS),
+            num_inference_steps=whole_number("num_inference_steps", steps, least=1, most=MAX_STEPS),
             guidance_scale=scale,
             few_step=config.few_step is not None and mode is config.few_step,
             time_shift=mode.time_shift if self.time_shift is None else self.time_shift,
-            seed=whole_number("seed", seed, 0, MAX_SEED - num_images + 1),
+            seed=whole_number("seed", seed, least=0, most=MAX_SEED - num_images + 1),
             num_images=num_images,
         )
 
@@ -133,7 +157,7 @@ class DrawSettings:
         )
 
 
-def whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int:
+def whole_number(name: str, value: Any, *, least: int, most: int = MAX_SEED) -> int:
     """`value` as an int; `UserError` unless it is a whole number from `least` to `most`."""
     try:
         number = operator.index(value)
@@ -147,3 +171,34 @@ def whole_number(name: str, value: Any, least: int, most: int = MAX_SEED) -> int
 def random_seed() -> int:
     """A seed short enough to type."""
     return secrets.randbelow(2**32)
+
+
+def read_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the JSON `values` that are fields of the dataclass `kind` and have its types."""
+    hints, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        try:
+            found[field.name] = _read(hints[field.name], values[field.name])
+        except (LookupError, TypeError, ValueError):
+            continue
+    return found
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """`value` as the annotated type `kind`; TypeError or ValueError when it has another type."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        return _read(next(k for k in kind.__args__ if k is not types.NoneType), value)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise TypeError
+        parts = kind.__args__
+        if parts[-1] is Ellipsis:
+            return tuple(_read(parts[0], v) for v in value)
+        return tuple(_read(part, v) for part, v in zip(parts, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value

@@ -14,7 +14,7 @@ from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
-from tests.tiny import randomise
+from tests.tiny import randomize
 
 TEXT_DIMS = 32
 SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9}
@@ -130,7 +130,7 @@ def write_teacher(folder, config: TeacherConfig, seed=0):
         "autoencoder": make_autoencoder(config.autoencoder),
     }
     for name, module in parts.items():
-        randomise(module, seed)
+        randomize(module, seed)
         weights = dict(tree_flatten(module.parameters()))
         mx.save_safetensors(str(folder / f"{name}.safetensors"), weights)
     return folder

@@ -234,7 +234,12 @@ def main() -> None:
         _make_folder(args.output)
     components = load_pretrained(args.model, few_step=True)
     if args.lora:
-        load_lora(args.lora, components.transformer, 1.0, "scored", components.config.name)
+        load_lora(
+            args.lora,
+            components.transformer,
+            name="scored",
+            base_model=components.config.name,
+        )
     num_nouns = args.num_nouns or known_nouns(components)
     held = [width.name for width in held_widths(components.config)]
     widths = args.widths or held

@@ -48,7 +48,13 @@ def assemble(
         "recolourable": [n.name for n in nouns if n.recolour],
         "backgrounds": list(BACKGROUNDS),
     }
-    return Components(config, trained.transformer, pictures, trained.text_encoders, vocabulary)
+    return Components(
+        config=config,
+        transformer=trained.transformer,
+        autoencoder=pictures,
+        text_encoders=trained.text_encoders,
+        vocabulary=vocabulary,
+    )
 
 
 def main() -> None:
@@ -74,11 +80,17 @@ def main() -> None:
     config = load_config(args.config) if args.config else STICKERS
     components = assemble(args.flow, args.autoencoder, args.tokenizer, args.num_nouns, config)
     if args.few_step_lora:
-        load_lora(args.few_step_lora, components.transformer, 0.0, FEW_STEP)
+        load_lora(args.few_step_lora, components.transformer, weight=0.0, name=FEW_STEP)
         components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
     how = {"bits": args.bits, "group_size": 32}
     quantize = {"transformer": how, "text_encoder_0": how} if args.bits else None
-    save_pretrained(args.output, components, quantize, mx.bfloat16, {"LICENSE": NOTICE})
+    save_pretrained(
+        args.output,
+        components,
+        quantize=quantize,
+        dtype=mx.bfloat16,
+        texts={"LICENSE": NOTICE},
+    )
     size = sum(f.stat().st_size for f in args.output.iterdir())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 

@@ -89,9 +89,9 @@ def main() -> None:
     components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
     network, config = components.transformer, components.config
     if args.few_step_lora:
-        load_lora(args.few_step_lora, network, 0.0, FEW_STEP)
+        load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
     few_step = FEW_STEP if args.few_step_lora else None
-    own = CheckpointTeacher(network, components.text_encoders, few_step)
+    own = CheckpointTeacher(network, components.text_encoders, few_step=few_step)
     guidance = args.guidance
     if guidance is None:
         guidance = config.sampler.guidance_scale
@@ -140,7 +140,7 @@ def main() -> None:
     )
     if trainer.run() and trainer.is_main:
         model.update(tree_unflatten(list(load_ema(args.run_dir).items())))
-        save_lora(args.output, network, STUDENT, config.name)
+        save_lora(args.output, network, name=STUDENT, base_model=config.name)
         print(args.output)
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS, check_width, held_widths, parse_width
 from train.data.encoded import Pictures
@@ -233,7 +233,8 @@ def main() -> None:
     _tell_pictures(examples, skipped)
     if not args.dry_run:
         claim(args.run_dir, _settings(args, config, examples))
-    add_lora(network, args.rank, args.alpha, args.targets, NAME)
+    add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
+    train_only(network, NAME)
     network.checkpoint_blocks(args.save_memory)
     data = Pictures(components, examples, args.batch_size, args.seed, args.drop_caption, args.flip)
     captions = [example.caption for example in examples]
@@ -264,7 +265,7 @@ def main() -> None:
     )
     if trainer.run() and trainer.is_main:
         network.update(tree_unflatten(list(load_ema(args.run_dir).items())))
-        save_lora(args.output, network, NAME, config.name)
+        save_lora(args.output, network, name=NAME, base_model=config.name)
         model = f" --model {args.model}" if args.model else ""
         print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.base import Tokenizer
 from mlx_snapgen.settings import WIDTH_NAMES
 from train.data.encoded import Data
 from train.data.stickers.scenes import CATEGORIES

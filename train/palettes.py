@@ -189,7 +189,7 @@ def main() -> None:
         raise UserError(f"--prompts: more than {HELD_OUT} prompts are needed, a line for each")
     learned, held = captions[HELD_OUT:], captions[:HELD_OUT]
 
-    palettes = choose_palettes(components, args.bits, widths)
+    palettes = choose_palettes(components, args.bits, widths=widths)
     claim(
         args.run_dir,
         {"model": args.model or config.name, "captions": captions} | palettes.to_dict(),

@@ -9,7 +9,7 @@ import sentencepiece
 
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.stickers.scenes import scenes
 from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, NOUNS
 
@@ -25,7 +25,7 @@ def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
     names += [*COLOURS, *BACKGROUNDS]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain(map(normalise, captions), names * 20),
+        sentence_iterator=itertools.chain(map(normalize, captions), names * 20),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,

@@ -1,1 +1,1 @@
-"""The window: `python -m apps.desktop`. `settings`, `history` and `system` know no tkinter."""
+"""The window: `python -m apps.desktop`. `settings`, `history`, `system`: no tkinter."""

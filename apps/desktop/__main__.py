@@ -1,9 +1,9 @@
 """Open the window: `python -m apps.desktop`."""
 
-import argparse
 import signal
 from pathlib import Path
 
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 
 
@@ -11,14 +11,19 @@ def main() -> int:
     """Run until the window closes."""
     from apps.desktop.settings import data_folder
 
-    parser = argparse.ArgumentParser(prog="python -m apps.desktop", description="Draw in a window.")
-    parser.add_argument("picture", nargs="?", type=Path, help="a PNG to take the settings from")
+    parser = Parser(prog="python -m apps.desktop", description="Draw pictures in a window.")
+    parser.add_argument(
+        "picture",
+        nargs="?",
+        type=Path,
+        help="show this PNG and reuse the settings stored in it (default: no PNG)",
+    )
     parser.add_argument(
         "--data",
         type=Path,
         default=data_folder(),
         metavar="DIR",
-        help="where settings and history are kept (default: %(default)s)",
+        help="folder of settings and history (default: %(default)s)",
     )
     args = parser.parse_args()
     try:

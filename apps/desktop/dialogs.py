@@ -1,4 +1,4 @@
-"""Small windows beside the main one."""
+"""Dialogs."""
 
 import tkinter as tk
 from tkinter import ttk
@@ -6,8 +6,8 @@ from tkinter import ttk
 from apps.desktop.menus import SHORTCUTS
 
 
-def show_details(window, message: str, details: str) -> tk.Toplevel:
-    """A message with all that is known about it, to read and to copy."""
+def show_details(window, message: str, *, details: str | None) -> tk.Toplevel:
+    """A message with its details, to read and to copy."""
     top = _dialog(window, "Details")
     top.geometry("760x420")
     ttk.Label(top, text=message, wraplength=720, padding=12).pack(fill="x")
@@ -15,12 +15,12 @@ def show_details(window, message: str, details: str) -> tk.Toplevel:
     buttons.pack(side="bottom", fill="x")
     text = tk.Text(top, wrap="none", font="TkFixedFont", relief="flat", padx=8, pady=8)
     text.pack(fill="both", expand=True, padx=12)
-    text.insert("1.0", details)
+    text.insert("1.0", details or "")
     text.configure(state="disabled")
 
     def copy() -> None:
         window.clipboard_clear()
-        window.clipboard_append(f"{message}\n\n{details}")
+        window.clipboard_append(f"{message}\n\n{details or ''}")
 
     ttk.Button(buttons, text="Close", command=top.destroy).pack(side="right")
     ttk.Button(buttons, text="Copy", command=copy).pack(side="right", padx=8)

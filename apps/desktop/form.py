@@ -1,4 +1,4 @@
-"""The column of settings: everything a picture is drawn with."""
+"""The form: all settings of a picture."""
 
 import dataclasses
 import math
@@ -8,8 +8,10 @@ import tkinter as tk
 from collections.abc import Callable
 from pathlib import Path
 from tkinter import filedialog, ttk
+from typing import Any
 
 from apps.desktop.settings import Settings
+from apps.desktop.theme import Theme
 from apps.desktop.widgets import Column, Slider
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
@@ -25,18 +27,22 @@ RATIOS = (
     ("Wide 16:9", 16, 9),
     ("Tall 9:16", 9, 16),
 )
-FEW_STEP = {"Automatic": None, "On": True, "Off": False}
-QUANTIZE = {"As stored": None, "8 bits": 8, "4 bits": 4}
+CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Weights in memory", "quantize", {"As stored": None, "8 bits": 8, "4 bits": 4}),
+    ("Few-step mode", "few_step", {"Automatic": None, "On": True, "Off": False}),
+    ("Modulation (EDT)", "attention_modulation", {"Off": False, "On": True}),
+)
+"""Label, field of `ModelChoice` or `DrawSettings`, and values by what the form calls them."""
 
 
 class Form(Column):
     """Shows `Settings` and reads them back.
 
     Args:
-        load: called when another model is wanted.
+        load: called when the user selects another model.
     """
 
-    def __init__(self, master: tk.Misc, theme, load: Callable[[], None]):
+    def __init__(self, master: tk.Misc, theme: Theme, *, load: Callable[[], None]):
         super().__init__(master, width=300)
         self._theme, self._load = theme, load
         self._config: ModelConfig | None = None
@@ -44,8 +50,8 @@ class Form(Column):
         self.model, self.model_width = tk.StringVar(), tk.StringVar()
         self.steps, self.guidance = tk.StringVar(), tk.StringVar()
         self.size, self.num_images = tk.StringVar(), tk.StringVar()
-        self.few_step, self.quantize = tk.StringVar(), tk.StringVar()
-        self.text_encoders, self.modulation = tk.StringVar(), tk.BooleanVar()
+        self.text_encoders = tk.StringVar()
+        self._choices = {field: tk.StringVar() for _, field, _ in CHOICES}
         self._loras: list[tuple[str, tk.StringVar]] = []
         self.inside.configure(padding=(14, 10))
         self.inside.columnconfigure(0, weight=1)
@@ -61,7 +67,7 @@ class Form(Column):
     # --- reading and showing --------------------------------------------------------------------
 
     def read(self, base: Settings) -> Settings:
-        """`base` with what the form says; `UserError` names a field that makes no sense."""
+        """`base` with the values of the form; `UserError` names a wrong field."""
         size = self.size.get().strip()
         height = width = None
         if size:
@@ -71,61 +77,63 @@ class Form(Column):
             width, height = int(found[1]), int(found[2])
         names = [name.strip() for name in self.text_encoders.get().split(",") if name.strip()]
         model, revision = self._model_name()
-        return dataclasses.replace(
-            base,
-            prompt=self.prompt.get("1.0", "end").strip(),
-            negative_prompt=self.negative.get("1.0", "end").strip(),
-            seed=_number("seed", self.seed.get(), int) or 0,
-            seed_locked=self.locked.get(),
-            model=model,
-            revision=revision,
-            model_width=self.model_width.get(),
-            quantize=QUANTIZE[self.quantize.get()],
-            loras=tuple(
-                (path, _number("LoRA's scale", scale.get(), float)) for path, scale in self._loras
+        values = {field: choices[self._choices[field].get()] for _, field, choices in CHOICES}
+        values |= {
+            "prompt": self.prompt.get("1.0", "end").strip(),
+            "negative_prompt": self.negative.get("1.0", "end").strip(),
+            "seed": _number("seed", self.seed.get(), kind=int) or 0,
+            "height": height,
+            "width": width,
+            "num_inference_steps": _number(
+                "number of steps", self.steps.get(), kind=int, optional=True
             ),
-            text_encoders=tuple(names) or None,
-            height=height,
-            width=width,
-            num_inference_steps=_number("number of steps", self.steps.get(), int, optional=True),
-            guidance_scale=_number("guidance", self.guidance.get(), float, optional=True),
-            few_step=FEW_STEP[self.few_step.get()],
-            attention_modulation=self.modulation.get(),
-            num_images=_number("number of pictures", self.num_images.get(), int),
+            "guidance_scale": _number("guidance", self.guidance.get(), kind=float, optional=True),
+            "num_images": _number("number of pictures", self.num_images.get(), kind=int),
+            "model": model,
+            "revision": revision,
+            "model_width": self.model_width.get(),
+            "loras": tuple(
+                (path, _number("LoRA's scale", scale.get(), kind=float))
+                for path, scale in self._loras
+            ),
+            "text_encoders": tuple(names) or None,
+        }
+        draw, choice = (
+            dataclasses.replace(part, **{k: v for k, v in values.items() if k in vars(part)})
+            for part in (base.draw, base.choice)
         )
+        return dataclasses.replace(base, draw=draw, choice=choice, seed_locked=self.locked.get())
 
     def show(self, settings: Settings) -> None:
         """Fill all fields."""
-        for text, value in (
-            (self.prompt, settings.prompt),
-            (self.negative, settings.negative_prompt),
-        ):
+        draw, choice = settings.draw, settings.choice
+        for text, value in ((self.prompt, draw.prompt), (self.negative, draw.negative_prompt)):
             text.delete("1.0", "end")
             text.insert("1.0", value)
             text.edit_reset()
-        self.seed.set(str(settings.seed))
+        self.seed.set(str(draw.seed))
         self.locked.set(settings.seed_locked)
-        revision = "" if settings.revision is None else f"@{settings.revision}"
-        self.model.set(DEFAULT_MODEL if settings.model is None else settings.model + revision)
+        revision = "" if choice.revision is None else f"@{choice.revision}"
+        self.model.set(DEFAULT_MODEL if choice.model is None else choice.model + revision)
         self._model_field.configure(values=[DEFAULT_MODEL, *settings.recent_models])
-        self.model_width.set(settings.model_width)
-        known = settings.height is not None and settings.width is not None
-        self.size.set(f"{settings.width} × {settings.height}" if known else "")  # noqa: RUF001
-        steps, scale = settings.num_inference_steps, settings.guidance_scale
+        self.model_width.set(choice.model_width)
+        known = draw.height is not None and draw.width is not None
+        self.size.set(f"{draw.width} × {draw.height}" if known else "")  # noqa: RUF001
+        steps, scale = draw.num_inference_steps, draw.guidance_scale
         self.steps.set("" if steps is None else str(steps))
         self.guidance.set("" if scale is None else f"{scale:g}")
-        self.num_images.set(str(settings.num_images))
-        self.few_step.set(_key(FEW_STEP, settings.few_step))
-        self.quantize.set(_key(QUANTIZE, settings.quantize))
-        self.text_encoders.set(", ".join(settings.text_encoders or ()))
-        self.modulation.set(settings.attention_modulation)
-        self._loras = [(path, tk.StringVar(value=f"{w:g}")) for path, w in settings.loras]
+        self.num_images.set(str(draw.num_images))
+        values = vars(draw) | vars(choice)
+        for _, field, choices in CHOICES:
+            self._choices[field].set(_key(choices, values[field]))
+        self.text_encoders.set(", ".join(choice.text_encoders or ()))
+        self._loras = [(path, tk.StringVar(value=f"{w:g}")) for path, w in choice.loras]
         self._show_loras()
         if self._config is not None:
             self._fill(self._config)
 
     def adopt(self, config: ModelConfig, forget: bool) -> None:
-        """Offer what a loaded model has; `forget` the numbers that suited another one."""
+        """Offer the widths and sizes of a loaded model; `forget` clears those of another one."""
         self._config = config
         if forget:
             for variable in (self.steps, self.guidance, self.size):
@@ -144,11 +152,11 @@ class Form(Column):
         self._fill(config)
 
     def new_seed(self) -> None:
-        """Roll the dice."""
+        """A random seed."""
         self.seed.set(str(secrets.randbelow(2**32)))
 
     def _fill(self, config: ModelConfig) -> None:
-        """The model's own numbers where a field is empty."""
+        """Fill empty fields with the model's own numbers."""
         sampler = config.sampler_for(None, None)
         height, width = config.image_size
         for variable, value in (
@@ -193,8 +201,8 @@ class Form(Column):
         )
         text.grid(sticky="ew")
         # Tab leaves the field, as everywhere but in editors.
-        text.bind("<Tab>", lambda e: (e.widget.tk_focusNext().focus_set(), "break")[1])
-        text.bind("<Shift-Tab>", lambda e: (e.widget.tk_focusPrev().focus_set(), "break")[1])
+        text.bind("<Tab>", lambda _: _focus(text.tk_focusNext()))
+        text.bind("<Shift-Tab>", lambda _: _focus(text.tk_focusPrev()))
         return text
 
     def _seed(self) -> None:
@@ -204,7 +212,7 @@ class Form(Column):
         row.columnconfigure(0, weight=1)
         entry = ttk.Entry(row, textvariable=self.seed, width=12)
         entry.grid(row=0, column=0, sticky="ew")
-        # Whoever types a seed wants that one.
+        # A typed seed is kept.
         entry.bind("<Key>", lambda e: e.char.isdigit() and self.locked.set(True), add=True)
         ttk.Button(row, text="Roll", width=5, command=self.new_seed).grid(row=0, column=1, padx=6)
         ttk.Checkbutton(row, text="Keep", variable=self.locked).grid(row=0, column=2)
@@ -232,7 +240,7 @@ class Form(Column):
             ("Steps", self.steps, 1, 50, 1),
             ("Guidance", self.guidance, 1, 10, 0.5),
         ):
-            slider = Slider(self.inside, label, variable, low, high, by)
+            slider = Slider(self.inside, label, variable=variable, low=low, high=high, by=by)
             slider.grid(sticky="ew", pady=(0, 6))
         row = self._row("Size")
         self._size_field = ttk.Combobox(row, textvariable=self.size, width=19)
@@ -307,20 +315,18 @@ class Form(Column):
 
     def _more(self) -> None:
         self._heading("More")
-        for label, variable, choices in (
-            ("Weights in memory", self.quantize, QUANTIZE),
-            ("Few-step mode", self.few_step, FEW_STEP),
-        ):
+        for label, field, choices in CHOICES:
             row = self._row(label)
             box = ttk.Combobox(
-                row, textvariable=variable, values=list(choices), state="readonly", width=10
+                row,
+                textvariable=self._choices[field],
+                values=list(choices),
+                state="readonly",
+                width=10,
             )
             box.grid(row=0, column=1, sticky="e")
         row = self._row("Text encoders")
         ttk.Entry(row, textvariable=self.text_encoders, width=12).grid(row=0, column=1, sticky="e")
-        ttk.Checkbutton(
-            self.inside, text="Modulate attention (EDT)", variable=self.modulation
-        ).grid(sticky="w", pady=(4, 10))
 
     def _row(self, label: str, heading: bool = False) -> ttk.Frame:
         row = ttk.Frame(self.inside)
@@ -331,6 +337,12 @@ class Form(Column):
         return row
 
 
+def _focus(widget: tk.Misc | None) -> str:
+    if widget is not None:
+        widget.focus_set()
+    return "break"
+
+
 def _key(choices: dict, value) -> str:
     return next((key for key, v in choices.items() if v == value), next(iter(choices)))
 
@@ -339,7 +351,7 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _number(name: str, text: str, kind: type, optional: bool = False):
+def _number(name: str, text: str, *, kind: type, optional: bool = False):
     """`text` as a number; `UserError` names the field."""
     text = text.strip().replace(",", ".") if kind is float else text.strip()
     if not text and optional:

@@ -1,4 +1,4 @@
-"""The pictures drawn lately: PNG files in a folder, so that they outlive the window."""
+"""The latest pictures, as PNG files in a folder."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The name that the picture suggests for itself, without ending."""
+        """File name to save the picture as, without ending."""
         return self.path.stem.partition("_")[2] or "snapgen"
 
 
@@ -34,7 +34,7 @@ class History:
         return sorted(self.folder.glob("[0-9]*-[0-9]*_*.png"), reverse=True)
 
     def load(self) -> Iterator[tuple[Entry, Image.Image]]:
-        """All entries with their thumbnails, the newest first; damaged files are passed over."""
+        """All entries with their thumbnails, the newest first; damaged files are skipped."""
         for path in self.paths():
             try:
                 with Image.open(path) as image:
@@ -44,7 +44,7 @@ class History:
             yield Entry(path), small
 
     def add(self, name: str, png: bytes) -> Entry:
-        """Keep a picture; raises OSError."""
+        """Add a picture; raises OSError."""
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + f"{int(now % 1 * 1e6):06d}"
         path = self.folder / f"{stamp}_{name}.png"
@@ -55,7 +55,7 @@ class History:
         return Entry(path)
 
     def delete(self, entry: Entry) -> None:
-        """Forget a picture and delete its file."""
+        """Delete a picture and its file."""
         entry.path.unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ def build_menus(window) -> None:
     modifier, label = ("Command", "Command-") if mac else ("Control", "Ctrl+")
     bar = tk.Menu(window, tearoff=False)
 
-    def item(menu: tk.Menu, text: str, command, key: str | None = None) -> None:
+    def item(menu: tk.Menu, text: str, *, command, key: str | None = None) -> None:
         shown = ""
         if key is not None:
             shown = label + (key if mac else key.replace("-", "+"))
@@ -40,11 +40,11 @@ def build_menus(window) -> None:
         return menu
 
     file = submenu("File")
-    item(file, "Open Picture…", window.pictures.open, "O")
-    item(file, "Save Picture…", window.pictures.save, "S")
+    item(file, "Open Picture…", command=window.pictures.open, key="O")
+    item(file, "Save Picture…", command=window.pictures.save, key="S")
     if not mac:
         file.add_separator()
-        item(file, "Quit", window.close, "Q")
+        item(file, "Quit", command=window.close, key="Q")
 
     edit = submenu("Edit")
     for text, event, key in (
@@ -61,14 +61,14 @@ def build_menus(window) -> None:
         )
 
     picture = submenu("Picture")
-    item(picture, "Generate or Cancel", window.toggle, "Return")
-    item(picture, "New Seed", window.form.new_seed, "D")
-    item(
-        picture, "Keep the Seed", lambda: window.form.locked.set(not window.form.locked.get()), "L"
-    )
+    locked = window.form.locked
+    item(picture, "Generate or Cancel", command=window.toggle, key="Return")
+    item(picture, "New Seed", command=window.form.new_seed, key="D")
+    item(picture, "Keep the Seed", command=lambda: locked.set(not locked.get()), key="L")
     picture.add_separator()
-    item(picture, "Copy Picture", window.pictures.copy, "Shift-C")
-    item(picture, "Show in Finder" if system.MAC else "Show in Folder", window.pictures.reveal, "R")
+    item(picture, "Copy Picture", command=window.pictures.copy, key="Shift-C")
+    show = "Show in Finder" if system.MAC else "Show in Folder"
+    item(picture, show, command=window.pictures.reveal, key="R")
     picture.add_command(
         label="Delete from History…",
         command=window.pictures.delete,
@@ -89,14 +89,14 @@ def build_menus(window) -> None:
     window.appearance = chosen
 
     help_menu = submenu("Help")
-    item(help_menu, "Keyboard Shortcuts", window.show_shortcuts)
+    item(help_menu, "Keyboard Shortcuts", command=window.show_shortcuts)
 
     popup = tk.Menu(window, tearoff=False)
     for text, command in (
         ("Use Settings", lambda: window.pictures.restore(window.strip.selected)),
         ("Save…", window.pictures.save),
         ("Copy", window.pictures.copy),
-        ("Show in Finder" if system.MAC else "Show in Folder", window.pictures.reveal),
+        (show, window.pictures.reveal),
         ("Delete…", window.pictures.delete),
     ):
         popup.add_command(label=text, command=command)

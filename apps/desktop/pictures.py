@@ -1,4 +1,4 @@
-"""What the window does with its pictures: the history's, and those in files."""
+"""The window's actions on pictures, in its history and in files."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
 
 BUDGET = 0.015
-"""Seconds of thumbnails at a time, so that the window is there at once."""
+"""Seconds of thumbnails at a time, so that the window opens at once."""
 
 
 class Pictures:
@@ -24,7 +24,7 @@ class Pictures:
         self._old = window.history.load()
 
     def load_history(self) -> None:
-        """Fill the strip with what was drawn earlier, a few thumbnails at a time."""
+        """Fill the strip with earlier pictures, a few thumbnails at a time."""
         started = time.perf_counter()
         for entry, small in self._old:
             if entry not in self._window.strip.entries:
@@ -34,7 +34,7 @@ class Pictures:
                 return
 
     def restore(self, entry: Entry) -> None:
-        """Show a picture of the history and take its settings into the form."""
+        """Show a picture of the history, and its settings in the form."""
         if self._window.run is None or not self._window.run.draws:
             self.open_picture(entry.path)
         else:
@@ -42,7 +42,7 @@ class Pictures:
         self._window.update_buttons()
 
     def open_picture(self, path: Path) -> None:
-        """Take the settings out of a PNG, and show it."""
+        """Show a PNG, and its settings in the form."""
         if self._restore_settings(path):
             with Image.open(path) as image:
                 self._window.view.show(image.convert("RGB"))
@@ -63,13 +63,13 @@ class Pictures:
         return True
 
     def open(self) -> None:
-        """Ask for a PNG to take the settings from."""
+        """Open the dialog for a PNG, then `open_picture`."""
         path = filedialog.askopenfilename(parent=self._window, filetypes=[("PNG", "*.png")])
         if path:
             self.open_picture(Path(path))
 
     def save(self) -> None:
-        """Ask where to, and save the selected picture."""
+        """Open the dialog for a path, then save the selected picture."""
         entry = self._window.strip.selected
         if entry is None:
             return
@@ -84,7 +84,7 @@ class Pictures:
             self.save_to(entry, Path(path))
 
     def save_to(self, entry: Entry, path: Path) -> None:
-        """Save a picture of the history with its settings; the dialog has asked about replacing."""
+        """Save a picture of the history with its settings; an existing file is replaced."""
         try:
             with whole_file(path) as partial:
                 partial.write_bytes(entry.path.read_bytes())
@@ -102,7 +102,7 @@ class Pictures:
         """Show the selected picture's file."""
         self._with_selected(system.reveal, "")
 
-    def _with_selected(self, action, said: str) -> None:
+    def _with_selected(self, action, status: str) -> None:
         if self._window.strip.selected is None:
             return
         try:
@@ -110,10 +110,10 @@ class Pictures:
         except UserError as error:
             self._window.complain(str(error))
         else:
-            self._window.status.set(said)
+            self._window.status.set(status)
 
     def delete(self) -> None:
-        """Delete the selected picture from the history, after asking."""
+        """Delete the selected picture from the history, if the user confirms."""
         entry = self._window.strip.selected
         question = "Delete this picture from the history? Saved copies stay."
         if entry is not None and messagebox.askokcancel("Delete", question, parent=self._window):

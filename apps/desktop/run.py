@@ -1,9 +1,10 @@
-"""What is known about the job that runs: how far it is and how long it will take."""
+"""Progress of the running job, and the time it still takes."""
 
 import time
 from collections.abc import Callable
 
 from apps.worker.messages import Downloading, Event, Loaded, Loading, Picture, Progress
+from mlx_snapgen.settings import DrawSettings
 
 
 class Run:
@@ -11,35 +12,36 @@ class Run:
 
     Args:
         job: its number.
-        draws: False when it only loads a model.
+        settings: None when it only loads a model.
         clock: seconds.
     """
 
     def __init__(
         self,
         job: int,
-        draws: bool,
-        num_images: int = 1,
+        settings: DrawSettings | None,
+        *,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.job, self.draws, self.num_images, self._clock = job, draws, num_images, clock
+        self.job, self.draws, self._clock = job, settings is not None, clock
+        self.num_images = 1 if settings is None else settings.num_images
         self.status = ""
         self.share = 0.0
         """Of the work, 0 to 1."""
         self.between_steps = False
-        """Whether the worker looks out for a cancel; it does not while it loads."""
+        """Whether the job can be cancelled; it cannot while the model loads."""
         self.downloading = False
         self._started = clock()
         self._seconds: list[float] = []
 
     @property
     def can_cancel(self) -> bool:
-        """Whether there is something worth stopping."""
+        """Whether the button cancels: while drawing or downloading."""
         return self.draws or self.downloading
 
     @property
     def summary(self) -> str:
-        """What to say at the end."""
+        """Status text at the end."""
         count = len(self._seconds)
         if not count:
             return ""
@@ -49,7 +51,7 @@ class Run:
     def take(self, event: Event) -> None:
         """Update `status` and `share`."""
         self.downloading = isinstance(event, Downloading)
-        if self.downloading:
+        if isinstance(event, Downloading):
             self.share = event.done / event.total if event.total else 0.0
             done, total = event.done / 1e6, event.total / 1e6
             left = self._left(self.share)
@@ -59,7 +61,7 @@ class Run:
             self.status = "Loading the model…"
         elif isinstance(event, Loaded):
             self.share, self._started, self.between_steps = 0.0, self._clock(), True
-            self.status = "Reading the prompt…" if self.draws else "Ready"
+            self.status = "Encoding the prompt…" if self.draws else "Ready"
         elif isinstance(event, Progress):
             done = event.image * event.num_steps + event.index + 1
             self.share = done / (self.num_images * event.num_steps)

@@ -1,4 +1,4 @@
-"""What each desktop does its own way: clipboard, file manager, dark mode."""
+"""What differs between desktops: clipboard, file manager, dark mode."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def reveal(path: Path) -> None:
 
 
 def prefers_dark() -> bool:
-    """Whether the desktop is set to dark; False where it does not say."""
+    """Whether the desktop is in dark mode; False if that cannot be found out."""
     if MAC:
         command = ["defaults", "read", "-g", "AppleInterfaceStyle"]
     elif shutil.which("gsettings"):
@@ -44,10 +44,10 @@ def prefers_dark() -> bool:
     else:
         return False
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=2).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=2).stdout
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return "dark" in said.lower()
+    return "dark" in answer.lower()
 
 
 def _is_wayland() -> bool:
@@ -57,7 +57,7 @@ def _is_wayland() -> bool:
 def _run(command: list[str], stdin: Path | None = None) -> None:
     try:
         with open(stdin or "/dev/null", "rb") as source:
-            # xclip and wl-copy stay to serve the clipboard, so their output must not be a pipe.
+            # xclip and wl-copy keep running for the clipboard: their output must not be a pipe.
             subprocess.run(
                 command,
                 stdin=source,

@@ -1,8 +1,9 @@
-"""Light and dark. On a Mac the native theme draws; elsewhere ttk's clam in these colours."""
+"""Light and dark. On a Mac the native theme draws; elsewhere ttk's clam in these colors."""
 
 import tkinter as tk
 from dataclasses import dataclass
 from tkinter import font, ttk
+from typing import Any, cast
 
 from apps.desktop.system import prefers_dark
 
@@ -52,7 +53,7 @@ DARK = Palette(
 
 
 class Theme:
-    """Colours of all widgets below `root`; `palette` is the one in use."""
+    """Colors of all widgets below `root`; `palette` is the one in use."""
 
     def __init__(self, root: tk.Tk):
         self._root = root
@@ -81,36 +82,39 @@ class Theme:
         self.paint(self._root)
 
     def paint(self, widget: tk.Misc) -> None:
-        """Colour the widgets that ttk's styles do not reach, from `widget` down."""
+        """Color the widgets that ttk's styles do not reach, from `widget` down."""
         p = self.palette
         # On a Mac these names follow the system's appearance by themselves.
         window = "systemWindowBackgroundColor" if self.native else p.window
         field = "systemTextBackgroundColor" if self.native else p.field
         text = "systemTextColor" if self.native else p.text
         kind = widget.winfo_class()
+        style: dict[str, Any] = {}
         if isinstance(widget, tk.Tk | tk.Toplevel):
-            widget.configure(background=window)
+            style = {"background": window}
         elif kind == "Text":
-            widget.configure(
-                background=field,
-                foreground=text,
-                insertbackground=text,
-                selectbackground=p.accent,
-                selectforeground="#ffffff",
-                highlightbackground=p.border,
-                highlightcolor=p.accent,
-            )
+            style = {
+                "background": field,
+                "foreground": text,
+                "insertbackground": text,
+                "selectbackground": p.accent,
+                "selectforeground": "#ffffff",
+                "highlightbackground": p.border,
+                "highlightcolor": p.accent,
+            }
         elif kind == "Canvas":
             stage = getattr(widget, "on_stage", False)
-            widget.configure(background=p.stage if stage else window)
+            style = {"background": p.stage if stage else window}
         elif kind == "Menu" and not self.native:
-            widget.configure(
-                background=p.window,
-                foreground=p.text,
-                activebackground=p.accent,
-                activeforeground="#ffffff",
-                borderwidth=0,
-            )
+            style = {
+                "background": p.window,
+                "foreground": p.text,
+                "activebackground": p.accent,
+                "activeforeground": "#ffffff",
+                "borderwidth": 0,
+            }
+        if style:
+            cast(tk.Widget, widget).configure(**style)
         widget.event_generate("<<Painted>>")
         for child in widget.winfo_children():
             self.paint(child)
@@ -143,12 +147,12 @@ class Theme:
         )
         flat = {"lightcolor": p.button, "darkcolor": p.button}
         hover = [("disabled", p.window), ("pressed", p.border), ("active", p.hover)]
-        grey = [("disabled", p.muted)]
+        gray = [("disabled", p.muted)]
         for name in ("TButton", "Toolbutton", "TMenubutton"):
             style.configure(
                 name, background=p.button, padding=(9, 4), anchor="center", width=-5, **flat
             )
-            style.map(name, background=hover, foreground=grey, lightcolor=hover, darkcolor=hover)
+            style.map(name, background=hover, foreground=gray, lightcolor=hover, darkcolor=hover)
         chosen = [("selected", p.accent), *hover]
         style.map(
             "Toolbutton",
@@ -192,7 +196,8 @@ class Theme:
         for way, sticky in (("Horizontal", "we"), ("Vertical", "ns")):
             thumb = (f"{way}.Scrollbar.thumb", {"expand": "1", "sticky": "nswe"})
             trough = (f"{way}.Scrollbar.trough", {"children": [thumb], "sticky": sticky})
-            style.layout(f"{way}.TScrollbar", [trough])
+            layout: Any = [trough]
+            style.layout(f"{way}.TScrollbar", layout)
         style.configure("TScrollbar", arrowsize=9, bordercolor=p.window)
         style.configure("TScrollbar", background=p.button, troughcolor=p.window, gripcount=0)
         bare = [("disabled", p.window)]
@@ -222,7 +227,7 @@ class Theme:
             thickness=6,
         )
         self._named_styles(style)
-        # The list of a combobox is a Tk listbox: made later, and coloured only through options.
+        # The list of a combobox is a Tk listbox: made later, and colored only through options.
         for option, value in (
             ("background", p.field),
             ("foreground", p.text),

@@ -1,5 +1,5 @@
 """Widgets that ttk lacks: the picture, the film strip, a scrolling column, a slider with a number,
-and the banner that says what went wrong."""
+and the banner for messages."""
 
 import tkinter as tk
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from tkinter import ttk
 from PIL import Image, ImageTk
 
 from apps.desktop.history import THUMBNAIL, Entry
+from apps.desktop.theme import Theme
 
 MARGIN = 12
 
@@ -19,11 +20,11 @@ def fit(size: tuple[int, int], space: tuple[int, int]) -> tuple[int, int]:
 
 
 class PictureView(tk.Canvas):
-    """One picture, as large as the space allows, or a hint while there is none."""
+    """One picture, as large as the space allows, or a hint without a picture."""
 
     on_stage = True
 
-    def __init__(self, master: tk.Misc, hint: str, theme):
+    def __init__(self, master: tk.Misc, hint: str, *, theme: Theme):
         super().__init__(master, highlightthickness=0, width=320, height=240)
         self._theme, self._hint = theme, hint
         self.image: Image.Image | None = None
@@ -35,7 +36,7 @@ class PictureView(tk.Canvas):
         self.bind("<<Painted>>", lambda _: self._draw())
 
     def show(self, image: Image.Image | None, scaled: Image.Image | None = None) -> None:
-        """Show a picture; `scaled` is a copy already made for `space`, to save time here."""
+        """Show a picture; `scaled` is a copy already resized to `space`."""
         self.image = image
         if image is not None:
             size = fit(image.size, self.space)
@@ -92,7 +93,8 @@ class Filmstrip(ttk.Frame):
     def __init__(
         self,
         master: tk.Misc,
-        theme,
+        theme: Theme,
+        *,
         choose: Callable[[Entry], None],
         menu: Callable[[Entry, int, int], None],
         limit: int,
@@ -122,7 +124,7 @@ class Filmstrip(ttk.Frame):
             self._canvas.bind(button, lambda _, way=way: self._canvas.xview_scroll(way, "units"))
         self._canvas.bind("<<Painted>>", lambda _: self._mark())
 
-    def add(self, entry: Entry, thumbnail: Image.Image, at_end: bool = False) -> None:
+    def add(self, entry: Entry, thumbnail: Image.Image, *, at_end: bool = False) -> None:
         """Put an entry first, or last while older ones are being loaded."""
         photo = ImageTk.PhotoImage(thumbnail, master=self)
         if at_end:
@@ -139,7 +141,7 @@ class Filmstrip(ttk.Frame):
         self._mark()
 
     def remove(self, entry: Entry) -> None:
-        """Take an entry out."""
+        """Remove an entry."""
         if entry in self.entries:
             self._remove(self.entries.index(entry))
             self._mark()
@@ -150,14 +152,14 @@ class Filmstrip(ttk.Frame):
         self._mark()
 
     def step(self, by: int) -> None:
-        """Choose the neighbour of the selected entry."""
+        """Choose the neighbor of the selected entry."""
         if self.entries:
             index = self.entries.index(self.selected) + by if self.selected in self.entries else 0
             if 0 <= index < len(self.entries):
                 self._pick(index)
 
-    def _scrolled(self, first: str, last: str) -> None:
-        self._bar.set(first, last)
+    def _scrolled(self, first: float | str, last: float | str) -> None:
+        self._bar.set(float(first), float(last))
         self._bar.state(["disabled" if float(first) <= 0 and float(last) >= 1 else "!disabled"])
 
     def _remove(self, index: int) -> None:
@@ -207,7 +209,7 @@ class Filmstrip(ttk.Frame):
                 self._cell / 2,
                 anchor="w",
                 tags="mark",
-                text="Your pictures will gather here.",
+                text="Your pictures appear here.",
                 fill=self._theme.palette.muted,
             )
         elif self.selected in self.entries:
@@ -239,7 +241,7 @@ class Column(ttk.Frame):
         self._canvas.bind("<Configure>", lambda e: self._canvas.itemconfigure(item, width=e.width))
 
     def bind_wheel(self) -> None:
-        """Scroll from wherever the pointer is; call when all widgets are there."""
+        """Scroll wherever the pointer is; call after all widgets are created."""
 
         def over(widget: tk.Misc) -> None:
             if widget.winfo_class() not in ("Text", "TCombobox", "TSpinbox"):
@@ -258,8 +260,8 @@ class Column(ttk.Frame):
     def _measure(self, _event: tk.Event) -> None:
         self._canvas.configure(scrollregion=self._canvas.bbox("all"))
 
-    def _scrolled(self, first: str, last: str) -> None:
-        self._bar.set(first, last)
+    def _scrolled(self, first: float | str, last: float | str) -> None:
+        self._bar.set(float(first), float(last))
         if float(first) <= 0 and float(last) >= 1:
             self._bar.pack_forget()
         else:
@@ -276,6 +278,7 @@ class Slider(ttk.Frame):
         self,
         master: tk.Misc,
         label: str,
+        *,
         variable: tk.StringVar,
         low: float,
         high: float,
@@ -308,12 +311,13 @@ class Slider(ttk.Frame):
 
 
 class Banner(ttk.Frame):
-    """One line that needs reading, with a button for more; hidden when there is none."""
+    """One message, with a button for its details; hidden without a message."""
 
-    def __init__(self, master: tk.Misc, details: Callable[[str, str], None]):
+    def __init__(self, master: tk.Misc, details: Callable[[str, str | None], object]):
         super().__init__(master, style="Banner.TFrame", padding=(12, 6))
         self._show_details = details
-        self.message, self.details = "", None
+        self.message = ""
+        self.details: str | None = None
         self._label = ttk.Label(self, style="Banner.TLabel", justify="left")
         self._close = ttk.Button(self, text="Dismiss", command=self.hide)
         self._more = ttk.Button(self, text="Details…", command=self._open)
@@ -322,7 +326,7 @@ class Banner(ttk.Frame):
         self.bind("<Configure>", lambda e: self._wrap(e.width))
 
     def show(self, message: str, details: str | None = None) -> None:
-        """Show a message; `details` go behind a button."""
+        """Show a message; a button opens the `details`."""
         self.message, self.details = message, details
         self._label.configure(text=message)
         self._more.pack_forget()

@@ -30,18 +30,18 @@ from apps.worker.messages import (
     Job,
     Loaded,
     Loading,
-    ModelChoice,
     Notice,
     Picture,
     Progress,
 )
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.settings import ModelChoice
 
 POLL_BUSY, POLL_IDLE = 15, 60
-"""Milliseconds between two looks for what the worker says."""
+"""Milliseconds between two polls of the worker's events."""
 BUDGET = 0.015
-"""Seconds of one look; the rest waits, so that the window stays alive."""
+"""Seconds of one poll; the other events wait, so that the window stays responsive."""
 HISTORY_LIMIT = 100
 
 
@@ -88,19 +88,23 @@ class Window(tk.Tk):
         side = ttk.Frame(self)
         side.grid(row=0, column=0, rowspan=4, sticky="ns")
         side.rowconfigure(0, weight=1)
-        self.form = Form(side, self.theme, self.load_model)
+        self.form = Form(side, self.theme, load=self.load_model)
         self.form.grid(row=0, column=0, sticky="nsew")
         self.go = ttk.Button(side, text="Generate", style="Accent.TButton", command=self.toggle)
         self.go.grid(row=1, column=0, sticky="ew", padx=14, pady=12)
         key = "⌘↩" if self.theme.native else "Ctrl+Return"
-        self.view = PictureView(self, f"Say what to draw,\nthen press {key}.", self.theme)
+        self.view = PictureView(self, f"Describe a picture,\nthen press {key}.", theme=self.theme)
         self.view.grid(row=0, column=1, sticky="nsew")
-        self.banner = Banner(self, lambda *texts: show_details(self, *texts))
+        self.banner = Banner(self, lambda text, details: show_details(self, text, details=details))
         self.banner.grid(row=1, column=1, sticky="ew")
         self.banner.hide()
         self._build_bar()
         self.strip = Filmstrip(
-            self, self.theme, self.pictures.restore, self.pictures.show_menu, self.history.limit
+            self,
+            self.theme,
+            choose=self.pictures.restore,
+            menu=self.pictures.show_menu,
+            limit=self.history.limit,
         )
         self.strip.grid(row=3, column=1, sticky="ew", padx=(4, 8), pady=(0, 6))
 
@@ -135,7 +139,7 @@ class Window(tk.Tk):
             except tk.TclError:
                 return
             self.update_idletasks()
-            # A screen that is gone would take the window with it.
+            # The screen of the last time may be gone.
             x, y = self.winfo_x(), self.winfo_y()
             if not (-50 <= x < self.winfo_screenwidth() and -50 <= y < self.winfo_screenheight()):
                 self.geometry("+40+40")
@@ -143,32 +147,33 @@ class Window(tk.Tk):
     # --- drawing --------------------------------------------------------------------------------
 
     def toggle(self) -> None:
-        """Generate, or cancel what runs."""
+        """Generate, or cancel the running job."""
         if self.run is not None and self.run.can_cancel:
             self.cancel()
         else:
             self.generate()
 
     def generate(self) -> None:
-        """Draw what the form says."""
+        """Draw with the settings of the form."""
         if self.run is not None and self.run.draws:
             return
         try:
             settings = self.form.read(self.settings)
-            if not settings.prompt:
+            if not settings.draw.prompt:
                 raise UserError("the prompt is empty: say what to draw")
         except UserError as error:
             self.complain(str(error))
             return
         if not settings.seed_locked:
             self.form.new_seed()
-            settings = dataclasses.replace(settings, seed=int(self.form.seed.get()))
+            draw = dataclasses.replace(settings.draw, seed=int(self.form.seed.get()))
+            settings = dataclasses.replace(settings, draw=draw)
         self.remember(settings)
         self.banner.hide()
-        self._start(settings.job())
+        self._start(Job(settings.choice, settings.draw))
 
     def load_model(self) -> None:
-        """Load the model of the form, fetching it first if need be."""
+        """Load the model of the form, after downloading it if necessary."""
         if self.run is not None and self.run.draws:
             return
         if self.run is not None:
@@ -179,7 +184,7 @@ class Window(tk.Tk):
             self.complain(str(error))
             return
         self.remember(settings)
-        self._start(Job(settings.choice(), None))
+        self._start(Job(settings.choice))
 
     def cancel(self) -> None:
         """Stop after this step; a download or a load stops at once."""
@@ -193,26 +198,25 @@ class Window(tk.Tk):
 
     def _start(self, job: Job) -> None:
         number = self.worker.submit(job)
-        self.run = Run(number, draws=job.prompt is not None, num_images=job.num_images)
+        self.run = Run(number, job.settings)
         self.progress.configure(value=0)
         self.status.set("Starting…")
         self.update_buttons()
 
     def remember(self, settings: Settings) -> None:
-        """Keep what the form says, also for the next time."""
-        if settings.model is not None:
-            name = settings.model
-            if settings.revision is not None:
-                name += f"@{settings.revision}"
+        """Save the settings of the form for the next start."""
+        model, revision = settings.choice.model, settings.choice.revision
+        if model is not None:
+            name = model if revision is None else f"{model}@{revision}"
             others = [m for m in settings.recent_models if m != name]
             settings = dataclasses.replace(settings, recent_models=(name, *others[:7]))
         self.settings = settings
         self._save_settings()
 
-    # --- what the worker says -------------------------------------------------------------------
+    # --- events of the worker --------------------------------------------------------------------
 
     def _deliver(self, event: Event) -> None:
-        """In the worker's thread: all that takes time and touches no widget."""
+        """Called in the worker's thread: the slow work that needs no widget."""
         extra = None
         if isinstance(event, Progress) and event.preview is not None:
             image = Image.frombytes("RGB", event.size, event.preview)
@@ -222,8 +226,8 @@ class Window(tk.Tk):
             try:
                 entry = self.history.add(event.name, event.png)
             except OSError as error:
-                # The next event is shown after this one: the picture itself is not lost.
-                self._events.put((Notice(event.job, f"cannot keep pictures: {error}"), None))
+                # The picture is still shown.
+                self._events.put((Notice(event.job, f"cannot save pictures: {error}"), None))
                 entry = None
             extra = image, scale(image, self.view.space), entry, thumbnail(image)
         self._events.put((event, extra))
@@ -236,10 +240,11 @@ class Window(tk.Tk):
                 event, extra = self._events.get_nowait()
             except queue.Empty:
                 break
-            if self.run is None or event.job != self.run.job:
+            run = self.run
+            if run is None or event.job != run.job:
                 continue
-            # Of several previews only the last is worth the time.
-            shown = self._handle(event, extra) or shown
+            # Of several previews only the last one is shown, to save time.
+            shown = self._handle(event, run, extra=extra) or shown
         if shown is not None:
             self.view.show(*shown)
         if self._asked_to_close:
@@ -247,15 +252,15 @@ class Window(tk.Tk):
         if not self._closing:
             self.after(POLL_IDLE if self.run is None else POLL_BUSY, self._poll)
 
-    def _handle(self, event: Event, extra) -> tuple | None:
-        """Take in one event; the pictures to show for it, if any."""
-        self.run.take(event)
-        self.status.set(self.run.status)
-        self.progress.configure(value=self.run.share)
+    def _handle(self, event: Event, run: Run, *, extra) -> tuple | None:
+        """Show one event of the job; returns its pictures, if any."""
+        run.take(event)
+        self.status.set(run.status)
+        self.progress.configure(value=run.share)
         if isinstance(event, Downloading | Loading):
             self.update_buttons()
         elif isinstance(event, Loaded):
-            self._adopt(event)
+            self._adopt(event, run)
         elif isinstance(event, Progress):
             return extra
         elif isinstance(event, Picture):
@@ -271,15 +276,15 @@ class Window(tk.Tk):
             self._end("")
             self.complain(event.message, event.details)
         elif isinstance(event, Finished):
-            drawn = self.run.draws and not event.cancelled
-            self._end("Stopped" if event.cancelled else self.run.summary if drawn else "Ready")
+            drawn = run.draws and not event.cancelled
+            self._end("Stopped" if event.cancelled else run.summary if drawn else "Ready")
         return None
 
-    def _adopt(self, event: Loaded) -> None:
+    def _adopt(self, event: Loaded, run: Run) -> None:
         before, self._loaded = self._loaded, (event.choice, event.config)
         other = before is not None and before[1].name != event.config.name
         if before is None or before[1] != event.config:
-            self.form.adopt(event.config, forget=other and not self.run.draws)
+            self.form.adopt(event.config, forget=other and not run.draws)
 
     def _end(self, status: str) -> None:
         self.run = None
@@ -288,7 +293,7 @@ class Window(tk.Tk):
         self.update_buttons()
 
     def update_buttons(self) -> None:
-        """Show what can be done now."""
+        """Enable the buttons of the possible actions."""
         cancel = self.run is not None and self.run.can_cancel
         self.go.configure(text="Cancel" if cancel else "Generate")
         state = ["!disabled" if self.strip.selected is not None else "disabled"]
@@ -296,11 +301,11 @@ class Window(tk.Tk):
             button.state(state)
 
     def complain(self, text: str, details: str | None = None) -> None:
-        """Show what is wrong, as a sentence."""
+        """Show an error, as a sentence."""
         self.banner.show(text[:1].upper() + text[1:], details)
 
     def report_callback_exception(self, kind, value, trace) -> None:
-        """A bug in a callback: shown, and the window goes on."""
+        """Show a bug in a callback; the window stays open."""
         details = "".join(traceback.format_exception(kind, value, trace))
         self.banner.show(f"{kind.__name__}: {value}", details)
 
@@ -316,15 +321,15 @@ class Window(tk.Tk):
         show_shortcuts(self)
 
     def close_soon(self) -> None:
-        """For signals, which come in the middle of anything."""
+        """Close at the next poll; for signals, which may arrive at any time."""
         self._asked_to_close = True
 
     def close(self) -> None:
-        """Remember everything and end; what is being drawn stops."""
+        """Save the settings, stop drawing and end."""
         if self._closing:
             return
         self._closing = True
-        # A field that makes no sense is not remembered.
+        # Wrong fields are not saved.
         with contextlib.suppress(UserError):
             self.settings = self.form.read(self.settings)
         self.settings = dataclasses.replace(self.settings, geometry=self.geometry())
@@ -338,4 +343,4 @@ class Window(tk.Tk):
         try:
             save_settings(self._settings_path, self.settings)
         except OSError as error:
-            self.banner.show(f"The settings cannot be kept: {error}")
+            self.banner.show(f"The settings cannot be saved: {error}")

@@ -10,6 +10,7 @@ import functools
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
 
@@ -17,7 +18,7 @@ import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in firs
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guide
 
 PATH = Path(__file__).parent / "Tests/vectors.json"
@@ -42,7 +43,7 @@ PROMPTS = (
 
 def vectors() -> dict:
     """All vectors, as plain JSON values; latents are flat, in the order (channel, row, column)."""
-    tokenizer = Tokenizer.from_file(Path(str(TOKENIZER)), MAX_LENGTH)
+    tokenizer = SentencePieceTokenizer.from_file(Path(str(TOKENIZER)), MAX_LENGTH)
     tokens = []
     for prompt in PROMPTS:
         row, mask = tokenizer([prompt])
@@ -74,7 +75,7 @@ def vectors() -> dict:
     }
 
 
-def _flat(latents: mx.array) -> list[float]:
+def _flat(latents: mx.array) -> Any:
     """(1, H, W, C) -> numbers in the order (C, H, W)."""
     return latents[0].transpose(2, 0, 1).reshape(-1).tolist()
 

@@ -2,50 +2,87 @@
 
 import argparse
 import asyncio
+import dataclasses
 import ipaddress
 import os
 import signal
 import socket
 
+from apps.server.jobs import Jobs
+from apps.server.request import Limits
+from apps.worker.messages import Failed, Job, Loaded
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import (
+    Parser,
+    add_model_choice,
+    add_model_widths,
+    integer,
+    model_choice,
+)
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.settings import ModelChoice
 
 KEY_VARIABLE = "MLX_SNAPGEN_API_KEY"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    from mlx_snapgen.settings import WIDTH_NAMES
-
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m apps.server",
-        description="Draw for clients of OpenAI's images API, one picture at a time.",
+        description="Serve OpenAI's images API; one picture is drawn at a time. The first of "
+        "--model-widths is the default model; all of them stay in memory.",
+        renamed={"--model-width": "--model-widths"},
+        formatter_class=argparse.HelpFormatter,
     )
-    add = parser.add_argument
-    add("--model", metavar="M", help="folder or Hugging Face repository (default: stickers)")
-    add("--revision", metavar="R", help="branch, tag or commit of the repository")
-    add(
-        "--model-width",
-        nargs="+",
-        choices=WIDTH_NAMES,
-        default=["full"],
-        metavar="W",
-        help="widths to offer, the default first; all stay in memory (default: full)",
-    )
-    add("--quantize", type=int, choices=(4, 8), help="bits per weight in memory")
-    add("--lora", nargs="+", metavar=("PATH", "SCALE"), help="a LoRA and how strongly (default: 1)")
-    add("--keep-text-encoders", action="store_true", help="faster with many prompts, more memory")
+    model = parser.add_argument_group("model")
+    add_model_choice(model)
+    add_model_widths(model, default=["full"])
+    add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add(
+        "--port",
+        type=integer(0, 65535),
+        default=8000,
+        metavar="N",
+        help="port to listen on; 0 takes a free one (default: %(default)s)",
+    )
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
         metavar="KEY",
-        help=f"ask clients for this key; needed beyond loopback (default: ${KEY_VARIABLE})",
+        help="clients must send this key; required unless HOST is this machine only (default: "
+        f"${KEY_VARIABLE})",
     )
-    add("--queue", type=int, default=8, metavar="N", help="requests that may wait (default: 8)")
-    add("--max-pixels", type=int, metavar="N", help="(default: four times the model's own size)")
-    add("--max-images", type=int, default=10, metavar="N", help="per request (default: 10)")
-    add("--max-steps", type=int, default=100, metavar="N", help="per picture (default: 100)")
+    add = parser.add_argument_group("limits").add_argument
+    count = integer(1)
+    add(
+        "--queue",
+        type=integer(0),
+        default=8,
+        metavar="N",
+        help="requests that may wait; more are answered 429 (default: %(default)s)",
+    )
+    add(
+        "--max-pixels",
+        type=count,
+        metavar="PX",
+        help="height times width of a picture (default: four times the model's own size)",
+    )
+    add(
+        "--max-images",
+        type=count,
+        default=10,
+        metavar="N",
+        help="pictures per request (default: %(default)s)",
+    )
+    add(
+        "--max-steps",
+        type=count,
+        default=100,
+        metavar="N",
+        help="denoising steps per picture (default: %(default)s)",
+    )
     return parser
 
 
@@ -54,7 +91,7 @@ def main() -> int:
     args = build_parser().parse_args()
     if not args.api_key and not _is_loopback(args.host):
         raise UserError(
-            f"listening on {args.host} lets others in: give an --api-key, or stay on 127.0.0.1"
+            f"other machines can connect to {args.host}: set an --api-key, or use 127.0.0.1"
         )
     try:
         import starlette  # noqa: F401
@@ -67,33 +104,26 @@ def main() -> int:
 async def _serve(args: argparse.Namespace) -> int:
     from apps.server.app import Server, create_app
     from apps.server.connection import make_server
-    from apps.server.jobs import Jobs
-    from apps.server.request import Limits
-    from apps.worker.messages import Failed, Job, Loaded, ModelChoice
 
     sock = _bind(args.host, args.port)
-    jobs = Jobs(args.queue, keep=len(args.model_width))
+    jobs = Jobs(args.queue, keep=len(args.model_widths))
     try:
-        names = {}
-        # The default is loaded last, and so is the one used last.
-        for width in reversed(args.model_width):
-            choice = ModelChoice(
-                args.model,
-                args.revision,
-                width,
-                args.quantize,
-                _lora(args.lora),
-                keep_text_encoders=args.keep_text_encoders,
-            )
-            drawing = jobs.submit(Job(choice, None))
-            while not isinstance(event := await drawing.get(), Loaded):
-                if isinstance(event, Failed):
-                    raise UserError(event.message)
-            config = event.config
-            name = config.name if width == "full" else f"{config.name}-{width}"
+        names: dict[str, ModelChoice] = {}
+        configs: list[ModelConfig] = []
+        base = model_choice(args)
+        # The default is loaded last, so that it is the last to leave the worker's memory.
+        for width in reversed(args.model_widths):
+            choice = dataclasses.replace(base, model_width=width)
+            with announce(f"loading {choice.model or 'stickers'} ({width}) ..."):
+                configs.append(await _load(jobs, choice))
+            model = configs[-1].name
+            name = model if width == "full" else f"{model}-{width}"
             names = {name: choice} | names
-        limits = Limits(args.max_pixels, args.max_images, args.max_steps)
-        app = create_app(Server(jobs, names, config, limits), args.api_key or None)
+        limits = Limits(
+            max_pixels=args.max_pixels, max_images=args.max_images, max_steps=args.max_steps
+        )
+        routes = Server(jobs, names, config=configs[-1], limits=limits)
+        app = create_app(routes, args.api_key or None)
         server = make_server(app)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -106,6 +136,17 @@ async def _serve(args: argparse.Namespace) -> int:
         await jobs.close()
         sock.close()
     return 0
+
+
+async def _load(jobs: Jobs, choice: ModelChoice) -> ModelConfig:
+    """Load a model in the worker; `UserError` if that fails."""
+    drawing = jobs.submit(Job(choice))
+    while True:
+        event = await drawing.get()
+        if isinstance(event, Loaded):
+            return event.config
+        if isinstance(event, Failed):
+            raise UserError(event.message)
 
 
 def _is_loopback(host: str) -> bool:
@@ -125,17 +166,6 @@ def _bind(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}"
         ) from None
-
-
-def _lora(given: list[str] | None) -> tuple[tuple[str, float], ...]:
-    if not given:
-        return ()
-    path, *scales = given
-    try:
-        [scale] = scales or ["1"]
-        return ((path, float(scale)),)
-    except ValueError:
-        raise UserError("--lora takes a file and one number") from None
 
 
 # The worker's process imports this module again.

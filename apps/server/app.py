@@ -1,4 +1,4 @@
-"""The ASGI application: routes, streaming, and what keeps strangers out."""
+"""The ASGI application: routes, streaming, and access control."""
 
 import asyncio
 import base64
@@ -18,9 +18,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.request import ImageRequest, Limits, RequestError, parse_request
-from apps.worker.messages import Failed, Finished, ModelChoice, Notice, Picture, Progress
+from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.settings import ModelChoice
 
 MAX_BODY = 64 << 10
 BODY_SECONDS = 10.0
@@ -34,13 +35,13 @@ class Server:
 
     Args:
         jobs: the queue.
-        models: names that clients may use -> what is loaded for them, the default first.
+        models: names that clients may use -> the model to load, the default first.
         config: the model's.
         limits: of one request.
     """
 
     def __init__(
-        self, jobs: Jobs, models: Mapping[str, ModelChoice], config: ModelConfig, limits: Limits
+        self, jobs: Jobs, models: Mapping[str, ModelChoice], *, config: ModelConfig, limits: Limits
     ):
         self.jobs, self.models, self.config, self.limits = jobs, models, config, limits
         self._pictures = PictureStore()
@@ -66,14 +67,14 @@ class Server:
         """`GET /v1/models/{name}`."""
         name = request.path_params["name"]
         if name not in self.models:
-            raise RequestError(f"no model '{name}'", 404, "model", "model_not_found")
+            raise RequestError(f"no model '{name}'", 404, param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "mlx_snapgen"}
 
     async def picture(self, request: Request) -> Response:
-        """`GET /images/{token}.png`: what a response of kind `url` points to."""
+        """`GET /images/{token}.png`: a picture of a response of kind `url`."""
         png = self._pictures.get(request.path_params["token"])
         if png is None:
             raise RequestError("no such picture, or no longer", 404)
@@ -81,20 +82,25 @@ class Server:
 
     async def generate(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
-        wish = parse_request(await _read_json(request), self.models, self.config, self.limits)
+        values = await _read_json(request)
+        wanted = parse_request(values, self.models, config=self.config, limits=self.limits)
         try:
-            drawing = self.jobs.submit(wish.job)
+            drawing = self.jobs.submit(wanted.job)
         except Busy as busy:
             headers = {"Retry-After": str(busy.retry_after)}
             raise RequestError(str(busy), 429, code="queue_full", headers=headers) from None
-        if wish.stream:
-            return _Stream(self.jobs, drawing, self._events(wish, drawing))
+        if wanted.stream:
+            return _Stream(self.jobs, drawing, events=self._events(wanted, drawing))
         try:
-            return await _unless_gone(request.receive, self._answer(request, wish, drawing))
+            return await _unless_gone(
+                request.receive, self._answer(request, wanted, drawing=drawing)
+            )
         finally:
             self.jobs.cancel(drawing)
 
-    async def _answer(self, request: Request, wish: ImageRequest, drawing: Drawing) -> Response:
+    async def _answer(
+        self, request: Request, wanted: ImageRequest, *, drawing: Drawing
+    ) -> Response:
         data, notices = [], []
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
@@ -102,40 +108,40 @@ class Server:
             if isinstance(event, Notice):
                 notices.append(event.text)
             elif isinstance(event, Picture):
-                if wish.as_url:
+                if wanted.as_url:
                     token = secrets.token_urlsafe(16)
                     self._pictures.add(token, event.png)
                     shown = {"url": str(request.url_for("picture", token=token))}
                 else:
                     shown = {"b64_json": base64.b64encode(event.png).decode()}
                 data.append(shown | {"seed": event.metadata["seed"]})
-        body = {"created": int(time.time()), "data": data, **_format(wish)}
+        body = {"created": int(time.time()), "data": data, **_format(wanted)}
         return JSONResponse(body | ({"notices": notices} if notices else {}))
 
-    async def _events(self, wish: ImageRequest, drawing: Drawing) -> AsyncIterator[bytes]:
+    async def _events(self, wanted: ImageRequest, drawing: Drawing) -> AsyncIterator[bytes]:
         """Server-sent events, named as in OpenAI's image streaming."""
         partial = 0
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
                 raise _failure(event)
-            extra = {"created_at": int(time.time()), "quality": "auto", **_format(wish)}
+            extra = {"created_at": int(time.time()), "quality": "auto", **_format(wanted)}
             if isinstance(event, Progress) and event.preview is not None:
                 extra |= {"partial_image_index": partial, "step": event.index + 1}
                 extra |= {"steps": event.num_steps, "seed": event.seed, "image": event.image}
                 partial += 1
-                yield _event("partial_image", event.preview, extra)
+                yield _event("partial_image", event.preview, **extra)
             elif isinstance(event, Picture):
                 partial = 0
                 extra |= {"seed": event.metadata["seed"], "image": event.image}
-                yield _event("completed", event.png, extra)
+                yield _event("completed", event.png, **extra)
 
 
-def _format(wish: ImageRequest) -> dict[str, str]:
-    size = "{}x{}".format(*wish.size)
+def _format(wanted: ImageRequest) -> dict[str, str]:
+    size = "{}x{}".format(*wanted.size)
     return {"size": size, "output_format": "png", "background": "opaque"}
 
 
-def _event(name: str, png: bytes, extra: dict[str, Any]) -> bytes:
+def _event(name: str, png: bytes, **extra: Any) -> bytes:
     data = {"type": PREFIX + name, "b64_json": base64.b64encode(png).decode(), **extra}
     return f"event: {PREFIX}{name}\ndata: {json.dumps(data)}\n\n".encode()
 
@@ -145,7 +151,7 @@ def _failure(event: Failed) -> RequestError:
 
 
 async def _read_json(request: Request) -> Any:
-    # A web page may send a form or plain text to this machine unasked, but not JSON.
+    # Any web page can make a browser send a form or plain text to this machine, but not JSON.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("send JSON, with Content-Type: application/json", 415)
@@ -165,11 +171,11 @@ async def _read_json(request: Request) -> Any:
 
 
 class Gone(Exception):
-    """The client has left."""
+    """The client has disconnected."""
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`; `Gone` as soon as the client leaves."""
+    """The result of `work`; `Gone` as soon as the client disconnects."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -188,9 +194,9 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 class _Stream(Response):
-    """Sends events as they come. A failure before the first one is an ordinary error response."""
+    """Sends each event at once. A failure before the first one is an ordinary error response."""
 
-    def __init__(self, jobs: Jobs, drawing: Drawing, events: AsyncIterator[bytes]):
+    def __init__(self, jobs: Jobs, drawing: Drawing, *, events: AsyncIterator[bytes]):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._jobs, self._drawing, self._events = jobs, drawing, events
@@ -213,17 +219,17 @@ class _Stream(Response):
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except RequestError as error:
-            said = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
-            await send({"type": "http.response.body", "body": said, "more_body": True})
+            text = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
+            await send({"type": "http.response.body", "body": text, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
 class Guard:
-    """Around everything: the key, the host, clients that left.
+    """Checks the key or the host of every request, and ends those whose client has disconnected.
 
     Args:
-        api_key: None lets everybody in who speaks to this machine by a loopback name, so that a
-            web page cannot reach the server through a name of its own (DNS rebinding).
+        api_key: None allows requests whose Host is a loopback name, so that a web page cannot
+            reach the server through a name of its own (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None):
@@ -256,16 +262,16 @@ class Guard:
 
 
 def _refuse(error: RequestError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
+    return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
 def create_app(server: Server, api_key: str | None) -> ASGIApp:
     """The application; pictures by `url` need no key, their addresses cannot be guessed."""
 
-    async def refuse(request: Request, error: Exception) -> Response:
+    async def refuse(request: Request, error: Any) -> Response:
         return _refuse(error)
 
-    async def unknown(request: Request, error: Exception) -> Response:
+    async def unknown(request: Request, error: Any) -> Response:
         return _refuse(RequestError(error.detail, error.status_code, headers=error.headers))
 
     routes = [

@@ -1,27 +1,28 @@
-"""uvicorn as it is run here, with an end to the patience with slow clients."""
+"""uvicorn with time limits for slow clients."""
 
 import asyncio
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 GRACE = 30
-"""Seconds that requests may go on after the server was told to end."""
+"""Seconds that open requests may take after a signal to end."""
 CONNECTIONS = 256
-"""At once; more are answered 503."""
+"""Open at once; further ones are answered 503."""
 HEAD_SECONDS = 10.0
-"""How long a connection may be there without a request: for its head, and after an answer."""
+"""How long a connection may wait for the head of a request."""
 SEND_SECONDS = 30.0
-"""How long a client may leave what is sent to it unread."""
+"""How long a response may stay unread; then the connection is dropped."""
 TICK = 1.0
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its client takes too long, which uvicorn alone never does.
+    """A connection that is closed when its client is too slow, which uvicorn alone never does.
 
-    Without this, clients that open connections and say nothing would keep everybody else out.
+    Without this, clients that open connections and send nothing would block all others.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -30,16 +31,16 @@ class Connection(H11Protocol):
         self._waited = self._stuck = 0.0
         self._ticking = self.loop.call_later(TICK, self._tick)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self._ticking.cancel()
-        super().connection_lost(error)
+        super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         self._waited = 0.0
         super().on_response_complete()
 
     def _tick(self) -> None:
-        # Ticks are counted, not seconds: those when this process had no turn are not the client's.
+        # Ticks are counted, not seconds: time in which this process did not run does not count.
         waiting = self.cycle is None or self.cycle.response_complete
         self._waited = self._waited + TICK if waiting else 0.0
         before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
@@ -53,14 +54,15 @@ class Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: uvicorn's own handling kills the process before it cleans up."""
+    """Does not handle signals: uvicorn's handling kills the process before it cleans up."""
 
-    def capture_signals(self):
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
-    """A server of `app` that is still to be given its sockets."""
+    """A server of `app`; its `serve` takes the sockets."""
     return _Server(
         uvicorn.Config(
             app,

@@ -1,4 +1,4 @@
-"""The worker for asyncio: a bounded queue, and what each request is told."""
+"""The worker for asyncio: a bounded queue, and the events of each request."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from apps.worker.client import Worker
 from apps.worker.messages import Event, Failed, Finished, Job, Loaded, Progress
 
 MAX_UNREAD = 8 << 20
-"""Bytes of previews that wait for one client."""
+"""Bytes of unread previews per client."""
 
 
 class Busy(Exception):
@@ -22,8 +22,8 @@ class Busy(Exception):
 
 
 class Drawing:
-    """One request's events. What a slow reader has not fetched takes bounded room: beyond
-    `MAX_UNREAD` the latest step replaces the one before."""
+    """The events of one request. Unread previews take bounded memory: beyond `MAX_UNREAD` the
+    latest step replaces the one before."""
 
     def __init__(self, number: int):
         self.number = number
@@ -45,7 +45,7 @@ class Drawing:
         self._arrived.set()
 
     def _is_full(self) -> bool:
-        unread = (e.preview for e in self._events if isinstance(e, Progress))
+        unread = (e.preview or b"" for e in self._events if isinstance(e, Progress))
         return sum(map(len, unread)) > MAX_UNREAD
 
     async def get(self) -> Event:
@@ -57,7 +57,7 @@ class Drawing:
 
 
 class Jobs:
-    """At most one job is drawn and `waiting` wait; to be made inside the event loop.
+    """Draws one job at a time while at most `waiting` wait; create it inside the event loop.
 
     Args:
         waiting: length of the queue.
@@ -70,7 +70,7 @@ class Jobs:
         self._open: dict[int, Drawing] = {}
         self._seconds = 1.0
         self.served = 0
-        self.worker = Worker(self._deliver, keep)
+        self.worker = Worker(self._deliver, keep=keep)
 
     def __len__(self) -> int:
         """Jobs drawn or waiting."""
@@ -85,7 +85,7 @@ class Jobs:
         return drawing
 
     def cancel(self, drawing: Drawing) -> None:
-        """Nobody waits for it any more. It holds its place until the worker lets go of it."""
+        """Stop a job. It keeps its place in the queue until the worker has stopped it."""
         if not drawing.ended:
             self.worker.cancel(drawing.number)
 
@@ -94,7 +94,7 @@ class Jobs:
         await asyncio.to_thread(self.worker.close)
 
     def _deliver(self, event: Event) -> None:
-        # RuntimeError: the loop is closed, nobody listens.
+        # RuntimeError: the loop is closed.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._dispatch, event)
 
@@ -114,7 +114,7 @@ class Jobs:
 
 
 class PictureStore:
-    """Pictures that wait to be fetched by address, the latest ones within `limit` bytes."""
+    """Pictures to be fetched by address: the latest ones, at most `limit` bytes."""
 
     def __init__(self, limit: int = 64 << 20):
         self._limit, self._size = limit, 0

@@ -1,4 +1,4 @@
-"""What a client asks for: OpenAI's `images/generations`, checked, with the extensions of diffusion.
+"""Requests to OpenAI's `images/generations`, checked, with the parameters of diffusion models.
 
 Extensions: `seed`, `steps`, `guidance`, `negative_prompt`, `few_step`, `attention_modulation`.
 """
@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from apps.worker.messages import Job, ModelChoice
+from apps.worker.messages import Job
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.settings import MAX_SEED, check_size
+from mlx_snapgen.settings import MAX_SEED, DrawSettings, ModelChoice, check_size
 
 IGNORED = {"background", "moderation", "output_compression", "quality", "style", "user"}
-"""Parameters of OpenAI's models that have no meaning here."""
+"""Parameters of OpenAI's models without effect here."""
 
 
 class RequestError(Exception):
@@ -24,15 +24,16 @@ class RequestError(Exception):
     Args:
         message: one line for the client.
         status: HTTP status.
-        param: name of the parameter at fault.
-        code: OpenAI's word for the fault.
-        headers: to answer with.
+        param: name of the wrong parameter.
+        code: OpenAI's name of the error.
+        headers: of the response.
     """
 
     def __init__(
         self,
         message: str,
         status: int = 400,
+        *,
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
@@ -52,7 +53,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; `max_pixels` None is four times the model's own size."""
+    """Limits of one request; `max_pixels` None is four times the model's own size."""
 
     max_pixels: int | None = None
     max_images: int = 10
@@ -64,7 +65,6 @@ class Limits:
 @dataclass(frozen=True)
 class ImageRequest:
     job: Job
-    model: str
     size: tuple[int, int]
     """(width, height)."""
     as_url: bool
@@ -72,9 +72,9 @@ class ImageRequest:
 
 
 def parse_request(
-    values: Any, models: Mapping[str, ModelChoice], config: ModelConfig, limits: Limits
+    values: Any, models: Mapping[str, ModelChoice], *, config: ModelConfig, limits: Limits
 ) -> ImageRequest:
-    """The request in decoded JSON; `RequestError` names the parameter at fault.
+    """The request in decoded JSON; `RequestError` names the wrong parameter.
 
     Args:
         models: names that clients may use, the default first.
@@ -82,52 +82,37 @@ def parse_request(
     """
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
-    given = {name: value for name, value in values.items() if value is not None}
-    known = {*PARAMETERS, *IGNORED}
-    for name in given:
-        if name not in known:
-            raise RequestError(f"unknown parameter '{name}'{nearest(name, known)}", param=name)
-    get = _Reader(given)
-    prompt = get.text("prompt", limits.max_prompt)
-    if prompt is None or not prompt.strip():
-        raise RequestError("the prompt is empty: say what to draw", param="prompt")
-    model = get.choice("model", list(models), next(iter(models)))
-    get.choice("output_format", ["png"], "png")
-    steps = get.integer("steps", 1, limits.max_steps)
-    num_images = get.integer("n", 1, limits.max_images) or 1
-    stream = get.boolean("stream") or False
-    as_url = get.choice("response_format", ["b64_json", "url"], "b64_json") == "url"
-    if stream and as_url:
-        raise RequestError("a stream carries b64_json, not url", param="response_format")
-    size = _size(get.text("size", 20), config, limits)
-    partial = get.integer("partial_images", 0, limits.max_steps)
-    try:
-        config.sampler_for(steps, get.boolean("few_step"))
-    except UserError as error:
-        raise RequestError(str(error), param="few_step") from None
-    job = Job(
-        choice=models[model],
-        prompt=prompt,
+    get = _Reader({name: value for name, value in values.items() if value is not None})
+    num_images = get.integer("n", least=1, most=limits.max_images) or 1
+    width, height = _size(get.text("size", 20), config=config, limits=limits)
+    settings = DrawSettings(
+        prompt=get.text("prompt", limits.max_prompt) or "",
         negative_prompt=get.text("negative_prompt", limits.max_prompt) or "",
-        height=size[1],
-        width=size[0],
-        num_inference_steps=steps,
+        height=height,
+        width=width,
+        num_inference_steps=get.integer("steps", least=1, most=limits.max_steps),
         guidance_scale=get.number("guidance"),
         few_step=get.boolean("few_step"),
         attention_modulation=get.boolean("attention_modulation") or False,
-        seed=get.integer("seed", 0, MAX_SEED - num_images + 1),
+        seed=get.integer("seed", least=0, most=MAX_SEED - num_images + 1),
         num_images=num_images,
-        previews=partial if stream else 0,
-        png_previews=True,
     )
-    return ImageRequest(job, model, size, as_url, stream)
-
-
-PARAMETERS = (
-    *("prompt", "model", "n", "size", "response_format", "output_format"),
-    *("stream", "partial_images"),
-    *("seed", "steps", "guidance", "negative_prompt", "few_step", "attention_modulation"),
-)
+    if not settings.prompt.strip():
+        raise RequestError("the prompt is empty: say what to draw", param="prompt")
+    try:
+        config.sampler_for(settings.num_inference_steps, settings.few_step)
+    except UserError as error:
+        raise RequestError(str(error), param="few_step") from None
+    model = get.choice("model", list(models))
+    get.choice("output_format", ["png"])
+    stream = get.boolean("stream") or False
+    as_url = get.choice("response_format", ["b64_json", "url"]) == "url"
+    if stream and as_url:
+        raise RequestError("a stream carries b64_json, not url", param="response_format")
+    partial = get.integer("partial_images", least=0, most=limits.max_steps)
+    get.check_all_read()
+    job = Job(models[model], settings, previews=partial if stream else 0, png_previews=True)
+    return ImageRequest(job, (width, height), as_url=as_url, stream=stream)
 
 
 class _Reader:
@@ -135,8 +120,17 @@ class _Reader:
 
     def __init__(self, values: dict[str, Any]):
         self._values = values
+        self._known = set(IGNORED)
 
-    def _get(self, name: str, kinds: type | tuple[type, ...], what: str) -> Any:
+    def check_all_read(self) -> None:
+        """`RequestError` for a value that was not read."""
+        for name in self._values:
+            if name not in self._known:
+                hint = nearest(name, self._known)
+                raise RequestError(f"unknown parameter '{name}'{hint}", param=name)
+
+    def _get(self, name: str, kinds: type | tuple[type, ...], *, what: str) -> Any:
+        self._known.add(name)
         value = self._values.get(name)
         wrong_bool = isinstance(value, bool) and kinds is not bool
         if value is not None and (wrong_bool or not isinstance(value, kinds)):
@@ -144,37 +138,39 @@ class _Reader:
         return value
 
     def text(self, name: str, most: int) -> str | None:
-        value = self._get(name, str, "a string")
+        value = self._get(name, str, what="a string")
         if value is not None and len(value) > most:
             raise RequestError(f"{name} is longer than {most} characters", param=name)
         return value
 
-    def choice(self, name: str, known: list[str], default: str) -> str:
-        value = self._get(name, str, "a string")
+    def choice(self, name: str, known: list[str]) -> str:
+        """One of `known`, whose first is the default."""
+        value = self._get(name, str, what="a string")
         if value is not None and value not in known:
             status, code = (404, "model_not_found") if name == "model" else (400, None)
             listed = ", ".join(known)
-            raise RequestError(f"no {name} '{value}', known: {listed}", status, name, code)
-        return default if value is None else value
+            message = f"no {name} '{value}', known: {listed}"
+            raise RequestError(message, status, param=name, code=code)
+        return known[0] if value is None else value
 
-    def integer(self, name: str, least: int, most: int) -> int | None:
-        value = self._get(name, int, "a whole number")
+    def integer(self, name: str, *, least: int, most: int) -> int | None:
+        value = self._get(name, int, what="a whole number")
         if value is not None and not least <= value <= most:
             raise RequestError(f"{name} must be from {least} to {most}", param=name)
         return value
 
     def number(self, name: str) -> float | None:
-        value = self._get(name, (int, float), "a number")
+        value = self._get(name, (int, float), what="a number")
         # An integer may be too long for a float, too.
         if value is not None and not (abs(value) <= 1e6 and math.isfinite(value)):
             raise RequestError(f"{name} must be a finite number, at most 1e6", param=name)
         return value
 
     def boolean(self, name: str) -> bool | None:
-        return self._get(name, bool, "true or false")
+        return self._get(name, bool, what="true or false")
 
 
-def _size(text: str | None, config: ModelConfig, limits: Limits) -> tuple[int, int]:
+def _size(text: str | None, *, config: ModelConfig, limits: Limits) -> tuple[int, int]:
     height, width = config.image_size
     most = 4 * height * width if limits.max_pixels is None else limits.max_pixels
     if text is not None and text != "auto":

@@ -1,7 +1,8 @@
-"""A model in a process of its own: jobs go in, events come out, and no caller ever waits for MLX.
+"""A model in a process of its own: jobs go in, events come out, and no caller waits for MLX.
 
-A process, not a thread: drawing holds no lock of the caller's, a crash (a GPU out of memory ends
-its whole process) becomes an event, and a download stops at once. This side does not import mlx.
+A process, not a thread: drawing holds no lock of the caller's, a crash (running out of GPU memory
+ends the whole process) becomes an event, and a download stops at once. This side does not import
+mlx.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ class Worker:
     Args:
         deliver: called with each `Event`, in a thread of its own. Every job submitted gets exactly
             one `Finished` or `Failed`, also when the process dies.
-        keep: how many loaded pipelines stay in memory, those used last.
+        keep: number of loaded pipelines that stay in memory, the latest ones.
         cache_limit: see `CACHE_LIMIT`.
     """
 
     def __init__(
-        self, deliver: Callable[[Event], None], keep: int = 1, cache_limit: int = CACHE_LIMIT
+        self, deliver: Callable[[Event], None], *, keep: int = 1, cache_limit: int = CACHE_LIMIT
     ):
         self._deliver, self._keep, self._cache_limit = deliver, keep, cache_limit
         self._ids = itertools.count(1)
@@ -59,14 +60,14 @@ class Worker:
             return number
 
     def cancel(self, job: int) -> None:
-        """Stop a job after the step it is in; one that has ended is left alone."""
+        """Stop a job after its current step; a job that has ended is not changed."""
         with self._lock:
             if job in self._open and self._process is not None:
                 with contextlib.suppress(OSError):
                     self._connection.send(Cancel(job))
 
     def interrupt(self) -> None:
-        """Stop whatever runs at once, a download or a load too, by ending the process.
+        """Stop all work at once, also a download or a load, by ending the process.
 
         Open jobs end as cancelled; the next one starts a new process.
         """
@@ -81,7 +82,7 @@ class Worker:
             self._deliver(Finished(number, cancelled=True))
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the process: asked first, made to after `timeout` seconds. Jobs are dropped."""
+        """End the process, by force after `timeout` seconds. Open jobs are dropped."""
         with self._lock:
             self._closed = True
             process, reader, self._process = self._process, self._reader, None
@@ -97,7 +98,10 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, self._keep, self._cache_limit), daemon=True
+            target=_serve,
+            args=(theirs,),
+            kwargs={"keep": self._keep, "cache_limit": self._cache_limit},
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -127,7 +131,7 @@ class Worker:
         for number in lost:
             message = f"the drawing process ended unexpectedly ({_ending(process.exitcode)})"
             hint = "It starts again with the next picture. A smaller size or width needs less."
-            self._deliver(Failed(number, f"{message}: probably out of memory", hint))
+            self._deliver(Failed(number, f"{message}: probably out of memory", details=hint))
 
 
 def _ending(code: int | None) -> str:
@@ -143,11 +147,11 @@ def _reap(process: Any, reader: threading.Thread | None) -> None:
     if process.is_alive():
         process.kill()
         process.join()
-    if reader is not threading.current_thread():
+    if reader is not None and reader is not threading.current_thread():
         reader.join(2)
 
 
-def _serve(connection: Any, keep: int, cache_limit: int) -> None:
+def _serve(connection: Any, *, keep: int, cache_limit: int) -> None:
     from apps.worker.engine import serve
 
-    serve(connection, keep, cache_limit)
+    serve(connection, keep=keep, cache_limit=cache_limit)

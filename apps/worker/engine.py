@@ -1,4 +1,4 @@
-"""The worker's process: loads models, draws, and looks between two steps whether to go on."""
+"""The worker's process: loads models and draws; it can be cancelled between two steps."""
 
 import signal
 import threading
@@ -14,7 +14,6 @@ import mlx_snapgen  # noqa: F401  (before mlx)
 
 # isort: split
 import mlx.core as mx
-from PIL import Image
 from tqdm import tqdm
 
 from apps.worker.messages import (
@@ -26,31 +25,30 @@ from apps.worker.messages import (
     Job,
     Loaded,
     Loading,
-    ModelChoice,
     Notice,
     Picture,
     Progress,
 )
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, slug
-from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 REPORT_EVERY = 0.1
 """Seconds between two reports of a download."""
 
 
 class Stop(Exception):
-    """The caller is gone or wants no more."""
+    """The caller ends the process, or has ended itself."""
 
 
 class Engine:
     """Runs the jobs that come over `connection`, one after the other."""
 
-    def __init__(self, connection: Any, keep: int, cache_limit: int):
+    def __init__(self, connection: Any, *, keep: int, cache_limit: int):
         self._connection, self._keep = connection, keep
         self._jobs: deque[tuple[int, Job]] = deque()
         self._cancelled: set[int] = set()
@@ -60,7 +58,7 @@ class Engine:
         mx.set_cache_limit(cache_limit)
 
     def run(self) -> None:
-        """Until the caller says so or is gone."""
+        """Run jobs until the caller sends None or its process ends."""
         while True:
             while not self._jobs:
                 self._receive()
@@ -99,42 +97,35 @@ class Engine:
                     finished = False
                 else:
                     pipeline = self._load(number, job.choice)
-                    finished = job.prompt is None or self._draw(number, job, pipeline)
+                    finished = job.settings is None or self._draw(
+                        number, job, settings=job.settings, pipeline=pipeline
+                    )
             self._send(Finished(number, cancelled=not finished))
         except Stop:
             raise
         except UserError as error:
             self._send(Failed(number, str(error)))
         except Exception as error:
-            # What failed may have been the memory: give back what can be loaded again.
+            # Perhaps out of memory: free what can be loaded again.
             self._pipelines.clear()
             message = f"{type(error).__name__}: {error}"
-            self._send(Failed(number, message, traceback.format_exc()))
+            self._send(Failed(number, message, details=traceback.format_exc()))
 
     def _load(self, number: int, choice: ModelChoice) -> SnapGenPipeline:
         if choice not in self._pipelines:
             self._send(Loading(number))
-            folder = find_model(choice.model, choice.revision, progress=self._download(number))
-            config = load_config(folder)
-            download_sources(folder, config.text_encoders, self._download(number))
+            folder = ModelFolder.open(
+                choice.model, revision=choice.revision, progress=self._download(number)
+            )
+            download_sources(folder, self._download(number))
             while len(self._pipelines) >= self._keep:
                 self._pipelines.popitem(last=False)
             mx.clear_cache()
-            self._pipelines[choice] = (
-                SnapGenPipeline.from_pretrained(
-                    choice.model,
-                    choice.revision,
-                    choice.model_width,
-                    choice.quantize,
-                    loras=choice.loras,
-                    text_encoders=choice.text_encoders,
-                    keep_text_encoders=choice.keep_text_encoders,
-                ),
-                config,
-            )
+            pipeline = SnapGenPipeline.from_pretrained(choice, folder=folder)
+            self._pipelines[choice] = pipeline, folder.config
         self._pipelines.move_to_end(choice)
         pipeline, config = self._pipelines[choice]
-        self._send(Loaded(number, choice, config))
+        self._send(Loaded(number, choice=choice, config=config))
         return pipeline
 
     def _download(self, number: int):
@@ -144,57 +135,49 @@ class Engine:
             nonlocal last
             if (now := time.monotonic()) - last >= REPORT_EVERY or done == total:
                 last = now
-                self._send(Downloading(number, name, done, total))
+                self._send(Downloading(number, name, done=done, total=total))
 
         return report
 
-    def _draw(self, number: int, job: Job, pipeline: SnapGenPipeline) -> bool:
-        """Whether the job came to its end."""
+    def _draw(
+        self, number: int, job: Job, *, settings: DrawSettings, pipeline: SnapGenPipeline
+    ) -> bool:
+        """Draw a job's pictures; False when it was cancelled."""
         started = time.perf_counter()
-        steps = pipeline.generate(
-            job.prompt,
-            negative_prompt=job.negative_prompt,
-            height=job.height,
-            width=job.width,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
-            few_step=job.few_step,
-            attention_modulation=job.attention_modulation,
-            seed=job.seed,
-            num_images=job.num_images,
-        )
-        for step in steps:
+        for step in pipeline.generate(settings):
             if self._is_cancelled(number):
                 return False
-            size = step.metadata["width"], step.metadata["height"]
-            wanted = step.final or _has_preview(step.index, step.num_steps, job.previews)
-            picture = step.preview() if wanted else None
             preview = None
-            if picture is not None and not step.final:
+            if not step.final and _has_preview(step.index, step.num_steps, previews=job.previews):
+                picture = step.preview()
                 preview = encode_png(picture) if job.png_previews else picture.tobytes()
             self._send(
-                Progress(number, step.image, step.index, step.num_steps, step.seed, size, preview)
+                Progress(
+                    number,
+                    image=step.image,
+                    index=step.index,
+                    num_steps=step.num_steps,
+                    seed=step.seed,
+                    size=(step.metadata["width"], step.metadata["height"]),
+                    preview=preview,
+                )
             )
             if step.final:
-                self._finish(number, job, step, picture, time.perf_counter() - started)
+                picture = step.preview()
+                self._send(
+                    Picture(
+                        number,
+                        image=step.image,
+                        size=picture.size,
+                        rgb=picture.tobytes(),
+                        png=encode_png(picture, step.metadata),
+                        name=slug(settings.prompt),
+                        metadata=step.metadata,
+                        seconds=time.perf_counter() - started,
+                    )
+                )
                 started = time.perf_counter()
         return True
-
-    def _finish(
-        self, number: int, job: Job, step: GenerationStep, picture: Image.Image, seconds: float
-    ) -> None:
-        self._send(
-            Picture(
-                number,
-                step.image,
-                picture.size,
-                picture.tobytes(),
-                encode_png(picture, step.metadata),
-                slug(job.prompt),
-                step.metadata,
-                seconds,
-            )
-        )
 
     @contextmanager
     def _notices(self, number: int) -> Iterator[None]:
@@ -207,7 +190,7 @@ class Engine:
             yield
 
 
-def _has_preview(index: int, num_steps: int, previews: int | None) -> bool:
+def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
     """Whether step `index` is one of `previews` spread over the steps before the last."""
     if previews is None:
         return True
@@ -216,13 +199,13 @@ def _has_preview(index: int, num_steps: int, previews: int | None) -> bool:
     return any(index == (k + 1) * before // (count + 1) for k in range(count))
 
 
-def serve(connection: Any, keep: int, cache_limit: int) -> None:
-    """Entry of the process. Ctrl-C in a terminal reaches it too, and is the caller's to handle."""
+def serve(connection: Any, *, keep: int, cache_limit: int) -> None:
+    """Entry of the process. It ignores Ctrl-C, which the caller handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # tqdm's own lock is a semaphore of the system, which this process would leave when interrupted.
+    # tqdm's own lock is a system semaphore, which would remain when this process is interrupted.
     tqdm.set_lock(threading.RLock())
     try:
-        Engine(connection, keep, cache_limit).run()
+        Engine(connection, keep=keep, cache_limit=cache_limit).run()
     except Stop:
         pass
     except KeyboardInterrupt:

@@ -1,40 +1,20 @@
-"""What goes to the worker's process, and what comes out. No mlx here."""
+"""The messages to the worker's process and from it. No mlx here."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_snapgen.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """What `SnapGenPipeline.from_pretrained` is given; equal choices share a loaded pipeline."""
-
-    model: str | None = None
-    revision: str | None = None
-    model_width: str = "full"
-    quantize: int | None = None
-    loras: tuple[tuple[str, float], ...] = ()
-    text_encoders: tuple[str, ...] | None = None
-    keep_text_encoders: bool = False
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures to draw; the fields after `prompt` are arguments of `SnapGenPipeline.generate`."""
+    """Pictures to draw."""
 
     choice: ModelChoice
-    prompt: str | None
+    """Equal choices share a loaded pipeline."""
+    settings: DrawSettings | None = None
     """None only loads the model."""
-    negative_prompt: str = ""
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    few_step: bool | None = None
-    attention_modulation: bool = False
-    seed: int | None = None
-    num_images: int = 1
     previews: int | None = None
     """Previews per picture, spread over its steps; None shows every step, 0 none."""
     png_previews: bool = False
@@ -43,7 +23,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something the worker says about a job."""
+    """A message about a job."""
 
     job: int
 
@@ -85,7 +65,7 @@ class Progress(Event):
     size: tuple[int, int]
     """(width, height) in pixels."""
     preview: bytes | None
-    """The x0 estimate as RGB bytes, or PNG where the job asked for it."""
+    """The x0 estimate as RGB bytes, or PNG with `Job.png_previews`."""
 
 
 @dataclass(frozen=True)

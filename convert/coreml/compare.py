@@ -32,7 +32,7 @@ from mlx_snapgen.draw import denoise_latents, encode_for
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.efficient_dit import encode_prompts
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.pictures import decibels, psnr, to_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.palettes import load_palettes
@@ -78,12 +78,14 @@ class Packages:
         return Interpreter(self.folder / "Decoder.mlpackage")
 
     @functools.cached_property
-    def encoders(self) -> list[tuple[Interpreter, Tokenizer]]:
+    def encoders(self) -> list[tuple[Interpreter, SentencePieceTokenizer]]:
         """Each text encoder with its tokenizer."""
         return [
             (
                 Interpreter(self.folder / f"TextEncoder_{i}.mlpackage"),
-                Tokenizer.from_file(self.folder / f"tokenizer_{i}.model", encoder.max_length),
+                SentencePieceTokenizer.from_file(
+                    self.folder / f"tokenizer_{i}.model", encoder.max_length
+                ),
             )
             for i, encoder in enumerate(self.config.text_encoders)
         ]
@@ -130,7 +132,7 @@ class Packages:
         settings = DrawSettings(
             num_inference_steps=num_inference_steps, few_step=config.few_step is not None
         ).resolved(config)
-        text, mask = encode_for(settings, [prompt], self.encode)
+        text, mask = encode_for(settings, [prompt], encode=self.encode)
         steps = denoise_latents(
             lambda x_t, t, text, mask, **_: self.velocity(x_t, t, text, mask),
             text,
@@ -182,7 +184,9 @@ def compare_step(
     components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
     fuse_few_step(components)
     # With MLX's text: the states of padding may be too large to be close in fp16.
-    text, mask = encode_prompts([prompt], components.text_encoders, components.transformer)
+    text, mask = encode_prompts(
+        [prompt], components.text_encoders, transformer=components.transformer
+    )
     x_t, t = get_noise(seed, *packages.latent_shape), mx.array([0.5])
     expected = components.transformer(x_t, t, text, mask)
     assert isinstance(expected, mx.array)

@@ -203,8 +203,12 @@ def _with_palettes(
         assert settings.quantize is not None
         print("choosing palettes: sampling calibration prompts", flush=True)
         shares = {name: parse_width(name).share for name in widths}
-        shares = shares if len(shares) > 1 else {widths[0]: 1.0}
-        palettes = choose_palettes(components, settings.quantize, shares, settings.prompts)
+        palettes = choose_palettes(
+            components,
+            settings.quantize,
+            widths=shares if len(shares) > 1 else {widths[0]: 1.0},
+            prompts=settings.prompts,
+        )
         network = with_palettes(network, palettes.bits)
     check_palettes(network, palettes)
     return dataclasses.replace(components, transformer=network), palettes

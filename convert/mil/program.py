@@ -272,4 +272,6 @@ def _model_file(path: Path) -> Path:
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
         return path / "Data" / item["path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no .mlpackage: no Manifest.json ({error!r})") from None
+        raise UserError(
+            f"{path} is no .mlpackage: its Manifest.json cannot be read ({error!r})"
+        ) from None

@@ -45,7 +45,7 @@ class Source:
         return sum(path.stat().st_size for path in self.files)
 
     def weights(self, spool: Path) -> dict[str, mx.array]:
-        """All tensors by key, lazy. Pickles are first converted to safetensors in the folder `spool`.
+        """All tensors by key, lazy. Pickles are first copied to safetensors in the folder `spool`.
 
         Raises:
             UserError: a file that is damaged, or more than weights; a key in two files.
@@ -73,17 +73,20 @@ def find_source(source: str, revision: str | None = None, subfolder: str | None 
         if revision or subfolder:
             raise UserError(f"{path} is a file: it has neither revisions nor subfolders")
         if path.suffix not in (".safetensors", *PICKLES):
-            raise UserError(
-                f"{path} is no checkpoint: give a file ending in .safetensors or {', '.join(PICKLES)}"
-            )
+            known = ", ".join((".safetensors", *PICKLES))
+            raise UserError(f"{path} is no checkpoint: give a file ending in one of {known}")
         return Source(path, path.parent, (path,), None)
     inside = f"{subfolder}/" if subfolder else ""
     is_local = path.is_dir()
-    folder = find_model(source, revision, [inside + p for p in (*SIDE_FILES, "*.safetensors")])
+    folder = find_model(
+        source, revision=revision, files=[inside + p for p in (*SIDE_FILES, "*.safetensors")]
+    )
     if not is_local and not [*(folder / inside).glob("*.safetensors")]:
         # Only now: many repositories have the same weights in pickles too.
         pickles = [f"{inside}*{suffix}" for suffix in PICKLES]
-        folder = find_model(source, revision, [*(inside + p for p in SIDE_FILES), *pickles])
+        folder = find_model(
+            source, revision=revision, files=[*(inside + p for p in SIDE_FILES), *pickles]
+        )
     folder = folder / inside
     if not folder.is_dir():
         raise UserError(f"{source} has no subfolder {subfolder}")

@@ -125,7 +125,8 @@ def convert_student(
     }
     how: Quantization | None = None if quantization is None else {"transformer": quantization}
     with new_folder(out) as made:
-        save_pretrained(made, components, how, dtype, {"report.json": json.dumps(report, indent=1)})
+        texts = {"report.json": json.dumps(report, indent=1)}
+        save_pretrained(made, components, quantize=how, dtype=dtype, texts=texts)
         for encoder in components.config.text_encoders:
             _copy_source(encoder, model, made)
     return report

@@ -10,24 +10,21 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen.checkpoint.module import check_fit, shapes
+from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
-"""What of a public repository `load_clip` may need."""
-
+"""Files of a public repository that `load_clip` may need."""
 
 _PREFIX = re.compile(r"^(module\.|_text_encoder\.|text_encoder\.|text_model\.|text\.)+")
-
 
 _LEFT_OUT = re.compile(
     r"(visual|vision_model|_image_encoder|visual_projection)\..*"
     r"|(_?logit_scale\.)?(module\.)?(logit_scale|logit_bias)"
     r"|text_projection(\.weight)?|(embeddings\.)?position_ids|attn_mask"
 )
-
 
 _NAMES = (
     # Hugging Face
@@ -71,7 +68,7 @@ def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A public checkpoint's weights under the names of `ClipTextEncoder`.
 
     Takes Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP's, OpenAI's and TinyCLIP's own,
-    with or without the wrappers' prefixes. The picture side is left out.
+    with or without the wrappers' prefixes. The picture side is dropped.
 
     Raises:
         UserError: a key that belongs to none of them.
@@ -79,10 +76,11 @@ def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     named = ((public_name(key), value) for key, value in weights.items())
     found = {name: value for name, value in named if name is not None}
     for name in [name for name in found if ".q_proj." in name]:
-        parts = [found.pop(name.replace("q_proj", f"{x}_proj"), None) for x in "qkv"]
-        if any(part is None for part in parts):
+        parts = [name.replace("q_proj", f"{x}_proj") for x in "qkv"]
+        if not found.keys() >= set(parts):
             raise UserError(f"'{name}' lacks its keys or values: the checkpoint is incomplete")
-        found[name.replace("q_proj", "qkv_proj")] = mx.concatenate(parts)
+        joined = mx.concatenate([found.pop(part) for part in parts])
+        found[name.replace("q_proj", "qkv_proj")] = joined
     return found
 
 
@@ -131,7 +129,7 @@ def load_clip(folder: Path) -> ClipTextEncoder:
             "are not read here: `python -m convert.from_torch` converts them)"
         )
     try:
-        weights = sanitize(mx.load(str(path)))
+        weights = sanitize(load_weights(path))
         mx.eval(weights)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
@@ -143,7 +141,7 @@ def load_clip(folder: Path) -> ClipTextEncoder:
 
 
 def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
-    """What the shapes of the weights do not tell."""
+    """What does not follow from the shapes of the weights."""
     path = folder / "open_clip_config.json"
     if path.is_file():
         model = _read_json(path)
@@ -153,7 +151,7 @@ def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
     else:
         text = _read_json(folder / "config.json")
         text = text.get("text_config", text)
-        # Hugging Face leaves out what equals its own defaults, which are these.
+        # Hugging Face omits what equals its own defaults, which are these.
         heads = text.get("num_attention_heads", 8)
         activation = text.get("hidden_act", "quick_gelu")
     return {"num_heads": heads, "activation": activation}

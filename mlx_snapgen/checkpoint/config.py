@@ -1,12 +1,76 @@
-"""A model folder's config.json and vocabulary.json, checked."""
+"""A model folder: its config.json, read once, and its vocabulary.json, both checked."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.checkpoint.module import FORMAT_VERSION, check_quantization
-from mlx_snapgen.config import ModelConfig, from_dict
+from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, is_built_in, local_folder
+from mlx_snapgen.checkpoint.module import Part, check_quantization, check_version
+from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk, ready to be loaded."""
+
+    path: Path
+    config: ModelConfig
+    source: str | None = None
+    """The folder or repository that the user named; None for the built-in model."""
+    revision: str | None = None
+    """Commit of a repository."""
+    sources: dict[TextEncoderConfig, Path] = field(default_factory=dict, repr=False, compare=False)
+    """Where text encoders of other folders or repositories were found, filled in on first use."""
+
+    @classmethod
+    def open(
+        cls,
+        model: "Model" = None,
+        *,
+        revision: str | None = None,
+        progress: DownloadProgress | None = None,
+    ) -> "ModelFolder":
+        """Find a model and read its config; arguments and errors are those of `find_model`.
+
+        A `ModelFolder` is returned as it is.
+
+        Raises:
+            UserError: also for a config.json that is missing, foreign or too new.
+        """
+        if isinstance(model, ModelFolder):
+            return model
+        path = find_model(model, revision=revision, progress=progress)
+        return cls(
+            path,
+            load_config(path),
+            source=None if is_built_in(model) else str(model),
+            # A repository's folder in the cache is named after its commit.
+            revision=path.name if local_folder(model) is None else None,
+        )
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Component -> its weights, for each component whose weights are in the folder."""
+        config = self.config
+        configs: dict[str, Any] = {
+            "transformer": config.transformer,
+            "autoencoder": config.autoencoder,
+        }
+        for i, encoder in enumerate(config.text_encoders):
+            if encoder.source is None:
+                configs[f"text_encoder_{i}"] = encoder
+        how: Mapping[str, Any] = config.quantization or {}
+        return {
+            name: Part((self.path / f"{name}.safetensors",), values, how.get(name))
+            for name, values in configs.items()
+        }
+
+
+Model = ModelFolder | str | Path | None
+"""An open model, or what `find_model` takes."""
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -15,20 +79,15 @@ def load_config(folder: Path) -> ModelConfig:
     values = _read_json(path)
     if not isinstance(values, dict) or "format_version" not in values:
         raise UserError(f"{folder} is not an mlx_snapgen model: config.json has no format_version")
-    version = values.pop("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
-            "upgrade it"
-        )
+    check_version(folder, values.pop("format_version"))
     try:
         config = from_dict(ModelConfig, values)
-        quantization = config.quantization or {}
-        check_quantization(
-            quantization,
-            ["transformer", "autoencoder"]
-            + [f"text_encoder_{i}" for i in range(len(config.text_encoders))],
-        )
+        components = [
+            "transformer",
+            "autoencoder",
+            *(f"text_encoder_{i}" for i in range(len(config.text_encoders))),
+        ]
+        check_quantization(config.quantization or {}, components)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
@@ -42,17 +101,8 @@ def load_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
 def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
-    """The words a model knows, by category, or None when its folder does not say."""
+    """The words that a model can draw, by category; None if its folder has no vocabulary.json."""
     path = folder / "vocabulary.json"
     if not path.exists():
         return None
@@ -64,3 +114,12 @@ def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
     if not good:
         raise UserError(f"{path} must map each category to a list of words")
     return vocabulary
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

@@ -8,27 +8,51 @@ from typing import Any
 
 from mlx_snapgen.errors import UserError
 
-
-def default_model_path() -> Path:
-    """Folder of the model that comes with the package; `UserError` when it is not there."""
-    folder = Path(__file__).parents[1] / "models" / "stickers"
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"the default model is missing ({folder}): reinstall mlx_snapgen, train the model as "
-            "its README.md tells, or name another one"
-        )
-    return folder
-
+BUILT_IN = "stickers"
+"""Name of the model that comes with the package."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model")
 """What is downloaded of a model's repository."""
 
 DownloadProgress = Callable[[str, int, int], None]
-"""Told (repository, bytes done, bytes in all as far as known), often and from several threads."""
+"""Called with (repository, bytes done, bytes in all), often and from several threads."""
+
+
+def default_model_path() -> Path:
+    """Folder of the model that comes with the package; `UserError` if it is missing."""
+    folder = Path(__file__).parents[1] / "models" / BUILT_IN
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the default model is missing ({folder}): reinstall mlx_snapgen, train the model as "
+            "described in README.md, or choose another one"
+        )
+    return folder
+
+
+def is_built_in(model: str | Path | None) -> bool:
+    """Whether `model` means the built-in one: None, or its name if no folder here has that name."""
+    if model is None:
+        return True
+    return str(model) == BUILT_IN and not (Path(BUILT_IN) / "config.json").is_file()
+
+
+def local_folder(model: str | Path | None) -> Path | None:
+    """Folder of a model on this machine, None for the name of a repository.
+
+    Raises:
+        UserError: a file, or a built-in model that is missing.
+    """
+    if is_built_in(model):
+        return default_model_path()
+    folder = Path(str(model)).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the model's folder")
+    return folder if folder.is_dir() else None
 
 
 def find_model(
-    path_or_repo: str | Path | None = None,
+    model: str | Path | None = None,
+    *,
     revision: str | None = None,
     files: Sequence[str] = MODEL_FILES,
     progress: DownloadProgress | None = None,
@@ -36,7 +60,9 @@ def find_model(
     """Folder of a model; a repository is downloaded once and then found in the cache.
 
     Args:
-        path_or_repo: folder, Hugging Face repository "owner/name", or None for the default model.
+        model: folder, Hugging Face repository "owner/name", or "stickers" or None for the model
+            that comes with the package. A folder of that name here that holds a model is taken
+            instead.
         revision: branch, tag or commit of a repository; None for its main branch.
         files: patterns of the files to download.
         progress: see `DownloadProgress`; None shows bars on the terminal.
@@ -44,20 +70,19 @@ def find_model(
     Raises:
         UserError: no such folder or repository, or offline and not in the cache.
     """
-    folder = default_model_path() if path_or_repo is None else Path(path_or_repo).expanduser()
-    if folder.is_dir():
+    folder = local_folder(model)
+    if folder is not None:
         if revision is not None:
             raise UserError(f"{folder} is a folder: only a Hugging Face repository has revisions")
         return folder
-    if folder.exists():
-        raise UserError(f"{folder} is a file: give the model's folder")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_repo)):
-        raise UserError(f"no model folder {path_or_repo}")
-    return _download(str(path_or_repo), revision, files, progress)
+    repo = str(model)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise UserError(f"no model folder {repo}")
+    return _download(repo, revision=revision, files=files, progress=progress)
 
 
 def _download(
-    repo: str, revision: str | None, files: Sequence[str], progress: DownloadProgress | None
+    repo: str, *, revision: str | None, files: Sequence[str], progress: DownloadProgress | None
 ) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
@@ -100,7 +125,7 @@ def _download(
 
 
 def _reporting_bar(repo: str, progress: DownloadProgress) -> type:
-    """A progress bar for the hub client that tells `progress` instead of drawing itself."""
+    """A progress bar for the hub client that calls `progress` instead of drawing itself."""
     from tqdm import tqdm
 
     most = 0
@@ -109,7 +134,7 @@ def _reporting_bar(repo: str, progress: DownloadProgress) -> type:
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs | {"file": io.StringIO(), "disable": False})
 
-        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        def display(self, *_: Any, **__: Any) -> Any:
             nonlocal most
             # Versions of the client count files, bytes received and bytes written, each in a bar.
             if self.unit == "B" and self.total:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
-from mlx_snapgen.networks.text_encoders.qwen import PromptEncoder, Reading
+from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder, Reading
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 QWEN_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
@@ -27,13 +27,13 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError(
-            'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or leave this encoder out'
+            'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
         ) from None
     try:
-        model, values = load_model(folder, lazy=True)
+        model, values = cast(Any, load_model(folder, lazy=True))
         tokenizer = load_tokenizer(folder)
     except Exception as error:
-        # Whatever a folder lacks, mlx-lm and transformers tell in exceptions of many kinds.
+        # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load Gemma from {folder}: {reason}") from None
     if values["model_type"] not in ("gemma3", "gemma3_text"):
@@ -48,8 +48,8 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
 
 
 def load_qwen(
-    folder: Path, reading: Reading, dims: int, dtype: mx.Dtype | None = None
-) -> PromptEncoder:
+    folder: Path, reading: Reading, *, dims: int, dtype: mx.Dtype | None = None
+) -> QwenPromptEncoder:
     """The language model of a teacher, from a folder of Hugging Face or mlx-lm.
 
     Args:
@@ -77,10 +77,10 @@ def load_qwen(
         )
         tokenizer = load_tokenizer(folder)
     except Exception as error:
-        # Whatever a folder lacks, mlx-lm and transformers tell in exceptions of many kinds.
+        # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the language model in {folder}: {reason}") from None
-    tower = model.model
+    tower: Any = model.model
     if tower.args.hidden_size != dims:
         raise UserError(
             f"{folder} gives states of {tower.args.hidden_size}, the teacher takes those of {dims}"
@@ -90,7 +90,7 @@ def load_qwen(
         tower.norm = nn.Identity()
     if dtype is not None:
         tower.set_dtype(dtype)
-    return PromptEncoder(tower, tokenizer, reading)
+    return QwenPromptEncoder(tower, tokenizer, reading=reading)
 
 
 class _Arguments(dict):
@@ -104,7 +104,7 @@ class _Arguments(dict):
         theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         scaling = text.get("rope_scaling") or {}
         if scaling.get("type", scaling.get("rope_type")) == "mrope":
-            # Its three axes count alike in text: the plain rotation.
+            # In text its three axes are alike: the plain rotation.
             text = text | {"rope_scaling": None}
         return cls(text | theta | {"tie_word_embeddings": True})
 
@@ -120,7 +120,7 @@ class _Tower(nn.Module):
         else:
             from mlx_lm.models.qwen2 import ModelArgs
             from mlx_lm.models.qwen2 import Qwen2Model as Tower
-        self.model = Tower(ModelArgs.from_dict(values))
+        self.model = cast(Any, Tower)(ModelArgs.from_dict(values))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The text tower's weights, from any of the layouts in use; vision and head dropped."""

@@ -6,7 +6,7 @@
     autoencoder.safetensors
     text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model; not for those
                                  whose config names a source
-    vocabulary.json              optional: the words the model knows, {"nouns": ["apple", ...], ...}
+    vocabulary.json              optional: words of prompts, {"nouns": ["apple", ...], ...}
 
 Weights may be stored quantized (`X.weight` packed, `X.scales`, `X.biases`, as `mx.quantize` gives
 them), recorded in config.json as `{"transformer": {"bits": 4, "group_size": 32}}`.
@@ -20,20 +20,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import Model, ModelFolder, load_vocabulary
 from mlx_snapgen.checkpoint.module import (
     FORMAT_VERSION,
     Quantization,
     check_quantization,
     load_stored,
-    materialise,
+    materialize,
     matrices,
     read_part,
 )
-from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, make_text_encoder
+from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, load_text_encoder
 from mlx_snapgen.config import (
     AutoencoderConfig,
     ModelConfig,
@@ -53,12 +51,13 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
+from mlx_snapgen.networks.layers import flat_parameters
 
 FEW_STEP = "few_step"
 """Name of the transformer's adapter for the few-step mode."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Components:
     """A model in memory."""
 
@@ -66,7 +65,7 @@ class Components:
     transformer: EfficientDiT
     autoencoder: Autoencoder
     text_encoders: list[Any]
-    """None stands for one that was left out."""
+    """None stands for one that is not loaded."""
     vocabulary: dict[str, list[str]] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
@@ -95,6 +94,7 @@ def fuse_few_step(components: Components) -> None:
 def save_pretrained(
     folder: str | Path,
     components: Components,
+    *,
     quantize: Quantization | None = None,
     dtype: mx.Dtype | None = None,
     texts: Mapping[str, str] | None = None,
@@ -116,7 +116,7 @@ def save_pretrained(
     folder = Path(folder).expanduser()
     check_new(folder)
     if None in components.text_encoders:
-        raise UserError("a text encoder was left out: load the model with all of them to save it")
+        raise UserError("a text encoder is not loaded: load the model with all of them to save it")
     modules = components.modules()
     adapters = set(get_lora_weights(components.transformer))
     if names := sorted(adapters - {FEW_STEP}):
@@ -143,23 +143,27 @@ def save_pretrained(
                 (partial / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)
         for name, module in modules.items():
             with without_lora(module):
-                stored = _stored(module, (quantize or {}).get(name), dtype)
+                stored = _stored(module, quantize=(quantize or {}).get(name), dtype=dtype)
             mx.save_safetensors(str(partial / f"{name}.safetensors"), stored, {"format": "mlx"})
         if adapters:
             path = partial / f"{FEW_STEP}.safetensors"
-            save_lora(path, components.transformer, FEW_STEP, config.name, dtype)
+            transformer = components.transformer
+            save_lora(path, transformer, name=FEW_STEP, base_model=config.name, dtype=dtype)
 
 
 def _stored(
-    module: nn.Module, quantize: Mapping[str, int] | None, dtype: mx.Dtype | None
+    module: nn.Module, *, quantize: Mapping[str, int] | None, dtype: mx.Dtype | None
 ) -> dict[str, mx.array]:
     """Flat parameters as they go into the file."""
-    stored = dict(tree_flatten(module.parameters()))
+    stored = flat_parameters(module)
     if dtype is not None:
         stored = {name: value.astype(dtype) for name, value in stored.items()}
     if quantize:
-        for name in matrices(module, quantize["group_size"]):
-            packed, scales, biases = mx.quantize(stored[f"{name}.weight"], **quantize)
+        bits, group_size = quantize["bits"], quantize["group_size"]
+        for name in matrices(module, group_size):
+            packed, scales, biases = mx.quantize(
+                stored[f"{name}.weight"], group_size=group_size, bits=bits
+            )
             stored |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     return stored
 
@@ -168,7 +172,8 @@ def _stored(
 
 
 def load_pretrained(
-    path_or_repo: str | Path | None = None,
+    model: Model = None,
+    *,
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
     share: float | None = None,
@@ -176,81 +181,86 @@ def load_pretrained(
     text_encoders: Sequence[str] | None = None,
     packed: bool = False,
 ) -> Components:
-    """Load a model from a folder or a Hugging Face repository (see `find_model`).
+    """Load a model.
 
     Args:
+        model, revision: an open `ModelFolder`, or see `hub.find_model`.
         dtype: floating type of the transformer and the text encoders. None takes float32 on the
             CPU, where anything else is some fifty times slower, and the stored type on a GPU. The
             autoencoder always runs in float32: bfloat16 shows as bands on plain backgrounds.
         share: load only the sub-network of this width; None keeps the supernetwork.
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
             `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
-        text_encoders: names of those to load (see `encoders.encoder_names`), None for all.
-        packed: leave a transformer of one width quantized in memory, if that is how it is stored.
+        text_encoders: names of those to load (see `text_encoders.encoder_names`), None for all.
+        packed: keep a transformer of one width quantized in memory, if it is stored so.
 
     Raises:
         UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
     """
-    folder = find_model(path_or_repo, revision)
-    config = load_config(folder)
-    if not few_step:
-        config = dataclasses.replace(config, few_step=None)
-    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
-        dtype = mx.float32
-    transformer = _load_transformer(folder, config, share, packed)
-    materialise(transformer, dtype)
-    autoencoder = load_autoencoder(folder)
-    encoders = load_text_encoders(folder, config, dtype, text_encoders)
-    config = dataclasses.replace(config, transformer=transformer.config)
-    return Components(config, transformer, autoencoder, encoders, load_vocabulary(folder))
+    folder = ModelFolder.open(model, revision=revision)
+    transformer = _load_transformer(folder, share=share, few_step=few_step, packed=packed)
+    materialize(transformer, _on_device(dtype))
+    config = dataclasses.replace(
+        folder.config,
+        transformer=transformer.config,
+        few_step=folder.config.few_step if few_step else None,
+    )
+    return Components(
+        config=config,
+        transformer=transformer,
+        autoencoder=load_autoencoder(folder),
+        text_encoders=load_text_encoders(folder, dtype=dtype, names=text_encoders),
+        vocabulary=load_vocabulary(folder.path),
+    )
+
+
+def _on_device(dtype: mx.Dtype | None) -> mx.Dtype | None:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return mx.float32 if dtype is None and on_cpu else dtype
 
 
 def load_text_encoders(
-    folder: Path,
-    config: ModelConfig,
-    dtype: mx.Dtype | None = None,
-    names: Sequence[str] | None = None,
+    model: Model = None, *, dtype: mx.Dtype | None = None, names: Sequence[str] | None = None
 ) -> list[Any]:
-    """The text encoders of the model in `folder`, None for those not among `names`."""
-    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
-        dtype = mx.float32
-    encoders: list[Any] = [None] * len(config.text_encoders)
-    for i, chosen in enumerate(chosen_encoders(config.text_encoders, names)):
+    """The text encoders of a model, None for those not among `names` (see `load_pretrained`)."""
+    folder = ModelFolder.open(model)
+    configs = folder.config.text_encoders
+    encoders: list[Any] = [None] * len(configs)
+    for i, chosen in enumerate(chosen_encoders(configs, names)):
         if chosen:
-            encoders[i] = make_text_encoder(folder, i, config.text_encoders[i])
-            if config.text_encoders[i].source is None:
-                load_stored(encoders[i], folder, f"text_encoder_{i}", config.quantization)
-            materialise(encoders[i], dtype)
+            encoders[i] = load_text_encoder(folder, i)
+            materialize(encoders[i], _on_device(dtype))
     return encoders
 
 
 def _load_transformer(
-    folder: Path, config: ModelConfig, share: float | None, packed: bool
+    folder: ModelFolder, *, share: float | None, few_step: bool, packed: bool
 ) -> EfficientDiT:
+    config = folder.config
     if share is not None:
         config.transformer.width_index(share)
     transformer = EfficientDiT(config.transformer)
     packed = packed and config.transformer.widths == (1.0,)
-    load_stored(transformer, folder, "transformer", config.quantization, packed)
-    if config.few_step is not None:
-        load_lora(folder / f"{FEW_STEP}.safetensors", transformer, 0.0, FEW_STEP, config.name)
+    load_stored(transformer, folder.parts["transformer"], packed=packed)
+    if few_step and config.few_step is not None:
+        path = folder.path / f"{FEW_STEP}.safetensors"
+        load_lora(path, transformer, weight=0.0, name=FEW_STEP, base_model=config.name)
     if share is None or config.transformer.widths == (1.0,):
         return transformer
     return extract(transformer, share)
 
 
-def load_autoencoder(folder: Path) -> Autoencoder:
+def load_autoencoder(model: Model = None) -> Autoencoder:
     """The autoencoder of a model, or one that `convert.from_torch` made; in float32."""
-    part = read_part(folder, "autoencoder")
+    part = None
+    if model is not None and not isinstance(model, ModelFolder):
+        part = read_part(Path(model), "autoencoder")
     if part is None:
-        config = load_config(folder)
-        values, quantization = config.autoencoder, config.quantization
+        part = ModelFolder.open(model).parts["autoencoder"]
+        config = part.config
     else:
-        values, quantization = from_dict(AutoencoderConfig, part[0]), part[1]
-    autoencoder = make_autoencoder(values)
-    load_stored(autoencoder, folder, "autoencoder", quantization)
-    materialise(autoencoder, mx.float32)
+        config = from_dict(AutoencoderConfig, part.config)
+    autoencoder = make_autoencoder(config)
+    load_stored(autoencoder, part)
+    materialize(autoencoder, mx.float32)
     return autoencoder
-
-
-# --- quantization at run time -----------------------------------------------------------------

@@ -1,20 +1,17 @@
-"""The weights of one module in one safetensors file, perhaps quantized, loaded strictly.
-
-A part is a model folder with one component in it, as `convert.from_torch` writes it: config.json
-has `part`, the component's name, and under that name its config.
-"""
+"""The weights of one module in one safetensors file, perhaps quantized, loaded strictly."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.elastic import ElasticLinear
+from mlx_snapgen.networks.layers import flat_parameters
 
 FORMAT_VERSION = 1
 
@@ -22,11 +19,35 @@ Quantization = Mapping[str, Mapping[str, int]]
 """Component name -> {"bits", "group_size"}."""
 
 
-def read_part(folder: Path, name: str) -> tuple[dict[str, Any], Quantization] | None:
-    """Config values and quantization of the part `name` in `folder`, None when it is no part.
+class Part(NamedTuple):
+    """One component of a model on disk."""
+
+    paths: tuple[Path, ...]
+    """Of its weights; a large network's are in several files."""
+    config: Any
+    """Its config; the JSON values where `read_part` read it."""
+    quantization: dict[str, int] | None
+    """How its matrices are stored, {"bits", "group_size"}; None if not quantized."""
+
+
+def check_version(
+    where: Path, version: Any, *, reads: int = FORMAT_VERSION, hint: str = "upgrade it"
+) -> None:
+    """`UserError` unless a file's format version is the one that this package reads."""
+    if version != reads:
+        raise UserError(
+            f"{where} has format version {version}, this mlx_snapgen reads {reads}: {hint}"
+        )
+
+
+def read_part(folder: Path, name: str) -> Part | None:
+    """The component `name` from a folder that holds nothing else; None for any other folder.
+
+    `convert.from_torch` writes such folders: `part` in config.json is the component's name, and
+    its config stands under that name.
 
     Raises:
-        UserError: another part, or one of another format version.
+        UserError: another component, or another format version.
     """
     path = folder / "config.json"
     try:
@@ -36,14 +57,11 @@ def read_part(folder: Path, name: str) -> tuple[dict[str, Any], Quantization] | 
         return None
     if found is None:
         return None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
-            "upgrade it, or convert again"
-        )
+    check_version(folder, version, hint="upgrade it, or convert again")
     if found != name or not isinstance(values.get(name), dict):
         raise UserError(f"{folder} holds a part '{found}', not '{name}'")
-    return values[name], values.get("quantization") or {}
+    quantization = (values.get("quantization") or {}).get(name)
+    return Part((folder / f"{name}.safetensors",), values[name], quantization)
 
 
 def matrices(module: nn.Module, group_size: int) -> list[str]:
@@ -56,42 +74,51 @@ def matrices(module: nn.Module, group_size: int) -> list[str]:
     ]
 
 
-def load_stored(
-    module: nn.Module,
-    folder: Path,
-    name: str,
-    quantization: Quantization | None = None,
-    packed: bool = False,
-) -> None:
-    """Put the weights of `name`.safetensors into `module`, all of them and nothing else.
+def load_stored(module: nn.Module, part: Part, *, packed: bool = False) -> None:
+    """Put the weights of `part` into `module`, all of them and nothing else.
 
     Args:
-        quantization: how the components of `folder` are stored.
-        packed: leave quantized layers packed in memory, instead of dequantizing their weights.
+        packed: keep quantized layers packed in memory, instead of dequantizing their weights.
 
     Raises:
         UserError: a file that is missing or damaged, or holds other weights than the module's.
     """
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: {path.name} is missing")
+    found: dict[str, mx.array] = {}
+    for path in part.paths:
+        found |= load_weights(path)
+    where, how = part.paths[0], part.quantization
     try:
-        found = mx.load(str(path))
-        how = (quantization or {}).get(name)
         if how is not None and packed:
-            nn.quantize(module, **how, class_predicate=lambda p, _: f"{p}.scales" in found)
+            nn.quantize(
+                module,
+                group_size=how["group_size"],
+                bits=how["bits"],
+                class_predicate=lambda p, _: f"{p}.scales" in found,
+            )
         elif how is not None:
             found = dequantized(found, how)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
+        raise UserError(f"{where} is damaged ({error}): get it again") from None
     whole = [
         key
         for key, value in found.items()
         if not mx.issubdtype(value.dtype, mx.floating)
         and f"{key.removesuffix('weight')}scales" not in found
     ]
-    check_fit(shapes(found), shapes(module.parameters()), path, whole_numbers=whole)
+    check_fit(shapes(found), shapes(module.parameters()), where, whole_numbers=whole)
     module.update(tree_unflatten(list(found.items())))
+
+
+def load_weights(path: Path) -> dict[str, mx.array]:
+    """The weights in a safetensors file, lazily; `UserError` for a missing or damaged one."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} is incomplete: {path.name} is missing")
+    try:
+        found = mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    assert isinstance(found, dict)
+    return found
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -99,7 +126,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def shapes(weights: Any) -> dict[str, tuple[int, ...]]:
     """Dotted name -> shape, of a dict of arrays or a module's nested parameters."""
-    return {name: tuple(value.shape) for name, value in tree_flatten(weights)}
+    return {name: tuple(value.shape) for name, value in flat_parameters(weights).items()}
 
 
 def check_fit(
@@ -147,34 +174,38 @@ def dequantized(weights: Mapping[str, mx.array], how: Mapping[str, int]) -> dict
         scales, biases = weights.pop(key), weights.pop(f"{name}.biases", None)
         if biases is None or f"{name}.weight" not in weights:
             raise ValueError(f"{key} has no {name}.weight and {name}.biases beside it")
-        weights[f"{name}.weight"] = mx.dequantize(weights[f"{name}.weight"], scales, biases, **how)
+        weights[f"{name}.weight"] = mx.dequantize(
+            weights[f"{name}.weight"],
+            scales,
+            biases,
+            group_size=how["group_size"],
+            bits=how["bits"],
+        )
     return weights
 
 
-def materialise(module: nn.Module, dtype: mx.Dtype | None) -> None:
+def cast(module: nn.Module, dtype: mx.Dtype | None) -> None:
+    """Give all floating weights the type `dtype`, lazily; None keeps their types."""
+    if dtype is not None:
+        # Packed weights are whole numbers and stay.
+        module.apply(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x)
+
+
+def materialize(module: nn.Module, dtype: mx.Dtype | None) -> None:
     """Read the lazy weights one by one, so that a sub-network's peak is not the supernetwork's."""
-
-    def keep(value: mx.array) -> bool:
-        # Packed weights of a quantized text encoder are whole numbers.
-        return dtype is None or not mx.issubdtype(value.dtype, mx.floating)
-
-    cast = [
-        # A slice would otherwise keep the whole tensor it was cut from.
-        (name, mx.contiguous(value if keep(value) else value.astype(dtype)))
-        for name, value in tree_flatten(module.parameters())
-    ]
-    module.update(tree_unflatten(cast))
-    for _, value in cast:
-        mx.eval(value)
+    cast(module, dtype)
+    # A slice would otherwise keep the whole tensor it was cut from.
+    module.apply(mx.contiguous)
+    for weight in flat_parameters(module).values():
+        mx.eval(weight)
 
 
 BITS = (2, 3, 4, 5, 6, 8)
-
-
 GROUP_SIZES = (32, 64, 128)
 
 
-def check_quantization(quantization: Quantization, components: Sequence[str]) -> None:
+def check_quantization(quantization: Quantization, components: Collection[str]) -> None:
+    """`UserError` unless MLX can quantize so, and the components are among `components`."""
     for name, how in quantization.items():
         if name not in components:
             raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")

@@ -1,4 +1,4 @@
-"""A model's text encoders: made by kind, freed before denoising, and remembered what they said."""
+"""A model's text encoders: loaded by kind, freed after encoding, with a cache of embeddings."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -8,18 +8,22 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint import clip
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model
 from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, load_gemma
-from mlx_snapgen.checkpoint.module import load_stored, read_part
+from mlx_snapgen.checkpoint.module import Part, load_stored, read_part
 from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.networks.text_encoders.sentencepiece import (
+    SentencePieceTokenizer,
+    TransformerTextEncoder,
+)
 
 STORED = {
-    "transformer": (TransformerTextEncoder, Tokenizer),
+    "transformer": (TransformerTextEncoder, SentencePieceTokenizer),
     "clip": (ClipTextEncoder, ClipTokenizer),
 }
 """`TextEncoderConfig.kind` -> encoder and tokenizer of encoders that a model's folder holds."""
@@ -30,27 +34,36 @@ SOURCE_FILES = {"clip": clip.FILES, "gemma": GEMMA_FILES}
 """What is downloaded of a kind's repository, where `TextEncoderConfig.source` names one."""
 
 
-def make_text_encoder(folder: Path, index: int, config: TextEncoderConfig) -> Any:
-    """Encoder `index` of the model in `folder`.
-
-    Its weights are random, for `weights` to load, unless `config.source` says where they are.
+def load_text_encoder(model: ModelFolder, index: int) -> Any:
+    """Text encoder `index` of a model, its weights lazy.
 
     Raises:
-        UserError: an unknown kind, or a tokenizer or source that is missing or does not fit.
+        UserError: an unknown kind, or a file that is missing, damaged or does not fit.
     """
+    config = model.config.text_encoders[index]
     if config.kind not in KINDS:
         raise UserError(
-            f"{folder / 'config.json'}: unknown text encoder kind '{config.kind}'"
+            f"{model.path / 'config.json'}: unknown text encoder kind '{config.kind}'"
             f"{nearest(config.kind, KINDS)}, known: {', '.join(KINDS)}"
         )
     if config.source is not None:
-        return _from_source(folder, config)
-    path = folder / f"tokenizer_{index}.model"
-    return new_text_encoder(config, load_tokenizer(path, config))
+        if config.kind not in SOURCE_FILES:
+            raise UserError(
+                f"a {config.kind} text encoder has its weights in the model's folder: no source"
+            )
+        return load_source(_find(model, config), config)
+    path = model.path / f"tokenizer_{index}.model"
+    return _load_stored(path, config, model.parts[f"text_encoder_{index}"])
+
+
+def _load_stored(tokenizer: Path, config: TextEncoderConfig, part: Part) -> Any:
+    encoder = new_text_encoder(config, load_tokenizer(tokenizer, config))
+    load_stored(encoder, part)
+    return encoder
 
 
 def load_tokenizer(path: Path, config: TextEncoderConfig) -> Any:
-    """The tokenizer in a file, of the kind that `config` asks for.
+    """The tokenizer in a file, of the kind that `config` names.
 
     Raises:
         UserError: a kind that has no such file, or one that is missing, damaged or too large.
@@ -77,21 +90,22 @@ def _stored_classes(config: TextEncoderConfig) -> tuple[type, type]:
     return STORED[config.kind]
 
 
-def _from_source(folder: Path, config: TextEncoderConfig) -> Any:
+def load_source(folder: Path, config: TextEncoderConfig) -> Any:
+    """The text encoder of `config` ("clip" or "gemma"), whose source is `folder`.
+
+    Raises:
+        UserError: files that are missing, damaged or do not fit.
+    """
     if config.kind == "gemma":
-        return load_gemma(_find(folder, config), config)
-    if config.kind == "clip":
-        encoder = _load_clip(_find(folder, config))
-        if encoder.config.hidden_size != config.hidden_size:
-            raise UserError(
-                f"{config.source} gives states of {encoder.config.hidden_size}, the model takes "
-                f"those of {config.hidden_size}"
-            )
-        encoder.config = config
-        return encoder
-    raise UserError(
-        f"a {config.kind} text encoder has its weights in the model's folder: no source"
-    )
+        return load_gemma(folder, config)
+    encoder = _load_clip(folder)
+    if encoder.config.hidden_size != config.hidden_size:
+        raise UserError(
+            f"{config.source} gives states of {encoder.config.hidden_size}, the model takes "
+            f"those of {config.hidden_size}"
+        )
+    encoder.config = config
+    return encoder
 
 
 def _load_clip(folder: Path) -> ClipTextEncoder:
@@ -99,30 +113,37 @@ def _load_clip(folder: Path) -> ClipTextEncoder:
     part = read_part(folder, "text_encoder_0")
     if part is None:
         return clip.load_clip(folder)
-    config = from_dict(TextEncoderConfig, part[0])
+    config = from_dict(TextEncoderConfig, part.config)
     if config.kind != "clip":
         raise UserError(f"{folder} holds a {config.kind} text encoder, not a CLIP")
-    encoder = make_text_encoder(folder, 0, config)
-    load_stored(encoder, folder, "text_encoder_0", part[1])
-    return encoder
+    return _load_stored(folder / "tokenizer_0.model", config, part)
 
 
 def _find(
-    folder: Path, config: TextEncoderConfig, progress: DownloadProgress | None = None
+    model: ModelFolder, config: TextEncoderConfig, progress: DownloadProgress | None = None
 ) -> Path:
-    """The source's folder: inside the model's, anywhere, or a repository's in the cache."""
-    if config.revision is None and (folder / config.source).is_dir():
-        return folder / config.source
-    return find_model(config.source, config.revision, SOURCE_FILES[config.kind], progress)
+    """Folder of an encoder's source: in the model's, anywhere else, or a repository's."""
+    assert config.source is not None
+    if config not in model.sources:
+        inside = model.path / config.source
+        model.sources[config] = (
+            inside
+            if config.revision is None and inside.is_dir()
+            else find_model(
+                config.source,
+                revision=config.revision,
+                files=SOURCE_FILES[config.kind],
+                progress=progress,
+            )
+        )
+    return model.sources[config]
 
 
-def download_sources(
-    folder: Path, configs: Sequence[TextEncoderConfig], progress: DownloadProgress
-) -> None:
-    """Fetch the text encoders that the model in `folder` takes from repositories of their own."""
-    for config in configs:
+def download_sources(model: ModelFolder, progress: DownloadProgress) -> None:
+    """Download the text encoders that a model takes from repositories of their own."""
+    for config in model.config.text_encoders:
         if config.source is not None and config.kind in SOURCE_FILES:
-            _find(folder, config, progress)
+            _find(model, config, progress)
 
 
 def encoder_names(configs: Sequence[TextEncoderConfig]) -> list[str]:
@@ -143,25 +164,26 @@ def chosen_encoders(
                 + ", ".join(known)
             )
     if names is not None and not names:
-        raise UserError(f"leave at least one text encoder of {', '.join(known)}")
+        raise UserError(f"choose at least one text encoder of {', '.join(known)}")
     return [names is None or name in names for name in known]
 
 
 class PromptEncoder:
-    """Text encoders that leave memory when they have spoken, and a cache of what they said.
+    """Loads text encoders on demand, frees them after encoding, caches embeddings.
 
-    Prompts are encoded one by one, so that a prompt's states do not depend on what is in the cache.
+    Prompts are encoded one by one, so that a prompt's states do not depend on the cache.
 
     Args:
         encoders: None stands for one that is absent.
-        reload: gives the encoders again after `free`; None if nothing can, then they stay.
-        cache_size: number of prompts whose states are remembered, the latest ones.
+        reload: loads the encoders again after `free`; without it they stay in memory.
+        cache_size: number of prompts whose states are kept, the latest ones.
     """
 
     def __init__(
         self,
         encoders: list[Any],
         reload: Callable[[], list[Any]] | None = None,
+        *,
         cache_size: int = 32,
     ):
         self._encoders: list[Any] | None = encoders
@@ -173,6 +195,7 @@ class PromptEncoder:
     def encoders(self) -> list[Any]:
         """The encoders, loaded again if they were freed."""
         if self._encoders is None:
+            assert self._reload is not None
             self._encoders = self._reload()
         return self._encoders
 
@@ -180,20 +203,20 @@ class PromptEncoder:
         self, prompts: Sequence[str], transformer: EfficientDiT
     ) -> tuple[mx.array, mx.array]:
         """See `encode_prompts`."""
-        said = []
+        found = []
         for prompt in prompts:
             if prompt not in self._cache:
-                states = encode_states([prompt], self.encoders, transformer.dtype)
+                states = encode_states([prompt], self.encoders, dtype=transformer.dtype)
                 mx.eval(*(s for s in states if s is not None))
                 self._cache[prompt] = states
             self._cache.move_to_end(prompt)
-            said.append(self._cache[prompt])
+            found.append(self._cache[prompt])
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        joined = [
-            None if parts[0] is None else TextStates(*map(mx.concatenate, zip(*parts, strict=True)))
-            for parts in zip(*said, strict=True)
-        ]
+        joined: list[TextStates | None] = []
+        for parts in zip(*found, strict=True):
+            present = [part for part in parts if part is not None]
+            joined.append(_joined(present) if present else None)
         return transformer.encode_text(joined)
 
     def free(self) -> None:
@@ -201,3 +224,11 @@ class PromptEncoder:
         if self._reload is not None and self._encoders is not None:
             self._encoders = None
             mx.clear_cache()
+
+
+def _joined(parts: Sequence[TextStates]) -> TextStates:
+    """The states of several prompts as one batch."""
+    return TextStates(
+        mx.concatenate([part.states for part in parts]),
+        mx.concatenate([part.mask for part in parts]),
+    )

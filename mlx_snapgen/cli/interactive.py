@@ -1,27 +1,29 @@
-"""`python -m mlx_snapgen.generate --interactive`: prompts one by one, the model stays loaded."""
+"""`python -m mlx_snapgen.generate --interactive`: a loop of prompts, with the model loaded."""
 
-import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from mlx_snapgen.cli.options import build_parser
+from mlx_snapgen.cli.generate_options import build_parser
+from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.settings import WIDTH_NAMES
+from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, ModelChoice
 
+readline: ModuleType | None
 try:
     import readline
 except ImportError:  # Python may be built without it
-    readline: ModuleType | None = None
+    readline = None
 
 
 class Setting(NamedTuple):
-    """A line `:name VALUE` is the command's option with that value, for all later prompts."""
+    """A line `:name VALUE` sets the command's option to that value, for all later prompts."""
 
     option: str
     dest: str
@@ -30,47 +32,59 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "negative": Setting("--negative-prompt", "negative_prompt", "what to keep out"),
+    "negative": Setting("--negative-prompt", "negative_prompt", "what to keep out of the picture"),
     "seed": Setting("--seed", "seed", "of the next pictures (default: random each time)"),
     "images": Setting("--num-images", "num_images", "pictures per prompt"),
     "steps": Setting("--steps", "num_inference_steps", "denoising steps"),
-    "guidance": Setting("--guidance", "guidance_scale", "how hard to follow the prompt; 1 is off"),
+    "guidance": Setting("--guidance", "guidance_scale", "guidance scale; 1 is off"),
     "width": Setting("--model-width", "model_width", "of the network", WIDTH_NAMES),
     "model": Setting("--model", "model", "folder or Hugging Face repository"),
     "lora": Setting("--lora", "loras", "a file, and its scale"),
     "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("0", "4", "8")),
     "output": Setting("--output", "output", "a .png file, or a folder ending in /"),
 }
-RELOAD = {"model_width", "model", "loras", "quantize"}
-"""Settings that another pipeline is loaded for."""
 COMMANDS = (*SETTINGS, "size", "show", "help", "quit")
 HISTORY_LENGTH = 1000
+
+
+Load = Callable[[ModelChoice, DrawSettings], Any]
+"""Loads the pipeline of a choice, if its model can draw with the settings."""
+
+
+class Draw(Protocol):
+    """Draws with a pipeline."""
+
+    def __call__(self, pipeline: Any, settings: DrawSettings, *, output: str | None) -> None: ...
 
 
 class Session:
     """The loop's state.
 
     Args:
-        args: the command's options; settings are changed in it.
-        load: gives the pipeline for `args`.
-        draw: draws a prompt with a pipeline.
+        settings: of the first prompt; lines with a colon change them.
+        choice: the model; lines with a colon load another one.
+        output: file or folder of the pictures; None is the current folder.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        load: Callable[[], Any],
-        draw: Callable[[Any, str], None],
+        settings: DrawSettings,
+        choice: ModelChoice,
+        *,
+        output: str | None,
+        load: Load,
+        draw: Draw,
     ):
-        self._args, self._load, self._draw = args, load, draw
-        self._pipeline: Any = load()
+        self._settings, self._choice, self._output = settings, choice, output
+        self._load, self._draw = load, draw
+        self._pipeline: Any = load(choice, settings)
         self._quiet = not sys.stdin.isatty()
 
     def run(self) -> None:
         """Read lines until there are no more, or `:quit`."""
         with _line_editing(self.complete):
             if not self._quiet:
-                print("Say what to draw. :help lists the settings, Ctrl-D ends.")
+                print("Type a prompt. :help lists the settings, Ctrl-D ends.")
             while True:
                 try:
                     line = input("" if self._quiet else "> ").strip()
@@ -89,17 +103,18 @@ class Session:
                     print("stopped", file=sys.stderr)
 
     def take(self, line: str) -> None:
-        """Draw a prompt, or do what a line with a colon says; mistakes are `UserError`s."""
+        """Draw a prompt, or carry out a line with a colon; a user's mistake is a `UserError`."""
         if line.startswith(":"):
             name, _, value = line[1:].strip().partition(" ")
             self._command(name, value.strip())
         elif line:
             if self._pipeline is None:
-                self._pipeline = self._load()
-            self._draw(self._pipeline, line)
+                self._pipeline = self._load(self._choice, self._settings)
+            settings = dataclasses.replace(self._settings, prompt=line)
+            self._draw(self._pipeline, settings, output=self._output)
 
     def complete(self, text: str, before: str) -> list[str]:
-        """What `text`, the last word of a line after `before`, may become."""
+        """Completions of `text`, the last word of a line after `before`."""
         if not before and text.startswith(":"):
             return [f":{name}" for name in COMMANDS if name.startswith(text[1:])]
         if before.startswith(":"):
@@ -116,12 +131,12 @@ class Session:
                 print(f"  :{setting:10} {text}")
             print("  :size       WIDTHxHEIGHT of the picture in pixels")
             print("  :show       all settings\n  :quit       end; so does Ctrl-D")
-            print("Without a value a setting goes back to its default.")
+            print("A setting without a value is reset to its default.")
         elif name == "show":
+            values = vars(self._settings) | vars(self._choice) | {"output": self._output}
             for setting, (_, dest, _, _) in SETTINGS.items():
-                now = getattr(self._args, dest)
-                print(f"  :{setting:10} {'default' if now is None else now}")
-            size = (self._args.width, self._args.height)
+                print(f"  :{setting:10} {values[dest] or 'default'}")
+            size = self._settings.width, self._settings.height
             print("  :size       " + ("default" if None in size else "{}x{}".format(*size)))
         elif name == "size":
             self._size(value)
@@ -133,37 +148,42 @@ class Session:
     def _size(self, value: str) -> None:
         found = re.fullmatch(r"(\d+)\s*x\s*(\d+)", value)
         if value and not found:
-            raise UserError(f"the size is like 192x128 (width x height), not '{value}'")
+            raise UserError(f"the size must be like 192x128 (width x height), not '{value}'")
         width, height = (int(found[1]), int(found[2])) if found else (None, None)
-        self._args.width, self._args.height = width, height
+        self._settings = dataclasses.replace(self._settings, width=width, height=height)
 
     def _set(self, setting: Setting, value: str) -> None:
-        # The lora's file and scale are two words, a negative prompt is one.
+        # A LoRA's file and scale are two arguments, a negative prompt is one.
         words = value.split() if setting.dest == "loras" else [value]
         given = [setting.option, *words] if value else []
-        parsed = getattr(build_parser().parse_args(given), setting.dest)
-        before = getattr(self._args, setting.dest)
-        setattr(self._args, setting.dest, parsed)
-        if setting.dest not in RELOAD:
-            return
-        self._pipeline = None
-        try:
-            self._pipeline = self._load()
-        except UserError:
-            # The next prompt loads what was there before.
-            setattr(self._args, setting.dest, before)
-            raise
+        args = build_parser().parse_args(given)
+        if setting.dest == "output":
+            self._output = args.output
+        elif hasattr(self._settings, setting.dest):
+            value = getattr(draw_settings(args), setting.dest)
+            self._settings = dataclasses.replace(self._settings, **{setting.dest: value})
+        else:
+            value = getattr(model_choice(args), setting.dest)
+            before = self._choice
+            self._choice = dataclasses.replace(before, **{setting.dest: value})
+            self._pipeline = None
+            try:
+                self._pipeline = self._load(self._choice, self._settings)
+            except UserError:
+                # The next prompt loads the model of before.
+                self._choice = before
+                raise
 
 
 def history_path() -> Path:
-    """Where typed lines are remembered."""
+    """File of the typed lines."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "mlx_snapgen" / "prompts"
 
 
 @contextlib.contextmanager
 def _line_editing(complete: Callable[[str, str], list[str]]):
-    """Arrow keys, remembered lines and completion, where readline is there and somebody types."""
+    """Arrow keys, history and completion, with readline on a terminal."""
     if readline is None or not sys.stdin.isatty():
         yield
         return
@@ -172,15 +192,16 @@ def _line_editing(complete: Callable[[str, str], list[str]]):
         path.parent.mkdir(parents=True, exist_ok=True)
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LENGTH)
+    terminal = readline
 
     def completer(text: str, state: int) -> str | None:
-        before = readline.get_line_buffer()[: readline.get_begidx()]
+        before = terminal.get_line_buffer()[: terminal.get_begidx()]
         found = complete(text, before)
         return found[state] + " " if state < len(found) else None
 
     readline.set_completer_delims(" ")
     readline.set_completer(completer)
-    # macOS has libedit under the same name, with a language of its own.
+    # macOS has libedit under the same name, with another syntax.
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
     try:

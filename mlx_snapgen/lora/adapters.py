@@ -34,7 +34,7 @@ class Adapter(nn.Module):
         weight: a further factor, a plain number; at 0 the layer ignores the adapter.
     """
 
-    def __init__(self, a: mx.array, b: mx.array, alpha: float, weight: float = 1.0):
+    def __init__(self, a: mx.array, b: mx.array, *, alpha: float, weight: float = 1.0):
         super().__init__()
         self.a, self.b = a, b
         self.alpha, self.weight = alpha, weight
@@ -52,7 +52,7 @@ class Adapter(nn.Module):
 class LoRALinear(nn.Module):
     """A linear layer, elastic, quantized or plain, with named adapters beside it."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: Any):
         super().__init__()
         self.linear = linear
         self.adapters: dict[str, Adapter] = {}
@@ -94,18 +94,19 @@ class LoRALinear(nn.Module):
         other = LoRALinear(linear)
         for name, adapter in self.adapters.items():
             pair = self.matrices(adapter, share)
-            other.adapters[name] = Adapter(*pair, adapter.alpha, adapter.weight)
+            other.adapters[name] = Adapter(*pair, alpha=adapter.alpha, weight=adapter.weight)
         return other
 
 
 def add_lora(
     module: nn.Module,
     rank: int,
+    *,
     alpha: float,
     targets: Sequence[str],
     name: str = "default",
 ) -> list[str]:
-    """Give layers a new adapter to train, and freeze all else in `module`, other adapters too.
+    """Give layers a new adapter; nothing is frozen (see `train_only`).
 
     A starts uniform in +-1/sqrt(in), B at zero, so the network computes what it did before. Both
     are float32, whatever the base is.
@@ -123,7 +124,7 @@ def add_lora(
         Paths of the layers that have it.
 
     Raises:
-        UserError: a pattern without a layer, or a rank, alpha or name that cannot be.
+        UserError: a pattern without a layer, or an impossible rank, alpha or name.
     """
     targets = [targets] if isinstance(targets, str) else targets
     if rank < 1 or not math.isfinite(alpha):
@@ -142,10 +143,18 @@ def add_lora(
         out_dims, in_dims = layer_dims(layers[path])
         bound = in_dims**-0.5
         a = mx.random.uniform(-bound, bound, (rank, in_dims))
-        adapters[path] = Adapter(a, mx.zeros((out_dims, rank)), alpha)
-    attach(module, adapters, name)
-    train_only(module, adapters)
+        adapters[path] = Adapter(a, mx.zeros((out_dims, rank)), alpha=alpha)
+    attach(module, adapters, name=name)
     return list(adapters)
+
+
+def train_only(module: nn.Module, *names: str) -> None:
+    """Freeze all of `module` but the adapters of these names."""
+    module.freeze()
+    for layer in adapted_layers(module).values():
+        for name in names:
+            if name in layer.adapters:
+                layer.adapters[name].unfreeze()
 
 
 # --- weights of adapters ------------------------------------------------------------------------
@@ -160,8 +169,8 @@ def get_lora_weights(module: nn.Module) -> dict[str, float]:
 def set_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> None:
     """Give adapters new weights, others keep theirs; 0 switches one off, without a trace.
 
-    A weight is a plain number that `mx.compile` builds into the graph. A compiled function has to
-    set it inside itself, or take it as an argument: set from outside, the old one goes on.
+    A weight is a plain number that `mx.compile` builds into the graph. A compiled function must
+    set it inside itself, or take it as an argument: it ignores what is set from outside later.
 
     Raises:
         UserError: no adapter of that name, or a weight that is not finite.
@@ -180,7 +189,7 @@ def set_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> None:
 
 @contextlib.contextmanager
 def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
-    """`set_lora_weights` for the length of a block; base weights are neither copied nor changed.
+    """`set_lora_weights` inside a block; base weights are neither copied nor changed.
 
     The few-step teacher is the teacher inside `with lora_weights(teacher, {"few_step": 1.0}):`. To
     take gradients through a network with checkpointed blocks, put the whole `mx.grad` call inside:
@@ -246,7 +255,7 @@ def fuse_lora(module: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
-    """For the length of a block `module` has no adapters, and the parameter names of its base."""
+    """Inside the block `module` has no adapters, and the parameter names of its base."""
     layers = adapted_layers(module)
     module.update_modules(tree_unflatten([(path, m.linear) for path, m in layers.items()]))
     try:
@@ -259,10 +268,11 @@ def without_lora(module: nn.Module) -> Iterator[None]:
 
 
 def adapted_layers(module: nn.Module) -> dict[str, LoRALinear]:
+    """Dotted path -> layer, of those with adapters."""
     return {p: m for p, m in linear_layers(module).items() if isinstance(m, LoRALinear)}
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(module: nn.Module) -> dict[str, Any]:
     """Dotted path -> linear layer below `module`, those with adapters as `LoRALinear`."""
     kinds = (LoRALinear, ElasticLinear, nn.Linear, nn.QuantizedLinear)
     found = {p: m for p, m in module.named_modules() if p and isinstance(m, kinds)}
@@ -270,11 +280,11 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {p: found[p] for p in sorted(found) if p not in inner}
 
 
-def _base(layer: nn.Module) -> nn.Module:
+def _base(layer: Any) -> Any:
     return layer.linear if isinstance(layer, LoRALinear) else layer
 
 
-def layer_dims(layer: nn.Module) -> tuple[int, int]:
+def layer_dims(layer: Any) -> tuple[int, int]:
     """(out, in) at full width."""
     layer = _base(layer)
     if isinstance(layer, nn.QuantizedLinear):
@@ -282,12 +292,14 @@ def layer_dims(layer: nn.Module) -> tuple[int, int]:
     return layer.weight.shape
 
 
-def layer_dtype(layer: nn.Module) -> mx.Dtype:
+def layer_dtype(layer: Any) -> mx.Dtype:
+    """Floating type of the weight, or of the scales if it is quantized."""
     layer = _base(layer)
     return (layer.scales if isinstance(layer, nn.QuantizedLinear) else layer.weight).dtype
 
 
-def attach(module: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+def attach(module: nn.Module, adapters: Mapping[str, Adapter], *, name: str) -> None:
+    """Put adapters, by the paths of their layers, beside the layers of `module`."""
     if not re.fullmatch(r"[a-zA-Z][\w-]*", name, flags=re.A):
         raise UserError(f"a LoRA's name is letters, digits, - and _, got '{name}'")
     if name in get_lora_weights(module):
@@ -301,12 +313,6 @@ def attach(module: nn.Module, adapters: Mapping[str, Adapter], name: str) -> Non
         layer.adapters[name] = adapter
 
 
-def train_only(module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    module.freeze()
-    for adapter in adapters.values():
-        adapter.unfreeze()
-
-
 def _near(target: str, paths: Mapping[str, Any]) -> str:
     """Paths, or their ends from a dot on, that look like the pattern `target`."""
     ends = {path[m.end() :] for path in paths for m in re.finditer(r"^|\.", path)}
@@ -316,7 +322,7 @@ def _near(target: str, paths: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
-    """Only the adapters `names` are on: one network plays teacher, student or critic in turn."""
+    """Only the adapters `names` are on: one network acts as teacher, student or critic in turn."""
     weights = {name: float(name in names) for name in get_lora_weights(network)}
     with lora_weights(network, weights):
         yield

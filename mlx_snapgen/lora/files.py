@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,6 @@ from mlx_snapgen.lora.adapters import (
     layer_dims,
     layer_dtype,
     linear_layers,
-    train_only,
 )
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
@@ -37,15 +37,16 @@ PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
 def save_lora(
     path: str | Path,
     module: nn.Module,
+    *,
     name: str = "default",
     base_model: str | None = None,
     dtype: mx.Dtype | None = None,
 ) -> None:
     """Write one adapter to a new .safetensors file, whole or not at all.
 
-    The header tells rank, alpha, name and format, and `base_model`, the name of the model that the
-    adapter belongs to. The adapter's weight is not written: it is the user's choice. `dtype` is
-    the floating type to store; None keeps the adapter's.
+    The header has rank, alpha, name and format, and `base_model`, the name of the model that the
+    adapter was trained for. The adapter's weight is not written: it is the user's choice. `dtype`
+    is the floating type to store; None keeps the adapter's.
 
     Raises:
         UserError: no such adapter, a file that exists, or one that cannot be written.
@@ -90,9 +91,10 @@ def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"no LoRA file {path}")
     try:
-        tensors, header = mx.load(str(path), format="safetensors", return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
+    tensors, header = loaded
     return tensors, header
 
 
@@ -102,7 +104,9 @@ _KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")
 def _split_key(key: str) -> tuple[str, str] | None:
     """A file's key -> (layer as it is called there, "a", "b" or "alpha"); None for no LoRA's."""
     match = _KEY.fullmatch(key)
-    part = match and ("alpha" if match[3] else PARTS.get(match[2]))
+    if match is None:
+        return None
+    part = "alpha" if match[3] else PARTS.get(match[2])
     return (match[1], part) if part else None
 
 
@@ -110,8 +114,8 @@ def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) 
     """The name that `save_lora` would give a key of any layout.
 
     Args:
-        dotted: gives the path behind kohya's flat name of a layer ("blocks_0_attn_to_q"), whose
-            dots only its network knows, or None.
+        dotted: gives the path behind kohya's flat name of a layer ("blocks_0_attn_to_q"), or None;
+            where the dots were, only the network's own paths show.
 
     Raises:
         UserError: no part of a LoRA, or a flat name of a network that is not known.
@@ -137,6 +141,7 @@ def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) 
 def load_lora(
     path: str | Path,
     module: nn.Module,
+    *,
     weight: float = 1.0,
     name: str | None = None,
     base_model: str | None = None,
@@ -153,16 +158,16 @@ def load_lora(
         module: the network, at full width when it is elastic; changed in place.
         weight: the adapter's; 0 loads it switched off.
         name: the adapter's; None takes the file's.
-        base_model: name of the network's model; a file that is for another one is warned about.
-        trainable: freeze all else and train this adapter on, in float32. False freezes it, in the
-            base's floating type.
+        base_model: name of the network's model; a warning is issued for a file made for another.
+        trainable: keep the adapter in float32, not frozen, to train it further. False freezes it,
+            in the base's floating type.
 
     Returns:
         Paths of the layers that have it.
 
     Raises:
-        UserError: no LoRA, or one with keys or shapes that the network has no place for. Nothing
-            is changed then.
+        UserError: no LoRA, or one with keys or shapes that do not fit the network, which is not
+            changed then.
     """
     path = Path(path).expanduser()
     tensors, header = read_lora(path)
@@ -173,27 +178,26 @@ def load_lora(
     layers = linear_layers(module)
     default_alpha = _alpha_of_header(path, header)
     adapters = {}
-    for layer, parts in _by_layer(path, tensors, layers).items():
+    for layer, parts in _by_layer(tensors, layers, path=path).items():
         dtype = mx.float32 if trainable else layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
-        alpha = parts["alpha"].item() if "alpha" in parts else default_alpha
-        adapters[layer] = Adapter(a, b, a.shape[0] if alpha is None else alpha, float(weight))
+        alpha = float(parts["alpha"]) if "alpha" in parts else default_alpha
+        alpha = a.shape[0] if alpha is None else alpha
+        adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight))
     made_for = header.get("base_model")
     if base_model and made_for and base_model != made_for:
         warnings.warn(
             f"{path} was made for the model '{made_for}', not '{base_model}'", stacklevel=2
         )
-    attach(module, adapters, name)
-    if trainable:
-        train_only(module, adapters)
-    else:
+    attach(module, adapters, name=name)
+    if not trainable:
         for adapter in adapters.values():
             adapter.freeze()
     return list(adapters)
 
 
 def _by_layer(
-    path: Path, tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module]
+    tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module], *, path: Path
 ) -> dict[str, dict[str, mx.array]]:
     """Layer path -> its "a", "b" and perhaps "alpha", all checked against the layer."""
     aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
@@ -206,7 +210,7 @@ def _by_layer(
         if part is None:
             faults.append(f"{key} is no part of a LoRA that is known here")
         elif name not in aliases:
-            # The search is slow, and no more than three faults are told.
+            # The search is slow, and no more than three faults are listed.
             hint = nearest(name, aliases) if len(faults) < 3 else ""
             faults.append(f"{name} is no layer{hint}")
         elif part in found.setdefault(aliases[name], {}):
@@ -214,15 +218,15 @@ def _by_layer(
         else:
             found[aliases[name]][part] = value
     for layer, parts in found.items():
-        faults += _misfits(layer, parts, layers[layer])
+        faults += _misfits(layer, parts, linear=layers[layer])
     if faults or not found:
         more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
-        told = "; ".join(faults[:3]) or "it is empty"
-        raise UserError(f"{path} does not fit this network: {told}{more}")
+        listed = "; ".join(faults[:3]) or "it is empty"
+        raise UserError(f"{path} does not fit this network: {listed}{more}")
     return found
 
 
-def _misfits(layer: str, parts: Mapping[str, mx.array], linear: nn.Module) -> Iterator[str]:
+def _misfits(layer: str, parts: Mapping[str, mx.array], *, linear: nn.Module) -> Iterator[str]:
     """What is wrong with one layer's tensors."""
     if not {"a", "b"} <= parts.keys():
         yield f"{layer} lacks " + ("lora_B" if "a" in parts else "lora_A")
@@ -235,7 +239,7 @@ def _misfits(layer: str, parts: Mapping[str, mx.array], linear: nn.Module) -> It
         elif not mx.issubdtype(parts[part].dtype, mx.floating):
             yield f"{layer} has {what} in whole numbers"
     alpha = parts.get("alpha", mx.array(1.0))
-    if alpha.size != 1 or not math.isfinite(alpha.item()):
+    if alpha.size != 1 or not math.isfinite(float(alpha)):
         yield f"{layer} has an alpha that is not one finite number"
 
 

@@ -1,11 +1,10 @@
-"""Attention of the Efficient DiT: 2-D RoPE, dense, blockwise neighbourhood, ASSA, and cross.
+"""Attention of the Efficient DiT: 2-D RoPE, dense, blockwise neighborhood, ASSA, and cross.
 
 Shapes: h is (B, N, d) with the N = H * W tokens of a grid in raster order; q, k and v are
 (B, heads, tokens, head_dim). Grouped-query attention keeps the ratio of query to kv heads over all
-widths, so cutting heads from the end leaves every remaining head with the kv head it had.
+widths, so every head that a narrower width keeps has the same kv head as before.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -14,12 +13,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth
 from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
 
 
 class Grid(NamedTuple):
-    """A token grid. `stride` is the distance of neighbouring tokens in finest-grid tokens."""
+    """A token grid. `stride` is the distance of neighboring tokens in finest-grid tokens."""
 
     height: int
     width: int
@@ -30,11 +30,11 @@ class Grid(NamedTuple):
         return Grid(self.height // 2, self.width // 2, self.stride * 2)
 
 
-@functools.lru_cache(maxsize=32)
-def rope_table(grid: Grid, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
+@bounded_cache(16 * 2**20)
+def rope_table(grid: Grid, head_dim: int, *, theta: float) -> tuple[mx.array, mx.array]:
     """Cosines and sines (N, head_dim/2) of 2-D rotary positions: rows first, then columns.
 
-    A token of stride s stands at the centre of the s x s finest tokens that it covers, so a 2x2
+    A token of stride s stands at the center of the s x s finest tokens that it covers, so a 2x2
     cell's key is rotated to the middle of its cell.
     """
     frequencies = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
@@ -55,64 +55,70 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
-def apply_rope(x: mx.array, grid: Grid, theta: float) -> mx.array:
+def apply_rope(x: mx.array, grid: Grid, *, theta: float) -> mx.array:
     """Rotate x (B, heads, N, head_dim) to the positions of `grid`."""
-    cos, sin = rope_table(grid, x.shape[-1], theta)
+    cos, sin = rope_table(grid, x.shape[-1], theta=theta)
     return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype))
 
 
-@functools.lru_cache(maxsize=32)
+@bounded_cache(128 * 2**20)
 def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
     """EDT's attention modulation matrix (arXiv 2410.23788): (query tokens, key tokens).
 
     M = exp(cos(2 pi d / T)) / 2 with T = 4 sqrt(2) (n - 1), and 0 beyond R = sqrt((n - 1)^2 + 4).
-    d is the distance of the tokens' centres in finest-grid tokens, n the longer side of the query
-    grid.
+    d is the distance of the tokens' centers in finest-grid tokens, n the longer side of the query
+    grid. At 1024 px the matrix takes 64 MiB, and 16 MiB for keys of 2x2 cells.
     """
 
-    def centres(grid: Grid) -> np.ndarray:
-        rows, columns = np.divmod(np.arange(grid.height * grid.width), grid.width)
-        return np.stack([rows, columns], axis=-1) * grid.stride + (grid.stride - 1) / 2
+    def centers(count: int, stride: int) -> np.ndarray:
+        return np.arange(count) * stride + (stride - 1) / 2
 
-    offsets = centres(queries)[:, None] - centres(keys)[None]
-    distance = np.sqrt((offsets**2).sum(-1))
+    rows, columns = (
+        centers(a, queries.stride)[:, None] - centers(b, keys.stride)
+        for a, b in ((queries.height, keys.height), (queries.width, keys.width))
+    )
+    squared = rows[:, None, :, None] ** 2 + columns[None, :, None, :] ** 2
+    distance = np.sqrt(squared).reshape(queries.height * queries.width, -1)
     n = max(queries.height, queries.width)
     period, reach = 4 * math.sqrt(2) * (n - 1), math.sqrt((n - 1) ** 2 + 4)
     matrix = 0.5 * np.exp(np.cos(2 * np.pi * distance / period))
     return mx.array(np.where(distance > reach, 0, matrix), mx.float32)
 
 
-def neighbourhood_attention(
+def neighborhood_attention(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     grid: Grid,
     num_bands: int,
     radius: int,
     modulation: mx.array | None = None,
 ) -> mx.array:
-    """Blockwise neighbourhood attention, BNA (eqs. 2-3).
+    """Blockwise neighborhood attention, BNA (eqs. 2-3).
 
     The rows of the grid are cut into bands of ceil(H / num_bands) rows, the last one shorter where
     they do not divide. Band b attends to bands b - radius .. b + radius that exist.
 
-    On Metal and CUDA all bands with a full neighbourhood go into one batched call, since launches
-    are dear there; on the CPU a loop over bands is as fast and needs less memory.
+    On Metal and CUDA all bands with a full neighborhood go into one batched call, because launches
+    are expensive there; on the CPU a loop over bands is as fast and needs less memory.
     """
     band = math.ceil(grid.height / num_bands) * grid.width
     if modulation is None and mx.default_device().type == mx.DeviceType.gpu:
-        return _bands_batched(q, k, v, band, radius)
-    return _bands_looped(q, k, v, band, radius, modulation)
+        return bands_batched(q, k, v, band=band, radius=radius)
+    return bands_looped(q, k, v, band=band, radius=radius, modulation=modulation)
 
 
-def _bands_looped(
+def bands_looped(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     band: int,
     radius: int,
     modulation: mx.array | None = None,
 ) -> mx.array:
+    """BNA band by band; `band` is the tokens of one."""
     out = []
     for start in range(0, q.shape[2], band):
         here = slice(start, start + band)
@@ -122,13 +128,13 @@ def _bands_looped(
     return mx.concatenate(out, axis=2)
 
 
-def _bands_batched(q: mx.array, k: mx.array, v: mx.array, band: int, radius: int) -> mx.array:
-    """The inner bands, which all see 2 * radius + 1 whole bands, as one batch; edges looped."""
+def bands_batched(q: mx.array, k: mx.array, v: mx.array, *, band: int, radius: int) -> mx.array:
+    """BNA with the inner bands, which all see 2 * radius + 1 whole bands, as one batch."""
     b, heads, n, head_dim = q.shape
     span = 2 * radius + 1
     inner = n // band - 2 * radius
     if inner < 2:
-        return _bands_looped(q, k, v, band, radius)
+        return bands_looped(q, k, v, band=band, radius=radius)
 
     def windows(x: mx.array) -> mx.array:
         """(B, heads, N, D) -> (B * inner, heads, span * band, D), overlapping."""
@@ -170,18 +176,18 @@ class SelfAttention(nn.Module):
         self._head_dim, self._theta = head_dim, config.rope_theta
 
     def project(self, h: mx.array, share: float) -> tuple[mx.array, mx.array, mx.array]:
-        """h (B, N, d) -> q, k, v by heads, q and k normalised but not yet rotated."""
+        """h (B, N, d) -> q, k, v by heads, q and k normalized but not yet rotated."""
         q = split_heads(self.q_proj(h, share), self._head_dim)
         k = split_heads(self.k_proj(h, share), self._head_dim)
         v = split_heads(self.v_proj(h, share), self._head_dim)
         return self.q_norm(q, share=share), self.k_norm(k, share=share), v
 
     def __call__(
-        self, h: mx.array, grid: Grid, share: float = 1.0, modulate: bool = False
+        self, h: mx.array, grid: Grid, *, share: float = 1.0, modulate: bool = False
     ) -> mx.array:
         """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
         q, k, v = self.project(h, share)
-        q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
+        q, k = apply_rope(q, grid, theta=self._theta), apply_rope(k, grid, theta=self._theta)
         matrix = modulation_matrix(grid, grid) if modulate else None
         return self.out_proj(merge_heads(attend(q, k, v, modulation=matrix)), share)
 
@@ -203,7 +209,7 @@ class SparseSelfAttention(SelfAttention):
         self._num_bands, self._radius = config.num_bands, config.band_radius
 
     def compress(
-        self, x: mx.array, grid: Grid, projection: ElasticLinear, share: float
+        self, x: mx.array, grid: Grid, *, projection: ElasticLinear, share: float
     ) -> mx.array:
         """2x2 convolution with stride 2 over the grid: (B, heads, N, D) -> (B, heads, N/4, D)."""
         b, heads, _, dim = x.shape
@@ -213,19 +219,27 @@ class SparseSelfAttention(SelfAttention):
         return split_heads(x, dim)
 
     def __call__(
-        self, h: mx.array, grid: Grid, share: float = 1.0, modulate: bool = False
+        self, h: mx.array, grid: Grid, *, share: float = 1.0, modulate: bool = False
     ) -> mx.array:
         """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
         q, k, v = self.project(h, share)
         cells = grid.halved()
         near = modulation_matrix(grid, grid) if modulate else None
         far = modulation_matrix(grid, cells) if modulate else None
-        k_cells = self.compress(k, grid, self.k_compress, share)
-        v_cells = self.compress(v, grid, self.v_compress, share)
-        q, k = apply_rope(q, grid, self._theta), apply_rope(k, grid, self._theta)
-        k_cells = apply_rope(k_cells, cells, self._theta)
+        k_cells = self.compress(k, grid, projection=self.k_compress, share=share)
+        v_cells = self.compress(v, grid, projection=self.v_compress, share=share)
+        q, k = apply_rope(q, grid, theta=self._theta), apply_rope(k, grid, theta=self._theta)
+        k_cells = apply_rope(k_cells, cells, theta=self._theta)
         out_global = attend(q, k_cells, v_cells, modulation=far)
-        out_local = neighbourhood_attention(q, k, v, grid, self._num_bands, self._radius, near)
+        out_local = neighborhood_attention(
+            q,
+            k,
+            v,
+            grid=grid,
+            num_bands=self._num_bands,
+            radius=self._radius,
+            modulation=near,
+        )
         # (B, N, heads) -> (B, heads, N, 1)
         mix = mx.sigmoid(self.mix_proj(h, share)).transpose(0, 2, 1)[..., None]
         out = out_local + mix * (out_global - out_local)
@@ -251,15 +265,14 @@ class CrossAttention(nn.Module):
         d, head_dim = config.hidden_size, config.head_dim
         self._num_kv_heads, self._head_dim = config.num_cross_kv_heads, head_dim
         kv = config.num_cross_kv_heads * head_dim
-        fixed = {"slice_in": False, "slice_out": False}
         self.q_proj = ElasticLinear(d, d)
-        self.k_proj = ElasticLinear(config.text_width, kv, **fixed)
-        self.v_proj = ElasticLinear(config.text_width, kv, **fixed)
+        self.k_proj = ElasticLinear(config.text_width, kv, slice_in=False, slice_out=False)
+        self.v_proj = ElasticLinear(config.text_width, kv, slice_in=False, slice_out=False)
         self.out_proj = ElasticLinear(d, d)
         self.out_proj.weight = mx.zeros_like(self.out_proj.weight)
 
     def __call__(
-        self, h: mx.array, text: mx.array, mask: mx.array | None, share: float = 1.0
+        self, h: mx.array, text: mx.array, *, mask: mx.array | None = None, share: float = 1.0
     ) -> mx.array:
         """h (B, N, d), text (B, L, text_width), mask (B, L) true where a token counts."""
         q = split_heads(self.q_proj(h, share), self._head_dim)
@@ -268,9 +281,9 @@ class CrossAttention(nn.Module):
         b, heads, n, head_dim = q.shape
         kv_heads = min(heads, self._num_kv_heads)
         k, v = k[:, :kv_heads], v[:, :kv_heads]
-        # Heads that share a kv head become neighbours: i mod kv_heads runs slowest.
+        # Heads that share a kv head become adjacent: i mod kv_heads runs slowest.
         q = q.reshape(b, heads // kv_heads, kv_heads, n, head_dim).swapaxes(1, 2)
         q = q.reshape(b, heads, n, head_dim)
-        out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        out = attend(q, k, v, mask=None if mask is None else mask[:, None, None, :])
         out = out.reshape(b, kv_heads, heads // kv_heads, n, head_dim).swapaxes(1, 2)
         return self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), share)

@@ -6,11 +6,12 @@ table in each. Down and Up see the full token grid through ASSA, Middle a quarte
 with dense attention and long skip connections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
@@ -18,6 +19,7 @@ from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, 
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
 from mlx_snapgen.networks.layers import (
     depth_to_space,
+    flat_parameters,
     gelu,
     layer_norm,
     modulate,
@@ -84,36 +86,38 @@ class Block(nn.Module):
         x: mx.array,
         modulation: mx.array,
         text: mx.array,
+        *,
         mask: mx.array | None,
         grid: Grid,
         share: float,
         modulate_attention: bool = False,
     ) -> mx.array:
+        """x (B, N, d) on `grid`, modulation (B, 6, d), text (B, L, text_width), mask (B, L)."""
         table = self.modulation(share=share) + modulation
         # six of (B, 1, d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
         h = modulate(layer_norm(x), shift_a, scale_a)
-        x = x + gate_a * self.self_attention(h, grid, share, modulate_attention)
-        x = x + self.cross_attention(x, text, mask, share)
+        x = x + gate_a * self.self_attention(h, grid, share=share, modulate=modulate_attention)
+        x = x + self.cross_attention(x, text, mask=mask, share=share)
         h = modulate(layer_norm(x), shift_f, scale_f)
         return x + gate_f * self.ffn(h, share)
 
 
-def checkpointed(block: nn.Module, arrays: Sequence[mx.array], settings: Sequence) -> mx.array:
-    """block(*arrays, *settings), computed again for the backward pass instead of kept.
+def checkpointed(block: Block, *arrays: mx.array, **settings: Any) -> mx.array:
+    """block(*arrays, **settings), computed again for the backward pass instead of kept.
 
     Gradients reach `arrays` and the block's trainable parameters. `nn.utils.checkpoint` saves
     nothing here: evaluated lazily, it computes the input gradients of all blocks first and keeps
     every block's activations for the weight gradients. Here each block waits for the gradient that
     comes to it, and hands on its own only when those of its weights are done.
     """
-    names = [name for name, _ in tree_flatten(block.trainable_parameters())]
-    weights = [weight for _, weight in tree_flatten(block.trainable_parameters())]
+    trained = flat_parameters(block.trainable_parameters())
+    names, weights = list(trained), list(trained.values())
     count = len(arrays)
 
     def forward(*primals: mx.array) -> mx.array:
         block.update(tree_unflatten(list(zip(names, primals[count:], strict=True))))
-        out = block(*primals[:count], *settings)
+        out = block(*primals[:count], **settings)
         block.update(tree_unflatten(list(zip(names, weights, strict=True))))
         return out
 
@@ -124,7 +128,7 @@ def checkpointed(block: nn.Module, arrays: Sequence[mx.array], settings: Sequenc
         _, grads = mx.vjp(forward, mx.depends(list(primals), [cotangent]), [cotangent])
         return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
 
-    return run(*arrays, *weights)
+    return run(*arrays, *weights)  # pyright: ignore[reportReturnType]  it has no types
 
 
 class LongSkip(nn.Module):
@@ -135,7 +139,7 @@ class LongSkip(nn.Module):
         self.linear = ElasticLinear(2 * dims, dims, in_groups=2)
         self.linear.weight = mx.concatenate([mx.eye(dims), mx.zeros((dims, dims))], axis=1)
 
-    def __call__(self, x: mx.array, skip: mx.array, share: float) -> mx.array:
+    def __call__(self, x: mx.array, skip: mx.array, *, share: float) -> mx.array:
         return self.linear(mx.concatenate([x, skip], axis=-1), share)
 
 
@@ -147,7 +151,7 @@ class Downsample(nn.Module):
         self.linear = ElasticLinear(4 * dims, dims, bias=False, in_groups=4)
 
     def __call__(
-        self, x: mx.array, grid: Grid, share: float, keep: mx.array | None = None
+        self, x: mx.array, grid: Grid, *, share: float, keep: mx.array | None = None
     ) -> mx.array:
         """x (B, N, d) -> (B, N/4, d); tokens where `keep` (B, N) is false count as zeros."""
         b, n, d = x.shape
@@ -165,7 +169,7 @@ class Upsample(nn.Module):
         self.linear = ElasticLinear(dims, 4 * dims, bias=False, out_groups=4)
         self.skip_weight = mx.array([0.5])
 
-    def __call__(self, x: mx.array, skip: mx.array, grid: Grid, share: float) -> mx.array:
+    def __call__(self, x: mx.array, skip: mx.array, *, grid: Grid, share: float) -> mx.array:
         """x (B, N/4, d) of the Middle stage, skip (B, N, d) of the Down stage on `grid`."""
         b, n, d = x.shape
         cells = self.linear(x, share).reshape(b, grid.height // 2, grid.width // 2, 4 * d)
@@ -195,7 +199,7 @@ class Head(nn.Module):
         self.linear = ElasticLinear(d, out, slice_out=False)
         self.linear.weight = mx.zeros_like(self.linear.weight)
 
-    def __call__(self, x: mx.array, embedding: mx.array, share: float) -> mx.array:
+    def __call__(self, x: mx.array, embedding: mx.array, *, share: float) -> mx.array:
         shift, scale = mx.split(self.modulation(share=share) + embedding[:, None], 2, axis=1)
         return self.linear(modulate(layer_norm(x), shift, scale), share)
 
@@ -246,8 +250,8 @@ class EfficientDiT(nn.Module):
         """Project each encoder's states and join them token-wise.
 
         Args:
-            states: one `TextStates` for each of `config.text_dims`, in order. An encoder whose mask
-                is all false is ignored; None, for one that is absent, is the same with less work.
+            states: one for each of `config.text_dims`, in order. An encoder whose mask is all
+                false is ignored; None, for one that is absent, is the same with less work.
 
         Returns:
             text (B, L, text_width) and mask (B, L), L the sum of the encoders' lengths.
@@ -256,7 +260,7 @@ class EfficientDiT(nn.Module):
             raise UserError(f"{len(self.text)} text encoders expected, got {len(states)}")
         present = [(p, s) for p, s in zip(self.text, states, strict=True) if s is not None]
         if not present:
-            raise UserError("all text encoders are absent: leave at least one")
+            raise UserError("all text encoders are absent: at least one is needed")
         projected = [project(s) for project, (s, _) in present]
         masks = [mask for _, (_, mask) in present]
         return mx.concatenate(projected, axis=1), mx.concatenate(masks, axis=1)
@@ -267,27 +271,22 @@ class EfficientDiT(nn.Module):
         t: mx.array,
         text: mx.array,
         mask: mx.array | None = None,
+        *,
         share: float = 1.0,
         return_features: bool = False,
         modulate_attention: bool = False,
         keep: mx.array | None = None,
-    ) -> mx.array | tuple[mx.array, mx.array]:
-        """Predict the velocity.
+    ) -> Any:
+        """Predict the velocity; see `VelocityNetwork.__call__`.
 
         Args:
-            x_t: noisy latents (B, H, W, C); H and W must divide by twice the patch size. Any
-                floating type: the network computes in that of its weights.
-            t: noise level (B,) in [0, 1].
-            text: joined text states (B, L, text_width) from `encode_text`.
-            mask: (B, L), true where a text token counts; None when all do.
+            x_t: H and W must divide by twice the patch size.
+            text: joined states (B, L, text_width) from `encode_text`.
             share: one of `config.widths`.
-            return_features: also return the last block's output (B, N, width * hidden_size).
+            return_features: their width is share * hidden_size.
             modulate_attention: EDT's attention modulation, in every second block of the Up stage.
             keep: (B, N) over patch tokens; where false a token is masked on its way to the Middle
                 stage (EDT's masking training). None keeps all.
-
-        Returns:
-            v (B, H, W, C), and the features when asked for, in the type of x_t.
         """
         config = self.config
         config.width_index(share)
@@ -302,48 +301,51 @@ class EfficientDiT(nn.Module):
         x = space_to_depth(x_t, patch).reshape(b, grid.height * grid.width, -1)
         x = self.patch_embed(x.astype(self.patch_embed.bias.dtype), share)
         embedding, modulation = self.time(t, share=share)
+
+        def run(block: Block, x: mx.array, grid: Grid, modulated: bool = False) -> mx.array:
+            settings = {"mask": mask, "grid": grid, "share": share, "modulate_attention": modulated}
+            if self._checkpoint:
+                return checkpointed(block, x, modulation, text, **settings)
+            return block(x, modulation, text, **settings)
+
         for block in self.down_blocks:
-            x = self._block(block, x, modulation, text, mask, grid, share)
+            x = run(block, x, grid)
         if config.blocks[1]:
             skip = x
-            x = self.downsample(x, grid, share, keep)
-            x = self._middle(x, modulation, text, mask, grid.halved(), share)
-            x = self.upsample(x, skip, grid, share)
+            x = self.downsample(x, grid, share=share, keep=keep)
+            x = self._middle(x, lambda block, x: run(block, x, grid.halved()), share)
+            x = self.upsample(x, skip, grid=grid, share=share)
             for i, block in enumerate(self.up_blocks):
-                local = modulate_attention and i % 2 == 1
-                x = self._block(block, x, modulation, text, mask, grid, share, local)
-        v = self.head(x, embedding, share)
+                x = run(block, x, grid, modulate_attention and i % 2 == 1)
+        v = self.head(x, embedding, share=share)
         v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch).astype(x_t.dtype)
         return (v, x.astype(x_t.dtype)) if return_features else v
 
-    def _block(self, block: Block, x, modulation, text, *settings) -> mx.array:
-        if self._checkpoint:
-            return checkpointed(block, (x, modulation, text), settings)
-        return block(x, modulation, text, *settings)
-
-    def _middle(self, x, modulation, text, mask, grid: Grid, share: float) -> mx.array:
+    def _middle(
+        self, x: mx.array, run: Callable[[Block, mx.array], mx.array], share: float
+    ) -> mx.array:
         """Middle stage: block i's output returns at the input of block n - 1 - i."""
         count = len(self.middle_blocks)
-        outputs = []
+        outputs: list[mx.array] = []
         for i, block in enumerate(self.middle_blocks):
             mirrored = count - 1 - i
             if self.config.long_skips and mirrored < i:
-                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored], share)
-            x = self._block(block, x, modulation, text, mask, grid, share)
+                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored], share=share)
+            x = run(block, x)
             outputs.append(x)
         return x
 
 
 def count_parameters(config: TransformerConfig) -> int:
     """Parameters of a network of `config`; mlx arrays are lazy, so nothing is allocated."""
-    return sum(p.size for _, p in tree_flatten(EfficientDiT(config).parameters()))
+    return sum(p.size for p in flat_parameters(EfficientDiT(config)).values())
 
 
 def encode_prompts(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], transformer: EfficientDiT
+    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], *, transformer: EfficientDiT
 ) -> tuple[mx.array, mx.array]:
     """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
 
     None stands for an encoder that is absent.
     """
-    return transformer.encode_text(encode_states(prompts, encoders, transformer.dtype))
+    return transformer.encode_text(encode_states(prompts, encoders, dtype=transformer.dtype))

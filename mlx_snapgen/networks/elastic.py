@@ -6,13 +6,13 @@ modulation) exist once per width. `extract` makes a stand-alone network of one w
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
-def slice_groups(x: mx.array, axis: int, groups: int, share: float) -> mx.array:
+def slice_groups(x: mx.array, axis: int, *, groups: int, share: float) -> mx.array:
     """Keep the leading `share` of each of `groups` equal runs along `axis` (0 or -1)."""
     if share == 1.0:
         return x
@@ -37,6 +37,7 @@ class ElasticLinear(nn.Module):
         self,
         in_dims: int,
         out_dims: int,
+        *,
         bias: bool = True,
         slice_in: bool = True,
         slice_out: bool = True,
@@ -53,11 +54,15 @@ class ElasticLinear(nn.Module):
 
     def slice_inputs(self, x: mx.array, share: float) -> mx.array:
         """Cut x (..., in_dims) to the inputs of the sub-network of `share`."""
-        return slice_groups(x, -1, self.in_groups, share) if self.slice_in else x
+        if not self.slice_in:
+            return x
+        return slice_groups(x, -1, groups=self.in_groups, share=share)
 
     def slice_outputs(self, x: mx.array, share: float) -> mx.array:
         """Cut x (out_dims, ...) to the outputs of the sub-network of `share`."""
-        return slice_groups(x, 0, self.out_groups, share) if self.slice_out else x
+        if not self.slice_out:
+            return x
+        return slice_groups(x, 0, groups=self.out_groups, share=share)
 
     def sliced(self, share: float) -> dict[str, mx.array]:
         """Weight and bias of the sub-network of `share`."""
@@ -89,8 +94,9 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
             raise ValueError("a quantized layer has one width: extract it first, then quantize")
         if mx.default_device().type != mx.DeviceType.cpu:
             return super().__call__(x)
-        how = {"group_size": self.group_size, "bits": self.bits}
-        weight = mx.dequantize(self.weight, self.scales, self.biases, **how).astype(x.dtype)
+        weight = mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        ).astype(x.dtype)
         return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
 
 
@@ -107,7 +113,7 @@ class PerWidth(nn.Module):
         self._widths = tuple(widths)
         self.members = [make(share) for share in widths]
 
-    def at(self, share: float) -> nn.Module:
+    def at(self, share: float) -> Any:
         """The member of `share`."""
         return self.members[self._widths.index(share)]
 
@@ -137,7 +143,7 @@ def sliced_parameters(module: Any, share: float) -> Any:
     """
     if isinstance(module, nn.Module):
         if hasattr(module, "sliced"):
-            return module.sliced(share)
+            return cast(Any, module).sliced(share)
         items = {k: v for k, v in module.items() if nn.Module.valid_parameter_filter(module, k, v)}
         return {k: sliced_parameters(v, share) for k, v in items.items()}
     if isinstance(module, list):
@@ -145,14 +151,18 @@ def sliced_parameters(module: Any, share: float) -> Any:
     return module
 
 
-def extract(network: nn.Module, share: float) -> nn.Module:
-    """A stand-alone network holding only the sub-network of `share`.
+Network = TypeVar("Network", bound=nn.Module)
 
-    `network` is built from a config that knows its own `standalone(share)`. The result computes
-    what `network` computes at `share`. A module put around one of the network's own, as an adapter
-    is, defines `around(module, share)`: itself, at that width, around another module.
+
+def extract(network: Network, share: float) -> Network:
+    """A stand-alone network with only the sub-network of `share`, which computes the same.
+
+    The class of `network` takes nothing but its config, which has a `standalone(share)`. A module
+    put around one of the network's own, as an adapter is, defines `around(module, share)`: itself,
+    at that width, around another module.
     """
-    alone = _wrapped(type(network)(network.config.standalone(share)), network, share)
+    make, config = cast(Any, type(network)), cast(Any, network.config)
+    alone = _wrapped(make(config.standalone(share)), network, share)
     alone.update(sliced_parameters(network, share))
     return alone
 

@@ -7,9 +7,11 @@ times faster, with an absolute error below 1e-5. Metal and CUDA take MLX's own G
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 _C = 0.7978845608028654  # sqrt(2 / pi)
 
@@ -17,7 +19,7 @@ _C = 0.7978845608028654  # sqrt(2 / pi)
 def gelu(x: mx.array) -> mx.array:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), element-wise."""
     if mx.default_device().type == mx.DeviceType.cpu:
-        return _gelu(x)
+        return cpu_gelu(x)  # pyright: ignore[reportReturnType]  mx.custom_function has no types
     return nn.gelu_approx(x)
 
 
@@ -43,12 +45,13 @@ def _gradient(x: mx.array, cotangent: mx.array) -> mx.array:
 
 
 @mx.custom_function
-def _gelu(x: mx.array) -> mx.array:
+def cpu_gelu(x: mx.array) -> mx.array:
+    """`gelu` as it runs on the CPU."""
     return _value(x)
 
 
-@_gelu.vjp
-def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+@cpu_gelu.vjp
+def _cpu_gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return _gradient(x, cotangent)
 
 
@@ -59,7 +62,7 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
 
 
 def layer_norm(x: mx.array) -> mx.array:
-    """LayerNorm without affine parameters: the modulation supplies them."""
+    """LayerNorm without affine parameters, which the modulation replaces."""
     return mx.fast.layer_norm(x, None, None, 1e-6)
 
 
@@ -69,6 +72,11 @@ def sinusoids(t: mx.array, dims: int) -> mx.array:
     frequencies = mx.exp(-math.log(10000) * mx.arange(half) / half)
     angles = 1000 * t.astype(mx.float32)[:, None] * frequencies
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+def flat_parameters(tree: Any) -> dict[str, mx.array]:
+    """Dotted name -> array, of a module's parameters or of any nested ones, such as gradients."""
+    return dict(tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree))
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:
@@ -87,6 +95,7 @@ def attend(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    *,
     mask: mx.array | None = None,
     modulation: mx.array | None = None,
 ) -> mx.array:

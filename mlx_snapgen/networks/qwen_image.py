@@ -2,16 +2,17 @@
 
 Text and picture are two streams with weights of their own that meet in joint attention. Modulation
 is adaLN-zero, per block and stream. Positions are MSRoPE: rows and columns counted from the
-picture's centre, and the text on the diagonal beyond its edge.
+picture's center, and the text on the diagonal beyond its edge.
 """
 
-import functools
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import QwenTransformerConfig
+from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.layers import (
     attend,
     gelu,
@@ -20,13 +21,13 @@ from mlx_snapgen.networks.layers import (
     sinusoids,
     split_heads,
 )
-from mlx_snapgen.networks.rope import axis_frequencies, rotate, token_grid
+from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
 
 
-@functools.lru_cache(maxsize=32)
+@bounded_cache(16 * 2**20)
 def msrope_table(
-    height: int, width: int, text_length: int, axes: tuple[int, ...], theta: float
-) -> tuple[mx.array, mx.array]:
+    height: int, width: int, *, text_length: int, axes: tuple[int, ...], theta: float
+) -> Rope:
     """Cosines and sines (text_length + height * width, head_dim/2): the text, then the picture.
 
     A picture token stands at frame 0, rows -(height - height//2) .. height//2 - 1, columns alike;
@@ -50,11 +51,11 @@ def pack(x: mx.array, patch: int) -> mx.array:
     return x.reshape(b, (h // patch) * (w // patch), c * patch**2)
 
 
-def unpack(tokens: mx.array, height: int, width: int, patch: int) -> mx.array:
-    """Inverse of `pack`, for latents of `height` x `width`."""
-    b, h, w = tokens.shape[0], height // patch, width // patch
+def unpack(tokens: mx.array, grid: tuple[int, int], *, patch: int) -> mx.array:
+    """Inverse of `pack`, for a grid of (rows, columns) of tokens."""
+    (h, w), b = grid, tokens.shape[0]
     x = tokens.reshape(b, h, w, -1, patch, patch).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(b, height, width, -1)
+    return x.reshape(b, h * patch, w * patch, -1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -89,7 +90,7 @@ class GELULinear(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dims: int):
         super().__init__()
-        # The identity stands where the public network has its dropout, for the numbers' sake.
+        # The identity takes the index of the public network's dropout.
         self.net = [GELULinear(dims, 4 * dims), nn.Identity(), nn.Linear(4 * dims, dims)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -115,7 +116,8 @@ class JointAttention(nn.Module):
         self,
         picture: mx.array,
         text: mx.array,
-        rope: tuple[mx.array, mx.array],
+        *,
+        rope: Rope,
         mask: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d), mask (B, 1, 1, L + N) -> the same two shapes."""
@@ -125,10 +127,10 @@ class JointAttention(nn.Module):
 
         q_text, q = heads(self.add_q_proj(text), self.to_q(picture))
         k_text, k = heads(self.add_k_proj(text), self.to_k(picture))
-        v = mx.concatenate(heads(self.add_v_proj(text), self.to_v(picture)), axis=2)
+        v = mx.concatenate([*heads(self.add_v_proj(text), self.to_v(picture))], axis=2)
         q = mx.concatenate([self.norm_added_q(q_text), self.norm_q(q)], axis=2)
         k = mx.concatenate([self.norm_added_k(k_text), self.norm_k(k)], axis=2)
-        out = merge_heads(attend(rotate(q, *rope), rotate(k, *rope), v, mask))
+        out = merge_heads(attend(rotate(q, *rope), rotate(k, *rope), v, mask=mask))
         length = text.shape[1]
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
 
@@ -148,8 +150,9 @@ class Block(nn.Module):
         self,
         picture: mx.array,
         text: mx.array,
+        *,
         embedding: mx.array,
-        rope: tuple[mx.array, mx.array],
+        rope: Rope,
         mask: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d), embedding of the time (B, d) -> both streams."""
@@ -159,7 +162,7 @@ class Block(nn.Module):
             # shift, scale, gate of attention, then of the MLP: six of (B, 1, d)
             streams.append((x, mx.split(modulation, 6, axis=-1)))
         modulated = [layer_norm(x) * (1 + m[1]) + m[0] for x, m in streams]
-        attended = self.attn(*modulated, rope, mask)
+        attended = self.attn(*modulated, rope=rope, mask=mask)
         done = []
         for (x, m), out, mlp in zip(streams, attended, (self.img_mlp, self.txt_mlp), strict=True):
             x = x + m[2] * out
@@ -207,21 +210,10 @@ class QwenTransformer(nn.Module):
         t: mx.array,
         text: mx.array,
         mask: mx.array | None = None,
+        *,
         return_features: bool = False,
-    ) -> mx.array | tuple[mx.array, mx.array]:
-        """Predict the velocity.
-
-        Args:
-            x_t: noisy latents (B, H, W, C), normalised; H and W divide by the patch size.
-            t: noise level (B,) in [0, 1].
-            text: states of the text encoder (B, L, text_dims).
-            mask: (B, L), true where a text token counts; None when all do. Padding stands on the
-                right and changes nothing.
-            return_features: also return the picture stream after the last block (B, N, d).
-
-        Returns:
-            v (B, H, W, C), and the features when asked for, in the type of x_t.
-        """
+    ) -> Any:
+        """See `VelocityNetwork.__call__`; the features are the picture stream's."""
         config = self.config
         b, height, width, _ = x_t.shape
         patch = config.patch_size
@@ -232,9 +224,11 @@ class QwenTransformer(nn.Module):
             everywhere = mx.ones((b, x.shape[1]), mx.bool_)
             mask = mx.concatenate([mask.astype(mx.bool_), everywhere], axis=1)[:, None, None]
         embedding = self.time_text_embed(t, self.dtype)
-        rope = msrope_table(*grid, h.shape[1], config.rope_axes, config.rope_theta)
+        rope = msrope_table(
+            *grid, text_length=h.shape[1], axes=config.rope_axes, theta=config.rope_theta
+        )
         for block in self.transformer_blocks:
-            x, h = block(x, h, embedding, rope, mask)
-        v = unpack(self.proj_out(self.norm_out(x, embedding)), height, width, patch)
+            x, h = block(x, h, embedding=embedding, rope=rope, mask=mask)
+        v = unpack(self.proj_out(self.norm_out(x, embedding)), grid, patch=patch)
         v = v.astype(x_t.dtype)
         return (v, x.astype(x_t.dtype)) if return_features else v

@@ -7,6 +7,9 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 
+Rope = tuple[mx.array, mx.array]
+"""Cosines and sines."""
+
 
 def axis_frequencies(axes: Sequence[int], theta: float) -> list[np.ndarray]:
     """For each axis of d channels its d/2 frequencies theta^(-2i/d)."""

@@ -5,6 +5,8 @@ The caption stands at frames 1, 2, ..., the picture at the frame after it. Both 
 learned tokens, which are attended to like any other, to a multiple of 32.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,12 +21,10 @@ from mlx_snapgen.networks.layers import (
     space_to_depth,
     split_heads,
 )
-from mlx_snapgen.networks.rope import axis_frequencies, rotate, token_grid
+from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
 
 MULTIPLE = 32
 """Lengths of picture and caption are filled up to multiples of this."""
-
-Rope = tuple[mx.array, mx.array]
 
 
 class TimestepEmbedder(nn.Module):
@@ -50,10 +50,10 @@ class Attention(nn.Module):
         self._head_dim = dims // num_heads
         self.norm_q, self.norm_k = (nn.RMSNorm(self._head_dim, eps=1e-5) for _ in range(2))
 
-    def __call__(self, x: mx.array, rope: Rope, mask: mx.array | None) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, *, mask: mx.array | None) -> mx.array:
         q, k, v = (split_heads(f(x), self._head_dim) for f in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), *rope), rotate(self.norm_k(k), *rope)
-        return self.to_out[0](merge_heads(attend(q, k, v, mask)))
+        return self.to_out[0](merge_heads(attend(q, k, v, mask=mask)))
 
 
 class FeedForward(nn.Module):
@@ -82,7 +82,12 @@ class Block(nn.Module):
             self.adaLN_modulation = [nn.Linear(config.time_dims, 4 * d)]
 
     def __call__(
-        self, x: mx.array, rope: Rope, mask: mx.array | None, embedding: mx.array | None = None
+        self,
+        x: mx.array,
+        rope: Rope,
+        *,
+        mask: mx.array | None,
+        embedding: mx.array | None = None,
     ) -> mx.array:
         """x (B, N, d), mask (B, 1, 1, N), embedding of the time (B, time_dims) if modulated."""
         scale_a = gate_a = scale_f = gate_f = 1.0
@@ -91,7 +96,7 @@ class Block(nn.Module):
             scale_a, gate_a, scale_f, gate_f = mx.split(modulation, 4, axis=-1)
             scale_a, scale_f = 1 + scale_a, 1 + scale_f
             gate_a, gate_f = mx.tanh(gate_a), mx.tanh(gate_f)
-        out = self.attention(self.attention_norm1(x) * scale_a, rope, mask)
+        out = self.attention(self.attention_norm1(x) * scale_a, rope, mask=mask)
         x = x + gate_a * self.attention_norm2(out)
         return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
 
@@ -118,7 +123,7 @@ class ZImageTransformer(nn.Module):
         self.config = config
         d, patch = config.hidden_size, config.patch_size
         packed, self._key = config.latent_channels * patch**2, f"{patch}-1"
-        # The public names tell the patch in space and in time.
+        # The public keys are named after the patch size in space and in time.
         self.all_x_embedder = {self._key: nn.Linear(packed, d)}
         self.all_final_layer = {self._key: FinalLayer(config, packed)}
         self.noise_refiner = [Block(config) for _ in range(config.num_refiner_layers)]
@@ -142,21 +147,10 @@ class ZImageTransformer(nn.Module):
         t: mx.array,
         text: mx.array,
         mask: mx.array | None = None,
+        *,
         return_features: bool = False,
-    ) -> mx.array | tuple[mx.array, mx.array]:
-        """Predict the velocity.
-
-        Args:
-            x_t: noisy latents (B, H, W, C), normalised; H and W divide by the patch size.
-            t: noise level (B,) in [0, 1].
-            text: states of the text encoder (B, L, text_dims).
-            mask: (B, L), true where a text token counts; None when all do. Padding stands on the
-                right and changes nothing.
-            return_features: also return the picture's tokens after the last block (B, N, d).
-
-        Returns:
-            v (B, H, W, C), and the features when asked for, in the type of x_t.
-        """
+    ) -> Any:
+        """See `VelocityNetwork.__call__`."""
         patch = self.config.patch_size
         b, height, width, _ = x_t.shape
         grid = token_grid(height, width, patch)
@@ -164,7 +158,7 @@ class ZImageTransformer(nn.Module):
         cap, cap_mask, cap_lengths = self._caption(text, mask)
         cap_rope = self._rope(np.arange(1, cap.shape[1] + 1)[:, None] * np.array([1, 0, 0]))
         for block in self.context_refiner:
-            cap = block(cap, cap_rope, cap_mask)
+            cap = block(cap, cap_rope, mask=cap_mask)
 
         x = space_to_depth(x_t, patch).reshape(b, grid[0] * grid[1], -1).astype(self.dtype)
         x = self.all_x_embedder[self._key](x)
@@ -173,15 +167,17 @@ class ZImageTransformer(nn.Module):
         x = mx.concatenate([x, filling], axis=1)
         rope = self._picture_rope(grid, fill, cap_lengths)
         for block in self.noise_refiner:
-            x = block(x, rope, None, embedding)
+            x = block(x, rope, mask=None, embedding=embedding)
 
-        cap_rope = (mx.broadcast_to(a, (b, 1, *a.shape)) for a in cap_rope)
-        rope = tuple(mx.concatenate(pair, axis=2) for pair in zip(rope, cap_rope, strict=True))
+        cos, sin = (
+            mx.concatenate([part, mx.broadcast_to(of_cap, (b, 1, *of_cap.shape))], axis=2)
+            for part, of_cap in zip(rope, cap_rope, strict=True)
+        )
         everywhere = mx.ones((b, 1, 1, x.shape[1]), mx.bool_)
         mask = mx.concatenate([everywhere, cap_mask], axis=-1)
         x = mx.concatenate([x, cap], axis=1)
         for block in self.layers:
-            x = block(x, rope, mask, embedding)
+            x = block(x, (cos, sin), mask=mask, embedding=embedding)
         x = x[:, :count]
         v = -self.all_final_layer[self._key](x, embedding)
         v = depth_to_space(v.reshape(b, *grid, -1), patch).astype(x_t.dtype)

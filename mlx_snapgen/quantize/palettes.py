@@ -1,8 +1,8 @@
 """Palettes for a transformer's weights (SnapGen++ section 6).
 
 A weight becomes indices into a palette of 16 or 256 fp16 numbers, found by k-means; `sensitivity`
-tells which. Norms, biases, modulation and RoPE tables are no layers, and stay as they are; so do
-the text projections, which run once for a picture, with the text encoders.
+chooses the size. Norms, biases, modulation and RoPE tables are not layers and stay as they are,
+and so do the text projections, which run once for a picture, with the text encoders.
 
 A network with palettes is an ordinary one whose weights hold the numbers of the palettes. All
 widths share them, since a narrower network's weight is the corner of the wider one's.
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
+from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -66,7 +66,7 @@ class Palettes:
 
 
 def k_means(values: np.ndarray, clusters: int) -> np.ndarray:
-    """At most `clusters` centres of numbers, sorted: Lloyd's algorithm, in one dimension.
+    """At most `clusters` centers of numbers, sorted: Lloyd's algorithm, in one dimension.
 
     Sorted values and their running sums make a round cost no more than a search for each border.
     """
@@ -74,23 +74,23 @@ def k_means(values: np.ndarray, clusters: int) -> np.ndarray:
     if len(distinct := np.unique(values)) <= clusters:
         return distinct
     sums = np.concatenate([[0], np.cumsum(values)])
-    centres = _first_centres(values, clusters)
+    centers = _first_centers(values, clusters)
     for _ in range(100):
-        borders = np.searchsorted(values, (centres[1:] + centres[:-1]) / 2)
+        borders = np.searchsorted(values, (centers[1:] + centers[:-1]) / 2)
         borders = np.concatenate([[0], borders, [len(values)]])
         counts = np.diff(borders)
-        before, centres = centres, (np.diff(sums[borders]) / np.maximum(counts, 1))[counts > 0]
-        if np.array_equal(centres, before):
+        before, centers = centers, (np.diff(sums[borders]) / np.maximum(counts, 1))[counts > 0]
+        if np.array_equal(centers, before):
             break
-    return centres
+    return centers
 
 
-def _first_centres(values: np.ndarray, clusters: int) -> np.ndarray:
-    """Centres to start from: the best of a histogram, or for many a density that is nearly it."""
+def _first_centers(values: np.ndarray, clusters: int) -> np.ndarray:
+    """Centers to start from: the best of a histogram, or for many a density that is nearly it."""
     bins = 512
     counts, edges = np.histogram(values, bins)
     if clusters > 2**LOW:
-        # The best density of many centres is the cube root of that of the values (Panter, Dite).
+        # The best density of many centers is the cube root of that of the values (Panter, Dite).
         smooth = np.convolve(counts, np.full(16, 1 / 16), "same")
         density = np.cumsum(np.cbrt(smooth))
         places = (np.arange(clusters) + 0.5) / clusters * density[-1]
@@ -127,26 +127,26 @@ def palettized(weight: mx.array, bits: int) -> mx.array:
     return mx.array(palette[nearest])
 
 
-def layers(network: EfficientDiT) -> dict[str, list[nn.Module]]:
+def layers(network: EfficientDiT) -> dict[str, list[Any]]:
     """Name -> the linear layers that it stands for, without those that stay as they are.
 
     That is one layer but for what is there once for each width, as the timestep embedding is: these
     go by one name. At a single width the name is that of the layer's PyTorch twin.
     """
-    found: dict[str, list[nn.Module]] = {}
+    found: dict[str, list[Any]] = {}
     for path, layer in linear_layers(network).items():
         if not path.startswith("text."):
             found.setdefault(re.sub(r"\.members\.\d+", "", path), []).append(layer)
     return {name: some for name, some in found.items() if any(map(is_large, some))}
 
 
-def is_large(layer: nn.Module) -> bool:
+def is_large(layer: Any) -> bool:
     """Whether a layer's weights are worth a palette."""
     return layer.weight.size >= LEAST
 
 
 def with_palettes(network: EfficientDiT, bits: Mapping[str, int]) -> EfficientDiT:
-    """`network` in float32 with palettes of `bits` for the layers of these names; it is left."""
+    """`network` in float32 with palettes of `bits` for the layers of these names; a copy."""
     made = EfficientDiT(network.config)
     made.update(network.parameters())
     for name, some in layers(made).items():
@@ -171,16 +171,19 @@ def load_palettes(folder: Path) -> Palettes | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if (version := values["format_version"]) != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
-                "upgrade it, or run train.palettes again"
-            )
+        hint = "upgrade it, or run train.palettes again"
+        check_version(path, values["format_version"], reads=FORMAT_VERSION, hint=hint)
         of_layers = values["layers"].items()
         bits = {name: int(layer["bits"]) for name, layer in of_layers}
         mse = {name: float(layer["mse"]) for name, layer in of_layers}
         average = float(values["average_bits"])
-        found = Palettes(average, bits, mse, list(values["prompts"]), list(values["widths"]))
+        found = Palettes(
+            average_bits=average,
+            bits=bits,
+            mse=mse,
+            prompts=list(values["prompts"]),
+            widths=list(values["widths"]),
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): run train.palettes again") from None
     if not set(bits.values()) <= {LOW, HIGH}:
@@ -193,7 +196,7 @@ def check_palettes(network: EfficientDiT, palettes: Palettes) -> None:
     of_network = layers(network)
     # The layers of a narrow network may have become too small: `palettes` may name more.
     if other := sorted(of_network.keys() - palettes.bits.keys()):
-        raise UserError(f"{FILE} is of another network: it does not know {other[0]}")
+        raise UserError(f"{FILE} is of another network: it has no {other[0]}")
     for name, some in of_network.items():
         for layer in filter(is_large, some):
             numbers = np.unique(np.array(layer.weight.astype(mx.float32)))

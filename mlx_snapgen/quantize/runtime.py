@@ -1,5 +1,7 @@
 """Quantization of a loaded network, in memory."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -8,7 +10,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
 
-def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int = 32) -> int:
+def quantize_transformer(transformer: EfficientDiT, bits: int, *, group_size: int = 32) -> int:
     """Quantize a single-width transformer's linear layers in place.
 
     Layers whose rows do not divide by `group_size` keep their precision. On Metal and CUDA the
@@ -25,7 +27,7 @@ def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int =
     check_quantization({"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"])
     if transformer.config.widths != (1.0,):
         raise UserError("extract one width before quantizing: packed weights cannot be sliced")
-    layers = {path: m for path, m in transformer.named_modules()}
+    layers: dict[str, Any] = dict(transformer.named_modules())
     chosen = matrices(transformer, group_size)
     if not chosen:
         raise UserError(f"no layer's rows divide into groups of {group_size}")
@@ -38,6 +40,11 @@ def quantize_transformer(transformer: EfficientDiT, bits: int, group_size: int =
             layers[path].weight = rounded.astype(weight.dtype)
             mx.eval(layers[path].weight)
     else:
-        nn.quantize(transformer, group_size, bits, class_predicate=lambda p, _: p in set(chosen))
+        nn.quantize(
+            transformer,
+            group_size=group_size,
+            bits=bits,
+            class_predicate=lambda path, _: path in set(chosen),
+        )
         mx.eval(transformer.parameters())
     return count

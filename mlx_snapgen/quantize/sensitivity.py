@@ -1,11 +1,12 @@
 """Which layers of a transformer get larger palettes, by what each loses (SnapGen++ section 6).
 
 How sensitive a layer is, is the mean squared error of its own output when it alone has a palette of
-16 numbers, over calibration prompts. The worst get 256, as many as the asked average allows.
+16 numbers, over calibration prompts. The worst get 256, as many as the average allows.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,16 +29,16 @@ PROMPTS = (
     "a red apple",
     "a portrait of an old fisherman, soft light",
     "a city street at night in the rain",
-    "a watercolour of mountains above a lake",
+    "a watercolour of mountains above a lake",  # its spelling decides which palettes are chosen
 )
 
 
 class _Probe(nn.Module):
     """A layer that measures what its output loses when its weight has `LOW` bits."""
 
-    def __init__(self, layer: nn.Module, tell: Callable[[float], object]):
+    def __init__(self, layer: Any, report: Callable[[float], object]):
         super().__init__()
-        self.linear, self._tell = layer, tell
+        self.linear, self._report = layer, report
         self._delta = palettized(layer.weight, LOW) - layer.weight
 
     @property
@@ -49,7 +50,7 @@ class _Probe(nn.Module):
         delta, elastic = self._delta, isinstance(self.linear, ElasticLinear)
         if elastic:
             delta = self.linear.slice_inputs(self.linear.slice_outputs(delta, share), share)
-        self._tell((x @ delta.T).square().mean().item())
+        self._report((x @ delta.T).square().mean().item())
         return self.linear(x, share) if elastic else self.linear(x)
 
 
@@ -60,8 +61,8 @@ def _probed(network: EfficientDiT) -> Iterator[dict[str, list[float]]]:
     chosen = {id(layer): name for name, some in layers(network).items() for layer in some}
     own = {path: m for path, m in linear_layers(network).items() if id(m) in chosen}
     for path, layer in own.items():
-        told = errors.setdefault(chosen[id(layer)], [])
-        network.update_modules(tree_unflatten([(path, _Probe(layer, told.append))]))
+        found = errors.setdefault(chosen[id(layer)], [])
+        network.update_modules(tree_unflatten([(path, _Probe(layer, found.append))]))
     try:
         yield errors
     finally:
@@ -80,7 +81,7 @@ def sensitivities(network: EfficientDiT, run: Callable[[], object]) -> dict[str,
 
 
 def choose_bits(
-    errors: Mapping[str, float], sizes: Mapping[str, int], average: float
+    errors: Mapping[str, float], sizes: Mapping[str, int], *, average: float
 ) -> dict[str, int]:
     """Bits of each layer, at most `average` over all weights.
 
@@ -95,17 +96,18 @@ def choose_bits(
     if not LOW <= average <= HIGH:
         raise UserError(f"weights take {LOW} to {HIGH} bits on average, not {average:g}")
     bits = dict.fromkeys(errors, LOW)
-    left = (average - LOW) * sum(sizes[name] for name in errors)
+    budget = (average - LOW) * sum(sizes[name] for name in errors)
     for name in sorted(errors, key=errors.__getitem__, reverse=True):
         cost = (HIGH - LOW) * sizes[name]
-        if cost <= left:
-            bits[name], left = HIGH, left - cost
+        if cost <= budget:
+            bits[name], budget = HIGH, budget - cost
     return bits
 
 
 def choose_palettes(
     components: Components,
     average: float,
+    *,
     widths: Mapping[str, float],
     prompts: Sequence[str] | None = None,
 ) -> Palettes:
@@ -114,7 +116,7 @@ def choose_palettes(
     Args:
         components: in float32, the few-step LoRA fused if it is to be used.
         widths: name -> share of the hidden dimensions, of `components.transformer`.
-        prompts: to calibrate on; None takes some that the model knows.
+        prompts: to calibrate on; None takes some from the model's vocabulary.
     """
     network, share = components.transformer, max(widths.values())
     prompts = list(prompts or calibration_prompts(components.vocabulary))
@@ -127,7 +129,13 @@ def choose_palettes(
 
     errors = sensitivities(network, run)
     sizes = {name: sliced_size(some[0], share) for name, some in layers(network).items()}
-    return Palettes(average, choose_bits(errors, sizes, average), errors, prompts, list(widths))
+    return Palettes(
+        average_bits=average,
+        bits=choose_bits(errors, sizes, average=average),
+        mse=errors,
+        prompts=prompts,
+        widths=list(widths),
+    )
 
 
 def sliced_size(layer: nn.Module, share: float) -> int:
@@ -136,11 +144,11 @@ def sliced_size(layer: nn.Module, share: float) -> int:
 
 
 def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[str]:
-    """Prompts that a model can draw: of its vocabulary, if it says one."""
+    """Prompts that a model can draw: from its vocabulary, if it has one."""
     words = vocabulary or {}
     if not (nouns := words.get("nouns")):
         return list(PROMPTS)
-    colours = words.get("colours") or [""]
+    colors = words.get("colours") or [""]
     chosen = [nouns[i * len(nouns) // 4] for i in range(4)]
-    phrases = [f"{colours[i % len(colours)]} {n}".strip() for i, n in enumerate(chosen)]
+    phrases = [f"{colors[i % len(colors)]} {n}".strip() for i, n in enumerate(chosen)]
     return [f"an {p}" if p[0] in "aeiou" else f"a {p}" for p in phrases]

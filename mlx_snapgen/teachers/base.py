@@ -1,7 +1,7 @@
-"""What distillation asks of a teacher, and the public ones that meet it.
+"""What distillation needs of a teacher.
 
-A teacher is a flow model with guidance, last-layer features, and a few-step mode that a LoRA
-switches on inside the same weights.
+A teacher is a flow model with guidance, last-layer features, and a few-step mode, which is a LoRA
+beside the same weights.
 """
 
 from collections.abc import Sequence
@@ -23,25 +23,30 @@ class Teacher(Protocol):
     """A frozen flow model. x_t is (B, H, W, C), t is (B,), velocities are shaped like x_t."""
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts as this teacher wants them."""
+        """Encode prompts with this teacher's text encoders."""
+        ...
 
     def velocity(
-        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+        self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
     ) -> mx.array:
         """The many-step model's velocity (xi); a scale of 1 is no guidance."""
+        ...
 
     def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+        self, x_t: mx.array, t: mx.array, condition: Condition, *, few_step: bool = False
     ) -> tuple[mx.array, mx.array]:
         """Velocity without guidance and last-layer features (B, N, D).
 
         With `few_step` the few-step LoRA is on (xi').
         """
+        ...
 
     @property
     def feature_dims(self) -> int:
         """D of the features."""
+        ...
 
     @property
     def has_few_step(self) -> bool:
         """Whether there is a few-step mode."""
+        ...

@@ -20,13 +20,13 @@ class CheckpointTeacher:
 
     Args:
         network: may be the very network whose adapters are being trained: adapters that are off
-            leave no trace, so teacher, student and critic share one set of base weights.
+            have no effect, so teacher, student and critic share one set of base weights.
         text_encoders: the model's.
         few_step: name of the few-step adapter in `network`, or None when there is none.
     """
 
     def __init__(
-        self, network: EfficientDiT, text_encoders: Sequence[Any], few_step: str | None = None
+        self, network: EfficientDiT, text_encoders: Sequence[Any], *, few_step: str | None = None
     ):
         self.network, self.text_encoders, self.few_step = network, text_encoders, few_step
 
@@ -47,10 +47,10 @@ class CheckpointTeacher:
     def read(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> the network's joined text (B, L, D) and mask (B, L)."""
         with acting(self.network):
-            return encode_prompts(prompts, self.text_encoders, self.network)
+            return encode_prompts(prompts, self.text_encoders, transformer=self.network)
 
     def velocity(
-        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+        self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
     ) -> mx.array:
         """See `Teacher.velocity`."""
         with acting(self.network):
@@ -64,15 +64,16 @@ class CheckpointTeacher:
         return guide(v_cond, v_uncond, guidance_scale)
 
     def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+        self, x_t: mx.array, t: mx.array, condition: Condition, *, few_step: bool = False
     ) -> tuple[mx.array, mx.array]:
         """See `Teacher.velocity_and_features`."""
-        with acting(self.network, *([self.few_step] if few_step else [])):
+        names = [self.few_step] if few_step and self.few_step is not None else []
+        with acting(self.network, *names):
             return self.network(x_t, t, condition.text, condition.mask, return_features=True)
 
 
 def load_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
-    """A teacher and the autoencoder whose latents it knows.
+    """A teacher and its autoencoder.
 
     `folder` is a model of this project, or a public one that `convert.teacher` wrote.
     """

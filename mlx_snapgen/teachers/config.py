@@ -9,6 +9,7 @@ from mlx_snapgen.config import (
     AutoencoderConfig,
     QwenTransformerConfig,
     ZImageTransformerConfig,
+    check_latents,
     from_dict,
 )
 from mlx_snapgen.errors import UserError, nearest
@@ -26,7 +27,7 @@ class Schedule:
     log_shifts: tuple[float, float] = (0.5, 0.9)
     tokens: tuple[int, int] = (256, 8192)
     terminal: float = 0.0
-    """The levels are stretched so that the last one before 0 is this; 0 leaves them."""
+    """The levels are stretched so that the last one before 0 is this; 0 does not."""
 
     def time_shift(self, num_tokens: int) -> float:
         """Shift of the noise levels for a picture of so many tokens."""
@@ -65,11 +66,7 @@ class TeacherConfig:
     """How the transformer's blocks are stored: `{"bits": 4, "group_size": 64}`."""
 
     def __post_init__(self):
-        if self.transformer.latent_channels != self.autoencoder.latent_channels:
-            raise UserError(
-                f"the transformer takes {self.transformer.latent_channels} latent channels, "
-                f"the autoencoder gives {self.autoencoder.latent_channels}"
-            )
+        check_latents(self.transformer.latent_channels, self.autoencoder)
 
 
 def teacher_config(values: dict[str, Any]) -> TeacherConfig:

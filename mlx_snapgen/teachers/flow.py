@@ -1,6 +1,7 @@
 """Public flow models as teachers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +9,7 @@ import mlx.nn as nn
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import get_lora_weights, lora_weights
 from mlx_snapgen.networks.layers import space_to_depth
-from mlx_snapgen.networks.text_encoders.qwen import PromptEncoder
+from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder
 from mlx_snapgen.sampling import get_schedule, guide
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.config import Schedule, TeacherConfig
@@ -18,15 +19,17 @@ class FlowTeacher:
     """A public network as a teacher.
 
     Args:
-        config: of the teacher. A few-step mode without an adapter in `network` is that of a model
-            that is distilled as it is.
-        network: called with (x_t, t, text, mask, return_features); of adapters it has the few-step
-            one at most.
+        config: of the teacher. A few-step mode without an adapter in `network` means that the
+            model itself is distilled.
+        network: a `VelocityNetwork`; its only adapter, if any, is the few-step one.
         prompts: its text encoder; None once it was freed.
     """
 
-    def __init__(self, config: TeacherConfig, network: nn.Module, prompts: PromptEncoder | None):
-        self.config, self.network, self.prompts = config, network, prompts
+    def __init__(
+        self, config: TeacherConfig, network: nn.Module, *, prompts: QwenPromptEncoder | None
+    ):
+        self.config, self.prompts = config, prompts
+        self.network: Any = network
         self._empty: tuple[mx.array, mx.array] | None = None
 
     @property
@@ -48,12 +51,12 @@ class FlowTeacher:
         return Condition(*self.prompts(prompts), *self._empty)
 
     def free_text_encoder(self) -> None:
-        """Give its memory back; nothing can be encoded after that."""
+        """Free its memory; nothing can be encoded after that."""
         self.prompts = None
         mx.clear_cache()
 
     def velocity(
-        self, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float = 1.0
+        self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
     ) -> mx.array:
         """See `Teacher.velocity`; guidance is true CFG, two passes of the network.
 
@@ -66,17 +69,17 @@ class FlowTeacher:
         empty = (mx.repeat(y, len(x_t), 0) for y in (condition.empty_text, condition.empty_mask))
         guided = guide(v, self._run(x_t, t, *empty), guidance_scale)
         if self.config.kind == "qwen-image":
-            guided = guided * length_ratio(v, guided, self.config.transformer.patch_size)
+            guided = guided * length_ratio(v, guided, patch=self.config.transformer.patch_size)
         return guided
 
     def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, few_step: bool = False
+        self, x_t: mx.array, t: mx.array, condition: Condition, *, few_step: bool = False
     ) -> tuple[mx.array, mx.array]:
         """See `Teacher.velocity_and_features`; `UserError` without a few-step mode."""
         if few_step and not self.has_few_step:
             raise UserError(
-                "this teacher has no few-step mode: convert it with --few-step-lora, or leave "
-                "that mode out"
+                "this teacher has no few-step mode: convert it with --few-step-lora, or do not use "
+                "that mode"
             )
         return self._run(
             x_t, t, condition.text, condition.mask, few_step=few_step, return_features=True
@@ -88,7 +91,7 @@ class FlowTeacher:
             return self.network(*arrays, **settings)
 
 
-def length_ratio(v: mx.array, guided: mx.array, patch: int) -> mx.array:
+def length_ratio(v: mx.array, guided: mx.array, *, patch: int) -> mx.array:
     """|v| / |guided| of each patch of `patch` x `patch` latents, in the shape of v's latents.
 
     (B, H, W, C) both -> (B, H, W, 1).
@@ -102,7 +105,7 @@ def length_ratio(v: mx.array, guided: mx.array, patch: int) -> mx.array:
 
 
 def noise_levels(
-    schedule: Schedule, num_tokens: int, num_inference_steps: int | None = None
+    schedule: Schedule, num_tokens: int, *, num_inference_steps: int | None = None
 ) -> list[float]:
     """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of so many tokens."""
     count = num_inference_steps or schedule.num_inference_steps

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
+from mlx_snapgen.checkpoint.module import Part, cast, check_version, load_stored
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.qwen_image import QwenTransformer
-from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, PromptEncoder
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, QwenPromptEncoder
 from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -33,7 +34,7 @@ CONFIG = "teacher.json"
 
 NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
 READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
-"""`TeacherConfig.kind` -> class of the transformer, and how it has its prompts read."""
+"""`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
 
 
 def is_teacher(folder: Path) -> bool:
@@ -41,28 +42,30 @@ def is_teacher(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def load_flow_teacher(folder: Path, lazy: bool = False) -> tuple[FlowTeacher, Autoencoder]:
-    """A teacher and the autoencoder whose latents it knows.
+def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher, Autoencoder]:
+    """A public teacher and its autoencoder.
 
     On the CPU everything is float32; on a GPU weights keep the type they are stored in. Quantized
     layers stay packed.
 
     Args:
-        lazy: leave the transformer's weights on disk until they are first used, so that the text
-            encoder can be freed before. Not for compiled functions.
+        lazy: read the transformer's weights when they are first used, so that the text encoder
+            can be freed before. Not for compiled functions.
 
     Raises:
         UserError: no teacher, or one with damaged, missing, unknown or misshapen weights.
     """
     config = load_teacher_config(folder)
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
-    network = load_network(folder, config, dtype)
+    network = load_network(folder, config, dtype=dtype)
     autoencoder = make_autoencoder(config.autoencoder)
-    _fill(autoencoder, [folder / "autoencoder.safetensors"], mx.float32)
+    load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
+    cast(autoencoder, mx.float32)
     if not lazy:
         mx.eval(network.parameters())
     mx.eval(autoencoder.parameters())
-    return FlowTeacher(config, network, load_prompts(folder, config, dtype)), autoencoder
+    prompts = load_prompts(folder, config, dtype=dtype)
+    return FlowTeacher(config, network, prompts=prompts), autoencoder
 
 
 def load_teacher_config(folder: Path) -> TeacherConfig:
@@ -77,11 +80,7 @@ def load_teacher_config(folder: Path) -> TeacherConfig:
         ) from None
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, this mlx_snapgen reads {FORMAT_VERSION}: "
-            "upgrade it"
-        )
+    check_version(folder, version, reads=FORMAT_VERSION)
     try:
         return teacher_config(values)
     except UserError as error:
@@ -90,66 +89,40 @@ def load_teacher_config(folder: Path) -> TeacherConfig:
         raise UserError(f"{path} has a value of the wrong kind: {error}") from None
 
 
-def load_network(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None = None) -> nn.Module:
+def load_network(
+    folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None = None
+) -> nn.Module:
     """The transformer, lazily, and its few-step LoRA, switched off, where there is one."""
     network = NETWORKS[config.kind](config.transformer)
-    paths = sorted(folder.glob("transformer-*.safetensors"))
+    paths = tuple(sorted(folder.glob("transformer-*.safetensors")))
     if not paths:
         raise UserError(f"{folder} is incomplete: it has no transformer-*.safetensors")
-    _fill(network, paths, dtype, config.quantization)
+    part = Part(paths, config.transformer, config.quantization)
+    load_stored(network, part, packed=True)
+    cast(network, dtype)
     network.freeze()
     path = folder / f"{FEW_STEP}.safetensors"
     if path.is_file():
-        load_lora(path, network, 0.0, FEW_STEP)
+        load_lora(path, network, weight=0.0, name=FEW_STEP)
     return network
 
 
-def load_prompts(folder: Path, config: TeacherConfig, dtype: mx.Dtype | None) -> PromptEncoder:
-    """The text encoder, in the teacher's folder or where its config says."""
+def load_prompts(
+    folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None
+) -> QwenPromptEncoder:
+    """The text encoder, in the teacher's folder or at the place in its config."""
     source = folder / config.text_encoder
     if not source.is_dir():
         source = find_model(config.text_encoder, files=QWEN_FILES)
-    return load_qwen(source, READINGS[config.kind], config.transformer.text_dims, dtype)
+    reading = READINGS[config.kind]
+    return load_qwen(source, reading, dims=config.transformer.text_dims, dtype=dtype)
 
 
-def _fill(
-    module: nn.Module,
-    paths: list[Path],
-    dtype: mx.Dtype | None,
-    quantization: dict[str, int] | None = None,
-) -> None:
-    """Put the weights of all `paths` into `module`, lazily, all of them and nothing else."""
-    weights: dict[str, mx.array] = {}
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path.parent} is incomplete: {path.name} is missing")
-        try:
-            weights |= mx.load(str(path))
-        except RuntimeError as error:
-            raise UserError(f"{path} is damaged ({error}): get it again") from None
-    if quantization is not None:
-        nn.quantize(
-            module, **quantization, class_predicate=lambda name, _: f"{name}.scales" in weights
-        )
-    try:
-        module.load_weights(list(weights.items()))
-    except ValueError as error:
-        listed = " ".join(str(error).split())[:300]
-        raise UserError(f"{paths[0]} does not fit its config: {listed}") from None
-    if dtype is not None:
-
-        def cast(value: mx.array) -> mx.array:
-            floating = mx.issubdtype(value.dtype, mx.floating)
-            return value.astype(dtype) if floating else value
-
-        module.update(tree_map(cast, module.parameters()))
-
-
-def quantizable(network: nn.Module, group_size: int) -> set[str]:
+def quantizable(network: QwenTransformer | ZImageTransformer, group_size: int) -> set[str]:
     """Keys of the weights that may be stored quantized: the matrices inside the blocks."""
     return {
         key
-        for key, value in tree_flatten(network.parameters())
+        for key, value in flat_parameters(network).items()
         if key.split(".")[0] in network.BLOCKS
         and value.ndim == 2
         and value.shape[-1] % group_size == 0

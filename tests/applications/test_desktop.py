@@ -17,9 +17,10 @@ from PIL import Image
 from apps.desktop.history import History
 from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
-from apps.worker.messages import Downloading, Loaded, ModelChoice, Progress
+from apps.worker.messages import Downloading, Loaded, Progress
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, read_metadata
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 from tests.tiny import memory
 
 ROOT = Path(__file__).parents[2]
@@ -31,16 +32,57 @@ PATIENCE = 120
 def test_settings_survive_being_written(tmp_path):
     path = tmp_path / "deep" / "settings.json"
     settings = Settings(
-        prompt="ein grüner Apfel",
-        loras=(("a.safetensors", 0.5),),
-        text_encoders=("clip",),
-        guidance_scale=2.0,
+        draw=DrawSettings("ein grüner Apfel", guidance_scale=2.0, few_step=False),
+        choice=ModelChoice(loras=(("a.safetensors", 0.5),), text_encoders=("clip",)),
         seed_locked=True,
         recent_models=("a", "b"),
     )
     save_settings(path, settings)
     assert load_settings(path) == (settings, None)
     assert os.listdir(path.parent) == ["settings.json"]
+
+
+OLD = """{"prompt": "ein grüner Apfel", "negative_prompt": "cats", "seed": 9, "seed_locked": true,
+"model": "owner/name", "revision": "main", "model_width": "tiny", "quantize": 8, "loras":
+[["a.safetensors", 0.5]], "text_encoders": ["clip"], "height": 96, "width": 64,
+"num_inference_steps": 12, "guidance_scale": 2.5, "few_step": false, "attention_modulation": true,
+"num_images": 3, "appearance": "dark", "geometry": "900x600+10+10", "recent_models": ["a", "b"],
+"folder": "/tmp"}"""
+
+
+def test_settings_of_the_first_version_are_read(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(OLD, encoding="utf-8")
+    expected = Settings(
+        draw=DrawSettings(
+            "ein grüner Apfel",
+            negative_prompt="cats",
+            seed=9,
+            height=96,
+            width=64,
+            num_inference_steps=12,
+            guidance_scale=2.5,
+            few_step=False,
+            attention_modulation=True,
+            num_images=3,
+        ),
+        choice=ModelChoice(
+            "owner/name",
+            "main",
+            model_width="tiny",
+            quantize=8,
+            loras=(("a.safetensors", 0.5),),
+            text_encoders=("clip",),
+        ),
+        seed_locked=True,
+        appearance="dark",
+        geometry="900x600+10+10",
+        recent_models=("a", "b"),
+        folder="/tmp",
+    )
+    assert load_settings(path) == (expected, None)
+    save_settings(path, expected)
+    assert json.loads(OLD).items() <= json.loads(path.read_text(encoding="utf-8")).items()
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "\x00\x00", '{"prompt": "a'])
@@ -60,18 +102,18 @@ def test_odd_settings_are_left_out(tmp_path):
     odd = {"seed": "7", "loras": [["a", 1, 2]], "guidance_scale": True, "later": 1, "height": None}
     path.write_text(json.dumps({"prompt": "a cat", **odd}))
     settings, notice = load_settings(path)
-    assert settings == Settings(prompt="a cat")
-    assert notice == "left out of the settings: seed, loras, guidance_scale, later"
+    assert settings == Settings(draw=DrawSettings("a cat"))
+    assert notice == "ignored settings: seed, loras, guidance_scale, later"
 
 
 def test_a_failed_write_leaves_the_old_settings(tmp_path, monkeypatch):
     path = tmp_path / "settings.json"
-    save_settings(path, Settings(prompt="old"))
+    save_settings(path, Settings(draw=DrawSettings("old")))
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        save_settings(path, Settings(prompt="new"))
+        save_settings(path, Settings(draw=DrawSettings("new")))
     assert os.listdir(tmp_path) == ["settings.json"]
-    assert load_settings(path)[0].prompt == "old"
+    assert load_settings(path)[0].draw.prompt == "old"
 
 
 def test_history_keeps_the_newest(tmp_path):
@@ -91,7 +133,7 @@ def test_history_keeps_the_newest(tmp_path):
 
 def test_a_run_tells_how_far_it_is():
     now = 0.0
-    run = Run(1, draws=True, num_images=2, clock=lambda: now)
+    run = Run(1, DrawSettings(num_images=2), clock=lambda: now)
     run.take(Downloading(1, "someone/model", 250_000_000, 1_000_000_000))
     assert run.status == "Downloading someone/model: 250 of 1000 MB"
     now = 30.0
@@ -146,7 +188,8 @@ def window(screen, model_folder, tmp_path_factory):
     from apps.desktop.window import Window
 
     data = tmp_path_factory.mktemp("data")
-    start = Settings(prompt="", model=str(model_folder), model_width="tiny", appearance="light")
+    choice = ModelChoice(str(model_folder), model_width="tiny")
+    start = Settings(draw=DrawSettings(), choice=choice, appearance="light")
     save_settings(data / "settings.json", start)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISPLAY", screen["DISPLAY"])
@@ -169,9 +212,10 @@ def type_into(widget, text):
     widget.update()
 
 
-def set_form(window, prompt="a red apple", **values):
-    kept = {name: getattr(window.settings, name) for name in ("model", "model_width")}
-    window.form.show(Settings(prompt=prompt, **kept | values))
+def set_form(window, prompt="a red apple", seed_locked=False, model_width="tiny", **values):
+    choice = ModelChoice(window.settings.choice.model, model_width=model_width)
+    draw = DrawSettings(prompt, **values)
+    window.form.show(Settings(draw=draw, choice=choice, seed_locked=seed_locked))
 
 
 def drawn(window):
@@ -207,10 +251,10 @@ def test_the_window_stays_alive_while_drawing(window, monkeypatch):
     spent = []
     real = window._handle
 
-    def timed(*arguments):
+    def timed(*arguments, **named):
         started = time.thread_time()
         try:
-            return real(*arguments)
+            return real(*arguments, **named)
         finally:
             spent.append(time.thread_time() - started)
 
@@ -246,15 +290,15 @@ def test_history_restores_all_settings_and_saves(window, tmp_path):
     canvas.event_generate("<Button-1>", x=40, y=40)
     window.update()
     restored = window.form.read(window.settings)
-    unset = {"few_step": None, "recent_models": ()}
-    assert replace(restored, **unset) == replace(before, **unset)
+    assert replace(restored.draw, few_step=None) == before.draw
+    assert (restored.choice, restored.seed_locked) == (before.choice, True)
 
     target = tmp_path / "saved.png"
     window.pictures.save_to(entry, target)
     assert target.read_bytes() == entry.path.read_bytes()
     set_form(window, "something else")
     window.pictures.open_picture(target)
-    assert window.form.read(window.settings).prompt == "a blue car"
+    assert window.form.read(window.settings).draw.prompt == "a blue car"
     window.pictures.open_picture(tmp_path / "none.png")
     assert window.banner.message.startswith("No picture")
     window.pictures.save_to(entry, tmp_path / "saved.png" / "inside.png")

@@ -14,7 +14,7 @@ import sentencepiece
 from apps.ios.vectors import PATH, PROMPTS, TOKENIZER, vectors
 from convert.mil.program import wire_fields
 from mlx_snapgen.config import STICKERS, to_dict
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.networks.text_encoders.base import normalize
 
 ROOT = Path(__file__).parents[2] / "apps/ios"
 
@@ -92,7 +92,7 @@ def test_the_algorithm_is_sentencepiece(pieces):
     alphabet = list("abcdefghijklmnopqrstuvwxyz  .,'!0123é—日🦊\u200b\x01")
     noise = ["".join(rng.choice(alphabet, rng.integers(1, 40))) for _ in range(300)]
     for prompt in [*PROMPTS, *noise]:
-        assert encode(prompt, pieces) == processor.encode(normalise(prompt)), repr(prompt)
+        assert encode(prompt, pieces) == processor.encode(normalize(prompt)), repr(prompt)
 
 
 def test_no_token_has_several_words(pieces):

@@ -16,7 +16,8 @@ pytest.importorskip("uvicorn", reason='the server extra is not installed: pip in
 from apps.server import app, connection
 from apps.server.jobs import Drawing
 from apps.server.request import Limits
-from apps.worker.messages import Finished, ModelChoice, Picture, Progress
+from apps.worker.messages import Finished, Picture, Progress
+from mlx_snapgen.settings import ModelChoice
 
 HEAD = (
     b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -62,7 +63,7 @@ def short_patience(monkeypatch):
 async def serving(config):
     """(port, jobs, uvicorn's server)."""
     jobs = Jobs()
-    routes = app.Server(jobs, {"random": ModelChoice()}, config, Limits())
+    routes = app.Server(jobs, {"random": ModelChoice()}, config=config, limits=Limits())
     server = connection.make_server(app.create_app(routes, None))
     sock = socket.create_server(("127.0.0.1", 0), backlog=512)
     running = asyncio.ensure_future(server.serve(sockets=[sock]))

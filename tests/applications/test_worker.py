@@ -19,7 +19,6 @@ from apps.worker.messages import (
     Job,
     Loaded,
     Loading,
-    ModelChoice,
     Notice,
     Picture,
     Progress,
@@ -27,6 +26,7 @@ from apps.worker.messages import (
 from mlx_snapgen.checkpoint.hub import _reporting_bar
 from mlx_snapgen.metadata import KEY
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 PATIENCE = 120
 
@@ -61,11 +61,18 @@ def listener():
 
 @pytest.fixture
 def job(model_folder):
-    return Job(ModelChoice(str(model_folder)), "a red apple", seed=3, num_inference_steps=3)
+    return Job(
+        ModelChoice(str(model_folder)), DrawSettings("a red apple", seed=3, num_inference_steps=3)
+    )
+
+
+def drawing(job, **settings):
+    """`job` with other settings."""
+    return replace(job, settings=replace(job.settings, **settings))
 
 
 def test_it_draws_what_the_pipeline_draws_and_shows_every_step(listener, job, model_folder):
-    events = listener.result(replace(job, num_images=2))
+    events = listener.result(drawing(job, num_images=2))
     kinds = [type(e) for e in events]
     steps = [Progress, Progress, Progress, Picture]
     assert kinds == [Loading, Loaded, *steps, *steps, Finished]
@@ -100,14 +107,14 @@ def test_it_draws_what_the_pipeline_draws_and_shows_every_step(listener, job, mo
     ("previews", "steps"), [(0, []), (1, [2]), (3, [1, 2, 3]), (9, [0, 1, 2, 3])]
 )
 def test_previews_are_spread_over_the_steps(listener, job, previews, steps):
-    events = listener.result(replace(job, num_inference_steps=5, previews=previews))
+    events = listener.result(replace(drawing(job, num_inference_steps=5), previews=previews))
     progress = [e for e in events if isinstance(e, Progress)]
     assert [e.index for e in progress if e.preview is not None] == steps
     assert len(progress) == 5
 
 
 def test_a_cancelled_job_ends_within_a_step(listener, job):
-    long = replace(job, num_inference_steps=1000, num_images=100)
+    long = drawing(job, num_inference_steps=1000, num_images=100)
     number = listener.worker.submit(long)
     listener.until(Progress)
     listener.worker.cancel(number)
@@ -118,7 +125,7 @@ def test_a_cancelled_job_ends_within_a_step(listener, job):
 
 
 def test_a_waiting_job_can_be_cancelled(listener, job):
-    first = listener.worker.submit(replace(job, num_inference_steps=300))
+    first = listener.worker.submit(drawing(job, num_inference_steps=300))
     second = listener.worker.submit(job)
     listener.worker.cancel(second)
     listener.until(Progress)
@@ -128,21 +135,21 @@ def test_a_waiting_job_can_be_cancelled(listener, job):
 
 
 def test_mistakes_are_messages_and_bugs_have_details(listener, job):
-    failed = listener.result(replace(job, height=33))[-1]
+    failed = listener.result(drawing(job, height=33))[-1]
     assert "multiple of" in failed.message
     assert failed.details is None
     failed = listener.result(replace(job, choice=ModelChoice("/no/such/folder")))[-1]
     assert "no model folder" in failed.message
-    failed = listener.result(replace(job, negative_prompt=7, guidance_scale=2.0))[-1]
+    failed = listener.result(drawing(job, negative_prompt=7, guidance_scale=2.0))[-1]
     assert isinstance(failed, Failed)
     assert "Traceback" in failed.details
-    events = listener.result(replace(job, prompt="zzz"))
+    events = listener.result(drawing(job, prompt="zzz"))
     assert [type(e) for e in events[:2]] == [Loading, Loaded]  # a bug gives the memory back
     assert any(isinstance(e, Notice) for e in events)
 
 
 def test_a_dead_process_fails_its_jobs_and_comes_back(listener, job):
-    number = listener.worker.submit(replace(job, num_inference_steps=1000))
+    number = listener.worker.submit(drawing(job, num_inference_steps=1000))
     listener.until(Progress)
     os.kill(listener.worker.pid, signal.SIGKILL)
     failed = listener.until(Failed)[-1]
@@ -152,7 +159,7 @@ def test_a_dead_process_fails_its_jobs_and_comes_back(listener, job):
 
 
 def test_an_interrupt_stops_at_once(listener, job):
-    number = listener.worker.submit(replace(job, num_inference_steps=1000))
+    number = listener.worker.submit(drawing(job, num_inference_steps=1000))
     listener.until(Progress)
     listener.worker.interrupt()
     assert listener.until(Finished)[-1] == Finished(number, cancelled=True)

@@ -35,11 +35,14 @@ from mlx_snapgen.config import (
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer, TransformerTextEncoder
+from mlx_snapgen.networks.text_encoders.sentencepiece import (
+    SentencePieceTokenizer,
+    TransformerTextEncoder,
+)
 from mlx_snapgen.pictures import psnr
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
-from tests.tiny import VOCAB_SIZE, randomise
+from tests.tiny import VOCAB_SIZE, randomize
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
@@ -139,13 +142,17 @@ def model(tokenizer_bytes):
         sampler=SamplerConfig(num_inference_steps=2, guidance_scale=3.0, time_shift=2.0),
     )
     made = Components(
-        config,
-        EfficientDiT(config.transformer),
-        ConvolutionalAutoencoder(config.autoencoder),
-        [TransformerTextEncoder(encoder, Tokenizer(tokenizer_bytes, encoder.max_length))],
+        config=config,
+        transformer=EfficientDiT(config.transformer),
+        autoencoder=ConvolutionalAutoencoder(config.autoencoder),
+        text_encoders=[
+            TransformerTextEncoder(
+                encoder, SentencePieceTokenizer(tokenizer_bytes, encoder.max_length)
+            )
+        ],
     )
     for seed, module in enumerate(made.modules().values()):
-        randomise(module, seed)
+        randomize(module, seed)
     sharpen(made)
     return made
 
@@ -204,7 +211,7 @@ def assert_close(actual, expected, tolerance):
 def transformer_inputs(model, prompt="a red apple"):
     """Of the network in MLX."""
     encoder = model.text_encoders[0]
-    text, mask = encode_prompts([prompt], [encoder], model.transformer)
+    text, mask = encode_prompts([prompt], [encoder], transformer=model.transformer)
     x_t = mx.random.normal((1, 12, 8, 4), key=mx.random.key(1))
     return x_t, mx.array([0.7315]), text, mask
 

@@ -19,32 +19,20 @@ from convert.public.report import error_table, summary
 from convert.public.source import find_source
 from mlx_snapgen.checkpoint.clip import load_clip
 from mlx_snapgen.checkpoint.model import load_autoencoder
-from mlx_snapgen.checkpoint.text_encoders import make_text_encoder
+from mlx_snapgen.checkpoint.text_encoders import load_source
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
-from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 from tests.conversion.test_qwen_autoencoder import SMALL, SMALL_SIZES, public_autoencoder
 from tests.runtime.test_clip import MERGES, hugging_face, open_clip
-from tests.tiny import randomise
+from tests.tiny import make_clip
 
 VOCAB_SIZE = 512 + len(MERGES.split(b"\n")) + 2
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    config = TextEncoderConfig(
-        kind="clip",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        num_layers=3,
-        num_heads=4,
-        max_length=17,
-        activation="gelu",
-    )
-    made = ClipTextEncoder(config, ClipTokenizer(MERGES, 17))
-    randomise(made, 5)
-    return made
+    return make_clip(MERGES, 64, num_heads=4)
 
 
 def write_clip(folder, encoder, shards=1, layout=hugging_face):
@@ -75,7 +63,7 @@ def states(encoder):
 def as_source(folder, encoder):
     """The encoder of a model whose config names `folder` as its source."""
     config = TextEncoderConfig(**{**vars(encoder.config), "source": str(folder)})
-    return make_text_encoder(folder, 0, config)
+    return load_source(folder, config)
 
 
 # --- what comes out -----------------------------------------------------------------------------

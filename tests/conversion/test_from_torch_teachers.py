@@ -22,16 +22,15 @@ from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
 from tests.runtime import test_z_image_transformer
 from tests.runtime.test_qwen_transformer import SMALL, SMALL_SIZES
-from tests.tiny import randomise
+from tests.tiny import Z_IMAGE, randomize
 
-Z = test_z_image_transformer
 PUBLIC = {
     "qwen-image": (SMALL, {"_class_name": "QwenImageTransformer2DModel"} | SMALL_SIZES),
     "z-image": (
-        Z.SMALL,
+        Z_IMAGE,
         {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "norm_eps": 1e-5}
         | {"rope_theta": 256.0}
-        | Z.SMALL_SIZES,
+        | test_z_image_transformer.SIZES,
     ),
 }
 """Kind -> our config, and diffusers'."""
@@ -81,7 +80,7 @@ def public_transformer(folder, kind, shards=2):
     """Our network of random weights, and its folder of diffusers."""
     config, values = PUBLIC[kind]
     network = NETWORKS[kind](config)
-    randomise(network, 1)
+    randomize(network, 1)
     write_public(folder, values, flat(network), shards)
     return network
 
@@ -89,7 +88,7 @@ def public_transformer(folder, kind, shards=2):
 def public_kl(folder):
     """The same of Flux's autoencoder, its keys and layouts written out."""
     autoencoder = KLAutoencoder(KL)
-    randomise(autoencoder, 2)
+    randomize(autoencoder, 2)
     weights = {}
     for key, value in flat(autoencoder).items():
         key = key.replace("attentions.0.norm.", "attentions.0.group_norm.")

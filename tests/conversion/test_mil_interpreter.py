@@ -128,9 +128,11 @@ def test_float32_equals_torch(float32, inputs, expected):
 
 def test_fp16_is_near_torch(fp16, inputs, expected):
     rounded, kept = (run(fp16, inputs, keep_float32=k)["image"] for k in (False, True))
-    assert 60 < psnr(rounded, expected, np.ptp(expected)) < 100
+    assert 60 < psnr(rounded, expected, peak=np.ptp(expected)) < 100
     # What is left is the rounding of the weights.
-    assert psnr(kept, expected, np.ptp(expected)) > psnr(rounded, expected, np.ptp(expected)) + 3
+    assert (
+        psnr(kept, expected, peak=np.ptp(expected)) > psnr(rounded, expected, np.ptp(expected)) + 3
+    )
 
 
 def test_runs_repeat(fp16, inputs):
@@ -173,7 +175,7 @@ def test_a_wrong_constant_is_noticed(float32, fp16, folder, inputs, expected, sh
     exact = run(scaled(float32, folder, shape, factor), inputs)["image"]
     assert relative_difference(exact, expected) > 1e-4
     rounded = run(scaled(fp16, folder, shape, factor), inputs)["image"]
-    assert psnr(rounded, expected, np.ptp(expected)) < 58
+    assert psnr(rounded, expected, peak=np.ptp(expected)) < 58
 
 
 # --- compressed weights -----------------------------------------------------------------------
@@ -312,7 +314,7 @@ def test_palettized_networks(which, palettes, at_least, how, folder, inputs, exp
     optimize.decompress_weights(small).save(str(dense))
     found = run(path, inputs)["image"]
     np.testing.assert_allclose(found, run(dense, inputs)["image"], rtol=1e-6, atol=1e-6)
-    assert at_least < psnr(found, expected, np.ptp(expected)) < 60
+    assert at_least < psnr(found, expected, peak=np.ptp(expected)) < 60
     held = summary(path)
     assert (held["palettized_weights"], held["palettes"]) == (2, palettes)
 

@@ -16,7 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
 from mlx_snapgen.pipeline import SnapGenPipeline
-from tests.tiny import randomise
+from tests.tiny import randomize
 
 SMALL = AutoencoderConfig(
     kind="qwen-image",
@@ -165,7 +165,7 @@ def test_other_networks_are_refused(tmp_path, values, hint):
 @pytest.mark.parametrize("tile", [3, 10])
 def test_tiled_decoding_equals_decoding_at_once(tile):
     model = QwenAutoencoder(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     latents = mx.random.normal((2, 15, 23, 4), key=mx.random.key(1))
     whole = model.decoder(latents, tile=None)
     tiled = model.decoder(latents, tile=tile)
@@ -177,33 +177,33 @@ def test_tiles_have_no_more_margin_than_they_need():
     kernel = mx.random.normal((1, 3, 3, 1), key=mx.random.key(0))
     blurs = [lambda x: mx.conv2d(x, kernel, padding=1)] * 3
     x = mx.random.normal((1, 20, 20, 1), key=mx.random.key(1))
-    whole = run_stages([Stage(blur, 1, 1) for blur in blurs], x, None)
+    whole = run_stages([Stage(blur, 1, 1) for blur in blurs], x, tile=None)
     for reach, same in ((1, True), (0, False)):
-        tiled = run_stages([Stage(blur, 1, reach) for blur in blurs], x, 7)
+        tiled = run_stages([Stage(blur, 1, reach) for blur in blurs], x, tile=7)
         assert mx.allclose(tiled, whole, atol=1e-5).item() is same
 
 
 def test_attention_in_pieces_is_attention(monkeypatch):
     model = QwenAutoencoder(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     x = mx.random.normal((2, 5, 7, 32), key=mx.random.key(1))
     block = model.decoder.mid_block.attentions[0]
     whole = np.array(block(x))
-    monkeypatch.setattr("mlx_snapgen.networks.autoencoders.qwen_image.MAX_SCORES", 2 * 35 * 8)
+    monkeypatch.setattr("mlx_snapgen.networks.autoencoders.residual.MAX_SCORES", 2 * 35 * 8)
     for in_turn in (False, True):
         np.testing.assert_allclose(np.array(block(x, in_turn)), whole, atol=1e-5)
 
 
 def test_a_pixel_of_zeros_stays_finite():
     model = QwenAutoencoder(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     model.decoder.conv_in.bias = mx.zeros(32)
     assert mx.isfinite(model.decode(mx.zeros((1, 3, 2, 4)))).all()
 
 
 def test_a_model_draws_with_it(model_folder, tmp_path):
     model = QwenAutoencoder(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     swap_autoencoder(model_folder, model, tmp_path / "model")
     pipe = SnapGenPipeline.from_pretrained(tmp_path / "model")
     assert isinstance(pipe.autoencoder, QwenAutoencoder)

@@ -107,7 +107,9 @@ def test_packed_weights_draw_what_dequantized_ones_do(presets, tmp_path, bits):
 
 
 def test_an_elastic_model_is_never_packed(components, tmp_path):
-    save_pretrained(tmp_path / "model", components, {"transformer": {"bits": 8, "group_size": 32}})
+    save_pretrained(
+        tmp_path / "model", components, quantize={"transformer": {"bits": 8, "group_size": 32}}
+    )
     assert json.loads((tmp_path / "model" / "config.json").read_text())["quantization"]
     loaded = load_pretrained(tmp_path / "model", packed=True).transformer
     assert all(mx.issubdtype(p.dtype, mx.floating) for _, p in tree_flatten(loaded.parameters()))

@@ -20,7 +20,7 @@ from tests.tiny_teachers import Reader, write_teacher
 
 @pytest.fixture(autouse=True)
 def no_language_model(monkeypatch):
-    monkeypatch.setattr(folders, "load_qwen", lambda *_: Reader())
+    monkeypatch.setattr(folders, "load_qwen", lambda *_, **__: Reader())
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,12 @@ def test_many_steps_follow_the_guided_velocity(folder, tmp_path, capsys):
     assert str(tmp_path / "a.png") in capsys.readouterr().out
     teacher, autoencoder = load_flow_teacher(folder)
     condition = teacher.encode(["a red car"])
-    levels = sample_teacher.noise_levels(QWEN.schedule, 6, 2)
+    levels = sample_teacher.noise_levels(QWEN.schedule, 6, num_inference_steps=2)
     x = get_noise(5, 4, 6, 4)
     for here, there in itertools.pairwise(levels):
-        x = x + (there - here) * teacher.velocity(x, mx.array([here]), condition, 3.0)
+        x = x + (there - here) * teacher.velocity(
+            x, mx.array([here]), condition, guidance_scale=3.0
+        )
     expected = np.clip(np.array(autoencoder.decode(x))[0], -1, 1) * 127.5 + 127.5
     assert drawn.shape == (32, 48, 3)
     np.testing.assert_allclose(drawn, expected, atol=0.51)

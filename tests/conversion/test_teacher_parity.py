@@ -95,14 +95,14 @@ def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, b
     if bits:
         config["quantization"] = {"bits": bits, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
-    prompts = load_qwen(folder, QWEN_IMAGE, 32)
+    prompts = load_qwen(folder, QWEN_IMAGE, dims=32)
     found, expected = prompts(PROMPTS)[0], teacher.encode(PROMPTS).text
     error = relative_difference(found, expected)
     assert 0 < error < 0.1 if bits else error < 1e-6
     with pytest.raises(UserError, match="holds a qwen2_5_vl, this teacher reads with a qwen3"):
-        load_qwen(folder, Z_IMAGE, 32)
+        load_qwen(folder, Z_IMAGE, dims=32)
     with pytest.raises(UserError, match="gives states of 32, the teacher takes those of 48"):
-        load_qwen(folder, QWEN_IMAGE, 48)
+        load_qwen(folder, QWEN_IMAGE, dims=48)
 
 
 @pytest.mark.parametrize(("guidance", "steps"), [(4.0, 3), (1.0, 2)])
@@ -124,10 +124,10 @@ def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
     picture = pipeline(**settings, latents=packed, output_type="pt").images
 
     condition = teacher.encode(settings["prompt"])
-    levels = noise_levels(teacher.config.schedule, 15, steps)
+    levels = noise_levels(teacher.config.schedule, 15, num_inference_steps=steps)
 
     def velocity(x_t, sigma):
-        return teacher.velocity(x_t, mx.full((2,), sigma), condition, guidance)
+        return teacher.velocity(x_t, mx.full((2,), sigma), condition, guidance_scale=guidance)
 
     start = mx.array(noise.permute(0, 2, 3, 1).numpy())
     *_, last = denoise(velocity, start, levels)
@@ -162,10 +162,12 @@ def test_z_image_draws_as_its_pipeline_does(z_image, guidance, steps):
     condition = teacher.encode(prompts)
 
     def velocity(x_t, sigma):
-        return teacher.velocity(x_t, mx.full((2,), sigma), condition, 1 + guidance)
+        return teacher.velocity(x_t, mx.full((2,), sigma), condition, guidance_scale=1 + guidance)
 
     start = mx.array(noise.permute(0, 2, 3, 1).numpy())
-    *_, last = denoise(velocity, start, noise_levels(teacher.config.schedule, 15, steps))
+    *_, last = denoise(
+        velocity, start, noise_levels(teacher.config.schedule, 15, num_inference_steps=steps)
+    )
     assert relative_difference(last.x_t, latents.permute(0, 2, 3, 1)) < 1e-4
     drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
     assert relative_difference(drawn, picture.permute(0, 2, 3, 1)) < 1e-4

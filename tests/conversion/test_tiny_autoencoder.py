@@ -12,7 +12,7 @@ from mlx_snapgen.config import TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
 from mlx_snapgen.pipeline import SnapGenPipeline
-from tests.tiny import randomise
+from tests.tiny import randomize
 
 SMALL = dataclasses.replace(
     TAEW2_1,
@@ -163,7 +163,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize("tile", [6, 12])
 def test_tiled_decoding_equals_decoding_at_once(tile):
     model = TinyAutoencoder(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     latents = mx.random.normal((2, 9, 23, 4), key=mx.random.key(1))
     whole = model.decoder(latents, tile=None)
     tiled = model.decoder(latents, tile=tile)
@@ -172,7 +172,7 @@ def test_tiled_decoding_equals_decoding_at_once(tile):
 
 def test_a_model_draws_with_it(model_folder, tmp_path):
     model = TinyAutoencoder(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     swap_autoencoder(model_folder, model, tmp_path / "model")
     pipe = SnapGenPipeline.from_pretrained(tmp_path / "model")
     assert isinstance(pipe.autoencoder, TinyAutoencoder)

@@ -29,7 +29,7 @@ from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
 from mlx_snapgen.settings import parse_width
-from tests.tiny import randomise
+from tests.tiny import randomize
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -110,7 +110,7 @@ def velocities(network, twin, height, width, seed=0):
 )
 def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
     network = EfficientDiT(config)
-    randomise(network, 1)
+    randomize(network, 1)
     # The fused form is one path for all widths, the split one is written out by heads.
     for width in config.widths[:1] if attend is attend_fused else config.widths:
         alone = extract(network, width)
@@ -120,7 +120,7 @@ def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
 
 def test_another_resolution_is_one_call_away():
     network = extract(EfficientDiT(CONFIG), 0.5)
-    randomise(network, 2)
+    randomize(network, 2)
     twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     twin.resize((12, 20))
     assert_close(*velocities(network, twin, 12, 20))
@@ -130,7 +130,7 @@ def test_another_resolution_is_one_call_away():
 
 def test_a_text_encoder_that_is_absent_is_left_out():
     network = extract(EfficientDiT(CONFIG), 0.375)
-    randomise(network, 3)
+    randomize(network, 3)
     twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     states, mask = mx.random.normal((1, 4, 20), key=mx.random.key(0)), mx.ones((1, 4), mx.bool_)
     expected, _ = network.encode_text([None, TextStates(states, mask)])
@@ -144,24 +144,24 @@ def test_a_text_encoder_that_is_absent_is_left_out():
 
 def test_time_is_exact_in_half_precision():
     network = extract(EfficientDiT(CONFIG), 1.0)
-    randomise(network, 4)
+    randomize(network, 4)
     twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     expected, _ = twin.time(torch.tensor([0.731]))
     actual, _ = twin.half().time(torch.tensor([0.731]))
     assert_close(actual.float(), expected.detach().numpy(), 5e-3)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_the_decoder_is_mlx_s(normalised):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_decoder_is_mlx_s(normalized):
     config = AutoencoderConfig(
         latent_channels=4,
         decoder_channels=(16, 12, 8),
         decoder_blocks=(2, 1, 1),
-        latents_mean=(0.1, -0.2, 0.3, 0.0) if normalised else (),
-        latents_std=(1.0, 0.9, 1.1, 1.2) if normalised else (),
+        latents_mean=(0.1, -0.2, 0.3, 0.0) if normalized else (),
+        latents_std=(1.0, 0.9, 1.1, 1.2) if normalized else (),
     )
     autoencoder = ConvolutionalAutoencoder(config)
-    randomise(autoencoder, 5)
+    randomize(autoencoder, 5)
     twin = filled(parts.Decoder(config), autoencoder.decoder)
     latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))
     actual = twin(torch.tensor(np.array(latents)).permute(0, 3, 1, 2))
@@ -175,7 +175,7 @@ def test_the_text_encoder_is_mlx_s(activation, attend):
         vocab_size=20, hidden_size=24, num_heads=3, max_length=9, activation=activation
     )
     encoder = TransformerTextEncoder(config)
-    randomise(encoder, 6)
+    randomize(encoder, 6)
     twin = filled(parts.TextEncoder(config, attend), encoder)
     tokens, mask = mx.arange(14).reshape(2, 7), mx.arange(7)[None] < mx.array([[7], [3]])
     actual = twin(torch.tensor(np.array(tokens)), torch.tensor(np.array(mask)))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.attention import (
     CrossAttention,
@@ -18,10 +17,10 @@ from mlx_snapgen.networks.attention import (
     apply_rope,
 )
 from mlx_snapgen.networks.layers import attend
+from tests.tiny import TRANSFORMER
 
-CONFIG = TransformerConfig(
-    hidden_size=64,
-    head_dim=8,
+CONFIG = dataclasses.replace(
+    TRANSFORMER,
     num_kv_heads=4,
     num_cross_kv_heads=2,
     text_width=24,
@@ -30,7 +29,7 @@ CONFIG = TransformerConfig(
 )
 
 
-def randomised(module, seed=0):
+def randomized(module, seed=0):
     """The module with every parameter moved off its initial value."""
     mx.random.seed(seed)
     module.update(tree_map(lambda p: p + 0.3 * mx.random.normal(p.shape), module.parameters()))
@@ -115,14 +114,14 @@ def numpy_assa(module, h, grid, config):
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_assa_matches_the_formulas(grid, radius):
     config = dataclasses.replace(CONFIG, band_radius=radius)
-    module = randomised(SparseSelfAttention(config))
+    module = randomized(SparseSelfAttention(config))
     h = np.random.default_rng(0).normal(size=(2, grid.height * grid.width, 64))
     out = np.array(module(mx.array(h, mx.float32), grid))
     for i in range(2):
         np.testing.assert_allclose(out[i], numpy_assa(module, h[i], grid, config), atol=2e-4)
 
 
-@pytest.mark.parametrize("form", ["_bands_looped", "_bands_batched"])
+@pytest.mark.parametrize("form", ["bands_looped", "bands_batched"])
 @pytest.mark.parametrize(
     ("height", "num_bands"), [(16, 16), (16, 4), (10, 4), (6, 16), (2, 4), (18, 5), (64, 16)]
 )
@@ -133,8 +132,8 @@ def test_bna_equals_dense_attention_under_the_band_mask(form, height, num_bands,
     mx.random.seed(1)
     q, k, v = (mx.random.normal((2, heads, n, 8)) for heads in (4, 2, 2))
     band = math.ceil(height / num_bands) * grid.width
-    out = getattr(attention, form)(q, k, v, band, radius)
-    dense = attend(q, k, v, mx.array(band_mask(grid, num_bands, radius)))
+    out = getattr(attention, form)(q, k, v, band=band, radius=radius)
+    dense = attend(q, k, v, mask=mx.array(band_mask(grid, num_bands, radius)))
     np.testing.assert_allclose(np.array(out), np.array(dense), atol=1e-5)
 
 
@@ -143,11 +142,11 @@ def test_bna_forms_have_the_same_gradients():
     qkv = [mx.random.normal((1, 2, 96, 8)) for _ in range(3)]
 
     def loss(form):
-        return lambda q, k, v: getattr(attention, form)(q, k, v, 12, 1).square().sum()
+        return lambda q, k, v: getattr(attention, form)(q, k, v, band=12, radius=1).square().sum()
 
     pairs = zip(
-        mx.grad(loss("_bands_looped"), argnums=(0, 1, 2))(*qkv),
-        mx.grad(loss("_bands_batched"), argnums=(0, 1, 2))(*qkv),
+        mx.grad(loss("bands_looped"), argnums=(0, 1, 2))(*qkv),
+        mx.grad(loss("bands_batched"), argnums=(0, 1, 2))(*qkv),
         strict=True,
     )
     for looped, batched in pairs:
@@ -159,7 +158,7 @@ def test_rope_scores_depend_on_relative_position_only():
     mx.random.seed(3)
     q, k = (mx.broadcast_to(mx.random.normal((8,)), (1, 1, 48, 8)) for _ in range(2))
     scores = np.array(
-        apply_rope(q, grid, 100.0)[0, 0] @ apply_rope(k, grid, 100.0)[0, 0].T
+        apply_rope(q, grid, theta=100.0)[0, 0] @ apply_rope(k, grid, theta=100.0)[0, 0].T
     ).reshape(6, 8, 6, 8)
     np.testing.assert_allclose(scores[1, 2, 4, 5], scores[0, 1, 3, 4], atol=1e-5)
     assert abs(scores[1, 2, 4, 5] - scores[1, 2, 5, 5]) > 1e-3
@@ -168,8 +167,8 @@ def test_rope_scores_depend_on_relative_position_only():
 
 def test_grouped_queries_share_keys_in_order():
     config = dataclasses.replace(CONFIG, sparse_attention=False)
-    module = randomised(SelfAttention(config))
-    wide = randomised(SelfAttention(dataclasses.replace(config, num_kv_heads=8)), seed=5)
+    module = randomized(SelfAttention(config))
+    wide = randomized(SelfAttention(dataclasses.replace(config, num_kv_heads=8)), seed=5)
     for name in ("q_proj", "out_proj", "q_norm", "k_norm"):
         getattr(wide, name).update(getattr(module, name).parameters())
     for name in ("k_proj", "v_proj"):  # each of 4 kv heads, twice
@@ -183,11 +182,12 @@ def test_grouped_queries_share_keys_in_order():
 
 
 def test_cross_attention_matches_numpy_and_ignores_masked_tokens():
-    module = randomised(CrossAttention(CONFIG))
+    module = randomized(CrossAttention(CONFIG))
     rng = np.random.default_rng(0)
     h, text = rng.normal(size=(2, 5, 64)), rng.normal(size=(2, 7, 24))
     mask = np.arange(7)[None] < np.array([[4], [7]])
-    out = np.array(module(*map(mx.array, (h.astype("f"), text.astype("f"), mask))))
+    out = module(mx.array(h, mx.float32), mx.array(text, mx.float32), mask=mx.array(mask))
+    out = np.array(out)
     for i in range(2):
         seen = text[i][mask[i]]
         q = numpy_linear(h[i], module.q_proj).reshape(5, 8, 8)
@@ -217,14 +217,16 @@ def test_modulated_assa_weighs_attention_after_the_softmax():
     mx.random.seed(0)
     q, k, v = (mx.random.normal((1, heads, 32, 8)) for heads in (4, 2, 2))
     matrix = attention.modulation_matrix(grid, grid)
-    out = attention.neighbourhood_attention(q, k, v, grid, 4, 1, matrix)
+    out = attention.neighborhood_attention(
+        q, k, v, grid=grid, num_bands=4, radius=1, modulation=matrix
+    )
     mask = band_mask(grid, 4, 1)
     for head in range(4):
         scores = np.array(q[0, head] @ k[0, head // 2].T) / math.sqrt(8)
         weights = softmax(np.where(mask, scores, -np.inf)) * np.array(matrix)
         expected = weights @ np.array(v[0, head // 2])
         np.testing.assert_allclose(np.array(out[0, head]), expected, atol=1e-5)
-    module = randomised(SparseSelfAttention(CONFIG))
+    module = randomized(SparseSelfAttention(CONFIG))
     h = mx.random.normal((1, 32, 64))
-    change = mx.abs(module(h, grid, 1.0, True) - module(h, grid)).max().item()
+    change = mx.abs(module(h, grid, modulate=True) - module(h, grid)).max().item()
     assert change > 1e-3

@@ -10,23 +10,19 @@ import huggingface_hub
 import mlx.core as mx
 import pytest
 from huggingface_hub import constants
-from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint import hub, model
-from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.config import ModelFolder, load_config, load_vocabulary
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.quantize.runtime import quantize_transformer
 
 
-def flat(module):
-    return dict(tree_flatten(module.parameters()))
-
-
 def assert_same_weights(a, b):
-    a, b = flat(a), flat(b)
+    a, b = flat_parameters(a), flat_parameters(b)
     assert a.keys() == b.keys()
     for name in a:
         assert mx.array_equal(a[name], b[name]), name
@@ -95,14 +91,14 @@ def test_bfloat16_is_stored_and_computed_in_on_a_gpu_alone(components, tmp_path,
     assert {v.dtype for v in stored.values()} == {mx.bfloat16}
     monkeypatch.setattr(model.mx, "default_device", lambda: mx.Device(mx.cpu, 0))
     loaded = load_pretrained(tmp_path / "m")
-    for name, value in flat(loaded.transformer).items():
+    for name, value in flat_parameters(loaded.transformer).items():
         assert value.dtype == mx.float32
         assert mx.array_equal(value, stored[name].astype(mx.float32)), name
     monkeypatch.setattr(model.mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     half = load_pretrained(tmp_path / "m")
     for module in (half.transformer, *half.text_encoders):
-        assert {v.dtype for v in flat(module).values()} == {mx.bfloat16}
-    assert {v.dtype for v in flat(half.autoencoder).values()} == {mx.float32}
+        assert {v.dtype for v in flat_parameters(module).values()} == {mx.bfloat16}
+    assert {v.dtype for v in flat_parameters(half.autoencoder).values()} == {mx.float32}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -117,8 +113,8 @@ def test_quantized_storage_is_off_by_at_most_a_step(components, tmp_path, bits):
     assert not any("modulation.members" in name for name in packed)
     loaded = load_pretrained(folder)
     assert loaded.config.quantization == how
-    ours = flat(components.transformer)
-    for name, value in flat(loaded.transformer).items():
+    ours = flat_parameters(components.transformer)
+    for name, value in flat_parameters(loaded.transformer).items():
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in packed:
             error = mx.abs(value - ours[name]).reshape(*value.shape[:-1], -1, 32)
@@ -162,7 +158,7 @@ def test_one_width_takes_the_memory_of_that_width(components, tmp_path):
     before = mx.get_active_memory()
     loaded = load_pretrained(tmp_path / "big", share=0.375)
     used = mx.get_active_memory() - before
-    alone = sum(v.nbytes for m in loaded.modules().values() for v in flat(m).values())
+    alone = sum(v.nbytes for m in loaded.modules().values() for v in flat_parameters(m).values())
     supernetwork = (tmp_path / "big" / "transformer.safetensors").stat().st_size
     assert alone < 0.25 * supernetwork
     # small arrays may share a page with what they were cut from
@@ -340,6 +336,20 @@ def test_a_missing_default_model_says_what_to_do(tmp_path, monkeypatch):
         load_pretrained()
 
 
+def test_stickers_is_the_built_in_model_unless_a_model_of_that_name_is_here(
+    tmp_path, monkeypatch, model_folder
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stickers").mkdir()
+    assert hub.find_model("stickers") == hub.default_model_path()
+    assert ModelFolder.open("stickers").source is None
+    (tmp_path / "stickers").rmdir()
+    (tmp_path / "stickers").symlink_to(model_folder)
+    assert ModelFolder.open("stickers").config.name == "random"
+    assert ModelFolder.open("stickers").source == "stickers"
+    assert ModelFolder.open().config.name == "stickers"
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -357,8 +367,9 @@ def offline_cache(model_folder, tmp_path, monkeypatch):
 
 def test_a_repository_loads_from_the_cache_when_offline(offline_cache, components):
     for revision in (None, "main", COMMIT):
-        loaded = load_pretrained("someone/random", revision=revision)
-        assert_same_weights(loaded.transformer, components.transformer)
+        folder = ModelFolder.open("someone/random", revision=revision)
+        assert (folder.source, folder.revision) == ("someone/random", COMMIT)
+        assert_same_weights(load_pretrained(folder).transformer, components.transformer)
 
 
 def test_offline_and_not_cached_is_one_line(offline_cache):
@@ -425,7 +436,7 @@ def test_the_hub_saying_no_is_one_line(monkeypatch, name, message):
 
 def test_quantizing_rounds_every_layer_that_divides(components):
     alone = extract(components.transformer, 0.5)
-    before = flat(extract(components.transformer, 0.5))
+    before = flat_parameters(extract(components.transformer, 0.5))
     exact = velocity(alone)
     count = quantize_transformer(alone, 8)
     assert count > 0.8 * sum(v.size for v in before.values())

@@ -10,15 +10,15 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.clip import load_clip, sanitize
 from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
-from mlx_snapgen.config import TINYCLIP_19M, TextEncoderConfig
+from mlx_snapgen.config import TINYCLIP_19M
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
-from tests.tiny import randomise
+from tests.tiny import make_clip
 
 MERGES = (
     "a p|p l|ap pl|l e</w>|appl e</w>|r e|re d</w>|t h|th e</w>|i n|in g</w>|1 2|' s</w>|"
@@ -39,28 +39,13 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def encoder():
-    config = TextEncoderConfig(
-        kind="clip",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=48,
-        num_layers=3,
-        num_heads=3,
-        max_length=17,
-        activation="gelu",
-    )
-    made = ClipTextEncoder(config, ClipTokenizer(MERGES, 17))
-    randomise(made, 5)
-    return made
-
-
-def flat(module):
-    return dict(tree_flatten(module.parameters()))
+    return make_clip(MERGES, 48, num_heads=3)
 
 
 def hugging_face(encoder, prefix="text_model."):
     """The encoder's weights as `CLIPTextModel` names them."""
     found = {}
-    for name, value in flat(encoder).items():
+    for name, value in flat_parameters(encoder).items():
         name = name.replace("token_embedding", "embeddings.token_embedding")
         name = name.replace("position_embedding", "embeddings.position_embedding.weight")
         if name.startswith("norm"):
@@ -81,7 +66,7 @@ def hugging_face(encoder, prefix="text_model."):
 def open_clip(encoder, prefix=""):
     """The encoder's weights as OpenCLIP names them."""
     found = {}
-    for name, value in flat(encoder).items():
+    for name, value in flat_parameters(encoder).items():
         name = name.replace("position_embedding", "positional_embedding")
         if name.startswith("norm"):
             name = name.replace("norm", "ln_final")
@@ -105,7 +90,7 @@ def test_ids_are_those_of_clip():
 
 def test_merges_join_the_earliest_pair_first():
     tokenizer = ClipTokenizer(MERGES, 17)
-    names = [tokenizer._vocabulary[i] for i in tokenizer.encode("Apple appl red, reddd")]
+    names = [tokenizer.vocabulary[i] for i in tokenizer.encode("Apple appl red, reddd")]
     assert names == ["apple</w>", "ap", "p", "l</w>", "red</w>", ",</w>", "re", "d", "d", "d</w>"]
 
 
@@ -142,7 +127,7 @@ def test_the_preset_has_the_size_of_tinyclip():
     layers = 6 * (12 * 512**2 + 13 * 512)
     embeddings = (49408 + 77) * 512
     encoder = ClipTextEncoder(TINYCLIP_19M)
-    assert sum(p.size for p in flat(encoder).values()) == layers + embeddings + 2 * 512
+    assert sum(p.size for p in flat_parameters(encoder).values()) == layers + embeddings + 2 * 512
     assert layers == pytest.approx(19e6, rel=0.01)
 
 
@@ -158,7 +143,12 @@ def test_it_can_be_an_encoder_of_a_model_folder(components, encoder, tmp_path):
     config = components.config
     transformer = EfficientDiT(dataclasses.replace(config.transformer, text_dims=(32, 48)))
     encoders = [components.text_encoders[0], encoder]
-    made = Components(config, transformer, components.autoencoder, encoders)
+    made = Components(
+        config=config,
+        transformer=transformer,
+        autoencoder=components.autoencoder,
+        text_encoders=encoders,
+    )
     save_pretrained(tmp_path / "m", made)
     loaded = load_pretrained(tmp_path / "m").text_encoders[1]
     assert loaded.config == encoder.config
@@ -203,8 +193,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_public_layout_gives_the_same_weights(encoder, layout):
     found = sanitize(LAYOUTS[layout](encoder))
-    assert found.keys() == flat(encoder).keys()
-    for name, value in flat(encoder).items():
+    assert found.keys() == flat_parameters(encoder).keys()
+    for name, value in flat_parameters(encoder).items():
         assert mx.array_equal(found[name], value), name
 
 
@@ -336,7 +326,7 @@ def test_states_equal_those_of_transformers(
 
 
 def test_tokens_equal_those_of_transformers(transformers, tmp_path):
-    vocabulary = ClipTokenizer(MERGES, 17)._vocabulary
+    vocabulary = ClipTokenizer(MERGES, 17).vocabulary
     vocabulary = [*vocabulary, "<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(vocabulary)}))
     (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\n" + MERGES + b"\n")

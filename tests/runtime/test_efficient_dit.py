@@ -8,24 +8,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_snapgen.config import TRANSFORMERS, TransformerConfig
+from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS
+from tests.tiny import TRANSFORMER
 
-CONFIG = TransformerConfig(
-    hidden_size=64,
-    head_dim=8,
-    num_kv_heads=8,
-    num_cross_kv_heads=4,
-    blocks=(1, 5, 2),
-    num_bands=4,
-    latent_channels=4,
-    text_dims=(12, 20),
-    text_width=16,
-    frequency_dim=32,
+CONFIG = dataclasses.replace(
+    TRANSFORMER, blocks=(1, 5, 2), num_bands=4, text_dims=(12, 20), text_width=16
 )
 
 
@@ -37,7 +29,7 @@ def network():
 def random_network(config, seed=0):
     mx.random.seed(seed)
     network = EfficientDiT(config)
-    # Away from the zero gates and zero head of initialisation, which would hide differences.
+    # Away from the initial zero gates and zero head, which would hide differences.
     network.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), network.parameters()))
     return network
 
@@ -96,7 +88,7 @@ def test_widths_differ_and_share_what_the_rule_says(network):
 
 def test_slice_rule_keeps_the_head_of_every_group():
     x = mx.arange(24).reshape(8, 3)
-    kept = slice_groups(x, 0, 4, 0.5)
+    kept = slice_groups(x, 0, groups=4, share=0.5)
     np.testing.assert_array_equal(np.array(kept), np.array(x)[[0, 2, 4, 6]])
     layer = ElasticLinear(16, 8, in_groups=4)
     cut = layer.sliced(0.5)["weight"]

@@ -17,7 +17,7 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrai
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights
+from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pipeline import SnapGenPipeline
@@ -34,7 +34,8 @@ MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
 def folder(model_folder, tmp_path_factory):
     """The random model with a random few-step LoRA."""
     made = load_pretrained(model_folder)
-    add_lora(made.transformer, 4, 8.0, ["*_proj", "ffn.linear*"], FEW_STEP)
+    add_lora(made.transformer, 4, alpha=8.0, targets=["*_proj", "ffn.linear*"], name=FEW_STEP)
+    train_only(made.transformer, FEW_STEP)
     adapters = made.transformer.trainable_parameters()
     flat = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(adapters)]
     made.transformer.update(tree_unflatten(flat))
@@ -45,9 +46,11 @@ def folder(model_folder, tmp_path_factory):
 
 
 def velocity_of(components, width=1.0):
-    text, mask = encode_prompts(["a cat"], components.text_encoders, components.transformer)
+    text, mask = encode_prompts(
+        ["a cat"], components.text_encoders, transformer=components.transformer
+    )
     x = sampling.get_noise(0, 4, 8, 4)
-    return np.array(components.transformer(x, mx.array([0.7]), text, mask, width))
+    return np.array(components.transformer(x, mx.array([0.7]), text, mask, share=width))
 
 
 def test_fresh_noise_is_put_on_the_estimates():
@@ -87,10 +90,10 @@ def test_the_mode_draws_with_the_lora_and_without_guidance(folder, name):
     model = load_pretrained(folder)
     load_lora(folder / "few_step.safetensors", model.transformer)
     fuse_lora(model.transformer)
-    text, mask = encode_prompts(["a cat"], model.text_encoders, model.transformer)
+    text, mask = encode_prompts(["a cat"], model.text_encoders, transformer=model.transformer)
     x = sampling.get_noise(4, 4, 8, 4)
     for k, (sigma, following) in enumerate(itertools.pairwise(sampling.get_schedule(2, 3.0))):
-        x0 = x - sigma * model.transformer(x, mx.array([sigma]), text, mask, width)
+        x0 = x - sigma * model.transformer(x, mx.array([sigma]), text, mask, share=width)
         x = sampling.add_noise(x0, sampling.get_noise(4, 4, 8, 4, k + 1), following)
     expected = (np.clip(np.array(model.autoencoder.decode(x)[0]), -1, 1) + 1) * 127.5
     pipe = SnapGenPipeline.from_pretrained(folder, model_width=name)

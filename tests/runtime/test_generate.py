@@ -5,17 +5,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mlx_snapgen import files, generate
+from mlx_snapgen import files
+from mlx_snapgen.cli.generate_options import build_parser
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
-from mlx_snapgen.metadata import read_metadata, save_picture, slug
+from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--steps", "1")
@@ -27,6 +31,7 @@ def inside(tmp_path, monkeypatch):
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("mlx_snapgen.cli.notices.PATIENCE", 60)
     return folder
 
 
@@ -134,6 +139,18 @@ def test_notices_are_one_line_on_stderr(run, capsys):
     assert err.count("\n") == 1
 
 
+def test_only_slow_work_is_announced(monkeypatch, capsys):
+    with announce("loading ..."):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("mlx_snapgen.cli.notices.PATIENCE", 0.01)
+    with announce("drawing ...", enabled=False):
+        time.sleep(0.2)
+    with announce("loading ..."):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "loading ...\n"
+
+
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [
@@ -176,7 +193,7 @@ def test_prompts_are_read_as_they_come(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"# nothing\n", "holds no prompt"), (b"\xff\xfe\n", "cannot read")]
+    ("content", "message"), [(b"# nothing\n", "has no prompts"), (b"\xff\xfe\n", "cannot read")]
 )
 def test_bad_prompts_files(capsys, model_folder, content, message):
     Path("prompts.txt").write_bytes(content)
@@ -208,6 +225,33 @@ def test_config_from_image_repeats_the_picture(run):
         os.remove("again.png")
 
 
+def test_pictures_of_the_first_version_are_read():
+    """They have no few-step mode, attention modulation, LoRAs or chosen text encoders."""
+    old = {"mlx_snapgen": "0.1.0", "mlx": "0.32.0", "device": "cpu", "model": None,
+           "revision": None, "model_name": "stickers", "model_width": "tiny", "quantize": 8,
+           "dtype": "float32", "prompt": "two owls", "negative_prompt": "a cat", "height": 128,
+           "width": 96, "num_inference_steps": 6, "guidance_scale": 2, "time_shift": 4.0,
+           "seed": 4}  # fmt: skip
+    save_picture(Image.new("RGB", (8, 8)), "old.png", metadata=old)
+    settings, choice, values = read_settings("old.png")
+    assert settings == DrawSettings(
+        "two owls",
+        "a cat",
+        height=128,
+        width=96,
+        num_inference_steps=6,
+        guidance_scale=2.0,
+        few_step=False,
+        seed=4,
+    )
+    assert choice == ModelChoice(model_width="tiny", quantize=8)
+    assert values == old
+    for name, bad in {"seed": None, "loras": [{"path": "x"}], "few_step": 1, "width": "w"}.items():
+        save_picture(Image.new("RGB", (8, 8)), f"{name}.png", metadata=old | {name: bad})
+        with pytest.raises(UserError, match=f"no usable '{name}'"):
+            read_settings(f"{name}.png")
+
+
 def test_options_win_over_the_picture(run):
     run("a red apple", "--seed", "7", *FAST)
     main(["a blue cat", "--config-from-image", "a-red-apple.png", "--seed", "8", "--guidance", "0"])
@@ -219,7 +263,7 @@ def test_options_win_over_the_picture(run):
 def test_a_picture_of_other_versions_is_repeated_with_a_notice(run, capsys):
     run("a red apple", *FAST)
     old = read_metadata("a-red-apple.png") | {"mlx": "0.1", "device": "elsewhere"}
-    save_picture(Image.open("a-red-apple.png"), "old.png", old)
+    save_picture(Image.open("a-red-apple.png"), "old.png", metadata=old)
     main(["--config-from-image", "old.png"])
     err = capsys.readouterr().err
     assert "made with mlx 0.1, this is" in err
@@ -250,7 +294,7 @@ def test_pictures_that_cannot_be_repeated(capsys):
     foreign = PngImagePlugin.PngInfo()
     foreign.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a")
     image.save("foreign.png", pnginfo=foreign)
-    save_picture(image, "partial.png", {"mlx_snapgen": "0.1", "prompt": 3})
+    save_picture(image, "partial.png", metadata={"mlx_snapgen": "0.1", "prompt": 3})
     Path("text.png").write_text("no picture")
     for name, message in {
         "photo.jpg": "is a JPEG",
@@ -320,12 +364,15 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch):
         (["a", "--ouput", "x.png"], "unknown option --ouput (did you mean '--output'?)"),
         (["a", "red", "apple"], "quotes"),
         (["a", "--output", "x.jpg"], "ending in .png"),
-        (["a", "--output", "x"], "ending in .png, or a folder ending in /"),
+        (["a", "--output", "x"], "neither a name ending in .png nor a folder ending in /"),
         (["a", "--output", "file/x.png"], "file is a file, not a folder"),
         (["a", "--stepwise-dir", "file"], "file is a file, not a folder"),
         (["a", "--prompts-file", "file"], "either a prompt or --prompts-file"),
         (["--prompts-file", "missing"], "cannot read missing"),
-        (["a", "--seed", str(2**63 - 1), "--num-images", "2"], "no room"),
+        (
+            ["a", "--seed", str(2**63 - 1), "--num-images", "2"],
+            "seed must be a whole number from 0",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_the_model_is_loaded(
@@ -354,7 +401,7 @@ def test_help_names_every_option(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert exit_.value.code == 0
-    for action in generate.build_parser()._actions:
+    for action in build_parser()._actions:
         assert action.help
         assert all(option in text for option in action.option_strings)
 

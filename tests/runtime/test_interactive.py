@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from mlx_snapgen.cli.interactive import SETTINGS, Session
-from mlx_snapgen.cli.options import build_parser
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 def say(model_folder, tmp_path, monkeypatch, capsys):
     """Runs the loop over lines; (stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlx_snapgen.cli.notices.PATIENCE", 60)
 
     def say(*lines, options=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
@@ -75,10 +76,11 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
     wrong = {
         ":sede 7": "no setting ':sede' (did you mean 'seed'?); see :help",
         ":seed many": "a whole number expected, not 'many'",
-        ":size big": "the size is like 192x128 (width x height), not 'big'",
+        ":size big": "the size must be like 192x128 (width x height), not 'big'",
         ":width huge": "'huge' is not full, small or tiny",
         ":model /no/such/folder": "no model folder /no/such/folder",
         ":lora missing.safetensors 0.5": "missing.safetensors",
+        ":output picture.jpg": "neither a name ending in .png nor a folder",
     }
     out, err = say(*wrong, "a red apple", options=["--seed", "1"])
     lines = err.splitlines()
@@ -105,15 +107,21 @@ def test_the_model_is_loaded_once_unless_it_changes():
 
     loads, drawn = [], []
     session = Session(
-        build_parser().parse_args([]),
-        load=lambda: loads.append(1) or Pipeline(),
-        draw=lambda pipeline, prompt: drawn.append(prompt),
+        DrawSettings(seed=1),
+        ModelChoice("here"),
+        output=None,
+        load=lambda choice, settings: loads.append(choice) or Pipeline(),
+        draw=lambda pipeline, settings, output: drawn.append((settings, output)),
     )
-    for line in ("a cat", "", ":seed 3", "a dog"):
+    for line in ("a cat", "", ":seed 3", ":output x.png", "a dog"):
         session.take(line)
-    assert (len(loads), drawn) == (1, ["a cat", "a dog"])
+    assert loads == [ModelChoice("here")]
+    assert drawn == [
+        (DrawSettings("a cat", seed=1), None),
+        (DrawSettings("a dog", seed=3), "x.png"),
+    ]
     session.take(":width small")
-    assert len(loads) == 2
+    assert loads[1:] == [ModelChoice("here", model_width="small")]
     assert session.complete(":s", "") == [":seed", ":steps", ":size", ":show"]
     assert session.complete("t", ":width ") == ["tiny"]
     assert session.complete("a", "a red ") == ["amber", "apple"]
@@ -121,7 +129,7 @@ def test_the_model_is_loaded_once_unless_it_changes():
 
 
 def test_wrong_together():
-    with pytest.raises(UserError, match="neither --prompts-file nor --json"):
+    with pytest.raises(UserError, match="cannot be combined with --prompts-file or --json"):
         main(["--interactive", "--json"])
 
 

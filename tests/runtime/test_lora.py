@@ -27,11 +27,13 @@ from mlx_snapgen.lora.adapters import (
     lora_weights,
     remove_lora,
     set_lora_weights,
+    train_only,
 )
 from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, sliced_parameters
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.runtime import quantize_transformer
 
@@ -47,14 +49,10 @@ def network(components):
     return network
 
 
-def flat(module):
-    return dict(tree_flatten(module.parameters()))
-
-
 def adapt(module, name="style", targets=("*",), rank=4, alpha=6.0, seed=0):
     """Add an adapter that changes something."""
     mx.random.seed(seed)
-    paths = add_lora(module, rank, alpha, targets, name)
+    paths = add_lora(module, rank, alpha=alpha, targets=targets, name=name)
     for path, layer in module.named_modules():
         if path in paths:
             adapter = layer.adapters[name]
@@ -129,7 +127,7 @@ def test_the_formula_in_numpy(name, width):
 def test_a_new_adapter_changes_nothing(network, width):
     before = run(network, width)
     linear = [p for p, m in network.named_modules() if isinstance(m, (ElasticLinear, nn.Linear))]
-    assert add_lora(network, 4, 8, ["*"]) == sorted(linear)
+    assert add_lora(network, 4, alpha=8, targets=["*"]) == sorted(linear)
     assert mx.array_equal(before, run(network, width))
 
 
@@ -145,14 +143,16 @@ def test_a_width_with_adapters_equals_its_extracted_network(network, width):
     assert differ(inside, run(alone)) < 1e-5
     assert get_lora_weights(alone) == {"one": 0.7, "two": 1.0}
     sliced = dict(tree_flatten(sliced_parameters(network, width)))
-    assert {k: v.shape for k, v in sliced.items()} == {k: v.shape for k, v in flat(alone).items()}
+    assert {k: v.shape for k, v in sliced.items()} == {
+        k: v.shape for k, v in flat_parameters(alone).items()
+    }
     set_lora_weights(alone, {"one": 0, "two": 0})
     assert differ(base, run(alone)) < 1e-5
     assert get_lora_weights(network) == {"one": 0.7, "two": 1.0}
 
 
 def test_fused_equals_unfused_at_every_width(network):
-    keys = list(flat(network))
+    keys = list(flat_parameters(network))
     adapt(network, "one", seed=1)
     adapt(network, "two", ["*ffn*"], seed=2)
     adapt(network, "off", ["*_proj"], seed=3)
@@ -164,7 +164,7 @@ def test_fused_equals_unfused_at_every_width(network):
         assert differ(run(network, width), unfused) < 1e-5
         assert differ(run(extract(network, width)), unfused) < 1e-5
     remove_lora(network)
-    assert list(flat(network)) == keys
+    assert list(flat_parameters(network)) == keys
     assert differ(run(network), before[0]) < 1e-5
 
 
@@ -188,7 +188,7 @@ def test_half_precision_stays_half_precision(network):
     assert layer.adapters["style"].a.dtype == mx.float32
     assert layer(mx.ones((1, 2, 64), mx.bfloat16)).dtype == mx.bfloat16
     fuse_lora(network)
-    assert {p.dtype for p in flat(network).values()} == {mx.bfloat16}
+    assert {p.dtype for p in flat_parameters(network).values()} == {mx.bfloat16}
 
 
 def test_quantized_bases(network):
@@ -199,10 +199,10 @@ def test_quantized_bases(network):
     quantized = dict(alone.named_modules())["up_blocks.0.ffn.linear1"]
     assert isinstance(quantized.linear, nn.QuantizedLinear)
     assert 0 < differ(run(alone), exact) < 0.1 * mx.abs(exact).max().item()
-    before = flat(alone)
+    before = flat_parameters(alone)
     with pytest.raises(UserError, match="is quantized: fuse the LoRA first"):
         fuse_lora(alone)
-    assert list(flat(alone)) == list(before)
+    assert list(flat_parameters(alone)) == list(before)
     adapt(alone, "late", ["ffn.linear1"])
     assert quantized.adapters["late"].a.shape == (4, 32)
     dense = extract(network, 0.5)
@@ -217,14 +217,14 @@ def test_quantized_bases(network):
 
 def test_weight_zero_is_the_base_bit_for_bit_and_copies_nothing(network):
     base = [run(network, width) for width in WIDTHS]
-    arrays = {id(p) for p in flat(network).values()}
+    arrays = {id(p) for p in flat_parameters(network).values()}
     adapt(network)
-    assert arrays <= {id(p) for p in flat(network).values()}
+    assert arrays <= {id(p) for p in flat_parameters(network).values()}
     adapted = run(network)
     with lora_weights(network, {"style": 0}):
         for width, expected in zip(WIDTHS, base, strict=True):
             assert mx.array_equal(run(network, width), expected)
-        assert arrays <= {id(p) for p in flat(network).values()}
+        assert arrays <= {id(p) for p in flat_parameters(network).values()}
     assert mx.array_equal(run(network), adapted)
     with pytest.raises(RuntimeError), lora_weights(network, {"style": 0.5}):
         raise RuntimeError
@@ -290,7 +290,10 @@ def test_weights_that_cannot_be(network, weights, message):
 
 def test_gradients_flow_to_the_new_adapter_only(network):
     adapt(network, "fixed", ["ffn.linear1"], seed=1)
-    paths = add_lora(network, 4, 8, ["self_attention.*_proj", "ffn.linear1"], "new")
+    paths = add_lora(
+        network, 4, alpha=8, targets=["self_attention.*_proj", "ffn.linear1"], name="new"
+    )
+    train_only(network, "new")
     assert QUERY in paths and "down_blocks.0.cross_attention.q_proj" not in paths
     wanted = {f"{path}.adapters.new.{part}" for path in paths for part in "ab"}
     assert set(dict(tree_flatten(network.trainable_parameters()))) == wanted
@@ -298,7 +301,7 @@ def test_gradients_flow_to_the_new_adapter_only(network):
     def loss(model):
         return run(model).square().mean() + run(model, 0.5).square().mean()
 
-    before = flat(network)
+    before = flat_parameters(network)
     step = nn.value_and_grad(network, loss)
     optimizer = optim.SGD(0.1)
     value, grads = step(network)
@@ -308,13 +311,13 @@ def test_gradients_flow_to_the_new_adapter_only(network):
     for _ in range(5):
         optimizer.update(network, step(network)[1])
     assert step(network)[0].item() < value.item()
-    after = flat(network)
+    after = flat_parameters(network)
     assert {k for k in after if not mx.array_equal(before[k], after[k])} == wanted
 
 
-def test_loaded_adapters_are_frozen_unless_asked_for(network, tmp_path):
+def test_loaded_adapters_are_frozen_unless_they_are_to_be_trained(network, tmp_path):
     adapt(network, targets=["q_proj"])
-    save_lora(tmp_path / "a.safetensors", network, "style")
+    save_lora(tmp_path / "a.safetensors", network, name="style")
     remove_lora(network)
     network.unfreeze()
     trainable = set(dict(tree_flatten(network.trainable_parameters())))
@@ -324,6 +327,7 @@ def test_loaded_adapters_are_frozen_unless_asked_for(network, tmp_path):
         k.replace(".linear.", ".") for k in trainable
     }
     load_lora(tmp_path / "a.safetensors", network, name="b", trainable=True)
+    train_only(network, "b")
     wanted = {f"{path}.adapters.b.{part}" for path in paths for part in "ab"}
     assert set(dict(tree_flatten(network.trainable_parameters()))) == wanted
 
@@ -339,10 +343,10 @@ def test_loaded_adapters_are_frozen_unless_asked_for(network, tmp_path):
     ],
 )
 def test_targets_without_a_layer(network, targets, message):
-    keys = list(flat(network))
+    keys = list(flat_parameters(network))
     with pytest.raises(UserError, match=message):
-        add_lora(network, 4, 8, targets)
-    assert list(flat(network)) == keys
+        add_lora(network, 4, alpha=8, targets=targets)
+    assert list(flat_parameters(network)) == keys
 
 
 @pytest.mark.parametrize(
@@ -367,7 +371,7 @@ def test_a_saved_adapter_is_the_same_loaded(network, tmp_path):
     adapt(network, targets=["*_proj", "time.members.*.linear"], rank=4, alpha=6)
     before = [run(network, width) for width in WIDTHS]
     path = tmp_path / "new" / "style.safetensors"
-    save_lora(path, network, "style", base_model="random")
+    save_lora(path, network, name="style", base_model="random")
     assert os.listdir(path.parent) == ["style.safetensors"]
     tensors, header = mx.load(str(path), return_metadata=True)
     expected = {"format": "mlx", "name": "style", "rank": "4", "alpha": "6", "base_model": "random"}
@@ -419,7 +423,7 @@ def test_the_keys_of_others(network, tmp_path, style, alpha):
         expected = scales[path] * (tensors[keys[1]].astype(mx.float32) @ tensors[keys[0]])
         scales[path] = modules[path].weight + 0.5 * expected
     mx.save_safetensors(str(tmp_path / "x.safetensors"), tensors, header)
-    assert set(load_lora(tmp_path / "x.safetensors", network, 0.5)) == set(paths)
+    assert set(load_lora(tmp_path / "x.safetensors", network, weight=0.5)) == set(paths)
     fuse_lora(network)
     for path, expected in scales.items():
         assert mx.allclose(dict(network.named_modules())[path].weight, expected, atol=1e-5)
@@ -428,7 +432,7 @@ def test_the_keys_of_others(network, tmp_path, style, alpha):
 def edited(network, path, edit, header=None):
     """A good file of a query projection's adapter, with `edit` applied to its tensors."""
     adapt(network, targets=[QUERY])
-    save_lora(path, network, "style")
+    save_lora(path, network, name="style")
     remove_lora(network)
     tensors = mx.load(str(path))
     edit(tensors)
@@ -465,11 +469,11 @@ A, B, ALPHA = (
 )
 def test_files_that_do_not_fit_change_nothing(network, tmp_path, edit, message):
     edited(network, tmp_path / "x.safetensors", edit)
-    keys = list(flat(network))
+    keys = list(flat_parameters(network))
     with pytest.raises(UserError, match=message) as error:
         load_lora(tmp_path / "x.safetensors", network)
     assert "\n" not in str(error.value)
-    assert list(flat(network)) == keys
+    assert list(flat_parameters(network)) == keys
 
 
 @pytest.mark.parametrize(
@@ -503,7 +507,7 @@ def test_files_that_are_none(network, tmp_path):
         with pytest.raises(UserError, match=message):
             load_lora(tmp_path / name, network)
     with pytest.raises(UserError, match="finite"):
-        load_lora(tmp_path / "x.safetensors", network, float("inf"))
+        load_lora(tmp_path / "x.safetensors", network, weight=float("inf"))
     load_lora(tmp_path / "x.safetensors", network)
     with pytest.raises(UserError, match="'x' already"):
         load_lora(tmp_path / "x.safetensors", network)
@@ -514,7 +518,7 @@ def test_a_file_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     path.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        save_lora(path, network, "style")
+        save_lora(path, network, name="style")
     assert path.read_text() == "mine"
     for name, file, message in (
         ("style", "x.pt", "ending in .safetensors"),
@@ -522,14 +526,14 @@ def test_a_file_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch):
         ("style", "x.safetensors/y.safetensors", "cannot write"),
     ):
         with pytest.raises(UserError, match=message):
-            save_lora(tmp_path / file, network, name)
+            save_lora(tmp_path / file, network, name=name)
 
     def full(*args):
         raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     with pytest.raises(UserError, match="No space left"):
-        save_lora(tmp_path / "z.safetensors", network, "style")
+        save_lora(tmp_path / "z.safetensors", network, name="style")
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
@@ -543,7 +547,7 @@ def files(network, tmp_path):
     for seed, targets in enumerate((["*"], ["*ffn*", "*_proj"])):
         adapt(network, "x", targets, seed=seed)
         paths.append(tmp_path / f"lora{seed}.safetensors")
-        save_lora(paths[-1], network, "x", base_model="random")
+        save_lora(paths[-1], network, name="x", base_model="random")
         remove_lora(network)
     return paths
 
@@ -560,7 +564,7 @@ def test_the_pipeline_draws_with_loras(files, model_folder, tmp_path, name, widt
     assert pipe.describe()["loras"] == recorded
     whole = load_pretrained(model_folder).transformer
     for i, (path, weight) in enumerate(loras):
-        load_lora(path, whole, weight, name=f"l{i}")
+        load_lora(path, whole, weight=weight, name=f"l{i}")
     assert differ(run(whole, width), run(pipe.transformer)) < 1e-5
     plain = SnapGenPipeline.from_pretrained(model_folder, model_width=name)
     assert plain.describe()["loras"] == []
@@ -583,7 +587,7 @@ def test_loras_are_fused_before_quantization(files, model_folder):
 
 def test_a_lora_for_another_model_is_noticed(network, files, model_folder, tmp_path):
     adapt(network, "x", ["q_proj"])
-    save_lora(tmp_path / "other.safetensors", network, "x", base_model="another")
+    save_lora(tmp_path / "other.safetensors", network, name="x", base_model="another")
     with pytest.warns(UserWarning, match="made for the model 'another', not 'random'"):
         SnapGenPipeline.from_pretrained(model_folder, loras=[(tmp_path / "other.safetensors", 1)])
 
@@ -640,23 +644,23 @@ def test_a_picture_without_a_word_on_loras_is_repeated(model_folder, tmp_path, m
     main(["a cat", "--model", str(model_folder), "--steps", "1", "-o", "new.png"])
     old = read_metadata("new.png")
     del old["loras"]
-    save_picture(Image.open("new.png"), "old.png", old)
+    save_picture(Image.open("new.png"), "old.png", metadata=old)
     main(["--config-from-image", "old.png", "-o", "again.png"])
     assert np.array_equal(np.array(Image.open("again.png")), np.array(Image.open("new.png")))
-    save_picture(Image.open("new.png"), "odd.png", old | {"loras": [{"path": "x"}]})
+    save_picture(Image.open("new.png"), "odd.png", metadata=old | {"loras": [{"path": "x"}]})
     with pytest.raises(UserError, match="no usable 'loras'"):
         main(["--config-from-image", "odd.png"])
 
 
 def test_scale_is_weight_times_alpha_over_rank():
     """alpha 8 at rank 64, as in Qwen-Image-Lightning, is 1/8."""
-    assert Adapter(mx.zeros((64, 2)), mx.zeros((2, 64)), 8).scale == 0.125
-    assert Adapter(mx.zeros((64, 2)), mx.zeros((2, 64)), 8, weight=0.5).scale == 0.0625
+    assert Adapter(mx.zeros((64, 2)), mx.zeros((2, 64)), alpha=8).scale == 0.125
+    assert Adapter(mx.zeros((64, 2)), mx.zeros((2, 64)), alpha=8, weight=0.5).scale == 0.0625
 
 
 def test_a_model_with_adapters_is_not_saved(model_folder, tmp_path):
     components = load_pretrained(model_folder)
-    add_lora(components.transformer, 2, 2.0, ["q_proj"], "mine")
+    add_lora(components.transformer, 2, alpha=2.0, targets=["q_proj"], name="mine")
     with pytest.raises(UserError, match=r"fuse or remove the LoRAs first .mine."):
         save_pretrained(tmp_path / "out", components)
     assert not (tmp_path / "out").exists()

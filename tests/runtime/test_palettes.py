@@ -96,12 +96,12 @@ def test_four_bits_more_are_sixteen_times_nearer(components):
 def test_the_worst_layers_get_more_bits():
     errors = {"a": 1.0, "b": 5.0, "c": 3.0, "d": 2.0}
     sizes = {"a": 100, "b": 100, "c": 500, "d": 100}
-    assert sensitivity.choose_bits(errors, sizes, 4.0) == dict.fromkeys("abcd", 4)
-    assert sensitivity.choose_bits(errors, sizes, 8.0) == dict.fromkeys("abcd", 8)
+    assert sensitivity.choose_bits(errors, sizes, average=4.0) == dict.fromkeys("abcd", 4)
+    assert sensitivity.choose_bits(errors, sizes, average=8.0) == dict.fromkeys("abcd", 8)
     # c is too large for what b leaves.
-    assert sensitivity.choose_bits(errors, sizes, 5.0) == {"a": 4, "b": 8, "c": 4, "d": 8}
+    assert sensitivity.choose_bits(errors, sizes, average=5.0) == {"a": 4, "b": 8, "c": 4, "d": 8}
     with pytest.raises(UserError, match="4 to 8 bits"):
-        sensitivity.choose_bits(errors, sizes, 3.0)
+        sensitivity.choose_bits(errors, sizes, average=3.0)
 
 
 def test_prompts_are_of_the_model_s_vocabulary():
@@ -118,7 +118,7 @@ def test_prompts_are_of_the_model_s_vocabulary():
 
 @pytest.fixture(scope="module")
 def plan(components):
-    return sensitivity.choose_palettes(components, AVERAGE, WIDTHS)
+    return sensitivity.choose_palettes(components, AVERAGE, widths=WIDTHS)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_folder_keeps_its_palettes(components, plan, folder):
     with pytest.raises(UserError, match="does not hold the 16 numbers"):
         other = dataclasses.replace(plan, bits=dict.fromkeys(plan.bits, 4))
         palettes.check_palettes(load_pretrained(folder).transformer, other)
-    with pytest.raises(UserError, match=r"does not know down_blocks\.0\.ffn\.linear1"):
+    with pytest.raises(UserError, match=r"has no down_blocks\.0\.ffn\.linear1"):
         bits = {name: n for name, n in plan.bits.items() if name != "down_blocks.0.ffn.linear1"}
         palettes.check_palettes(network, dataclasses.replace(plan, bits=bits))
 

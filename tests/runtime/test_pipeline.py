@@ -156,7 +156,7 @@ def test_model_width_draws_what_the_supernetwork_draws_at_it(components, model_f
     whole = SnapGenPipeline(load_pretrained(model_folder))
     network = whole.transformer
     x_t, t = get_noise(0, 4, 8, 4), mx.array([0.7])
-    text, mask = encode_prompts(["a red apple"], whole.text_encoders, whole.transformer)
+    text, mask = encode_prompts(["a red apple"], whole.text_encoders, transformer=whole.transformer)
     expected = network(x_t, t, text, mask, share=width)
     assert mx.allclose(pipe.transformer(x_t, t, text, mask), expected, atol=1e-5)
 

@@ -9,19 +9,11 @@ import pytest
 
 from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
-from mlx_snapgen.config import QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
-from tests.tiny import randomise
+from tests.tiny import QWEN, randomize
 
-SMALL = QwenTransformerConfig(
-    num_layers=3,
-    num_heads=2,
-    head_dim=16,
-    latent_channels=4,
-    text_dims=24,
-    rope_axes=(4, 6, 6),
-)
+SMALL = dataclasses.replace(QWEN, num_layers=3)
 SMALL_SIZES = {
     "patch_size": 2,
     "in_channels": 16,
@@ -68,16 +60,18 @@ def check_parity(public, ours, height, width, lengths):
         packed, text, mask, t, [[(1, height // 2, width // 2)]] * batch, return_dict=False
     )[0]
 
-    rope = msrope_table(height // 2, width // 2, length, ours.config.rope_axes, 10000.0)
+    rope = msrope_table(
+        height // 2, width // 2, text_length=length, axes=ours.config.rope_axes, theta=10000.0
+    )
     joint = mx.concatenate([to_mx(mask), mx.ones(packed.shape[:2], mx.bool_)], axis=1)
     for i, block in enumerate(ours.transformer_blocks):
         kwargs, (text_out, picture_out) = seen[i]
         found = block(
             to_mx(kwargs["hidden_states"]),
             to_mx(kwargs["encoder_hidden_states"]),
-            to_mx(kwargs["temb"]),
-            rope,
-            joint[:, None, None],
+            embedding=to_mx(kwargs["temb"]),
+            rope=rope,
+            mask=joint[:, None, None],
         )
         for stream, a, b in zip(("picture", "text"), found, (picture_out, text_out), strict=True):
             error = relative_difference(a, b)
@@ -115,7 +109,7 @@ def test_parity_with_diffusers(both, height, width, lengths):
 
 def network():
     model = QwenTransformer(SMALL)
-    randomise(model, 0)
+    randomize(model, 0)
     return model
 
 
@@ -139,13 +133,13 @@ def test_padding_of_the_text_changes_nothing():
 
 def test_unpack_undoes_pack():
     x = mx.random.normal((2, 4, 6, 3))
-    assert mx.array_equal(unpack(pack(x, 2), 4, 6, 2), x)
+    assert mx.array_equal(unpack(pack(x, 2), (2, 3), patch=2), x)
     # channels outermost, then the rows and columns of a patch
     assert pack(x, 2)[0, 0].tolist() == x[0, :2, :2].transpose(2, 0, 1).reshape(-1).tolist()
 
 
 def test_positions_count_from_the_centre_and_the_text_goes_on_beyond_the_edge():
-    cos, sin = msrope_table(3, 4, 2, (2, 2, 2), 10000.0)
+    cos, sin = msrope_table(3, 4, text_length=2, axes=(2, 2, 2), theta=10000.0)
     angles = np.round(np.arctan2(np.array(sin), np.array(cos))).astype(int).tolist()
     assert angles[:2] == [[2, 2, 2], [3, 3, 3]]
     assert angles[2] == [0, -2, -2]

@@ -11,15 +11,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.language_models import load_qwen
-from mlx_snapgen.config import AutoencoderConfig, QwenTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
 from mlx_snapgen.teachers.flow import noise_levels
+from tests import tiny
+from tests.tiny import AUTOENCODER
 from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
 from tests.training.test_kd import student_config
 from train import kdmd
@@ -28,30 +29,15 @@ from train.objectives import distillation
 from train.objectives.distillation import Student
 from train.objectives.dmd import STUDENT, Distilled, critic_name, make_gradients
 
-AUTOENCODER = AutoencoderConfig(
-    latent_channels=4,
-    encoder_channels=(4, 4),
-    decoder_channels=(4, 4, 4),
-    encoder_blocks=(1, 1),
-    decoder_blocks=(1, 1, 1),
-)
 QWEN = TeacherConfig(
-    transformer=QwenTransformerConfig(
-        num_layers=2,
-        num_heads=2,
-        head_dim=16,
-        latent_channels=4,
-        text_dims=TEXT_DIMS,
-        rope_axes=(4, 6, 6),
-    ),
-    autoencoder=AUTOENCODER,
+    transformer=dataclasses.replace(tiny.QWEN, text_dims=TEXT_DIMS), autoencoder=AUTOENCODER
 )
 PROMPTS = ["a red car", "two cats"]
 
 
 @pytest.fixture(autouse=True)
 def no_language_model(monkeypatch):
-    monkeypatch.setattr(folders, "load_qwen", lambda *_: Reader())
+    monkeypatch.setattr(folders, "load_qwen", lambda *_, **__: Reader())
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +85,7 @@ def test_guidance_keeps_the_length_of_each_patch(qwen_folder, scale):
     v = np.array(teacher.network(x_t, t, condition.text, condition.mask))
     empty = [mx.repeat(y, 2, 0) for y in (condition.empty_text, condition.empty_mask)]
     v_empty = np.array(teacher.network(x_t, t, *empty))
-    found = np.array(teacher.velocity(x_t, t, condition, scale))
+    found = np.array(teacher.velocity(x_t, t, condition, guidance_scale=scale))
     np.testing.assert_array_equal(np.array(teacher.velocity(x_t, t, condition)), v)
     for b in range(2):
         for i in (0, 2):
@@ -119,9 +105,9 @@ def test_the_few_step_lora_is_on_for_few_steps_alone(qwen_folder, tmp_path):
     assert len(updates) == 2 * 12
     teacher, _ = load_teacher(folder)
     condition, (x_t, t) = teacher.encode(PROMPTS), inputs()
-    many = plain.velocity(x_t, t, condition, 3.0)
+    many = plain.velocity(x_t, t, condition, guidance_scale=3.0)
     few, few_features = teacher.velocity_and_features(x_t, t, condition, few_step=True)
-    assert mx.array_equal(teacher.velocity(x_t, t, condition, 3.0), many)
+    assert mx.array_equal(teacher.velocity(x_t, t, condition, guidance_scale=3.0), many)
     for layer, update in updates.items():
         linear_layers(plain.network)[layer].weight += update
     expected, features = plain.velocity_and_features(x_t, t, condition)
@@ -149,17 +135,21 @@ def test_noise_levels():
     shift = np.exp(0.5 + 0.4 * 3840 / 7936)
     raw = [shift * s / (1 + (shift - 1) * s) for s in (1, 2 / 3, 1 / 3)]
     expected = [1 - (1 - s) * (1 - 0.02) / (1 - raw[-1]) for s in raw] + [0]
-    np.testing.assert_allclose(noise_levels(QWEN.schedule, 4096, 3), expected, rtol=1e-6)
-    assert noise_levels(QWEN.schedule, 4096, 3)[-2] == pytest.approx(0.02)
+    np.testing.assert_allclose(
+        noise_levels(QWEN.schedule, 4096, num_inference_steps=3), expected, rtol=1e-6
+    )
+    assert noise_levels(QWEN.schedule, 4096, num_inference_steps=3)[-2] == pytest.approx(0.02)
     assert noise_levels(LIGHTNING, 64) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert noise_levels(Schedule(terminal=0.02), 64, 1) == [1, 0]
+    assert noise_levels(Schedule(terminal=0.02), 64, num_inference_steps=1) == [1, 0]
 
 
 def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
     teacher, _ = load_teacher(qwen_folder)
     mx.random.seed(0)
     student = Student(
-        student_config(components.config), [Tokenizer(tokenizer_bytes, 9)], teacher.feature_dims
+        student_config(components.config),
+        [SentencePieceTokenizer(tokenizer_bytes, 9)],
+        teacher.feature_dims,
     )
     tokens, mask = student.text_encoders[0].tokenize(PROMPTS)
     batch = {"latents": inputs(4, 4)[0], "tokens_0": tokens, "mask_0": mask}
@@ -242,4 +232,4 @@ def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
     with pytest.raises(UserError, match=r"mlx_snapgen\[teacher\]"):
-        load_qwen(tmp_path, QWEN_IMAGE, 8)
+        load_qwen(tmp_path, QWEN_IMAGE, dims=8)

@@ -41,12 +41,12 @@ def test_names_are_kinds_numbered_where_they_repeat(components):
 @pytest.mark.parametrize("absent", [0, 1])
 def test_an_absent_encoder_is_one_whose_tokens_are_all_masked(components, absent):
     transformer, encoders = components.transformer, list(components.text_encoders)
-    states = encode_states(["a red apple", "cats"], encoders, mx.float32)
+    states = encode_states(["a red apple", "cats"], encoders, dtype=mx.float32)
     masked = [
         TextStates(s, mx.zeros_like(m) if i == absent else m) for i, (s, m) in enumerate(states)
     ]
     encoders[absent] = None
-    text, mask = encode_prompts(["a red apple", "cats"], encoders, transformer)
+    text, mask = encode_prompts(["a red apple", "cats"], encoders, transformer=transformer)
     assert text.shape[1] == (20, 16)[absent]
     x_t, t = mx.random.normal((2, 8, 8, 4), key=mx.random.key(1)), mx.array([0.5, 0.9])
     expected = transformer(x_t, t, *transformer.encode_text(masked))
@@ -56,8 +56,8 @@ def test_an_absent_encoder_is_one_whose_tokens_are_all_masked(components, absent
 
 
 def test_without_any_encoder_nothing_is_drawn(components):
-    with pytest.raises(UserError, match="leave at least one"):
-        encode_prompts(["a"], [None, None], components.transformer)
+    with pytest.raises(UserError, match="at least one is needed"):
+        encode_prompts(["a"], [None, None], transformer=components.transformer)
 
 
 def test_only_the_chosen_encoders_are_loaded(model_folder, tmp_path):
@@ -77,7 +77,7 @@ def test_only_the_chosen_encoders_are_loaded(model_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["transfomer-1"], "did you mean 'transformer-1'"), ([], "leave at least one"), ([3], "'3'")],
+    [(["transfomer-1"], "did you mean 'transformer-1'"), ([], "choose at least one"), ([3], "'3'")],
 )
 def test_names_that_are_not_there(model_folder, names, message):
     with pytest.raises(UserError, match=message):
@@ -133,7 +133,9 @@ def test_freed_encoders_are_loaded_for_new_prompts_alone(components):
     def say(*texts):
         text, mask = prompts(texts, components.transformer)
         prompts.free()
-        expected = encode_prompts(texts, components.text_encoders, components.transformer)
+        expected = encode_prompts(
+            texts, components.text_encoders, transformer=components.transformer
+        )
         assert mx.allclose(text, expected[0], atol=1e-5)
         assert mx.array_equal(mask, expected[1])
 

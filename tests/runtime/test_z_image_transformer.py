@@ -7,23 +7,12 @@ import pytest
 
 from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
-from mlx_snapgen.config import ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer
 from tests.runtime.test_qwen_transformer import to_mx
-from tests.tiny import randomise
+from tests.tiny import Z_IMAGE, randomize
 
-SMALL = ZImageTransformerConfig(
-    num_layers=2,
-    num_refiner_layers=1,
-    hidden_size=48,
-    num_heads=3,
-    latent_channels=4,
-    text_dims=24,
-    time_dims=48,
-    rope_axes=(4, 6, 6),
-)
-SMALL_SIZES = {
+SIZES = {
     "in_channels": 4,
     "dim": 48,
     "n_layers": 2,
@@ -44,7 +33,7 @@ def both(tmp_path_factory):
     torch = pytest.importorskip("torch", reason=why)
     diffusers = pytest.importorskip("diffusers", reason=why)
     torch.manual_seed(0)
-    public = fill(diffusers.ZImageTransformer2DModel(**SMALL_SIZES))
+    public = fill(diffusers.ZImageTransformer2DModel(**SIZES))
     for token in (public.x_pad_token, public.cap_pad_token):
         token.normal_()
     folder = tmp_path_factory.mktemp("transformer")
@@ -67,7 +56,7 @@ def test_parity_with_diffusers(both, height, width, lengths):
     """Block by block, then the whole; odd lengths, filled up with learned tokens."""
     torch = pytest.importorskip("torch")
     public, ours = both
-    assert ours.config == SMALL
+    assert ours.config == Z_IMAGE
     seen, found = {}, {}
     for name, block in stages(public):
         block.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
@@ -113,16 +102,16 @@ def recorded(block, name, found):
     """Keep what a block gives in `found[name]`."""
 
     class Recorded(type(block)):
-        def __call__(self, *args):
-            found[name] = super().__call__(*args)
+        def __call__(self, *args, **settings):
+            found[name] = super().__call__(*args, **settings)
             return found[name]
 
     block.__class__ = Recorded
 
 
 def test_padding_of_the_text_changes_nothing():
-    model = ZImageTransformer(SMALL)
-    randomise(model, 0)
+    model = ZImageTransformer(Z_IMAGE)
+    randomize(model, 0)
     keys = mx.random.split(mx.random.key(1), 2)
     x_t, t = mx.random.normal((1, 4, 6, 4), key=keys[0]), mx.array([0.4])
     text = mx.random.normal((1, 5, 24), key=keys[1])
@@ -143,6 +132,6 @@ def test_padding_of_the_text_changes_nothing():
 )
 def test_other_networks_are_refused(tmp_path, values, hint):
     config = {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2]}
-    (tmp_path / "config.json").write_text(json.dumps(config | SMALL_SIZES | values))
+    (tmp_path / "config.json").write_text(json.dumps(config | SIZES | values))
     with pytest.raises(UserError, match=hint):
         read_transformer(tmp_path)

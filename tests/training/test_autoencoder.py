@@ -16,7 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
-from tests.tiny import randomise
+from tests.tiny import randomize
 from train import autoencoder as trainer
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
@@ -77,7 +77,7 @@ KINDS = {
 
 def made(kind):
     model = make_autoencoder(KINDS[kind])
-    randomise(model, 3)
+    randomize(model, 3)
     return model
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule
@@ -229,13 +229,13 @@ def test_sampling_is_the_samplers_formula(components, guidance):
     (picture,) = draw_pictures(components, ["a red apple"], seeds=[5], settings=settings, share=0.5)
     transformer = components.transformer
     conditions = [
-        encode_prompts([prompt], components.text_encoders, components.transformer)
+        encode_prompts([prompt], components.text_encoders, transformer=components.transformer)
         for prompt in ("", "a red apple")
     ]
 
     def velocity(x_t, sigma):
         t = mx.array([sigma])
-        without, given = (transformer(x_t, t, text, mask, 0.5) for text, mask in conditions)
+        without, given = (transformer(x_t, t, text, mask, share=0.5) for text, mask in conditions)
         return (1 - guidance) * without + guidance * given
 
     *_, last = denoise(velocity, get_noise(5, 4, 8, 4), get_schedule(3, 2.0))
@@ -323,7 +323,8 @@ def test_one_noun_is_scored_with_and_without_a_lora(
 ):
     network = load_pretrained(model_folder).transformer
     mx.random.seed(0)
-    add_lora(network, 2, 2.0, ["self_attention.*_proj"])
+    add_lora(network, 2, alpha=2.0, targets=["self_attention.*_proj"])
+    train_only(network, "default")
     network.update(tree_map(lambda p: p + 0.2, network.trainable_parameters()))
     save_lora(tmp_path / "zebra.safetensors", network)
     arguments = ["--model", model_folder, "--noun", "zebra", "--num-nouns", 100, "--widths", "tiny"]

@@ -13,7 +13,7 @@ import train.loop.trainer
 import train.lora
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
 from train.data.encoded import Pictures, encode_captions
@@ -61,7 +61,8 @@ def adapted(model_folder):
     components = load_pretrained(model_folder)
     mx.random.seed(0)
     network = components.transformer
-    add_lora(network, 2, 2.0, train.lora.TARGETS, train.lora.NAME)
+    add_lora(network, 2, alpha=2.0, targets=train.lora.TARGETS, name=train.lora.NAME)
+    train_only(network, train.lora.NAME)
     return components
 
 
@@ -252,7 +253,7 @@ def test_fine_tuning_lowers_the_loss_and_the_lora_is_the_trained_network(
     assert "4 pictures (3 of 64x32, 1 of 32x64 pixels), 1 left out" in told.out
 
     components = load_pretrained(model_folder)
-    add_lora(components.transformer, 2, 2.0, train.lora.TARGETS)
+    add_lora(components.transformer, 2, alpha=2.0, targets=train.lora.TARGETS)
     before = Validation(components, pictures(components, folder), []).loss()
     assert losses[-1] < 0.8 * before, (losses, before)
     log = read_log(folder.parent / "runs" / "robot")
@@ -274,7 +275,9 @@ def test_fine_tuning_lowers_the_loss_and_the_lora_is_the_trained_network(
             net(x_t, mx.array([0.4]), text, None, width) for net in (fresh, components.transformer)
         )
         np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-5)
-        plain = load_pretrained(model_folder).transformer(x_t, mx.array([0.4]), text, None, width)
+        plain = load_pretrained(model_folder).transformer(
+            x_t, mx.array([0.4]), text, None, share=width
+        )
         assert float(mx.abs(a - plain).max()) > 1e-3
     pipe = SnapGenPipeline.from_pretrained(model_folder, loras=[(path, 1.0)], model_width="tiny")
     assert pipe("a car and a red robot")[0].size == (64, 32)

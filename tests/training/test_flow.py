@@ -14,7 +14,7 @@ import train.loop.trainer
 from mlx_snapgen.config import STICKERS, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from train.data.encoded import Data
 from train.loop.checkpoint import read_log, save_checkpoint
 from train.loop.config import TrainingConfig
@@ -75,8 +75,8 @@ def losses(model, batch, key, width, weight=1.0):
         for i, e in enumerate(model.text_encoders)
     ]
     text, mask = model.transformer.encode_text(states)
-    full = model.transformer(x_t, t, text, mask, 1.0)
-    sub = model.transformer(x_t, t, text, mask, width)
+    full = model.transformer(x_t, t, text, mask, share=1.0)
+    sub = model.transformer(x_t, t, text, mask, share=width)
     target = eps - batch["latents"]
     distillation = (sub - mx.stop_gradient(full)).square().mean()
     return (full - target).square().mean(), (sub - target).square().mean() + weight * distillation
@@ -216,7 +216,7 @@ def test_masking_leaves_noise_and_other_half_alone(model, even_batch):
         for i, e in enumerate(model.text_encoders)
     ]
     text, mask = model.transformer.encode_text(states)
-    expected = (model.transformer(x_t, t, text, mask, 0.5) - v).square().mean()
+    expected = (model.transformer(x_t, t, text, mask, share=0.5) - v).square().mean()
     assert float(masked["loss_0.5"]) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -298,7 +298,7 @@ def test_tokenizer_pads_cuts_and_marks():
         pad_id=3,
         minloglevel=2,
     )
-    tokenizer = Tokenizer(model.getvalue(), 8)
+    tokenizer = SentencePieceTokenizer(model.getvalue(), 8)
     tokens, mask = tokenizer(["", "A  Red CAR", "two blue cats a dog a red car two blue cats"])
     assert tokens.shape == mask.shape == (3, 8)
     assert tokens[0].tolist() == [1, 2, 3, 3, 3, 3, 3, 3]

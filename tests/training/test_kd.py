@@ -15,7 +15,7 @@ from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from train import kd
@@ -57,7 +57,9 @@ def parts(model_folder, components, tokenizer_bytes):
     teacher, _ = load_teacher(model_folder)
     mx.random.seed(0)
     student = Student(
-        student_config(components.config), [Tokenizer(tokenizer_bytes, 9)], teacher.feature_dims
+        student_config(components.config),
+        [SentencePieceTokenizer(tokenizer_bytes, 9)],
+        teacher.feature_dims,
     )
     student.update(
         tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), student.trainable_parameters())
@@ -81,7 +83,7 @@ def forward(student, batch, x_t, t, width):
     mask = batch["mask_0"]
     states = student.text_encoders[0](batch["tokens_0"], mask)
     text, mask = student.transformer.encode_text([TextStates(states, mask)])
-    v, features = student.transformer(x_t, t, text, mask, width, return_features=True)
+    v, features = student.transformer(x_t, t, text, mask, share=width, return_features=True)
     projector = student.projectors[WIDTHS.index(width)]
     return v, features @ projector.weight.T + projector.bias
 
@@ -379,7 +381,7 @@ def test_the_teacher_reads_what_the_student_is_told(
     monkeypatch.setattr(
         teacher, "encode", lambda prompts: asked.append(prompts) or Condition(*[mx.zeros(1)] * 4)
     )
-    tokenizers = [Tokenizer(tokenizer_bytes, n) for n in (9, 12)]
+    tokenizers = [SentencePieceTokenizer(tokenizer_bytes, n) for n in (9, 12)]
     data = Data(components.autoencoder, tokenizers, 4, None, 0, 0.6)
     batches = [TaughtData(data, teacher)(k) for k in range(8)]
     kept = np.array([[b[f"mask_{i}"].sum(1) > 2 for i in (0, 1)] for b in batches]).any(1)

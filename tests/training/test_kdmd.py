@@ -33,8 +33,8 @@ def parts(model_folder):
     components = load_pretrained(model_folder)
     network = components.transformer
     mx.random.seed(0)
-    add_lora(network, 2, 4.0, ["self_attention.*_proj"], "few_step")
-    teacher = CheckpointTeacher(network, components.text_encoders, "few_step")
+    add_lora(network, 2, alpha=4.0, targets=["self_attention.*_proj"], name="few_step")
+    teacher = CheckpointTeacher(network, components.text_encoders, few_step="few_step")
     model = Distilled(network, WIDTHS, teacher.feature_dims, rank=3, alpha=3.0)
     for layer in network.modules():
         for adapter in getattr(layer, "adapters", {}).values():
@@ -94,7 +94,7 @@ def test_student_gradient_is_equation_9(parts, width):
     def student(params):
         model.update(params)
         with acting(network, "student"):
-            v = network(x_t, sigma, condition.text, condition.mask, width)
+            v = network(x_t, sigma, condition.text, condition.mask, share=width)
         return x_t - expand(sigma, x_t) * v
 
     keys = mx.random.split(key, 4)
@@ -102,7 +102,7 @@ def test_student_gradient_is_equation_9(parts, width):
     tau = sample_tau(keys[2], 3)
     x_tau = add_noise(x0, mx.random.normal(x0.shape, key=keys[3]), tau)
     with acting(network, critic_name(width)):
-        v_critic = network(x_tau, tau, condition.text, condition.mask, width)
+        v_critic = network(x_tau, tau, condition.text, condition.mask, share=width)
     with acting(network):
         v_cond = network(x_tau, tau, condition.text, condition.mask)
         empty = mx.repeat(condition.empty_text, 3, 0), mx.repeat(condition.empty_mask, 3, 0)
@@ -228,5 +228,5 @@ def test_adapters_that_are_off_leave_the_teacher_exact(parts, model_folder):
     v = teacher.velocity(batch["x_t"], batch["sigma"], condition)
     expected = plain(batch["x_t"], batch["sigma"], condition.text, condition.mask)
     np.testing.assert_array_equal(np.array(v), np.array(expected))
-    few, _ = teacher.velocity_and_features(batch["x_t"], batch["sigma"], condition, True)
+    few, _ = teacher.velocity_and_features(batch["x_t"], batch["sigma"], condition, few_step=True)
     assert float(mx.abs(few - v).max()) > 1e-4

@@ -130,7 +130,7 @@ def test_trajectories_are_what_the_model_says_on_its_way(components):
     assert data.error(components.transformer, 1.0) < 1e-8
     first, again = data(3), data(3)
     assert all(mx.array_equal(first[name], again[name]) for name in first)
-    v = components.transformer(first["x_t"], first["t"], first["text"], first["mask"], 0.5)
+    v = components.transformer(first["x_t"], first["t"], first["text"], first["mask"], share=0.5)
     np.testing.assert_allclose(v, first["v"], atol=1e-5)
     assert not mx.array_equal(first["x_t"], data(4)["x_t"])
     mine = draw_latents(components, PROMPTS[:2], seeds=[0, 1], share=0.5)
@@ -145,7 +145,7 @@ def test_a_few_step_model_learns_its_own_steps(components, model, tmp_path, monk
     assert alone.config.sampler == components.config.sampler
     made = load_pretrained(model)
     mx.random.seed(1)
-    add_lora(made.transformer, 2, 2.0, ["q_proj"], "few_step")
+    add_lora(made.transformer, 2, alpha=2.0, targets=["q_proj"], name="few_step")
     four = dataclasses.replace(made.config.sampler, num_inference_steps=4, fresh_noise=True)
     made.config = dataclasses.replace(made.config, few_step=four)
     save_pretrained(tmp_path / "few", made)

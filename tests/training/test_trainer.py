@@ -278,7 +278,7 @@ def test_checkpointed_blocks_give_the_same_gradients_in_less_memory(width):
 
     def loss(params, text):
         network.update(params)
-        return network(x_t, mx.full((32,), 0.3), text, mask, width).square().mean()
+        return network(x_t, mx.full((32,), 0.3), text, mask, share=width).square().mean()
 
     found, peaks = [], []
     for enabled in (False, True):

@@ -8,8 +8,7 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.text_encoders.base import TextEncoder
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.base import TextEncoder, Tokenizer
 from mlx_snapgen.pictures import from_uint8
 from train.data.imagefolder import Example
 from train.data.source import Batch

@@ -43,7 +43,7 @@ class Simulation:
 
         def predict(x_t, sigma, text, mask, width):
             with acting(model.network, STUDENT):
-                v = model.network(x_t, sigma, text, mask, width)
+                v = model.network(x_t, sigma, text, mask, share=width)
             return x_t - expand(sigma, x_t) * v
 
         self._predict = mx.compile(predict, inputs=model.state)

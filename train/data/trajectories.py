@@ -37,9 +37,12 @@ class Trajectories:
         width_of: Callable[[int], float] = lambda number: 1.0,
     ):
         self.batch_size, self.seed, self.width_of = batch_size, seed, width_of
-        encode = components.text_encoders, components.transformer
+        network = components.transformer
         chunks = [captions[k : k + CHUNK] for k in range(0, len(captions), CHUNK)]
-        encoded = [encode_prompts(some, *encode) for some in [[""], *chunks]]
+        encoded = [
+            encode_prompts(some, components.text_encoders, transformer=network)
+            for some in [[""], *chunks]
+        ]
         # Row 0 is the empty prompt, which guidance asks for.
         self.text, self.mask = (mx.concatenate(list(x)) for x in zip(*encoded, strict=True))
         mx.eval(self.text, self.mask)
@@ -74,7 +77,7 @@ class Trajectories:
         count = len(states["t"])
         for start in range(0, count, 32):
             batch = self.rows(states, range(start, min(start + 32, count)))
-            v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], width)
+            v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], share=width)
             sums += per_sample(v - batch["v"]).sum().item()
         return sums / count
 

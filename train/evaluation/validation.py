@@ -59,12 +59,14 @@ def validation_losses(
     for start in range(0, len(data.captions), batch_size):
         chosen = slice(start, start + batch_size)
         captions = data.captions[chosen]
-        text, mask = encode_prompts(captions, components.text_encoders, components.transformer)
+        text, mask = encode_prompts(
+            captions, components.text_encoders, transformer=components.transformer
+        )
         x0, eps = data.latents[chosen], data.noise[chosen]
         for k in range(NUM_LEVELS):
             sigma = (k + 0.5) / NUM_LEVELS
             x_t = add_noise(x0, eps, sigma).astype(text.dtype)
-            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, width)
+            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, share=width)
             error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
             sums[k] += error.sum().item()
     return (sums / len(data.captions)).tolist()

@@ -21,7 +21,7 @@ def gradients(
         model.update(params)
         x = batch["pictures"]
         if "latents" in batch:
-            mean, log_var = model.denormalise(batch["latents"]), None
+            mean, log_var = model.denormalize(batch["latents"]), None
         else:
             mean, log_var = model.encoder(x)
         if decoder_only:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
 from mlx_snapgen.teachers.base import Condition, Teacher
 from train.data.source import Batch
 from train.objectives.elastic import TextToLatents, elastic_gradients, noisy
@@ -33,7 +32,7 @@ def lesson(
     """The teacher's velocity, with guidance, and its features (B, N, D), both without gradient."""
     v, features = teacher.velocity_and_features(x_t, t, condition)
     if guidance_scale != 1:
-        v = teacher.velocity(x_t, t, condition, guidance_scale)
+        v = teacher.velocity(x_t, t, condition, guidance_scale=guidance_scale)
     return mx.stop_gradient(v), mx.stop_gradient(features)
 
 
@@ -54,7 +53,9 @@ def make_gradients(
         v_teacher, seen = lesson(teacher, x_t, t, condition, guidance_scale)
 
         def loss(text: mx.array, mask: mx.array, width: float, full: mx.array | None):
-            predicted, own = model.transformer(x_t, t, text, mask, width, return_features=True)
+            predicted, own = model.transformer(
+                x_t, t, text, mask, share=width, return_features=True
+            )
             projected = model.project(own, width)
             check_same_tokens(projected, seen)
             task, output = per_sample(predicted - v), per_sample(predicted - v_teacher)
@@ -89,7 +90,7 @@ def fit_to_teacher(
             states.append(TextStates(encoder(batch[f"tokens_{i}"], mask), mask))
         text, mask = model.transformer.encode_text(states)
         x_t, t = batch["x_t"], batch["t"]
-        return model.transformer(x_t, t, text, mask, width, return_features=True)[1]
+        return model.transformer(x_t, t, text, mask, share=width, return_features=True)[1]
 
     def seen(batch: Batch) -> mx.array:
         condition = Condition(*(batch[name] for name in Condition._fields))

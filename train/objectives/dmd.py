@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.lora.adapters import LoRALinear, acting, add_lora
+from mlx_snapgen.lora.adapters import acting, add_lora, train_only
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.base import Condition, Teacher
 from train.data.source import Batch
@@ -51,12 +51,8 @@ class Distilled(nn.Module):
         self.network, self.widths = network, tuple(widths)
         trained = [STUDENT, *map(critic_name, widths)]
         for name in trained:
-            add_lora(network, rank, alpha, targets, name)
-        network.freeze()
-        for layer in network.modules():
-            if isinstance(layer, LoRALinear):
-                for name in trained:
-                    layer.adapters[name].unfreeze()
+            add_lora(network, rank, alpha=alpha, targets=targets, name=name)
+        train_only(network, *trained)
         self.projectors = new_projectors(network.config.hidden_size, widths, feature_dims)
 
     def project(self, features: mx.array, width: float) -> mx.array:
@@ -90,12 +86,12 @@ def make_gradients(
 
         def student() -> tuple[mx.array, mx.array, mx.array]:
             with acting(network, STUDENT):
-                v, features = network(x_t, sigma, text, mask, width, return_features=True)
+                v, features = network(x_t, sigma, text, mask, share=width, return_features=True)
             return x_t - expand(sigma, x_t) * v, v, features
 
         def critic_velocity(x: mx.array, t: mx.array) -> mx.array:
             with acting(network, critic):
-                return network(x, t, text, mask, width)
+                return network(x, t, text, mask, share=width)
 
         def critic_loss(params, x0):
             model.update(params)
@@ -111,11 +107,14 @@ def make_gradients(
             fixed = mx.stop_gradient(x0)
             x_tau = add_noise(fixed, mx.random.normal(x0.shape, key=keys[3]), tau)
             v_critic = mx.stop_gradient(critic_velocity(x_tau, tau))
-            v_teacher = mx.stop_gradient(teacher.velocity(x_tau, tau, condition, guidance_scale))
+            v_teacher = mx.stop_gradient(
+                teacher.velocity(x_tau, tau, condition, guidance_scale=guidance_scale)
+            )
             losses = {"dmd": dmd_loss(x0, x_tau, tau, v_critic, v_teacher)}
             if few_step:
                 target, seen = map(
-                    mx.stop_gradient, teacher.velocity_and_features(x_t, sigma, condition, True)
+                    mx.stop_gradient,
+                    teacher.velocity_and_features(x_t, sigma, condition, few_step=True),
                 )
                 losses["output"] = per_sample(v - target).mean()
                 projected = model.project(features, width)
@@ -143,11 +142,13 @@ def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]
         text, mask = (batch[name] for name in STUDENT_TEXT)
         with acting(model.network, STUDENT):
             return model.network(
-                batch["x_t"], batch["sigma"], text, mask, width, return_features=True
+                batch["x_t"], batch["sigma"], text, mask, share=width, return_features=True
             )[1]
 
     def seen(batch: Batch) -> mx.array:
         condition = Condition(*(batch[name] for name in Condition._fields))
-        return teacher.velocity_and_features(batch["x_t"], batch["sigma"], condition, True)[1]
+        return teacher.velocity_and_features(
+            batch["x_t"], batch["sigma"], condition, few_step=True
+        )[1]
 
     fit_projectors(model.projectors, model.widths, batches, own, seen)

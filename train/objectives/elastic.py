@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
 from mlx_snapgen.sampling import shift_time
 from train.data.source import Batch
 from train.objectives.losses import add_noise

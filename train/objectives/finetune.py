@@ -63,7 +63,7 @@ def velocity(
         TextStates(batch[f"{part}states_{i}"].astype(network.dtype), batch[f"{part}mask_{i}"])
         for i in range(len(network.text))
     ]
-    return network(x_t, t, *network.encode_text(states), width)
+    return network(x_t, t, *network.encode_text(states), share=width)
 
 
 def step_width(widths: Sequence[float], seed: int, step: int) -> float:

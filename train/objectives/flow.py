@@ -42,7 +42,7 @@ def gradients(
         keep = kept_tokens(len(x0), x0[0, ..., 0].size // patch**2, mask_ratio, key_mask)
 
     def loss(text: mx.array, mask: mx.array, width: float, full: mx.array | None):
-        predicted = model.transformer(x_t, t, text, mask, width, keep=keep)
+        predicted = model.transformer(x_t, t, text, mask, share=width, keep=keep)
         diffusion = (predicted - v).square().mean()
         suffix = "" if full is None else f"_{width:g}"
         metrics = {f"loss{suffix}": diffusion}

@@ -33,7 +33,7 @@ def gradients(network: EfficientDiT, batch: Batch, key: mx.array, width: float):
 
     def loss_fn(params):
         network.update(params)
-        v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], width)
+        v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], share=width)
         loss = per_sample(v - batch["v"]).mean()
         return loss, {f"loss_{width:g}": loss}
 

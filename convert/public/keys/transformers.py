@@ -14,6 +14,8 @@ from convert.public.source import find_source, read_object
 from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.config import QwenTransformerConfig, ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.qwen_image import QwenTransformer
+from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
 
@@ -42,7 +44,9 @@ TRANSFORMER_KEYS = {kind: _keys(kind) for kind in NETWORKS}
 """By kind of teacher."""
 
 
-def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, nn.Module]:
+def make_transformer(
+    values: dict[str, Any], path: Path
+) -> tuple[str, QwenTransformer | ZImageTransformer]:
     """Kind of teacher and our network with random weights, from diffusers' config.json.
 
     Args:

@@ -1,1 +1,1 @@
-"""Autoencoders: pictures in [-1, 1] to normalised latents and back."""
+"""Autoencoders: pictures in [-1, 1] to normalized latents and back."""

@@ -1,5 +1,7 @@
 """What all autoencoders share: encode, decode, and the latents' statistics."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -8,22 +10,21 @@ from mlx_snapgen.errors import UserError
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder with the latents normalised per channel in between.
+    """Encoder and decoder with the latents normalized per channel in between.
 
-    A kind of autoencoder is its two classes.
+    Args:
+        encoder: pictures -> mean and log-variance of the latents, which may be None.
+        decoder: latents -> pictures.
     """
 
-    encoder_class: type[nn.Module]
-    decoder_class: type[nn.Module]
-
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: AutoencoderConfig, *, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         self.config = config
-        self.encoder = self.encoder_class(config)
-        self.decoder = self.decoder_class(config)
+        self.encoder: Any = encoder
+        self.decoder: Any = decoder
 
     def encode(self, pictures: mx.array) -> mx.array:
-        """Pictures (B, H, W, 3) in [-1, 1] -> normalised latents (B, H/8, W/8, C).
+        """Pictures (B, H, W, 3) in [-1, 1] -> normalized latents (B, H/8, W/8, C).
 
         Raises:
             UserError: the height or width does not divide by 8.
@@ -32,20 +33,21 @@ class Autoencoder(nn.Module):
         if h % self.config.downsampling or w % self.config.downsampling:
             raise UserError(f"a picture of {h}x{w} pixels does not divide by 8")
         mean, _ = self.encoder(pictures)
-        return self._normalise(mean)
+        return self.normalize(mean)
 
     def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, h, w, C) -> pictures (B, 8h, 8w, 3), about [-1, 1], unclipped."""
-        return self.decoder(self.denormalise(latents))
+        """Normalized latents (B, h, w, C) -> pictures (B, 8h, 8w, 3), about [-1, 1], unclipped."""
+        return self.decoder(self.denormalize(latents))
 
-    def _normalise(self, latents: mx.array) -> mx.array:
+    def normalize(self, latents: mx.array) -> mx.array:
+        """The encoder's latents -> normalized ones."""
         if not self.config.latents_std:
             return latents
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return (latents - mean) / std
 
-    def denormalise(self, latents: mx.array) -> mx.array:
-        """Normalised latents -> those that the decoder takes."""
+    def denormalize(self, latents: mx.array) -> mx.array:
+        """Normalized latents -> those that the decoder takes."""
         if not self.config.latents_std:
             return latents
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)

@@ -77,4 +77,5 @@ class Decoder(nn.Module):
 class ConvolutionalAutoencoder(Autoencoder):
     """`AutoencoderConfig.kind` "convolutional"."""
 
-    encoder_class, decoder_class = Encoder, Decoder
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config, encoder=Encoder(config), decoder=Decoder(config))

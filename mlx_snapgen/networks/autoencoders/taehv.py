@@ -1,11 +1,11 @@
 """The tiny autoencoder of the TAEHV family for single pictures: a quick look at big latents.
 
-The public `taew2_1` weights know the latents of Qwen-Image (and Wan 2.1) as the diffusion model
-sees them, already normalised. The network is made for video: memory blocks see the frame before,
+The public `taew2_1` weights take the latents of Qwen-Image (and Wan 2.1) as the diffusion model
+does, already normalized. The network is made for video: memory blocks see the frame before,
 the decoder makes four frames of a latent and keeps the last of the first four, the encoder makes
 one latent of four frames. A picture is a video of one latent, or of four frames alike, and all
 that its one frame needs is computed here: where a single frame goes through, the memory is empty
-and its half of the kernel is left out; at half resolution two frames go through.
+and its half of the kernel is dropped; at half resolution two frames go through.
 """
 
 import itertools
@@ -45,7 +45,7 @@ def run_frames(blocks: Sequence[Block], frames: Sequence[mx.array]) -> list[mx.a
 class TinyEncoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        _check_levels("encoder", config.encoder_channels, config.encoder_blocks)
+        _check_levels("encoder", config.encoder_channels, blocks=config.encoder_blocks)
         channels = config.encoder_channels
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         # The first pool joins two frames that are alike, the second two that are not.
@@ -65,7 +65,7 @@ class TinyEncoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[3], config.latent_channels, 3, padding=1)
 
     def __call__(self, pictures: mx.array) -> tuple[mx.array, None]:
-        """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C) and None, for they have no spread."""
+        """(B, H, W, 3) in [-1, 1] -> latents (B, H/8, W/8, C) and None: they have no variance."""
         x = nn.relu(self.conv_in((pictures + 1) / 2))
         x = self.downs[0](self.pools[0](x))
         x = mx.concatenate(run_frames(self.blocks[0], [x, x]), axis=-1)
@@ -79,14 +79,14 @@ class TinyEncoder(nn.Module):
 class TinyDecoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        _check_levels("decoder", config.decoder_channels, config.decoder_blocks)
+        _check_levels("decoder", config.decoder_channels, blocks=config.decoder_blocks)
         channels = config.decoder_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.blocks = [
             [Block(channels[i], memory=i == 2) for _ in range(count)]
             for i, count in enumerate(config.decoder_blocks)
         ]
-        # The second makes two frames of one; of the third's, only the last is asked for.
+        # The second makes two frames of one; of the third's, only the last is used.
         self.grows = [
             nn.Linear(channels[0], channels[0], bias=False),
             nn.Linear(channels[1], 2 * channels[1], bias=False),
@@ -111,7 +111,7 @@ class TinyDecoder(nn.Module):
             Stage(self._half, 2, reaches[2]),
             Stage(self._full, 2, 2),
         ]
-        return run_stages(stages, latents, tile)
+        return run_stages(stages, latents, tile=tile)
 
     def _eighth(self, latents: mx.array) -> mx.array:
         x = nn.relu(self.conv_in(mx.tanh(latents / 3) * 3))
@@ -141,10 +141,11 @@ class TinyDecoder(nn.Module):
 class TinyAutoencoder(Autoencoder):
     """`AutoencoderConfig.kind` "taehv"."""
 
-    encoder_class, decoder_class = TinyEncoder, TinyDecoder
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config, encoder=TinyEncoder(config), decoder=TinyDecoder(config))
 
 
-def _check_levels(part: str, channels: Sequence[int], blocks: Sequence[int]) -> None:
+def _check_levels(part: str, channels: Sequence[int], *, blocks: Sequence[int]) -> None:
     if len(channels) != 4 or len(blocks) != 3:
         raise UserError(
             f"this autoencoder takes {part}_channels at four resolutions and {part}_blocks at "

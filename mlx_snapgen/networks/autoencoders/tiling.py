@@ -21,23 +21,23 @@ On the CPU, which unfolds what it convolves, the up-sampling half of Qwen-Image'
 
 
 class Stage(NamedTuple):
-    """A part of a decoder that looks at neighbourhoods only: no attention, no statistics."""
+    """A part of a decoder that is local: no attention, no statistics of the whole picture."""
 
     run: Callable[[mx.array], mx.array]
     """(B, H, W, C) -> (B, H * scale, W * scale, C')."""
     scale: int
     reach: int
-    """How many output pixels inwards from a cut still feel it."""
+    """How many output pixels inwards from a cut are changed by it."""
 
 
 def upsample(x: mx.array) -> mx.array:
-    """Nearest neighbour, twice the side: (B, H, W, C) -> (B, 2H, 2W, C)."""
+    """Nearest neighbor, twice the side: (B, H, W, C) -> (B, 2H, 2W, C)."""
     b, h, w, c = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
-def run_stages(stages: Sequence[Stage], x: mx.array, tile: int | None) -> mx.array:
+def run_stages(stages: Sequence[Stage], x: mx.array, *, tile: int | None) -> mx.array:
     """Chain the stages over x (B, H, W, C).
 
     Args:
@@ -60,14 +60,14 @@ def run_stages(stages: Sequence[Stage], x: mx.array, tile: int | None) -> mx.arr
         for left, right in _spans(w, tile):
             sides = [min(margin, room) for room in (top, h - bottom, left, w - right)]
             part = x[:, top - sides[0] : bottom + sides[1], left - sides[2] : right + sides[3]]
-            row.append(_run_tile(stages, part, sides, needs))
+            row.append(_run_tile(stages, part, sides=sides, needs=needs))
             mx.eval(row[-1])
         rows.append(mx.concatenate(row, axis=2))
     return mx.concatenate(rows, axis=1)
 
 
 def _run_tile(
-    stages: Sequence[Stage], x: mx.array, sides: Sequence[int], needs: Sequence[int]
+    stages: Sequence[Stage], x: mx.array, *, sides: Sequence[int], needs: Sequence[int]
 ) -> mx.array:
     """One tile with margins of `sides` pixels: top, bottom, left and right."""
     for stage, need in zip(stages, needs, strict=True):

@@ -1,36 +1,66 @@
-"""What all text encoders share, and prompts to the states that the transformer reads."""
+"""What all text encoders share: prompts in, token states (B, L, D) and mask (B, L) out.
+
+The transformer joins the states of all encoders of a model token-wise.
+"""
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 
-class TextStates(tuple):
-    """States (B, L, D) and mask (B, L; true where a token counts) of one text encoder."""
+class TextStates(NamedTuple):
+    """What one text encoder makes of prompts."""
 
-    def __new__(cls, states: mx.array, mask: mx.array):
-        return super().__new__(cls, (states, mask))
+    states: mx.array
+    """(B, L, D)."""
+    mask: mx.array
+    """(B, L), true where a token counts."""
+
+
+class Tokenizer(Protocol):
+    """Prompts to token ids, padded to a fixed length."""
+
+    max_length: int
+    """Tokens per prompt, begin and end marks included."""
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one prompt without marks or padding, untruncated."""
+        ...
+
+    def cut(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `max_length`; "" if all of it fits."""
+        ...
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The parts of a prompt that no token stands for, mostly foreign characters."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        ...
 
 
 class TextEncoder(Protocol):
-    """What the pipeline and the trainers ask of a text encoder."""
+    """A network that encodes prompts."""
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> tokens (B, L) int32 and mask (B, L), true where a token counts.
 
         L is fixed by the encoder. The empty prompt still has one token that counts.
         """
+        ...
 
     def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
         """Tokens and mask (B, L) -> states (B, L, D)."""
+        ...
 
 
 def encode_states(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], dtype: mx.Dtype
+    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], *, dtype: mx.Dtype
 ) -> list[TextStates | None]:
-    """What each encoder says of the prompts, cast to `dtype`; None for one that is absent."""
+    """The states of the prompts from each encoder, cast to `dtype`; None for one that is absent."""
     states: list[TextStates | None] = []
     for encoder in encoders:
         if encoder is None:
@@ -41,13 +71,13 @@ def encode_states(
     return states
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[mx.array, mx.array]:
+def padded(rows: Sequence[Sequence[int]], length: int, *, pad: int) -> tuple[mx.array, mx.array]:
     """Token ids, padded on the right -> tokens (B, length) int32 and mask (B, length)."""
     tokens = [[*row, *[pad] * (length - len(row))] for row in rows]
     mask = [[i < len(row) for i in range(length)] for row in rows]
     return mx.array(tokens, mx.int32), mx.array(mask)
 
 
-def normalise(prompt: str) -> str:
+def normalize(prompt: str) -> str:
     """Lower case, composed Unicode, single spaces; the training captions pass through it too."""
     return " ".join(unicodedata.normalize("NFKC", prompt).lower().split())

@@ -1,7 +1,7 @@
-"""CLIP's text tower, TinyCLIP's among them: byte-pair tokenizer, network, and reading public ones.
+"""The text towers of CLIP and TinyCLIP: byte-pair tokenizer and network.
 
 The paper conditions on TinyCLIP (SnapGen++ section 2; arXiv 2309.12314). The states are those after
-the last layer norm, of every token; the projection to the space shared with pictures is left out.
+the last layer norm, of every token; the projection to the space shared with pictures is dropped.
 """
 
 import itertools
@@ -56,8 +56,8 @@ class ClipTokenizer:
         if any(len(pair) != 2 for pair in merges):
             raise ValueError("a merge is two symbols with a space between")
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self._vocabulary = [*_SYMBOLS, *(s + END_OF_WORD for s in _SYMBOLS), *map("".join, merges)]
-        self._ids = {symbol: i for i, symbol in enumerate(self._vocabulary)}
+        self.vocabulary = [*_SYMBOLS, *(s + END_OF_WORD for s in _SYMBOLS), *map("".join, merges)]
+        self._ids = {symbol: i for i, symbol in enumerate(self.vocabulary)}
 
     @classmethod
     def from_file(cls, path: Path, max_length: int) -> "ClipTokenizer":
@@ -69,10 +69,10 @@ class ClipTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self._vocabulary) + 2
+        return len(self.vocabulary) + 2
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt without marks or padding, untruncated."""
+        """See `Tokenizer.encode`."""
         return [self._ids[symbol] for word in _words(prompt) for symbol in self._merge(word)]
 
     def _merge(self, word: str) -> list[str]:
@@ -91,8 +91,8 @@ class ClipTokenizer:
             symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into `max_length`; "" when all of it does."""
-        symbols = "".join(self._vocabulary[i] for i in self.encode(prompt)[self.max_length - 2 :])
+        """See `Tokenizer.cut`."""
+        symbols = "".join(self.vocabulary[i] for i in self.encode(prompt)[self.max_length - 2 :])
         parts = [bytes(_BYTE_OF[c] for c in part) for part in symbols.split(END_OF_WORD)]
         return b" ".join(parts).decode(errors="replace").strip()
 
@@ -101,10 +101,10 @@ class ClipTokenizer:
         return []
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        """See `Tokenizer.__call__`."""
         begin, end = self.vocab_size - 2, self.vocab_size - 1
         rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
-        return padded(rows, self.max_length, end)
+        return padded(rows, self.max_length, pad=end)
 
 
 def _words(prompt: str) -> list[str]:
@@ -133,6 +133,3 @@ class ClipTextEncoder(TransformerTextEncoder):
         for layer in self.layers:
             x = layer(x, causal)
         return self.norm(x)
-
-
-# --- public checkpoints -------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Gemma 3 as a text encoder, through mlx-lm (`pip install "mlx_snapgen[gemma]"`).
 
 The paper conditions on Gemma-3-4b-it (SnapGen++ section 2). The states are those after the last
-norm. Gemma is causal and knows no padding mask: padding stands on the right, where no token that
-counts sees it, and the mask keeps it out of cross-attention.
+norm. Gemma is causal and takes no padding mask: padding stands on the right, where no token that
+counts attends to it, and the mask keeps it out of cross-attention.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ class GemmaTokenizer:
         self._tokenizer, self.max_length = tokenizer, max_length
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt without mark or padding, untruncated."""
+        """See `Tokenizer.encode`."""
         return self._tokenizer.encode(prompt.strip(), add_special_tokens=False)
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into `max_length`; "" when all of it does."""
+        """See `Tokenizer.cut`."""
         return self._tokenizer.decode(self.encode(prompt)[self.max_length - 1 :]).strip()
 
     def unknown(self, prompt: str) -> list[str]:
@@ -39,10 +39,10 @@ class GemmaTokenizer:
         return []
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        """See `Tokenizer.__call__`."""
         begin, pad = self._tokenizer.bos_token_id, self._tokenizer.pad_token_id or 0
         rows = [[begin, *self.encode(p)[: self.max_length - 1]] for p in prompts]
-        return padded(rows, self.max_length, pad)
+        return padded(rows, self.max_length, pad=pad)
 
 
 class GemmaTextEncoder(nn.Module):
@@ -57,7 +57,7 @@ class GemmaTextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig, model: nn.Module, tokenizer: Any):
         super().__init__()
         self.config = config
-        self.model = model
+        self.model: Any = model
         self._tokenizer = GemmaTokenizer(tokenizer, config.max_length)
 
     @property
@@ -76,6 +76,6 @@ class GemmaTextEncoder(nn.Module):
             # the type it computes in.
             scale = self.config.hidden_size**0.5
             embeddings = embeddings * (scale / mx.array(scale, mx.bfloat16).item())
-        # mlx-lm asks for the cache of the first full layer, which a short Gemma has not.
+        # mlx-lm reads the cache of the first full layer, which a short Gemma does not have.
         cache = [None] * max(len(self.model.layers), self.model.sliding_window_pattern)
         return self.model(tokens, cache, input_embeddings=embeddings)

@@ -1,7 +1,7 @@
-"""What public teachers read: the states of a Qwen language model, through mlx-lm.
+"""The text encoder of public teachers: a Qwen language model, through mlx-lm.
 
-Install it with `pip install "mlx_snapgen[teacher]"`. Padding stands on the right of a causal model:
-no token that counts sees it.
+Install it with `pip install "mlx_snapgen[teacher]"`. The model is causal and padding stands on the
+right: no token that counts attends to it.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ import mlx.nn as nn
 from mlx_snapgen.networks.text_encoders.base import padded
 
 PAD_TO = 32
-"""Rows are padded to a multiple, so that a compiled step meets few lengths."""
+"""Rows are padded to a multiple, so that a step is compiled for few lengths."""
 
 
 class Reading(NamedTuple):
-    """How a teacher has its prompts read."""
+    """How a teacher's prompts are encoded."""
 
     model_types: tuple[str, ...]
     """Of the language model, as in its config.json."""
     template: str
-    """What is read, the prompt in place of {}."""
+    """What is encoded, the prompt in place of {}."""
     dropped: int
-    """Tokens at the beginning whose states are left out."""
+    """Tokens at the beginning whose states are dropped."""
     max_length: int
-    """Tokens at most, those that are dropped not counted; what follows is cut."""
+    """Tokens at most, without the dropped ones; the rest is cut."""
     empty: str
-    """The prompt to lead away from."""
+    """The prompt that guidance leads away from."""
     skipped_layers: int = 0
-    """Layers at the end that are left out, and with any the last norm too."""
+    """Layers at the end that are not run, and with any the last norm too."""
 
 
 QWEN_IMAGE = Reading(
@@ -57,16 +57,16 @@ Z_IMAGE = Reading(
 ZImagePipeline."""
 
 
-class PromptEncoder:
+class QwenPromptEncoder:
     """Prompts -> states of a language model.
 
     Args:
         model: the network, tokens (B, L) -> states (B, L, D).
         tokenizer: as `mlx_lm.utils.load_tokenizer` gives it.
-        reading: how it is asked.
+        reading: how prompts are encoded.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, reading: Reading):
+    def __init__(self, model: nn.Module, tokenizer: Any, *, reading: Reading):
         self.model, self.reading, self._tokenizer = model, reading, tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
@@ -80,7 +80,7 @@ class PromptEncoder:
         ]
         kept = max(len(row) - self.reading.dropped for row in rows)
         length = self.reading.dropped + -(-kept // PAD_TO) * PAD_TO
-        return padded(rows, length, self._tokenizer.pad_token_id or 0)
+        return padded(rows, length, pad=self._tokenizer.pad_token_id or 0)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> states (B, L, D), zero where padded, and mask (B, L); evaluated.

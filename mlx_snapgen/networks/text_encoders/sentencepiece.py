@@ -1,7 +1,6 @@
-"""Text encoders: prompts in, token states (B, L, D) and mask (B, L) out.
+"""The default model's text encoder: a small bidirectional transformer, trained with the model.
 
-Every encoder of a model follows `TextEncoder`; the transformer joins their states token-wise. The
-default model's is a small bidirectional transformer over sentencepiece tokens, trained with it.
+Its tokens are sentencepiece's.
 """
 
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ import sentencepiece
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.layers import attend, gelu, merge_heads, split_heads
-from mlx_snapgen.networks.text_encoders.base import normalise, padded
+from mlx_snapgen.networks.text_encoders.base import Tokenizer, normalize, padded
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
     """Sentencepiece tokens between begin and end marks, padded to a fixed length.
 
     Args:
@@ -30,7 +29,7 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     @classmethod
-    def from_file(cls, path: Path, max_length: int) -> "Tokenizer":
+    def from_file(cls, path: Path, max_length: int) -> "SentencePieceTokenizer":
         """Read a sentencepiece `.model` file."""
         try:
             return cls(path.read_bytes(), max_length)
@@ -42,25 +41,25 @@ class Tokenizer:
         return self._processor.vocab_size()
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt without marks or padding, untruncated."""
-        return self._processor.encode(normalise(prompt))
+        """See `Tokenizer.encode`."""
+        return self._processor.encode(normalize(prompt))
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into `max_length`; "" when all of it does."""
+        """See `Tokenizer.cut`."""
         return self._processor.decode(self.encode(prompt)[self.max_length - 2 :])
 
     def unknown(self, prompt: str) -> list[str]:
-        """The parts of a prompt that no token stands for, mostly foreign characters."""
-        pieces = self._processor.encode(normalise(prompt), out_type=str)
+        """See `Tokenizer.unknown`."""
+        pieces = self._processor.encode(normalize(prompt), out_type=str)
         unk = self._processor.unk_id()
         tokens = zip(pieces, self.encode(prompt), strict=True)
         return [piece.strip("\u2581") for piece, token in tokens if token == unk]
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        """See `Tokenizer.__call__`."""
         begin, end, pad = (getattr(self._processor, f"{n}_id")() for n in ("bos", "eos", "pad"))
         rows = [[begin, *self.encode(p)[: self.max_length - 2], end] for p in prompts]
-        return padded(rows, self.max_length, pad)
+        return padded(rows, self.max_length, pad=pad)
 
 
 def quick_gelu(x: mx.array) -> mx.array:
@@ -72,7 +71,9 @@ ACTIVATIONS = {"gelu_tanh": gelu, "gelu": nn.gelu, "quick_gelu": quick_gelu}
 """`TextEncoderConfig.activation` -> the function."""
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
+    """Pre-norm attention and MLP."""
+
     def __init__(self, dims: int, num_heads: int, activation: str):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -92,7 +93,7 @@ class _Layer(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         q, k, v = mx.split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
         q, k, v = (split_heads(y, self._head_dim) for y in (q, k, v))
-        x = x + self.out_proj(merge_heads(attend(q, k, v, mask)))
+        x = x + self.out_proj(merge_heads(attend(q, k, v, mask=mask)))
         return x + self.linear2(self._activation(self.linear1(self.norm2(x))))
 
 
@@ -106,7 +107,7 @@ class TransformerTextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = mx.random.normal((config.max_length, config.hidden_size)) * 0.02
         self.layers = [
-            _Layer(config.hidden_size, config.num_heads, config.activation)
+            Layer(config.hidden_size, config.num_heads, config.activation)
             for _ in range(config.num_layers)
         ]
         self.norm = nn.LayerNorm(config.hidden_size)

@@ -2,7 +2,7 @@ import XCTest
 
 @testable import SnapGen
 
-/// Numbers that mlx_snapgen gave (apps/ios/vectors.py); tests/applications/test_ios.py holds it to the same.
+/// Numbers from mlx_snapgen (apps/ios/vectors.py); tests/applications/test_ios.py checks them.
 private struct Vectors: Decodable {
     struct Tokens: Decodable {
         let prompt: String

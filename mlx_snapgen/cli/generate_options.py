@@ -1,0 +1,175 @@
+"""The options of `python -m mlx_snapgen.generate`."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mlx_snapgen.cli.options import Parser, add_model_choice, finite_number, integer
+from mlx_snapgen.settings import MAX_STEPS, WIDTH_NAMES
+
+EXAMPLES = """
+examples:
+  python -m mlx_snapgen.generate "a red apple to the left of a blue car"
+  python -m mlx_snapgen.generate "three cats" --num-images 4 --seed 7 --output cats/
+  python -m mlx_snapgen.generate "a purple car" --model-width tiny --steps 12 --guidance 3
+  python -m mlx_snapgen.generate "two owls" --negative-prompt "a yellow background"
+  python -m mlx_snapgen.generate "a purple car" --lora crayons.safetensors 0.8
+  python -m mlx_snapgen.generate --config-from-image a-purple-car.png --steps 40
+  python -m mlx_snapgen.generate --prompts-file prompts.txt --output pictures/ --json
+  python -m mlx_snapgen.generate --interactive --model-width tiny
+
+--width and --height are the size of the picture in pixels; --model-width is the share of the
+network that draws it. Existing files are never overwritten: the next picture is name-1.png. Errors
+are one line, with exit code 2.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options; None is one that was not given.
+
+    Destinations are fields of `DrawSettings` and `ModelChoice`.
+    """
+    parser = Parser(
+        prog="python -m mlx_snapgen.generate",
+        description="Draw pictures from a sentence.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
+    add = parser.add_argument_group("picture").add_argument
+    add(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what to keep out of the picture; no effect at --guidance 1 (default: nothing)",
+    )
+    add("--height", type=_pixels, metavar="PX", help="height in pixels (default: the model's)")
+    add("--width", type=_pixels, metavar="PX", help="width in pixels (default: the model's)")
+    add("--seed", type=integer(0), metavar="N", help="seed of the noise (default: random)")
+    add(
+        "--num-images",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="number of pictures, with seeds SEED to SEED+N-1 (default: 1)",
+    )
+    add(
+        "--steps",
+        dest="num_inference_steps",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="denoising steps; fewer are faster and less accurate (default: the model's)",
+    )
+    add(
+        "--few-step",
+        action=argparse.BooleanOptionalAction,
+        help="use the model's few-step mode (default: on for up to twice the mode's own steps)",
+    )
+    add(
+        "--guidance",
+        dest="guidance_scale",
+        type=finite_number,
+        metavar="G",
+        help="classifier-free guidance scale; 1 is off and twice as fast (default: the model's)",
+    )
+    add(
+        "--attention-modulation",
+        action=argparse.BooleanOptionalAction,
+        help="EDT's attention modulation: some blocks attend more to what is near (default: off)",
+    )
+    model = parser.add_argument_group("model")
+    add_model_choice(model)
+    model.add_argument(
+        "--model-width",
+        type=_model_width,
+        metavar="NAME",
+        help="network width: full, small (1/2) or tiny (3/8) (default: full)",
+    )
+    add = parser.add_argument_group("input and output").add_argument
+    add(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="read prompts one after the other, with the model loaded; :help lists the settings "
+        "(default: off)",
+    )
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        help="draw each line of a UTF-8 text file, # for comments, - for stdin (default: draw "
+        "PROMPT)",
+    )
+    add(
+        "--config-from-image",
+        metavar="PNG",
+        help="reuse the settings stored in this PNG; options on the command line override them "
+        "(default: no PNG)",
+    )
+    add("--vocabulary", action="store_true", help="print the model's vocabulary and exit")
+    add(
+        "-o",
+        "--output",
+        type=_picture_path,
+        metavar="PATH",
+        help="a .png file, or a folder ending in /; missing folders are created (default: a file "
+        "here, named after the prompt)",
+    )
+    add(
+        "--metadata",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="store prompt and settings in the picture (default: on)",
+    )
+    add(
+        "--stepwise-dir",
+        type=_writable_folder,
+        metavar="DIR",
+        help="also save each step's estimate of the picture there (default: not saved)",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object per picture and nothing else (default: off)",
+    )
+    return parser
+
+
+def is_folder(output: str) -> bool:
+    """Whether an `--output` is a folder, not a file."""
+    return output.endswith(("/", os.sep)) or Path(output).is_dir()
+
+
+def _pixels(text: str) -> int:
+    if text in WIDTH_NAMES:
+        raise argparse.ArgumentTypeError(
+            f"takes pixels; to choose the network's width use --model-width {text}"
+        )
+    return integer(1)(text)
+
+
+def _model_width(text: str) -> str:
+    if text not in WIDTH_NAMES:
+        hint = "; the picture's width in pixels is --width" if text.isdigit() else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not full, small or tiny{hint}")
+    return text
+
+
+def _picture_path(text: str) -> str:
+    if is_folder(text):
+        return _writable_folder(text)
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a name ending in .png nor a folder ending in /"
+        )
+    _writable_folder(str(Path(text).parent))
+    return text
+
+
+def _writable_folder(text: str) -> str:
+    """The name of a folder that can be written to, or created."""
+    existing = Path(text)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"{existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"no permission to write into {existing}")
+    return text

@@ -1,0 +1,33 @@
+"""What all transformers share."""
+
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+class VelocityNetwork(Protocol):
+    """Velocity v = eps - x0 of latents x_t = (1 - t) x0 + t eps."""
+
+    def __call__(
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        text: mx.array,
+        mask: mx.array | None = None,
+        *,
+        return_features: bool = False,
+    ) -> Any:
+        """Predict the velocity.
+
+        Args:
+            x_t: noisy normalized latents (B, H, W, C); H and W divide by the patch size. Any
+                floating type: the network computes in that of its weights.
+            t: noise level (B,) in [0, 1].
+            text: states of the text (B, L, D).
+            mask: (B, L), true where a text token counts; None when all do. Padding changes nothing.
+            return_features: also return the picture's tokens after the last block (B, N, d).
+
+        Returns:
+            v (B, H, W, C), and the features when requested, in the type of x_t.
+        """
+        ...

@@ -1,0 +1,42 @@
+"""What of a prompt will not be seen in its picture."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mlx_snapgen.networks.text_encoders.base import normalize
+from mlx_snapgen.settings import DrawSettings
+
+
+def check_prompts(
+    settings: DrawSettings,
+    tokenizers: Sequence[Any],
+    *,
+    vocabulary: Mapping[str, Sequence[str]] | None,
+) -> Iterator[str]:
+    """A line for each problem with the prompts.
+
+    Args:
+        settings: resolved.
+        tokenizers: one per text encoder; None has no limits.
+        vocabulary: the words that the model was trained on, by category; None is any.
+    """
+    prompt, negative_prompt = settings.prompt, settings.negative_prompt
+    if settings.guidance_scale == 1 and negative_prompt.strip():
+        yield "the negative prompt has no effect at a guidance scale of 1"
+    for what, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
+        for tokenizer in filter(None, tokenizers):
+            if cut := tokenizer.cut(text):
+                yield f"the {what} is longer than {tokenizer.max_length} tokens, cut: '{cut}'"
+            if unknown := tokenizer.unknown(text):
+                yield f"the {what} has parts that mean nothing here: {' '.join(unknown)}"
+    names = _names(vocabulary or {})
+    if names and not re.search(rf"\b({'|'.join(map(re.escape, names))})\b", normalize(prompt)):
+        nouns = ", ".join((vocabulary or {})["nouns"][:5])
+        yield f"the prompt names nothing that this model can draw (such as {nouns})"
+
+
+def _names(vocabulary: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of things that a model can draw: its nouns, their plurals and synonyms."""
+    words = (vocabulary.get(category, []) for category in ("nouns", "other_words"))
+    return [normalize(word) for some in words for word in some]
