@@ -21,7 +21,8 @@ from convert.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser, add_model
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new, new_folder
@@ -56,15 +57,12 @@ def main() -> None:
         help="folder in diffusers' format or of convert.from_torch, or a .safetensors file",
     )
     add_output(parser)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="the model to change: stickers, or folder or Hugging Face repository",
-    )
+    add_model(parser, default=None)
     args = parse(parser)
     check_new(args.output)
-    autoencoder = read_autoencoder(args.source)
-    swap_autoencoder(find_model(args.model), autoencoder, args.output)
+    model = find_model(args.model)
+    with announce("copying the model"):
+        swap_autoencoder(model, read_autoencoder(args.source), args.output)
     print(args.output)
 
 

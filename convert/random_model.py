@@ -23,6 +23,7 @@ from convert.public.keys.gemma import gemma_shapes
 from convert.public.report import peak_process_bytes
 from convert.public.stream import Entry, lazy, write_new
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
@@ -185,7 +186,9 @@ def main() -> None:
     args = parse(parser)
     check_new(args.output)
     dtype = DTYPES[args.dtype]
-    write_random_model(args.output, args.preset, dtype=dtype, bits=args.quantize, seed=args.seed)
+    with announce("writing random weights"):
+        bits, seed = args.quantize, args.seed
+        write_random_model(args.output, args.preset, dtype=dtype, bits=bits, seed=seed)
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, peak memory {peak_process_bytes() / 2**20:.0f} MiB")
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 from PIL import Image
 from tqdm import tqdm
 
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
@@ -107,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be at least 1, not {args.steps}")
     started = time.perf_counter()
-    print(f"loading {args.model}", flush=True)
-    teacher, autoencoder = load_flow_teacher(args.model, lazy=True)
+    with announce("loading the teacher"):
+        teacher, autoencoder = load_flow_teacher(args.model, lazy=True)
     picture = sample(
         teacher,
         autoencoder,

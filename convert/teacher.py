@@ -30,6 +30,7 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES, read_part
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
@@ -205,15 +206,16 @@ def main() -> None:
     )
     args = parse(parser)
     check_new(args.output)
-    print(f"reading {args.source}", flush=True)
-    convert_teacher(
-        find_model(args.source, files=QWEN_FILES),
-        args.output,
-        quantization=args.quantize and {"bits": args.quantize, "group_size": args.group_size},
-        few_step_lora=args.few_step_lora,
-        text_encoder=args.text_encoder,
-        transformer=args.transformer,
-    )
+    source = find_model(args.source, files=QWEN_FILES)
+    with announce("converting the parts of the teacher"):
+        convert_teacher(
+            source,
+            args.output,
+            quantization=args.quantize and {"bits": args.quantize, "group_size": args.group_size},
+            few_step_lora=args.few_step_lora,
+            text_encoder=args.text_encoder,
+            transformer=args.transformer,
+        )
     print(args.output)
 
 

@@ -21,6 +21,7 @@ from convert.pytorch.weights import to_torch
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new
@@ -44,9 +45,10 @@ def main() -> None:
     require("torch", "torch", "safetensors")
     folder = find_model(args.model)
     width = check_width(load_config(folder), args.model_width)
-    print(f"loading {folder}", flush=True)
-    components = load_pretrained(folder, dtype=mx.float32, share=width.share)
-    for name in to_torch(components, args.output, width=width.name):
+    with announce("loading and writing the model"):
+        components = load_pretrained(folder, dtype=mx.float32, share=width.share)
+        missing = to_torch(components, args.output, width=width.name)
+    for name in missing:
         print(f"{name} is not written: use the public one")
     print(args.output)
 

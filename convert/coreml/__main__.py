@@ -43,6 +43,7 @@ from convert.libraries import require_coremltools
 from convert.options import parse
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
 from mlx_snapgen.quantize.palettes import load_palettes
@@ -79,8 +80,8 @@ def main() -> None:
             f"--chunks takes 1 to {blocks}, the number of blocks of this model, not {args.chunks}"
         )
     check_space(args.output, needed_bytes(config, settings))
-    print(f"loading {folder}", flush=True)
-    components = load_for_export(folder, settings.widths, few_step=not args.no_few_step)
+    with announce("loading the model"):
+        components = load_for_export(folder, settings.widths, few_step=not args.no_few_step)
     components.config = dataclasses.replace(components.config, image_size=size)
     report = export_coreml(components, args.output, settings, palettes=palettes)
     for name in report["not_exported"]:

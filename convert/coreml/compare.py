@@ -23,10 +23,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from convert.mil.interpreter import Interpreter
+from convert.mil.execution import Interpreter
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import fuse_few_step, load_pretrained
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.draw import denoise_latents, encode_for
 from mlx_snapgen.errors import UserError, run_command
@@ -181,7 +182,8 @@ def compare_step(
     """How far one velocity of the packages is from the model's in MLX (see `step_difference`)."""
     few_step = packages.config.few_step is not None
     share = parse_width(width).share
-    components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
+    with announce("loading the model"):
+        components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
     fuse_few_step(components)
     # With MLX's text: the states of padding may be too large to be close in fp16.
     text, mask = encode_prompts(
@@ -190,7 +192,9 @@ def compare_step(
     x_t, t = get_noise(seed, *packages.latent_shape), mx.array([0.5])
     expected = components.transformer(x_t, t, text, mask)
     assert isinstance(expected, mx.array)
-    return step_difference(packages.velocity(x_t, t, text, mask), expected)
+    with announce("computing one step of the packages in numpy"):
+        found = packages.velocity(x_t, t, text, mask)
+    return step_difference(found, expected)
 
 
 def compare_picture(
@@ -206,14 +210,15 @@ def compare_picture(
     """PSNR in dB of a picture of the packages against the same picture of the model in MLX."""
     pipeline = SnapGenPipeline.from_pretrained(model, model_width=width)
     rows, columns = packages.config.image_size
-    (expected,) = pipeline(
-        prompt,
-        height=rows,
-        width=columns,
-        num_inference_steps=num_inference_steps,
-        few_step=packages.config.few_step is not None,
-        seed=seed,
-    )
+    with announce("generating the same picture with MLX"):
+        (expected,) = pipeline(
+            prompt,
+            height=rows,
+            width=columns,
+            num_inference_steps=num_inference_steps,
+            few_step=packages.config.few_step is not None,
+            seed=seed,
+        )
     return psnr(np.asarray(picture), np.asarray(expected))
 
 

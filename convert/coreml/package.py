@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.libraries import import_coremltools, quiet_coremltools
-from convert.mil.interpreter import summary
+from convert.mil.summary import summary
 from mlx_snapgen.errors import UserError
 
 
@@ -110,7 +110,7 @@ def write_package(
 
     Returns:
         `parameters` of the first network, `bytes`, `seconds`, and what
-        `convert.mil.interpreter.summary` returns.
+        `convert.mil.summary.summary` returns.
     """
     ct = import_coremltools()
     start = time.perf_counter()

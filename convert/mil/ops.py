@@ -3,7 +3,7 @@
 Each function has the name, parameters and defaults of one operation of MIL (coremltools'
 converters/mil/mil/ops/defs). Tensors are numpy arrays, floating ones in float32; constants such as
 axes are arrays too. The result is an array, or a list if an operation has several outputs;
-`convert.mil.interpreter` rounds it to the type that the program declares.
+`convert.mil.execution` rounds it to the type that the program declares.
 """
 
 import math

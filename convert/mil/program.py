@@ -40,6 +40,11 @@ class Operation:
     inputs: dict[str, list[str | Literal]]
     outputs: dict[str, TensorType]
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether its outputs are constants or decompressed weights."""
+        return self.type == "const" or self.type.startswith("constexpr_")
+
 
 @dataclass
 class Function:

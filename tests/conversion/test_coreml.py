@@ -196,7 +196,7 @@ def export(model, tmp_path_factory):
 
 
 def run(path, **inputs):
-    from convert.mil.interpreter import run
+    from convert.mil.execution import run
 
     return run(path, {name: np.array(value) for name, value in inputs.items()})
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from convert.mil import interpreter
-from convert.mil.interpreter import Interpreter, run, summary
+from convert.mil.execution import Interpreter, run
 from convert.mil.program import Package
+from convert.mil.summary import summary
 from convert.mil.weights import Blob
 from convert.parity.originals import relative_difference
 from mlx_snapgen.errors import UserError
@@ -131,7 +132,8 @@ def test_fp16_is_near_torch(fp16, inputs, expected):
     assert 60 < psnr(rounded, expected, peak=np.ptp(expected)) < 100
     # What is left is the rounding of the weights.
     assert (
-        psnr(kept, expected, peak=np.ptp(expected)) > psnr(rounded, expected, np.ptp(expected)) + 3
+        psnr(kept, expected, peak=np.ptp(expected))
+        > psnr(rounded, expected, peak=np.ptp(expected)) + 3
     )
 
 

@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from convert.mil.interpreter import Interpreter, run, summary
+from convert.mil.execution import Interpreter, run
 from convert.mil.program import Package
+from convert.mil.summary import summary
 from convert.mil.weights import TensorType, unpack
 from mlx_snapgen.errors import UserError
 
@@ -168,8 +169,8 @@ def test_an_unknown_operation_is_named(tmp_path):
     package = write_package(tmp_path / "new.mlpackage", op="linearly")
     with pytest.raises(
         UserError,
-        match=r"function 'main', operation 2 'y_op' of type linearly: .* not supported \(did you mean "
-        r"'linear'\?\): add it to convert/mil/ops.py",
+        match=r"function 'main', operation 2 'y_op' of type linearly: .* not supported "
+        r"\(did you mean 'linear'\?\): add it to convert/mil/ops.py",
     ):
         Interpreter(package)
 
