@@ -1,51 +1,39 @@
-"""Give a model a public autoencoder: Qwen-Image's, the tiny one of its latents, or Flux's.
+"""Replace a model's autoencoder by a public one: Qwen-Image's, its tiny one (TAEHV), or Flux's.
 
-    python -m convert.autoencoder Qwen-Image/vae --model my-model --output my-model-qwen
-    python -m convert.autoencoder taew2_1.safetensors --model my-model --output my-model-tiny
+    python -m convert.autoencoder Qwen-Image/vae my-model-qwen --model my-model
+    python -m convert.autoencoder taew2_1.safetensors my-model-tiny --model my-model
 
-The first source is a folder as diffusers has it (Flux's is Z-Image's too), the second a
-.safetensors file of the TAEHV family. A folder of `convert.from_torch` will do for either. The
-model must have been trained on their latents.
+SOURCE is a folder in diffusers' format (Flux's autoencoder is also Z-Image's), a .safetensors file
+of the TAEHV family, or a folder written by `convert.from_torch`. The model must have been trained
+on the latents of this autoencoder.
 """
 
-import argparse
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
-
-# isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from convert.options import add_output, parse
 from convert.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser, add_model
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import run_command
-from mlx_snapgen.files import new_folder
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-
-# --- Qwen-Image -------------------------------------------------------------------------------
-
-
-# --- Flux and Z-Image -------------------------------------------------------------------------
-
-
-# --- the TAEHV family -------------------------------------------------------------------------
-
-
-# --- both -------------------------------------------------------------------------------------
 
 
 def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> None:
-    """Write the model folder `model` as `output`, with another autoencoder, all else as it is.
+    """Copy the model folder `model` to `output` with another autoencoder.
 
     Raises:
-        UserError: the transformer takes other latents, or `output` holds something.
+        UserError: the transformer has other latent channels, or `output` is not empty.
     """
     config = dataclasses.replace(load_config(model), autoencoder=autoencoder.config)
     how = {k: v for k, v in (config.quantization or {}).items() if k != "autoencoder"}
@@ -61,16 +49,21 @@ def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.autoencoder",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog="python -m convert.autoencoder", description=__doc__)
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder in diffusers' format or of convert.from_torch, or a .safetensors file",
     )
-    parser.add_argument("source", type=Path, help="folder of diffusers, or a .safetensors file")
-    parser.add_argument("--model", required=True, help="folder or repository of the model")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, not there yet")
-    args = parser.parse_args()
-    swap_autoencoder(find_model(args.model), read_autoencoder(args.source), args.output)
+    add_output(parser)
+    add_model(parser, default=None)
+    args = parse(parser)
+    check_new(args.output)
+    model = find_model(args.model)
+    with announce("copying the model"):
+        swap_autoencoder(model, read_autoencoder(args.source), args.output)
+    print(args.output)
 
 
 if __name__ == "__main__":

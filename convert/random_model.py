@@ -1,31 +1,30 @@
-"""Make a model of the paper's sizes with random weights: to measure, and to try what loads it.
+"""Write a model of the paper's sizes with random weights, to measure speed and memory with.
 
     python -m convert.random_model small random-small
-    python -m convert.random_model full random-full --bits 4
+    python -m convert.random_model full random-full --quantize 4
     python -m mlx_snapgen.generate "a red apple" --model random-small --steps 2
 
-It has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's text tower at its full size
-and a Gemma 3 of two small layers, whose states are as wide as the 4B model's. Its pictures show
-nothing. Weights are made one by one, so memory does not grow with the model.
+The model has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's text tower at full
+size, and a Gemma 3 of two small layers whose states are as wide as the 4B model's. Its pictures are
+noise. Weights are made one by one, so memory does not grow with the model.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
-
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from convert.options import add_output, parse
 from convert.parity.originals import write_byte_tokenizer
 from convert.public.keys.gemma import gemma_shapes
 from convert.public.report import peak_process_bytes
 from convert.public.stream import Entry, lazy, write_new
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
     TINYCLIP_19M,
@@ -61,18 +60,23 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def write_random_model(
-    output: Path, preset: str, dtype: mx.Dtype = mx.bfloat16, bits: int | None = None, seed: int = 0
+    output: Path,
+    preset: str,
+    *,
+    dtype: mx.Dtype = mx.bfloat16,
+    bits: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Write a model folder.
 
     Args:
-        output: must not exist yet, or be an empty folder.
-        preset: of `config.TRANSFORMERS`, with the paper's two text encoders.
+        output: must not exist, or be an empty folder.
+        preset: name in `config.TRANSFORMERS` of a transformer with the paper's two text encoders.
         dtype: of the transformer and the text encoders; the autoencoder's is float32.
-        bits: quantize the transformer's matrices, in groups of 32; None leaves them.
+        bits: of the transformer's matrices, quantized in groups of 32; None does not quantize.
 
     Raises:
-        UserError: no such preset, or an output that exists.
+        UserError: no such preset, or an output that is not empty.
     """
     transformer = transformer_preset(preset)
     if transformer.text_dims != (GEMMA["hidden_size"], TINYCLIP_19M.hidden_size):
@@ -98,26 +102,26 @@ def write_random_model(
     with new_folder(output) as folder:
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-        _write(folder / "transformer.safetensors", EfficientDiT(transformer), dtype, how)
+        _write(folder / "transformer.safetensors", EfficientDiT(transformer), dtype=dtype, how=how)
         autoencoder = make_autoencoder(config.autoencoder)
-        _write(folder / "autoencoder.safetensors", autoencoder, mx.float32)
+        _write(folder / "autoencoder.safetensors", autoencoder, dtype=mx.float32)
         clip = ClipTextEncoder(TINYCLIP_19M)
-        _write(folder / "text_encoder_1.safetensors", clip, dtype)
-        # Without merges every byte is a token.
+        _write(folder / "text_encoder_1.safetensors", clip, dtype=dtype)
+        # Without merges, each byte is a token.
         (folder / "tokenizer_1.model").write_bytes(ClipTokenizer(b"", 77).model)
         _write_gemma(folder / "gemma", dtype)
 
 
 def _write(
-    path: Path, module: nn.Module, dtype: mx.Dtype, how: dict[str, int] | None = None
+    path: Path, module: nn.Module, *, dtype: mx.Dtype, how: dict[str, int] | None = None
 ) -> None:
-    """Random weights for all of a module's parameters, which are lazy and never made."""
+    """Write random weights for all parameters of a module, whose own are lazy and never made."""
     quantized = set(matrices(module, how["group_size"])) if how else set()
     entries = []
-    for name, start in tree_flatten(module.parameters()):
+    for name, start in dict(tree_flatten(module.parameters())).items():
         layer = name.removesuffix(".weight")
-        if layer in quantized:
-            entries.append(_random_packed(layer, start.shape, dtype, **how))
+        if how is not None and layer in quantized:
+            entries.append(_random_packed(layer, start.shape, dtype=dtype, **how))
         else:
             value = _random(start.shape) + (start if start.ndim < 2 else 0)
             entries.append(lazy(name, value.astype(dtype)))
@@ -125,18 +129,18 @@ def _write(
 
 
 def _random(shape: tuple[int, ...]) -> mx.array:
-    """Uniform numbers: those of a matrix keep the size of what they multiply."""
+    """Uniform numbers; a matrix of them preserves the variance of its input."""
     bound = (3 / math.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.02
     return mx.random.uniform(-bound, bound, shape)
 
 
 def _random_packed(
-    layer: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int, group_size: int
+    layer: str, shape: tuple[int, ...], *, dtype: mx.Dtype, bits: int, group_size: int
 ) -> Entry:
-    """The same, already packed: random bits on a scale from -bound to bound."""
+    """A quantized matrix: random bits, scaled from -bound to bound like `_random`."""
     bound = (3 / shape[1]) ** 0.5
     groups = (shape[0], shape[1] // group_size)
-    # float32 has the bits for numbers up to 2^16, not up to 2^32.
+    # randint computes in float32, which holds integers up to 2^16 exactly, not up to 2^32.
     halves = mx.random.randint(0, 2**16, (shape[0], shape[1] * bits // 16), mx.uint16)
     values = {
         f"{layer}.weight": halves.view(mx.uint32),
@@ -148,7 +152,7 @@ def _random_packed(
 
 
 def _write_gemma(folder: Path, dtype: mx.Dtype) -> None:
-    """A folder as mlx-lm has it."""
+    """Write a folder in mlx-lm's format."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(GEMMA, indent=1))
     shapes = gemma_shapes(GEMMA).items()
@@ -159,19 +163,32 @@ def _write_gemma(folder: Path, dtype: mx.Dtype) -> None:
 
 def main() -> None:
     presets = [n for n, c in TRANSFORMERS.items() if c.text_dims == (2560, 512)]
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.random_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        prog="python -m convert.random_model", description=__doc__, renamed={"--bits": "--quantize"}
     )
-    parser.add_argument("preset", help=f"one of {', '.join(presets)}")
-    parser.add_argument("output", type=Path, help="folder to write, not there yet")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the transformer")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("preset", help=f"size of the transformer: {', '.join(presets)}")
+    add_output(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="floating type of the transformer and the text encoders (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--quantize",
+        type=int,
+        choices=(4, 8),
+        help="bits per weight of the transformer (default: not quantized)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)"
+    )
+    args = parse(parser)
     check_new(args.output)
-    write_random_model(args.output, args.preset, DTYPES[args.dtype], args.bits, args.seed)
+    dtype = DTYPES[args.dtype]
+    with announce("writing random weights"):
+        bits, seed = args.quantize, args.seed
+        write_random_model(args.output, args.preset, dtype=dtype, bits=bits, seed=seed)
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, peak memory {peak_process_bytes() / 2**20:.0f} MiB")
 

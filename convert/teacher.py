@@ -1,16 +1,16 @@
-"""Make a public flow model a teacher that `train.kd` and `train.kdmd` can learn from.
+"""Convert a public flow model to a teacher for `train.kd` and `train.kdmd`.
 
-    python -m convert.teacher Qwen/Qwen-Image --output qwen-image --bits 4
-    python -m convert.teacher Tongyi-MAI/Z-Image-Turbo --output z-image
-    python -m convert.teacher Qwen/Qwen-Image --output qwen-image --bits 4 \\
+    python -m convert.teacher Qwen/Qwen-Image qwen-image --quantize 4
+    python -m convert.teacher Tongyi-MAI/Z-Image-Turbo z-image
+    python -m convert.teacher Qwen/Qwen-Image qwen-image --quantize 4 \\
         --few-step-lora Qwen-Image-Lightning-4steps-V1.0.safetensors
 
-The source is a folder as diffusers has it, or a repository on Hugging Face. `--bits` stores the
-matrices of the transformer's blocks quantized, tensor by tensor. `--transformer` takes one that
-`convert.from_torch` wrote, where an interrupted conversion goes on; the source's is left alone.
+SOURCE is a folder in diffusers' format, or a Hugging Face repository. --quantize quantizes the
+matrices of the transformer's blocks, tensor by tensor. --transformer takes the transformer from a
+folder written by `convert.from_torch`, which can resume an interrupted conversion, instead of from
+SOURCE.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,12 +18,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
-
-# isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from convert.options import add_output, parse
 from convert.public.convert import convert
 from convert.public.keys.autoencoders import read_autoencoder
 from convert.public.keys.transformers import make_transformer
@@ -32,6 +30,8 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES, read_part
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
@@ -40,14 +40,14 @@ from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, TURBO, Schedule
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
 
 SCHEDULES = {"qwen-image": (Schedule(), LIGHTNING), "z-image": (TURBO, TURBO)}
-"""Kind of teacher -> its schedule and that of its few-step mode. Z-Image-Turbo is such a mode."""
+"""Kind of teacher -> its schedule, and that of its few-step mode. Z-Image-Turbo has only one."""
 
 
 def read_schedule(folder: Path, like: Schedule) -> Schedule:
-    """Noise levels as scheduler_config.json in `folder` has them, all else as in `like`.
+    """`like` with the noise levels of scheduler_config.json in `folder`.
 
     Raises:
-        UserError: another kind of schedule.
+        UserError: an unsupported kind of schedule.
     """
     values = read_object(folder / "scheduler_config.json")
     for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
@@ -71,22 +71,24 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
 def convert_teacher(
     source: Path,
     output: Path,
+    *,
     quantization: dict[str, int] | None = None,
     few_step_lora: Path | None = None,
     text_encoder: str | None = None,
     transformer: Path | None = None,
 ) -> None:
-    """Write the model in `source`, a folder of diffusers, as a teacher's folder.
+    """Write the model in `source`, a folder in diffusers' format, as a teacher's folder.
 
     Args:
-        output: must not exist yet, or be empty.
-        quantization: {"bits", "group_size"} to store the transformer's blocks in; None keeps them.
-        few_step_lora: of the few-step mode, a .safetensors file.
-        text_encoder: where the language model is instead of in the teacher's folder.
-        transformer: folder of `convert.from_torch` with the one to take instead of the source's.
+        output: must not exist, or be empty.
+        quantization: {"bits", "group_size"} of the transformer's blocks; None does not quantize.
+        few_step_lora: .safetensors file of the few-step mode.
+        text_encoder: folder or repository of a language model to use instead of a copy of the
+            source's.
+        transformer: folder of `convert.from_torch` to use instead of the source's transformer.
 
     Raises:
-        UserError: something is missing, unknown or does not fit; nothing is written then.
+        UserError: a part is missing, unknown or does not fit; nothing is written then.
     """
     check_new(output)
     given = transformer if transformer is not None else source / "transformer"
@@ -96,15 +98,17 @@ def convert_teacher(
         kind, network = make_transformer(read_object(path), path)
     else:
         if quantization is not None:
-            raise UserError(f"{given} is converted: it is quantized by convert.from_torch --bits")
+            raise UserError(
+                f"{given} is converted already: quantize it with convert.from_torch --quantize"
+            )
         kind = part.config.pop("kind", None)
         if kind not in NETWORKS:
-            raise UserError(f"{given} holds no teacher's transformer: it is of the kind {kind}")
+            raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
         network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config))
         quantization = part.quantization
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
-        # The network's random weights are lazy: this is only whether the LoRA fits.
+        # Only checks that the LoRA fits: the network's random weights are lazy.
         load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
     schedule, few_step = SCHEDULES[kind]
     schedule = read_schedule(source / "scheduler", schedule)
@@ -127,7 +131,7 @@ def convert_teacher(
         mx.save_safetensors(str(partial / "autoencoder.safetensors"), weights, {"format": "mlx"})
         if part is None:
             converted = partial / "transformer"
-            convert(find_source(str(given)), converted, kind, **(quantization or {}))
+            convert(find_source(str(given)), converted, kind=kind, quantization=quantization)
             _take(converted, partial, Path.rename)
             shutil.rmtree(converted)
         else:
@@ -140,7 +144,7 @@ def convert_teacher(
 
 
 def _take(transformer: Path, folder: Path, move: Callable[[Path, Path], object]) -> None:
-    """Put what `convert.from_torch` wrote of a transformer into the teacher's folder."""
+    """Put the files that `convert.from_torch` wrote of a transformer into the teacher's folder."""
     for name, new in (
         ("transformer.safetensors", "transformer-00001.safetensors"),
         ("report.json", "report.json"),
@@ -160,33 +164,58 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.teacher",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        prog="python -m convert.teacher", description=__doc__, renamed={"--bits": "--quantize"}
     )
-    parser.add_argument("source", help="folder or repository of a model in diffusers' format")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, not there yet")
-    parser.add_argument("--bits", type=int, choices=BITS, help="store the blocks quantized")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64)
-    parser.add_argument("--few-step-lora", type=Path, help="for the few-step mode")
-    parser.add_argument("--transformer", type=Path, help="folder of convert.from_torch to use")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder in diffusers' format, or Hugging Face repository",
+    )
+    add_output(parser)
+    parser.add_argument(
+        "--quantize",
+        type=int,
+        choices=BITS,
+        help="bits per weight of the transformer's blocks (default: not quantized)",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=64,
+        help="weights that share a scale when quantized (default: 64)",
+    )
+    parser.add_argument(
+        "--few-step-lora",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors LoRA of the few-step mode (default: no few-step mode, or the model's)",
+    )
+    parser.add_argument(
+        "--transformer",
+        type=Path,
+        metavar="FOLDER",
+        help="transformer converted by convert.from_torch (default: the source's)",
+    )
     parser.add_argument(
         "--text-encoder",
-        help="folder or repository of the language model, quantized perhaps, to use instead of "
-        "the source's own",
+        metavar="MODEL",
+        help="folder or Hugging Face repository of the language model, for example a quantized "
+        "one (default: a copy of the source's)",
     )
-    args = parser.parse_args()
-    quantization = {"bits": args.bits, "group_size": args.group_size} if args.bits else None
+    args = parse(parser)
+    check_new(args.output)
     source = find_model(args.source, files=QWEN_FILES)
-    convert_teacher(
-        source,
-        args.output,
-        quantization,
-        args.few_step_lora,
-        args.text_encoder,
-        args.transformer,
-    )
+    with announce("converting the parts of the teacher"):
+        convert_teacher(
+            source,
+            args.output,
+            quantization=args.quantize and {"bits": args.quantize, "group_size": args.group_size},
+            few_step_lora=args.few_step_lora,
+            text_encoder=args.text_encoder,
+            transformer=args.transformer,
+        )
     print(args.output)
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from convert.parity import originals
+from convert.parity.originals import fill
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
@@ -26,17 +28,6 @@ def libraries():
     return tuple(
         pytest.importorskip(name, reason=why) for name in ("torch", "diffusers", "transformers")
     )
-
-
-def fill(network):
-    """Random weights everywhere in a torch network, of the size of trained ones."""
-    network.eval().requires_grad_(False)
-    for name, p in network.named_parameters():
-        if p.ndim == 1 or name.endswith("gamma"):
-            p.normal_("norm" in name and not name.endswith("bias"), 0.1)
-        else:
-            p.normal_(0, p[0].numel() ** -0.5)
-    return network
 
 
 def byte_tokenizer(transformers, **settings):
@@ -84,24 +75,12 @@ def qwen_image_pipeline():
     config = transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=False
     )
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5] * 4
-    )
-    transformer = diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT_DIMS,
-        axes_dims_rope=(4, 6, 6),
-    )
     return diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=fill(vae),
+        vae=fill(originals.qwen_image_vae()),
         text_encoder=fill(transformers.Qwen2_5_VLForConditionalGeneration(config)),
         tokenizer=byte_tokenizer(transformers),
-        transformer=fill(transformer),
+        transformer=fill(originals.qwen_image(TEXT_DIMS)),
     )
 
 
@@ -117,33 +96,12 @@ def z_image_pipeline():
     torch, diffusers, transformers = libraries()
     torch.manual_seed(0)
     text = text_sizes(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 64),
-        latent_channels=4,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=TEXT_DIMS,
-        axes_dims=[4, 6, 6],
-        axes_lens=[600, 64, 64],
-    )
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=fill(vae),
+        vae=fill(originals.kl_vae()),
         text_encoder=fill(transformers.Qwen3Model(transformers.Qwen3Config(**text))),
         tokenizer=byte_tokenizer(transformers, chat_template=QWEN3_TEMPLATE),
-        transformer=fill(transformer),
+        transformer=fill(originals.z_image(TEXT_DIMS)),
     )
 
 

@@ -1,63 +1,64 @@
-"""Draw a picture with exported packages alone, on any machine: slow, in numpy.
+"""Generate a picture with exported packages, on any machine: slow, in numpy.
 
-    python -m convert.coreml.compare my-model-coreml "a red apple" --compare my-model
+    python -m convert.coreml.compare my-model-coreml "a red apple" --model my-model
 
-writes picture.png and, with --compare, says how far it is from what MLX draws. That must be at
-least 35 dB, or the command fails: then the packages are not this model's, or wrong. Packages with
-palettes that the model has not are measured alike, and may be as far as they are.
+writes picture.png and, with --model, prints its PSNR against the picture of the MLX model. Below
+35 dB the command fails: the packages were exported from another model, or are wrong. Packages with
+palettes that the model does not have are measured too, without a limit.
 
-    python -m convert.coreml.compare my-model-coreml "a red apple" --compare my-model --one-step
+    python -m convert.coreml.compare my-model-coreml "a red apple" --model my-model --one-step
 
-runs the transformer's packages once, on noise at the noise level .5 and a prompt, and says how far
-their velocity is from MLX's: at least 60 dB in fp16, within 1e-4 of the largest number in
-float32. That is what a large model has time for, and one whose other networks are not exported.
+runs the transformer's packages once, on noise at noise level 0.5, and prints how far their velocity
+is from MLX's. The limits are 60 dB in float16, and 1e-4 of the largest value in float32. Use it for
+large models, and for models whose other networks are not exported.
 """
 
-import argparse
 import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from convert.mil.interpreter import Interpreter
+from convert.mil.execution import Interpreter
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
+from mlx_snapgen.checkpoint.model import fuse_few_step, load_pretrained
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.draw import denoise_latents, encode_for
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+from mlx_snapgen.pictures import decibels, psnr, to_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.palettes import load_palettes
-from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guided_velocity
-from mlx_snapgen.settings import parse_width
+from mlx_snapgen.sampling import get_noise
+from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, parse_width
 
 LEAST_PSNR = 35.0
-"""dB between two pictures that count as the same."""
+"""Smallest PSNR in dB of two pictures that count as equal."""
 
 LEAST_STEP_PSNR = 60.0
-"""dB between two velocities that count as the same, where one is computed in fp16."""
+"""Smallest PSNR in dB of two velocities that count as equal if one is computed in fp16."""
 MOST_STEP_ERROR = 1e-4
-"""Of the largest number of a velocity, where both are computed in float32."""
+"""Largest difference, relative to the largest value, if both are computed in float32."""
 
 
 class Packages:
-    """A folder that `convert.coreml` wrote, ready to draw as a phone would.
+    """A folder written by `convert.coreml`, ready to generate pictures as on a phone.
 
     Args:
         folder: the packages, config.json and tokenizers.
-        function: of the transformer, for packages of several widths; None takes the default.
+        function: width of the transformer, for packages of several widths; None for the default.
 
     Raises:
-        UserError: a package is missing, damaged, or has no such function. Those beside the
-            transformer are read when they are needed.
+        UserError: the transformer's package is missing or damaged, or has no such function. The
+            other packages are read, and checked, when they are first used.
     """
 
     def __init__(self, folder: Path, function: str | None = None):
@@ -90,21 +91,27 @@ class Packages:
             for i, encoder in enumerate(self.config.text_encoders)
         ]
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the latents."""
+        _, channels, height, width = self.chunks[0].inputs["x_t"].sizes
+        return height, width, channels
+
     def encode(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> text (B, L, D) and mask (B, L), as `encode_prompts` gives them."""
+        """Prompts -> text (B, L, D) and mask (B, L), like `encode_prompts`."""
         texts, masks = [], []
         for prompt in prompts:
-            said = []
+            encoded = []
             for encoder, tokenizer in self.encoders:
                 tokens, mask = (np.array(array) for array in tokenizer([prompt]))
                 (text,) = encoder({"tokens": tokens, "mask": mask}).values()
-                said.append((text, mask))
-            texts.append(np.concatenate([text for text, _ in said], 3)[0, :, 0].T)
-            masks.append(np.concatenate([mask for _, mask in said], 1)[0])
+                encoded.append((text, mask))
+            texts.append(np.concatenate([text for text, _ in encoded], 3)[0, :, 0].T)
+            masks.append(np.concatenate([mask for _, mask in encoded], 1)[0])
         return mx.array(np.stack(texts).astype(np.float32)), mx.array(np.stack(masks))
 
     def velocity(self, x_t: mx.array, t: mx.array, text: mx.array, mask: mx.array) -> mx.array:
-        """What `EfficientDiT` computes, one picture after the other."""
+        """The velocity (B, h, w, C), like `EfficientDiT`; pictures one by one."""
         found = []
         for i in range(len(x_t)):
             values = {
@@ -121,88 +128,106 @@ class Packages:
     def draw(
         self, prompt: str, seed: int = 0, num_inference_steps: int | None = None
     ) -> Image.Image:
-        """The picture that `SnapGenPipeline` draws with these settings."""
-        sampler = self.config.few_step or self.config.sampler
-        steps = num_inference_steps or sampler.num_inference_steps
-        guided = sampler.guidance_scale != 1
-        text, mask = self.encode(["", prompt] if guided else [prompt])
-        velocity = guided_velocity(self.velocity, text, mask, sampler.guidance_scale)
-        _, channels, height, width = self.chunks[0].inputs["x_t"].shape
-
-        def noise(draw: int) -> mx.array:
-            return get_noise(seed, height, width, channels, draw)
-
-        schedule = get_schedule(steps, sampler.time_shift)
-        fresh = noise if sampler.fresh_noise else None
-        *_, last = denoise(velocity, noise(0), schedule, fresh)
-        latents = np.array(last.x_t.transpose(0, 3, 1, 2))
-        (picture,) = self.decoder({"latents": latents}).values()
-        colours = np.clip(picture[0].astype(np.float32).transpose(1, 2, 0), -1, 1)
-        return Image.fromarray(np.round((colours + 1) * 127.5).astype(np.uint8))
-
-
-def psnr(first: Image.Image, second: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB; infinite when they are equal."""
-    error = np.square(np.asarray(first, np.float64) - np.asarray(second, np.float64)).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+        """The picture that `SnapGenPipeline` generates with these settings."""
+        config = self.config
+        settings = DrawSettings(
+            num_inference_steps=num_inference_steps, few_step=config.few_step is not None
+        ).resolved(config)
+        text, mask = encode_for(settings, [prompt], encode=self.encode)
+        steps = denoise_latents(
+            lambda x_t, t, text, mask, **_: self.velocity(x_t, t, text, mask),
+            text,
+            mask,
+            seeds=[seed],
+            settings=settings,
+            config=config,
+        )
+        count, latents = settings.num_inference_steps, mx.array(0.0)
+        for step in tqdm(steps, total=count, desc="steps in numpy", leave=False, disable=None):
+            latents = step.x_t
+        (picture,) = self.decoder({"latents": np.array(latents.transpose(0, 3, 1, 2))}).values()
+        decoded = mx.array(picture.astype(np.float32).transpose(0, 2, 3, 1))
+        return Image.fromarray(to_uint8(decoded)[0])
 
 
 def check_picture(ratio: float) -> None:
-    """`UserError` for packages that draw another picture than MLX."""
+    """`UserError` for a PSNR of packages that were exported from another model."""
     if ratio < LEAST_PSNR:
         raise UserError(
-            f"the packages draw another picture than MLX: {ratio:.1f} dB, not {LEAST_PSNR:g}: "
-            "compare with the model that they were exported from, or export them again"
+            f"the packages generate another picture than MLX: {ratio:.1f} dB, the limit is "
+            f"{LEAST_PSNR:g}: compare with the model that they were exported from, or export again"
         )
-
-
-def step_inputs(
-    packages: Packages, components: Components, prompt: str, seed: int = 0
-) -> tuple[mx.array, ...]:
-    """x_t, t, text and mask for one step, as `EfficientDiT` takes them, text being MLX's own.
-
-    (What no encoder says may be too large for fp16 to be near.)
-    """
-    _, channels, height, width = packages.chunks[0].inputs["x_t"].shape
-    text, mask = encode_prompts(
-        [prompt], components.text_encoders, transformer=components.transformer
-    )
-    return get_noise(seed, height, width, channels), mx.array([0.5]), text, mask
 
 
 def step_difference(found: mx.array, expected: mx.array) -> tuple[float, float]:
     """PSNR in dB, the peak being the range of `expected`, and the largest relative difference."""
     error = np.array(found, np.float64) - np.array(expected, np.float64)
     values = np.array(expected, np.float64)
-    mean = np.square(error).mean()
-    ratio = float("inf") if mean == 0 else 10 * np.log10(np.ptp(values) ** 2 / mean)
-    return float(ratio), float(np.abs(error).max() / np.abs(values).max())
+    ratio = decibels(np.square(error).mean(), np.ptp(values))
+    return ratio, float(np.abs(error).max() / np.abs(values).max())
 
 
-def check_step(ratio: float, difference: float, precision: str) -> None:
-    """`UserError` for packages whose transformer computes something else than MLX."""
+def check_step(ratio: float, difference: float, *, precision: str) -> None:
+    """`UserError` for a velocity of packages that were exported from another model."""
     if ratio < LEAST_STEP_PSNR or (precision == "float32" and difference > MOST_STEP_ERROR):
         raise UserError(
             f"the packages compute another velocity than MLX: {ratio:.1f} dB, {difference:.1e} of "
-            "the largest number: compare with the model that they were exported from"
+            "the largest value: compare with the model that they were exported from"
         )
 
 
 def compare_step(
-    packages: Packages, model: str, width: str, prompt: str, seed: int = 0
+    packages: Packages, model: Path, *, width: str, prompt: str, seed: int = 0
 ) -> tuple[float, float]:
     """How far one velocity of the packages is from the model's in MLX (see `step_difference`)."""
     few_step = packages.config.few_step is not None
     share = parse_width(width).share
-    components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
+    with announce("loading the model"):
+        components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
     fuse_few_step(components)
-    inputs = step_inputs(packages, components, prompt, seed)
-    expected = components.transformer(*inputs)
-    return step_difference(packages.velocity(*inputs), expected)
+    # With MLX's text: the states of padding may be too large to be close in fp16.
+    text, mask = encode_prompts(
+        [prompt], components.text_encoders, transformer=components.transformer
+    )
+    x_t, t = get_noise(seed, *packages.latent_shape), mx.array([0.5])
+    expected = components.transformer(x_t, t, text, mask)
+    assert isinstance(expected, mx.array)
+    with announce("computing one step of the packages in numpy"):
+        found = packages.velocity(x_t, t, text, mask)
+    return step_difference(found, expected)
+
+
+def compare_picture(
+    packages: Packages,
+    picture: Image.Image,
+    model: Path,
+    *,
+    width: str,
+    prompt: str,
+    seed: int,
+    num_inference_steps: int | None,
+) -> float:
+    """PSNR in dB of a picture of the packages against the same picture of the model in MLX."""
+    pipeline = SnapGenPipeline.from_pretrained(model, model_width=width)
+    rows, columns = packages.config.image_size
+    with announce("generating the same picture with MLX"):
+        (expected,) = pipeline(
+            prompt,
+            height=rows,
+            width=columns,
+            num_inference_steps=num_inference_steps,
+            few_step=packages.config.few_step is not None,
+            seed=seed,
+        )
+    return psnr(np.asarray(picture), np.asarray(expected))
 
 
 def read_report(folder: Path) -> tuple[str, str, bool]:
-    """The default width of the packages in a folder, their precision, and if they have palettes."""
+    """Default width of the packages in a folder, their precision, and whether they have palettes.
+
+    Raises:
+        UserError: no report.json, or a damaged one.
+    """
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         width = report["widths"].split()[0]
@@ -211,57 +236,72 @@ def read_report(folder: Path) -> tuple[str, str, bool]:
         raise UserError(f"{folder}/report.json cannot be read ({error!r})") from None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="python -m convert.coreml.compare",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        renamed={"--function": "--model-width", "--compare": "--model"},
     )
-    parser.add_argument("folder", type=Path, help="what convert.coreml wrote")
-    parser.add_argument("prompt")
-    parser.add_argument("--output", type=Path, default=Path("picture.png"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--function", metavar="WIDTH", help="of packages of several widths")
-    parser.add_argument("--compare", metavar="MODEL", help="the model they were exported from")
+    parser.add_argument("folder", type=Path, help="output folder of convert.coreml")
+    parser.add_argument("prompt", help="what to generate, in quotes")
     parser.add_argument(
-        "--one-step", action="store_true", help="compare one velocity and draw nothing"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("picture.png"),
+        metavar="PATH",
+        help="picture to write, a .png file (default: picture.png)",
     )
-    args = parser.parse_args()
-    if args.one_step and args.compare is None:
-        raise UserError("--one-step takes --compare MODEL")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the model's)"
+    )
+    parser.add_argument(
+        "--model-width",
+        choices=WIDTH_NAMES,
+        help="network width to run, for packages of several widths (default: the packages' first)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="the exported model, to compare with: stickers, or folder or Hugging Face repository "
+        "(default: no comparison)",
+    )
+    parser.add_argument(
+        "--one-step", action="store_true", help="compare one velocity and write no picture"
+    )
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if args.one_step and args.model is None:
+        raise UserError("--one-step compares with a model: add --model MODEL")
     if not args.prompt.strip():
-        raise UserError("the prompt is empty: say what to draw")
+        raise UserError("the prompt is empty: write what to generate")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be a positive number, got {args.steps}")
-    packages = Packages(args.folder, args.function)
-    if args.compare is not None:
-        width, precision, palettes = read_report(args.folder)
-        width = args.function or width
-        exact = not palettes or load_palettes(find_model(args.compare)) is not None
+    packages = Packages(args.folder, args.model_width)
+    if args.model is None:
+        print(save_picture(packages.draw(args.prompt, args.seed, args.steps), args.output))
+        return
+    width, precision, palettes = read_report(args.folder)
+    width, model = args.model_width or width, find_model(args.model)
+    is_exact = not palettes or load_palettes(model) is not None
+    same = {"width": width, "prompt": args.prompt, "seed": args.seed}
     if args.one_step:
-        ratio, difference = compare_step(packages, args.compare, width, args.prompt, args.seed)
-        print(f"velocity: {ratio:.1f} dB to MLX's, {difference:.1e} of the largest number at most")
-        if exact:
-            check_step(ratio, difference, precision)
+        ratio, difference = compare_step(packages, model, **same)
+        print(f"velocity: {ratio:.1f} dB against MLX, {difference:.1e} of the largest value")
+        if is_exact:
+            check_step(ratio, difference, precision=precision)
         return
     picture = packages.draw(args.prompt, args.seed, args.steps)
     print(save_picture(picture, args.output))
-    if args.compare is None:
-        return
-    pipeline = SnapGenPipeline.from_pretrained(args.compare, model_width=width)
-    height, across = packages.config.image_size
-    (expected,) = pipeline(
-        args.prompt,
-        height=height,
-        width=across,
-        num_inference_steps=args.steps,
-        few_step=packages.config.few_step is not None,
-        seed=args.seed,
-    )
-    ratio = psnr(picture, expected)
-    print(f"{ratio:.1f} dB to what MLX draws")
-    if exact:
+    ratio = compare_picture(packages, picture, model, num_inference_steps=args.steps, **same)
+    print(f"{ratio:.1f} dB against MLX")
+    if is_exact:
         check_picture(ratio)
 
 

@@ -1,4 +1,4 @@
-"""A model to Core ML packages: traced from the PyTorch twin, quantized, written and checked."""
+"""Export a model to Core ML packages: trace the PyTorch twins, quantize, write and check."""
 
 import dataclasses
 import json
@@ -7,49 +7,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx_snapgen
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 
-from convert.coreml.options import (
-    check_options,
-)
-from convert.coreml.package import Network, coremltools, line, write_package
+import mlx_snapgen
+from convert.coreml.options import ExportSettings
+from convert.coreml.package import Network, line, write_package
+from convert.libraries import import_coremltools
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import ModelConfig, to_dict
-from mlx_snapgen.files import new_folder
+from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.efficient_dit import count_parameters
 from mlx_snapgen.networks.elastic import extract
-from mlx_snapgen.quantize.palettes import (
-    LEAST,
-    Palettes,
-    check_palettes,
-    with_palettes,
-)
+from mlx_snapgen.quantize.palettes import LEAST, Palettes, check_palettes, with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import parse_width
 
 
 def load_for_export(
-    folder: Path, widths: Sequence[str] = ("full",), few_step: bool = True
+    folder: Path, widths: Sequence[str] = ("full",), *, few_step: bool = True
 ) -> Components:
     """A model in float32 with the sub-network of one width, or the supernetwork for several.
 
     Args:
-        few_step: fuse the few-step LoRA, if the model has one; `config.few_step` is None otherwise.
+        few_step: merge the few-step LoRA, if the model has one; otherwise `config.few_step` becomes
+            None.
     """
-    width = parse_width(widths[0]).share if len(widths) == 1 else None
-    components = load_pretrained(folder, dtype=mx.float32, share=width, few_step=few_step)
+    share = parse_width(widths[0]).share if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=few_step)
     fuse_few_step(components)
     return components
 
 
 def of_width(components: Components, width: str) -> Components:
-    """`components` with the transformer's sub-network of this width alone."""
+    """`components` with only the sub-network of this width in the transformer."""
     transformer = components.transformer
     if transformer.config.widths != (1.0,):
         transformer = extract(transformer, parse_width(width).share)
@@ -60,67 +53,48 @@ def of_width(components: Components, width: str) -> Components:
 def export_coreml(
     components: Components,
     output: Path,
-    widths: Sequence[str] = ("full",),
-    target: str = "ios17",
-    precision: str = "float16",
-    quantize: float | None = None,
-    chunks: int = 1,
-    prompts: Sequence[str] | None = None,
+    settings: ExportSettings,
+    *,
     palettes: Palettes | None = None,
 ) -> dict[str, Any]:
     """Write a model's networks as Core ML packages.
 
     Args:
         components: of one width, or the supernetwork (see `load_for_export`); `config.image_size`
-            is the resolution, and `config.few_step` says how to sample if that LoRA is fused.
-        output: folder to write; must not exist yet, or be empty.
-        widths: name of the width, for the record; several make functions of these names of the
-            transformer, in this order, the first its default.
-        target: oldest system that runs it, one of `TARGETS`.
-        precision: one of `PRECISIONS`, of weights and arithmetic; the angles of the timestep stay
-            float32.
-        quantize: bits of the transformer's weights on average, 4 to 8 (see `Palettes`); None leaves
-            them. The other networks, a small part of a model, stay as they are.
-        chunks: packages to cut the transformer into.
-        prompts: what to calibrate palettes on; None takes some that the model knows.
-        palettes: those that the transformer has already, of `quantize` bits; None finds them.
+            is the resolution, and `config.few_step` the sampler if that LoRA is merged.
+        output: folder to write; must not exist, or be empty.
+        palettes: those of the transformer, of `settings.quantize` bits; None chooses new ones.
 
     Returns:
-        What report.json holds.
+        The contents of report.json.
 
     Raises:
-        UserError: options that do not go together, weights that are not of `palettes`, a library
-            that is missing, or a folder that holds something or cannot be written.
+        UserError: settings that contradict each other, weights that do not fit `palettes`, a
+            missing library, or an output folder that is not empty or cannot be written.
     """
-    check_options(widths, target, precision, quantize)
-    ct = coremltools()
+    settings.check()
+    check_new(output)
+    ct = import_coremltools()
     import torch
 
-    from convert.pytorch.attention import attend_split
-    from convert.pytorch.chunks import cut, cut_points, example_values
     from convert.pytorch.tiles import share_weights
 
-    kept = sorted(widths, key=lambda name: parse_width(name).share, reverse=True)
+    kept = sorted(settings.widths, key=lambda name: parse_width(name).share, reverse=True)
     if len(kept) == 1:
         components = of_width(components, kept[0])
-    if quantize is not None:
-        components, palettes = _with_palettes(components, quantize, kept, prompts, palettes)
+    if settings.quantize is not None:
+        components, palettes = _with_palettes(components, settings, kept, palettes=palettes)
     models = {width: of_width(components, width) for width in kept}
     components = models[kept[0]]
     config = dataclasses.replace(components.config, quantization=None)
-    networks = torch_networks(components, attend=attend_split)
-    missing = without_twin(components, networks)
-    transformers = {kept[0]: networks["transformer"]} | {
-        width: torch_networks(models[width], attend=attend_split)["transformer"]
-        for width in kept[1:]
-    }
+    networks, transformers = _twins(models)
     about = {
         "model": config.name,
-        "widths": " ".join(widths),
+        "widths": " ".join(settings.widths),
         "height": config.image_size[0],
         "image_width": config.image_size[1],
-        "target": target,
-        "precision": precision,
+        "target": settings.target,
+        "precision": settings.precision,
     }
     versions = {
         "mlx_snapgen": mlx_snapgen.__version__,
@@ -129,44 +103,36 @@ def export_coreml(
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    quantization = palettes.to_dict() if quantize is not None else None
-    report = about | {"not_exported": missing, "versions": versions, "quantization": quantization}
+    stored = palettes if settings.quantize is not None else None
+    report: dict[str, Any] = about | {
+        "not_exported": without_twin(components, networks),
+        "versions": versions,
+        "quantization": None if stored is None else stored.to_dict(),
+    }
     layers = share_weights(list(transformers.values()))
-    least = 0 if quantize is None else LEAST
-
-    inputs = _example_inputs(config)
-    ends = cut_points(transformers[kept[0]], chunks)
-    functions: list[dict[str, Network]] = [{} for _ in ends]
-    for width in widths:
-        parts = cut(transformers[width], ends)
-        if chunks == 1:
-            functions[0][width] = Network(
-                transformers[width], inputs["Transformer"], ("velocity",), least
-            )
-            continue
-        for function, part, values in zip(
-            functions, parts, example_values(parts, inputs["Transformer"]), strict=True
-        ):
-            function[width] = Network(part, values, part.outputs, least)
-    names = ["Transformer"] if chunks == 1 else [f"Transformer_{i}" for i in range(chunks)]
-    packages = dict(zip(names, functions, strict=True))
-    if "decoder" in networks:
-        packages["Decoder"] = {
-            "main": Network(networks["decoder"], inputs["Decoder"], ("picture",))
-        }
-    for name, encoder in _encoders(networks).items():
-        packages[name] = {"main": Network(encoder, inputs[name], ("text",))}
-
+    parts = _transformer_packages(
+        {width: transformers[width] for width in settings.widths},
+        _example_inputs(config)["Transformer"],
+        chunks=settings.chunks,
+        least=0 if stored is None else LEAST,
+    )
+    packages = parts | _other_packages(networks, config)
     report["packages"] = {}
     with new_folder(output) as partial:
-        for name, functions_of in packages.items():
-            path = partial / f"{name}.mlpackage"
-            described = f"{config.name or 'mlx_snapgen'}: {name}"
-            found = write_package(path, functions_of, target, precision, about, described)
+        for name, functions in packages.items():
+            print(f"{name}: converting", flush=True)
+            found = write_package(
+                partial / f"{name}.mlpackage",
+                functions,
+                target=settings.target,
+                precision=settings.precision,
+                about=about,
+                description=f"{config.name or 'mlx_snapgen'}: {name}",
+            )
             report["packages"][name] = found
             print(line(name, found), flush=True)
-        if quantize is not None:
-            _check_stored([report["packages"][name] for name in names], layers, palettes.bits)
+        if stored is not None:
+            _check_stored([report["packages"][name] for name in parts], layers, bits=stored.bits)
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -174,19 +140,75 @@ def export_coreml(
     return report
 
 
+def _twins(models: Mapping[str, Components]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The PyTorch networks of the widest model, and the transformer of every width."""
+    from convert.pytorch.attention import attend_split
+
+    found = {width: torch_networks(model, attend=attend_split) for width, model in models.items()}
+    return next(iter(found.values())), {w: made["transformer"] for w, made in found.items()}
+
+
+def _transformer_packages(
+    transformers: Mapping[str, Any], inputs: dict[str, Any], *, chunks: int, least: int
+) -> dict[str, dict[str, Network]]:
+    """Name of each package of the transformer -> its functions by width."""
+    from convert.pytorch.chunks import cut, cut_points, example_values
+
+    if chunks == 1:
+        return {
+            "Transformer": {
+                width: Network(network, inputs, ("velocity",), least)
+                for width, network in transformers.items()
+            }
+        }
+    widest = max(transformers, key=lambda name: parse_width(name).share)
+    ends = cut_points(transformers[widest], chunks)
+    packages: dict[str, dict[str, Network]] = {f"Transformer_{i}": {} for i in range(chunks)}
+    for width, network in transformers.items():
+        parts = cut(network, ends)
+        values = example_values(parts, inputs)
+        for functions, part, value in zip(packages.values(), parts, values, strict=True):
+            functions[width] = Network(part, value, part.outputs, least)
+    return packages
+
+
+def _other_packages(
+    networks: Mapping[str, Any], config: ModelConfig
+) -> dict[str, dict[str, Network]]:
+    """Name of the package of each other network -> its only function."""
+    from convert.pytorch.efficient_dit import ProjectedEncoder
+
+    inputs = _example_inputs(config)
+    packages = {}
+    if "decoder" in networks:
+        packages["Decoder"] = Network(networks["decoder"], inputs["Decoder"], ("picture",))
+    for i, projection in enumerate(networks["transformer"].text):
+        if (encoder := networks.get(f"text_encoder_{i}")) is not None:
+            name = f"TextEncoder_{i}"
+            projected = ProjectedEncoder(encoder, projection)
+            packages[name] = Network(projected, inputs[name], ("text",))
+    return {name: {"main": network} for name, network in packages.items()}
+
+
 def _with_palettes(
     components: Components,
-    average: float,
+    settings: ExportSettings,
     widths: Sequence[str],
-    prompts: Sequence[str] | None,
+    *,
     palettes: Palettes | None,
 ) -> tuple[Components, Palettes]:
-    """`components` with palettes in the transformer: those that it has, or else new ones."""
+    """`components` with palettes in the transformer: `palettes`, which it has, or new ones."""
     network = components.transformer
     if palettes is None:
-        several = {name: parse_width(name).share for name in widths}
-        shares = several if len(widths) > 1 else {widths[0]: 1.0}
-        palettes = choose_palettes(components, average, widths=shares, prompts=prompts)
+        assert settings.quantize is not None
+        print("choosing palettes: sampling calibration prompts", flush=True)
+        shares = {name: parse_width(name).share for name in widths}
+        palettes = choose_palettes(
+            components,
+            settings.quantize,
+            widths=shares if len(shares) > 1 else {widths[0]: 1.0},
+            prompts=settings.prompts,
+        )
         network = with_palettes(network, palettes.bits)
     check_palettes(network, palettes)
     return dataclasses.replace(components, transformer=network), palettes
@@ -195,12 +217,13 @@ def _with_palettes(
 def _check_stored(
     packages: Sequence[Mapping[str, Any]],
     layers: Mapping[str, Sequence[Any]],
+    *,
     bits: Mapping[str, int],
 ) -> None:
-    """An assertion that coremltools stored these palettes, and no others.
+    """Assert that coremltools stored these palettes, and no others.
 
     Args:
-        layers: see `torch_tiles.Layers`.
+        layers: see `convert.pytorch.tiles.Layers`.
     """
     tiles = [(conv, bits[path]) for path in bits for conv in layers[path]]
     sizes = [(conv.weight.numel(), n) for conv, n in tiles if conv.weight.numel() >= LEAST]
@@ -209,24 +232,12 @@ def _check_stored(
     if len(packages) == 1:
         average = sum(size * n for size, n in sizes) / sum(size for size, _ in sizes)
         stored = packages[0]["bits_per_index"]
-        # A layer of few different numbers takes fewer bits.
+        # A layer with few distinct values needs fewer bits.
         assert average - 0.1 < stored < average + 0.001, f"{stored} bits on average, not {average}"
 
 
-def _encoders(networks: Mapping[str, Any]) -> dict[str, Any]:
-    """Name of the package -> text encoder with its projection."""
-    from convert.pytorch.efficient_dit import ProjectedEncoder
-
-    projections = networks["transformer"].text
-    return {
-        f"TextEncoder_{i}": ProjectedEncoder(networks[f"text_encoder_{i}"], projection)
-        for i, projection in enumerate(projections)
-        if f"text_encoder_{i}" in networks
-    }
-
-
 def _example_inputs(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Tensors of the shapes that each package takes, by name."""
+    """Example inputs of each package, by name."""
     import torch
 
     side = config.autoencoder.downsampling
@@ -247,9 +258,10 @@ def _example_inputs(config: ModelConfig) -> dict[str, dict[str, Any]]:
     return inputs
 
 
-def needed_bytes(config: ModelConfig, widths: Sequence[str], precision: str) -> int:
-    """Disk space that an export takes while it is written, roughly."""
-    counts = [count_parameters(config.transformer.standalone(parse_width(w).share)) for w in widths]
-    # Each is written twice, and several widths are put together in a third package.
-    copies = 2 * sum(counts) + (max(counts) if len(widths) > 1 else 0)
-    return copies * (2 if precision == "float16" else 4)
+def needed_bytes(config: ModelConfig, settings: ExportSettings) -> int:
+    """Approximate disk space of an export while it is written."""
+    shares = [parse_width(width).share for width in settings.widths]
+    counts = [count_parameters(config.transformer.standalone(share)) for share in shares]
+    # Each network is written twice; several widths are joined in a third package.
+    copies = 2 * sum(counts) + (max(counts) if len(counts) > 1 else 0)
+    return copies * (2 if settings.precision == "float16" else 4)

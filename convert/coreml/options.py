@@ -1,29 +1,55 @@
-"""The options of `convert.coreml`, and what does not go together among them."""
+"""The settings and options of `convert.coreml`, and their checks."""
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from convert.coreml.package import PRECISIONS, TARGETS
+from convert.options import add_output
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.quantize.palettes import Palettes
 from mlx_snapgen.settings import WIDTH_NAMES
 
+TARGETS = ("ios17", "ios18")
+PRECISIONS = ("float16", "float32")
 
-def check_options(
-    widths: Sequence[str], target: str, precision: str, quantize: float | None
-) -> None:
-    """`UserError` for what Core ML does not do."""
-    if len(set(widths)) < len(widths):
-        raise UserError(f"a width is named twice: {' '.join(widths)}")
-    if len(widths) > 1 and target == "ios17":
-        raise UserError("several widths in one package take iOS 18: add --target ios18")
-    if quantize is not None and precision != "float16":
-        raise UserError("palettes are of float16: leave out --precision or --quantize")
-    if quantize is not None and not 4 <= quantize <= 8:
-        raise UserError(f"--quantize takes 4 to 8 bits on average or none, not {quantize:g}")
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of an export."""
+
+    widths: tuple[str, ...] = ("full",)
+    """Network widths; several become functions of these names in one package, the first its
+    default."""
+    target: str = "ios17"
+    """Oldest system that runs the packages, one of `TARGETS`."""
+    precision: str = "float16"
+    """One of `PRECISIONS`, of weights and arithmetic; the angles of the timestep stay float32."""
+    quantize: float | None = None
+    """Bits of the transformer's weights on average, 4 to 8 (see `Palettes`); None for no palettes.
+    The other networks, a small part of a model, are never quantized."""
+    chunks: int = 1
+    """Packages to cut the transformer into."""
+    prompts: Sequence[str] | None = None
+    """Calibration prompts for new palettes; None takes prompts of the model's vocabulary."""
+
+    def check(self) -> None:
+        """`UserError` for settings that Core ML does not support together."""
+        if len(set(self.widths)) < len(self.widths):
+            raise UserError(f"a width is named twice: {' '.join(self.widths)}")
+        if len(self.widths) > 1 and self.target == "ios17":
+            raise UserError("several widths in one package need iOS 18: add --target ios18")
+        if self.quantize is not None and self.precision != "float16":
+            raise UserError("palettes are of float16: leave out --precision or --quantize")
+        if self.quantize is not None and not 4 <= self.quantize <= 8:
+            raise UserError(
+                f"--quantize takes 4 to 8 bits on average or none, not {self.quantize:g}"
+            )
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -34,10 +60,10 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 
 def parse_bits(text: str | None, palettes: Palettes | None) -> float | None:
-    """Bits of --quantize, those of the model's own palettes when it is not given; None for "none".
+    """Bits that --quantize names, by default those of the model's palettes; None for "none".
 
     Raises:
-        UserError: no number, or not what the model's palettes have.
+        UserError: not a number, or not the bits of the model's palettes.
     """
     if text is None:
         return palettes and palettes.average_bits
@@ -48,23 +74,27 @@ def parse_bits(text: str | None, palettes: Palettes | None) -> float | None:
     if palettes and bits not in (None, palettes.average_bits):
         raise UserError(
             f"the model has palettes of {palettes.average_bits:g} bits on average, not {bits:g}: "
-            "leave out --quantize, or export the model that it was made of"
+            "leave out --quantize, or export the model that train.palettes started from"
         )
     return bits
 
 
 def check_palettes_fit(
-    palettes: Palettes, config: ModelConfig, widths: Sequence[str], prompts: Sequence[str] | None
+    palettes: Palettes,
+    config: ModelConfig,
+    *,
+    widths: Sequence[str],
+    prompts: Sequence[str] | None,
 ) -> None:
-    """`UserError` for what does not go with palettes that the model has already."""
+    """`UserError` for settings that contradict the palettes of a model that has some."""
     if prompts:
-        raise UserError("the model has its palettes: leave out --prompts")
+        raise UserError("the model has palettes already: leave out --prompts-file")
     other = [width for width in widths if width not in palettes.widths]
-    # A model of one width is that width, whatever it was called before.
+    # A model of one width is that width, whatever its name was before.
     if other and config.transformer.widths != (1.0,):
         raise UserError(
             f"the palettes are for {' and '.join(palettes.widths)}, not {other[0]}: export these, "
-            "or run train.palettes with the widths that you want"
+            "or run train.palettes with other widths"
         )
 
 
@@ -75,41 +105,93 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{path} has no prompts: write one on each line")
+        raise UserError(f"{path} has no prompts: write one per line")
     return prompts
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Resolution(argparse.Action):
+    """--resolution 512 or 512x768, now --height and --width."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        print("warning: --resolution is now --height and --width", file=sys.stderr)
+        namespace.height, namespace.width = parse_resolution(values)
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"a size is a number of pixels, not '{text}'")
+    return int(text)
+
+
+def make_parser(description: str | None) -> Parser:
+    parser = Parser(
         prog="python -m convert.coreml",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        renamed={
+            "--width": "--model-width",
+            "--widths": "--model-widths",
+            "--prompts": "--prompts-file",
+        },
+        only={"--width": WIDTH_NAMES},
     )
-    parser.add_argument("model", help="folder or repository of the model")
-    parser.add_argument("output", type=Path, help="folder to write, not there yet")
+    parser.add_argument("model", help="stickers, or folder or Hugging Face repository of a model")
+    add_output(parser)
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--width", choices=WIDTH_NAMES, default="full", help="default: full")
     chosen.add_argument(
-        "--widths", choices=WIDTH_NAMES, nargs="+", help="several in one package; takes iOS 18"
+        "--model-width",
+        dest="widths",
+        choices=WIDTH_NAMES,
+        nargs=1,
+        default=["full"],
+        help="network width to export (default: full)",
+    )
+    chosen.add_argument(
+        "--model-widths",
+        dest="widths",
+        choices=WIDTH_NAMES,
+        nargs="+",
+        default=["full"],
+        help="several network widths in one package; needs --target ios18 (default: full alone)",
+    )
+    size = "of the picture in pixels (default: the model's)"
+    parser.add_argument("--height", type=_pixels, metavar="PX", help=f"height {size}")
+    parser.add_argument("--width", type=_pixels, metavar="PX", help=f"width {size}")
+    parser.add_argument("--resolution", action=_Resolution, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        default="ios17",
+        help="oldest system that runs the packages (default: ios17)",
     )
     parser.add_argument(
-        "--resolution", metavar="N", help="pixels, 512 or 512x768; default: its own"
+        "--precision",
+        choices=PRECISIONS,
+        default="float16",
+        help="type of weights and arithmetic (default: float16)",
     )
-    parser.add_argument("--target", choices=TARGETS, default="ios17", help="default: ios17")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float16")
     parser.add_argument(
         "--quantize",
         metavar="BITS",
-        help="4 to 8, of the transformer's weights on average, such as 4.3, or none; default: "
-        "those that train.palettes gave the model, else none",
+        help="bits of a weight of the transformer on average, 4 to 8, such as 4.3, or none "
+        "(default: the palettes that train.palettes gave the model, else none)",
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="to calibrate on, one on each line"
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="calibration prompts for --quantize, one per line (default: prompts of the model's "
+        "vocabulary)",
     )
     parser.add_argument(
-        "--chunks", type=int, default=1, metavar="N", help="packages for the transformer"
+        "--chunks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of packages to cut the transformer into (default: 1)",
     )
     parser.add_argument(
-        "--no-few-step", action="store_true", help="leave the few-step LoRA out: many steps"
+        "--no-few-step",
+        action="store_true",
+        help="do not merge the model's few-step LoRA: export the many-step model (default: merge)",
     )
     return parser

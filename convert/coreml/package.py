@@ -1,22 +1,18 @@
-"""One Core ML package: a PyTorch network traced, converted, with palettes, of several functions."""
+"""One Core ML package: PyTorch networks traced, converted, palettized, and joined as functions."""
 
-import logging
 import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.mil.interpreter import summary
+from convert.libraries import import_coremltools, quiet_coremltools
+from convert.mil.summary import summary
 from mlx_snapgen.errors import UserError
-
-TARGETS = ("ios17", "ios18")
-PRECISIONS = ("float16", "float32")
 
 
 class Network(NamedTuple):
@@ -27,27 +23,16 @@ class Network(NamedTuple):
     """Example tensors by name, in the order of the module's arguments."""
     outputs: tuple[str, ...]
     least: int = 0
-    """Layers from this many weights on hold the numbers of palettes; 0 for none."""
+    """Layers with at least this many weights have palettes; 0 for none."""
 
 
-def coremltools() -> Any:
-    """The library; `UserError` when it is missing or meets a numpy that breaks it."""
-    try:
-        logging.getLogger("coremltools").setLevel(logging.ERROR)
-        import coremltools
-    except ImportError as error:
-        raise UserError(f"this needs coremltools ({error}): pip install '.[coreml]'") from None
-    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        # Its shape arithmetic fails there: apple/coremltools#2633.
-        raise UserError(
-            f"coremltools {coremltools.__version__} does not work with numpy {np.__version__}: "
-            "pip install 'numpy<2.4'"
-        )
-    return coremltools
+def convert(network: Network, *, target: str, precision: str, is_alone: bool = True) -> Any:
+    """A network as an MLModel, traced on its example inputs.
 
-
-def convert(ct: Any, network: Network, target: str, precision: str) -> Any:
-    """A network as an MLModel, traced on its example inputs."""
+    Args:
+        is_alone: False for one of several functions that share their palettes.
+    """
+    ct = import_coremltools()
     import torch
 
     half = precision == "float16"
@@ -61,30 +46,31 @@ def convert(ct: Any, network: Network, target: str, precision: str) -> Any:
         )
 
     pipeline = ct.PassPipeline()
-    # Axes, strides and other small constants too: without, they are half of a program.
+    # Deduplicate axes, strides and other small constants too: they are half of a program.
     pipeline.set_options("common::const_deduplication", {"const_threshold": 0})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(network.module, tuple(network.inputs.values()), check_trace=False)
-        model = ct.convert(
-            traced,
-            convert_to="mlprogram",
-            inputs=[described(name, value) for name, value in network.inputs.items()],
-            outputs=[ct.TensorType(name=name, dtype=floating) for name in network.outputs],
-            minimum_deployment_target=getattr(ct.target, target.replace("ios", "iOS")),
-            compute_precision=(
-                ct.transform.FP16ComputePrecision(op_selector=_not_an_angle)
-                if half
-                else ct.precision.FLOAT32
-            ),
-            pass_pipeline=pipeline,
-            skip_model_load=True,
-        )
-        return _with_palettes(model, network.least) if network.least else model
+    if network.least and not is_alone:
+        # It would scale the weights of one width, which then differ from those of the others.
+        pipeline.remove_passes({"common::fuse_conv_scale"})
+    traced = torch.jit.trace(network.module, tuple(network.inputs.values()), check_trace=False)
+    model = ct.convert(
+        traced,
+        convert_to="mlprogram",
+        inputs=[described(name, value) for name, value in network.inputs.items()],
+        outputs=[ct.TensorType(name=name, dtype=floating) for name in network.outputs],
+        minimum_deployment_target=getattr(ct.target, target.replace("ios", "iOS")),
+        compute_precision=(
+            ct.transform.FP16ComputePrecision(op_selector=_not_an_angle)
+            if half
+            else ct.precision.FLOAT32
+        ),
+        pass_pipeline=pipeline,
+        skip_model_load=True,
+    )
+    return _with_palettes(model, network.least) if network.least else model
 
 
 def _not_an_angle(operation: Any) -> bool:
-    """Whether an operation may be fp16: angles go up to 1000, where fp16 has steps of a half."""
+    """Whether an operation may be fp16. Angles go up to 1000, where fp16 has steps of 0.5."""
     if operation.op_type in ("sin", "cos"):
         return False
     if operation.op_type not in ("mul", "reshape", "expand_dims", "cast"):
@@ -93,21 +79,23 @@ def _not_an_angle(operation: Any) -> bool:
 
 
 def _with_palettes(model: Any, least: int) -> Any:
-    """The weights of layers, which hold few numbers already, as indices into them; exact."""
+    """Store the weights of layers, which have few distinct values, as indices; exact."""
     from coremltools.optimize.coreml import (
         OpPalettizerConfig,
         OptimizationConfig,
         palettize_weights,
     )
 
-    # Layers alone: a global configuration would take RoPE tables too.
-    how = OpPalettizerConfig(mode="unique", weight_threshold=least - 1)
-    return palettize_weights(model, OptimizationConfig(op_type_configs={"conv": how}))
+    # Layers only: a global configuration would include RoPE tables too.
+    config = OptimizationConfig()
+    config.set_op_type("conv", OpPalettizerConfig(mode="unique", weight_threshold=least - 1))
+    return palettize_weights(model, config)
 
 
 def write_package(
     path: Path,
     functions: Mapping[str, Network],
+    *,
     target: str,
     precision: str,
     about: Mapping[str, Any],
@@ -116,28 +104,28 @@ def write_package(
     """Convert networks and write them as one package.
 
     Args:
-        functions: name -> network; the first is the package's default. One alone is called "main",
-            several share the weights that are equal, which takes iOS 18.
+        functions: name -> network; the first is the package's default. A single one is named
+            "main"; several share equal weights, which needs iOS 18.
         about: further metadata of the package.
 
     Returns:
-        What is in it: `parameters` of the first network, `bytes`, `seconds`, and what
-        `mil_interpreter.summary` finds.
+        `parameters` of the first network, `bytes`, `seconds`, and what
+        `convert.mil.summary.summary` returns.
     """
-    ct = coremltools()
+    ct = import_coremltools()
     start = time.perf_counter()
 
     def saved(network: Network, to: Path) -> None:
-        model = convert(ct, network, target, precision)
+        is_alone = len(functions) == 1
+        model = convert(network, target=target, precision=precision, is_alone=is_alone)
         model.short_description = description
         model.user_defined_metadata.update({k: str(v) for k, v in about.items()})
         model.save(str(to))
 
-    if len(functions) == 1:
-        (network,) = functions.values()
-        saved(network, path)
-    else:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with quiet_coremltools(path.stem), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        if len(functions) == 1:
+            saved(next(iter(functions.values())), path)
+        else:
             shared = ct.utils.MultiFunctionDescriptor()
             for name, network in functions.items():
                 part = Path(folder) / f"{name}.mlpackage"
@@ -148,7 +136,7 @@ def write_package(
     for debris in path.rglob("executorch_debug_handle_mapping.json"):
         debris.unlink()
     for file in path.rglob("*"):
-        # coremltools leaves the program readable for its writer alone.
+        # coremltools makes the program readable for its owner only.
         file.chmod(file.stat().st_mode | 0o044 | (0o011 if file.is_dir() else 0))
     network = next(iter(functions.values()))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -171,7 +159,7 @@ def line(name: str, package: Mapping[str, Any]) -> str:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """`UserError` unless the disks of `output` and of temporary files have `needed` bytes left."""
+    """`UserError` unless the disks of `output` and of temporary files have `needed` bytes free."""
     folder = output.expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
@@ -179,6 +167,6 @@ def check_space(output: Path, needed: int) -> None:
     for place in {folder, Path(os.path.realpath(tempfile.gettempdir()))}:
         if (free := shutil.disk_usage(place).free) < needed:
             raise UserError(
-                f"{place} has {free / 1e6:,.0f} MB left, the export takes {needed / 1e6:,.0f} MB: "
-                "make room" + ("" if place == folder else " or set TMPDIR to another disk")
+                f"{place} has {free / 1e6:,.0f} MB free, the export takes {needed / 1e6:,.0f} MB: "
+                "free some space" + ("" if place == folder else " or set TMPDIR to another disk")
             )

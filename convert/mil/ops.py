@@ -1,9 +1,9 @@
-"""What Core ML's operations compute, in numpy.
+"""Core ML's operations, in numpy.
 
-Each function carries the name and the parameters of one operation of MIL (coremltools'
-converters/mil/mil/ops/defs), and its defaults. Tensors arrive as numpy arrays, floating ones in
-float32, constants such as axes as arrays too. The result is an array, or a list where an operation
-has several outputs; `mil_interpreter` rounds it to the type that the program declares.
+Each function has the name, parameters and defaults of one operation of MIL (coremltools'
+converters/mil/mil/ops/defs). Tensors are numpy arrays, floating ones in float32; constants such as
+axes are arrays too. The result is an array, or a list if an operation has several outputs;
+`convert.mil.execution` rounds it to the type that the program declares.
 """
 
 import math
@@ -27,7 +27,7 @@ OPS: dict[str, Callable] = {
         products.conv_transpose,
     )
 }
-"""Name of each operation that is known -> what computes it."""
+"""Name of each supported operation -> its function."""
 
 
 def _op(function: Callable) -> Callable:
@@ -113,7 +113,7 @@ def select(cond, a, b):
     return np.where(cond, a, b)
 
 
-# --- reductions and normalisation -------------------------------------------------------------
+# --- reductions and normalization -------------------------------------------------------------
 
 
 def _reduction(f: Callable) -> Callable:
@@ -221,7 +221,7 @@ def stack(values, axis):
 @_op
 def split(x, axis, num_splits=None, split_sizes=None):
     if split_sizes is None:
-        return np.split(x, int(num_splits), int(axis))
+        return np.split(x, ints(num_splits)[0], int(axis))
     return np.split(x, np.cumsum(ints(split_sizes))[:-1], int(axis))
 
 
@@ -260,7 +260,11 @@ def pad(x, pad, mode="constant", constant_val=0.0):
     widths = [(0, 0)] * (x.ndim - len(widths)) + widths
     if mode == "constant":
         return np.pad(x, widths, constant_values=constant_val)
-    return np.pad(x, widths, {"reflect": "reflect", "replicate": "edge"}[mode])
+    if mode == "reflect":
+        return np.pad(x, widths, "reflect")
+    if mode == "replicate":
+        return np.pad(x, widths, "edge")
+    raise KeyError(mode)
 
 
 @_op
@@ -330,7 +334,7 @@ def constexpr_lut_to_dense(indices, lut, shape=None, vector_axis=None):
     dense = lut.reshape(-1, vector)[_spread(first, indices.shape) + indices]
     if vector == 1:
         return dense[..., 0]
-    axis = int(vector_axis) % indices.ndim
+    axis = ints(vector_axis)[0] % indices.ndim
     shape = list(indices.shape)
     shape[axis] *= vector
     return np.moveaxis(dense, -1, axis + 1).reshape(shape)

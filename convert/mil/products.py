@@ -1,6 +1,6 @@
-"""Products of tensors as Core ML computes them, in numpy: matrices, attention, convolutions.
+"""Products of tensors as in Core ML, in numpy: matrices, attention, convolutions.
 
-The conventions are those of `mil_ops`, which lists these operations among its own.
+The conventions are those of `convert.mil.ops`, which lists these operations too.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from mlx_snapgen.errors import UserError
 
 
 def ints(values) -> tuple[int, ...]:
-    """A constant of whole numbers, one or many."""
+    """The integers of a constant, one or several."""
     return tuple(int(n) for n in np.atleast_1d(values))
 
 
@@ -36,7 +36,7 @@ def linear(x, weight, bias=None):
 def einsum(values, equation):
     x, y = values
     left, right, out = equation.replace(" ", "").replace("->", ",").split(",")
-    # The only kind that Core ML takes, up to the letters: (B, C, H, W) x (B, W, H, V).
+    # The only form in Core ML, apart from the letters: (B, C, H, W) x (B, W, H, V).
     if (right[-3], right[-2], out[:-1], out[-1]) != (left[-1], left[-2], left[:-1], right[-1]):
         return np.einsum(equation, x, y, optimize=True)
     return np.swapaxes(np.swapaxes(x, -3, -2) @ np.swapaxes(y, -3, -2), -3, -2)
@@ -61,7 +61,7 @@ def _spatial(rank: int, kernel, strides, dilations, pad_type, pad) -> tuple:
         return strides, dilations, [(0, 0)] * rank
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     if any(s != 1 for s in strides) or any(r % 2 for r in reach):
-        # Where the odd element goes is told differently for different operations.
+        # Operations differ in where the odd element goes.
         raise UserError(f"pad_type '{pad_type}' with strides {strides} and kernel {kernel}")
     return strides, dilations, [(r // 2, r // 2) for r in reach]
 

@@ -22,7 +22,7 @@ Constant = np.ndarray | str | list | Blob
 
 
 class Literal(NamedTuple):
-    """A constant written at its place of use; its class tells a text from a value's name."""
+    """A constant at its place of use, as opposed to the name of a value."""
 
     value: Constant
 
@@ -39,6 +39,11 @@ class Operation:
     name: str
     inputs: dict[str, list[str | Literal]]
     outputs: dict[str, TensorType]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its outputs are constants or decompressed weights."""
+        return self.type == "const" or self.type.startswith("constexpr_")
 
 
 @dataclass
@@ -71,7 +76,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def wire_fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field: whole numbers, or bytes. `ValueError` where it is damaged."""
+    """(number, value) of each field: integers or bytes. `ValueError` for damaged data."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -154,7 +159,7 @@ def _type(message: _Message) -> TensorType:
 
 
 def _constant(message: _Message) -> Constant:
-    """A Value: from the program itself, or where it is in the weight file."""
+    """A Value: from the program itself, or its place in the weight file."""
     if message.has(5):
         blob = message.message(5)
         return Blob(blob.text(1), blob.number(2), _type(message.message(2)))
@@ -239,7 +244,7 @@ class Package:
             raise UserError(f"{self.model_file} is damaged ({error!r}): export it again") from None
 
     def function(self, name: str | None = None) -> Function:
-        """The named function, None the default one; `UserError` when there is none."""
+        """The named function, or the default one; `UserError` if there is none."""
         name = self.default_function if name is None else name
         if name not in self.functions:
             known = ", ".join(self.functions)
@@ -272,4 +277,6 @@ def _model_file(path: Path) -> Path:
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
         return path / "Data" / item["path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no .mlpackage: its Manifest.json ({error!r})") from None
+        raise UserError(
+            f"{path} is no .mlpackage: its Manifest.json cannot be read ({error!r})"
+        ) from None

@@ -9,6 +9,7 @@ weight.bin (coremltools' MILBlob, storage format 2), little-endian, everything a
     data      row-major; elements of less than a byte packed from the lowest bit on, across bytes
 """
 
+import math
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ _BLOB_TYPES = {
     **{1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 6: "int16", 7: "uint16", 8: "int4"},
     **{9: "uint1", 10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32"},
 }
-"""A blob's own type, which must be the one that the program says."""
+"""Type of a blob, which must be the type in the program."""
 
 
 class TensorType(NamedTuple):
@@ -56,6 +57,15 @@ class TensorType(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.dtype} ({', '.join('?' if n is None else str(n) for n in self.shape)})"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a value without open dimensions, as all but inputs and outputs are."""
+        return tuple(n or 0 for n in self.shape)
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.sizes)
 
     @property
     def numpy(self) -> type:
@@ -100,7 +110,7 @@ class WeightFile:
         """A blob as a read-only view of the file; elements of less than a byte as new bytes.
 
         Raises:
-            UserError: there is no blob, or it is another than the program says.
+            UserError: there is no blob, or one of another type than in the program.
         """
         try:
             head = bytes(self._data[blob.offset : blob.offset + 24])
@@ -111,22 +121,19 @@ class WeightFile:
         if sentinel != _SENTINEL or start + size > len(self._data):
             raise UserError(f"{where} are damaged: export it again")
         kind = _BLOB_TYPES.get(dtype, f"type {dtype}")
-        count = int(np.prod(blob.type.shape))
-        if kind != blob.type.dtype or size != -(-count * blob.type.bits // 8):
+        if kind != blob.type.dtype or size != -(-blob.type.num_elements * blob.type.bits // 8):
             raise UserError(f"{where} are {size} bytes of {kind}, the program expects {blob.type}")
         return unpack(self._data[start : start + size], blob.type)
 
 
 def unpack(raw: np.ndarray, kind: TensorType) -> np.ndarray:
     """Stored bytes -> the tensor; elements of less than a byte from the lowest bit on."""
-    shape = tuple(n or 0 for n in kind.shape)
     if kind.bits >= 8:
-        return raw.view(kind.numpy).reshape(shape)
-    count = int(np.prod(shape))
-    values = unpack_bits(raw, kind.bits, count)
+        return raw.view(kind.numpy).reshape(kind.sizes)
+    values = unpack_bits(raw, kind.bits, kind.num_elements)
     if kind.dtype == "int4":
         values = (values ^ 8).astype(np.int8) - 8
-    return values.astype(kind.numpy).reshape(shape)
+    return values.astype(kind.numpy).reshape(kind.sizes)
 
 
 def unpack_bits(raw: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -1,33 +1,27 @@
-"""How far the networks here are from the libraries that they are ported from.
+"""Compare the networks here numerically with the libraries that they are ported from.
 
     python -m convert.parity
     python -m convert.parity --source my-clip --source Qwen-Image/vae
 
-Without a source, each network runs on random weights of a small size; with one, on the checkpoint
-in that folder. The table has the largest difference over the largest value, in float32. Needs the
-libraries themselves: pip install "mlx_snapgen[parity]".
+Without a source, each network runs at a small size with random weights; with one, on the checkpoint
+in that folder. The table lists the largest difference divided by the largest value, in float32.
+Needs the original libraries: pip install "mlx_snapgen[parity]".
 """
 
-import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
-
-# isort: split
-import mlx.core as mx
-import numpy as np
-
+from convert.libraries import require
 from convert.parity.autoencoders import (
     compare_kl_vae,
     compare_qwen_image_vae,
     make_kl_vae,
     make_qwen_image_vae,
 )
+from convert.parity.originals import relative_difference
 from convert.parity.text_encoders import compare_clip, compare_gemma, make_clip, make_gemma
 from convert.parity.transformers import (
     Pairs,
@@ -40,10 +34,11 @@ from convert.parity.transformers import (
 )
 from convert.public.kinds import find_kind
 from convert.public.source import find_source
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 
 LIMIT = 1e-3
-"""A larger relative difference is told as a fault; float32 networks are at 1e-6 to 1e-5."""
+"""A larger relative difference is an error; float32 networks are at 1e-6 to 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +52,7 @@ class Port:
     compare: Callable[[Path], Pairs]
     """Runs both on the checkpoint in a folder."""
     only_random: bool = False
-    """It takes more than the checkpoint."""
-
-
-def relative_difference(found: mx.array, expected: Any) -> float:
-    """Largest difference over largest value; NaN where either is not finite.
-
-    Args:
-        expected: a torch tensor of the same shape.
-    """
-    found, expected = np.array(found.astype(mx.float32)), expected.float().numpy()
-    if found.shape != expected.shape:
-        raise ValueError(f"{found.shape} is compared with {expected.shape}")
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-# --- text ---------------------------------------------------------------------------------------
+    """It needs more than a checkpoint."""
 
 
 PORTS = {
@@ -111,16 +91,13 @@ PORTS = {
 
 
 def measure(kind: str, folder: Path | None = None) -> list[tuple[str, float]]:
-    """(what, relative difference) of one network; on random weights without a folder.
+    """(output, relative difference) of one network; on random weights without a folder.
 
     Raises:
-        UserError: a library is missing, or the folder holds something else.
+        UserError: a library is missing, or the folder holds another network.
     """
     port = PORTS[kind]
-    missing = [p for p in port.packages if importlib.util.find_spec(p) is None]
-    if missing:
-        names = ", ".join(missing)
-        raise UserError(f'{kind} needs {names}: pip install "mlx_snapgen[parity]"')
+    require("parity", *port.packages)
     with tempfile.TemporaryDirectory() as place:
         if folder is None:
             folder = Path(place)
@@ -130,17 +107,17 @@ def measure(kind: str, folder: Path | None = None) -> list[tuple[str, float]]:
 
 
 def kind_of(source: str) -> tuple[str, Path]:
-    """The kind of a checkpoint and its folder; `UserError`: one that is compared with nothing."""
+    """Kind and folder of a checkpoint; `UserError` if no library has its network."""
     found = find_source(source)
     with tempfile.TemporaryDirectory() as place:
         kind = find_kind(found, found.weights(Path(place)))
     if kind not in PORTS or PORTS[kind].only_random:
-        raise UserError(f"{source} is a {kind}, which has no library to compare with on its own")
+        raise UserError(f"{source} is a {kind}, which no library here can run by itself")
     return kind, found.folder
 
 
 def _hush() -> None:
-    """The table without transformers' progress bars, and its list of a checkpoint's other keys."""
+    """Hide transformers' progress bars, and its list of a checkpoint's unused keys."""
     if importlib.util.find_spec("transformers") is not None:
         from transformers.utils import logging
 
@@ -149,21 +126,25 @@ def _hush() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.parity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog="python -m convert.parity", description=__doc__)
+    parser.add_argument(
+        "--source",
+        action="append",
+        metavar="FOLDER",
+        help="checkpoint to compare on; may be repeated (default: random weights)",
     )
     parser.add_argument(
-        "--source", action="append", metavar="FOLDER", help="a checkpoint of your own; repeatable"
+        "--kind",
+        action="append",
+        choices=PORTS,
+        help="network to compare; may be repeated (default: all)",
     )
-    parser.add_argument("--kind", action="append", choices=PORTS, help="only this; repeatable")
     args = parser.parse_args()
     if args.source and args.kind:
-        raise UserError("--source finds the kind itself: leave --kind out")
-    _hush()
+        raise UserError("the kind of a --source is detected: leave --kind out")
     runs = [kind_of(source) for source in args.source or ()]
     runs = runs or [(kind, None) for kind in args.kind or PORTS]
+    _hush()
     print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<10}difference")
     worst = done = 0.0
     for kind, folder in runs:
@@ -184,7 +165,7 @@ def main() -> int:
             if not difference <= LIMIT:
                 worst = float("inf")
     if not done:
-        raise UserError('no library is there to compare with: pip install "mlx_snapgen[parity]"')
+        raise UserError('no original library is installed: pip install "mlx_snapgen[parity]"')
     return 0 if worst <= LIMIT else 1
 
 

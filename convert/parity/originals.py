@@ -1,13 +1,157 @@
-"""Small original networks and tokenizers with random weights."""
+"""Original networks at a small size with random weights, and how far the ports are from them."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from mlx_snapgen.networks.text_encoders.clip import byte_symbols
 
 
+def library(name: str) -> Any:
+    """An original library, untyped: type checkers cannot follow how their modules are made."""
+    return importlib.import_module(name)
+
+
+def relative_difference(found: Any, expected: Any) -> float:
+    """Largest difference over largest value; NaN if a value is not finite.
+
+    Args:
+        found, expected: two of an mx array, a numpy array and a torch tensor, of one shape.
+    """
+
+    def array(value: Any) -> np.ndarray:
+        value = value.astype(mx.float32) if isinstance(value, mx.array) else value
+        return np.array(value.float() if hasattr(value, "float") else value)
+
+    a, b = array(found), array(expected)
+    if a.shape != b.shape:
+        raise ValueError(f"{a.shape} is compared with {b.shape}")
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def fill(network: Any) -> Any:
+    """Random weights everywhere in a torch network, of the size of trained ones."""
+    network.eval().requires_grad_(False)
+    for name, p in network.named_parameters():
+        if p.ndim == 1 or name.endswith("gamma"):
+            p.normal_("norm" in name and not name.endswith("bias"), 0.1)
+        else:
+            p.normal_(0, p[0].numel() ** -0.5)
+    return network
+
+
+def _made(package: str, network: str, config: str | None = None, **sizes: Any) -> Any:
+    """A network of a library with the weights that it starts with; some take a config object."""
+    library("torch").manual_seed(0)
+    module = library(package)
+    if config is None:
+        return getattr(module, network)(**sizes)
+    return getattr(module, network)(getattr(module, config)(**sizes))
+
+
+def clip() -> Any:
+    """transformers' CLIPTextModel."""
+    return _made(
+        "transformers",
+        "CLIPTextModel",
+        "CLIPTextConfig",
+        vocab_size=514,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=17,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def gemma() -> Any:
+    """transformers' Gemma3TextModel, for the tokens of `write_byte_tokenizer`."""
+    return _made(
+        "transformers",
+        "Gemma3TextModel",
+        "Gemma3TextConfig",
+        vocab_size=260,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=4,
+    )
+
+
+def qwen_image_vae() -> Any:
+    """diffusers' AutoencoderKLQwenImage."""
+    return _made(
+        "diffusers",
+        "AutoencoderKLQwenImage",
+        base_dim=8,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=[0.1] * 4,
+        latents_std=[1.5] * 4,
+    )
+
+
+def kl_vae() -> Any:
+    """diffusers' AutoencoderKL, as in Flux."""
+    return _made(
+        "diffusers",
+        "AutoencoderKL",
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64),
+        latent_channels=4,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def qwen_image(text_dims: int = 24) -> Any:
+    """diffusers' QwenImageTransformer2DModel."""
+    return _made(
+        "diffusers",
+        "QwenImageTransformer2DModel",
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=text_dims,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def z_image(text_dims: int = 24) -> Any:
+    """diffusers' ZImageTransformer2DModel."""
+    return _made(
+        "diffusers",
+        "ZImageTransformer2DModel",
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=text_dims,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 64, 64],
+    )
+
+
 def write_byte_tokenizer(folder: Path) -> None:
-    """Hugging Face's files of a tokenizer whose 260 tokens are marks and bytes."""
+    """Write Hugging Face's files of a tokenizer with 260 tokens: marks and bytes."""
     marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocabulary = {symbol: i for i, symbol in enumerate([*marks, *byte_symbols()])}
     added = [

@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from convert.parity.originals import clip, gemma, library, write_byte_tokenizer
 from convert.parity.transformers import Pairs
+from convert.public.convert import convert
 from convert.public.source import find_source
 from mlx_snapgen.checkpoint.clip import load_clip
 from mlx_snapgen.checkpoint.language_models import load_gemma
@@ -16,65 +18,32 @@ from mlx_snapgen.config import TextEncoderConfig
 
 
 def make_clip(folder: Path) -> None:
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=17,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
-    _randomise(transformers.CLIPTextModel(config), 0.2).save_pretrained(folder)
+    _randomize(clip(), 0.2).save_pretrained(folder)
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def compare_clip(folder: Path) -> Pairs:
-    import torch
-    import transformers
-
+    torch, transformers = library("torch"), library("transformers")
     ours = load_clip(folder)
     theirs = transformers.CLIPTextModel.from_pretrained(folder, dtype=torch.float32).eval()
     given, tokens = _tokens(ours.config.vocab_size, ours.config.max_length)
     with torch.no_grad():
         states = theirs(input_ids=given).last_hidden_state
     ours.apply(lambda value: value.astype(mx.float32))
-    yield "states", ours(tokens, None), states
+    yield "states", ours(tokens, mx.ones(tokens.shape)), states
 
 
 def make_gemma(folder: Path) -> None:
-    import transformers
-
-    config = transformers.Gemma3TextConfig(
-        vocab_size=260,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=4,
-    )
-    _randomise(transformers.Gemma3TextModel(config), 0.1).save_pretrained(folder)
-    from convert.parity.originals import write_byte_tokenizer
-
+    _randomize(gemma(), 0.1).save_pretrained(folder)
     write_byte_tokenizer(folder)
 
 
 def compare_gemma(folder: Path) -> Pairs:
-    import torch
-    import transformers
-
-    from convert.public.convert import convert
-
-    # transformers' own folders say things where mlx-lm does not look; converted ones do not.
+    torch, transformers = library("torch"), library("transformers")
+    # Converted, because mlx-lm does not read all settings of transformers' own folders.
     with tempfile.TemporaryDirectory() as place:
-        convert(find_source(str(folder)), Path(place) / "gemma", "gemma", mx.float32)
+        source = find_source(str(folder))
+        convert(source, Path(place) / "gemma", kind="gemma", dtype=mx.float32)
         values = json.loads((Path(place) / "gemma" / "config.json").read_text())
         config = TextEncoderConfig(
             kind="gemma", vocab_size=values["vocab_size"], hidden_size=values["hidden_size"]
@@ -92,14 +61,11 @@ def compare_gemma(folder: Path) -> Pairs:
 
 def _tokens(vocab_size: int, length: int) -> tuple[Any, mx.array]:
     tokens = np.random.default_rng(0).integers(0, vocab_size, (2, length))
-    import torch
-
-    return torch.tensor(tokens), mx.array(tokens)
+    return library("torch").tensor(tokens), mx.array(tokens)
 
 
-def _randomise(network: Any, std: float) -> Any:
-    import torch
-
+def _randomize(network: Any, std: float) -> Any:
+    torch = library("torch")
     torch.manual_seed(0)
     for name, parameter in network.named_parameters():
         mean = 1.0 if "norm" in name and parameter.ndim == 1 and std < 0.3 else 0.0

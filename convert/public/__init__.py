@@ -1,1 +1,1 @@
-"""Public checkpoints: found, read tensor by tensor, renamed and accounted for."""
+"""Public checkpoints: find, read tensor by tensor, rename, and report every key."""

@@ -1,4 +1,4 @@
-"""A public checkpoint to the format here, tensor by tensor."""
+"""Convert a public checkpoint to the format here, tensor by tensor."""
 
 import contextlib
 import fcntl
@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from convert.public.keymap import check_complete
 from convert.public.kinds import KINDS, Plan, find_kind
 from convert.public.report import peak_process_bytes
 from convert.public.source import Source
 from convert.public.stream import Entry, lazy, write_tensors
-from mlx_snapgen.checkpoint.module import listed
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new
 
@@ -26,32 +26,33 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 PIECE = 2**20
-"""Numbers of a matrix that are quantized at a time: larger pieces take memory and, on the CPU, time
-for fresh pages."""
+"""Numbers of a matrix that are quantized at a time. Larger pieces need more memory and, on the CPU,
+more time for fresh pages."""
 
 
 def convert(
     source: Source,
     out: str | Path,
+    *,
     kind: str | None = None,
     dtype: mx.Dtype | None = None,
-    bits: int | None = None,
-    group_size: int = 32,
+    quantization: Mapping[str, int] | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `source` as `out`, whole or not at all.
 
     Args:
         out: folder, or .safetensors file of a LoRA; must not exist, or be an empty folder.
-        kind: one of `KINDS`; None finds it.
+        kind: one of `KINDS`; None detects it.
         dtype: floating type to store; None keeps each tensor's.
-        bits: quantize the matrices whose rows `group_size` divides; None leaves them.
+        quantization: {"bits", "group_size"} of the matrices whose rows the group size divides; None
+            does not quantize.
 
     Returns:
-        The report, as report.json has it.
+        The contents of report.json.
 
     Raises:
-        UserError: files that are damaged, of another network or of none; an output that exists.
+        UserError: files that are damaged or of an unknown network; an output that exists.
     """
     out = Path(out).expanduser()
     check_new(out)
@@ -61,17 +62,19 @@ def convert(
         kind = find_kind(source, weights, kind)
         accounts = _account(source, weights, kind)
         plan = KINDS[kind].plan(source, weights)
+        _check_output(plan, out, is_quantized=quantization is not None)
+        if plan.expected is not None:
+            keys = KINDS[kind].keys
+            check_complete(keys, weights, plan.weights, plan.expected, where=source.path)
         del weights
-        _check_output(plan, out, bits)
-        _check_fit(source, plan)
-        how = None if bits is None else {"bits": bits, "group_size": group_size}
+        how = None if quantization is None else dict(quantization)
         entries = _entries(plan, dtype, how)
         wanted = [_identity(source), kind, str(dtype), how]
-        _go_on_with(work, hashlib.sha256(json.dumps(wanted).encode()).hexdigest())
+        _resume(work, hashlib.sha256(json.dumps(wanted).encode()).hexdigest())
         made = work / "out"
         made.mkdir(exist_ok=True)
-        metadata, single = plan.metadata, plan.config is None
-        config = None if single else plan.config(how)
+        metadata = plan.metadata
+        config = None if plan.config is None else plan.config(how)
         files, name = dict(plan.files), plan.file
         del plan
         total = sum(t.size * math.prod(shape) for e in entries for t, shape in e.shapes.values())
@@ -79,7 +82,7 @@ def convert(
             desc=kind, total=total, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
             notes = write_tensors(
-                made / name, entries, work / "journal", metadata, progress=bar.update
+                made / name, entries, work / "journal", metadata=metadata, progress=bar.update
             )
         report = {
             "source": str(source.path),
@@ -93,27 +96,27 @@ def convert(
             "keys": accounts,
             "relative_errors": dict(note for note in notes if note),
         }
-        if not single:
+        if config is not None:
             files["config.json"] = json.dumps(config, indent=1).encode()
             files["report.json"] = json.dumps(report, indent=1).encode()
         for name_, data in files.items():
             (made / name_).write_bytes(data)
-        _put(made / name if single else made, out)
+        _put(made / name if config is None else made, out)
     return report
 
 
-def _check_output(plan: Plan, out: Path, bits: int | None) -> None:
+def _check_output(plan: Plan, out: Path, *, is_quantized: bool) -> None:
     if plan.config is None and out.suffix != ".safetensors":
         raise UserError(f"{out}: a LoRA is one file, give a name ending in .safetensors")
-    if plan.config is None and bits is not None:
-        raise UserError("a LoRA is not quantized: leave --bits out")
+    if plan.config is None and is_quantized:
+        raise UserError("a LoRA is not quantized: leave --quantize out")
     if plan.config is not None and out.suffix == ".safetensors":
         raise UserError(f"{out}: the output is a folder, with config.json beside the weights")
 
 
 @contextlib.contextmanager
 def _claimed(work: Path) -> Iterator[None]:
-    """Have the work folder alone; it stays for the next try unless the conversion is done."""
+    """Lock the work folder; it is kept for the next try unless the conversion is complete."""
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / "lock", "w")  # noqa: SIM115
@@ -127,24 +130,24 @@ def _claimed(work: Path) -> Iterator[None]:
         try:
             yield
         except UserError:
-            # Nothing of a checkpoint that is refused is worth going on with.
+            # A checkpoint that is refused cannot be resumed.
             shutil.rmtree(work, ignore_errors=True)
             raise
         except OSError as error:
             raise UserError(
-                f"cannot write {work}: {error.strerror or error}; run again to go on"
+                f"cannot write {work}: {error.strerror or error}; run the command again to resume"
             ) from None
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _identity(source: Source) -> list[Any]:
-    """What changes when a checkpoint's files do."""
+    """Values that change with a checkpoint's files."""
     stats = [(path, path.stat()) for path in source.files]
     return [[str(path.resolve()), s.st_size, s.st_mtime_ns] for path, s in stats]
 
 
-def _go_on_with(work: Path, wanted: str) -> None:
-    """Keep what an earlier try wrote if it wanted the same; start over otherwise."""
+def _resume(work: Path, wanted: str) -> None:
+    """Keep the output of an earlier try of the same conversion; delete any other."""
     path = work / "wanted"
     if path.is_file() and path.read_text() == wanted:
         return
@@ -155,7 +158,7 @@ def _go_on_with(work: Path, wanted: str) -> None:
 
 def _put(made: Path, out: Path) -> None:
     if made.is_file():
-        # Claim the name, which fails when it is taken, then replace the claim.
+        # Create the file, which fails if it exists, then replace it.
         try:
             os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
@@ -164,60 +167,37 @@ def _put(made: Path, out: Path) -> None:
 
 
 def _account(source: Source, weights: Mapping[str, mx.array], kind: str) -> dict[str, Any]:
-    """What becomes of every key; `UserError` when one is unknown, or two become the same."""
+    """The report on every key; `UserError` for unknown ones, and for two of the same weight."""
     used, renamed, ignored, unknown, taken = [], {}, {}, [], {}
     for key in weights:
         try:
-            name = KINDS[kind].rename(key)
+            name, part, _ = KINDS[kind].keys.find(key)
         except UserError as error:
             unknown.append(str(error))
             continue
         if name is None:
-            ignored[key] = KINDS[kind].left_out
+            ignored[key] = KINDS[kind].ignored_because
             continue
-        if name in taken:
-            raise UserError(f"{source.path}: '{taken[name]}' and '{key}' are the same weight")
-        taken[name] = key
+        if (name, part) in taken:
+            raise UserError(f"{source.path}: '{taken[name, part]}' and '{key}' are the same weight")
+        taken[name, part] = key
         if name == key:
             used.append(key)
         else:
             renamed[key] = name
         if not mx.issubdtype(weights[key].dtype, mx.floating):
             raise UserError(
-                f"{source.path}: '{key}' is stored as whole numbers, so quantized by somebody: "
+                f"{source.path}: '{key}' is stored as whole numbers, so it is quantized already: "
                 "get the original weights"
             )
     if unknown:
         more = f" ({len(unknown)} such keys)" if len(unknown) > 1 else ""
-        raise UserError(f"{source.path} is no {kind}: {unknown[0]}{more}")
+        raise UserError(f"{source.path} is not a {kind}: {unknown[0]}{more}")
     return {"used": used, "renamed": renamed, "ignored": ignored, "missing": []}
 
 
-def _check_fit(source: Source, plan: Plan) -> None:
-    """`UserError` unless the checkpoint has just the weights that its config describes."""
-    if plan.expected is None:
-        return
-    found = {key: tuple(value.shape) for key, value in plan.weights.items()}
-    faults = [
-        listed("lacks", [key for key in plan.expected if key not in found]),
-        listed("has the unknown", [key for key in found if key not in plan.expected]),
-        listed(
-            "misshapes",
-            [
-                f"{key} {shape} instead of {tuple(plan.expected[key])}"
-                for key, shape in found.items()
-                if key in plan.expected and shape != tuple(plan.expected[key])
-            ],
-        ),
-    ]
-    if any(faults):
-        raise UserError(
-            f"{source.path} does not fit its config: it " + "; ".join(filter(None, faults))
-        )
-
-
 def _entries(plan: Plan, dtype: mx.Dtype | None, how: Mapping[str, int] | None) -> list[Entry]:
-    """What will be written, in order; takes the weights out of the plan."""
+    """The output's tensors in order; removes the weights from the plan."""
     quantized = set(plan.matrices(how["group_size"])) if how else set()
     if how and not quantized:
         raise UserError(f"no matrix has rows that {how['group_size']} divides: nothing to quantize")
@@ -227,16 +207,19 @@ def _entries(plan: Plan, dtype: mx.Dtype | None, how: Mapping[str, int] | None) 
         if dtype is not None:
             value = value.astype(dtype)
         layer = key.removesuffix(".weight")
-        entries.append(_packed(layer, value, how) if layer in quantized else lazy(key, value))
+        if how is not None and layer in quantized:
+            entries.append(_packed(layer, value, **how))
+        else:
+            entries.append(lazy(key, value))
     return entries
 
 
-def _packed(layer: str, value: mx.array, how: Mapping[str, int]) -> Entry:
-    """A matrix as `mx.quantize` packs it, noting |W - W'| / |W|."""
+def _packed(layer: str, value: mx.array, *, bits: int, group_size: int) -> Entry:
+    """A matrix packed by `mx.quantize`; the note is |W - W'| / |W|."""
     rows, columns = value.shape
-    groups = (rows, columns // how["group_size"])
+    groups = (rows, columns // group_size)
     shapes = {
-        f"{layer}.weight": (mx.uint32, (rows, columns * how["bits"] // 32)),
+        f"{layer}.weight": (mx.uint32, (rows, columns * bits // 32)),
         f"{layer}.scales": (value.dtype, groups),
         f"{layer}.biases": (value.dtype, groups),
     }
@@ -246,18 +229,18 @@ def _packed(layer: str, value: mx.array, how: Mapping[str, int]) -> Entry:
         exact = held.pop()
         mx.eval(exact)
         pieces, off, norm = [], 0.0, 0.0
-        # Rows are packed on their own, so in pieces: the error takes float32 copies.
+        # Rows are packed independently. In pieces, because the error needs float32 copies.
         step = max(1, PIECE // columns)
         for i in range(0, rows, step):
             piece = exact[i : i + step]
-            packed = mx.quantize(piece, **how)
+            packed = mx.quantize(piece, group_size, bits)
             piece = piece.astype(mx.float32)
-            again = mx.dequantize(*packed, **how).astype(mx.float32)
+            again = mx.dequantize(*packed, group_size=group_size, bits=bits).astype(mx.float32)
             squares = (again - piece).square().sum(), piece.square().sum()
             mx.eval(packed, squares)
             off, norm = off + squares[0].item(), norm + squares[1].item()
             pieces.append(packed)
-        parts = [mx.concatenate(part) for part in zip(*pieces, strict=True)]
+        parts = [mx.concatenate(list(part)) for part in zip(*pieces, strict=True)]
         return dict(zip(shapes, parts, strict=True)), [layer, (off / (norm or 1.0)) ** 0.5]
 
     return Entry(shapes, make)

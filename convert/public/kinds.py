@@ -1,8 +1,8 @@
-"""What can be converted: one entry of `KINDS` for each.
+"""The public networks that can be converted, one entry of `KINDS` for each.
 
-A kind knows what config.json calls its network, the name of each public key in ours, and how a
-checkpoint's lazy weights become ours. All else (streaming, types, quantization, the report) is the
-same for every kind and in `from_torch`.
+A kind has the name of its network in config.json, a table of its weights, and a function that plans
+the output. Streaming, types, quantization and the report are the same for all kinds, in
+`convert.public.convert`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,51 +10,39 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from convert.public.keys.autoencoders import (
-    kl_config,
-    kl_name,
-    kl_weights,
-    qwen_image_config,
-    qwen_image_name,
-    qwen_image_weights,
-    taehv_config,
-    taehv_name,
-    taehv_weights,
-)
-from convert.public.keys.gemma import GEMMA_FILES, gemma_config, gemma_name, gemma_shapes
+from convert.public.keymap import Renaming, Weights
+from convert.public.keys.autoencoders import AUTOENCODERS
+from convert.public.keys.gemma import GEMMA_FILES, GEMMA_KEYS, gemma_config, gemma_shapes
 from convert.public.keys.lora import lora_metadata, lora_name, lora_weights
-from convert.public.keys.transformers import make_transformer, transformer_name
-from convert.public.source import Source
+from convert.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
+from convert.public.source import Source, config_of
 from mlx_snapgen.checkpoint import clip
-from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
-from mlx_snapgen.config import AutoencoderConfig, to_dict
+from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
+from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
 from mlx_snapgen.teachers.folder import quantizable
 
-Weights = dict[str, mx.array]
 Config = Callable[[dict[str, int] | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will write."""
+    """The output of a conversion."""
 
     weights: Weights
     """Under our names, lazy."""
     file: str
     """Name of the file of weights."""
     config: Config | None = None
-    """Gives config.json for a quantization or None; without one the output is a single file."""
-    expected: Mapping[str, tuple[int, ...]] | None = None
-    """Every weight that the network has; None where only the checkpoint knows."""
+    """config.json for a quantization or None. Without this the output is a single file."""
+    expected: Shapes | None = None
+    """Every weight of the network; None if only the checkpoint determines them."""
     matrices: Callable[[int], list[str]] = lambda group_size: []
-    """Layers that a group size divides, which `bits` quantizes."""
+    """Layers to quantize in groups of a size that divides their rows."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """More files of the output folder."""
     metadata: Mapping[str, str] | None = None
@@ -65,13 +53,12 @@ class Kind:
     """A public network."""
 
     about: str
-    rename: Callable[[str], str | None]
-    """Our name of a public key, None where it is left out; `UserError`: of another network."""
-    left_out: str
-    """Why keys are."""
+    keys: Renaming
+    ignored_because: str
+    """Why some of its weights are ignored."""
     plan: Callable[[Source, Weights], Plan]
     classes: tuple[str, ...] = ()
-    """What config.json calls it: `_class_name`, `architectures` or `model_type`."""
+    """Its names in config.json: `_class_name`, `architectures` or `model_type`."""
 
 
 # --- parts of a model ---------------------------------------------------------------------------
@@ -84,7 +71,7 @@ def _part(
     weights: Weights,
     files: Mapping[str, bytes] | None = None,
 ) -> Plan:
-    """A model folder with one part: config.json, `name`.safetensors, perhaps a tokenizer."""
+    """A model folder with one part: config.json, `name`.safetensors, and further `files`."""
 
     def config(how: dict[str, int] | None) -> dict[str, Any]:
         quantization = None if how is None else {name: how}
@@ -95,46 +82,20 @@ def _part(
             "quantization": quantization,
         }
 
-    shapes = {key: value.shape for key, value in tree_flatten(module.parameters())}
     return Plan(
         weights,
         f"{name}.safetensors",
         config,
-        shapes,
+        shapes(module.parameters()),
         lambda group_size: matrices(module, group_size),
         files or {},
     )
 
 
-def _config_of(source: Source) -> dict[str, Any]:
-    if source.config is None:
-        raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
-    return source.config
-
-
-def _public_autoencoder(
-    name: str,
-    read: Callable[[dict[str, Any]], AutoencoderConfig],
-    weights: Callable[[Weights], Weights],
-) -> Callable[[Source, Weights], Plan]:
-    """What makes a plan out of diffusers' folder of the class `name`."""
-
-    def plan(source: Source, public: Weights) -> Plan:
-        values = _config_of(source)
-        try:
-            config = read(values)
-        except (KeyError, TypeError, IndexError) as error:
-            path = source.folder / "config.json"
-            raise UserError(f"{path} does not describe an {name}: {error!r}") from None
-        module = make_autoencoder(config)
-        return _part("autoencoder", to_dict(config), module, weights(public))
-
-    return plan
-
-
-def _taehv(source: Source, public: Weights) -> Plan:
-    config = taehv_config(public, source.path)
-    return _part("autoencoder", to_dict(config), make_autoencoder(config), taehv_weights(public))
+def _autoencoder(kind: str, source: Source, public: Weights) -> Plan:
+    config = AUTOENCODERS[kind].config(source, public)
+    weights = AUTOENCODERS[kind].keys.weights(public)
+    return _part("autoencoder", to_dict(config), make_autoencoder(config), weights)
 
 
 def _clip(source: Source, public: Weights) -> Plan:
@@ -146,9 +107,10 @@ def _clip(source: Source, public: Weights) -> Plan:
 
 
 def _teacher(source: Source, public: Weights) -> Plan:
-    """A public teacher's transformer, of which only the blocks are quantized."""
-    kind, network = make_transformer(_config_of(source), source.folder / "config.json")
-    plan = _part("transformer", {"kind": kind} | to_dict(network.config), network, public)
+    """A public teacher's transformer; only its blocks are quantized."""
+    kind, network = make_transformer(config_of(source), source.folder / "config.json")
+    values = {"kind": kind} | to_dict(network.config)
+    plan = _part("transformer", values, network, TRANSFORMER_KEYS[kind].weights(public))
 
     def layers(group_size: int) -> list[str]:
         return [key.removesuffix(".weight") for key in quantizable(network, group_size)]
@@ -160,10 +122,9 @@ def _teacher(source: Source, public: Weights) -> Plan:
 
 
 def _gemma(source: Source, public: Weights) -> Plan:
-    """A folder as mlx-lm has it, the source of a `gemma` text encoder."""
-    config = gemma_config(_config_of(source), source.folder / "config.json")
-    weights = {gemma_name(key): value for key, value in public.items()}
-    weights.pop(None, None)
+    """A folder in mlx-lm's format, the source of a `gemma` text encoder."""
+    config = gemma_config(config_of(source), source.folder / "config.json")
+    weights = GEMMA_KEYS.weights(public)
 
     def finish(how: dict[str, int] | None) -> dict[str, Any]:
         return config if how is None else config | {"quantization": how}
@@ -190,31 +151,36 @@ def _lora(source: Source, public: Weights) -> Plan:
 
 KINDS: dict[str, Kind] = {
     "qwen-image-vae": Kind(
-        "Qwen-Image's autoencoder, a folder of diffusers",
-        qwen_image_name,
+        "Qwen-Image's autoencoder, a folder in diffusers' format",
+        AUTOENCODERS["qwen-image-vae"].keys,
         "changes the frame rate of video",
-        _public_autoencoder("AutoencoderKLQwenImage", qwen_image_config, qwen_image_weights),
+        partial(_autoencoder, "qwen-image-vae"),
         ("AutoencoderKLQwenImage",),
     ),
     "kl-vae": Kind(
-        "the autoencoder of Flux and Z-Image, a folder of diffusers",
-        kl_name,
+        "the autoencoder of Flux and Z-Image, a folder in diffusers' format",
+        AUTOENCODERS["kl-vae"].keys,
         "",
-        _public_autoencoder("AutoencoderKL", kl_config, kl_weights),
+        partial(_autoencoder, "kl-vae"),
         ("AutoencoderKL",),
     ),
-    "taehv": Kind("a tiny autoencoder such as taew2_1", taehv_name, "", _taehv),
+    "taehv": Kind(
+        "a tiny autoencoder such as taew2_1",
+        AUTOENCODERS["taehv"].keys,
+        "",
+        partial(_autoencoder, "taehv"),
+    ),
     "clip": Kind(
         "CLIP's text tower, TinyCLIP's too: Hugging Face's or OpenCLIP's layout",
-        clip.public_name,
-        "not of the text tower's states",
+        Renaming(clip.public_name),
+        "not needed for the text tower's states",
         _clip,
         ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "clip", "clip_text_model"),
     ),
     "gemma": Kind(
         "a Gemma 3 as text encoder, in mlx-lm's format",
-        gemma_name,
-        "not of the text's states",
+        GEMMA_KEYS,
+        "not needed for the text's states",
         _gemma,
         (
             "Gemma3ForConditionalGeneration",
@@ -227,49 +193,51 @@ KINDS: dict[str, Kind] = {
     ),
     "qwen-image": Kind(
         "Qwen-Image's transformer, for convert.teacher",
-        partial(transformer_name, "qwen-image"),
+        TRANSFORMER_KEYS["qwen-image"],
         "",
         _teacher,
         ("QwenImageTransformer2DModel",),
     ),
     "z-image": Kind(
         "Z-Image's transformer, for convert.teacher",
-        partial(transformer_name, "z-image"),
+        TRANSFORMER_KEYS["z-image"],
         "",
         _teacher,
         ("ZImageTransformer2DModel",),
     ),
-    "lora": Kind("a LoRA, under the keys of diffusers, PEFT or kohya", lora_name, "", _lora),
+    "lora": Kind(
+        "a LoRA with the keys of diffusers, PEFT or kohya", Renaming(lora_name), "", _lora
+    ),
 }
-"""Name -> kind, as `--kind` takes it."""
+"""Value of `--kind` -> kind."""
 
 
 # --- detection ----------------------------------------------------------------------------------
 
 
 def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
-    """The kind of a checkpoint: `name`, what its config says, or what knows its keys.
+    """The kind of a checkpoint: `name`, the kind of its config, or the kind that has its keys.
 
     Raises:
-        UserError: no such kind, or a checkpoint that is of none.
+        UserError: no such kind, or a checkpoint of an unknown kind.
     """
     if name is not None:
         if name not in KINDS:
             raise UserError(f"no kind '{name}'{nearest(name, KINDS)}, known: {', '.join(KINDS)}")
         return name
-    said = _class_names(source.config or {})
+    names = _class_names(source.config or {})
     for candidate, kind in KINDS.items():
-        if set(said) & set(kind.classes):
+        if set(names) & set(kind.classes):
             return candidate
     known = {candidate: _known(kind, weights) for candidate, kind in KINDS.items()}
-    best = max(known, key=known.get)
-    if known[best] == len(weights) and not said:
+    best = max(known, key=known.__getitem__)
+    if known[best] == len(weights) and not names:
         return best
     classes = {c: k for k, kind in KINDS.items() for c in kind.classes}
-    called = f", which config.json calls {said[0]}{nearest(said[0], classes)}" if said else ""
-    near = f"; '{best}' knows {known[best]} of its {len(weights)} keys" if known[best] else ""
+    called = f", '{names[0]}' in config.json{nearest(names[0], classes)}" if names else ""
+    near = f"; '{best}' has {known[best]} of its {len(weights)} keys" if known[best] else ""
     raise UserError(
-        f"{source.path} is of no known kind{called}{near}: choose with --kind {{{','.join(KINDS)}}}"
+        f"{source.path} is of an unknown kind{called}{near}: choose --kind {{{','.join(KINDS)}}}"
     )
 
 
@@ -280,11 +248,11 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def _known(kind: Kind, weights: Weights) -> int:
-    """How many keys a kind knows, if it takes any of them."""
+    """How many of the keys a kind has; 0 if it ignores all of them."""
     count = taken = 0
     for key in weights:
         try:
-            taken += kind.rename(key) is not None
+            taken += kind.keys.find(key).name is not None
             count += 1
         except UserError:
             pass

@@ -1,4 +1,4 @@
-"""What `convert.from_torch` tells: sizes, keys, memory, and the errors of quantization."""
+"""The printed report of `convert.from_torch`: sizes, keys, memory, quantization errors."""
 
 import re
 import resource
@@ -11,13 +11,13 @@ from mlx_snapgen.checkpoint.module import listed
 
 
 def peak_process_bytes() -> int:
-    """The most memory that this process has held."""
+    """Peak memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def error_table(errors: Mapping[str, float]) -> str:
-    """Relative quantization errors, blocks of the same layer in one row."""
+    """Table of relative quantization errors, with one row for a layer of all blocks."""
     rows: dict[str, list[tuple[float, str]]] = {}
     for layer, error in errors.items():
         rows.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", layer), []).append((error, layer))
@@ -32,7 +32,7 @@ def error_table(errors: Mapping[str, float]) -> str:
 
 
 def summary(report: Mapping[str, Any], out: Path) -> str:
-    """The report in a few lines."""
+    """The report as text."""
     keys = report["keys"]
     lines = [
         f"{out}: {report['kind']}, {report['source_bytes'] / 1e6:.1f} MB -> "

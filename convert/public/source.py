@@ -1,4 +1,4 @@
-"""Public checkpoints: finding their files, checking that they are whole, and lazy weights.
+"""Public checkpoints: find their files, check that they are complete, and read weights lazily.
 
 safetensors are read tensor by tensor when they are needed. A PyTorch pickle is read by torch's
 weights-only loader, which runs no code of the file, and spooled into safetensors first.
@@ -22,10 +22,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SIDE_FILES = ("*.json", "*.txt", "*.txt.gz", "*.model", "*.jinja")
 
 NAMES = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model")
-"""Files of weights as the libraries call them, before other names."""
+"""Names of weight files in the original libraries; they are preferred to other names."""
 
 MAPPED_BYTES = 2**27
-"""Read of a pickle between two mappings of it."""
+"""Bytes read from a pickle before it is mapped again."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Source:
     """A checkpoint on this disk."""
 
     path: Path
-    """The folder or file that was named."""
+    """The folder or file that the user named."""
     folder: Path
-    """Where its config and tokenizer are."""
+    """The folder of its config and tokenizer."""
     files: tuple[Path, ...]
     config: dict[str, Any] | None
-    """config.json, or None; a single file has none of its own."""
+    """config.json; None if there is none, as for a single file."""
 
     @property
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
     def weights(self, spool: Path) -> dict[str, mx.array]:
-        """All tensors by key, lazy. Pickles are spooled into the folder `spool`.
+        """All tensors by key, lazy. Pickles are first copied to safetensors in the folder `spool`.
 
         Raises:
             UserError: a file that is damaged, or more than weights; a key in two files.
@@ -54,13 +54,9 @@ class Source:
         for i, path in enumerate(self.files):
             if path.suffix in PICKLES:
                 path = spooled(path, spool / f"{i}.safetensors")
-            check_whole(path)
-            try:
-                tensors = mx.load(str(path), format="safetensors")
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"{path} is damaged ({error}): get it again") from None
+            tensors = load_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
-                raise UserError(f"{path} has '{twice}' once more: it is in an earlier file")
+                raise UserError(f"{path} has '{twice}', which is also in an earlier file")
             found |= tensors
         return found
 
@@ -69,14 +65,16 @@ def find_source(source: str, revision: str | None = None, subfolder: str | None 
     """The checkpoint in a folder, a file, or a Hugging Face repository.
 
     Raises:
-        UserError: nothing there, a repository that cannot be had, missing or several files.
+        UserError: no such source, a repository that cannot be downloaded, missing files, or several
+            checkpoints.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if revision or subfolder:
             raise UserError(f"{path} is a file: it has neither revisions nor subfolders")
         if path.suffix not in (".safetensors", *PICKLES):
-            raise UserError(f"{path} is no checkpoint: .safetensors or {', '.join(PICKLES)}")
+            known = ", ".join((".safetensors", *PICKLES))
+            raise UserError(f"{path} is no checkpoint: give a file ending in one of {known}")
         return Source(path, path.parent, (path,), None)
     inside = f"{subfolder}/" if subfolder else ""
     is_local = path.is_dir()
@@ -84,7 +82,7 @@ def find_source(source: str, revision: str | None = None, subfolder: str | None 
         source, revision=revision, files=[inside + p for p in (*SIDE_FILES, "*.safetensors")]
     )
     if not is_local and not [*(folder / inside).glob("*.safetensors")]:
-        # Pickles are often there besides, and as large.
+        # Only now: many repositories have the same weights in pickles too.
         pickles = [f"{inside}*{suffix}" for suffix in PICKLES]
         folder = find_model(
             source, revision=revision, files=[*(inside + p for p in SIDE_FILES), *pickles]
@@ -135,7 +133,7 @@ def _indexed(path: Path) -> tuple[Path, ...]:
         names = sorted(set(index["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no index of shards: it has no weight_map") from None
-    # A name that leads out of the folder is none that a checkpoint has.
+    # Only file names: an index must not lead out of its folder.
     files = tuple(path.parent / Path(name).name for name in names)
     missing = [f.name for f in files if not f.is_file()]
     if missing:
@@ -147,8 +145,19 @@ def _indexed(path: Path) -> tuple[Path, ...]:
     return files
 
 
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file, lazy; `UserError` for one that is damaged."""
+    check_whole(path)
+    try:
+        tensors = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    assert isinstance(tensors, dict)
+    return tensors
+
+
 def check_whole(path: Path) -> None:
-    """`UserError` unless the safetensors file is as long as its header says."""
+    """`UserError` unless the safetensors file has the length in its header."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -164,6 +173,13 @@ def check_whole(path: Path) -> None:
         raise UserError(f"{path} is truncated: {size} of {whole} bytes, get it again")
 
 
+def config_of(source: Source) -> dict[str, Any]:
+    """config.json of a checkpoint; `UserError` when it has none."""
+    if source.config is None:
+        raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
+    return source.config
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -172,7 +188,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file; `UserError` when there are none."""
+    """The object in a JSON file; `UserError` if there is none."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} is no config: it holds no object")
@@ -183,7 +199,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def spooled(path: Path, target: Path) -> Path:
-    """Write the tensors of a PyTorch pickle as the safetensors file `target`, one by one.
+    """Copy the tensors of a PyTorch pickle to the safetensors file `target`, one by one.
 
     Raises:
         UserError: torch is not installed, or the file holds more than weights.
@@ -207,8 +223,8 @@ def spooled(path: Path, target: Path) -> Path:
 class _Pickle:
     """The tensors of a PyTorch pickle.
 
-    What was read of a mapped file counts as memory of the process until the mapping goes, so the
-    file is mapped anew every `MAPPED_BYTES`.
+    Pages read from a mapped file count as memory of the process until it is unmapped, so the file
+    is mapped again after every `MAPPED_BYTES`.
     """
 
     def __init__(self, path: Path, torch: Any) -> None:
@@ -216,7 +232,7 @@ class _Pickle:
         self._open()
 
     def _open(self) -> None:
-        # The old mapping goes before the new one comes.
+        # Unmap the file before mapping it again.
         self.tensors: dict[str, Any] = {}
         self.num_read, self.is_mapped = 0, True
         load = self.torch.load
@@ -238,7 +254,7 @@ class _Pickle:
         self.tensors = dict(_tensors(state, self.torch.Tensor))
 
     def take(self, name: str) -> Any:
-        """One tensor, which the caller lets go before the next."""
+        """One tensor; the caller must release it before the next call."""
         if self.is_mapped and self.num_read >= MAPPED_BYTES:
             self._open()
         tensor = self.tensors[name]
@@ -258,7 +274,7 @@ def _tensors(state: Any, kind: type) -> Sequence[tuple[str, Any]]:
 
 def _entry(name: str, tensor: Any, torch: Any, take: Callable[[str], Any]) -> Entry:
     types = {
-        torch.float64: mx.float32,  # mlx has none on a GPU, and no network needs it
+        torch.float64: mx.float32,  # MLX has no float64 on a GPU, and no network needs it
         torch.float32: mx.float32,
         torch.float16: mx.float16,
         torch.bfloat16: mx.bfloat16,
@@ -267,7 +283,7 @@ def _entry(name: str, tensor: Any, torch: Any, take: Callable[[str], Any]) -> En
     if tensor.dtype == torch.bool:
         dtype = mx.bool_
     if dtype is None:
-        raise UserError(f"'{name}' is of the type {tensor.dtype}, which is not known here")
+        raise UserError(f"'{name}' is of the type {tensor.dtype}, which is not supported")
 
     def make() -> tuple[dict[str, mx.array], None]:
         plain = take(name).detach().contiguous()

@@ -1,7 +1,7 @@
-"""Writing a safetensors file tensor by tensor, so that no more than one is in memory.
+"""Write a safetensors file tensor by tensor, so that only one is in memory.
 
-The header comes first and needs only names, types and shapes, which lazy arrays know. A journal
-beside the file tells how far it got: an interrupted one goes on from there.
+The header comes first and needs only names, types and shapes, which lazy arrays have. A journal
+beside the file lists the finished entries, to resume an interrupted conversion.
 """
 
 import json
@@ -26,23 +26,23 @@ TYPES = {
     mx.uint8: "U8",
     mx.bool_: "BOOL",
 }
-"""Floating types, what packed weights are made of, and what PyTorch files may hold besides."""
+"""Floating types, the types of packed weights, and others that PyTorch files may contain."""
 
 SYNC_BYTES = 256 << 20
-"""Written between two entries of the journal: what an interruption costs at most."""
+"""Written between two entries of the journal: the most that an interruption loses."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Tensors that are made together, such as the three of a quantized matrix."""
+    """Tensors that are computed together, such as the three of a quantized matrix."""
 
     shapes: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]
     make: Callable[[], tuple[dict[str, mx.array], Any]]
-    """Gives the tensors, and a JSON value that the journal keeps for the caller."""
+    """Returns the tensors, and a note for the journal, a JSON value."""
 
 
 def lazy(name: str, value: mx.array) -> Entry:
-    """An entry of one array that nothing else holds."""
+    """An entry of one array; the caller must not keep another reference to it."""
     held = [value]
     return Entry({name: (value.dtype, value.shape)}, lambda: ({name: held.pop()}, None))
 
@@ -51,20 +51,21 @@ def write_tensors(
     path: Path,
     entries: Sequence[Entry],
     journal: Path,
+    *,
     metadata: Mapping[str, str] | None = None,
     sync_bytes: int = SYNC_BYTES,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> list[Any]:
-    """Write `entries` to `path`, or go on with it where `journal` says; the notes of all entries.
+    """Write `entries` to `path`, or resume where `journal` ends; the notes of all entries.
 
-    The caller sees to it that a journal is of the same entries.
+    An existing journal must be of the same entries.
 
     Args:
-        progress: called with the bytes of each entry, those written earlier too.
+        progress: called with the bytes of each entry, including those written earlier.
     """
     head = _header(entries, metadata or {"format": "mlx"})
     done = _read_journal(journal)
-    # The file has at least what the journal tells, unless somebody cut it.
+    # The file is at least as long as the journal's last entry, unless it was truncated since.
     if not path.exists() or path.stat().st_size < (done[-1][0] if done else 0):
         done = []
     end = done[-1][0] if done else len(head)
@@ -86,8 +87,9 @@ def write_tensors(
                 value = mx.contiguous(tensors.pop(name))
                 if (value.dtype, value.shape) != (dtype, shape):
                     raise ValueError(f"{name} is {value.dtype} {value.shape}, not {dtype} {shape}")
-                # numpy's buffers know no bfloat16
-                file.write(memoryview(value.view(mx.uint16) if dtype == mx.bfloat16 else value))
+                # The buffer protocol has no bfloat16.
+                raw: Any = value.view(mx.uint16) if dtype == mx.bfloat16 else value
+                file.write(memoryview(raw))
                 del value
             mx.clear_cache()
             notes.append(note)
@@ -104,11 +106,11 @@ def write_tensors(
 
 
 def write_new(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+    path: Path, entries: Sequence[Entry], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """`write_tensors` to a new file that nobody will go on with."""
+    """`write_tensors` to a new file, without a journal to resume from."""
     journal = path.with_suffix(".journal")
-    write_tensors(path, entries, journal, metadata)
+    write_tensors(path, entries, journal, metadata=metadata)
     journal.unlink()
 
 
@@ -130,7 +132,7 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def _read_journal(path: Path) -> list[tuple[int, Any]]:
-    """(end of the entry in the file, its note) of the entries that are safely written."""
+    """(end of the entry in the file, its note) of the entries that are safely on disk."""
     if not path.exists():
         return []
     done = []

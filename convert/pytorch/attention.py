@@ -1,35 +1,37 @@
 """Attention of the Efficient DiT in PyTorch: RoPE, bands, ASSA and cross-attention.
 
-Two forms of one computation: `attend_fused` for PyTorch, `attend_split` for Core ML.
+Attention has two implementations: `attend_fused` for PyTorch, `attend_split` for Core ML.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-from convert.pytorch.layers import LayerNorm, keys_of, linear, split_heads, tokens
-from mlx_snapgen.config import TransformerConfig
-
-# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convert.pytorch.layers import LayerNorm, keys_of, linear, split_heads, tokens
+from mlx_snapgen.config import TransformerConfig
+
 
 class Bands(NamedTuple):
-    """Blocks of blockwise neighbourhood attention, in tokens."""
+    """Bands of blockwise neighborhood attention, in tokens."""
 
     size: int
     """Queries in each band; the last may have fewer."""
     seen: tuple[tuple[int, int], ...]
-    """For each band the first key that it sees, and the first behind those."""
+    """First key of each band, and the first key after it."""
 
 
 class Grid(nn.Module):
-    """A grid of tokens with the RoPE tables (1, 1, head_dim/2, N) and bands that belong to it.
+    """A grid of tokens with its RoPE tables (1, 1, head_dim/2, N) and bands.
 
-    A token of stride s stands at the centre of the s x s finest tokens that it covers.
+    A token of stride s is at the center of the s x s finest tokens that it covers.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: TransformerConfig, height: int, width: int, stride: int):
         super().__init__()
@@ -66,30 +68,43 @@ class Grid(nn.Module):
         return x.reshape(x.shape[0], x.shape[1], self.height, self.width)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], Bands | None, Tensor | None], Tensor]
+class Attend(Protocol):
+    """Softmax attention with scale 1/sqrt(D).
+
+    Args:
+        q: (B, heads * D, 1, Nq).
+        k: (B, Nk, kv_heads, D).
+        v: (B, kv_heads * D, 1, Nk).
+        kv_of: the kv head of each query head.
+        bands: None lets every query attend to every key.
+        bias: (B, Nk, 1, 1), added to the scores.
+
+    Returns:
+        (B, heads * D, 1, Nq)
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        kv_of: Sequence[int],
+        bands: Bands | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def attend_fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     kv_of: Sequence[int],
     bands: Bands | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention with scale 1/sqrt(D) through PyTorch's own kernels.
-
-    Args:
-        q: (B, heads * D, 1, Nq).
-        k: (B, Nk, kv_heads, D).
-        v: (B, kv_heads * D, 1, Nk).
-        kv_of: the kv head that each query head reads.
-        bands: None lets every query see every key.
-        bias: (B, Nk, 1, 1), added to the scores.
-
-    Returns:
-        (B, heads * D, 1, Nq)
-    """
+    """Attention through PyTorch's own kernels (see `Attend`)."""
     shared = torch.tensor(kv_of, device=q.device)
     q = split_heads(q, len(kv_of)).transpose(2, 3)
     v = split_heads(v, k.shape[2]).transpose(2, 3)[:, shared]
@@ -110,26 +125,29 @@ def attend_split(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     kv_of: Sequence[int],
     bands: Bands | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What `attend_fused` computes, head by head and without a reshape, for Core ML."""
+    """Attention head by head and without a reshape, for Core ML (see `Attend`)."""
     head_dim = k.shape[3]
-    pairs = list(zip(k.split(1, 2), v.split(head_dim, 1), strict=True))
-    if bands is not None:
-        pairs = [[(k[:, a:b], v[..., a:b]) for a, b in bands.seen] for k, v in pairs]
+    # Keys and values of each band, for each kv head.
+    pairs = [
+        [(k[:, a:b], v[..., a:b]) for a, b in bands.seen] if bands else [(k, v)]
+        for k, v in zip(k.split(1, 2), v.split(head_dim, 1), strict=True)
+    ]
     out = []
     for head, kv in zip((q * head_dim**-0.5).split(head_dim, 1), kv_of, strict=True):
-        if bands is None:
-            out.append(_attend_one(head, *pairs[kv], bias))
-        else:
-            parts = zip(head.split(bands.size, 3), pairs[kv], strict=True)
-            out.append(torch.cat([_attend_one(band, *pair) for band, pair in parts], 3))
+        parts = head.split(bands.size, 3) if bands else [head]
+        made = [
+            _attend_one(part, *pair, bias=bias) for part, pair in zip(parts, pairs[kv], strict=True)
+        ]
+        out.append(torch.cat(made, 3) if bands else made[0])
     return torch.cat(out, 1)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """One head: q (B, D, 1, Nq) scaled, k (B, Nk, 1, D), v (B, D, 1, Nk) -> (B, D, 1, Nq)."""
     scores = torch.einsum("bkhc,bchq->bkhq", k, q)
     if bias is not None:
@@ -160,13 +178,13 @@ class SelfAttention(nn.Module):
     def forward(self, h: Tensor, grid: Grid, cells: Grid | None) -> Tensor:
         q, k, v = self.project(h, grid)
         k = grid.rotate(k).permute(0, 3, 1, 2)
-        return self.out_proj(self.attend(q, k, v, self.kv_of))
+        return self.out_proj(self.attend(q, k, v, kv_of=self.kv_of))
 
 
 class SparseSelfAttention(SelfAttention):
     """Adaptive sparse self-attention, ASSA (SnapGen++ section 3.1).
 
-    A global branch over keys and values compressed 2x2 (eq. 1) and blockwise neighbourhood
+    A global branch over keys and values compressed 2x2 (eq. 1) and blockwise neighborhood
     attention (eqs. 2-3), mixed per head and token.
     """
 
@@ -178,13 +196,14 @@ class SparseSelfAttention(SelfAttention):
         self.mix_proj = linear(config.hidden_size, self.heads)
 
     def forward(self, h: Tensor, grid: Grid, cells: Grid | None) -> Tensor:
+        assert cells is not None
         q, k, v = self.project(h, grid)
         flat = k.reshape(v.shape)
         k_cells = split_heads(tokens(self.k_compress(grid.picture(flat))), self.kv_heads)
         v_cells = tokens(self.v_compress(grid.picture(v)))
         k, k_cells = grid.rotate(k).permute(0, 3, 1, 2), cells.rotate(k_cells).permute(0, 3, 1, 2)
-        out_global = self.attend(q, k_cells, v_cells, self.kv_of)
-        out_local = self.attend(q, k, v, self.kv_of, grid.bands)
+        out_global = self.attend(q, k_cells, v_cells, kv_of=self.kv_of)
+        out_local = self.attend(q, k, v, kv_of=self.kv_of, bands=grid.bands)
         # One weight per head and token: (B, heads, 1, N) -> (B, d, 1, N)
         mix = torch.sigmoid(self.mix_proj(h))
         mix = mix.expand(-1, -1, h.shape[1] // self.heads, -1).reshape(h.shape)
@@ -205,5 +224,5 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
         k = keys_of(self.k_proj(text), self.kv_heads)
         return self.out_proj(
-            self.attend(self.q_proj(x), k, self.v_proj(text), self.kv_of, None, bias)
+            self.attend(self.q_proj(x), k, self.v_proj(text), kv_of=self.kv_of, bias=bias)
         )

@@ -1,14 +1,20 @@
-"""The Efficient DiT in PyTorch, at one width and one resolution: the twin of `mlx_snapgen`'s.
+"""The Efficient DiT in PyTorch, at one width and one resolution: the twin of the MLX network.
 
-For PyTorch users, and what Core ML export traces: shapes, RoPE tables and bands are fixed when the
-network is built, so nothing in `forward` depends on the data. `torch_layers` tells the layout.
-Names are those of the MLX network, and so is the order of channels; `to_torch` moves the weights.
+For PyTorch users, and for the Core ML export, which traces it: shapes, RoPE tables and bands are
+fixed when the network is built, so `forward` does not depend on the data. The layout is described
+in `convert.pytorch.layers`. Names and order of channels are those of the MLX network;
+`convert.pytorch.weights` copies the weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from convert.pytorch.attention import (
     Attend,
@@ -19,16 +25,10 @@ from convert.pytorch.attention import (
     attend_fused,
 )
 from convert.pytorch.folder import read_config, twin_files
-from convert.pytorch.layers import RMSNorm, linear, normalised, text_bias, tokens
+from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, tokens
 from convert.pytorch.parts import Decoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
-
-# isort: split
-import safetensors.torch
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 
 class TimestepEmbedder(nn.Module):
@@ -36,14 +36,14 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, frequency_dim: int, dims: int):
         super().__init__()
-        self.half = frequency_dim // 2
+        self.frequencies = frequency_dim // 2
         self.linear1 = linear(frequency_dim, dims)
         self.linear2 = linear(dims, dims)
 
     def forward(self, t: Tensor) -> Tensor:
         # In float32 whatever the weights are: angles go up to 1000.
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        frequencies = 1000 * torch.exp(-math.log(10000) / self.half * steps)
+        steps = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
+        frequencies = 1000 * torch.exp(-math.log(10000) / self.frequencies * steps)
         angles = t.reshape(-1, 1, 1, 1).float() * frequencies.reshape(1, -1, 1, 1)
         x = torch.cat([angles.cos(), angles.sin()], 1).to(self.linear1.weight.dtype)
         return self.linear2(F.silu(self.linear1(x)))
@@ -104,10 +104,10 @@ class Block(nn.Module):
         cells: Grid | None = None,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(modulation)
-        h = normalised(x, 1e-6) * (1 + scale_a) + shift_a
+        h = normalized(x, 1e-6) * (1 + scale_a) + shift_a
         x = x + gate_a * self.self_attention(h, grid, cells)
         x = x + self.cross_attention(x, text, bias)
-        h = normalised(x, 1e-6) * (1 + scale_f) + shift_f
+        h = normalized(x, 1e-6) * (1 + scale_f) + shift_f
         return x + gate_f * self.ffn(h)
 
 
@@ -159,7 +159,7 @@ class TextProjection(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated norm, the linear layer to the velocity of a patch, and the patches' pixels."""
+    """Modulated norm, a linear layer to the velocity of a patch, and patches to pixels."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -169,7 +169,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = self.modulation(torch.cat([embedding, embedding], 1))
-        v = self.linear(normalised(x, 1e-6) * (1 + scale) + shift)
+        v = self.linear(normalized(x, 1e-6) * (1 + scale) + shift)
         return F.pixel_shuffle(grid.picture(v), self.patch)
 
 
@@ -218,7 +218,11 @@ class EfficientDiT(nn.Module):
         self.resize(latent_size)
 
     def resize(self, latent_size: tuple[int, int]) -> None:
-        """Take latents of this (height, width) from now on; see the class for the error."""
+        """Change the (height, width) of the latents.
+
+        Raises:
+            UserError: sides that do not divide by twice the patch size.
+        """
         unit = 2 * self.config.patch_size
         if any(side < 1 or side % unit for side in latent_size):
             height, width = latent_size
@@ -261,30 +265,74 @@ class EfficientDiT(nn.Module):
         Returns:
             v (B, C, H, W)
         """
-        bias = None if mask is None else text_bias(mask).to(text.dtype)
-        x = tokens(self.patch_embed(x_t))
-        embedding, modulation = self.time(t)
-        for block in self.down_blocks:
-            x = block(x, modulation, text, bias, self.grid, self.cells)
-        if self.config.blocks[1]:
-            skip = x
-            x = self._middle(self.downsample(x, self.grid), modulation, text, bias)
-            x = self.upsample(x, skip, self.cells)
-            for block in self.up_blocks:
-                x = block(x, modulation, text, bias, self.grid, self.cells)
-        return self.head(x, embedding, self.grid)
+        values: dict[str, Any] = {"x_t": x_t, "t": t, "text": text, "mask": mask}
+        for step in self.steps():
+            values |= step(values)
+        return values["velocity"]
 
-    def _middle(self, x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        """Middle stage: block i's output returns at the input of block n - 1 - i."""
-        count = len(self.middle_blocks)
-        outputs = []
-        for i, block in enumerate(self.middle_blocks):
-            mirrored = count - 1 - i
-            if self.config.long_skips and mirrored < i:
-                x = self.long_skips[i - (count + 1) // 2](x, outputs[mirrored])
-            x = block(x, modulation, text, bias, self.cells)
-            outputs.append(x)
-        return x
+    def steps(self) -> list["Step"]:
+        """The order of the network's parts, from x_t, t, text and mask to "velocity".
+
+        `forward` runs these steps, and `convert.pytorch.chunks` cuts between them. The hidden state
+        is "x", or "skip" and "middle_<i>" where a later step reads it once more: in the middle
+        stage, the output of block i returns at the input of block n - 1 - i.
+        """
+        grid, cells = self.grid, self.cells
+        count, skips = self.config.blocks[1], self.config.long_skips
+        steps: list[Step] = []
+
+        def start(x_t: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+            x = tokens(self.patch_embed(x_t))
+            return x, *self.time(t), None if mask is None else text_bias(mask).to(x.dtype)
+
+        def add(
+            run: Callable, reads: tuple[str, ...], module: nn.Module, writes: str = "x"
+        ) -> None:
+            # The hidden state has the name that the step before gave it.
+            reads = (steps[-1].writes[0], *reads)
+            steps.append(Step(reads, (writes,), lambda *values: (run(*values),), (module,)))
+
+        def add_block(block: nn.Module, *grids: Grid, writes: str = "x") -> None:
+            def run(x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+                return block(x, modulation, text, bias, *grids)
+
+            add(run, ("modulation", "text", "bias"), block, writes)
+            steps[-1] = steps[-1]._replace(is_block=True)
+
+        made = ("x", "embedding", "modulation", "bias")
+        steps.append(Step(("x_t", "t", "mask"), made, start, (self.patch_embed, self.time)))
+        for i, block in enumerate(self.down_blocks):
+            last = count and i == len(self.down_blocks) - 1
+            add_block(block, grid, cells, writes="skip" if last else "x")
+        if count:
+            add(lambda x: self.downsample(x, grid), (), self.downsample)
+            for i, block in enumerate(self.middle_blocks):
+                mirrored = count - 1 - i
+                if skips and mirrored < i:
+                    long_skip = self.long_skips[i - (count + 1) // 2]
+                    add(long_skip, (f"middle_{mirrored}",), long_skip)
+                add_block(block, cells, writes=f"middle_{i}" if skips and mirrored > i else "x")
+            add(lambda x, skip: self.upsample(x, skip, cells), ("skip",), self.upsample)
+            for block in self.up_blocks:
+                add_block(block, grid, cells)
+        head = self.head
+        add(lambda x, embedding: head(x, embedding, grid), ("embedding",), head, "velocity")
+        return steps
+
+
+class Step(NamedTuple):
+    """A part of the network that is never cut. It reads and writes values by name."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    run: Callable[..., tuple[Any, ...]]
+    modules: tuple[nn.Module, ...]
+    is_block: bool = False
+    """The network may be cut before it."""
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        made = self.run(*(values[name] for name in self.reads))
+        return dict(zip(self.writes, made, strict=True))
 
 
 class ProjectedEncoder(nn.Module):
@@ -299,28 +347,28 @@ class ProjectedEncoder(nn.Module):
 
 
 class Model(NamedTuple):
-    """What `to_torch` writes, in memory."""
+    """A model written by `convert.to_torch`, in memory."""
 
     config: ModelConfig
     transformer: EfficientDiT
     decoder: Decoder | None
-    """None where the model has a public autoencoder."""
+    """None if the model has a public autoencoder."""
     text_encoders: list[TextEncoder | None]
-    """None stands for a public one."""
+    """None for a public text encoder."""
 
 
 def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
-    """Read a folder that `convert.to_torch` wrote: float32, on the CPU, for the model's own size.
+    """Load a folder of `convert.to_torch`, in float32, on the CPU, for the model's own size.
 
     Args:
         attend: see `EfficientDiT`.
 
     Raises:
-        UserError: no such folder, or its weights do not fit.
+        UserError: no such folder, or weights that do not fit.
     """
     folder = Path(folder).expanduser()
     config, _ = read_config(folder)
-    networks = make_networks(config, attend)
+    networks: dict[str, Any] = make_networks(config, attend)
     for name, network in networks.items():
         path = folder / f"{name}.safetensors"
         try:
@@ -333,9 +381,10 @@ def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
 
 
 def make_networks(config: ModelConfig, attend: Attend = attend_fused) -> dict[str, nn.Module]:
-    """The networks of a model that have a twin, by the name of their file, with random weights."""
+    """The twins of a model's networks, by file name, with random weights."""
     side = config.autoencoder.downsampling
-    latent_size = tuple(pixels // side for pixels in config.image_size)
+    height, width = config.image_size
+    latent_size = (height // side, width // side)
     networks: dict[str, nn.Module] = {}
     for name in twin_files(config):
         if name == "transformer":

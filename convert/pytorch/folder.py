@@ -1,4 +1,4 @@
-"""The folder that `convert.to_torch` writes, told without torch and without mlx."""
+"""The folder that `convert.to_torch` writes; imports neither torch nor mlx."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ FORMAT = "mlx_snapgen for PyTorch, 1"
 
 
 def twin_files(config: ModelConfig) -> list[str]:
-    """The networks of a model that have a PyTorch twin, by the name of the twin's file."""
+    """File names, without suffix, of the networks that have a PyTorch twin."""
     encoders = [
         f"text_encoder_{i}"
         for i, encoder in enumerate(config.text_encoders)

@@ -1,18 +1,11 @@
-"""PyTorch layers that the twins of our networks share, laid out as Core ML and phones want them.
+"""PyTorch layers that the twins share, in the layout that Core ML runs fastest.
 
-Tokens are (B, C, 1, N), channels first and N tokens of a grid in raster order, pictures and latents
-(B, C, H, W), and every linear layer is a 1x1 convolution, as SnapGen++ has it on the phone and
-Apple advises for the Neural Engine.
+Tokens are (B, C, 1, N), channels first and the N tokens of a grid in raster order; pictures and
+latents are (B, C, H, W). Every linear layer is a 1x1 convolution, as in SnapGen++ on the phone and
+as Apple recommends for the Neural Engine.
 """
 
-from mlx_snapgen.errors import UserError
-
-try:
-    import safetensors.torch  # noqa: F401
-    import torch
-except ImportError as error:
-    raise UserError(f"this needs PyTorch ({error}): pip install '.[torch]'") from None
-
+import torch
 from torch import Tensor, nn
 
 
@@ -21,7 +14,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, bias=bias)
 
 
-def normalised(x: Tensor, eps: float, dim: int = 1) -> Tensor:
+def normalized(x: Tensor, eps: float, dim: int = 1) -> Tensor:
     """LayerNorm over `dim` without affine parameters."""
     x = x - x.mean(dim, keepdim=True)
     return x * torch.rsqrt((x * x).mean(dim, keepdim=True) + eps)
@@ -39,7 +32,7 @@ class LayerNorm(nn.Module):
         self.dim, self.eps = dim, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(x, self.eps, self.dim) * self.weight + self.bias
+        return normalized(x, self.eps, self.dim) * self.weight + self.bias
 
 
 class RMSNorm(nn.Module):
@@ -61,12 +54,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def keys_of(x: Tensor, heads: int) -> Tensor:
-    """(B, heads * D, 1, N) -> (B, N, heads, D), as attention takes its keys."""
+    """(B, heads * D, 1, N) -> (B, N, heads, D), the layout of keys (see `Attend`)."""
     return split_heads(x, heads).permute(0, 3, 1, 2)
 
 
 def text_bias(mask: Tensor) -> Tensor:
-    """Mask (B, L), 1 or true where a token counts -> `bias` of attention, small enough for fp16."""
+    """Mask (B, L), 1 or true where a token counts -> `bias` of attention, within fp16's range."""
     return (mask.to(torch.float32)[:, :, None, None] - 1) * 1e4
 
 

@@ -1,17 +1,17 @@
 """The default model's other networks in PyTorch: the decoder and the text encoder.
 
-Twins of `autoencoder.Decoder` and `text_encoder.TransformerTextEncoder`, in the layout of
-`torch_layers`.
+Twins of `networks.autoencoders.convolutional.Decoder` and of
+`networks.text_encoders.sentencepiece.TransformerTextEncoder`, in the layout of
+`convert.pytorch.layers`.
 """
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from convert.pytorch.attention import Attend, attend_fused
 from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bias
 from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
-
-# isort: split
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
@@ -28,7 +28,10 @@ class ResidualBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Normalised latents (B, C, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1], unclipped."""
+    """Normalized latents (B, C, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1], not clipped."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -75,7 +78,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(self.norm1(x)).chunk(3, 1)
         k = keys_of(k, len(self.heads))
-        x = x + self.out_proj(self.attend(q, k, v, self.heads, None, bias))
+        x = x + self.out_proj(self.attend(q, k, v, kv_of=self.heads, bias=bias))
         return x + self.linear2(self.activation(self.linear1(self.norm2(x))))
 
 

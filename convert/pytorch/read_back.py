@@ -1,12 +1,13 @@
-"""A model that `convert.to_torch` wrote, back into ours: the inverse of its mapping.
+"""Convert a folder of `convert.to_torch` back: the inverse of `convert.pytorch.weights`.
 
-PyTorch has the transformer, of convolutional autoencoders the decoder, and the text encoders of
-our own kind, at one width. All else (the autoencoder's encoder, public networks, tokenizers) is
-taken from the model that it came from.
+PyTorch has the transformer, the decoder of a convolutional autoencoder, and the text encoders of
+our own kind, at one width. The other parts (the autoencoder's encoder, public networks, tokenizers)
+are copied from the original model.
 """
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from convert.public.source import check_whole, read_object
+from convert.public.source import load_tensors, read_object
 from convert.pytorch.folder import FORMAT, read_config
 from convert.pytorch.weights import FOLDED, SHUFFLED, twin_name, twins
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretrained
-from mlx_snapgen.checkpoint.module import Quantization, listed
+from mlx_snapgen.checkpoint.module import Quantization, check_fit, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import new_folder
@@ -36,10 +36,10 @@ def is_student(folder: Path) -> bool:
 
 
 def read_student(folder: Path, model: Path) -> Components:
-    """The model of one width in `folder`, with what PyTorch has not from `model`.
+    """The model of one width in `folder`, with the parts that PyTorch does not have from `model`.
 
     Raises:
-        UserError: weights that are missing, damaged or do not fit, or another model.
+        UserError: weights that are missing, damaged or do not fit; another model than `model`.
     """
     config, width = read_config(folder)
     check_width(load_config(model), width)
@@ -50,47 +50,38 @@ def read_student(folder: Path, model: Path) -> Components:
         found = folder / f"{name}.safetensors"
         if not found.is_file():
             raise UserError(f"{folder} is incomplete: {found.name} is missing")
-        check_whole(found)
-        weights = our_weights(module, mx.load(str(found)), found)
+        weights = our_weights(module, load_tensors(found), found)
         module.update(tree_unflatten(list(weights.items())))
     return components
 
 
-def our_weights(module: nn.Module, public: Mapping[str, mx.array], path: Path) -> dict[str, Any]:
-    """Weights of `module` out of its PyTorch twin's; `to_torch.torch_weights` is the inverse.
+def our_weights(module: Any, public: Mapping[str, mx.array], path: Path) -> dict[str, Any]:
+    """Weights of `module` from those of its PyTorch twin, the inverse of `torch_weights`.
 
     Args:
         path: of the twin's weights, for messages.
 
     Raises:
-        UserError: the two are not the same network.
+        UserError: weights of another network.
     """
-    ours = dict(tree_flatten(module.parameters()))
-    names = {twin_name(key): key for key in ours}
-    faults = [
-        listed("lacks", [name for name in names if name not in public]),
-        listed("has the unknown", [name for name in public if name not in names]),
-        listed(
-            "misshapes",
-            [
-                f"{name} {value.shape}"
-                for name, value in public.items()
-                if name in names and value.size != ours[names[name]].size
-            ],
-        ),
-    ]
-    if any(faults):
-        raise UserError(f"{path} does not fit its config: it " + "; ".join(filter(None, faults)))
+    expected = {twin_name(key): shape for key, shape in shapes(module.parameters()).items()}
+    # The twin has other shapes, with the same number of weights.
+    found = {name: tuple(value.shape) for name, value in public.items()}
+    for name in expected.keys() & found.keys():
+        if math.prod(expected[name]) == math.prod(found[name]):
+            found[name] = expected[name]
+    check_fit(found, expected, path)
     weights = {}
-    for name, key in names.items():
+    for key, shape in shapes(module.parameters()).items():
+        name = twin_name(key)
         value = public[name]
         if re.search(SHUFFLED, name):
             cells = module.config.patch_size**2 if name.startswith("head") else 4
             value = value.reshape(len(value) // cells, cells, *value.shape[1:]).swapaxes(0, 1)
             value = value.reshape(-1, *value.shape[2:])
-        if value.ndim == 4 and (ours[key].ndim == 4 or re.search(FOLDED, name)):
+        if value.ndim == 4 and (len(shape) == 4 or re.search(FOLDED, name)):
             value = value.transpose(0, 2, 3, 1)
-        weights[key] = mx.contiguous(value.reshape(ours[key].shape).astype(mx.float32))
+        weights[key] = mx.contiguous(value.reshape(shape).astype(mx.float32))
     return weights
 
 
@@ -98,17 +89,21 @@ def convert_student(
     folder: Path,
     model: Path,
     out: Path,
+    *,
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Write the model in `folder` as ours, whole or not at all; what `read_student` raises, too.
+    """Write the model in `folder` in our format, whole or not at all.
 
     Args:
         model: folder of the model that `convert.to_torch` read.
-        quantization: {"bits", "group_size"} to store the transformer in.
+        quantization: {"bits", "group_size"} of the transformer; None does not quantize.
 
     Returns:
-        The report, as report.json has it.
+        The contents of report.json.
+
+    Raises:
+        UserError: as `read_student`; `out` is not empty.
     """
     components = read_student(folder, model)
     keys = [
@@ -138,7 +133,7 @@ def convert_student(
 
 
 def _copy_source(encoder: TextEncoderConfig, model: Path, made: Path) -> None:
-    """A text encoder's folder inside that of the model; others are found where they are."""
+    """Copy a text encoder's folder if it is inside that of the model."""
     if encoder.source is None or encoder.revision is not None:
         return
     inside = Path(encoder.source)

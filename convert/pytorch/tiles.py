@@ -1,13 +1,14 @@
-"""The widths of one supernetwork in tiles, so that a package of all stores each weight once.
+"""The widths of one supernetwork in tiles, so that a package of several stores each weight once.
 
-A narrower network's weight is the corner of the wider one's (mlx_snapgen/networks/elastic.py),
-which as a tensor of its own would be stored again. So a layer computes width after width: y of the
-narrowest, plus what the inputs that the next width adds bring (`right`), and below it the outputs
-that it adds (`below`). Each tile is a convolution whose weight is the same at every width that has
-it.
+A narrower network's weight is the corner of the wider one's (mlx_snapgen/networks/elastic.py). As a
+tensor of its own it would be stored a second time. In tiles, a layer is computed width by width,
+the narrowest first: the next width adds the product with its further inputs (`right`), and appends
+its further outputs (`below`). Each tile is a convolution with the same weight at every width that
+has it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class TiledConv(nn.Module):
 
     Args:
         sizes: (outputs, inputs) of each width up to this one's, narrowest first.
-        right, below: for each width the tiles of the inputs and the outputs that it adds, None
-            where it adds none.
+        right, below: for each width the tiles of its further inputs and of its further outputs;
+            None if it has none.
     """
 
     def __init__(
@@ -34,7 +35,10 @@ class TiledConv(nn.Module):
         below: Sequence[nn.Conv2d | None],
     ):
         super().__init__()
-        self.sizes, self.right, self.below = sizes, nn.ModuleList(right), nn.ModuleList(below)
+        self.sizes = sizes
+        # ModuleList accepts None, though its annotation does not.
+        self.right: Any = nn.ModuleList(right)  # pyright: ignore[reportArgumentType]
+        self.below: Any = nn.ModuleList(below)  # pyright: ignore[reportArgumentType]
 
     def narrowed(self, count: int) -> "TiledConv":
         """The same tiles, of the narrowest `count` widths."""
@@ -44,19 +48,20 @@ class TiledConv(nn.Module):
         return [tile for tile in (*self.right, *self.below) if tile is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        y, known = None, 0
+        parts: list[Tensor] = []
+        known = 0
         for (_, inputs), right, below in zip(self.sizes, self.right, self.below, strict=True):
             if right is not None:
-                y = y + right(x[:, known:inputs])
+                parts = [parts[0] + right(x[:, known:inputs])]
             if below is not None:
-                added = below(x if inputs == x.shape[1] else x[:, :inputs])
-                y = added if y is None else torch.cat([y, added], 1)
+                parts.append(below(x if inputs == x.shape[1] else x[:, :inputs]))
+                parts = [parts[0] if len(parts) == 1 else torch.cat(parts, 1)]
             known = inputs
-        return y
+        return parts[0]
 
 
 class TiledSkip(nn.Module):
-    """`LongSkip` in tiles: its inputs are two hidden vectors, each cut on its own."""
+    """`LongSkip` in tiles; its inputs are two hidden vectors, which are cut separately."""
 
     def __init__(self, x: TiledConv, skip: TiledConv):
         super().__init__()
@@ -68,11 +73,11 @@ class TiledSkip(nn.Module):
 
 def _cut(conv: nn.Conv2d, rows: slice, columns: slice, bias: bool) -> nn.Conv2d:
     weight = conv.weight[rows, columns]
-    tile = nn.Conv2d(
-        *weight.shape[1::-1], conv.kernel_size, conv.stride, conv.padding, bias=bias
-    ).requires_grad_(False)
+    size: Any = conv.kernel_size, conv.stride, conv.padding
+    outputs, inputs = weight.shape[:2]
+    tile = nn.Conv2d(inputs, outputs, *size, bias=bias).requires_grad_(False)
     tile.weight.copy_(weight)
-    if bias:
+    if bias and tile.bias is not None and conv.bias is not None:
         tile.bias.copy_(conv.bias[rows])
     return tile
 
@@ -80,7 +85,7 @@ def _cut(conv: nn.Conv2d, rows: slice, columns: slice, bias: bool) -> nn.Conv2d:
 def _tiled(
     conv: nn.Conv2d, sizes: Sequence[tuple[int, int]], first: int = 0, bias: bool = True
 ) -> TiledConv:
-    """`conv` in tiles, of its inputs from `first` on."""
+    """`conv` in tiles, from its input `first` on."""
     right, below = [], []
     outputs, inputs = 0, 0
     for rows, columns in sizes:
@@ -102,22 +107,22 @@ def _nested(narrow: nn.Conv2d, wide: nn.Conv2d, groups: int) -> bool:
     if rows > wide.out_channels or columns > wide.in_channels // groups:
         return False
     parts = zip(narrow.weight.chunk(groups, 1), wide.weight.chunk(groups, 1), strict=True)
-    return all(torch.equal(n, w[:rows, :columns]) for n, w in parts) and (
-        narrow.bias is None or torch.equal(narrow.bias, wide.bias[:rows])
-    )
+    if narrow.bias is not None and wide.bias is not None:
+        parts = [*parts, (narrow.bias[:, None], wide.bias[:, None])]
+    return all(torch.equal(n, w[:rows, : n.shape[1]]) for n, w in parts)
 
 
 def share_weights(networks: Sequence[nn.Module]) -> Layers:
-    """Put the layers of networks of several widths in tiles, in place, where they are nested.
+    """Replace nested layers of networks of several widths by tiles, in place.
 
     Args:
-        networks: twins of one supernetwork's widths, the widest first; one alone is left as it is.
+        networks: twins of one supernetwork's widths, the widest first; a single one is unchanged.
     """
     found: Layers = {}
     widest = networks[0]
     paths = [path for path, m in widest.named_modules() if isinstance(m, nn.Conv2d)]
     for path in paths:
-        convs = [network.get_submodule(path) for network in networks]
+        convs = [_conv(network, path) for network in networks]
         parent = path.rpartition(".")[0]
         skip = isinstance(widest.get_submodule(parent), LongSkip)
         groups = 2 if skip else 1
@@ -145,7 +150,13 @@ def share_weights(networks: Sequence[nn.Module]) -> Layers:
     return found
 
 
+def _conv(network: nn.Module, path: str) -> nn.Conv2d:
+    found = network.get_submodule(path)
+    assert isinstance(found, nn.Conv2d)
+    return found
+
+
 def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    # A list's items have numbers for names, and are set like attributes too.
+    # Also for the items of a list, whose names are numbers.
     setattr(network.get_submodule(parent), name, module)

@@ -1,4 +1,4 @@
-"""Weights of MLX networks as PyTorch's twins have them."""
+"""Weights of the MLX networks, with the names and layouts of their PyTorch twins."""
 
 import dataclasses
 import json
@@ -20,28 +20,30 @@ from mlx_snapgen.config import to_dict
 from mlx_snapgen.files import new_folder
 
 Weights = dict[str, Callable[[], np.ndarray]]
-"""One by one, so that no second copy of a network is in memory."""
+"""Functions that make one weight each, so that no second copy of a network is in memory."""
 
 
 FOLDED = r"(patch_embed|downsample\.linear|[kv]_compress)\.weight$"
-"""Linear layers over the pixels of a cell, which are strided convolutions."""
+"""Linear layers over the pixels of a cell, in PyTorch strided convolutions."""
 
 
 SHUFFLED = r"(^upsample\.linear|^head\.linear|^up[12]|^out)\.(weight|bias)$"
-"""Layers whose outputs are the pixels of a cell: (cell, channel) here, (channel, cell) there."""
+"""Layers whose outputs are the pixels of a cell: (cell, channel) in MLX, (channel, cell) here."""
 
 
 def torch_weights(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Weights of one of our modules as its PyTorch twin names and shapes them, made when called.
+    """Weights of an MLX module, with names and shapes of its PyTorch twin.
 
     Args:
         module: of one width.
         shapes: name -> shape of the twin's parameters.
 
     Raises:
-        ValueError: the two are not the same network.
+        ValueError: weights of another network.
     """
-    values = {twin_name(key): value for key, value in tree_flatten(module.parameters())}
+    values = {
+        twin_name(key): value for key, value in dict(tree_flatten(module.parameters())).items()
+    }
     if unknown := values.keys() - shapes.keys():
         raise ValueError(f"the PyTorch network has no {', '.join(sorted(unknown))}")
     if missing := shapes.keys() - values.keys():
@@ -66,7 +68,7 @@ def _torch_weight(module: Any, name: str, array: mx.array, shape: tuple[int, ...
 
 
 def twin_name(key: str) -> str:
-    """PyTorch's name of a weight of one of our modules of one width."""
+    """Name in PyTorch of a weight of an MLX module of one width."""
     return key.replace(".members.0.", ".")
 
 
@@ -82,9 +84,9 @@ def torch_networks(components: Components, **kwargs: Any) -> dict[str, Any]:
 
     Args:
         components: their transformer has one width (`load_pretrained(share=...)`).
-        kwargs: see `torch_dit.make_networks`.
+        kwargs: of `efficient_dit.make_networks`.
     """
-    # Not at the top, where a missing torch would be a traceback.
+    # Imported here: commands import this module before they check that torch is installed.
     import torch
 
     from convert.pytorch.efficient_dit import make_networks
@@ -103,19 +105,19 @@ def _shapes(network: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def to_torch(components: Components, output: Path, width: str) -> list[str]:
+def to_torch(components: Components, output: Path, *, width: str) -> list[str]:
     """Write a model of one width.
 
     Args:
         components: their transformer has one width (`load_pretrained(share=...)`).
-        output: folder to write; must not exist yet, or be empty.
-        width: name of the width, for the record.
+        output: folder to write; must not exist, or be empty.
+        width: name of the width, for config.json.
 
     Returns:
-        What the model has besides, which has no PyTorch twin here.
+        Names of the model's parts that have no PyTorch twin.
 
     Raises:
-        UserError: the folder holds something or cannot be written.
+        UserError: the folder is not empty or cannot be written.
     """
     import torch
 
@@ -134,7 +136,7 @@ def to_torch(components: Components, output: Path, width: str) -> list[str]:
                 Entry({key: (mx.float32, shapes[key])}, partial(_tensor, key, make))
                 for key, make in torch_weights(modules[name], shapes).items()
             ]
-            write_new(folder / f"{name}.safetensors", entries, {"format": "pt"})
+            write_new(folder / f"{name}.safetensors", entries, metadata={"format": "pt"})
         write_tokenizers(components, networks, folder)
     return without_twin(components, networks)
 
@@ -144,7 +146,7 @@ def _tensor(name: str, make: Callable[[], np.ndarray]) -> tuple[dict[str, mx.arr
 
 
 def write_tokenizers(components: Components, networks: Mapping[str, Any], folder: Path) -> None:
-    """Put the tokenizer of each text encoder among `networks` into `folder`."""
+    """Write the tokenizers of the text encoders among `networks`."""
     for i, encoder in enumerate(components.text_encoders):
         if f"text_encoder_{i}" in networks:
             (folder / f"tokenizer_{i}.model").write_bytes(encoder.tokenizer.model)

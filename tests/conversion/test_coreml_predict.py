@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from convert.coreml import compare
-from convert.mil.interpreter import Interpreter
+from convert.mil.execution import Interpreter
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
 from mlx_snapgen.networks.efficient_dit import encode_prompts

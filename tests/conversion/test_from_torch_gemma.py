@@ -43,7 +43,12 @@ def test_bits_are_those_of_mlx_lms_own_conversion(mlx_lm, tmp_path, monkeypatch)
         str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=4, q_group_size=32,
         dtype="float32",
     )  # fmt: skip
-    report = convert(find_source(str(folder)), tmp_path / "ours", bits=4, dtype=mx.float32)
+    report = convert(
+        find_source(str(folder)),
+        tmp_path / "ours",
+        quantization={"bits": 4, "group_size": 32},
+        dtype=mx.float32,
+    )
     theirs = mx.load(str(tmp_path / "theirs" / "model.safetensors"))
     ours = mx.load(str(tmp_path / "ours" / "model.safetensors"))
     assert ours.keys() == theirs.keys()
@@ -63,7 +68,7 @@ def test_other_networks_are_refused(mlx_lm, tmp_path):
     with pytest.raises(UserError, match=r"misshapes model\.norm\.weight \(24,\) instead of"):
         convert(find_source(str(folder)), tmp_path / "out")
     path.write_text(json.dumps(TEXT | {"quantization_config": {"bits": 4}}))
-    with pytest.raises(UserError, match="is of quantized weights"):
+    with pytest.raises(UserError, match="describes quantized weights"):
         convert(find_source(str(folder)), tmp_path / "out")
 
 

@@ -24,14 +24,13 @@ from tests.runtime import test_z_image_transformer
 from tests.runtime.test_qwen_transformer import SMALL, SMALL_SIZES
 from tests.tiny import Z_IMAGE, randomize
 
-Z = test_z_image_transformer
 PUBLIC = {
     "qwen-image": (SMALL, {"_class_name": "QwenImageTransformer2DModel"} | SMALL_SIZES),
     "z-image": (
         Z_IMAGE,
         {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "norm_eps": 1e-5}
         | {"rope_theta": 256.0}
-        | Z.SIZES,
+        | test_z_image_transformer.SIZES,
     ),
 }
 """Kind -> our config, and diffusers'."""
@@ -134,7 +133,7 @@ def test_fluxs_autoencoder(tmp_path):
     report = convert(find_source(str(tmp_path / "in")), tmp_path / "out")
     assert report["kind"] == "kl-vae"
     query = "encoder.mid_block.attentions.0.to_q.bias"
-    assert report["keys"]["renamed"][query] == "encoder.mid_block.attentions.0.to_qkv.bias (q)"
+    assert report["keys"]["renamed"][query] == "encoder.mid_block.attentions.0.to_qkv.bias"
     for found in (load_autoencoder(tmp_path / "out"), read_autoencoder(tmp_path / "in")):
         assert found.config == KL
         for name, value in flat(expected).items():
@@ -157,8 +156,8 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     network, public = pipeline
     how = None if bits is None else {"bits": bits, "group_size": 32}
     source = find_source(str(public / "transformer"))
-    convert(source, tmp_path / "made", **(how or {}))
-    convert_teacher(public, tmp_path / "a", how, text_encoder="owner/reader")
+    convert(source, tmp_path / "made", quantization=how)
+    convert_teacher(public, tmp_path / "a", quantization=how, text_encoder="owner/reader")
     convert_teacher(
         public, tmp_path / "b", text_encoder="owner/reader", transformer=tmp_path / "made"
     )
@@ -176,9 +175,9 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
         assert mx.array_equal(loaded[key], expected), key
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert len(report["relative_errors"]) == len(packed)
-    with pytest.raises(UserError, match=r"it is quantized by convert\.from_torch --bits"):
+    with pytest.raises(UserError, match=r"quantize it with convert\.from_torch --quantize"):
         again = {"bits": 4, "group_size": 32}
-        convert_teacher(public, tmp_path / "c", again, transformer=tmp_path / "made")
+        convert_teacher(public, tmp_path / "c", quantization=again, transformer=tmp_path / "made")
     assert {p.name for p in tmp_path.iterdir()} == {"public", "made", "a", "b"}
 
 

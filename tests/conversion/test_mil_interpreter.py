@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from convert.mil import interpreter
-from convert.mil.interpreter import Interpreter, run, summary
+from convert.mil.execution import Interpreter, run
 from convert.mil.program import Package
+from convert.mil.summary import summary
 from convert.mil.weights import Blob
+from convert.parity.originals import relative_difference
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.pictures import psnr
 
 WHY = "writing Core ML packages needs coremltools and torch: pip install '.[coreml]' torch"
 ct = pytest.importorskip("coremltools", reason=WHY)
@@ -118,25 +121,20 @@ def fp16(fp16_model, folder):
     return path
 
 
-def relative_error(found, expected):
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-def psnr(found, expected):
-    return 20 * np.log10(np.ptp(expected) / np.sqrt(np.mean((found - expected) ** 2)))
-
-
 def test_float32_equals_torch(float32, inputs, expected):
     found = run(float32, inputs)["image"]
     assert found.shape == expected.shape == (1, 3, 32, 32)
-    assert relative_error(found, expected) < 1e-5
+    assert relative_difference(found, expected) < 1e-5
 
 
 def test_fp16_is_near_torch(fp16, inputs, expected):
     rounded, kept = (run(fp16, inputs, keep_float32=k)["image"] for k in (False, True))
-    assert 60 < psnr(rounded, expected) < 100
+    assert 60 < psnr(rounded, expected, peak=np.ptp(expected)) < 100
     # What is left is the rounding of the weights.
-    assert psnr(kept, expected) > psnr(rounded, expected) + 3
+    assert (
+        psnr(kept, expected, peak=np.ptp(expected))
+        > psnr(rounded, expected, peak=np.ptp(expected)) + 3
+    )
 
 
 def test_runs_repeat(fp16, inputs):
@@ -177,9 +175,9 @@ def scaled(package, folder, shape, factor):
 )
 def test_a_wrong_constant_is_noticed(float32, fp16, folder, inputs, expected, shape, factor):
     exact = run(scaled(float32, folder, shape, factor), inputs)["image"]
-    assert relative_error(exact, expected) > 1e-4
+    assert relative_difference(exact, expected) > 1e-4
     rounded = run(scaled(fp16, folder, shape, factor), inputs)["image"]
-    assert psnr(rounded, expected) < 58
+    assert psnr(rounded, expected, peak=np.ptp(expected)) < 58
 
 
 # --- compressed weights -----------------------------------------------------------------------
@@ -318,7 +316,7 @@ def test_palettized_networks(which, palettes, at_least, how, folder, inputs, exp
     optimize.decompress_weights(small).save(str(dense))
     found = run(path, inputs)["image"]
     np.testing.assert_allclose(found, run(dense, inputs)["image"], rtol=1e-6, atol=1e-6)
-    assert at_least < psnr(found, expected) < 60
+    assert at_least < psnr(found, expected, peak=np.ptp(expected)) < 60
     held = summary(path)
     assert (held["palettized_weights"], held["palettes"]) == (2, palettes)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from convert.mil.interpreter import Interpreter
+from convert.mil.execution import Interpreter
 from convert.mil.ops import OPS
 
 WHY = "writing Core ML packages needs coremltools and torch: pip install '.[coreml]' torch"

@@ -6,8 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from convert.mil.interpreter import Interpreter, run, summary
+from convert.mil.execution import Interpreter, run
 from convert.mil.program import Package
+from convert.mil.summary import summary
 from convert.mil.weights import TensorType, unpack
 from mlx_snapgen.errors import UserError
 
@@ -168,8 +169,8 @@ def test_an_unknown_operation_is_named(tmp_path):
     package = write_package(tmp_path / "new.mlpackage", op="linearly")
     with pytest.raises(
         UserError,
-        match=r"function 'main', operation 2 'y_op' of type linearly: .* not known \(did you mean "
-        r"'linear'\?\): add it to convert/mil/ops.py",
+        match=r"function 'main', operation 2 'y_op' of type linearly: .* not supported "
+        r"\(did you mean 'linear'\?\): add it to convert/mil/ops.py",
     ):
         Interpreter(package)
 
@@ -187,7 +188,7 @@ def test_a_result_of_another_shape_is_an_error(tmp_path):
     data = model.read_bytes()
     place = data.index(right, data.index(b"linear"))
     model.write_bytes(data[:place] + wrong + data[place + len(right) :])
-    with pytest.raises(UserError, match=r"gives \(2, 3\), the program says fp32 \(2, 2\)"):
+    with pytest.raises(UserError, match=r"gives \(2, 3\), the program declares fp32 \(2, 2\)"):
         run(package, {"x": X})
 
 
@@ -207,7 +208,7 @@ def test_damage_is_told(package, tmp_path):
     with pytest.raises(UserError, match="no package"):
         Package(tmp_path / "absent.mlpackage")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no \.mlpackage: its Manifest\.json"):
+    with pytest.raises(UserError, match=r"no \.mlpackage: its Manifest\.json cannot"):
         Package(tmp_path / "empty")
     weights = package / "Data/com.apple.CoreML/weights/weight.bin"
     good = weights.read_bytes()

@@ -83,7 +83,7 @@ def test_it_comes_back_from_pytorch_with_its_gemma(presets, tmp_path):
     pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
     write_random_model(tmp_path / "model", "small")
     model = load_pretrained(tmp_path / "model")
-    to_torch(model, tmp_path / "torch", "full")
+    to_torch(model, tmp_path / "torch", width="full")
     convert_student(tmp_path / "torch", tmp_path / "model", tmp_path / "back")
     gemma = load_pretrained(tmp_path / "back").text_encoders[0]
     tokens = gemma.tokenize(["a red apple"])
@@ -92,7 +92,7 @@ def test_it_comes_back_from_pytorch_with_its_gemma(presets, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_weights_draw_what_dequantized_ones_do(presets, tmp_path, bits):
-    write_random_model(tmp_path / "model", "small", mx.float32, bits)
+    write_random_model(tmp_path / "model", "small", dtype=mx.float32, bits=bits)
     dense = load_pretrained(tmp_path / "model", text_encoders=["clip"]).transformer
     packed = load_pretrained(tmp_path / "model", text_encoders=["clip"], packed=True).transformer
     sizes = [sum(p.nbytes for _, p in tree_flatten(m.parameters())) for m in (dense, packed)]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import convert.teacher
 from convert import sample_teacher
+from convert.parity.originals import relative_difference
 from convert.teacher import convert_teacher
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
@@ -22,14 +23,6 @@ from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests.tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
 
 PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
-
-
-def relative_error(found, expected) -> float:
-    """Largest difference over largest value."""
-    found = np.array(found)
-    expected = expected.numpy() if hasattr(expected, "numpy") else np.array(expected)
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def converted(pipeline, folder):
@@ -66,11 +59,11 @@ def test_qwen_image_reads_as_its_pipeline_does(qwen, monkeypatch):
         patch.setattr(pipeline, "text_encoder", copy.deepcopy(pipeline.text_encoder).double())
         exact, _ = pipeline.encode_prompt(PROMPTS)
     assert exact.dtype == libraries()[0].float64
-    assert relative_error(expected, exact) < 1e-5
-    assert relative_error(condition.text[:, :length], exact) < 1e-5
-    assert relative_error(condition.text[:, :length], expected) < 1e-4
+    assert relative_difference(expected, exact) < 1e-5
+    assert relative_difference(condition.text[:, :length], exact) < 1e-5
+    assert relative_difference(condition.text[:, :length], expected) < 1e-4
     empty, _ = pipeline.encode_prompt(" ")
-    assert relative_error(condition.empty_text[:, : empty.shape[1]], empty) < 1e-4
+    assert relative_difference(condition.empty_text[:, : empty.shape[1]], empty) < 1e-4
 
 
 MLX = ("language_model.model.", "vision_tower.", "language_model.lm_head.")
@@ -104,7 +97,7 @@ def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, b
     (folder / "config.json").write_text(json.dumps(config))
     prompts = load_qwen(folder, QWEN_IMAGE, dims=32)
     found, expected = prompts(PROMPTS)[0], teacher.encode(PROMPTS).text
-    error = relative_error(found, expected)
+    error = relative_difference(found, expected)
     assert 0 < error < 0.1 if bits else error < 1e-6
     with pytest.raises(UserError, match="holds a qwen2_5_vl, this teacher reads with a qwen3"):
         load_qwen(folder, Z_IMAGE, dims=32)
@@ -139,9 +132,9 @@ def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
     start = mx.array(noise.permute(0, 2, 3, 1).numpy())
     *_, last = denoise(velocity, start, levels)
     latents = pipeline._unpack_latents(expected, 48, 80, 8)[:, :, 0].permute(0, 2, 3, 1)
-    assert relative_error(last.x_t, latents) < 1e-4
+    assert relative_difference(last.x_t, latents) < 1e-4
     drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
-    assert relative_error(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
+    assert relative_difference(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
 
 
 def test_z_image_reads_as_its_pipeline_does(z_image):
@@ -150,8 +143,8 @@ def test_z_image_reads_as_its_pipeline_does(z_image):
     condition = teacher.encode(PROMPTS)
     assert condition.mask.sum(axis=1).tolist() == [len(states) for states in expected]
     for found, states in zip(condition.text, expected, strict=True):
-        assert relative_error(found[: len(states)], states) < 1e-4
-    assert relative_error(condition.empty_text[0, : len(empty[0])], empty[0]) < 1e-4
+        assert relative_difference(found[: len(states)], states) < 1e-4
+    assert relative_difference(condition.empty_text[0, : len(empty[0])], empty[0]) < 1e-4
 
 
 @pytest.mark.parametrize(("guidance", "steps"), [(0.0, 3), (2.5, 2)])
@@ -175,9 +168,9 @@ def test_z_image_draws_as_its_pipeline_does(z_image, guidance, steps):
     *_, last = denoise(
         velocity, start, noise_levels(teacher.config.schedule, 15, num_inference_steps=steps)
     )
-    assert relative_error(last.x_t, latents.permute(0, 2, 3, 1)) < 1e-4
+    assert relative_difference(last.x_t, latents.permute(0, 2, 3, 1)) < 1e-4
     drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
-    assert relative_error(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
+    assert relative_difference(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
     assert teacher.has_few_step and teacher.config.few_step.num_inference_steps == 8
 
 
@@ -189,7 +182,7 @@ def test_z_image_encodes_pictures_as_its_pipeline_does(z_image):
     expected = pipeline.vae.encode(pictures).latent_dist.mode()
     expected = (expected - config.shift_factor) * config.scaling_factor
     found = autoencoder.encode(mx.array(pictures.permute(0, 2, 3, 1).numpy()))
-    assert relative_error(found, expected.permute(0, 2, 3, 1)) < 1e-4
+    assert relative_difference(found, expected.permute(0, 2, 3, 1)) < 1e-4
 
 
 def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch):
@@ -219,13 +212,14 @@ def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch)
 
 def test_a_quantized_teacher_says_nearly_the_same(qwen, tmp_path):
     _, public, teacher, _ = qwen
-    convert_teacher(public, tmp_path / "packed", {"bits": 8, "group_size": 32})
+    convert_teacher(public, tmp_path / "packed", quantization={"bits": 8, "group_size": 32})
     packed, _ = load_flow_teacher(tmp_path / "packed")
     assert "scales" in packed.network.transformer_blocks[0].img_mlp.net[0].proj
     assert "scales" not in packed.network.proj_out
     condition = teacher.encode(PROMPTS[:1])
     x_t, t = mx.random.normal((1, 4, 6, 4), key=mx.random.key(0)), mx.array([0.5])
-    error = relative_error(packed.velocity(x_t, t, condition), teacher.velocity(x_t, t, condition))
+    found, expected = (some.velocity(x_t, t, condition) for some in (packed, teacher))
+    error = relative_difference(found, expected)
     assert 0 < error < 0.05
     with pytest.raises(UserError, match="exists already"):
         convert_teacher(public, tmp_path / "packed")

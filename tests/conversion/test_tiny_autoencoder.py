@@ -142,7 +142,7 @@ def test_every_key_must_be_accounted_for(tmp_path):
         read_autoencoder(path)
     del weights["decoder.3.conv.2.bias"]
     mx.save_safetensors(str(path), weights)
-    with pytest.raises(UserError, match=r"another network.*decoder.blocks.0.0.conv2.bias"):
+    with pytest.raises(UserError, match=r"does not fit its config: it lacks decoder.3.conv.2.bias"):
         read_autoencoder(path)
 
 
@@ -154,7 +154,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"taew2_1.pth is not a .safetensors file"):
         read_autoencoder(tmp_path / "taew2_1.pth")
     path.write_bytes(b"no weights")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="no safetensors file"):
         read_autoencoder(path)
     with pytest.raises(UserError, match="encoder_blocks at three"):
         TinyAutoencoder(dataclasses.replace(SMALL, encoder_blocks=(3, 3)))

@@ -151,14 +151,14 @@ def test_time_is_exact_in_half_precision():
     assert_close(actual.float(), expected.detach().numpy(), 5e-3)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_the_decoder_is_mlx_s(normalised):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_decoder_is_mlx_s(normalized):
     config = AutoencoderConfig(
         latent_channels=4,
         decoder_channels=(16, 12, 8),
         decoder_blocks=(2, 1, 1),
-        latents_mean=(0.1, -0.2, 0.3, 0.0) if normalised else (),
-        latents_std=(1.0, 0.9, 1.1, 1.2) if normalised else (),
+        latents_mean=(0.1, -0.2, 0.3, 0.0) if normalized else (),
+        latents_std=(1.0, 0.9, 1.1, 1.2) if normalized else (),
     )
     autoencoder = ConvolutionalAutoencoder(config)
     randomize(autoencoder, 5)
@@ -184,7 +184,7 @@ def test_the_text_encoder_is_mlx_s(activation, attend):
 
 def test_the_default_model_is_the_same_in_pytorch(tmp_path):
     components = load_pretrained(dtype=mx.float32, share=0.375)
-    assert to_torch(components, tmp_path / "new" / "model", "tiny") == []
+    assert to_torch(components, tmp_path / "new" / "model", width="tiny") == []
     model = efficient_dit.load(tmp_path / "new" / "model")
     assert model.config.transformer == components.config.transformer
     network, encoder = components.transformer, components.text_encoders[0]
@@ -208,15 +208,15 @@ def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypat
     folder = tmp_path / "model"
     alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
     alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
-    to_torch(alone, folder, "small")
+    to_torch(alone, folder, width="small")
     written = {p.name for p in folder.iterdir()}
     assert json.loads((folder / "config.json").read_text())["width"] == "small"
     with pytest.raises(UserError, match="exists already"):
-        to_torch(alone, folder, "small")
+        to_torch(alone, folder, width="small")
     assert {p.name for p in folder.iterdir()} == written
     monkeypatch.setattr("convert.pytorch.weights.torch_weights", lambda *_: {}["disk full"])
     with pytest.raises(KeyError):
-        to_torch(alone, tmp_path / "other", "small")
+        to_torch(alone, tmp_path / "other", width="small")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -242,7 +242,7 @@ def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
     count = sum(len(network.state_dict()) for network in networks.values())
     assert len(made) == count
     monkeypatch.setattr(efficient_dit, "make_networks", shapes_alone)
-    to_torch(alone, tmp_path / "model", "small")
+    to_torch(alone, tmp_path / "model", width="small")
     assert len(made) == 2 * count
     for name, network in networks.items():
         state = safetensors_torch.load_file(tmp_path / "model" / f"{name}.safetensors")
@@ -257,7 +257,7 @@ def test_a_bad_folder_is_one_line(components, model_folder, tmp_path):
         efficient_dit.load(tmp_path / "nothing")
     alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
     alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
-    to_torch(alone, tmp_path / "model", "small")
+    to_torch(alone, tmp_path / "model", width="small")
     path = tmp_path / "model" / "decoder.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"decoder\.safetensors does not fit"):
@@ -274,7 +274,7 @@ def test_torch_that_is_missing_is_one_line(module, tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: this needs PyTorch")
+    assert done.stderr.startswith("error: this needs torch")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -284,7 +284,7 @@ def test_torch_that_is_missing_is_one_line(module, tmp_path):
 @pytest.mark.parametrize("width", ["full", "tiny"])
 def test_a_model_comes_back_bit_for_bit(components, model_folder, tmp_path, width, monkeypatch):
     alone = load_pretrained(model_folder, dtype=mx.float32, share=parse_width(width).share)
-    to_torch(alone, tmp_path / "torch", width)
+    to_torch(alone, tmp_path / "torch", width=width)
     path = tmp_path / "torch" / "decoder.safetensors"
     state = safetensors_torch.load_file(path)
     assert state["up1.bias"].std() > 0
@@ -312,7 +312,7 @@ def test_a_model_comes_back_bit_for_bit(components, model_folder, tmp_path, widt
 
 def test_what_does_not_come_back_is_one_line(components, model_folder, tmp_path):
     alone = load_pretrained(model_folder, dtype=mx.float32, share=0.5)
-    to_torch(alone, tmp_path / "torch", "small")
+    to_torch(alone, tmp_path / "torch", width="small")
     path = tmp_path / "torch" / "transformer.safetensors"
     state = safetensors_torch.load_file(path)
     for change, message in {

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
@@ -32,24 +33,11 @@ def public_transformer():
     torch = pytest.importorskip("torch", reason=why)
     diffusers = pytest.importorskip("diffusers", reason=why)
     torch.manual_seed(0)
-    network = diffusers.QwenImageTransformer2DModel(**SMALL_SIZES).eval().requires_grad_(False)
-    for name, p in network.named_parameters():
-        if p.ndim == 1:
-            p.normal_("norm" in name and name.endswith("weight"), 0.1)
-        else:
-            p.normal_(0, p.shape[1] ** -0.5)
-    return network
+    return fill(diffusers.QwenImageTransformer2DModel(**SMALL_SIZES))
 
 
 def to_mx(tensor):
     return mx.array(tensor.numpy())
-
-
-def relative_error(found: mx.array, expected) -> float:
-    """Largest difference over largest value."""
-    expected = expected.numpy()
-    assert found.shape == expected.shape
-    return float(np.abs(np.array(found) - expected).max() / np.abs(expected).max())
 
 
 def check_parity(public, ours, height, width, lengths):
@@ -86,14 +74,14 @@ def check_parity(public, ours, height, width, lengths):
             mask=joint[:, None, None],
         )
         for stream, a, b in zip(("picture", "text"), found, (picture_out, text_out), strict=True):
-            error = relative_error(a, b)
+            error = relative_difference(a, b)
             assert error < 1e-4, f"block {i} is the first that differs, by {error:.1e} in {stream}"
 
     v, features = ours(to_mx(x_t), to_mx(t), to_mx(text), to_mx(mask), return_features=True)
     assert v.shape == x_t.shape
     errors = {
-        "velocity": relative_error(pack(v, 2), expected),
-        "features": relative_error(features, seen[len(seen) - 1][1][1]),
+        "velocity": relative_difference(pack(v, 2), expected),
+        "features": relative_difference(features, seen[len(seen) - 1][1][1]),
     }
     print(errors)
     assert max(errors.values()) < 1e-4, errors

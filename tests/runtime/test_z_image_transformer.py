@@ -5,12 +5,12 @@ import json
 import mlx.core as mx
 import pytest
 
+from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer
-from tests.runtime.test_qwen_transformer import relative_error, to_mx
+from tests.runtime.test_qwen_transformer import to_mx
 from tests.tiny import Z_IMAGE, randomize
-from tests.tiny_teachers import fill
 
 SIZES = {
     "in_channels": 4,
@@ -83,12 +83,12 @@ def test_parity_with_diffusers(both, height, width, lengths):
             filled = -(-length // 32) * 32
             count = {"context": filled, "layers": theirs.shape[1] - max_filled(lengths) + filled}
             count = count.get(name.split("_")[0].split(".")[0], theirs.shape[1])
-            error = relative_error(found[name][b, :count], theirs[b, :count])
+            error = relative_difference(found[name][b, :count], theirs[b, :count])
             assert error < 1e-4, f"{name} is the first that differs, by {error:.1e}"
     count = (height // 2) * (width // 2)
     errors = {
-        "velocity": relative_error(v, expected),
-        "features": relative_error(features, seen["layers.1"][:, :count]),
+        "velocity": relative_difference(v, expected),
+        "features": relative_difference(features, seen["layers.1"][:, :count]),
     }
     print(errors)
     assert max(errors.values()) < 1e-4, errors

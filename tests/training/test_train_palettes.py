@@ -175,8 +175,8 @@ def test_the_export_takes_these_palettes_and_no_others(tuned):
     assert parse_bits(None, None) is None
     with pytest.raises(UserError, match=r"palettes of 4\.5 bits on average, not 4\.3"):
         parse_bits("4.3", plan)
-    check_palettes_fit(plan, config, ["full", "small"], None)
+    check_palettes_fit(plan, config, widths=["full", "small"], prompts=None)
     with pytest.raises(UserError, match="the palettes are for full and small, not tiny"):
-        check_palettes_fit(plan, config, ["full", "tiny"], None)
+        check_palettes_fit(plan, config, widths=["full", "tiny"], prompts=None)
     with pytest.raises(UserError, match="leave out --prompts"):
-        check_palettes_fit(plan, config, ["full"], ["a cat"])
+        check_palettes_fit(plan, config, widths=["full"], prompts=["a cat"])

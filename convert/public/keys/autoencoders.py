@@ -1,14 +1,15 @@
 """Public autoencoders: Qwen-Image's, Flux's (kl) and TAEHV."""
 
 import dataclasses
-import json
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
+from convert.public.keymap import KeyMap, Row, Weights, fill, same
+from convert.public.source import PICKLES, Source, config_of, find_source
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.module import read_part
 from mlx_snapgen.config import TAEW2_1, AutoencoderConfig
@@ -16,32 +17,82 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import NUM_GROUPS
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
-
-Weights = dict[str, mx.array]
 
 
-def read_autoencoder(source: Path) -> Autoencoder:
-    """The autoencoder in `source`, float32: one converted, or public; a file is of TAEHV's family.
+@dataclass(frozen=True)
+class PublicAutoencoder:
+    """A public autoencoder."""
+
+    keys: KeyMap
+    config: Callable[[Source, Weights], AutoencoderConfig]
+    """Our config of a checkpoint; `UserError` for another network."""
+    class_name: str | None = None
+    """Its class in diffusers; None for weights without a config.json."""
+
+
+def read_autoencoder(path: Path) -> Autoencoder:
+    """The autoencoder in `path`, in float32: a folder of `convert.from_torch`, or a public one.
 
     Raises:
-        UserError: another network, or a key that is missing, unknown or misshapen.
+        UserError: another network, or a weight that is missing, unknown or misshapen.
     """
-    if read_part(source, "autoencoder") is not None:
-        return load_autoencoder(source)
-    if not source.is_dir():
-        return read_taehv(source)
-    path = source / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("_class_name") == "AutoencoderKL":
-            config, weights = kl_config(values), kl_weights
-        else:
-            config, weights = qwen_image_config(values), qwen_image_weights
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
-    path = source / "diffusion_pytorch_model.safetensors"
-    return _filled(make_autoencoder(config), weights(_read(path)), path)
+    if read_part(path, "autoencoder") is not None:
+        return load_autoencoder(path)
+    if path.suffix in PICKLES:
+        raise UserError(f"{path} is not a .safetensors file: convert it with convert.from_torch")
+    source = find_source(str(path))
+    public, name = source.weights(source.folder), (source.config or {}).get("_class_name")
+    found = next((a for a in AUTOENCODERS.values() if a.class_name == name), QWEN_IMAGE)
+    module = make_autoencoder(found.config(source, public))
+    fill(module, found.keys, public, where=source.path)
+    module.apply(lambda value: mx.contiguous(value.astype(mx.float32)))
+    mx.eval(module.parameters())
+    return module
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def kernel(value: mx.array) -> mx.array:
+    """(O, I, H, W) -> MLX's (O, H, W, I), or (O, I) of a linear layer where H = W = 1."""
+    if value.ndim != 4:
+        return value
+    if value.shape[2:] == (1, 1):
+        return value.reshape(value.shape[:2])
+    return value.transpose(0, 2, 3, 1)
+
+
+def _frame(value: mx.array) -> mx.array:
+    """Keeps the last temporal slice of a 3-D kernel (O, I, T, H, W), the only one for one frame."""
+    return kernel(value[:, :, -1] if value.ndim == 5 else value)
+
+
+def _flat(value: mx.array) -> mx.array:
+    return value.reshape(-1)
+
+
+def _rows_joined(*values: mx.array) -> mx.array:
+    return mx.concatenate([kernel(value) for value in values])
+
+
+def _without_memory(value: mx.array) -> mx.array:
+    """Removes the inputs for the memory (the second half), which is empty for one picture."""
+    return kernel(value[:, : value.shape[1] // 2] if value.ndim == 4 else value)
+
+
+def _pooled(value: mx.array) -> mx.array:
+    """Sums the kernels of the two pooled frames, which are the same picture."""
+    first, second = mx.split(kernel(value), 2, axis=1)
+    return first + second
+
+
+def _last_frame(value: mx.array) -> mx.array:
+    """Keeps the outputs of the last of the frames that a latent becomes."""
+    value = kernel(value)
+    return value[-value.shape[1] :]
+
+
+# --- Qwen-Image -----------------------------------------------------------------------------------
 
 
 def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
@@ -67,45 +118,25 @@ def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
     )
 
 
-_QWEN_IMAGE = (
-    r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid_block|down_blocks|up_blocks)\..+"
-    r"|(post_)?quant_conv\.(weight|bias)"
+QWEN_IMAGE_KEYS = KeyMap(
+    "AutoencoderKLQwenImage",
+    # Only changes the frame rate of video.
+    Row("encoder.down_blocks.#.time_conv.weight|bias", None),
+    Row("decoder.up_blocks.#.upsamplers.0.time_conv.weight|bias", None),
+    Row("quant_conv.*", "encoder.quant_conv.*", _frame),
+    Row("post_quant_conv.*", "decoder.post_quant_conv.*", _frame),
+    Row("**.resample.1.weight|bias", "**.conv.weight|bias", _frame),
+    Row("**.norm|norm1|norm2|norm_out.gamma", "**.norm|norm1|norm2|norm_out.weight", _flat),
+    same("encoder|decoder.conv_in|conv_out.weight|bias", _frame),
+    *(
+        same(f"encoder|decoder.{block}.conv1|conv2|conv_shortcut.weight|bias", _frame)
+        for block in ("down_blocks.#", "mid_block.resnets.#", "up_blocks.#.resnets.#")
+    ),
+    same("*.mid_block.attentions.#.to_qkv|proj.weight|bias", _frame),
 )
 
 
-def qwen_image_name(key: str) -> str | None:
-    """Our name of diffusers' key, None for `time_conv`, which only changes the frame rate.
-
-    Raises:
-        UserError: a key of another network.
-    """
-    if re.search(r"\.(down_blocks\.\d+|upsamplers\.0)\.time_conv\.(weight|bias)$", key):
-        return None
-    if not re.fullmatch(_QWEN_IMAGE, key):
-        raise UserError(f"another network than AutoencoderKLQwenImage: it has '{key}'")
-    name = key.replace(".resample.1.", ".conv.")
-    name = re.sub(r"^quant_conv", "encoder.quant_conv", name)
-    name = re.sub(r"^post_quant_conv", "decoder.post_quant_conv", name)
-    return re.sub(r"\.gamma$", ".weight", name)
-
-
-def qwen_image_weights(public: Weights) -> Weights:
-    """diffusers' keys and layout to ours.
-
-    3-D kernels (O, I, T, H, W) keep their last temporal slice, which is all that a single frame
-    meets.
-    """
-    weights = {}
-    for key, value in public.items():
-        name = qwen_image_name(key)
-        if name is None:
-            continue
-        if key.endswith(".gamma"):
-            value = value.reshape(-1)
-        if value.ndim == 5:
-            value = value[:, :, -1]
-        weights[name] = _kernel(value)
-    return weights
+# --- Flux and Z-Image -----------------------------------------------------------------------------
 
 
 def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
@@ -137,56 +168,32 @@ def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
     )
 
 
-_KL = (
-    r"(encoder|decoder)\.((conv_in|conv_out|conv_norm_out)\.(weight|bias)"
-    r"|mid_block\.attentions\.0\.(group_norm|to_[qkv]|to_out\.0)\.(weight|bias)"
-    r"|(mid_block|(down|up)_blocks\.\d+)\.resnets\.\d+\.(norm[12]|conv[12]|conv_shortcut)"
-    r"\.(weight|bias)"
-    r"|(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias))"
+_ATTENTION = "encoder|decoder.mid_block.attentions.0"
+_ENDS = "weight|bias"
+KL_KEYS = KeyMap(
+    "AutoencoderKL",
+    same(f"encoder|decoder.conv_in|conv_out|conv_norm_out.{_ENDS}", kernel),
+    *(
+        same(f"encoder|decoder.{block}.resnets.#.{layer}.{_ENDS}", kernel)
+        for block in ("mid_block", "down_blocks|up_blocks.#")
+        for layer in ("norm1|norm2", "conv1|conv2|conv_shortcut")
+    ),
+    same(f"encoder|decoder.down_blocks|up_blocks.#.downsamplers|upsamplers.0.conv.{_ENDS}", kernel),
+    Row(f"{_ATTENTION}.group_norm.{_ENDS}", f"{_ATTENTION}.norm.{_ENDS}", kernel),
+    Row(f"{_ATTENTION}.to_out.0.{_ENDS}", f"{_ATTENTION}.proj.{_ENDS}", kernel),
+    Row(
+        tuple(f"{_ATTENTION}.to_{x}.{_ENDS}" for x in "qkv"),
+        f"{_ATTENTION}.to_qkv.{_ENDS}",
+        _rows_joined,
+    ),
 )
 
 
-def kl_name(key: str) -> str:
-    """Our name of diffusers' key; those of q, k and v say which rows of `to_qkv` they become.
-
-    Raises:
-        UserError: a key of another network.
-    """
-    if not re.fullmatch(_KL, key):
-        raise UserError(f"another network than AutoencoderKL: it has '{key}'")
-    name = key.replace("attentions.0.group_norm.", "attentions.0.norm.")
-    name = name.replace("attentions.0.to_out.0.", "attentions.0.proj.")
-    return re.sub(r"to_([qkv])\.(weight|bias)$", r"to_qkv.\2 (\1)", name)
-
-
-def kl_weights(public: Weights) -> Weights:
-    """diffusers' keys and layout to ours: q, k and v of the attention become one matrix.
-
-    One without the other two is kept under its own name, so that strict loading finds it.
-    """
-    weights = {kl_name(key): _kernel(value) for key, value in public.items()}
-    for part in ("encoder", "decoder"):
-        for kind in ("weight", "bias"):
-            joined = f"{part}.mid_block.attentions.0.to_qkv.{kind}"
-            names = [f"{joined} ({n})" for n in "qkv"]
-            if all(name in weights for name in names):
-                weights[joined] = mx.concatenate([weights.pop(name) for name in names])
-    return weights
-
-
-def read_taehv(path: Path) -> TinyAutoencoder:
-    """Load a tiny autoencoder in the layout of `taew2_1.safetensors`.
-
-    Raises:
-        UserError: a key that is missing, unknown or misshapen, as in the family's other layouts.
-    """
-    public = _read(path)
-    config = taehv_config(public, path)
-    return _filled(TinyAutoencoder(config), taehv_weights(public), path)
+# --- TAEHV ----------------------------------------------------------------------------------------
 
 
 def taehv_config(public: Weights, path: Path) -> AutoencoderConfig:
-    """The sizes that the weights show; `UserError` when they are of something else."""
+    """Our config, from the shapes of the weights; `UserError` for another network."""
     try:
         return dataclasses.replace(
             TAEW2_1,
@@ -198,83 +205,56 @@ def taehv_config(public: Weights, path: Path) -> AutoencoderConfig:
         raise UserError(f"{path} is no TAEHV autoencoder: it lacks {error}") from None
 
 
-_PLACES = {
-    "encoder": {
-        **{"0": "conv_in", "17": "conv_out"},
-        **{str(2 + 5 * level): f"pools.{level}" for level in range(3)},
-        **{str(3 + 5 * level): f"downs.{level}" for level in range(3)},
-        **{str(4 + 5 * level + k): f"blocks.{level}.{k}" for level in range(3) for k in range(3)},
-    },
-    "decoder": {
-        **{"1": "conv_in", "22": "conv_out"},
-        **{str(3 + 6 * level + k): f"blocks.{level}.{k}" for level in range(3) for k in range(3)},
-        **{str(7 + 6 * level): f"grows.{level}" for level in range(3)},
-        **{str(8 + 6 * level): f"ups.{level}" for level in range(3)},
-    },
-}
-"""Our name of each numbered layer."""
-
-
-def taehv_name(key: str) -> str:
-    """Our name of a public key; `UserError`: a key of another network."""
-    part, _, rest = key.partition(".")
-    number, _, rest = rest.partition(".")
-    place = _PLACES.get(part, {}).get(number)
-    if place is None:
-        raise UserError(f"another network than those of the TAEHV family: it has '{key}'")
-    if place.startswith("blocks"):
-        # conv.0, conv.2, conv.4: what is between them has no weights
-        return f"{part}.{place}." + re.sub(
-            r"^conv\.([024])\.", lambda m: f"conv{int(m[1]) // 2 + 1}.", rest
-        )
-    return f"{part}.{place}." + rest.removeprefix("conv.")
-
-
-def taehv_weights(public: Weights) -> Weights:
-    """The public keys and layout to ours, reduced to one picture (see `tiny_autoencoder`)."""
-    weights = {taehv_name(key): _kernel(value) for key, value in public.items()}
-    for part, with_memory in (("encoder", 0), ("decoder", 2)):
-        for level in {0, 1, 2} - {with_memory}:
+def _taehv_rows() -> list[Row]:
+    """The numbered layers of the video network, reduced to one picture (see networks/taehv.py)."""
+    places = {"encoder.0": "encoder.conv_in", "encoder.17": "encoder.conv_out"}
+    places |= {"decoder.1": "decoder.conv_in", "decoder.22": "decoder.conv_out"}
+    rows = []
+    for i in range(3):
+        places |= {f"encoder.{3 + 5 * i}": f"encoder.downs.{i}"}
+        places |= {f"decoder.{8 + 6 * i}": f"decoder.ups.{i}"}
+        pool, grow = (_pooled if i == 0 else kernel), (kernel if i == 1 else _last_frame)
+        rows.append(Row(f"encoder.{2 + 5 * i}.conv.*", f"encoder.pools.{i}.*", pool))
+        rows.append(Row(f"decoder.{7 + 6 * i}.conv.*", f"decoder.grows.{i}.*", grow))
+        for part, first, has_memory in (
+            ("encoder", 4 + 5 * i, i == 0),
+            ("decoder", 3 + 6 * i, i == 2),
+        ):
             for k in range(3):
-                name = f"{part}.blocks.{level}.{k}.conv1.weight"
-                if name in weights:
-                    # The other half of the input is the empty memory.
-                    weights[name] = weights[name][..., : weights[name].shape[-1] // 2]
-    if (pool := weights.get("encoder.pools.0.weight")) is not None:
-        weights["encoder.pools.0.weight"] = sum(mx.split(pool, 2, axis=1))
-    for level in (0, 2):
-        if (grow := weights.get(f"decoder.grows.{level}.weight")) is not None:
-            weights[f"decoder.grows.{level}.weight"] = grow[-grow.shape[1] :]
-    return weights
+                public, ours = f"{part}.{first + k}", f"{part}.blocks.{i}.{k}"
+                conv1 = kernel if has_memory else _without_memory
+                rows.append(Row(f"{public}.conv.0.*", f"{ours}.conv1.*", conv1))
+                rows.append(Row(f"{public}.conv.2.*", f"{ours}.conv2.*", kernel))
+                rows.append(Row(f"{public}.conv.4.*", f"{ours}.conv3.*", kernel))
+                rows.append(Row(f"{public}.skip.*", f"{ours}.skip.*", kernel))
+    return rows + [Row(f"{a}.*", f"{b}.*", kernel) for a, b in places.items()]
 
 
-def _kernel(value: mx.array) -> mx.array:
-    """(O, I, H, W) -> MLX's (O, H, W, I), or (O, I) of a linear layer where H = W = 1."""
-    if value.ndim != 4:
-        return value
-    if value.shape[2:] == (1, 1):
-        return value.reshape(value.shape[:2])
-    return value.transpose(0, 2, 3, 1)
+TAEHV_KEYS = KeyMap("TAEHV autoencoder", *_taehv_rows())
 
 
-def _read(path: Path) -> Weights:
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file")
-    if not path.is_file():
-        raise UserError(f"there is no {path}")
-    try:
-        return mx.load(str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
+# --- all ------------------------------------------------------------------------------------------
 
 
-def _filled(module: nn.Module, weights: Weights, path: Path) -> Any:
-    """`module` with all of the weights in it, contiguous and in float32."""
-    weights = {name: mx.contiguous(v.astype(mx.float32)) for name, v in weights.items()}
-    try:
-        module.load_weights(list(weights.items()))
-    except ValueError as error:
-        listed = " ".join(str(error).split())
-        raise UserError(f"{path} is another network: {listed}") from None
-    mx.eval(module.parameters())
-    return module
+def _described(
+    read: Callable[[dict[str, Any]], AutoencoderConfig],
+) -> Callable[[Source, Weights], AutoencoderConfig]:
+    """A `PublicAutoencoder.config` that reads config.json and names it in errors."""
+
+    def config(source: Source, _: Weights) -> AutoencoderConfig:
+        try:
+            return read(config_of(source))
+        except (LookupError, TypeError, AttributeError) as error:
+            path = source.folder / "config.json"
+            raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
+
+    return config
+
+
+QWEN_IMAGE = PublicAutoencoder(
+    QWEN_IMAGE_KEYS, _described(qwen_image_config), "AutoencoderKLQwenImage"
+)
+KL = PublicAutoencoder(KL_KEYS, _described(kl_config), "AutoencoderKL")
+TAEHV = PublicAutoencoder(TAEHV_KEYS, lambda source, public: taehv_config(public, source.path))
+AUTOENCODERS = {"qwen-image-vae": QWEN_IMAGE, "kl-vae": KL, "taehv": TAEHV}
+"""By kind, as in `convert.public.kinds`."""

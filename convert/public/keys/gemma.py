@@ -1,9 +1,9 @@
-"""Gemma 3's text network as mlx-lm has it: keys, config and shapes, for `convert.public.kinds`."""
+"""Gemma 3's text network in mlx-lm's format: config, shapes and keys."""
 
-import re
 from pathlib import Path
 from typing import Any
 
+from convert.public.keymap import KeyMap, Row, numberless
 from mlx_snapgen.errors import UserError
 
 GEMMA_FILES = (
@@ -16,48 +16,22 @@ GEMMA_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""What mlx-lm reads besides weights and config.json."""
-
-_TEXT = re.compile(r"(language_model\.model|model\.language_model|language_model|model)\.(?=[eln])")
-_KEY = re.compile(
-    r"embed_tokens\.weight|norm\.weight"
-    r"|layers\.\d+\.(self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj"
-    r"|(input|post_attention|pre_feedforward|post_feedforward)_layernorm)\.weight"
-)
-_LEFT_OUT = re.compile(
-    r"(model\.)?(vision_tower|multi_modal_projector)\..+|(language_model\.)?lm_head\.weight"
-)
-
-
-def gemma_name(key: str) -> str | None:
-    """mlx-lm's name of a key of Hugging Face, with or without the pictures' side.
-
-    None for that side, and for `lm_head`: the encoder takes states.
-
-    Raises:
-        UserError: a key of another network.
-    """
-    if _LEFT_OUT.fullmatch(key):
-        return None
-    name = _TEXT.sub("", key, count=1)
-    if not _KEY.fullmatch(name):
-        raise UserError(f"'{key}' belongs to no Gemma 3")
-    return f"model.{name}"
+"""Files that mlx-lm reads besides weights and config.json."""
 
 
 def gemma_config(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """config.json of the text network alone, in the names that mlx-lm reads.
+    """config.json of the text network only, with the names that mlx-lm reads.
 
     Raises:
-        UserError: another network, or sizes that are missing.
+        UserError: another network, or missing sizes.
     """
     if values.get("model_type") not in ("gemma3", "gemma3_text"):
         raise UserError(f"{path} describes a {values.get('model_type')}, not a Gemma 3")
     if values.get("quantization") or values.get("quantization_config"):
-        raise UserError(f"{path} is of quantized weights: get the original ones")
+        raise UserError(f"{path} describes quantized weights: get the original ones")
     text = dict(values)
     if "text_config" in values:
-        # What Google's files leave out of it is the 4B model's; mlx-lm's own defaults are the 1B's.
+        # Google's files leave out the values of the 4B model; mlx-lm's defaults are the 1B model's.
         defaults = {
             "vocab_size": values.get("vocab_size", 262208),
             "num_attention_heads": 8,
@@ -76,7 +50,7 @@ def gemma_config(values: dict[str, Any], path: Path) -> dict[str, Any]:
     layers = text.get("layer_types")
     if "sliding_window_pattern" not in text and layers:
         whole = [i for i, kind in enumerate(layers) if kind == "full_attention"]
-        # No full layer at all: the pattern never comes round.
+        # Without a full layer, the pattern is longer than the network.
         text["sliding_window_pattern"] = whole[0] + 1 if whole else len(layers) + 1
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
         if not isinstance(text.get(key), int):
@@ -112,3 +86,24 @@ def gemma_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for i in range(config["num_hidden_layers"])
         for name, shape in layer.items()
     }
+
+
+def _rows() -> list[Row]:
+    sizes = {"hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1}
+    names = numberless(gemma_shapes(sizes))
+    # With or without the vision tower, in the layouts of several versions of transformers.
+    prefixes = ("model.", "language_model.model.", "model.language_model.", "language_model.", "")
+    return [
+        Row(prefix + name.removeprefix("model."), name) for prefix in prefixes for name in names
+    ]
+
+
+GEMMA_KEYS = KeyMap(
+    "Gemma 3",
+    Row("vision_tower|multi_modal_projector.**", None),
+    Row("model.vision_tower|multi_modal_projector.**", None),
+    # The encoder returns states.
+    Row("lm_head.weight", None),
+    Row("language_model.lm_head.weight", None),
+    *_rows(),
+)

@@ -1,27 +1,24 @@
-"""LoRAs of any layout under the keys that `mlx_snapgen.lora.files` writes."""
+"""LoRAs of any layout, with the keys that `mlx_snapgen.lora.files` writes."""
 
 import functools
 import re
 from pathlib import Path
 
-import mlx.core as mx
-
+from convert.public.keymap import Weights
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
-from mlx_snapgen.lora.files import public_name
+from mlx_snapgen.lora.files import public_name, read_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
 
-Weights = dict[str, mx.array]
-
 
 def lora_name(key: str) -> str:
-    """Our name of a public key, kohya's flat ones too where the network is known.
+    """Our name of a public key, including kohya's flat names if the network is known.
 
     Raises:
-        UserError: no part of a LoRA, or a flat name of another network.
+        UserError: not a part of a LoRA, or a flat name of an unknown network.
     """
     return public_name(key, dotted)
 
@@ -30,7 +27,7 @@ _NUMBER = r"(?<=[._])\d+(?=[._]|$)"
 
 
 def dotted(flat: str) -> str | None:
-    """Path of the layer whose dots have become underscores, None when no network here has it."""
+    """Path of a layer whose dots were replaced by underscores; None if no network here has it."""
     path = _layers().get(re.sub(_NUMBER, "#", flat))
     numbers = iter(re.findall(_NUMBER, flat))
     return path and re.sub("#", lambda _: next(numbers), path)
@@ -46,7 +43,7 @@ def _layers() -> dict[str, str]:
 
 
 def lora_weights(path: Path, public: Weights) -> Weights:
-    """The public keys to ours; `UserError` when a layer has one matrix alone."""
+    """The weights with our keys; `UserError` for a layer with one matrix only."""
     weights = {lora_name(key): value for key, value in public.items()}
     layers = {re.sub(r"\.(lora_[AB]\.weight|alpha)$", "", key) for key in weights}
     for layer in sorted(layers):
@@ -57,10 +54,10 @@ def lora_weights(path: Path, public: Weights) -> Weights:
 
 
 def lora_metadata(path: Path) -> dict[str, str]:
-    """What the header of a file says that loading it takes."""
+    """The entries of a file's header that are needed to load it."""
     metadata = {"format": "mlx"}
     if path.suffix == ".safetensors":
-        header = mx.load(str(path), return_metadata=True)[1]
+        _, header = read_lora(path)
         kept = ("base_model", "lora_adapter_metadata")
         metadata |= {name: value for name, value in header.items() if name in kept}
     return metadata

@@ -1,67 +1,59 @@
-"""The transformers of public teachers, from diffusers: config and keys, for `convert.public.kinds`.
+"""The transformers of public teachers in diffusers' format: config and keys.
 
-The networks here keep the public names, by which public LoRAs find their layers, and MLX's linear
-layers the public layout: all that is left of the mapping is to know the keys.
+The networks here have the public names, so that public LoRAs find their layers, and MLX's linear
+layers the public layout. The tables are only lists of names.
 """
 
-import functools
-import re
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from convert.public.keymap import KeyMap, fill, numberless, same
 from convert.public.source import find_source, read_object
+from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.config import QwenTransformerConfig, ZImageTransformerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.qwen_image import QwenTransformer
+from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
 
 
 def read_transformer(folder: Path) -> nn.Module:
-    """The transformer in a folder of diffusers, lazily and in the type it is stored in.
+    """The transformer in a folder in diffusers' format, lazily and in its stored type.
 
     Raises:
-        UserError: another network, or a key that is missing, unknown or misshapen.
+        UserError: another network, or a weight that is missing, unknown or misshapen.
     """
     path = folder / "config.json"
-    _, network = make_transformer(read_object(path), path)
-    # Of safetensors alone; pickles go through `convert.from_torch`.
-    weights = find_source(str(folder)).weights(folder)
-    try:
-        network.load_weights(list(weights.items()))
-    except ValueError as error:
-        raise UserError(f"{folder} is another network: {' '.join(str(error).split())}") from None
+    kind, network = make_transformer(read_object(path), path)
+    # Only safetensors; `convert.from_torch` reads pickles.
+    public = find_source(str(folder)).weights(folder)
+    fill(network, TRANSFORMER_KEYS[kind], public, where=folder)
     return network
 
 
-def transformer_name(kind: str, key: str) -> str:
-    """The key itself; `UserError` when the network `kind` has none such."""
-    if _numberless(key) not in _known(kind):
-        raise UserError(f"'{key}' belongs to no {kind} transformer")
-    return key
-
-
-@functools.cache
-def _known(kind: str) -> frozenset[str]:
-    """Every key of a network, without the numbers of the blocks."""
+def _keys(kind: str) -> KeyMap:
+    """Every name of the network `kind`, in both directions."""
     network = NETWORKS[kind](TRANSFORMERS[kind](num_layers=1))
-    return frozenset(_numberless(key) for key, _ in tree_flatten(network.parameters()))
+    return KeyMap(f"{kind} transformer", *map(same, numberless(shapes(network.parameters()))))
 
 
-def _numberless(key: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".#", key)
+TRANSFORMER_KEYS = {kind: _keys(kind) for kind in NETWORKS}
+"""By kind of teacher."""
 
 
-def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, nn.Module]:
-    """Kind of teacher and our network, of random weights, from config.json in diffusers.
+def make_transformer(
+    values: dict[str, Any], path: Path
+) -> tuple[str, QwenTransformer | ZImageTransformer]:
+    """Kind of teacher and our network with random weights, from diffusers' config.json.
 
     Args:
         path: of config.json, for messages.
 
     Raises:
-        UserError: another network, or settings that are missing or not supported.
+        UserError: another network, or settings that are missing or unsupported.
     """
     name = values.get("_class_name")
     if name not in CONFIGS:
@@ -73,7 +65,7 @@ def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, nn.Module
     try:
         return kind, NETWORKS[kind](read(values))
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} does not describe a transformer known here: {error!r}") from None
+        raise UserError(f"{path} does not describe a known transformer: {error!r}") from None
 
 
 def qwen_transformer_config(values: dict[str, Any]) -> QwenTransformerConfig:
@@ -128,4 +120,4 @@ CONFIGS = {
     "QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config),
     "ZImageTransformer2DModel": ("z-image", z_image_transformer_config),
 }
-"""diffusers' class -> kind of teacher, and what reads its config."""
+"""diffusers' class -> kind of teacher, and the function that reads its config."""
