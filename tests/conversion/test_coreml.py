@@ -22,7 +22,7 @@ from convert.coreml import __main__ as command
 from convert.coreml import compare as comparison
 from convert.coreml import export as exporter
 from convert.coreml import options as coreml_options
-from convert.coreml import package
+from convert.coreml import package, packages
 from convert.coreml.options import ExportSettings
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.config import (
@@ -217,7 +217,7 @@ def transformer_inputs(model, prompt="a red apple"):
 
 
 def velocity_of(folder, x_t, t, text, mask, function=None):
-    return np.array(comparison.Packages(folder, function).velocity(x_t, t, text, mask))
+    return np.array(packages.Packages(folder, function).velocity(x_t, t, text, mask))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -326,7 +326,7 @@ def drawn(components):
 
 @pytest.fixture(scope="module")
 def picture(export):
-    return comparison.Packages(export()).draw("a red apple", seed=3)
+    return packages.Packages(export()).draw("a red apple", seed=3)
 
 
 def changed(model, **settings):
@@ -341,13 +341,13 @@ def changed(model, **settings):
 
 def test_the_packages_alone_draw_the_picture(picture, model):
     ratio = psnr(np.asarray(picture), drawn(changed(model)))
-    comparison.check_picture(ratio)
+    packages.check_picture(ratio)
     assert np.asarray(picture).std() > 5
 
 
 def test_one_step_tells_packages_from_others(export, model, monkeypatch, capsys):
     def compare(folder, other):
-        monkeypatch.setattr(comparison, "load_pretrained", lambda *a, **k: other)
+        monkeypatch.setattr(packages, "load_pretrained", lambda *a, **k: other)
         command = ["coreml_picture", str(folder), "a cat", "--model", "model", "--one-step"]
         monkeypatch.setattr(comparison, "find_model", lambda name: Path(name))
         monkeypatch.setattr(sys, "argv", command)
@@ -390,7 +390,7 @@ def with_gates(model, factor):
 )
 def test_a_wrong_network_draws_another_picture(broken, picture, model):
     with pytest.raises(UserError, match="the packages generate another picture than MLX"):
-        comparison.check_picture(psnr(np.asarray(picture), drawn(broken(model))))
+        packages.check_picture(psnr(np.asarray(picture), drawn(broken(model))))
 
 
 def test_a_part_without_a_twin_is_left_out(model):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.coreml import compare
+from convert.coreml import packages as exported_packages
 from convert.mil.execution import Interpreter
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
@@ -70,16 +70,16 @@ def exported(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"])
-def packages(request, exported, monkeypatch) -> compare.Packages:
+def packages(request, exported, monkeypatch) -> exported_packages.Packages:
     monkeypatch.setattr(Predictor, "units", request.param)
-    monkeypatch.setattr(compare, "Interpreter", Predictor)
-    return compare.Packages(exported)
+    monkeypatch.setattr(exported_packages, "Interpreter", Predictor)
+    return exported_packages.Packages(exported)
 
 
 @pytest.fixture(scope="module")
 def components(exported) -> Components:
     """The model in float32, of the width and in the mode of the packages."""
-    width, _, palettes = compare.read_report(exported)
+    width, _, palettes = exported_packages.read_report(exported)
     if palettes:
         pytest.skip("palettes are far from the model without them")
     few_step = load_config(exported).few_step is not None
@@ -91,7 +91,7 @@ def components(exported) -> Components:
 
 
 def check(name: str, found: mx.array, expected: mx.array) -> None:
-    ratio, difference = compare.step_difference(found, expected)
+    ratio, difference = exported_packages.step_difference(found, expected)
     print(f"{name}: {ratio:.1f} dB, {difference:.1e} of the largest number at most")
     assert ratio > LEAST_PSNR
 
@@ -119,7 +119,7 @@ def test_the_velocity(packages, components, sigma):
 
 
 def test_the_picture(packages, components, tmp_path):
-    width, _, _ = compare.read_report(packages.folder)
+    width, _, _ = exported_packages.read_report(packages.folder)
     pipeline = SnapGenPipeline.from_pretrained(MODEL, model_width=width, dtype=mx.float32)
     few_step = packages.config.few_step is not None
     (expected,) = pipeline(PROMPT, few_step=few_step, seed=SEED)

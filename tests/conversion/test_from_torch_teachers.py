@@ -11,7 +11,7 @@ from convert.public.keys.autoencoders import read_autoencoder
 from convert.public.keys.lora import dotted, lora_name
 from convert.public.keys.transformers import read_transformer
 from convert.public.source import find_source
-from convert.teacher import convert_teacher
+from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.config import AutoencoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError

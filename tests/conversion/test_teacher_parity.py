@@ -13,7 +13,7 @@ from PIL import Image
 import convert.teacher
 from convert import sample_teacher
 from convert.parity.originals import relative_difference
-from convert.teacher import convert_teacher
+from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE

@@ -133,6 +133,7 @@ FLOORS = {
         options libraries
     """,
     "convert.public": """
+        teachers
         convert
         kinds
         keys
@@ -141,8 +142,8 @@ FLOORS = {
     """,
     "convert.coreml": """
         __main__
-        export
-        options compare
+        export compare
+        options packages
         package
     """,
     "convert.mil": """
