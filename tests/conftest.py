@@ -1,5 +1,6 @@
 """What the tests share: above all a tiny random model in the full format."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.errors import UserError
 from tests import tiny
 from train.data.stickers.render import find_font
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell without job control starts background jobs deaf to Ctrl-C, and their children too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
