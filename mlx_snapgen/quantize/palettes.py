@@ -1,8 +1,8 @@
 """Palettes for a transformer's weights (SnapGen++ section 6).
 
 A weight becomes indices into a palette of 16 or 256 fp16 numbers, found by k-means; `sensitivity`
-chooses the size. Norms, biases, modulation and RoPE tables are not layers and stay as they are,
-and so do the text projections, which run once for a picture, with the text encoders.
+chooses the size. Norms, biases, modulation and RoPE tables have no palette. Nor have the text
+projections, which run once per picture, with the text encoders.
 
 A network with palettes is an ordinary one whose weights hold the numbers of the palettes. All
 widths share them, since a narrower network's weight is the corner of the wider one's.
@@ -27,7 +27,7 @@ LOW, HIGH = 4, 8
 """Bits of an index, of most layers and of the sensitive ones."""
 
 LEAST = 2048
-"""Layers of fewer weights stay as they are: a palette of 256 numbers would not pay."""
+"""Smaller layers, in weights, have no palette: 256 numbers would save nothing there."""
 
 FILE = "palettes.json"
 FORMAT_VERSION = 1
@@ -119,7 +119,7 @@ def _first_centers(values: np.ndarray, clusters: int) -> np.ndarray:
 def palettized(weight: mx.array, bits: int) -> mx.array:
     """`weight` with each number replaced by the nearest of a palette of 2^bits fp16 numbers.
 
-    A weight that holds no more than these already stays as it is.
+    A weight of at most 2^bits different fp16 numbers is returned unchanged.
     """
     values = np.array(weight.astype(mx.float32))
     palette = np.unique(k_means(values, 2**bits).astype(np.float16)).astype(np.float32)
@@ -128,10 +128,10 @@ def palettized(weight: mx.array, bits: int) -> mx.array:
 
 
 def layers(network: EfficientDiT) -> dict[str, list[Any]]:
-    """Name -> the linear layers that it stands for, without those that stay as they are.
+    """Name -> linear layers that have a palette of this name.
 
-    That is one layer but for what is there once for each width, as the timestep embedding is: these
-    go by one name. At a single width the name is that of the layer's PyTorch twin.
+    Layers that exist once per width, such as the timestep embedding, share one name; every other
+    name has one layer. At a single width the name is that of the layer's PyTorch twin.
     """
     found: dict[str, list[Any]] = {}
     for path, layer in linear_layers(network).items():
