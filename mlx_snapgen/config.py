@@ -335,16 +335,6 @@ def transformer_preset(name: str) -> TransformerConfig:
     return TRANSFORMERS[name]
 
 
-STICKERS = ModelConfig(
-    name="stickers",
-    image_size=(128, 128),
-    transformer=TRANSFORMERS["stickers"],
-    text_encoders=(TextEncoderConfig(),),
-    sampler=SamplerConfig(guidance_scale=2.0, time_shift=4.0),
-)
-"""The default model: 128 px stickers, trained from scratch by `train/`."""
-
-
 @dataclass(frozen=True)
 class QwenTransformerConfig:
     """Qwen-Image's transformer; the defaults are the public 20B network."""

@@ -2,90 +2,81 @@
 
 Every step runs the full network and one sampled sub-network on the same noisy latents
 (SnapGen++ section 3.2): both learn the velocity (eq. 4), the sub-network also learns from the full
-one (eq. 5), and the two gradients are brought to the same norm before they are added. The text
-encoder learns along. Scenes are rendered and encoded on the fly, so no picture is seen twice.
+one (eq. 5), and the two gradients are scaled to the same norm before they are added. The text
+encoder is trained, too. Pictures are drawn and encoded during training, so none is seen twice.
 
-`--mask-ratio` adds EDT's masking training (arXiv 2410.23788): tokens are masked on their way into
-the Middle stage, which then has to guess them from the others. EDT adds the losses of a pass with
-all tokens and of a masked one; here they are those of the two halves of a batch, which weighs them
-alike at half the cost, each pass having scenes of its own.
+`--mask-ratio` adds EDT's masking training (arXiv 2410.23788): tokens are masked before the Middle
+stage, which has to infer them from the others. EDT adds the losses of a pass with all tokens and of
+a masked one. Here each half of a batch has one of the two losses: they have the same weights at
+half the cost, but each has pictures of its own.
 """
 
-import argparse
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
-from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.settings import parse_width
-from train.evaluation.previews import previews_of
-from train.loop.autoencoder import load_autoencoder
-from train.loop.run import start_from
+from train.data.stickers import source as stickers
+from train.data.stickers.model import STICKERS
+from train.loop.autoencoder import STATISTICS_SEED, load_autoencoder
+from train.loop.run import claim_data, find_folder, start_from
 from train.loop.trainer import Trainer
-from train.objectives.elastic import TextToLatents, sampled_widths
-from train.objectives.flow import gradients
-from train.options import add_arguments, make_data, training_config
+from train.objectives.elastic import TextToLatents
+from train.objectives.flow import Flow
+from train.options import supernetwork as options
+from train.options.common import add_number, check_at_least
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.flow",
-        description="Train the elastic stickers model. Run again with the same folder to resume.",
-    )
-    add_arguments(parser)
+    parser = options.new_parser("python -m train.flow", "Train the elastic stickers model.")
     parser.add_argument(
-        "--autoencoder", type=Path, required=True, help="folder of an autoencoder run or a model"
+        "--autoencoder",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="autoencoder: folder of a run of train.autoencoder, or a model",
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
     parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="FILE", help="sentencepiece .model file"
+    )
+    add_number(
+        parser,
         "--mask-ratio",
-        type=float,
-        default=0.0,
-        metavar="R",
-        help="mask this share of the tokens before the Middle stage, in half of the scenes "
-        "(EDT: .45; default 0)",
+        0.0,
+        "share of the tokens to mask before the Middle stage, in half of the pictures; EDT: 0.45",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--distillation-weight",
-        type=float,
-        default=1.0,
-        metavar="W",
-        help="how much more a sub-network learns from the full network's velocity than from the "
-        "true one, which is noisier (default 1, as in the paper)",
+        1.0,
+        "weight of the full network's velocity, beside the true one, in a sub-network's loss; "
+        "the paper: 1",
     )
     args = parser.parse_args()
+    options.check(args)
+    check_at_least(args, 0, "distillation_weight")
     if not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask-ratio is {args.mask_ratio}; it must be at least 0 and below 1")
-    if not args.distillation_weight >= 0:
-        raise UserError(
-            f"--distillation-weight is {args.distillation_weight}; it must be at least 0"
-        )
+    source = stickers.from_options(args, seed=args.seed)
 
     mx.random.seed(args.seed)
-    config = STICKERS
-    tokenizers = [load_tokenizer(args.tokenizer, c) for c in config.text_encoders]
-    model = TextToLatents(config, tokenizers)
+    tokenizers = [load_tokenizer(args.tokenizer, c) for c in STICKERS.text_encoders]
+    model = TextToLatents(STICKERS, tokenizers)
     if args.init_from:
-        start_from(model, args.init_from)
+        start_from(model, find_folder(args.init_from))
     model.transformer.checkpoint_blocks(args.save_memory)
-    autoencoder = load_autoencoder(args.autoencoder, args.num_nouns)
-    data = make_data(args, autoencoder, tokenizers)
-    widths = [parse_width(name).share for name in args.widths]
+    measured = stickers.Stickers(STATISTICS_SEED, args.num_nouns)
+    autoencoder = load_autoencoder(find_folder(args.autoencoder), measured)
+    claim_data(args.run_dir, source.settings())
     Trainer(
         model,
-        gradients,
-        data,
-        training_config(args),
-        args.run_dir,
-        static=lambda step: (
-            sampled_widths(widths, args.seed, step, args.sub_networks),
-            args.time_shift,
-            args.mask_ratio,
-            args.distillation_weight,
-        ),
-        validate=previews_of(model, autoencoder, args.time_shift, args.widths),
+        Flow(args.mask_ratio, args.distillation_weight),
+        batches=options.make_batches(args, source, autoencoder, tokenizers=tokenizers),
+        config=options.training_config(args),
+        run_dir=args.run_dir,
+        arguments=options.step_arguments(args),
+        validate=options.make_previews(args, model, autoencoder),
     ).run()
 
 

@@ -1,16 +1,16 @@
-"""Distil a teacher into an elastic model: `python -m train.kd --teacher FOLDER --run-dir DIR ...`.
+"""Distill a teacher into an elastic model: `python -m train.kd --teacher FOLDER --run-dir DIR ...`.
 
-SnapGen++ section 3.3, eqs. 6-8, at every elastic width. The full network and one sampled
-sub-network meet the same noisy latents as the teacher. Each learns the task's velocity (L_diff) and
-the teacher's (L_out, eq. 6), weighed by the timestep-aware scaling S, and through a projector of
-its own width the teacher's last-layer features (L_feat, eq. 7):
+SnapGen++ section 3.3, eqs. 6-8, at every elastic width. The full network, one sampled sub-network
+and the teacher get the same noisy latents. Each network learns the task's velocity (L_diff) and the
+teacher's (L_out, eq. 6), weighted by the timestep-aware scaling S, and, through a projector for its
+width, the teacher's last-layer features (L_feat, eq. 7):
 
     L = S(L_diff, L_out) + L_feat                                                            (eq. 8)
 
 As in flow matching, the sub-network also learns from the full one (eq. 5), and the gradients of the
-two are brought to the same norm. Latents are those of the teacher's autoencoder; text is each one's
-own: the teacher reads the caption with its own encoders, and the empty prompt where the student is
-told nothing.
+two are scaled to the same norm. Latents are those of the teacher's autoencoder. Student and teacher
+each have their own text encoders; where the student's caption is dropped, the teacher gets the
+empty prompt, too.
 """
 
 import argparse
@@ -18,31 +18,33 @@ import dataclasses
 from pathlib import Path
 
 import mlx.core as mx
+from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
-from mlx_snapgen.config import STICKERS
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.settings import parse_width
 from mlx_snapgen.teachers.checkpoint import load_teacher
-from train.data.taught import TaughtData
-from train.evaluation.previews import previews_of
+from train.data.stickers import source as stickers
+from train.data.stickers.model import STICKERS
+from train.data.taught import TaughtBatches
 from train.loop.checkpoint import latest_checkpoint
-from train.loop.run import start_from
+from train.loop.run import claim_data, find_folder, start_from
 from train.loop.trainer import Trainer
-from train.objectives.distillation import Student, fit_to_teacher, make_gradients
-from train.objectives.elastic import sampled_widths
-from train.options import add_arguments, make_data, training_config
+from train.objectives.distillation import Distillation, Student, fit_to_teacher
+from train.options import supernetwork as options
+from train.options.common import add_number
 
 
-def make_student(args: argparse.Namespace, autoencoder: Autoencoder, feature_dims: int) -> Student:
-    """The student that the options ask for, with the weights that it starts from."""
+def make_student(
+    args: argparse.Namespace, autoencoder: Autoencoder, *, feature_dims: int
+) -> Student:
+    """The student of the options, with the weights that it starts from."""
     if args.init_from and (args.init_from / "config.json").is_file():
         if args.student_config or args.tokenizer:
             raise UserError(
-                f"{args.init_from} is a model: it brings sizes and tokenizers, leave out "
+                f"{args.init_from} is a model, with sizes and tokenizers: leave out "
                 "--student-config and --tokenizer"
             )
         components = load_pretrained(args.init_from)
@@ -60,45 +62,50 @@ def make_student(args: argparse.Namespace, autoencoder: Autoencoder, feature_dim
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.kd",
-        description="Distil a teacher into an elastic model. Run again with the same folder to "
-        "resume.",
+    parser = options.new_parser("python -m train.kd", "Distill a teacher into an elastic model.")
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="folder of the teacher, or a model",
     )
-    add_arguments(parser)
-    parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher (default none)")
+    add_number(parser, "--guidance", 1.0, "guidance scale of the teacher; 1 is none")
     parser.add_argument(
         "--student-config",
         type=Path,
         metavar="FOLDER",
-        help="sizes of the student, as config.json in this folder (default: the stickers model)",
+        help="folder with a config.json of the student's sizes (default: the stickers model's)",
     )
-    parser.add_argument("--tokenizer", type=Path, help="the student's, a sentencepiece .model file")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the student's sentencepiece .model file"
+    )
     args = parser.parse_args()
+    options.check(args)
+    args.init_from = args.init_from and find_folder(args.init_from)
+    source = stickers.from_options(args, seed=args.seed)
 
     mx.random.seed(args.seed)
-    teacher, autoencoder = load_teacher(args.teacher)
-    student = make_student(args, autoencoder, teacher.feature_dims)
+    teacher, autoencoder = load_teacher(find_folder(args.teacher))
+    student = make_student(args, autoencoder, feature_dims=teacher.feature_dims)
     student.transformer.checkpoint_blocks(args.save_memory)
-    widths = [parse_width(name).share for name in args.widths]
-    for width in widths:
-        student.transformer.config.width_index(width)
+    for share in options.shares_of(args):
+        student.transformer.config.width_index(share)
     tokenizers = [encoder.tokenizer for encoder in student.text_encoders]
-    data = TaughtData(make_data(args, autoencoder, tokenizers), teacher)
+    batches = options.make_batches(args, source, autoencoder, tokenizers=tokenizers)
+    taught = TaughtBatches(batches, teacher)
+    claim_data(args.run_dir, source.settings())
     if args.init_from and latest_checkpoint(args.run_dir) is None:
-        fit_to_teacher(student, teacher, [data(k) for k in range(8)], args.seed, args.time_shift)
+        first = [taught(k) for k in tqdm(range(8), desc="first batches", leave=False)]
+        fit_to_teacher(student, teacher, first, seed=args.seed, shift=args.time_shift)
     Trainer(
         student,
-        make_gradients(teacher, args.guidance),
-        data,
-        training_config(args),
-        args.run_dir,
-        static=lambda step: (
-            sampled_widths(widths, args.seed, step, args.sub_networks),
-            args.time_shift,
-        ),
-        validate=previews_of(student, autoencoder, args.time_shift, args.widths),
+        Distillation(teacher, args.guidance),
+        batches=taught,
+        config=options.training_config(args),
+        run_dir=args.run_dir,
+        arguments=options.step_arguments(args),
+        validate=options.make_previews(args, student, autoencoder),
     ).run()
 
 

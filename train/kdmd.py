@@ -1,146 +1,171 @@
-"""K-DMD: distil an elastic model to four steps: `python -m train.kdmd --model FOLDER ...`.
+"""K-DMD: distill an elastic model to four steps: `python -m train.kdmd --model FOLDER ...`.
 
-SnapGen++ section 3.3, eqs. 9-10. Every iteration the student draws from noise (backward
-simulation) and a critic of its width learns to denoise what it drew. Every fifth, the student
-moves along the distribution-matching gradient (teacher with guidance against critic) and towards
-the few-step teacher's output and features, both at the student's own x_t. Student, critics and
-few-step teacher are LoRAs over one set of base weights, which is also the teacher; `--teacher`
-names another one, with a few-step mode of its own.
+SnapGen++ section 3.3, eqs. 9-10. In every iteration the student draws from noise (backward
+simulation), and a critic of the same width learns to denoise the result. In every fifth, the
+student moves along the distribution-matching gradient (teacher with guidance against critic) and
+towards the few-step teacher's output and features, both at the student's own x_t. Student, critics
+and few-step teacher are LoRAs over one set of base weights, which is also the teacher; `--teacher`
+takes another teacher, with a few-step mode of its own.
 
-Without a few-step mode this is DMD alone. Run so at `--widths full`, it makes the few-step
-teacher itself. No pictures are needed: captions are enough.
+Without a few-step mode this is DMD alone; with `--model-widths full` it trains the few-step teacher
+itself. Captions are enough, no pictures are needed.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_unflatten
+from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
-from mlx_snapgen.config import FOUR_STEPS, AutoencoderConfig
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.config import FOUR_STEPS
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora, save_lora
-from mlx_snapgen.settings import WIDTH_NAMES, parse_width
-from mlx_snapgen.teachers.base import Teacher
-from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
+from mlx_snapgen.settings import WIDTH_NAMES, check_width
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
+from train.data.prompts import PromptList, read_prompts
 from train.data.simulation import Simulation
-from train.data.stickers.scenes import training_scene
+from train.data.stickers import source as stickers
+from train.data.streams import Stream
 from train.evaluation.previews import Previews
-from train.loop.checkpoint import latest_checkpoint, load_ema
+from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig
+from train.loop.run import claim_data, find_folder
 from train.loop.trainer import Trainer
-from train.objectives.dmd import STUDENT, Distilled, fit_to_few_step, make_gradients
+from train.objectives.dmd import (
+    DMD,
+    STUDENT,
+    Distilled,
+    DMDStep,
+    fit_to_few_step,
+    load_other_teacher,
+)
+from train.options.common import (
+    add_number,
+    add_output,
+    add_run_dir,
+    add_seed,
+    check_at_least,
+    check_new,
+)
 
 
-def other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
-    """The teacher in `folder`; `UserError` when it knows other latents than the student."""
-    teacher, autoencoder = load_teacher(folder)
-    theirs = autoencoder.config
-    if (theirs.kind, theirs.latent_channels) != (latents.kind, latents.latent_channels):
-        raise UserError(
-            f"the teacher knows the latents of {theirs.kind} ({theirs.latent_channels} channels), "
-            f"the student those of {latents.kind} ({latents.latent_channels}): distil the student "
-            "with train.kd from this teacher first"
-        )
-    return teacher
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m train.kdmd",
+        description="Distill a model to four steps. Run again with the same folder to resume.",
+        renamed={"--widths": "--model-widths"},
+    )
+    add_model(parser)
+    add_run_dir(parser)
+    add_output(parser, "file of the student's LoRA")
+    add = parser.add_argument
+    add(
+        "--few-step-lora",
+        type=Path,
+        metavar="FILE",
+        help="LoRA of the few-step teacher (default: DMD alone)",
+    )
+    add(
+        "--teacher",
+        type=Path,
+        metavar="MODEL",
+        help="another teacher of the same latents, with its own few-step mode (default: the model)",
+    )
+    add_model_widths(parser, default=WIDTH_NAMES)
+    add_number(parser, "--steps", 2000, "critic iterations")
+    add_number(parser, "--student-every", 5, "iterations per student step")
+    add_number(parser, "--batch-size", 32, "prompts per iteration")
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale of the teacher (default: the model's)",
+    )
+    add_number(parser, "--rank", 64, "rank of the LoRAs")
+    add_number(parser, "--alpha", 128.0, "the LoRAs are scaled by alpha / rank")
+    add_number(parser, "--learning-rate", 1e-4, "AdamW learning rate")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts to train on, one in each line (default: captions of sticker scenes)",
+    )
+    add_seed(parser)
+    stickers.add_options(parser)
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.kdmd",
-        description="Distil a model to four steps. Run again with the same folder to resume.",
-    )
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--output", type=Path, required=True, help="the student's LoRA to write")
-    parser.add_argument(
-        "--few-step-lora", type=Path, help="few-step teacher; without it, DMD alone"
-    )
-    parser.add_argument(
-        "--teacher",
-        type=Path,
-        help="folder of another teacher of the same latents, with its own few-step mode",
-    )
-    parser.add_argument(
-        "--widths", nargs="+", choices=WIDTH_NAMES, default=WIDTH_NAMES, metavar="W"
-    )
-    parser.add_argument("--steps", type=int, default=2000, help="critic iterations")
-    parser.add_argument("--student-every", type=int, default=5, help="iterations per student step")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument(
-        "--guidance", type=float, help="of the teacher (default: what the model draws with)"
-    )
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--alpha", type=float, default=128.0)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--num-nouns", type=int, help="caption the first N nouns only")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.output.exists():
-        raise UserError(f"{args.output} exists already: choose another name or delete it")
+    args = _parser().parse_args()
+    check_new(args.output)
+    check_at_least(args, 1, "steps", "student_every", "batch_size", "rank")
     if args.teacher and args.few_step_lora:
-        raise UserError("--teacher brings its own few-step mode: leave out --few-step-lora")
+        raise UserError("--teacher has its own few-step mode: leave out --few-step-lora")
+    captions = stickers.from_options(args, seed=args.seed)
+    prompts = PromptList(read_prompts(args.prompts)) if args.prompts else captions
 
     mx.random.seed(args.seed)
     components = load_pretrained(args.model)
     components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
     network, config = components.transformer, components.config
+    shares = [check_width(config, name).share for name in args.model_widths]
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
     few_step = FEW_STEP if args.few_step_lora else None
-    own = CheckpointTeacher(network, components.text_encoders, few_step=few_step)
-    guidance = args.guidance
-    if guidance is None:
-        guidance = config.sampler.guidance_scale
-    teacher = own if args.teacher is None else other_teacher(args.teacher, config.autoencoder)
-    widths = [parse_width(name).share for name in args.widths]
-    for width in widths:
-        config.transformer.width_index(width)
-    model = Distilled(network, widths, teacher.feature_dims, args.rank, args.alpha)
+    own = CheckpointTeacher(network, components.text_encoders, few_step)
+    teacher = own
+    if args.teacher:
+        teacher = load_other_teacher(find_folder(args.teacher), config.autoencoder)
+    guidance = config.sampler.guidance_scale if args.guidance is None else args.guidance
+    model = Distilled(
+        network, shares, feature_dims=teacher.feature_dims, rank=args.rank, alpha=args.alpha
+    )
 
-    def width_of(step: int) -> float:
-        # Held while the critic takes its iterations, so that each width's critic keeps up.
+    def share_of(step: int) -> float:
+        # The same for all iterations of a student step, so that each width's critic keeps up.
         turn = step // args.student_every
-        return float(np.random.default_rng((args.seed, turn, 5)).choice(widths))
+        return float(Stream.CRITIC_WIDTHS.generator(args.seed, turn).choice(shares))
 
-    h, w = (side // components.autoencoder.config.downsampling for side in config.image_size)
+    h, w = (side // config.autoencoder.downsampling for side in config.image_size)
     batches = Simulation(
         model,
         teacher,
-        (h, w, config.transformer.latent_channels),
-        args.batch_size,
-        lambda k: training_scene(args.seed, k, args.num_nouns).caption,
-        width_of,
+        shape=(h, w, config.transformer.latent_channels),
+        batch_size=args.batch_size,
+        prompts=prompts,
+        share_of=share_of,
         seed=args.seed,
         read=None if teacher is own else own.read,
     )
+    claim_data(args.run_dir, {"data": "prompts"} if args.prompts else captions.settings())
     if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
-        fit_to_few_step(model, teacher, [batches(k) for k in range(8)])
-    training = TrainingConfig(
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        warmup_steps=50,
-        betas=(0.0, 0.99),
-        weight_decay=0.0,
-        ema_decay=0.99,
-        seed=args.seed,
-    )
+        first = [batches(k) for k in tqdm(range(8), desc="first batches", leave=False)]
+        fit_to_few_step(model, teacher, first)
     trainer = Trainer(
         model,
-        make_gradients(teacher, guidance, teacher.has_few_step),
-        batches,
-        training,
-        args.run_dir,
-        static=lambda step: (width_of(step), (step + 1) % args.student_every == 0),
-        validate=Previews(components, args.widths, adapter=STUDENT),
+        DMD(teacher, guidance, teacher.has_few_step),
+        batches=batches,
+        config=TrainingConfig(
+            steps=args.steps,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            warmup_steps=50,
+            betas=(0.0, 0.99),
+            weight_decay=0.0,
+            ema_decay=0.99,
+            seed=args.seed,
+        ),
+        run_dir=args.run_dir,
+        arguments=lambda step: DMDStep(share_of(step), (step + 1) % args.student_every == 0),
+        validate=Previews(
+            components, stickers.PREVIEW_PROMPTS, widths=args.model_widths, adapter=STUDENT
+        ),
     )
     if trainer.run() and trainer.is_main:
-        model.update(tree_unflatten(list(load_ema(args.run_dir).items())))
-        save_lora(args.output, network, name=STUDENT, base_model=config.name)
+        with trainer.averaged():
+            save_lora(args.output, network, STUDENT, config.name)
         print(args.output)
 
 

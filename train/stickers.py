@@ -7,91 +7,68 @@ fine-tuning on:
     python -m train.stickers --noun zebra --count 20 --output runs/zebra
 """
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
+from tqdm import tqdm
+
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.pictures import contact_sheet
-from train.data.stickers.render import (
-    INSTALL,
-    glyph_scenes,
-    render,
-    write_imagefolder,
-)
-from train.data.stickers.scenes import (
-    SIDE,
-    noun_scene,
-    training_scene,
-    validation_scenes,
-)
+from train.data.stickers.render import INSTALL, glyph_scenes, render, write_imagefolder
+from train.data.stickers.scenes import SIDE, noun_scene, training_scene, validation_scene
+from train.data.stickers.source import add_num_nouns
 from train.data.stickers.vocabulary import NOUNS
+from train.options.common import add_number, add_output, add_seed, check_at_least, check_new
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write a contact sheet, or an imagefolder."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.stickers",
-        description="Look at the training pictures: a contact sheet of captioned scenes, drawn "
-        "from the Noto Color Emoji font.",
-        epilog=f"The font is installed by {INSTALL}.",
+        description="Look at the training pictures: a contact sheet of captioned scenes,\n"
+        "drawn with the Noto Color Emoji font.",
+        epilog=f"Install the font with {INSTALL}.",
     )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="PATH",
-        help="PNG file to write, or with --noun a folder; must not exist yet",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add_output(parser, "PNG file to write, or with --noun a folder")
+    add(
         "--noun",
         metavar="NAME",
-        help="write a folder of pictures of this noun alone and a metadata.jsonl with captions",
+        help="write a folder with pictures of this noun alone and a metadata.jsonl with captions "
+        "(default: a contact sheet)",
     )
-    parser.add_argument(
-        "--count", type=int, default=64, help="how many scenes to show (default 64)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the scenes, as in training (default 0)"
-    )
-    parser.add_argument(
-        "--num-nouns",
-        type=int,
-        metavar="N",
-        help=f"use the first N nouns (default: all {len(NOUNS)})",
-    )
-    parser.add_argument(
-        "--glyphs",
-        action="store_true",
-        help="show every noun once, and in every colour it can have, instead of scenes",
-    )
-    parser.add_argument(
+    add_number(parser, "--count", 64, "number of scenes")
+    add_seed(parser)
+    add_num_nouns(parser, f"use the first N nouns only (default: all {len(NOUNS)})")
+    add("--glyphs", action="store_true", help="show every noun once, and in each possible color")
+    add(
         "--validation",
         action="store_true",
-        help="show the validation scenes instead; every fourth is a held-out combination",
+        help="show the validation scenes; every fourth is a held-out combination",
     )
-    parser.add_argument("--font", metavar="TTF", help="NotoColorEmoji.ttf, if in no usual place")
+    add("--font", metavar="TTF", help="NotoColorEmoji.ttf (default: found in the usual folders)")
     args = parser.parse_args(argv)
-    output = Path(args.output)
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output or remove it")
+    output = args.output
+    check_new(output)
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent}; create it first")
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}; it must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; it must not be negative")
+    check_at_least(args, 1, "count")
+    check_at_least(args, 0, "seed")
+    numbers = range(args.count)
     if args.noun:
-        shown = [noun_scene(args.noun, args.seed, k) for k in range(args.count)]
+        shown = [noun_scene(args.noun, args.seed, k) for k in numbers]
         write_imagefolder(output, shown, args.font)
         print(f"{output}: {len(shown)} pictures of one noun")
         return
     if args.glyphs:
         shown = glyph_scenes(args.num_nouns)
     elif args.validation:
-        shown = validation_scenes(args.count, args.num_nouns)
+        shown = [validation_scene(k, args.num_nouns) for k in numbers]
     else:
-        shown = [training_scene(args.seed, k, args.num_nouns) for k in range(args.count)]
+        shown = [training_scene(args.seed, k, args.num_nouns) for k in numbers]
     size = 64 if args.glyphs else SIDE
-    pictures = [render(scene, size, args.font) for scene in shown]
+    bar = tqdm(shown, unit="picture", leave=False)
+    pictures = [render(scene, size, font=args.font) for scene in bar]
     columns = 16 if args.glyphs else min(8, len(pictures))
     contact_sheet(pictures, [scene.caption for scene in shown], columns).save(output, "PNG")
     print(f"{output}: {len(pictures)} pictures")

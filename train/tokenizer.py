@@ -1,26 +1,28 @@
 """Train the default model's tokenizer on captions: `python -m train.tokenizer --output FILE`."""
 
-import argparse
 import io
 import itertools
-from pathlib import Path
 
 import sentencepiece
+from tqdm import tqdm
 
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.networks.text_encoders.base import normalize
-from train.data.stickers.scenes import scenes
+from mlx_snapgen.networks.text_encoders.base import normalise
+from train.data.stickers.scenes import training_scene
 from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, NOUNS
+from train.options.common import add_number, add_output, check_new
 
 
 def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
     """A serialized BPE model over captions of all nouns, so that more can be learned later.
 
-    Every word of the vocabulary is added many times: the pieces then are whole words for what the
-    pictures can show and syllables for what a person may type besides.
+    Every word of the vocabulary is added many times. The pieces then are whole words of the
+    vocabulary, and syllables for all other words.
     """
-    captions = (s.caption for s in itertools.islice(scenes(0), num_captions))
+    numbers = tqdm(range(num_captions), desc="captions", leave=False)
+    captions = (training_scene(0, k).caption for k in numbers)
     names = [w for n in NOUNS for w in (n.name, n.plural, *n.synonyms)]
     names += [*COLOURS, *BACKGROUNDS]
     model = io.BytesIO()
@@ -42,12 +44,11 @@ def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.tokenizer", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser = Parser(prog="python -m train.tokenizer", description=__doc__)
+    add_output(parser, ".model file")
+    add_number(parser, "--vocab-size", 2048, "number of pieces")
     args = parser.parse_args()
-    if args.output.exists():
-        raise UserError(f"{args.output} exists: choose another name or delete it first")
+    check_new(args.output)
     with whole_file(args.output) as partial:
         partial.write_bytes(train_tokenizer(args.vocab_size))
 

@@ -13,8 +13,9 @@ import sentencepiece
 
 from apps.ios.vectors import PATH, PROMPTS, TOKENIZER, vectors
 from convert.mil.program import wire_fields
-from mlx_snapgen.config import STICKERS, to_dict
-from mlx_snapgen.networks.text_encoders.base import normalize
+from mlx_snapgen.config import to_dict
+from mlx_snapgen.networks.text_encoders.base import normalise
+from train.data.stickers.model import STICKERS
 
 ROOT = Path(__file__).parents[2] / "apps/ios"
 

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from mlx_snapgen.config import (
-    STICKERS,
     TRANSFORMERS,
     AutoencoderConfig,
     ModelConfig,
@@ -15,6 +14,7 @@ from mlx_snapgen.config import (
     transformer_preset,
 )
 from mlx_snapgen.errors import UserError
+from train.data.stickers.model import STICKERS
 
 
 @pytest.mark.parametrize("config", [STICKERS, *TRANSFORMERS.values()])

@@ -23,8 +23,10 @@ from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings
 from train import evaluate
-from train.evaluation.previews import PROMPTS, previews_of
+from train.data.stickers.source import PREVIEW_PROMPTS, ValidationStickers
+from train.evaluation.previews import previews_of
 from train.evaluation.validation import validation_losses, validation_set
+from train.loop.trainer import Trainer
 from train.objectives.elastic import TextToLatents
 
 MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
@@ -198,7 +200,14 @@ def test_previews_show_the_averages_and_leave_the_model_alone(components, font, 
     model = TextToLatents(components.config, [e.tokenizer for e in components.text_encoders])
     model.transformer.update(components.transformer.parameters())
     before = [mx.array(p) for _, p in tree_flatten(model.parameters())]
-    previews = previews_of(model, components.autoencoder, 2.0, ["full", "tiny"])
+    previews = previews_of(
+        model,
+        components.autoencoder,
+        PREVIEW_PROMPTS,
+        size=(128, 128),
+        time_shift=2.0,
+        widths=["full", "tiny"],
+    )
 
     def sample_path(name):
         return tmp_path / f"{name}.png"
@@ -207,6 +216,7 @@ def test_previews_show_the_averages_and_leave_the_model_alone(components, font, 
     for factor in (1.0, 3.0):
         averages = tree_map(lambda p, f=factor: f * p, model.trainable_parameters())
         trainer = SimpleNamespace(model=model, ema_parameters=averages, sample_path=sample_path)
+        trainer.averaged = lambda trainer=trainer: Trainer.averaged(trainer)
         assert previews(trainer) == {}
         sheets.append(np.asarray(Image.open(tmp_path / "previews.png")))
     assert not np.array_equal(*sheets)
@@ -218,8 +228,8 @@ def test_previews_show_the_averages_and_leave_the_model_alone(components, font, 
     own.config = dataclasses.replace(own.config, image_size=(128, 128))
     expected = draw_pictures(
         own,
-        list(PROMPTS),
-        seeds=range(len(PROMPTS)),
+        list(PREVIEW_PROMPTS),
+        seeds=range(len(PREVIEW_PROMPTS)),
         settings=DrawSettings(time_shift=2.0),
     )
     for k in (0, 7):
@@ -235,7 +245,9 @@ def test_the_validation_loss_is_of_the_mode_that_draws(folder, font, tmp_path, m
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     components = load_pretrained(folder, few_step=True)
     set_lora_weights(components.transformer, {FEW_STEP: float(option == "--few-step")})
-    expected = validation_losses(components, validation_set(components, 2, 100), 0.375)
+    expected = validation_losses(
+        components, validation_set(components, ValidationStickers(100), count=2), share=0.375
+    )
     assert row["validation_losses"] == pytest.approx(expected, rel=1e-5)
 
 

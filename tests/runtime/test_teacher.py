@@ -1,7 +1,6 @@
 """Public teachers behind the trainers' interface: guidance, few steps, folders, distillation."""
 
 import dataclasses
-import functools
 import json
 import sys
 
@@ -23,11 +22,18 @@ from tests import tiny
 from tests.tiny import AUTOENCODER
 from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
 from tests.training.test_kd import student_config
-from train import kdmd
+from train.data.prompts import PromptList
 from train.data.simulation import Simulation
-from train.objectives import distillation
-from train.objectives.distillation import Student
-from train.objectives.dmd import STUDENT, Distilled, critic_name, make_gradients
+from train.objectives.distillation import Distillation, Student
+from train.objectives.dmd import (
+    DMD,
+    STUDENT,
+    Distilled,
+    DMDStep,
+    critic_name,
+    load_other_teacher,
+)
+from train.objectives.elastic import ElasticStep
 
 QWEN = TeacherConfig(
     transformer=dataclasses.replace(tiny.QWEN, text_dims=TEXT_DIMS), autoencoder=AUTOENCODER
@@ -148,16 +154,15 @@ def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
     mx.random.seed(0)
     student = Student(
         student_config(components.config),
-        [SentencePieceTokenizer(tokenizer_bytes, 9)],
-        teacher.feature_dims,
+        [Tokenizer(tokenizer_bytes, 9)],
+        feature_dims=teacher.feature_dims,
     )
     tokens, mask = student.text_encoders[0].tokenize(PROMPTS)
     batch = {"latents": inputs(4, 4)[0], "tokens_0": tokens, "mask_0": mask}
     batch |= teacher.encode(PROMPTS)._asdict()
     before = [np.array(p) for _, p in tree_flatten(teacher.network.parameters())]
-    learn = functools.partial(distillation.make_gradients(teacher, 4.0), student)
-    compiled = mx.compile(lambda b, k: learn(b, k, (0.5,), 1.0), inputs=student.state)
-    grads, metrics = compiled(batch, mx.random.key(0))
+    step = ElasticStep((0.5,), 1.0)
+    grads, metrics = Distillation(teacher, 4.0).gradients(student, batch, mx.random.key(0), step)
     assert metrics["output"].item() > 0 and metrics["features_0.5"].item() > 0
     assert mx.abs(dict(tree_flatten(grads))["projectors.0.weight"]).max() > 0
     after = [np.array(p) for _, p in tree_flatten(teacher.network.parameters())]
@@ -199,25 +204,31 @@ def test_a_folder_that_is_damaged_says_where(tmp_path):
 def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
     """Student and critic are told what the student's own encoders say, the teacher its own text."""
     own, _ = load_teacher(model_folder)
-    teacher = kdmd.other_teacher(qwen_folder, components.config.autoencoder)
-    model = Distilled(own.network, (1.0,), teacher.feature_dims, rank=2, alpha=2.0)
+    teacher = load_other_teacher(qwen_folder, components.config.autoencoder)
+    model = Distilled(own.network, (1.0,), feature_dims=teacher.feature_dims, rank=2, alpha=2.0)
     batch = Simulation(
-        model, teacher, (4, 4, 4), 2, lambda k: PROMPTS[k % 2], lambda n: 1.0, read=own.read
+        model,
+        teacher,
+        shape=(4, 4, 4),
+        batch_size=2,
+        prompts=PromptList(PROMPTS),
+        share_of=lambda step: 1.0,
+        read=own.read,
     )(0)
     text, mask = own.read(PROMPTS)
     assert mx.array_equal(batch["student_text"], text) and mx.array_equal(
         batch["student_mask"], mask
     )
     assert mx.array_equal(batch["text"], teacher.encode(PROMPTS).text)
-    gradients = make_gradients(teacher, 4.0, teacher.has_few_step)
-    grads, metrics = gradients(model, batch, mx.random.key(0), 1.0, True)
+    objective = DMD(teacher, 4.0, teacher.has_few_step)
+    grads, metrics = objective.gradients(model, batch, mx.random.key(0), DMDStep(1.0, True))
     assert set(metrics) == {"dmd_1", "critic_1"}
     for name in (STUDENT, critic_name(1.0)):
         moved = [mx.abs(g).max() for k, g in tree_flatten(grads) if name in k.split(".")]
         assert max(moved) > 0
     with pytest.raises(UserError, match="the student those of qwen-image"):
         latents = dataclasses.replace(components.config.autoencoder, kind="qwen-image")
-        kdmd.other_teacher(qwen_folder, latents)
+        load_other_teacher(qwen_folder, latents)
 
 
 @pytest.mark.parametrize(("kind", "billions"), [("qwen-image", 20.43), ("z-image", 6.15)])

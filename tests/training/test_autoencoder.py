@@ -16,8 +16,10 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
-from tests.tiny import randomize
-from train import autoencoder as trainer
+from tests.tiny import randomise
+from train import autoencoder as command
+from train.loop.autoencoder import load_autoencoder
+from train.objectives.autoencoder import Reconstruction
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
 
@@ -85,7 +87,7 @@ def made(kind):
 def test_a_decoder_of_any_kind_learns_alone(kind):
     model = made(kind)
     batch = {"pictures": mx.random.uniform(-1, 1, (2, 16, 16, 3), key=mx.random.key(0))}
-    grads, metrics = trainer.gradients(model, batch, mx.random.key(1), 1e-3, True)
+    grads, metrics = Reconstruction(1e-3, True).gradients(model, batch, mx.random.key(1), None)
     sizes = {name: mx.abs(g).max().item() for name, g in tree_flatten(grads)}
     assert all(size == 0 for name, size in sizes.items() if name.startswith("encoder"))
     assert all(size > 0 for name, size in sizes.items() if name.startswith("decoder"))
@@ -94,16 +96,18 @@ def test_a_decoder_of_any_kind_learns_alone(kind):
 
 def test_a_decoder_can_learn_another_encoders_latents():
     """Those of its own encoder, given as normalised latents, are the same task."""
-    model, key = made("qwen-image"), mx.random.key(1)
+    model, objective = made("qwen-image"), Reconstruction(0.0, decoder_only=True)
+
+    def gradients(batch):
+        return dict(tree_flatten(objective.gradients(model, batch, mx.random.key(1), None)[0]))
+
     batch = {"pictures": mx.random.uniform(-1, 1, (2, 16, 16, 3), key=mx.random.key(0))}
     given = batch | {"latents": model.encode(batch["pictures"])}
-    own, other = (
-        dict(tree_flatten(trainer.gradients(model, b, key, 0.0, True)[0])) for b in (batch, given)
-    )
+    own, other = gradients(batch), gradients(given)
     for name, value in own.items():
         assert mx.allclose(other[name], value, rtol=1e-2, atol=1e-5), name
     moved = batch | {"latents": given["latents"] + 1}
-    moved = dict(tree_flatten(trainer.gradients(model, moved, key, 0.0, True)[0]))
+    moved = gradients(moved)
     assert not mx.allclose(moved["decoder.conv_in.bias"], own["decoder.conv_in.bias"], rtol=1e-2)
 
 
@@ -129,19 +133,15 @@ def write_part(folder, model):
 def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_path, monkeypatch):
     tiny = write_part(tmp_path / "tiny", made("taehv"))
     qwen = write_part(tmp_path / "qwen", made("qwen-image"))
-    scenes = trainer.validation_scenes(2)
-    monkeypatch.setattr(trainer, "validation_scenes", lambda count: scenes)
+    monkeypatch.setattr(command, "VALIDATION_PICTURES", 2)
 
     def run(name, *options):
-        command = ["autoencoder", "--run-dir", str(tmp_path / name), *map(str, options)]
-        monkeypatch.setattr(sys, "argv", [*command, "--steps", "1", "--batch-size", "1"])
-        trainer.main()
+        argv = ["autoencoder", "--run-dir", str(tmp_path / name), *map(str, options)]
+        monkeypatch.setattr(sys, "argv", [*argv, "--steps", "1", "--batch-size", "1"])
+        command.main()
 
     run("run", "--crop", 32, "--decoder-only", "--init-from", tiny, "--encoder", qwen)
-    before, after = (
-        trainer.load_autoencoder(tiny, None),
-        trainer.load_autoencoder(tmp_path / "run", None),
-    )
+    before, after = load_autoencoder(tiny, None), load_autoencoder(tmp_path / "run", None)
     assert after.config == before.config == KINDS["taehv"]
     old, new = (dict(tree_flatten(m.parameters())) for m in (before, after))
     # Its average is itself, but for rounding.

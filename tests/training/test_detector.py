@@ -10,8 +10,8 @@ from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.render import drawn_box, find_font, render, sprite
 from train.data.stickers.scenes import SIDE, first_nouns, sample_scene
 from train.data.stickers.vocabulary import NOUNS
-from train.evaluation.detector import Detector, background_colour, foreground
-from train.evaluation.geneval import SIX, is_correct
+from train.evaluation.stickers.detector import Detector, background_colour, foreground
+from train.evaluation.stickers.geneval import SIX, is_correct
 
 NUM_NOUNS = 100
 PER_CATEGORY = 35

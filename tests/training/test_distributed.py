@@ -19,20 +19,17 @@ import train.loop.trainer
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig
 from train.loop.trainer import Trainer
+from train.objectives.base import LossObjective
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
-def gradients(model, batch, key):
-    def loss_fn(params):
-        model.update(params)
+class Doubling(LossObjective):
+    def loss(self, model, batch, key, step):
         x = batch["x"] + 0.1 * mx.random.normal(batch["x"].shape, key=key)
         loss = (model(x) - 2 * batch["x"]).square().mean()
         return loss, {"loss": loss}
-
-    (_, metrics), grads = mx.value_and_grad(loss_fn)(model.trainable_parameters())
-    return grads, metrics
 
 
 def trainer(run_dir, accumulate, before_batch=lambda number: None):
@@ -54,7 +51,7 @@ def trainer(run_dir, accumulate, before_batch=lambda number: None):
         checkpoint_every=2,
         log_every=1,
     )
-    return Trainer(model, gradients, batches, config, run_dir)
+    return Trainer(model, Doubling(), batches=batches, config=config, run_dir=run_dir)
 
 
 def worker(folder, event=None):

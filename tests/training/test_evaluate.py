@@ -25,12 +25,20 @@ from train import evaluate
 from train.data.stickers.captions import Placed, Scene, plain_caption
 from train.data.stickers.render import render
 from train.data.stickers.scenes import HELD_OUT_CATEGORIES, noun_scene
+from train.data.stickers.source import ValidationStickers
 from train.data.stickers.vocabulary import NOUNS, known_nouns
 from train.evaluation import validation
-from train.evaluation.detector import Detection
-from train.evaluation.geneval import SIX, Prompt, accuracies, fixed_prompts, is_correct, relations
-from train.evaluation.report import Row, table
-from train.evaluation.score import gallery_prompts, judge, noun_prompts, quick_score
+from train.evaluation.stickers.detector import Detection
+from train.evaluation.stickers.geneval import (
+    SIX,
+    Prompt,
+    accuracies,
+    fixed_prompts,
+    is_correct,
+    relations,
+)
+from train.evaluation.stickers.report import Row, table
+from train.evaluation.stickers.score import gallery_prompts, judge, noun_prompts, quick_score
 
 NOUN = {noun.name: noun for noun in NOUNS}
 
@@ -146,11 +154,11 @@ def test_accuracies_average_categories_not_pictures():
 
 def test_rendered_prompts_score_near_one_and_shuffled_ones_near_zero(font):
     prompts = fixed_prompts(8, 100)
-    pictures = [render(prompt.scene) for prompt in prompts]
-    right = accuracies(prompts, judge(prompts, pictures, 100)[0])
+    pictures = np.stack([render(prompt.scene) for prompt in prompts])
+    right = accuracies(prompts, judge(prompts, pictures, num_nouns=100)[0])
     assert right["overall"] >= 0.97 and right["held_out"] >= 0.97
-    shuffled = pictures[11:] + pictures[:11]
-    assert accuracies(prompts, judge(prompts, shuffled, 100)[0])["overall"] <= 0.05
+    shuffled = np.roll(pictures, -11, axis=0)
+    assert accuracies(prompts, judge(prompts, shuffled, num_nouns=100)[0])["overall"] <= 0.05
 
 
 # --- validation loss --------------------------------------------------------------------------
@@ -187,7 +195,7 @@ def test_validation_losses_are_the_formula():
     captions = ["a", "bc", "def", "ghij", "klmno"]
     data = validation.ValidationSet(mx.array(x0), mx.array(eps), captions)
     stub = SimpleNamespace(transformer=_Velocity(), text_encoders=[_Encoder()])
-    losses = validation.validation_losses(stub, data, 0.5, batch_size=2)
+    losses = validation.validation_losses(stub, data, share=0.5, batch_size=2)
     lengths = np.array([len(caption) for caption in captions]).reshape(-1, 1, 1, 1)
     for k in range(8):
         t = (k + 0.5) / 8
@@ -196,9 +204,11 @@ def test_validation_losses_are_the_formula():
 
 
 def test_validation_set_is_the_same_every_time(font, components):
-    first, again = (validation.validation_set(components, 6, 100) for _ in range(2))
+    first, again = (
+        validation.validation_set(components, ValidationStickers(100), count=6) for _ in range(2)
+    )
     assert mx.array_equal(first.latents, again.latents) and mx.array_equal(first.noise, again.noise)
-    shorter = validation.validation_set(components, 3, 100)
+    shorter = validation.validation_set(components, ValidationStickers(100), count=3)
     assert mx.array_equal(first.noise[:3], shorter.noise)
     assert not mx.array_equal(first.noise[0], first.noise[1])
     seed = validation.noise_seed(1, first.captions[1])
@@ -264,7 +274,7 @@ def test_sampling_refuses_a_width_that_the_model_lacks(components):
 
 
 def test_quick_score_of_a_random_model_is_about_nothing(font, components):
-    scores = quick_score(components, 100, 1, steps=1, share=0.375)
+    scores = quick_score(components, 100, per_category=1, steps=1, share=0.375)
     assert set(SIX) < set(scores) and scores["overall"] <= 0.2
 
 
@@ -292,7 +302,16 @@ def run(monkeypatch, *arguments):
 def test_command_writes_table_results_and_sheets(font, model_folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "scores"
     arguments = ["--model", model_folder, "--output", output, "--num-nouns", 100]
-    arguments += ["--per-category", 1, "--validation-scenes", 2, "--widths", "tiny", "--steps", 1]
+    arguments += [
+        "--per-category",
+        1,
+        "--validation-scenes",
+        2,
+        "--model-widths",
+        "tiny",
+        "--steps",
+        1,
+    ]
     run(monkeypatch, *arguments)
     assert (output / "table.md").read_text() == capsys.readouterr().out
     results = json.loads((output / "results.json").read_text())
@@ -327,7 +346,16 @@ def test_one_noun_is_scored_with_and_without_a_lora(
     train_only(network, "default")
     network.update(tree_map(lambda p: p + 0.2, network.trainable_parameters()))
     save_lora(tmp_path / "zebra.safetensors", network)
-    arguments = ["--model", model_folder, "--noun", "zebra", "--num-nouns", 100, "--widths", "tiny"]
+    arguments = [
+        "--model",
+        model_folder,
+        "--noun",
+        "zebra",
+        "--num-nouns",
+        100,
+        "--model-widths",
+        "tiny",
+    ]
     arguments += ["--per-category", 4, "--steps", 1]
     for name, lora in (("before", []), ("after", ["--lora", tmp_path / "zebra.safetensors"])):
         run(monkeypatch, *arguments, *lora, "--output", tmp_path / name)
@@ -358,7 +386,7 @@ def test_mistakes_are_said(model_folder, tmp_path, monkeypatch):
         (["--seed", -1], "not be negative"),
         (["--gallery"], "needs --output"),
         ([], "say --num-nouns"),
-        (["--num-nouns", 100, "--widths", "tinny"], "did you mean 'tiny'"),
+        (["--num-nouns", 100, "--model-widths", "tinny"], "invalid choice: 'tinny'"),
     ]:
         with pytest.raises(UserError, match=message):
             run(monkeypatch, "--model", model_folder, *arguments)

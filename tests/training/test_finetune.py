@@ -16,14 +16,16 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
-from train.data.encoded import Pictures, encode_captions
-from train.data.imagefolder import bucket_sizes, read_folder
+from train.data.encoded import EncodedFolder, encode_captions
+from train.data.imagefolder import PictureFolder, bucket_sizes, read_folder
 from train.data.prior import draw_prior
 from train.evaluation.drift import Validation
 from train.evaluation.estimate import Estimate, estimate
 from train.loop.checkpoint import read_log
+from train.objectives.base import ShareStep
 from train.objectives.elastic import noisy
-from train.objectives.finetune import gradients, step_width, velocity
+from train.objectives.finetune import FineTuning, step_share, velocity
+from train.options.lora import TARGETS
 
 WIDE, TALL = (32, 64), (64, 32)
 BUCKETS = bucket_sizes(WIDE, 32)
@@ -34,7 +36,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 def quick(monkeypatch):
     """Few steps are done long before the compiler is, the curves drawn, or the time measured."""
     monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
-    monkeypatch.setattr(train.lora, "estimate", lambda *a: Estimate(0.5, 2.0, 3_100_000_000))
+    monkeypatch.setattr(train.lora, "estimate", lambda *_, **__: Estimate(0.5, 2.0, 3_100_000_000))
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -61,8 +63,7 @@ def adapted(model_folder):
     components = load_pretrained(model_folder)
     mx.random.seed(0)
     network = components.transformer
-    add_lora(network, 2, alpha=2.0, targets=train.lora.TARGETS, name=train.lora.NAME)
-    train_only(network, train.lora.NAME)
+    add_lora(network, 2, 2.0, TARGETS, train.lora.NAME)
     return components
 
 
@@ -75,7 +76,9 @@ def move(network, seed=3):
 
 def pictures(components, folder, **settings):
     settings = {"batch_size": 3, "drop_caption": 0.0} | settings
-    return Pictures(components, read_folder(folder, BUCKETS)[0], **settings)
+    choice = {name: settings.pop(name) for name in ("seed", "flip") if name in settings}
+    source = PictureFolder(read_folder(folder, BUCKETS)[0], **choice)
+    return EncodedFolder(components, source, **settings)
 
 
 def run(monkeypatch, folder, model_folder, *options):
@@ -161,12 +164,24 @@ def test_flipping_adds_the_mirror_images(adapted, folder):
     np.testing.assert_allclose(np.array(flipped["latents"][4:5]), np.array(mirrored), atol=1e-5)
 
 
+def test_the_source_has_the_pictures_of_the_encoded_batches(adapted, folder):
+    source = PictureFolder(read_folder(folder, BUCKETS)[0], seed=4, flip=True)
+    encoded = EncodedFolder(adapted, source, batch_size=3, drop_caption=0.0)
+    for number in range(4):
+        pixels, captions = source.batch(number, 3)
+        latents = adapted.autoencoder.encode(mx.array(pixels) / 127.5 - 1)
+        np.testing.assert_allclose(encoded(number)["latents"], latents, atol=1e-5)
+        states = encode_captions(adapted.text_encoders, captions)
+        np.testing.assert_allclose(encoded(number)["states_0"], states["states_0"], atol=1e-5)
+    assert source.settings()["data"] == "folder"
+
+
 def test_every_other_step_is_of_full_width():
-    widths = [step_width((1.0, 0.5, 0.375), 0, step) for step in range(400)]
-    assert widths == [step_width((1.0, 0.5, 0.375), 0, step) for step in range(400)]
+    widths = [step_share((1.0, 0.5, 0.375), seed=0, step=step) for step in range(400)]
+    assert widths == [step_share((1.0, 0.5, 0.375), seed=0, step=step) for step in range(400)]
     assert 160 < widths.count(1.0) < 240 and 60 < widths.count(0.5) < 140
-    assert {step_width((1.0,), 0, step) for step in range(9)} == {1.0}
-    assert {step_width((0.5, 0.375), 0, step) for step in range(30)} == {0.5, 0.375}
+    assert {step_share((1.0,), seed=0, step=step) for step in range(9)} == {1.0}
+    assert {step_share((0.5, 0.375), seed=0, step=step) for step in range(30)} == {0.5, 0.375}
 
 
 # --- the step -----------------------------------------------------------------------------------
@@ -179,20 +194,23 @@ def test_gradient_is_flow_matching_and_holds_to_the_model_without_the_lora(
     prior = draw_prior(adapted, ["a car", "two cats"])
     network = adapted.transformer
     batch, key = pictures(adapted, folder, prior=prior)(0), mx.random.key(7)
-    _, metrics = gradients(network, batch, key, width, 2.0, 0.5)
+    objective, step = FineTuning(2.0, 0.5), ShareStep(width)
+    _, metrics = objective.gradients(network, batch, key, step)
     assert metrics[f"prior_{width:g}"].item() == 0  # a new LoRA changes nothing
     move(network)
-    grads, metrics = gradients(network, batch, key, width, 2.0, 0.5)
+    grads, metrics = objective.gradients(network, batch, key, step)
     plain = load_pretrained(model_folder).transformer
     keys, params = mx.random.split(key), network.trainable_parameters()
 
     def expected(params):
         network.update(params)
-        x_t, t, v = noisy(batch["latents"], keys[0], 2.0)
-        diffusion = (velocity(network, batch, x_t, t, width) - v).square().mean()
-        x_t, t, _ = noisy(batch["prior_latents"], keys[1], 2.0)
-        kept = velocity(plain, batch, x_t, t, width, "prior_")
-        drift = (velocity(network, batch, x_t, t, width, "prior_") - kept).square().mean()
+        x_t, t, v = noisy(batch["latents"], keys[0], shift=2.0)
+        diffusion = (velocity(network, batch, x_t, t=t, share=width) - v).square().mean()
+        x_t, t, _ = noisy(batch["prior_latents"], keys[1], shift=2.0)
+        kept = velocity(plain, batch, x_t, t=t, share=width, part="prior_")
+        drift = (
+            (velocity(network, batch, x_t, t=t, share=width, part="prior_") - kept).square().mean()
+        )
         return diffusion + 0.5 * drift, (diffusion, drift)
 
     (_, values), want = mx.value_and_grad(expected)(params)
@@ -212,9 +230,9 @@ def test_estimate_measures_and_changes_nothing(adapted, folder):
     network = adapted.transformer
     before = {k: np.array(v) for k, v in tree_flatten(network.parameters())}
     data = pictures(adapted, folder, batch_size=4)
-    needed = estimate(adapted, data(0), {1.0: 0.5, 0.5: 0.5})
+    needed = estimate(adapted, data(0), shares={1.0: 0.5, 0.5: 0.5})
     assert needed.step > 0 and needed.picture > 0
-    more = estimate(adapted, pictures(adapted, folder, batch_size=64)(0), {1.0: 1.0})
+    more = estimate(adapted, pictures(adapted, folder, batch_size=64)(0), shares={1.0: 1.0})
     assert more.memory > needed.memory > 1e5
     for name, value in tree_flatten(network.parameters()):
         np.testing.assert_array_equal(np.array(value), before[name], err_msg=name)
@@ -224,7 +242,7 @@ def test_estimate_measures_and_changes_nothing(adapted, folder):
     ("steps", "long"), [(10, "25 seconds"), (400, "4 minutes"), (20_000, "2.8 hours")]
 )
 def test_estimate_is_said_in_fitting_units(steps, long):
-    told = Estimate(0.5, 2.0, 3_100_000_000).told(steps, 10)
+    told = Estimate(0.5, 2.0, 3_100_000_000).text(steps, 10)
     assert told.startswith(f"about {long} ({steps} steps of 0.50 s, 10 pictures")
     assert told.endswith("3.1 GB of memory")
 
@@ -248,12 +266,12 @@ def test_fine_tuning_lowers_the_loss_and_the_lora_is_the_trained_network(
     options = "--steps 20 --learning-rate 0.03 --checkpoint-every 10 --output out/r.safetensors"
     run(monkeypatch, folder, model_folder, *options.split())
     told = capsys.readouterr()
-    assert "left out: " in told.err and "broken.png" in told.err
+    assert "skipped: " in told.err and "broken.png" in told.err
     assert "estimate: about 18 seconds (20 steps" in told.out and "3.1 GB of memory" in told.out
-    assert "4 pictures (3 of 64x32, 1 of 32x64 pixels), 1 left out" in told.out
+    assert "4 pictures (3 of 64x32, 1 of 32x64 pixels), 1 skipped" in told.out
 
     components = load_pretrained(model_folder)
-    add_lora(components.transformer, 2, alpha=2.0, targets=train.lora.TARGETS)
+    add_lora(components.transformer, 2, 2.0, TARGETS)
     before = Validation(components, pictures(components, folder), []).loss()
     assert losses[-1] < 0.8 * before, (losses, before)
     log = read_log(folder.parent / "runs" / "robot")

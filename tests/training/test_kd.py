@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -19,14 +20,16 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokeni
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from train import kd
-from train.data.encoded import Data
-from train.data.taught import TaughtData
+from train.data.encoded import EncodedBatches
+from train.data.stickers.source import Stickers
+from train.data.taught import TaughtBatches
 from train.export import assemble
 from train.loop.checkpoint import latest_checkpoint, read_log
 from train.loop.config import TrainingConfig
+from train.loop.run import recorded
 from train.loop.trainer import Trainer
-from train.objectives.distillation import Student, fit_to_teacher, lesson, make_gradients
-from train.objectives.elastic import noisy
+from train.objectives.distillation import Distillation, Student, fit_to_teacher, lesson
+from train.objectives.elastic import ElasticStep, noisy
 
 WIDTHS = (1.0, 0.5, 0.375)
 PROMPTS = ["a red car", "", "an apple next to a blue cat", "a green apple"]
@@ -58,8 +61,8 @@ def parts(model_folder, components, tokenizer_bytes):
     mx.random.seed(0)
     student = Student(
         student_config(components.config),
-        [SentencePieceTokenizer(tokenizer_bytes, 9)],
-        teacher.feature_dims,
+        [Tokenizer(tokenizer_bytes, 9)],
+        feature_dims=teacher.feature_dims,
     )
     student.update(
         tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), student.trainable_parameters())
@@ -76,6 +79,11 @@ def make_batch(student, teacher, seed=0):
         "mask_0": mask,
         **teacher.encode(PROMPTS)._asdict(),
     }
+
+
+def gradients(student, teacher, batch, key, shares, shift, guidance=1.0):
+    step = ElasticStep(shares, shift)
+    return Distillation(teacher, guidance).gradients(student, batch, key, step)
 
 
 def forward(student, batch, x_t, t, width):
@@ -125,7 +133,7 @@ def by_hand(v, f, target, v_teacher, f_teacher, t, full):
 
 def written_out(student, teacher, batch, key, width, full, guidance):
     """Metrics and gradients of one width by hand, and its velocity."""
-    x_t, t, target = noisy(batch["latents"], key, 2.0)
+    x_t, t, target = noisy(batch["latents"], key, shift=2.0)
     v_teacher, f_teacher = taught(teacher, batch, x_t, t, guidance)
     v, f = forward(student, batch, x_t, t, width)
     metrics, grad_v, grad_f = by_hand(v, f, target, v_teacher, f_teacher, t, full)
@@ -145,7 +153,7 @@ def written_out(student, teacher, batch, key, width, full, guidance):
 def test_full_width_is_equation_8(parts, guidance):
     student, teacher = parts
     batch, key = make_batch(student, teacher), mx.random.key(3)
-    grads, metrics = make_gradients(teacher, guidance)(student, batch, key, (), 2.0)
+    grads, metrics = gradients(student, teacher, batch, key, (), 2.0, guidance)
     expected_metrics, expected, _ = written_out(student, teacher, batch, key, 1.0, None, guidance)
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected_metrics, rel=1e-4)
     assert_close(grads, expected)
@@ -167,7 +175,7 @@ def test_every_width_is_equation_8_beside_the_full_network(parts, width, monkeyp
     student, teacher = parts
     batch, key = make_batch(student, teacher), mx.random.key(4)
     monkeypatch.setattr("train.objectives.elastic.add_balanced", lambda full, sub: sub)
-    grads, metrics = make_gradients(teacher)(student, batch, key, (width,), 2.0)
+    grads, metrics = gradients(student, teacher, batch, key, (width,), 2.0)
     args = (student, teacher, batch, key)
     full_metrics, _, full = written_out(*args, 1.0, None, 1.0)
     sub_metrics, expected, _ = written_out(*args, width, full, 1.0)
@@ -182,7 +190,7 @@ def test_each_width_has_a_projector_of_its_own(parts, width):
     batch = make_batch(student, teacher)
     before = {k: np.array(v) for k, v in tree_flatten(teacher.network.parameters())}
     sub = tuple(w for w in (width,) if w != 1.0)
-    grads, _ = make_gradients(teacher)(student, batch, mx.random.key(5), sub, 1.0)
+    grads, _ = gradients(student, teacher, batch, mx.random.key(5), sub, 1.0)
     assert grads.keys() == {"transformer", "text_encoders", "projectors"}
     for other, projector in zip(WIDTHS, grads["projectors"], strict=True):
         reached = all(float(mx.abs(g).max()) > 1e-6 for _, g in tree_flatten(projector))
@@ -198,12 +206,12 @@ def test_projectors_start_at_the_best_fit(parts):
     """No number of a projector can move without the loss of the latents it was fitted to rising."""
     student, teacher = parts
     batches = [make_batch(student, teacher, seed) for seed in range(3)]
-    fit_to_teacher(student, teacher, batches, 7, 2.0)
+    fit_to_teacher(student, teacher, batches, seed=7, shift=2.0)
     keys = mx.random.split(mx.random.key(7), len(batches))
 
     def loss():
         found = [
-            make_gradients(teacher)(student, batch, key, WIDTHS[1:], 2.0)[1]
+            gradients(student, teacher, batch, key, WIDTHS[1:], 2.0)[1]
             for batch, key in zip(batches, keys, strict=True)
         ]
         names = ("features", "features_0.5", "features_0.375")
@@ -215,7 +223,7 @@ def test_projectors_start_at_the_best_fit(parts):
         )
 
     def variance(batch, key):
-        x_t, t, _ = noisy(batch["latents"], key, 2.0)
+        x_t, t, _ = noisy(batch["latents"], key, shift=2.0)
         return taught(teacher, batch, x_t, t, 1.0)[1].var()
 
     best = loss()
@@ -230,13 +238,16 @@ def test_projectors_start_at_the_best_fit(parts):
 def test_no_gradient_goes_into_the_teacher(parts):
     student, teacher = parts
     batch, network = make_batch(student, teacher), teacher.network
-    x_t, t, _ = noisy(batch["latents"], mx.random.key(6), 1.0)
+    x_t, t, _ = noisy(batch["latents"], mx.random.key(6), shift=1.0)
     condition = Condition(*(batch[name] for name in Condition._fields))
     params = network.trainable_parameters()
 
     def told(params):
         network.update(params)
-        return sum(y.square().sum() for y in lesson(teacher, x_t, t, condition, 3.0))
+        return sum(
+            y.square().sum()
+            for y in lesson(teacher, x_t, t=t, condition=condition, guidance_scale=3.0)
+        )
 
     grads = mx.grad(told)(params)
     network.update(params)
@@ -251,9 +262,9 @@ def test_a_teacher_on_another_grid_is_refused(parts):
     student.transformer.head.linear.weight = student.transformer.head.linear.weight[:4]
     student.transformer.head.linear.bias = student.transformer.head.linear.bias[:4]
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
-        make_gradients(teacher)(student, batch, mx.random.key(0), (), 1.0)
+        gradients(student, teacher, batch, mx.random.key(0), (), 1.0)
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
-        fit_to_teacher(student, teacher, [batch], 0, 1.0)
+        fit_to_teacher(student, teacher, [batch], seed=0, shift=1.0)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -273,11 +284,11 @@ def trainer(parts, run_dir, stop_at=None, **options):
     settings = {"steps": 4, "learning_rate": 5e-3, "warmup_steps": 2, "checkpoint_every": 2}
     return Trainer(
         student,
-        make_gradients(teacher),
-        lambda k: make_batch(student, teacher, k % 2),
-        TrainingConfig(**settings | {"log_every": 1} | options),
-        run_dir,
-        static=lambda step: ((WIDTHS[1 + step % 2],), 1.0),
+        Distillation(teacher),
+        batches=lambda k: make_batch(student, teacher, k % 2),
+        config=TrainingConfig(**settings | {"log_every": 1} | options),
+        run_dir=run_dir,
+        arguments=lambda step: ElasticStep((WIDTHS[1 + step % 2],), 1.0),
         validate=lambda t: (t.step == stop_at and t.stop()) or {},
     )
 
@@ -294,7 +305,7 @@ def test_every_width_learns_from_the_teacher(parts, tmp_path, quick, precision, 
         found = {}
         for width in WIDTHS[1:]:
             key = mx.random.key(9)
-            found |= make_gradients(teacher)(student, batch, key, (width,), 1.0)[1]
+            found |= gradients(student, teacher, batch, key, (width,), 1.0)[1]
         return {k: float(v) for k, v in found.items()}
 
     before = losses()
@@ -331,16 +342,17 @@ def test_command_trains_resumes_and_starts_another_run(
     (shapes / "config.json").write_text(json.dumps(sizes))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes)
 
-    def pictures(seed, start, count, num_nouns, categories):
-        rng = np.random.default_rng((seed, start))
+    def pictures(source, number, count):
+        rng = np.random.default_rng((source.seed, number))
         drawn = rng.integers(0, 255, (count, 32, 32, 3), np.uint8)
-        return drawn, [PROMPTS[(start + k) % 4] for k in range(count)]
+        return drawn, [PROMPTS[(number * count + k) % 4] for k in range(count)]
 
-    monkeypatch.setattr("train.data.stickers.render.batch", pictures)
+    monkeypatch.setattr(Stickers, "batch", pictures)
+    monkeypatch.setattr("train.data.stickers.source.PREVIEW_PROMPTS", ("a cat",))
 
     def command(run_dir, *options):
         common = ["--run-dir", str(tmp_path / run_dir), "--teacher", str(model_folder)]
-        common += ["--steps", "2", "--batch-size", "2", "--checkpoint-every", "1"]
+        common += ["--steps", "2", "--batch-size", "2"]
         monkeypatch.setattr(sys, "argv", ["kd", *common, *map(str, options)])
         kd.main()
 
@@ -348,13 +360,14 @@ def test_command_trains_resumes_and_starts_another_run(
     command("a", *own)
     command("a", *own)
     assert latest_checkpoint(tmp_path / "a").name == "step_2"
-    command("b", *own, "--init-from", tmp_path / "a", "--widths", "full", "--guidance", "2")
+    command("b", *own, "--init-from", tmp_path / "a", "--model-widths", "full", "--guidance", "2")
+    assert recorded(tmp_path / "a")["data"] == "stickers"
     made = assemble(
         tmp_path / "a",
         model_folder,
-        tmp_path / "tokenizer.model",
-        20,
-        student_config(components.config),
+        tokenizer=tmp_path / "tokenizer.model",
+        source=None,
+        config=student_config(components.config),
     )
     save_pretrained(tmp_path / "made", made)
     assert load_pretrained(tmp_path / "made").config.transformer.widths == WIDTHS
@@ -373,17 +386,17 @@ def test_the_teacher_reads_what_the_student_is_told(
 ):
     """A caption dropped for every text encoder of the student is dropped for the teacher."""
     _, teacher = parts
-    monkeypatch.setattr(
-        "train.data.stickers.render.batch",
-        lambda *_, **__: (np.zeros((4, 32, 32, 3), np.uint8), [p or "two cars" for p in PROMPTS]),
-    )
+    black = np.zeros((4, 32, 32, 3), np.uint8)
+    source = SimpleNamespace(batch=lambda *_: (black, [p or "two cars" for p in PROMPTS]))
     asked = []
     monkeypatch.setattr(
         teacher, "encode", lambda prompts: asked.append(prompts) or Condition(*[mx.zeros(1)] * 4)
     )
-    tokenizers = [SentencePieceTokenizer(tokenizer_bytes, n) for n in (9, 12)]
-    data = Data(components.autoencoder, tokenizers, 4, None, 0, 0.6)
-    batches = [TaughtData(data, teacher)(k) for k in range(8)]
+    tokenizers = [Tokenizer(tokenizer_bytes, n) for n in (9, 12)]
+    data = EncodedBatches(
+        source, components.autoencoder, tokenizers, batch_size=4, seed=0, drop_caption=0.6
+    )
+    batches = [TaughtBatches(data, teacher)(k) for k in range(8)]
     kept = np.array([[b[f"mask_{i}"].sum(1) > 2 for i in (0, 1)] for b in batches]).any(1)
     told = np.array([[bool(prompt) for prompt in prompts] for prompts in asked])
     np.testing.assert_array_equal(told, kept)

@@ -9,19 +9,22 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.lora.adapters import acting, add_lora
+from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
+from train.data.prompts import PromptList
 from train.data.simulation import Simulation
 from train.loop.config import TrainingConfig
 from train.loop.trainer import Trainer
 from train.objectives.dmd import (
+    DMD,
     STUDENT_TEXT,
     Distilled,
+    DMDStep,
     critic_name,
     fit_to_few_step,
-    make_gradients,
 )
-from train.objectives.losses import add_noise, expand, sample_tau
+from train.objectives.losses import expand, sample_tau
 
 WIDTHS = (1.0, 0.375)
 PROMPTS = ["a red car", "two cats", "an apple"]
@@ -33,9 +36,9 @@ def parts(model_folder):
     components = load_pretrained(model_folder)
     network = components.transformer
     mx.random.seed(0)
-    add_lora(network, 2, alpha=4.0, targets=["self_attention.*_proj"], name="few_step")
-    teacher = CheckpointTeacher(network, components.text_encoders, few_step="few_step")
-    model = Distilled(network, WIDTHS, teacher.feature_dims, rank=3, alpha=3.0)
+    add_lora(network, 2, 4.0, ["self_attention.*_proj"], "few_step")
+    teacher = CheckpointTeacher(network, components.text_encoders, "few_step")
+    model = Distilled(network, WIDTHS, feature_dims=teacher.feature_dims, rank=3, alpha=3.0)
     for layer in network.modules():
         for adapter in getattr(layer, "adapters", {}).values():
             adapter.b = 0.1 * mx.random.normal(adapter.b.shape)
@@ -65,11 +68,11 @@ def test_only_adapters_and_projectors_train(parts):
 @pytest.mark.parametrize("few_step", [False, True])
 def test_gradients_reach_the_width_and_role_whose_turn_it_is(parts, width, few_step):
     model, teacher = parts
-    gradients = make_gradients(teacher, 4.0, few_step)
+    objective = DMD(teacher, 4.0, few_step)
     batch, key = make_batch(model, teacher), mx.random.key(1)
     other = critic_name(WIDTHS[1 - WIDTHS.index(width)])
     for student_turn in (False, True):
-        grads, metrics = gradients(model, batch, key, width, student_turn)
+        grads, metrics = objective.gradients(model, batch, key, DMDStep(width, student_turn))
         parts_of = [set(k.split(".")) for k, _ in tree_flatten(grads)]
         assert any(critic_name(width) in p for p in parts_of)
         assert not any(other in p or "few_step" in p for p in parts_of)
@@ -84,9 +87,8 @@ def test_student_gradient_is_equation_9(parts, width):
     """x0_critic - x0_teacher, normalised, times d x0_hat / d theta: nothing flows elsewhere."""
     model, teacher = parts
     batch, key = make_batch(model, teacher), mx.random.key(2)
-    found = dict(
-        tree_flatten(make_gradients(teacher, 4.0, False)(model, batch, key, width, True)[0])
-    )
+    step = DMDStep(width, student_turn=True)
+    found = dict(tree_flatten(DMD(teacher, 4.0, False).gradients(model, batch, key, step)[0]))
     condition = Condition(*(batch[n] for n in Condition._fields))
     x_t, sigma = batch["x_t"], batch["sigma"]
     network, params = model.network, model.trainable_parameters()
@@ -100,7 +102,7 @@ def test_student_gradient_is_equation_9(parts, width):
     keys = mx.random.split(key, 4)
     x0 = student(params)
     tau = sample_tau(keys[2], 3)
-    x_tau = add_noise(x0, mx.random.normal(x0.shape, key=keys[3]), tau)
+    x_tau = add_noise(x0, mx.random.normal(x0.shape, key=keys[3]), expand(tau, x0))
     with acting(network, critic_name(width)):
         v_critic = network(x_tau, tau, condition.text, condition.mask, share=width)
     with acting(network):
@@ -141,11 +143,11 @@ def test_training_changes_each_role_on_its_turn_only(parts, tmp_path, uncompiled
     )
     Trainer(
         model,
-        make_gradients(teacher, 4.0, True),
-        lambda k: make_batch(model, teacher, k),
-        config,
-        tmp_path,
-        static=lambda step: (1.0, False),
+        DMD(teacher, 4.0, True),
+        batches=lambda k: make_batch(model, teacher, k),
+        config=config,
+        run_dir=tmp_path,
+        arguments=lambda step: DMDStep(1.0, student_turn=False),
     ).run()
     changed = {
         k for k, v in tree_flatten(model.parameters()) if not np.array_equal(before[k], np.array(v))
@@ -155,11 +157,13 @@ def test_training_changes_each_role_on_its_turn_only(parts, tmp_path, uncompiled
 
 def test_critic_learns_what_the_student_draws(parts):
     model, teacher = parts
-    gradients = make_gradients(teacher, 1.0, False)
+    objective = DMD(teacher, 1.0, False)
     batch = make_batch(model, teacher)
     losses = []
     for _ in range(30):
-        grads, metrics = gradients(model, batch, mx.random.key(0), 1.0, False)
+        grads, metrics = objective.gradients(
+            model, batch, mx.random.key(0), DMDStep(1.0, student_turn=False)
+        )
         losses.append(metrics["critic_1"].item())
         flat = dict(tree_flatten(grads))
         params = [
@@ -174,7 +178,12 @@ def test_backward_simulation_follows_the_student(parts):
     model, teacher = parts
     channels = model.network.config.latent_channels
     simulation = Simulation(
-        model, teacher, (4, 4, channels), 2, lambda k: PROMPTS[k % 3], lambda n: 0.375
+        model,
+        teacher,
+        shape=(4, 4, channels),
+        batch_size=2,
+        prompts=PromptList(PROMPTS),
+        share_of=lambda step: 0.375,
     )
     batches = [simulation(n) for n in range(12)]
     levels = {float(b["sigma"][0]) for b in batches}
@@ -192,7 +201,12 @@ def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
     asked = []
     shape = (4, 4, model.network.config.latent_channels)
     simulation = Simulation(
-        model, teacher, shape, 2, lambda k: PROMPTS[k % 3], lambda step: asked.append(step) or 1.0
+        model,
+        teacher,
+        shape=shape,
+        batch_size=2,
+        prompts=PromptList(PROMPTS),
+        share_of=lambda step: asked.append(step) or 1.0,
     )
     first, second, _, _ = (simulation(number) for number in range(4))
     assert asked == [0, 0, 1, 1]
@@ -205,12 +219,13 @@ def test_projectors_start_at_the_best_fit(parts):
     fit_to_few_step(model, teacher, batches)
 
     def loss():
-        gradients = make_gradients(teacher, 4.0, True)
-        return [
-            gradients(model, batch, mx.random.key(0), width, True)[1][f"features_{width:g}"].item()
+        objective, key = DMD(teacher, 4.0, True), mx.random.key(0)
+        found = [
+            (width, objective.gradients(model, batch, key, DMDStep(width, True))[1])
             for batch in batches
             for width in WIDTHS
         ]
+        return [metrics[f"features_{width:g}"].item() for width, metrics in found]
 
     best = np.mean(loss())
     for projector in model.projectors:

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_snapgen.sampling import add_noise
 from train.objectives.losses import (
-    add_noise,
     dmd_loss,
     features_loss,
     logit_normal_density,
@@ -29,12 +29,13 @@ def test_dmd_gradient_is_the_kl_gradient_of_gaussians(student, teacher, tau):
     std, n = 0.7, 4096
     mx.random.seed(0)
     x0 = student + std * mx.random.normal((1, n))
-    x_tau = add_noise(x0, mx.random.normal((1, n)), mx.array([tau]))
+    x_tau = add_noise(x0, mx.random.normal((1, n)), tau)
     level = mx.array([tau])
     v_critic = gaussian_velocity(x_tau, tau, student, std)
     v_teacher = gaussian_velocity(x_tau, tau, teacher, std)
     # The derivative with respect to the student's mean, by the chain rule a sum over samples.
-    gradient = mx.grad(lambda m: dmd_loss(x0 - student + m, x_tau, level, v_critic, v_teacher))(
+    velocities = {"tau": level, "v_critic": v_critic, "v_teacher": v_teacher}
+    gradient = mx.grad(lambda m: dmd_loss(x0 - student + m, x_tau, **velocities))(
         mx.array(student)
     ).item()
     variance = (1 - tau) ** 2 * std**2 + tau**2
@@ -51,11 +52,14 @@ def test_descent_on_dmd_alone_reaches_the_teacher():
         z, eps = (mx.random.normal((64, 4), key=k) for k in (key_x, key_eps))
         tau = sample_tau(key_tau, 64)
         x0 = mean + std * z
-        x_tau, t = add_noise(x0, eps, tau), tau[:, None]
+        t = tau[:, None]
+        x_tau = add_noise(x0, eps, t)
         velocities = [gaussian_velocity(x_tau, t, m, std) for m in (mean, target)]
 
         def loss(m, z=z, x_tau=x_tau, tau=tau, velocities=velocities):
-            return dmd_loss(m + std * z, x_tau, tau, *velocities)
+            return dmd_loss(
+                m + std * z, x_tau, tau=tau, v_critic=velocities[0], v_teacher=velocities[1]
+            )
 
         mean -= 0.1 * mx.grad(loss)(mx.array(mean)).item()
     assert mean == pytest.approx(target, abs=0.1)
@@ -63,7 +67,8 @@ def test_descent_on_dmd_alone_reaches_the_teacher():
 
 def test_dmd_survives_a_student_that_is_the_teacher():
     x = mx.ones((2, 3))
-    gradient = mx.grad(lambda x0: dmd_loss(x0, x, mx.array([0.5, 0.5]), x * 0, x * 0))(x)
+    still = {"tau": mx.array([0.5, 0.5]), "v_critic": x * 0, "v_teacher": x * 0}
+    gradient = mx.grad(lambda x0: dmd_loss(x0, x, **still))(x)
     np.testing.assert_array_equal(np.array(gradient), 0)
 
 
@@ -79,7 +84,7 @@ def test_timestep_weights():
 def test_timestep_aware_trusts_data_in_the_middle_and_the_teacher_at_the_ends():
     def gradients(t):
         def loss(task, distillation):
-            return timestep_aware(task, distillation, mx.array([t]))
+            return timestep_aware(task, distillation, t=mx.array([t]))
 
         return [g.item() for g in mx.grad(loss, argnums=(0, 1))(mx.array([2.0]), mx.array([0.5]))]
 
@@ -87,7 +92,7 @@ def test_timestep_aware_trusts_data_in_the_middle_and_the_teacher_at_the_ends():
     assert task == pytest.approx(1) and distillation == pytest.approx(0, abs=1e-6)
     task, distillation = gradients(0.001)
     assert task < 0.01 and distillation == pytest.approx(4, rel=0.01), "scaled to the task's size"
-    value = timestep_aware(mx.array([2.0, 3.0]), mx.array([0.5, 9.0]), mx.array([0.1, 0.7]))
+    value = timestep_aware(mx.array([2.0, 3.0]), mx.array([0.5, 9.0]), t=mx.array([0.1, 0.7]))
     assert value.item() == pytest.approx(2.5), "the scaled loss has the task's magnitude"
 
 

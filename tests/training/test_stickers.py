@@ -18,7 +18,7 @@ from train.data.stickers import captions
 from train.data.stickers import render as rendering
 from train.data.stickers import scenes as sampling
 from train.data.stickers.captions import plain_caption
-from train.data.stickers.render import batch, drawn_box, find_font, render, sprite
+from train.data.stickers.render import drawn_box, find_font, render, sprite
 from train.data.stickers.scenes import (
     CATEGORIES,
     SIDE,
@@ -27,13 +27,21 @@ from train.data.stickers.scenes import (
     noun_scene,
     sample_scene,
     training_scene,
-    validation_scenes,
+    validation_scene,
 )
-from train.data.stickers.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, pluralise
+from train.data.stickers.source import Stickers, ValidationStickers
+from train.data.stickers.vocabulary import (
+    BACKGROUNDS,
+    COLOUR_LOST_ON,
+    COLOURS,
+    MIN_NOUNS,
+    NOUNS,
+    pluralise,
+)
 
 ROOT = Path(__file__).parents[2]
-TRAINING = [next(sampling.scenes(5, start=k)) for k in range(3000)]
-FIRST_100 = list(itertools.islice(sampling.scenes(6, num_nouns=100), 1500))
+TRAINING = [training_scene(5, k) for k in range(3000)]
+FIRST_100 = [training_scene(6, k, 100) for k in range(1500)]
 
 
 def held_out_combinations(scene):
@@ -92,19 +100,19 @@ def test_pluralise(one, many):
 
 
 def test_scene_depends_on_seed_and_index_only():
-    again = list(itertools.islice(sampling.scenes(5, start=100), 20))
+    again = Stickers(5).scenes(5, 20)
     assert again == TRAINING[100:120]
-    assert list(itertools.islice(sampling.scenes(7), 20)) != TRAINING[:20]
+    assert Stickers(7).scenes(0, 20) != TRAINING[:20]
 
 
 def test_validation_set_is_fixed_and_apart_from_training():
-    chosen = validation_scenes(40)
-    assert chosen[:10] == validation_scenes(10)
+    chosen = [validation_scene(k) for k in range(40)]
+    assert chosen[:10] == [validation_scene(k) for k in range(10)]
     # Scores of different days compare only while this list stays; change it knowingly.
     assert [plain_caption(scene) for scene in chosen[:4]] == PINNED
     for k, scene in enumerate(chosen):
         assert bool(held_out_combinations(scene)) == (k % 4 == 3)
-    training = list(itertools.islice(sampling.scenes(0), 40))
+    training = Stickers(0).scenes(0, 40)
     assert sum(a.placed == b.placed for a, b in zip(chosen, training, strict=True)) == 0
 
 
@@ -131,7 +139,7 @@ def test_training_never_shows_a_held_out_combination():
         assert held_out_combinations(scene) == [], scene.caption
 
 
-@pytest.mark.parametrize("num_nouns", [sampling.MIN_NOUNS, 100, None])
+@pytest.mark.parametrize("num_nouns", [MIN_NOUNS, 100, None])
 @pytest.mark.parametrize("category", [None, *sampling.HELD_OUT_CATEGORIES])
 def test_held_out_scenes_show_a_held_out_combination(num_nouns, category):
     rng = np.random.default_rng(0)
@@ -233,10 +241,10 @@ def test_without_a_relation_the_first_named_comes_first_in_reading_order():
         assert a.centre[0] < b.centre[0] or a.centre[1] < b.centre[1]
 
 
-@pytest.mark.parametrize("num_nouns", [0, -3, sampling.MIN_NOUNS - 1, len(NOUNS) + 1])
+@pytest.mark.parametrize("num_nouns", [0, -3, MIN_NOUNS - 1, len(NOUNS) + 1])
 def test_impossible_number_of_nouns_is_refused(num_nouns):
     with pytest.raises(UserError, match="num_nouns"):
-        next(sampling.scenes(0, num_nouns=num_nouns))
+        Stickers(0, num_nouns)
 
 
 def test_unknown_category_names_the_nearest():
@@ -361,11 +369,17 @@ def test_wording_varies():
 
 
 def test_batch_equals_its_scenes(font):
-    images, texts = batch(5, 10, 12)
+    source = Stickers(5)
+    images, texts = source.batch(2, 12)
     assert images.shape == (12, 128, 128, 3) and images.dtype == np.uint8
-    assert texts == [scene.caption for scene in TRAINING[10:22]]
-    for image, scene in zip(images, TRAINING[10:22], strict=True):
+    assert texts == source.prompts(2, 12) == [scene.caption for scene in TRAINING[24:36]]
+    for image, scene in zip(images, TRAINING[24:36], strict=True):
         np.testing.assert_array_equal(image, render(scene))
+    fixed, texts = ValidationStickers(20).batch(1, 2)
+    for k in (0, 1):
+        np.testing.assert_array_equal(fixed[k], render(validation_scene(2 + k, 20)))
+    settings = Stickers(5, 20, ("colors",)).settings()
+    assert settings == {"data": "stickers", "num_nouns": 20, "categories": ["colors"]}
 
 
 def test_chosen_categories_keep_their_proportions(font):
@@ -374,8 +388,8 @@ def test_chosen_categories_keep_their_proportions(font):
     assert set(drawn) == set(chosen)
     expected = CATEGORIES["single_object"] / sum(CATEGORIES[c] for c in chosen)
     assert abs(drawn.count("single_object") / len(drawn) - expected) < 0.07
-    _, texts = batch(1, 3, 5, 20, categories=chosen)
-    assert texts == [training_scene(1, k, 20, chosen).caption for k in range(3, 8)]
+    texts = Stickers(1, 20, chosen).prompts(1, 5)
+    assert texts == [training_scene(1, k, 20, chosen).caption for k in range(5, 10)]
     with pytest.raises(UserError, match=r"unknown category 'color'.*colors"):
         training_scene(1, 0, 20, ("color",))
 

@@ -23,7 +23,9 @@ from train.data import trajectories
 from train.evaluation import palettes as comparison
 from train.evaluation.palettes import compare
 from train.loop.checkpoint import read_log
+from train.options import palettes as palettes_options
 
+TWO = ["--model-widths", "full", "small", "--steps", "30", "--checkpoint-every", "15"]
 PROMPTS = [f"a {colour} {noun}" for colour in ("red", "blue", "green") for noun in ("car", "cat")]
 
 
@@ -40,19 +42,23 @@ def model(components, tmp_path_factory):
 def tuned(model):
     """The model after a run over two widths, interrupted and resumed."""
     folder = model.parent / "tuned"
-    options = ["--widths", "full", "small", "--steps", "30", "--checkpoint-every", "15"]
-    run(model, folder, *options)
+    run(model, folder, *TWO)
     return folder
 
 
 def run(model, output, *options):
     prompts = model.parent / "prompts.txt"
     fixed = ["--prompts", prompts, "--pictures", "6", "--run-dir", output.parent / "run"]
-    fixed += ["--batch-size", "8", "--bits", "4.5", "--model", model, "--output", output]
+    fixed += ["--batch-size", "8", "--quantize", "4.5", "--model", model, "--output", output]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(palettes, "HELD_OUT", 2)
+        patch.setattr(palettes_options, "HELD_OUT", 2)
         patch.setattr(sys, "argv", ["palettes", *map(str, fixed), *options])
-        palettes.main()
+        mx.disable_compile()  # few steps are done long before the compiler is
+        try:
+            palettes.main()
+        finally:
+            mx.enable_compile()
 
 
 def flat(module):
@@ -102,10 +108,10 @@ def test_the_command_says_what_is_wrong_and_resumes(model, tuned, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         run(model, tuned)
     with pytest.raises(UserError, match="holds a run with other"):
-        run(model, tuned.parent / "other", "--bits", "5")
+        run(model, tuned.parent / "other", "--quantize", "5")
     for options, message in (
         (["--bits", "3"], "4 to 8"),
-        (["--widths", "full", "full"], "named twice"),
+        (["--model-widths", "full", "full"], "named twice"),
         (["--pictures", "2"], "must be above"),
         (["--steps", "0"], "at least 1"),
     ):
@@ -113,13 +119,15 @@ def test_the_command_says_what_is_wrong_and_resumes(model, tuned, tmp_path):
             run(model, tmp_path / "out", *options)
     # The run is finished: the same model once more, with nothing learned.
     again = tuned.parent / "again"
-    run(model, again, "--widths", "full", "small", "--steps", "30", "--checkpoint-every", "15")
+    run(model, again, *TWO)
     first, second = (flat(load_pretrained(folder).transformer) for folder in (tuned, again))
     assert all(mx.array_equal(first[name], second[name]) for name in first)
 
 
 def test_trajectories_are_what_the_model_says_on_its_way(components):
-    data = trajectories.Trajectories(components, PROMPTS, [1.0, 0.5], 4, width_of=lambda n: 0.5)
+    data = trajectories.Trajectories(
+        components, PROMPTS, [1.0, 0.5], batch_size=4, share_of=lambda n: 0.5
+    )
     steps = components.config.sampler.num_inference_steps
     for width in (1.0, 0.5):
         states = data.states[width]
@@ -163,8 +171,8 @@ def test_a_picture_that_turns_into_another_does_not_decide(components, monkeypat
         "draw_latents",
         lambda *args, network=None, **_: moved if network is other else expected,
     )
-    monkeypatch.setattr(comparison, "velocity_psnr", lambda *args: {"full": 30.0})
-    table = compare(components, {"tuned": other}, None, PROMPTS[:3], {"full": 1.0})
+    monkeypatch.setattr(comparison, "velocity_psnr", lambda *_, **__: {"full": 30.0})
+    table = compare(components, {"tuned": other}, None, captions=PROMPTS[:3], widths={"full": 1.0})
     assert table.splitlines()[-1] == f"| full | tuned | 30.0 | {20 * np.log10(11 / 0.01):.1f} |"
 
 

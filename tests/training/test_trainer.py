@@ -26,8 +26,9 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from train.loop.checkpoint import checkpoints, latest_checkpoint, load_ema, read_log
 from train.loop.config import TrainingConfig
-from train.loop.optimizer import learning_rate_schedule
+from train.loop.optimizer import Role, learning_rate_schedule
 from train.loop.trainer import Trainer
+from train.objectives.base import LossObjective
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,23 +39,33 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
 
 
-def gradients(model, batch, key, noise=0.1):
-    def loss_fn(params):
-        model.update(params)
-        x = batch["x"] + noise * mx.random.normal(batch["x"].shape, key=key)
+class Doubling(LossObjective):
+    """The model is to double its input, of which it sees a noisy version."""
+
+    def __init__(self, noise=0.1, metrics=lambda model, batch, key, step: {}):
+        self.noise, self.metrics = noise, metrics
+
+    def loss(self, model, batch, key, step):
+        x = batch["x"] + self.noise * mx.random.normal(batch["x"].shape, key=key)
         x = x.astype(model.layers[0].weight.dtype)
         loss = (model(x).astype(mx.float32) - 2 * batch["x"]).square().mean()
-        return loss, {"loss": loss}
-
-    (_, metrics), grads = mx.value_and_grad(loss_fn)(model.trainable_parameters())
-    return grads, metrics
+        return loss, {"loss": loss} | self.metrics(model, batch, key, step)
 
 
 def batches(k):
     return {"x": mx.array(np.random.default_rng(k).normal(size=(8, 4)), mx.float32)}
 
 
-def trainer(run_dir, stop_at=None, hidden=8, gradients=gradients, batches=batches, **options):
+def trainer(
+    run_dir,
+    stop_at=None,
+    hidden=8,
+    objective=None,
+    batches=batches,
+    arguments=None,
+    roles=None,
+    **options,
+):
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(4, hidden), nn.Linear(hidden, 4))
     settings = {
@@ -66,18 +77,23 @@ def trainer(run_dir, stop_at=None, hidden=8, gradients=gradients, batches=batche
     }
     return Trainer(
         model,
-        gradients,
-        batches,
-        TrainingConfig(**(settings | {k: v for k, v in options.items() if k != "static"})),
-        run_dir,
-        static=options.get("static", lambda step: ()),
+        objective or Doubling(),
+        batches=batches,
+        config=TrainingConfig(**settings | options),
+        run_dir=run_dir,
+        arguments=arguments or (lambda step: None),
+        roles=roles or [Role("model")],
         # Ending early must not change the schedule, so a stop is asked for instead.
         validate=lambda t: (t.step == stop_at and t.stop()) or {},
     )
 
 
 def flat(run):
-    trees = {"model": run.model.parameters(), "ema": run.ema_parameters, "opt": run.optimizer.state}
+    trees = {
+        "model": run.model.parameters(),
+        "ema": run.ema_parameters,
+        "opt": run.optimizers.state,
+    }
     return {k: np.array(v) for k, v in tree_flatten(trees)}
 
 
@@ -191,9 +207,8 @@ def test_micro_batches_equal_one_large_batch(tmp_path):
     def large(k):
         return {"x": mx.concatenate([batches(3 * k + m)["x"] for m in range(3)])}
 
-    options = {"static": lambda step: (0.0,)}
-    whole = trainer(tmp_path / "a", batches=large, **options)
-    parts = trainer(tmp_path / "b", accumulate=3, **options)
+    whole = trainer(tmp_path / "a", objective=Doubling(noise=0.0), batches=large)
+    parts = trainer(tmp_path / "b", objective=Doubling(noise=0.0), accumulate=3)
     assert whole.run() and parts.run()
     expected, found = flat(whole), flat(parts)
     for key in expected:
@@ -203,11 +218,10 @@ def test_micro_batches_equal_one_large_batch(tmp_path):
 
 
 def test_micro_batches_have_noise_and_data_of_their_own(tmp_path):
-    def noted(model, batch, key):
-        grads, metrics = gradients(model, batch, key)
-        return grads, metrics | {"noise": mx.random.normal(key=key), "first": batch["x"][0, 0]}
+    def noted(model, batch, key, step):
+        return {"noise": mx.random.normal(key=key), "first": batch["x"][0, 0]}
 
-    trainer(tmp_path, gradients=noted, accumulate=2, steps=3, seed=5).run()
+    trainer(tmp_path, objective=Doubling(metrics=noted), accumulate=2, steps=3, seed=5).run()
     for step, entry in enumerate(read_log(tmp_path)[:3]):
         keys = mx.random.split(mx.random.key(5 * 1_000_003 + step), 2)
         noise = np.mean([mx.random.normal(key=key).item() for key in keys])
@@ -232,12 +246,12 @@ def test_accumulation_needs_the_memory_of_one_micro_batch(tmp_path):
 def test_bfloat16_computes_roughly_the_same_over_float32_weights(tmp_path):
     seen = []
 
-    def spy(model, batch, key):
+    def spy(model, batch, key, step):
         seen.append({p.dtype for _, p in tree_flatten(model.trainable_parameters())})
-        return gradients(model, batch, key)
+        return {}
 
     exact = trainer(tmp_path / "a", precision="float32")
-    rough = trainer(tmp_path / "b", precision="bfloat16", gradients=spy)
+    rough = trainer(tmp_path / "b", precision="bfloat16", objective=Doubling(metrics=spy))
     assert exact.run() and rough.run()
     assert seen and all(dtypes == {mx.bfloat16} for dtypes in seen)
     expected, found = flat(exact), flat(rough)
@@ -389,14 +403,16 @@ def test_averaged_weights_of_a_run(tmp_path):
 
 
 def test_steps_may_differ_in_static_arguments_and_metrics(tmp_path):
+    traced = []
+
     def alternating(model, batch, key, odd):
-        grads, metrics = gradients(model, batch, key)
-        return grads, metrics | ({"odd": mx.array(1.0)} if odd else {"even": mx.array(2.0)})
+        traced.append(odd)
+        return {"odd": mx.array(1.0)} if odd else {"even": mx.array(2.0)}
 
     run = trainer(
         tmp_path,
-        gradients=alternating,
-        static=lambda step: (step % 2 == 1,),
+        objective=Doubling(metrics=alternating),
+        arguments=lambda step: step % 2 == 1,
         log_every=5,
         accumulate=2,
     )
@@ -404,6 +420,51 @@ def test_steps_may_differ_in_static_arguments_and_metrics(tmp_path):
     entries = [e for e in read_log(tmp_path) if "loss" in e]
     assert [e["step"] for e in entries] == [5, 10, 15, 20]
     assert all(e["odd"] == 1 and e["even"] == 2 for e in entries)
+    # Each is traced for the first micro-batch of a step and for the others, and then compiled.
+    assert len(traced) <= 8
+
+
+def test_roles_have_optimizers_and_clips_of_their_own(tmp_path):
+    """Each role is as it would be if the other had a gradient of no size."""
+    roles = [Role("first", lambda path: ".0." in path), Role("second", lambda path: ".1." in path)]
+
+    def run(name, largest):
+        made = trainer(tmp_path / name, roles=roles, max_grad_norm=largest, steps=4)
+        assert made.run()
+        return made, flat(made)
+
+    made, found = run("a", 1e9)
+    assert {"opt.first.step", "opt.second.step"} <= found.keys()
+    assert "opt.first.layers.0.weight.m" in found and "opt.first.layers.1.weight.m" not in found
+    # Without a clip, Adam treats every number alone: roles change nothing.
+    whole = trainer(tmp_path / "b", max_grad_norm=1e9, steps=4)
+    assert whole.run()
+    alone = flat(whole)
+    for name in ("model.layers.0.weight", "model.layers.1.bias", "ema.layers.1.weight"):
+        np.testing.assert_allclose(found[name], alone[name], atol=1e-6)
+    entry = read_log(tmp_path / "a")[0]
+    norms = entry["grad_norm_first"], entry["grad_norm_second"]
+    assert np.hypot(*norms) == pytest.approx(read_log(tmp_path / "b")[0]["grad_norm"], rel=1e-5)
+    resumed = trainer(tmp_path / "a", roles=roles, max_grad_norm=1e9, steps=4)
+    assert resumed.run()
+    assert_same(flat(made), flat(resumed))
+
+
+def test_a_role_without_gradients_stays_as_it_is(tmp_path):
+    class FirstOnly(Doubling):
+        def gradients(self, model, batch, key, step):
+            grads, metrics = super().gradients(model, batch, key, step)
+            return {"layers": grads["layers"][:1]}, metrics
+
+    roles = [Role("first", lambda path: ".0." in path), Role("second", lambda path: ".1." in path)]
+    made = trainer(tmp_path, objective=FirstOnly(), roles=roles, steps=3)
+    before = {k: np.array(v) for k, v in tree_flatten(made.model.parameters())}
+    assert made.run()
+    after = dict(tree_flatten(made.model.parameters()))
+    assert not np.array_equal(after["layers.0.weight"], before["layers.0.weight"])
+    np.testing.assert_array_equal(after["layers.1.weight"], before["layers.1.weight"])
+    states = made.optimizers.state
+    assert (states["first"]["step"].item(), states["second"]["step"].item()) == (3, 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
@@ -465,10 +526,10 @@ def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):
         )
         return Trainer(
             model,
-            gradients,
-            lambda k: {"x": mx.array(np.random.default_rng(k).normal(size=(8, 4)), mx.float32)},
-            config,
-            run_dir,
+            Doubling(),
+            batches=batches,
+            config=config,
+            run_dir=run_dir,
             validate=lambda t: (t.stop() if t.step >= steps else None) or {},
         )
 

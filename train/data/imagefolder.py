@@ -7,14 +7,17 @@ Captions come by the conventions of imagefolder: from `metadata.jsonl`, whose li
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
+from train.data.streams import Stream
 
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption")
@@ -209,9 +212,60 @@ def fit(picture: Image.Image, size: Size) -> np.ndarray:
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
 
 
+def describe(examples: Sequence[Example]) -> str:
+    """Such as "4 pictures (3 of 64x32, 1 of 32x64 pixels)"."""
+    sizes = Counter(example.size for example in examples)
+    counts = ", ".join(f"{n} of {w}x{h}" for (h, w), n in sorted(sizes.items()))
+    return f"{len(examples)} pictures ({counts} pixels)"
+
+
 def digest(examples: Sequence[Example]) -> str:
-    """Tells sets of pictures and captions apart."""
+    """A hash of pictures and captions."""
     state = hashlib.blake2b(digest_size=8)
     for example in examples:
         state.update(f"{example.size}{example.caption}".encode() + example.pixels.tobytes())
     return state.hexdigest()
+
+
+class PictureFolder:
+    """The pictures of a folder: a `PictureSource`.
+
+    Args:
+        examples: from `read_folder`.
+        seed: of the choice of pictures.
+        flip: add the pictures' mirror images.
+
+    Attributes:
+        buckets: the examples of each size.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, seed: int = 0, flip: bool = False):
+        self.examples, self.seed, self.flip = list(examples), seed, flip
+        self.buckets: list[list[Example]] = []
+        for size in sorted({example.size for example in examples}):
+            bucket = [example for example in examples if example.size == size]
+            mirrored = [replace(e, pixels=e.pixels[:, ::-1]) for e in bucket if flip]
+            self.buckets.append(bucket + mirrored)
+
+    def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
+        """See `PictureSource`; all pictures of a batch are of one bucket."""
+        rng = Stream.PICTURE_FOLDER.generator(self.seed, number)
+        bucket, rows = choose(rng, [len(bucket) for bucket in self.buckets], count)
+        chosen = [self.buckets[bucket][row] for row in rows]
+        return np.stack([e.pixels for e in chosen]), [e.caption for e in chosen]
+
+    def settings(self) -> dict[str, Any]:
+        """See `PictureSource`."""
+        return {"data": "folder", "pictures": digest(self.examples), "flip": self.flip}
+
+
+def choose(rng: np.random.Generator, counts: Sequence[int], count: int) -> tuple[int, list[int]]:
+    """A bucket, as likely as it has pictures, and `count` of its rows."""
+    sizes = np.array(counts)
+    bucket = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+    return bucket, some(rng, counts[bucket], count)
+
+
+def some(rng: np.random.Generator, total: int, count: int) -> list[int]:
+    """`count` of `total`, each at most once if there are enough."""
+    return rng.choice(total, count, replace=count > total).tolist()

@@ -1,4 +1,4 @@
-"""Validation of fine-tuning: the pictures' loss, and how far the model drifts from what it knew."""
+"""Validation of fine-tuning: the loss of the pictures, and the drift on prior samples."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,35 +7,37 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.settings import parse_width
-from train.data.encoded import CHUNK, Pictures, rows
+from train.data.encoded import CHUNK, EncodedFolder, rows
 from train.data.source import Batch
 from train.evaluation.previews import Previews
 from train.loop.trainer import Trainer
 from train.objectives.finetune import velocity
-from train.objectives.losses import add_noise, per_sample
+from train.objectives.losses import expand, per_sample
 
 FIXED, LEVELS = 12, 4  # samples of a bucket, and noise levels, of the validation loss
 
 
 class Validation:
-    """After each checkpoint: pictures of `prompts`, and losses at fixed noise, of the averages."""
+    """After each checkpoint, with averaged weights: losses at fixed noise, and pictures."""
 
     def __init__(
-        self, components: Components, data: Pictures, prompts: Sequence[str], width: str = "full"
+        self,
+        components: Components,
+        data: EncodedFolder,
+        prompts: Sequence[str],
+        *,
+        width: str = "full",
     ):
-        self.network, self.data, self.width = components.transformer, data, parse_width(width).share
-        self.previews = Previews(components, [width], prompts)
+        self.network, self.data, self.share = components.transformer, data, parse_width(width).share
+        self.previews = Previews(components, prompts, widths=[width])
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        current = self.network.trainable_parameters()
-        self.network.update(trainer.ema_parameters)
-        try:
+        with trainer.averaged():
             metrics = {"validation_loss": self.loss()}
             if self.data.prior:
-                metrics["prior_drift"] = self.drift()
-        finally:
-            self.network.update(current)
+                metrics["prior_drift"] = self.drift(self.data.prior)
         return metrics | self.previews(trainer)
 
     def loss(self) -> float:
@@ -43,19 +45,23 @@ class Validation:
         errors = []
         for bucket in self.data.buckets:
             for x_t, t, eps, some in _levels(bucket):
-                v = velocity(self.network, some, x_t, t, self.width)
-                errors += per_sample(v - (eps - some["latents"])).tolist()
-        return float(np.mean(errors))
+                v = velocity(self.network, some, x_t, t=t, share=self.share)
+                errors.append(np.array(per_sample(v - (eps - some["latents"]))))
+        return _mean(errors)
 
-    def drift(self) -> float:
+    def drift(self, prior: Batch) -> float:
         """Mean squared change of the velocity on the prior samples."""
         changes = []
-        for x_t, t, _, some in _levels(self.data.prior):
-            v = velocity(self.network, some, x_t, t, self.width)
+        for x_t, t, _, some in _levels(prior):
+            v = velocity(self.network, some, x_t, t=t, share=self.share)
             with acting(self.network):
-                before = velocity(self.network, some, x_t, t, self.width)
-            changes += per_sample(v - before).tolist()
-        return float(np.mean(changes))
+                before = velocity(self.network, some, x_t, t=t, share=self.share)
+            changes.append(np.array(per_sample(v - before)))
+        return _mean(changes)
+
+
+def _mean(values: Sequence[np.ndarray]) -> float:
+    return float(np.mean(np.concatenate(values).astype(np.float64)))
 
 
 def _levels(batch: Batch) -> Iterator[tuple[mx.array, mx.array, mx.array, Batch]]:
@@ -66,4 +72,5 @@ def _levels(batch: Batch) -> Iterator[tuple[mx.array, mx.array, mx.array, Batch]
         some = rows(batch, slice(start, min(start + CHUNK, FIXED)))
         for k in range(LEVELS):
             t = mx.full((len(some["latents"]),), (k + 0.5) / LEVELS)
-            yield add_noise(some["latents"], eps[chunk], t), t, eps[chunk], some
+            x_t = add_noise(some["latents"], eps[chunk], expand(t, eps))
+            yield x_t, t, eps[chunk], some

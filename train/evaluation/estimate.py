@@ -1,4 +1,4 @@
-"""What a run will need, measured on this machine."""
+"""Time and memory of a run, measured on this machine."""
 
 import os
 import time
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.model import Components
@@ -13,12 +14,13 @@ from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.settings import DrawSettings
 from train.data.encoded import rows
 from train.data.source import Batch
-from train.objectives.finetune import gradients
+from train.objectives.base import ShareStep
+from train.objectives.finetune import FineTuning
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need, measured on this machine.
+    """Time and memory of a run.
 
     Attributes:
         step: seconds of a step.
@@ -30,7 +32,7 @@ class Estimate:
     picture: float
     memory: int
 
-    def told(self, steps: int, pictures: int) -> str:
+    def text(self, steps: int, pictures: int) -> str:
         """Such as "about 4 minutes (400 steps of 0.60 s, 56 pictures of 0.5 s), 0.3 GB"."""
         seconds = steps * self.step + pictures * self.picture
         if seconds < 100:
@@ -46,7 +48,7 @@ class Estimate:
 
 
 def estimate(
-    components: Components, batch: Batch, widths: Mapping[float, float], accumulate: int = 1
+    components: Components, batch: Batch, *, shares: Mapping[float, float], accumulate: int = 1
 ) -> Estimate:
     """Measure a step and a picture, without changing the model.
 
@@ -55,17 +57,18 @@ def estimate(
 
     Args:
         batch: as the steps get it.
-        widths: how often each is trained; the shares add up to 1.
+        shares: of the network's width -> how often it is trained; the latter add up to 1.
         accumulate: batches in a step.
     """
-    network, widest = components.transformer, max(widths)
+    network, widest = components.transformer, max(shares)
+    objective = FineTuning(shift=1.0, prior_weight=1.0)
 
     def count(some: Batch) -> int:
         return sum(len(value) for name, value in some.items() if name.endswith("latents"))
 
-    def seconds(some: Batch, width: float) -> float:
+    def seconds(some: Batch, share: float) -> float:
         started = time.perf_counter()
-        mx.eval(gradients(network, some, mx.random.key(0), width, 1.0, 1.0))
+        mx.eval(objective.gradients(network, some, mx.random.key(0), ShareStep(share)))
         return time.perf_counter() - started
 
     one = rows(batch, slice(1))
@@ -75,20 +78,26 @@ def estimate(
     mx.reset_peak_memory()
     seconds(one, widest)
     each = (mx.get_peak_memory() - before) / count(one)
-    trained = sum(p.size for _, p in tree_flatten(network.trainable_parameters()))
+    trained = num_trainable(network)
     # Besides float32 gradients there are the averages and two moments of the optimizer.
     memory = round(before + count(batch) * each + 16 * trained)
     some, times = (one, count(batch) / count(one)) if memory > physical_memory() else (batch, 1)
     # The first step of a kind is slower than those that follow.
     step = sum(
-        share * times * min(seconds(some, width) for _ in range(2))
-        for width, share in widths.items()
+        often * times * min(seconds(some, share) for _ in range(2))
+        for share, often in shares.items()
     )
     _draw_one(components, widest, 1)
     started = time.perf_counter()
     _draw_one(components, widest, 4)
     picture = (time.perf_counter() - started) / 4 * components.config.sampler.num_inference_steps
     return Estimate(accumulate * step, picture, memory)
+
+
+def num_trainable(module: nn.Module) -> int:
+    """How many numbers are trained."""
+    leaves = tree_flatten(module.trainable_parameters(), destination={})
+    return sum(leaf.size for leaf in leaves.values())
 
 
 def _draw_one(components: Components, share: float, steps: int) -> None:

@@ -1,56 +1,59 @@
-"""How near a network with palettes is to the one without."""
+"""Comparison of a network with palettes with the network without."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
+from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.pictures import decibels
-from train.data.stickers.vocabulary import known_nouns
 from train.data.trajectories import Trajectories
 from train.evaluation.previews import Previews
-from train.evaluation.score import quick_score
 from train.loop.trainer import Trainer
 
-SCORED_STEPS = 14  # of a scored picture at most, as in looks during training
+HELD_OUT_SEED = 1_000_000  # of the first held-out picture, away from those of training
 
-
-HELD_OUT_SEED = 1_000_000  # of their first picture, away from those that are
+Score = Callable[[Components, float], str]
+"""(model, share) -> a score of its pictures, for a table."""
 
 
 def _range(expected: mx.array) -> float:
     """The peak of a PSNR: the range of the numbers expected."""
-    return (expected.max() - expected.min()).item()
+    return float(expected.max() - expected.min())
 
 
 class Validation:
-    """After each checkpoint: how near the velocity is for prompts held out, and pictures."""
+    """After each checkpoint: the PSNR of the velocity for held-out prompts, and pictures."""
 
-    def __init__(self, held_out: Trajectories, widths: Mapping[str, float], previews: Previews):
-        self.held_out, self.widths, self.previews = held_out, widths, previews
+    def __init__(
+        self,
+        network: EfficientDiT,
+        held_out: Trajectories,
+        *,
+        widths: Mapping[str, float],
+        previews: Previews,
+    ):
+        self.network, self.held_out = network, held_out
+        self.widths, self.previews = widths, previews
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        current = trainer.model.trainable_parameters()
-        trainer.model.update(trainer.ema_parameters)
-        try:
-            found = velocity_psnr(trainer.model, self.held_out, self.widths)
-        finally:
-            trainer.model.update(current)
+        with trainer.averaged():
+            found = velocity_psnr(self.network, self.held_out, widths=self.widths)
         return {f"psnr_{name}": value for name, value in found.items()} | self.previews(trainer)
 
 
 def velocity_psnr(
-    network: EfficientDiT, held_out: Trajectories, widths: Mapping[str, float]
+    network: EfficientDiT, held_out: Trajectories, *, widths: Mapping[str, float]
 ) -> dict[str, float]:
-    """Name of a width -> dB between the network's velocity and that of the one without palettes."""
+    """Name of a width -> PSNR in dB of the velocity, against the network without palettes."""
     return {
-        name: decibels(held_out.error(network, width), _range(held_out.states[width]["v"]))
-        for name, width in widths.items()
+        name: decibels(held_out.error(network, share), _range(held_out.states[share]["v"]))
+        for name, share in widths.items()
     }
 
 
@@ -58,44 +61,46 @@ def compare(
     components: Components,
     networks: Mapping[str, EfficientDiT],
     held_out: Trajectories,
+    *,
     captions: Sequence[str],
     widths: Mapping[str, float],
-    score: int = 0,
+    score: Score | None = None,
 ) -> str:
-    """A markdown table of networks that are to compute what `components` do.
+    """A markdown table of networks that replace the one of `components`.
 
     Args:
         networks: by name.
-        captions: drawn for the PSNR of latents, which is that of the median picture: of a mean, one
-            picture that turns into another would decide.
-        score: prompts of each category of the GenEval-style score; 0 leaves it out.
+        captions: drawn for the PSNR of latents. It is that of the median picture: a single picture
+            that shows something else would dominate a mean.
+        widths: name -> share.
+        score: fills another column.
     """
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(captions))
     titles = ["width", "network", "velocity, dB", "latents, dB", *(["score"] if score else [])]
     lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
-    for name, width in widths.items():
-        expected = draw_latents(components, captions, seeds=seeds, share=width)
-        for label, network in ({"float32": components.transformer} | dict(networks)).items():
-            line = [name, label, "", ""]
-            if network is not components.transformer:
-                velocity = velocity_psnr(network, held_out, {name: width})[name]
-                found = draw_latents(
-                    components, captions, seeds=seeds, share=width, network=network
-                )
-                errors = np.array((found - expected).square().mean(axis=(1, 2, 3)))
-                latents = decibels(float(np.median(errors)), _range(expected))
-                line = [name, label, f"{velocity:.1f}", f"{latents:.1f}"]
-            if score:
-                made = dataclasses.replace(components, transformer=network)
-                steps = min(SCORED_STEPS, components.config.sampler.num_inference_steps)
-                scores = quick_score(made, known_nouns(components), score, steps=steps, share=width)
-                line.append(f"{scores['overall']:.3f} ± {scores['overall_error']:.3f}")
-            lines.append(line)
+    named = {"float32": components.transformer} | dict(networks)
+    with tqdm(total=len(widths) * len(named), desc="comparison", leave=False) as bar:
+        for name, share in widths.items():
+            expected = draw_latents(components, captions, seeds=seeds, share=share)
+            for label, network in named.items():
+                line = [name, label, "", ""]
+                if network is not components.transformer:
+                    velocity = velocity_psnr(network, held_out, widths={name: share})[name]
+                    found = draw_latents(
+                        components, captions, seeds=seeds, share=share, network=network
+                    )
+                    errors = np.array((found - expected).square().mean(axis=(1, 2, 3)))
+                    latents = decibels(float(np.median(errors)), _range(expected))
+                    line = [name, label, f"{velocity:.1f}", f"{latents:.1f}"]
+                if score:
+                    line.append(score(dataclasses.replace(components, transformer=network), share))
+                lines.append(line)
+                bar.update()
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def in_float16(network: EfficientDiT) -> EfficientDiT:
-    """`network` with its weights rounded to fp16; it computes in float32 as before."""
+    """`network` with its weights rounded to fp16; it still computes in float32."""
     made = EfficientDiT(network.config)
     made.update(tree_map(lambda p: p.astype(mx.float16).astype(mx.float32), network.parameters()))
     return made

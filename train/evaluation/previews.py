@@ -9,21 +9,9 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import contact_sheet
-from mlx_snapgen.settings import WIDTH_NAMES, parse_width
-from train.data.stickers.scenes import SIDE
+from mlx_snapgen.settings import parse_width
 from train.loop.trainer import Trainer
 from train.objectives.elastic import TextToLatents
-
-PROMPTS = (
-    "an apple",
-    "a cat",
-    "a red car",
-    "three bananas",
-    "a dog and a tree",
-    "a cat on a blue background",
-    "an owl to the left of a house",
-    "a green umbrella above a purple fish",
-)
 
 
 class Previews:
@@ -31,25 +19,24 @@ class Previews:
 
     Args:
         components: the model, made of the very modules that are trained.
+        prompts: the prompts to draw.
         widths: names of the widths to draw with.
-        prompts: what to draw.
-        adapter: see `mlx_snapgen.draw.sample`.
+        adapter: see `mlx_snapgen.draw.draw_latents`.
     """
 
     def __init__(
         self,
         components: Components,
-        widths: Sequence[str] = WIDTH_NAMES,
-        prompts: Sequence[str] = PROMPTS,
+        prompts: Sequence[str],
+        *,
+        widths: Sequence[str],
         adapter: str = FEW_STEP,
     ):
         self.components, self.widths = components, list(widths)
         self.prompts, self.adapter = list(prompts), adapter
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        current = trainer.model.trainable_parameters()
-        trainer.model.update(trainer.ema_parameters)
-        try:
+        with trainer.averaged():
             rows = [
                 draw_pictures(
                     self.components,
@@ -60,8 +47,6 @@ class Previews:
                 )
                 for name in self.widths
             ]
-        finally:
-            trainer.model.update(current)
         labels = [f"{prompt}, {name}" for name in self.widths for prompt in self.prompts]
         sheet = contact_sheet(list(np.concatenate(rows)), labels, columns=len(self.prompts))
         sheet.save(trainer.sample_path("previews"))
@@ -69,20 +54,25 @@ class Previews:
 
 
 def previews_of(
-    model: TextToLatents, autoencoder: Autoencoder, time_shift: float, widths: Sequence[str]
+    model: TextToLatents,
+    autoencoder: Autoencoder,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    time_shift: float,
+    widths: Sequence[str],
 ) -> Previews:
-    """Previews of a supernetwork in training on scenes, with the time shift that it learns with."""
+    """Previews of a supernetwork in training, with the time shift of its training.
+
+    Args:
+        size: (height, width) of the pictures in pixels.
+    """
     config = dataclasses.replace(
         model.config,
-        image_size=(SIDE, SIDE),
+        image_size=size,
         autoencoder=autoencoder.config,
         sampler=dataclasses.replace(model.config.sampler, time_shift=time_shift),
         few_step=None,
     )
-    components = Components(
-        config=config,
-        transformer=model.transformer,
-        autoencoder=autoencoder,
-        text_encoders=model.text_encoders,
-    )
-    return Previews(components, widths)
+    components = Components(config, model.transformer, autoencoder, model.text_encoders)
+    return Previews(components, prompts, widths=widths)

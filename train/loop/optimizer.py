@@ -1,10 +1,14 @@
 """Optimizers and learning rates."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
 
 from train.loop.config import TrainingConfig
 
@@ -29,6 +33,76 @@ def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
     )
     muon = optim.Muon(learning_rate_schedule(faster), weight_decay=0.0)
     return optim.MultiOptimizer([muon, adamw], [is_hidden_matrix])
+
+
+@dataclass(frozen=True)
+class Role:
+    """Parameters with an optimizer and a gradient clip of their own.
+
+    Attributes:
+        owns: whether a parameter's dotted path belongs to the role.
+    """
+
+    name: str
+    owns: Callable[[str], bool] = lambda path: True
+
+
+class Optimizers:
+    """An optimizer for each role, over the parameters of one model.
+
+    A role without gradients in a step keeps its parameters and its optimizer's state. The state of
+    a single role is its optimizer's; that of several is a dictionary of them.
+    """
+
+    def __init__(self, config: TrainingConfig, roles: Sequence[Role]):
+        self.config, self.roles = config, tuple(roles)
+        self._optimizers = {role.name: make_optimizer(config) for role in roles}
+
+    def init(self, parameters: dict[str, Any]) -> None:
+        """Make the state for the parameters."""
+        for role in self.roles:
+            self._optimizers[role.name].init(self._part(parameters, role))
+
+    def update(self, model: nn.Module, gradients: dict[str, Any]) -> dict[str, mx.array]:
+        """One step of all roles that have gradients; returns their norms before the clip."""
+        norms = {}
+        for role in self.roles:
+            part = self._part(gradients, role)
+            if not part:
+                continue
+            part, norm = optim.clip_grad_norm(part, self.config.max_grad_norm)
+            self._optimizers[role.name].update(model, part)
+            norms["grad_norm" if self._single else f"grad_norm_{role.name}"] = norm
+        return norms
+
+    @property
+    def count(self) -> mx.array:
+        """Steps so far, of the role with most of them."""
+        states = [optimizer.state for optimizer in self._optimizers.values()]
+        counts = [state.get("states", [state])[0]["step"].astype(mx.float32) for state in states]
+        return functools.reduce(mx.maximum, counts)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizers' state as a tree of arrays."""
+        if self._single:
+            return self._optimizers[self.roles[0].name].state
+        return {name: optimizer.state for name, optimizer in self._optimizers.items()}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        states = {self.roles[0].name: state} if self._single else state
+        for name, optimizer in self._optimizers.items():
+            optimizer.state = states[name]
+
+    @property
+    def _single(self) -> bool:
+        return len(self.roles) == 1
+
+    def _part(self, tree: dict[str, Any], role: Role) -> dict[str, Any]:
+        if self._single:
+            return tree
+        return dict(tree_unflatten([(k, v) for k, v in tree_flatten(tree) if role.owns(k)]))
 
 
 def is_hidden_matrix(path: str, weight: mx.array) -> bool:

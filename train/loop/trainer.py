@@ -1,14 +1,16 @@
-"""The training loop that every trainer here shares.
+"""The training loop of all commands.
 
 A run is a folder: `log.jsonl`, `loss.png`, and `step_N/` checkpoints that hold all a resumed run
-needs. The step is compiled over explicit state. Nothing random is carried along: batch `k` and its
-noise depend on the run's seed and `k` alone, so a resumed run continues as if it had never stopped.
+needs. The step is compiled over explicit state. No random state is saved: batch `k` and its noise
+depend on the run's seed and `k` alone, so a resumed run equals one that was never stopped.
 
-A step averages the gradients of `accumulate` micro-batches in each of the job's processes. It is
-the same step however they are shared out: micro-batch m of process r is batch
+A step averages the gradients of `accumulate` micro-batches in each of the job's processes. The
+step is the same for any number of processes: micro-batch m of process r is batch
 (step * accumulate + m) * processes + r.
 """
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -16,13 +18,13 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
@@ -38,16 +40,9 @@ from train.loop.checkpoint import (
 )
 from train.loop.config import TrainingConfig
 from train.loop.distributed import GRACE, PeerWatch, StopSignals
-from train.loop.optimizer import make_optimizer
+from train.loop.optimizer import Optimizers, Role
 from train.loop.plot import plot_log
-
-GradientFunction = Callable[..., tuple[dict, dict[str, mx.array]]]
-"""(model, batch, key, *static) -> (gradients, metrics) of one micro-batch.
-
-Gradients are nested like `model.trainable_parameters()`, metrics scalars; `static` comes from
-`Trainer.static`. The weights may be bfloat16 and the batch is as `batches` made it: cast what goes
-into the model, and take losses in float32.
-"""
+from train.objectives.base import Objective
 
 
 class Trainer:
@@ -55,46 +50,49 @@ class Trainer:
 
     Args:
         model: module with the trainable parameters.
-        gradients: computes gradients and scalar metrics of one micro-batch; compiled.
+        objective: computes gradients and metrics of one micro-batch; compiled.
         batches: number -> micro-batch; must depend on the number (and its own seed) alone.
         config: loop settings.
         run_dir: folder of the run; created, or resumed from when it holds a checkpoint.
-        static: step -> hashable arguments passed on to `gradients` (one compilation for each).
+        arguments: step -> the `step` of the objective's gradients (one compilation for each).
         validate: called with the trainer after every checkpoint, in the first process alone; may
             write pictures to `sample_path`, and returns metrics to log.
+        roles: parameters with an optimizer and a gradient clip of their own.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        gradients: GradientFunction,
+        objective: Objective[Any, Any],
+        *,
         batches: Callable[[int], Batch],
         config: TrainingConfig,
         run_dir: Path,
-        static: Callable[[int], tuple] = lambda step: (),
+        arguments: Callable[[int], Any] = lambda step: None,
         validate: Callable[["Trainer"], dict[str, float]] | None = None,
+        roles: Sequence[Role] = (Role("model"),),
     ):
         self.model, self.batches, self.config = model, batches, config
-        self.run_dir, self.static, self.validate = Path(run_dir), static, validate
+        self.run_dir, self.arguments, self.validate = Path(run_dir), arguments, validate
         self.group = mx.distributed.init()
         self.step = 0
         self._stop = False
         self._saving = threading.Lock()
-        if mx.default_device() == mx.cpu:
+        if mx.default_device() == mx.Device(mx.cpu):
             # The CPU backend's default cache of freed buffers is too small for a training step.
             mx.set_cache_limit(4 << 30)
 
         model.update(_cast(model.trainable_parameters(), mx.float32))
-        self.optimizer = make_optimizer(config)
-        self.optimizer.init(model.trainable_parameters())
+        self.optimizers = Optimizers(config, roles)
+        self.optimizers.init(model.trainable_parameters())
         # mx.compile captures the containers, so the averages live in one dict for good.
         self._averages = {"ema": tree_map(mx.array, model.trainable_parameters())}
 
-        def add_gradients(total, batch: Batch, key: mx.array, *static):
+        def add_gradients(step: Any, total: Any, batch: Batch, key: mx.array):
             """Sums of gradients and of metrics over a step's micro-batches; None starts one."""
             weights = model.parameters()
             model.update(_cast(weights, config.dtype))
-            grads, metrics = gradients(model, batch, key, *static)
+            grads, metrics = objective.gradients(model, batch, key, step)
             model.update(weights)
             new = _cast((grads, metrics), mx.float32)
             return new if total is None else tree_map(mx.add, total, new)
@@ -105,27 +103,37 @@ class Trainer:
             grads = nn.average_gradients(grads, self.group)
             values = mx.stack([*(m / config.accumulate for m in metrics.values()), stop])
             values = mx.distributed.all_sum(values, group=self.group) / self.group.size()
-            grads, norm = optim.clip_grad_norm(grads, config.max_grad_norm)
-            self.optimizer.update(model, grads)
+            norms = self.optimizers.update(model, grads)
             # A short memory at first, so that the average is never dominated by the start.
-            state = self.optimizer.state
-            count = state.get("states", [state])[0]["step"].astype(mx.float32)
+            count = self.optimizers.count
             decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
             self._averages["ema"] = tree_map(
                 lambda a, p: decay * a + (1 - decay) * p,
                 self._averages["ema"],
                 model.trainable_parameters(),
             )
-            return dict(zip(metrics, values, strict=False)) | {"grad_norm": norm}, values[-1]
+            return dict(zip(metrics, values, strict=False)) | norms, values[-1]
 
-        self._state = [model.state, self.optimizer.state, self._averages]
-        self._add_gradients = mx.compile(add_gradients, inputs=[model.state])
+        self._state = [model.state, self.optimizers.state, self._averages]
+        self._add_gradients = functools.cache(
+            lambda step: mx.compile(functools.partial(add_gradients, step), inputs=[model.state])
+        )
         self._update = mx.compile(update, inputs=self._state, outputs=self._state)
 
     @property
     def ema_parameters(self) -> dict:
         """The averaged parameters, shaped like `model.trainable_parameters()`."""
         return self._averages["ema"]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For the length of a block the model has the averaged parameters."""
+        current = self.model.trainable_parameters()
+        self.model.update(self.ema_parameters)
+        try:
+            yield
+        finally:
+            self.model.update(current)
 
     @property
     def is_main(self) -> bool:
@@ -144,7 +152,7 @@ class Trainer:
         """Train to the last step, resuming when the run has a checkpoint.
 
         Returns:
-            True when the last step was reached, False when it was asked to stop (state saved).
+            True when the last step was reached, False when the run was stopped (state saved).
 
         Raises:
             UserError: the checkpoint does not fit, or a metric is not finite.
@@ -157,7 +165,7 @@ class Trainer:
             orderly = True
         except RuntimeError:
             if not self._alone:
-                # Perhaps mlx has noticed a lost process before the watch, which tells which one.
+                # Perhaps mlx noticed a lost process before the watch, which prints its rank.
                 time.sleep(2 * GRACE)
             raise
         finally:
@@ -183,13 +191,13 @@ class Trainer:
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main)
         # Steps may differ in their metrics, as those of the elastic trainer do.
         history: dict[str, list[float]] = {}
-        started = time.perf_counter()
+        started, steps = time.perf_counter(), 0
         agreed = False
         with bar:
-            # With several processes, what counts is what all were told with the last step.
+            # Several processes stop by the last step's `agreed`, which is the same in all.
             while self.step < config.steps and not (agreed or (self._stop and self._alone)):
                 metrics, agreed = self._train_step()
-                self.step += 1
+                self.step, steps = self.step + 1, steps + 1
                 bar.update()
                 if not all(math.isfinite(v) for v in metrics.values()):
                     raise UserError(
@@ -200,8 +208,8 @@ class Trainer:
                     history.setdefault(name, []).append(value)
                 if self.step % config.log_every == 0:
                     means = {name: sum(values) / len(values) for name, values in history.items()}
-                    seconds = (time.perf_counter() - started) / len(history["grad_norm"])
-                    history, started = {}, time.perf_counter()
+                    seconds = (time.perf_counter() - started) / steps
+                    history, started, steps = {}, time.perf_counter(), 0
                     bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
                     self._log(means | {"seconds_per_step": seconds})
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
@@ -209,21 +217,21 @@ class Trainer:
                     self._checkpoint()
                     started += time.perf_counter() - before
         self.save()
-        # All leave together: mpirun ends the job when one process does, perhaps amid the saving.
+        # All end together: mpirun ends the job when one process does, perhaps during the saving.
         mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
 
     def _train_step(self) -> tuple[dict[str, float], bool]:
-        """One step; returns the metrics, and whether any process was asked to stop."""
+        """One step; returns the metrics, and whether any process is to stop."""
         config, processes, rank = self.config, self.group.size(), self.group.rank()
         count = config.accumulate * processes
         key = mx.random.key(config.seed * 1_000_003 + self.step)
         keys = mx.random.split(key, count) if count > 1 else [key]
-        static = self.static(self.step)
+        add_gradients = self._add_gradients(self.arguments(self.step))
         total = None
         for micro in range(config.accumulate):
             share = micro * processes + rank
             batch = self.batches(self.step * count + share)
-            total = self._add_gradients(total, batch, keys[share], *static)
+            total = add_gradients(total, batch, keys[share])
             mx.eval(total)
         metrics, stop = self._update(*total, mx.array(float(self._stop)))
         del total
@@ -261,14 +269,14 @@ class Trainer:
         return {
             "model": self.model.trainable_parameters(),
             "ema": self._averages["ema"],
-            "optimizer": self.optimizer.state,
+            "optimizer": self.optimizers.state,
         }
 
     def _set_trees(self, trees: dict[str, dict]) -> None:
         self.model.update(trees["model"])
         self._averages["ema"] = trees["ema"]
-        self.optimizer.state = trees["optimizer"]
-        self._state[1] = self.optimizer.state
+        self.optimizers.state = trees["optimizer"]
+        self._state[1] = self.optimizers.state
 
     def _share_state(self) -> None:
         """Continue all processes from the first one's step and weights: the others have no run."""
@@ -283,9 +291,9 @@ class Trainer:
         self.step = from_first(mx.array(self.step)).item()
 
     def _check_settings(self, checkpoint: Path, state: dict) -> None:
-        """Refuse settings under which the steps to come would see other data; tell of others."""
+        """Refuse settings that change the data of the steps to come; print other changes."""
         now = json.loads(json.dumps(asdict(self.config)))
-        # What a checkpoint does not tell is taken as it is now or, of old ones, as it was then.
+        # Missing settings take today's defaults; old checkpoints take those of their version.
         then = now | {"accumulate": 1} | state["training"]
         for name in ("batch_size", "seed"):
             if then[name] != now[name]:
@@ -323,7 +331,7 @@ class Trainer:
         return f"resume{each} with: {shlex.join(sys.orig_argv)}"
 
     def _interrupt(self) -> None:
-        print("\nfinishing the step and saving; once more to abort at once", file=sys.stderr)
+        print("\nfinishing the step and saving; press again to abort at once", file=sys.stderr)
         self.stop()
 
     def _lost(self, rank: int) -> None:

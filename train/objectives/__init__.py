@@ -1,1 +1,1 @@
-"""What networks are trained to do: losses and their gradients."""
+"""What networks are trained to do: objectives and their losses."""

@@ -1,6 +1,8 @@
-"""Knowledge distillation (SnapGen++ eqs. 6-8)."""
+"""Knowledge distillation from a teacher (SnapGen++ eqs. 6-8)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -8,7 +10,8 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
 from mlx_snapgen.teachers.base import Condition, Teacher
 from train.data.source import Batch
-from train.objectives.elastic import TextToLatents, elastic_gradients, noisy
+from train.objectives.base import Metrics
+from train.objectives.elastic import ElasticStep, TextToLatents, elastic_gradients, noisy
 from train.objectives.losses import features_loss, per_sample, timestep_aware
 from train.objectives.projectors import check_same_tokens, fit_projectors, new_projectors
 
@@ -18,16 +21,21 @@ class Student(TextToLatents):
 
     def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer], feature_dims: int):
         super().__init__(config, tokenizers)
-        d, self._widths = config.transformer.hidden_size, config.transformer.widths
-        self.projectors = new_projectors(d, self._widths, feature_dims)
+        d, self._shares = config.transformer.hidden_size, config.transformer.widths
+        self.projectors = new_projectors(d, self._shares, feature_dims=feature_dims)
 
-    def project(self, features: mx.array, width: float) -> mx.array:
-        """Features (B, N, width * d) -> (B, N, feature_dims)."""
-        return self.projectors[self._widths.index(width)](features)
+    def project(self, features: mx.array, share: float) -> mx.array:
+        """Features (B, N, share * d) -> (B, N, feature_dims)."""
+        return self.projectors[self._shares.index(share)](features)
 
 
 def lesson(
-    teacher: Teacher, x_t: mx.array, t: mx.array, condition: Condition, guidance_scale: float
+    teacher: Teacher,
+    x_t: mx.array,
+    *,
+    t: mx.array,
+    condition: Condition,
+    guidance_scale: float,
 ) -> tuple[mx.array, mx.array]:
     """The teacher's velocity, with guidance, and its features (B, N, D), both without gradient."""
     v, features = teacher.velocity_and_features(x_t, t, condition)
@@ -36,64 +44,67 @@ def lesson(
     return mx.stop_gradient(v), mx.stop_gradient(features)
 
 
-def make_gradients(
-    teacher: Teacher, guidance_scale: float = 1.0
-) -> Callable[..., tuple[dict, dict[str, mx.array]]]:
-    """The gradient function for `Trainer`: (model, batch, key, widths, shift).
+@dataclass(frozen=True)
+class Distillation:
+    """Eqs. 6-8 beside the elastic losses. An `Objective`; batches are those of `TaughtBatches`."""
 
-    `batch` is as `TaughtData` makes it, `widths` are the sampled sub-networks', `shift` is that of
-    the noise levels.
-    """
+    teacher: Teacher
+    guidance_scale: float = 1.0
 
     def gradients(
-        model: Student, batch: Batch, key: mx.array, widths: Sequence[float], shift: float
-    ):
-        x_t, t, v = noisy(batch["latents"], key, shift)
-        condition = Condition(*(batch[name] for name in Condition._fields))
-        v_teacher, seen = lesson(teacher, x_t, t, condition, guidance_scale)
+        self, model: Student, batch: Batch, key: mx.array, step: ElasticStep
+    ) -> tuple[dict[str, Any], Metrics]:
+        """See `Objective`."""
+        x_t, t, v = noisy(batch["latents"], key, shift=step.shift)
+        condition = condition_of(batch)
+        v_teacher, seen = lesson(
+            self.teacher, x_t, t=t, condition=condition, guidance_scale=self.guidance_scale
+        )
 
-        def loss(text: mx.array, mask: mx.array, width: float, full: mx.array | None):
-            predicted, own = model.transformer(
-                x_t, t, text, mask, share=width, return_features=True
-            )
-            projected = model.project(own, width)
+        def loss(text: mx.array, mask: mx.array, share: float, full: mx.array | None):
+            predicted, own = model.transformer(x_t, t, text, mask, share, return_features=True)
+            projected = model.project(own, share)
             check_same_tokens(projected, seen)
             task, output = per_sample(predicted - v), per_sample(predicted - v_teacher)
             features = features_loss(projected, seen).mean()
-            total = timestep_aware(task, output, t) + features
+            total = timestep_aware(task, output, t=t) + features
             losses = {"loss": task.mean(), "output": output.mean(), "features": features}
             if full is None:
                 return total, (predicted, losses)
             losses["distillation"] = per_sample(predicted - full).mean()
-            metrics = {f"{name}_{width:g}": value for name, value in losses.items()}
+            metrics = {f"{name}_{share:g}": value for name, value in losses.items()}
             return total + losses["distillation"], (predicted, metrics)
 
-        return elastic_gradients(model, batch, widths, loss)
+        return elastic_gradients(model, batch, shares=step.shares, loss=loss)
 
-    return gradients
+
+def condition_of(batch: Batch) -> Condition:
+    """The teacher's encoded prompts in a batch."""
+    return Condition(*(batch[name] for name in Condition._fields))
 
 
 def fit_to_teacher(
-    model: Student, teacher: Teacher, batches: Sequence[Batch], seed: int, shift: float
+    model: Student, teacher: Teacher, batches: Sequence[Batch], *, seed: int, shift: float
 ) -> None:
     """Start the projectors at the least-squares fit, over noisy latents as training has them."""
     keys = mx.random.split(mx.random.key(seed), len(batches))
     met = []
     for batch, key in zip(batches, keys, strict=True):
-        x_t, t, _ = noisy(batch["latents"], key, shift)
+        x_t, t, _ = noisy(batch["latents"], key, shift=shift)
         met.append(batch | {"x_t": x_t, "t": t})
 
-    def own(batch: Batch, width: float) -> mx.array:
+    def own(batch: Batch, share: float) -> mx.array:
         states = []
         for i, encoder in enumerate(model.text_encoders):
             mask = batch[f"mask_{i}"]
             states.append(TextStates(encoder(batch[f"tokens_{i}"], mask), mask))
         text, mask = model.transformer.encode_text(states)
         x_t, t = batch["x_t"], batch["t"]
-        return model.transformer(x_t, t, text, mask, share=width, return_features=True)[1]
+        return model.transformer(x_t, t, text, mask, share, return_features=True)[1]
 
     def seen(batch: Batch) -> mx.array:
-        condition = Condition(*(batch[name] for name in Condition._fields))
-        return teacher.velocity_and_features(batch["x_t"], batch["t"], condition)[1]
+        return teacher.velocity_and_features(batch["x_t"], batch["t"], condition_of(batch))[1]
 
-    fit_projectors(model.projectors, model.transformer.config.widths, met, own, seen)
+    fit_projectors(
+        model.projectors, model.transformer.config.widths, batches=met, own=own, seen=seen
+    )

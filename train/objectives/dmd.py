@@ -1,17 +1,26 @@
 """K-DMD (SnapGen++ eqs. 9-10)."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.lora.adapters import acting, add_lora, train_only
+from mlx_snapgen.config import AutoencoderConfig
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.lora.adapters import LoRALinear, acting, add_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.teachers.base import Condition, Teacher
+from mlx_snapgen.sampling import add_noise
+from mlx_snapgen.teachers.base import Teacher
+from mlx_snapgen.teachers.checkpoint import load_teacher
 from train.data.source import Batch
+from train.objectives.base import Metrics, value_and_grad
+from train.objectives.distillation import condition_of
 from train.objectives.losses import (
-    add_noise,
     dmd_loss,
     expand,
     features_loss,
@@ -21,43 +30,45 @@ from train.objectives.losses import (
 from train.objectives.projectors import fit_projectors, new_projectors
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
-
-
 STUDENT = "student"
-
-
 STUDENT_TEXT = ("student_text", "student_mask")
-"""In a batch, the joined text (B, L, D) and mask (B, L) that student and critic are told."""
+"""In a batch, the joined text (B, L, D) and mask (B, L) of student and critic."""
 
 
-def critic_name(width: float) -> str:
+def critic_name(share: float) -> str:
     """Name of the critic's adapter of one width."""
-    return f"critic_{round(1000 * width)}"
+    return f"critic_{round(1000 * share)}"
 
 
 class Distilled(nn.Module):
-    """What K-DMD trains: adapters over a frozen network, and a feature projector per width."""
+    """The model that K-DMD trains: adapters over a frozen network, and a projector per width."""
 
     def __init__(
         self,
         network: EfficientDiT,
-        widths: Sequence[float],
+        shares: Sequence[float],
+        *,
         feature_dims: int,
         rank: int = 64,
         alpha: float = 128.0,
         targets: Sequence[str] = TARGETS,
     ):
         super().__init__()
-        self.network, self.widths = network, tuple(widths)
-        trained = [STUDENT, *map(critic_name, widths)]
+        self.network, self.shares = network, tuple(shares)
+        trained = [STUDENT, *map(critic_name, shares)]
         for name in trained:
-            add_lora(network, rank, alpha=alpha, targets=targets, name=name)
-        train_only(network, *trained)
-        self.projectors = new_projectors(network.config.hidden_size, widths, feature_dims)
+            add_lora(network, rank, alpha, targets, name)
+        network.freeze()
+        for layer in network.modules():
+            if isinstance(layer, LoRALinear):
+                for name in trained:
+                    layer.adapters[name].unfreeze()
+        d = network.config.hidden_size
+        self.projectors = new_projectors(d, shares, feature_dims=feature_dims)
 
-    def project(self, features: mx.array, width: float) -> mx.array:
-        """Student features (B, N, width * d) -> the teacher's size."""
-        return self.projectors[self.widths.index(width)](features)
+    def project(self, features: mx.array, share: float) -> mx.array:
+        """Student features (B, N, share * d) -> the teacher's size."""
+        return self.projectors[self.shares.index(share)](features)
 
 
 def only(gradients: dict, *parts: str) -> list[tuple[str, mx.array]]:
@@ -65,90 +76,121 @@ def only(gradients: dict, *parts: str) -> list[tuple[str, mx.array]]:
     return [(k, g) for k, g in tree_flatten(gradients) if set(parts) & set(k.split("."))]
 
 
-def make_gradients(
-    teacher: Teacher, guidance_scale: float, few_step: bool
-) -> Callable[..., tuple[dict, dict[str, mx.array]]]:
-    """The gradient function for `Trainer`: (model, batch, key, width, student_turn).
+class DMDStep(NamedTuple):
+    """Arguments of a step of K-DMD."""
 
-    `batch` holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), and the
-    prompts as the teacher reads them (`Condition`) and as the student does (`STUDENT_TEXT`). The
-    critic's gradients come every time, the student's and the projector's on its turn; the
-    optimizer leaves alone what has none.
+    share: float
+    """Of the network's width, for student and critic."""
+    student_turn: bool
+    """Whether the student is trained in this step, too."""
+
+
+@dataclass(frozen=True)
+class DMD:
+    """Distribution matching, and the few-step teacher's output and features. An `Objective`.
+
+    A batch holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the
+    prompts as the teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The
+    critic has gradients in every step, the student and the projectors on the student's turn.
+
+    Attributes:
+        guidance_scale: of the teacher.
+        few_step: whether the student also learns from the teacher's few-step mode.
     """
 
-    def gradients(model: Distilled, batch: Batch, key: mx.array, width: float, student_turn: bool):
-        network, x_t, sigma = model.network, batch["x_t"], batch["sigma"]
-        condition = Condition(*(batch[name] for name in Condition._fields))
+    teacher: Teacher
+    guidance_scale: float
+    few_step: bool
+
+    def gradients(
+        self, model: Distilled, batch: Batch, key: mx.array, step: DMDStep
+    ) -> tuple[dict[str, Any], Metrics]:
+        """See `Objective`."""
+        network, teacher, share = model.network, self.teacher, step.share
+        x_t, sigma = batch["x_t"], batch["sigma"]
+        condition = condition_of(batch)
         text, mask = (batch[name] for name in STUDENT_TEXT)
-        critic = critic_name(width)
+        critic = critic_name(share)
         keys = mx.random.split(key, 4)
-        params = model.trainable_parameters()
 
         def student() -> tuple[mx.array, mx.array, mx.array]:
             with acting(network, STUDENT):
-                v, features = network(x_t, sigma, text, mask, share=width, return_features=True)
+                v, features = network(x_t, sigma, text, mask, share, return_features=True)
             return x_t - expand(sigma, x_t) * v, v, features
+
+        def noised(x0: mx.array, tau: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
+            eps = mx.random.normal(x0.shape, key=key)
+            return add_noise(x0, eps, expand(tau, x0)), eps
 
         def critic_velocity(x: mx.array, t: mx.array) -> mx.array:
             with acting(network, critic):
-                return network(x, t, text, mask, share=width)
+                return network(x, t, text, mask, share)
 
-        def critic_loss(params, x0):
-            model.update(params)
+        def critic_loss() -> tuple[mx.array, None]:
             tau = sample_tau(keys[0], len(x0))
-            eps = mx.random.normal(x0.shape, key=keys[1])
-            v = critic_velocity(add_noise(x0, eps, tau), tau)
-            return per_sample(eps - x0 - v).mean()
+            x_tau, eps = noised(x0, tau, keys[1])
+            return per_sample(eps - x0 - critic_velocity(x_tau, tau)).mean(), None
 
-        def student_loss(params):
-            model.update(params)
+        def student_loss() -> tuple[mx.array, tuple[mx.array, Metrics]]:
             x0, v, features = student()
             tau = sample_tau(keys[2], len(x0))
             fixed = mx.stop_gradient(x0)
-            x_tau = add_noise(fixed, mx.random.normal(x0.shape, key=keys[3]), tau)
+            x_tau, _ = noised(fixed, tau, keys[3])
             v_critic = mx.stop_gradient(critic_velocity(x_tau, tau))
             v_teacher = mx.stop_gradient(
-                teacher.velocity(x_tau, tau, condition, guidance_scale=guidance_scale)
+                teacher.velocity(x_tau, tau, condition, guidance_scale=self.guidance_scale)
             )
-            losses = {"dmd": dmd_loss(x0, x_tau, tau, v_critic, v_teacher)}
-            if few_step:
+            losses = {"dmd": dmd_loss(x0, x_tau, tau=tau, v_critic=v_critic, v_teacher=v_teacher)}
+            if self.few_step:
                 target, seen = map(
                     mx.stop_gradient,
                     teacher.velocity_and_features(x_t, sigma, condition, few_step=True),
                 )
                 losses["output"] = per_sample(v - target).mean()
-                projected = model.project(features, width)
+                projected = model.project(features, share)
                 losses["features"] = features_loss(projected, seen).mean()
-            return sum(losses.values()), (fixed, losses)
+            return functools.reduce(mx.add, losses.values()), (fixed, losses)
 
-        if student_turn:
-            (_, (x0, losses)), grads = mx.value_and_grad(student_loss)(params)
-            kept = only(grads, STUDENT, *(["projectors"] if few_step else []))
+        kept: list[tuple[str, mx.array]] = []
+        losses: Metrics = {}
+        if step.student_turn:
+            (_, (x0, losses)), grads = value_and_grad(model, student_loss)
+            kept = only(grads, STUDENT, *(["projectors"] if self.few_step else []))
         else:
-            x0, losses, kept = mx.stop_gradient(student()[0]), {}, []
-        value, grads = mx.value_and_grad(critic_loss)(params, x0)
-        model.update(params)
-        metrics = {f"{name}_{width:g}": loss for name, loss in losses.items()}
+            x0 = mx.stop_gradient(student()[0])
+        (value, _), grads = value_and_grad(model, critic_loss)
+        metrics = {f"{name}_{share:g}": loss for name, loss in losses.items()}
         kept += only(grads, critic)
-        return tree_unflatten(kept), metrics | {f"critic_{width:g}": value}
-
-    return gradients
+        return dict(tree_unflatten(kept)), metrics | {f"critic_{share:g}": value}
 
 
 def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
     """Start the projectors at the least-squares fit to the few-step teacher's features."""
 
-    def own(batch: Batch, width: float) -> mx.array:
+    def own(batch: Batch, share: float) -> mx.array:
         text, mask = (batch[name] for name in STUDENT_TEXT)
         with acting(model.network, STUDENT):
             return model.network(
-                batch["x_t"], batch["sigma"], text, mask, share=width, return_features=True
+                batch["x_t"], batch["sigma"], text, mask, share, return_features=True
             )[1]
 
     def seen(batch: Batch) -> mx.array:
-        condition = Condition(*(batch[name] for name in Condition._fields))
+        condition = condition_of(batch)
         return teacher.velocity_and_features(
             batch["x_t"], batch["sigma"], condition, few_step=True
         )[1]
 
-    fit_projectors(model.projectors, model.widths, batches, own, seen)
+    fit_projectors(model.projectors, model.shares, batches=batches, own=own, seen=seen)
+
+
+def load_other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
+    """The teacher in `folder`; `UserError` unless it has the latents of the student."""
+    teacher, autoencoder = load_teacher(folder)
+    theirs = autoencoder.config
+    if (theirs.kind, theirs.latent_channels) != (latents.kind, latents.latent_channels):
+        raise UserError(
+            f"the teacher has the latents of {theirs.kind} ({theirs.latent_channels} channels), "
+            f"the student those of {latents.kind} ({latents.latent_channels}): distill the student "
+            "with train.kd from this teacher first"
+        )
+    return teacher

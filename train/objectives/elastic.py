@@ -1,31 +1,34 @@
-"""What flow matching and distillation share: the elastic student, its data and its gradients.
+"""Elastic training, shared by flow matching and distillation: the model and its gradients.
 
 Every step runs the full network and one sampled sub-network on the same noisy latents
-(SnapGen++ section 3.2), and their gradients are brought to the same norm before they are added.
-What each of them learns is the trainer's own loss. The text encoders learn along.
+(SnapGen++ section 3.2). Their gradients are scaled to the same norm before they are added. The
+objective defines the loss of each. The text encoders are trained, too.
 
 `--sub-networks 2` runs two sub-networks in a step. They cost little beside the full one, and with
-the paper's single one each of them learns in only half of the steps.
+one, as in the paper, each sub-network is trained in only half of the steps.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
-from mlx_snapgen.sampling import shift_time
+from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.sampling import add_noise, shift_time
 from train.data.source import Batch
-from train.objectives.losses import add_noise
+from train.data.streams import Stream
+from train.objectives.base import Metrics, value_and_grad
+from train.objectives.losses import expand
 
 
 class TextToLatents(nn.Module):
-    """Transformer and text encoders, the parts that train together."""
+    """Transformer and text encoders, the parts that are trained together."""
 
     def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer]):
         super().__init__()
@@ -36,53 +39,58 @@ class TextToLatents(nn.Module):
         ]
 
 
-# --- data ---------------------------------------------------------------------------------------
+class ElasticStep(NamedTuple):
+    """Arguments of a step of elastic training."""
+
+    shares: tuple[float, ...]
+    """Of the sampled sub-networks; without any the full network is trained alone."""
+    shift: float
+    """Timestep shift of the noise levels."""
 
 
-def sampled_widths(
-    widths: Sequence[float], seed: int, step: int, count: int = 1
+def sampled_shares(
+    shares: Sequence[float], *, seed: int, step: int, count: int = 1
 ) -> tuple[float, ...]:
-    """The sub-networks of a step: up to `count` of the widths below 1, uniform, widest first.
+    """The sub-networks of a step: up to `count` of the shares below 1, uniform, widest first.
 
     They are the same on every machine.
     """
-    subs = [w for w in widths if w != 1.0]
-    rng = np.random.default_rng((seed, step, 3))
+    subs = [share for share in shares if share != 1.0]
+    rng = Stream.SUB_NETWORKS.generator(seed, step)
     chosen = rng.choice(subs, min(count, len(subs)), replace=False) if subs else []
     return tuple(sorted(map(float, chosen), reverse=True))
 
 
-# --- gradients ----------------------------------------------------------------------------------
-
-
-def noisy(x0: mx.array, key: mx.array, shift: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Latents x0 on their way to noise: x_t, the noise levels t (B,), and the velocity there.
+def noisy(x0: mx.array, key: mx.array, *, shift: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Latents x0 with noise: x_t, the noise levels t (B,), and the velocity there.
 
     t is logit-normal (SD3), then shifted.
     """
     key_t, key_eps = mx.random.split(key)
     t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
     eps = mx.random.normal(x0.shape, key=key_eps)
-    return add_noise(x0, eps, t), t, eps - x0
+    return add_noise(x0, eps, expand(t, x0)), t, eps - x0
 
 
-Loss = Callable[..., tuple[mx.array, tuple[mx.array, dict[str, mx.array]]]]
-"""(text, mask, width, full) -> (loss, (velocity, metrics)) of the sub-network of `width`.
+WidthLoss = Callable[
+    [mx.array, mx.array, float, mx.array | None], tuple[mx.array, tuple[mx.array, Metrics]]
+]
+"""(text, mask, share, full) -> (loss, (velocity, metrics)) of the sub-network of `share`.
 
 text and mask (B, L, ...) are the joined text states; `full` is the full network's velocity without
-gradient, None when it is the full network's own turn.
+gradient, None for the full network itself.
 """
 
 
 def elastic_gradients(
-    model: TextToLatents, batch: Batch, widths: Sequence[float], loss: Loss
-) -> tuple[dict, dict[str, mx.array]]:
-    """Gradients of the full network and of the sub-networks of `widths`, balanced and added.
+    model: TextToLatents, batch: Batch, *, shares: Sequence[float], loss: WidthLoss
+) -> tuple[dict[str, Any], Metrics]:
+    """Gradients of the full network and of the sub-networks of `shares`, balanced and added.
 
     Args:
         model: `TextToLatents`, or one with further parts of its own that `loss` uses.
         batch: for text encoder i `tokens_i` and `mask_i` (B, L).
-        widths: the sampled sub-networks'; without any the full network trains alone.
+        shares: of the sampled sub-networks; without any the full network is trained alone.
 
     Returns:
         gradients like `model.trainable_parameters()`, and the metrics of all losses.
@@ -90,31 +98,29 @@ def elastic_gradients(
     transformer, encoders = model.transformer, model.text_encoders
     params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
     masks = [batch[f"mask_{i}"] for i in range(len(encoders))]
+    names = [[k for k, _ in tree_flatten(e.trainable_parameters())] for e in encoders]
 
     def encode(*flat: mx.array) -> list[mx.array]:
         for encoder, leaves in zip(encoders, _chunks(flat, names), strict=True):
-            encoder.update(tree_unflatten(leaves))
+            encoder.update(dict(tree_unflatten(leaves)))
         return [e(batch[f"tokens_{i}"], masks[i]) for i, e in enumerate(encoders)]
 
-    def loss_fn(params, states, width, full):
-        model.update(params)
-        text, mask = transformer.encode_text(
-            [TextStates(s, m) for s, m in zip(states, masks, strict=True)]
-        )
-        return loss(text, mask, width, full)
+    def gradients(share: float, full: mx.array | None):
+        def of_states(states):
+            joined = [TextStates(s, m) for s, m in zip(states, masks, strict=True)]
+            return loss(*transformer.encode_text(joined), share, full)
 
-    grad_fn = mx.value_and_grad(loss_fn, argnums=(0, 1))
-    names = [[k for k, _ in tree_flatten(e.trainable_parameters())] for e in encoders]
+        return value_and_grad(model, of_states, [states], parameters=params)
+
     text_params = [p for e in encoders for _, p in tree_flatten(e.trainable_parameters())]
     states = encode(*text_params)
-    (_, (full, metrics)), grads = grad_fn(params, states, 1.0, None)
+    (_, (full, metrics)), grads = gradients(1.0, None)
     sub_grads = []
-    for width in widths:
-        (_, (_, more)), grads_of_width = grad_fn(params, states, width, mx.stop_gradient(full))
-        sub_grads.append(grads_of_width)
+    for share in shares:
+        (_, (_, more)), grads_of_share = gradients(share, mx.stop_gradient(full))
+        sub_grads.append(grads_of_share)
         metrics |= more
     grads = add_balanced(grads, *sub_grads)
-    model.update(params)
     # The text encoders run once for all widths: pull the states' gradient through them here.
     _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
     encode(*text_params)
@@ -141,6 +147,3 @@ def add_balanced(full, *subs):
         scale = norm / mx.maximum(other, 1e-12)
         total = tree_map(lambda a, b, s=scale: a + s * b, total, sub)
     return total
-
-
-# --- command line -------------------------------------------------------------------------------

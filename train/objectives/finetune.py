@@ -1,81 +1,80 @@
-"""What fine-tuning is made of: the step, the encoded pictures, the estimate and the validation.
+"""Fine-tuning of a LoRA by flow matching with prior preservation, one width in a step.
 
-A LoRA learns pictures by flow matching, one width in a step. What the model knew is kept by prior
-preservation (DreamBooth, arXiv 2208.12242, section 3.2, with the model's own velocity in place of
-its samples as the target): on pictures that the model has drawn of prompts it knows, the network
-with the LoRA is to predict what it predicts without.
+Prior preservation limits forgetting (DreamBooth, arXiv 2208.12242, section 3.2, with the model's
+own velocity in place of its samples as the target): on prior samples, pictures that the model drew
+of its own prompts, the network with the LoRA learns the velocity that it predicts without.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_snapgen.lora.adapters import acting
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from train.data.source import Batch
+from train.data.streams import Stream
+from train.objectives.base import LossObjective, Metrics, ShareStep
 from train.objectives.elastic import noisy
 from train.objectives.losses import per_sample
 
-# --- the step -----------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class FineTuning(LossObjective[EfficientDiT, ShareStep]):
+    """The velocity of pictures, and of prior samples that without the LoRA. An `Objective`.
 
-def gradients(
-    network: EfficientDiT, batch: Batch, key: mx.array, width: float, shift: float, prior: float
-):
-    """Gradients of one width, as `Trainer` takes them.
+    A batch holds `latents` (B, H, W, C), and for text encoder i `states_i` (B, L, D) and `mask_i`
+    (B, L); with prior samples the same once more, all names after `prior_`.
 
-    Args:
-        batch: `latents` (B, H, W, C), and for text encoder i `states_i` (B, L, D) and `mask_i`
-            (B, L); with prior samples the same once more, all names after `prior_`.
+    Attributes:
         shift: timestep shift.
-        prior: weight of the prior samples' loss.
+        prior_weight: of the prior samples' loss.
     """
-    keys = mx.random.split(key)
-    x_t, t, v = noisy(batch["latents"], keys[0], shift)
-    if "prior_latents" in batch:
-        prior_x_t, prior_t, _ = noisy(batch["prior_latents"], keys[1], shift)
-        with acting(network):
-            kept = mx.stop_gradient(velocity(network, batch, prior_x_t, prior_t, width, "prior_"))
 
-    def loss_fn(params):
-        network.update(params)
-        diffusion = per_sample(velocity(network, batch, x_t, t, width) - v).mean()
-        metrics = {f"loss_{width:g}": diffusion}
+    shift: float
+    prior_weight: float
+
+    def loss(
+        self, model: EfficientDiT, batch: Batch, key: mx.array, step: ShareStep
+    ) -> tuple[mx.array, Metrics]:
+        """See `LossObjective`."""
+        keys, share = mx.random.split(key), step.share
+        x_t, t, v = noisy(batch["latents"], keys[0], shift=self.shift)
+        diffusion = per_sample(velocity(model, batch, x_t, t=t, share=share) - v).mean()
+        metrics = {f"loss_{share:g}": diffusion}
         if "prior_latents" not in batch:
             return diffusion, metrics
-        drift = velocity(network, batch, prior_x_t, prior_t, width, "prior_") - kept
-        metrics[f"prior_{width:g}"] = per_sample(drift).mean()
-        return diffusion + prior * metrics[f"prior_{width:g}"], metrics
-
-    params = network.trainable_parameters()
-    (_, metrics), grads = mx.value_and_grad(loss_fn)(params)
-    network.update(params)
-    return grads, metrics
+        x_t, t, _ = noisy(batch["prior_latents"], keys[1], shift=self.shift)
+        with acting(model):
+            before = velocity(model, batch, x_t, t=t, share=share, part="prior_")
+        change = velocity(model, batch, x_t, t=t, share=share, part="prior_")
+        change = change - mx.stop_gradient(before)
+        metrics[f"prior_{share:g}"] = per_sample(change).mean()
+        return diffusion + self.prior_weight * metrics[f"prior_{share:g}"], metrics
 
 
 def velocity(
-    network: EfficientDiT, batch: Batch, x_t: mx.array, t: mx.array, width: float, part: str = ""
+    network: EfficientDiT,
+    batch: Batch,
+    x_t: mx.array,
+    *,
+    t: mx.array,
+    share: float,
+    part: str = "",
 ) -> mx.array:
     """The network's velocity for the captions of one `part` of a batch."""
     states = [
         TextStates(batch[f"{part}states_{i}"].astype(network.dtype), batch[f"{part}mask_{i}"])
         for i in range(len(network.text))
     ]
-    return network(x_t, t, *network.encode_text(states), share=width)
+    return network(x_t, t, *network.encode_text(states), share)
 
 
-def step_width(widths: Sequence[float], seed: int, step: int) -> float:
-    """The width of a step: full every other time, if it is among them, else any other."""
-    rng = np.random.default_rng((seed, step, 6))
-    others = [width for width in widths if width != 1.0]
-    if 1.0 in widths and (not others or rng.random() < 0.5):
+def step_share(shares: Sequence[float], *, seed: int, step: int) -> float:
+    """The share of a step: full every other time, if it is among them, else any other."""
+    rng = Stream.STEP_WIDTHS.generator(seed, step)
+    others = [share for share in shares if share != 1.0]
+    if 1.0 in shares and (not others or rng.random() < 0.5):
         return 1.0
     return float(rng.choice(others))
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-# --- before and during the run ------------------------------------------------------------------

@@ -6,18 +6,12 @@ Flow form throughout: x_t = (1 - t) x0 + t eps, v = eps - x0, and so x0 = x_t - 
 
 import mlx.core as mx
 
-from mlx_snapgen import sampling
 from mlx_snapgen.sampling import shift_time
 
 
 def expand(t: mx.array, like: mx.array) -> mx.array:
     """t (B,) with trailing axes of length 1, to multiply an array shaped like `like`."""
     return t.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def add_noise(x0: mx.array, eps: mx.array, t: mx.array) -> mx.array:
-    """`sampler.add_noise` with one noise level per sample, t (B,): the paper's F."""
-    return sampling.add_noise(x0, eps, expand(t, x0))
 
 
 def logit_normal_density(t: mx.array) -> mx.array:
@@ -28,8 +22,8 @@ def logit_normal_density(t: mx.array) -> mx.array:
     return mx.exp(-0.5 * logit.square()) / (4 * t * (1 - t))
 
 
-def timestep_aware(task: mx.array, distillation: mx.array, t: mx.array) -> mx.array:
-    """S(L_task, L_kd), eq. 8: the middle of the path trusts the data, its ends the teacher.
+def timestep_aware(task: mx.array, distillation: mx.array, *, t: mx.array) -> mx.array:
+    """S(L_task, L_kd), eq. 8: weighs the data in the middle of the path, the teacher at its ends.
 
     Args:
         task, distillation: losses per sample (B,).
@@ -48,18 +42,18 @@ def per_sample(error: mx.array) -> mx.array:
     return error.square().mean(axis=tuple(range(1, error.ndim)))
 
 
-def sample_tau(key: mx.array, count: int, shift: float = 3.0) -> mx.array:
+def sample_tau(key: mx.array, count: int, *, shift: float = 3.0) -> mx.array:
     """Noise levels for the DMD term: uniform, shifted, kept off the ends of the path."""
     return mx.clip(shift_time(mx.random.uniform(shape=(count,), key=key), shift), 0.02, 0.98)
 
 
 def dmd_loss(
-    x0: mx.array, x_tau: mx.array, tau: mx.array, v_critic: mx.array, v_teacher: mx.array
+    x0: mx.array, x_tau: mx.array, *, tau: mx.array, v_critic: mx.array, v_teacher: mx.array
 ) -> mx.array:
-    """A loss whose gradient is the DMD term of eq. 9 (as DMD2 normalises it).
+    """A loss whose gradient is the DMD term of eq. 9 (normalized as in DMD2).
 
     The direction is x0_critic - x0_teacher = tau (v_teacher - v_critic): with velocities the sign
-    is the other way round than eq. 9 reads. It is divided by the mean of |x0 - x0_teacher| of its
+    is opposite to that of eq. 9. It is divided by the mean of |x0 - x0_teacher| of its
     sample.
 
     Args:

@@ -7,18 +7,19 @@ import mlx.nn as nn
 
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from train.data.source import Batch
+from train.objectives.base import LossObjective, Metrics, ShareStep
 from train.objectives.losses import per_sample
 
 
-def train_biases_and_norms(network: EfficientDiT, widths: Collection[float]) -> None:
+def train_biases_and_norms(network: EfficientDiT, shares: Collection[float]) -> None:
     """Freeze all but the biases and norms of some widths.
 
-    The text projections stay, which do not run with the network, and what other widths alone have:
-    it would not learn, but an average rounds.
+    The text projections are frozen, since they do not run with the network, and so are parameters
+    of other widths only: they have no gradient, but their average would round them.
     """
     network.freeze()
     held = network.config.widths
-    others = [f".members.{i}." for i, width in enumerate(held) if width not in widths]
+    others = [f".members.{i}." for i, share in enumerate(held) if share not in shares]
     for path, module in network.named_modules():
         if path.startswith("text.") or any(part in f"{path}." for part in others):
             continue
@@ -28,16 +29,13 @@ def train_biases_and_norms(network: EfficientDiT, widths: Collection[float]) -> 
             module.unfreeze(recurse=False, keys="bias")
 
 
-def gradients(network: EfficientDiT, batch: Batch, key: mx.array, width: float):
-    """Gradients of one width, as `Trainer` takes them; `batch` is as `Trajectories` makes it."""
+class PaletteTuning(LossObjective[EfficientDiT, ShareStep]):
+    """The velocity of the network without palettes; batches are those of `Trajectories`."""
 
-    def loss_fn(params):
-        network.update(params)
-        v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], share=width)
+    def loss(
+        self, model: EfficientDiT, batch: Batch, key: mx.array, step: ShareStep
+    ) -> tuple[mx.array, Metrics]:
+        """See `LossObjective`."""
+        v = model(batch["x_t"], batch["t"], batch["text"], batch["mask"], step.share)
         loss = per_sample(v - batch["v"]).mean()
-        return loss, {f"loss_{width:g}": loss}
-
-    params = network.trainable_parameters()
-    (_, metrics), grads = mx.value_and_grad(loss_fn)(params)
-    network.update(params)
-    return grads, metrics
+        return loss, {f"loss_{step.share:g}": loss}

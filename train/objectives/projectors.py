@@ -1,6 +1,6 @@
-"""Projectors phi of feature distillation (SnapGen++ eq. 7): student features to the teacher's.
+"""Projectors phi of feature distillation (SnapGen++ eq. 7), from student to teacher features.
 
-Each elastic width has one of its own, a linear layer.
+Each elastic width has its own, a linear layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,42 +8,49 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError
 from train.data.source import Batch
 
 
-def new_projectors(hidden_size: int, widths: Sequence[float], feature_dims: int) -> list[nn.Linear]:
-    """Random projectors (width * hidden_size) -> feature_dims, in the order of `widths`."""
-    return [nn.Linear(round(hidden_size * width), feature_dims) for width in widths]
+def new_projectors(
+    hidden_size: int, shares: Sequence[float], *, feature_dims: int
+) -> list[nn.Linear]:
+    """Random projectors (share * hidden_size) -> feature_dims, in the order of `shares`."""
+    return [nn.Linear(round(hidden_size * share), feature_dims) for share in shares]
 
 
 def fit_projectors(
     projectors: Sequence[nn.Linear],
-    widths: Sequence[float],
+    shares: Sequence[float],
+    *,
     batches: Sequence[Batch],
     own: Callable[[Batch, float], mx.array],
     seen: Callable[[Batch], mx.array],
 ) -> None:
     """Start each width's projector at the least-squares fit to the teacher's features.
 
-    A random projection would push a trained student about until it is learned itself.
+    The gradient through a random projector would disturb a trained student.
 
     Args:
-        widths: those of `projectors`.
-        own: (batch, width) -> the student's features (B, N, width * D).
+        shares: those of `projectors`.
+        own: (batch, share) -> the student's features (B, N, share * D).
         seen: batch -> the teacher's (B, N, feature_dims).
     """
-    theirs = [seen(batch) for batch in batches]
-    wanted = _rows(theirs)
-    for width, projector in zip(widths, projectors, strict=True):
-        ours = [own(batch, width) for batch in batches]
-        check_same_tokens(ours[0], theirs[0])
-        given = _rows(ours)
-        given = np.concatenate([given, np.ones_like(given[:, :1])], axis=1)
-        solution = np.linalg.lstsq(given, wanted, rcond=None)[0]
-        projector.weight = mx.array(solution[:-1].T)
-        projector.bias = mx.array(solution[-1])
+    with tqdm(total=len(projectors) + 1, desc="fitting projectors", leave=False) as bar:
+        theirs = [seen(batch) for batch in batches]
+        wanted = _rows(theirs)
+        bar.update()
+        for share, projector in zip(shares, projectors, strict=True):
+            ours = [own(batch, share) for batch in batches]
+            check_same_tokens(ours[0], theirs[0])
+            given = _rows(ours)
+            given = np.concatenate([given, np.ones_like(given[:, :1])], axis=1)
+            solution = np.linalg.lstsq(given, wanted, rcond=None)[0]
+            projector.weight = mx.array(solution[:-1].T)
+            projector.bias = mx.array(solution[-1])
+            bar.update()
 
 
 def check_same_tokens(own: mx.array, seen: mx.array) -> None:

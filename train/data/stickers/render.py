@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Placed, Scene
-from train.data.stickers.scenes import SIDE, first_nouns, training_scene
-from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, Noun
+from train.data.stickers.scenes import SIDE
+from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, Noun, first_nouns
 
 STRIKE = 109  # the one size, in pixels per em, that the bitmap font holds
 
@@ -174,7 +174,7 @@ def _plain(background: str, size: int) -> np.ndarray:
     return np.full((size, size, 3), BACKGROUNDS[background], np.uint8)
 
 
-def render(scene: Scene, size: int = SIDE, font: str | Path | None = None) -> np.ndarray:
+def render(scene: Scene, size: int = SIDE, *, font: str | Path | None = None) -> np.ndarray:
     """Draw a scene.
 
     Args:
@@ -194,29 +194,6 @@ def render(scene: Scene, size: int = SIDE, font: str | Path | None = None) -> np
         under = picture[y : y + height, x : x + width]
         under[:] = (under * drawn.keep >> 8) + drawn.rgb
     return picture
-
-
-def batch(
-    seed: int,
-    start: int,
-    count: int,
-    num_nouns: int | None = None,
-    font: str | Path | None = None,
-    categories: Sequence[str] | None = None,
-) -> tuple[np.ndarray, list[str]]:
-    """Training scenes start ... start + count - 1 of a seed; see `training_scene`.
-
-    Returns:
-        images: uint8 (count, 128, 128, 3), RGB.
-        captions: list of `count` strings.
-    """
-    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
-    captions = []
-    for k in range(count):
-        scene = training_scene(seed, start + k, num_nouns, categories)
-        images[k] = render(scene, font=font)
-        captions.append(scene.caption)
-    return images, captions
 
 
 def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:

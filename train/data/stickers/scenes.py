@@ -9,14 +9,21 @@ from memory.
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mlx_snapgen.errors import UserError, nearest
 from train.data.stickers.captions import RELATIONS, Placed, Scene, caption, pick
-from train.data.stickers.vocabulary import BACKGROUNDS, COLOUR_LOST_ON, COLOURS, NOUNS, Noun
+from train.data.stickers.vocabulary import (
+    BACKGROUNDS,
+    COLOUR_LOST_ON,
+    COLOURS,
+    NOUNS,
+    Noun,
+    first_nouns,
+)
 
 SIDE = 128  # pixels of a scene's side; Placed is in these pixels
 CELL = SIDE // 2  # of two to four glyphs each has a square of this side
@@ -24,7 +31,6 @@ CELL = SIDE // 2  # of two to four glyphs each has a square of this side
 # in which the caption names them. A prompt then has few pictures, and a small model learns from a
 # tenth of the scenes what each word looks like.
 ALONE, SHARING, SMALL, BIG = 80, 56, 32, 112  # pixels of a glyph's longer side
-MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
 
 # How often each category is drawn for training.
 CATEGORIES = {
@@ -65,14 +71,6 @@ def is_held_out_colour(noun: str, colour: str) -> bool:
     Its own colour is never held out, since training shows it without naming it.
     """
     return colour != _OWN_COLOURS.get(noun) and _held_out("colour", noun, colour)
-
-
-def first_nouns(num_nouns: int | None) -> tuple[Noun, ...]:
-    """The first `num_nouns` of NOUNS, or all; a UserError if there are not so many."""
-    num_nouns = len(NOUNS) if num_nouns is None else num_nouns
-    if not MIN_NOUNS <= num_nouns <= len(NOUNS):
-        raise UserError(f"num_nouns is {num_nouns}; it must lie in {MIN_NOUNS} ... {len(NOUNS)}")
-    return NOUNS[:num_nouns]
 
 
 @dataclass(frozen=True)
@@ -313,15 +311,7 @@ def noun_scene(name: str, seed: int, k: int) -> Scene:
     return _composed(rng, category, [(nouns[name], None)])
 
 
-def scenes(seed: int, num_nouns: int | None = None, start: int = 0) -> Iterator[Scene]:
-    """Training scenes without end; scene k depends on (seed, num_nouns, k) alone."""
-    for k in itertools.count(start):
-        yield training_scene(seed, k, num_nouns)
-
-
-def validation_scenes(n: int, num_nouns: int | None = None) -> list[Scene]:
-    """The first `n` of a fixed list; every fourth uses a held-out combination."""
-    return [
-        sample_scene(np.random.default_rng((VALIDATION, 0, k)), num_nouns, held_out=k % 4 == 3)
-        for k in range(n)
-    ]
+def validation_scene(k: int, num_nouns: int | None = None) -> Scene:
+    """Scene number k of a fixed list; every fourth uses a held-out combination."""
+    rng = np.random.default_rng((VALIDATION, 0, k))
+    return sample_scene(rng, num_nouns, held_out=k % 4 == 3)

@@ -32,6 +32,7 @@ class Noun:
         return self.own_colour is not None
 
 
+MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
 UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp")
 
 
@@ -483,6 +484,26 @@ COLOUR_LOST_ON: dict[str, tuple[str, ...]] = {
     "black": ("black",),
     "white": ("white", "light blue"),
 }
+
+
+def first_nouns(num_nouns: int | None) -> tuple[Noun, ...]:
+    """The first `num_nouns` of NOUNS, or all; a UserError if there are not so many."""
+    num_nouns = len(NOUNS) if num_nouns is None else num_nouns
+    if not MIN_NOUNS <= num_nouns <= len(NOUNS):
+        raise UserError(f"num_nouns is {num_nouns}; it must lie in {MIN_NOUNS} ... {len(NOUNS)}")
+    return NOUNS[:num_nouns]
+
+
+def vocabulary_file(num_nouns: int | None) -> dict[str, list[str]]:
+    """The words of a model that was trained on the first `num_nouns` nouns (None: on all)."""
+    nouns = first_nouns(num_nouns)
+    return {
+        "nouns": [n.name for n in nouns],
+        "other_words": sorted({w for n in nouns for w in (n.plural, *n.synonyms)}),
+        "colours": list(COLOURS),
+        "recolourable": [n.name for n in nouns if n.recolour],
+        "backgrounds": list(BACKGROUNDS),
+    }
 
 
 def known_nouns(components: Components) -> int:

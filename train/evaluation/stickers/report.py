@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from train.evaluation.geneval import SIX, Prompt, accuracies
-from train.evaluation.score import judge
+from train.evaluation.stickers.geneval import SIX, Prompt, accuracies
+from train.evaluation.stickers.score import judge
 
 
 @dataclass
@@ -52,12 +52,14 @@ def table(rows: Sequence[Row]) -> str:
 def make_row(
     name: str,
     prompts: Sequence[Prompt],
-    pictures: Sequence[np.ndarray],
+    pictures: np.ndarray,
+    *,
     num_nouns: int | None,
-    losses: list[float] | None = None,
+    losses: Sequence[float] = (),
     seconds: float | None = None,
 ) -> Row:
-    correct, found = judge(prompts, pictures, num_nouns)
+    """The row of some pictures, uint8 (N, H, W, 3), of prompts."""
+    correct, found = judge(prompts, pictures, num_nouns=num_nouns)
     records = [
         {
             "prompt": prompt.text,
@@ -68,7 +70,7 @@ def make_row(
         }
         for prompt, ok, detections in zip(prompts, correct, found, strict=True)
     ]
-    return Row(name, accuracies(prompts, correct), losses or [], seconds, records)
+    return Row(name, accuracies(prompts, correct), list(losses), seconds, records)
 
 
 def marked_picture(picture: np.ndarray, correct: bool) -> np.ndarray:

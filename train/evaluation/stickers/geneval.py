@@ -7,7 +7,7 @@ import numpy as np
 
 from train.data.stickers.captions import Scene, plain_caption
 from train.data.stickers.scenes import HELD_OUT_CATEGORIES, sample_scene
-from train.evaluation.detector import Box, Detection
+from train.evaluation.stickers.detector import Box, Detection
 
 SIX = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 """GenEval's categories."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -10,10 +11,12 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.settings import DrawSettings
 from train.data.stickers.captions import plain_caption, with_article
-from train.data.stickers.scenes import first_nouns, noun_scene
-from train.data.stickers.vocabulary import NOUNS
-from train.evaluation.detector import Detection, Detector
-from train.evaluation.geneval import Prompt, accuracies, fixed_prompts, is_correct
+from train.data.stickers.scenes import noun_scene
+from train.data.stickers.vocabulary import NOUNS, first_nouns, known_nouns
+from train.evaluation.stickers.detector import Detection, Detector
+from train.evaluation.stickers.geneval import Prompt, accuracies, fixed_prompts, is_correct
+
+SCORED_STEPS = 14  # of a quick score
 
 
 @functools.lru_cache(maxsize=2)
@@ -26,16 +29,17 @@ def detector(num_nouns: int | None = None, also: str | None = None) -> Detector:
 
 def judge(
     prompts: Sequence[Prompt],
-    pictures: Sequence[np.ndarray],
+    pictures: np.ndarray,
+    *,
     num_nouns: int | None,
     also: str | None = None,
 ) -> tuple[list[bool], list[list[Detection]]]:
-    """For each picture, uint8 (H, W, 3): whether it shows its prompt, and what it shows.
+    """For each picture, uint8 (N, H, W, 3): whether it shows its prompt, and what it shows.
 
     `num_nouns` and `also` are those of `detector`.
     """
     detect = detector(num_nouns, also)
-    found = [detect(picture) for picture in pictures]
+    found = [detect(p) for p in tqdm(pictures, desc="detector", unit="picture", leave=False)]
     correct = [
         is_correct(prompt.scene, detections, detect.leftover(picture, detections))
         for prompt, picture, detections in zip(prompts, pictures, found, strict=True)
@@ -52,7 +56,7 @@ def draw(
     name: str = "sampling",
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Pictures of prompts, a prompt's seed being its number after that of `settings`."""
+    """Pictures of prompts, each with the seed of `settings` plus the prompt's number."""
     first = settings.seed or 0
     texts = [prompt.text for prompt in prompts]
     with tqdm(total=len(texts), desc=name, unit="picture", leave=False) as bar:
@@ -70,19 +74,31 @@ def draw(
 def quick_score(
     components: Components,
     num_nouns: int | None = None,
-    count_per_category: int = 8,
     *,
-    steps: int = 14,
+    per_category: int = 8,
+    steps: int = SCORED_STEPS,
     share: float = 1.0,
-) -> dict[str, float | None]:
-    """The accuracies of one width over few prompts, for a look during training."""
-    prompts = fixed_prompts(count_per_category, num_nouns)
+) -> dict[str, Any]:
+    """The accuracies of one width over few prompts."""
+    prompts = fixed_prompts(per_category, num_nouns)
     settings = DrawSettings(num_inference_steps=steps)
     pictures = draw(components, prompts, settings=settings, share=share)
-    return accuracies(prompts, judge(prompts, pictures, num_nouns)[0])
+    return accuracies(prompts, judge(prompts, pictures, num_nouns=num_nouns)[0])
 
 
-NOUN_SEED = 1  # not what `train.stickers --noun` writes unless it is told to
+def score_cell(components: Components, share: float, *, per_category: int) -> str:
+    """`quick_score` of a model in its own vocabulary, in at most `SCORED_STEPS`, for a table."""
+    scores = quick_score(
+        components,
+        known_nouns(components),
+        per_category=per_category,
+        steps=min(SCORED_STEPS, components.config.sampler.num_inference_steps),
+        share=share,
+    )
+    return f"{scores['overall']:.3f} ± {scores['overall_error']:.3f}"
+
+
+NOUN_SEED = 1  # `train.stickers --noun` writes the scenes of seed 0 by default
 
 
 def noun_prompts(name: str, count: int) -> list[Prompt]:

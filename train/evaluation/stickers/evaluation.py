@@ -1,0 +1,142 @@
+"""The evaluation of a sticker model: tables, results.json and contact sheets."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components
+from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.lora.adapters import lora_weights
+from mlx_snapgen.pictures import contact_sheet
+from mlx_snapgen.settings import DrawSettings, Width
+from train.data.stickers.source import ValidationStickers, draw_scenes
+from train.evaluation.reconstruction import reconstruct
+from train.evaluation.stickers.geneval import Prompt, fixed_prompts
+from train.evaluation.stickers.report import Row, make_row, marked_picture, table
+from train.evaluation.stickers.score import draw, gallery_prompts, judge, noun_prompts
+from train.evaluation.validation import validation_losses, validation_set
+
+GALLERY, COLUMNS = 40, 10  # pictures of the gallery, and in a row of any contact sheet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How to evaluate a model.
+
+    Attributes:
+        num_nouns: nouns of the model.
+        output: folder that gets all files; None writes none.
+        ceilings: whether to score rendered scenes, directly and through the autoencoder, as well.
+    """
+
+    components: Components
+    widths: Sequence[Width]
+    settings: DrawSettings
+    num_nouns: int
+    per_category: int
+    batch_size: int
+    output: Path | None
+    ceilings: bool
+
+    def _draw(self, prompts: Sequence[Prompt], width: Width) -> np.ndarray:
+        return draw(
+            self.components,
+            prompts,
+            settings=self.settings,
+            share=width.share,
+            name=width.name,
+            batch_size=self.batch_size,
+        )
+
+    def _ceilings(self, prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray]]:
+        if self.ceilings:
+            truth, _ = draw_scenes([prompt.scene for prompt in prompts])
+            yield "rendered scenes", truth
+            yield "reconstructed scenes", reconstruct(self.components.autoencoder, truth)
+
+    def _sheet(
+        self, name: str, pictures: np.ndarray, *, correct: Sequence[bool], texts: Sequence[str]
+    ) -> None:
+        if self.output:
+            marked = [marked_picture(p, ok) for p, ok in zip(pictures, correct, strict=True)]
+            sheet = contact_sheet(marked, texts, COLUMNS)
+            sheet.save(self.output / f"{name.replace(' ', '_')}.png")
+
+    def scores(self, recorded: dict[str, Any], *, validation_scenes: int) -> str:
+        """A table of accuracies and validation losses.
+
+        The output folder has all rows so far after each.
+
+        Args:
+            recorded: settings for results.json.
+        """
+        prompts = fixed_prompts(self.per_category, self.num_nouns)
+        source = ValidationStickers(self.num_nouns)
+        data = validation_set(self.components, source, count=validation_scenes)
+        few_step = self.components.config.few_step
+        on = bool(self.settings.resolved(self.components.config).few_step)
+        adapters = {} if few_step is None else {FEW_STEP: float(on)}
+        rows: list[Row] = []
+
+        def finish(name: str, pictures: np.ndarray, **measured: Any) -> None:
+            row = make_row(name, prompts, pictures, num_nouns=self.num_nouns, **measured)
+            rows.append(row)
+            if self.output:
+                (self.output / "table.md").write_text(table(rows))
+                results = {"settings": recorded, "rows": [asdict(row) for row in rows]}
+                (self.output / "results.json").write_text(json.dumps(results, indent=1))
+            correct = [judged["correct"] for judged in row.judged]
+            self._sheet(name, pictures, correct=correct, texts=[p.text for p in prompts])
+
+        for width in self.widths:
+            started = time.perf_counter()
+            pictures = self._draw(prompts, width)
+            seconds = (time.perf_counter() - started) / len(prompts)
+            with lora_weights(self.components.transformer, adapters):
+                losses = validation_losses(self.components, data, share=width.share)
+            finish(width.name, pictures, losses=losses, seconds=seconds)
+        for name, pictures in self._ceilings(prompts):
+            finish(name, pictures)
+        return table(rows)
+
+    def noun(self, noun: str) -> str:
+        """A table: how often pictures of a noun show it."""
+        prompts = noun_prompts(noun, self.per_category)
+        lines = [f"| | {noun} |", "| --- | ---: |"]
+
+        def finish(name: str, pictures: np.ndarray) -> None:
+            correct, _ = judge(prompts, pictures, num_nouns=self.num_nouns, also=noun)
+            share = float(np.mean(correct))
+            error = np.sqrt(share * (1 - share) / len(prompts))
+            lines.append(f"| {name} | {share:.3f} ± {error:.3f} |")
+            self._sheet(name, pictures, correct=correct, texts=[p.text for p in prompts])
+            if self.output:
+                (self.output / "table.md").write_text("\n".join(lines) + "\n")
+
+        for width in self.widths:
+            finish(width.name, self._draw(prompts, width))
+        for name, pictures in self._ceilings(prompts):
+            finish(name, pictures)
+        return "\n".join(lines) + "\n"
+
+    def gallery(self, path: Path) -> None:
+        """A contact sheet of single objects, drawn with the first width."""
+        texts = gallery_prompts(GALLERY, self.num_nouns)
+        first = self.settings.seed or 0
+        with tqdm(total=len(texts), unit="picture") as bar:
+            pictures = draw_pictures(
+                self.components,
+                texts,
+                seeds=range(first, first + len(texts)),
+                settings=self.settings,
+                share=self.widths[0].share,
+                batch_size=self.batch_size,
+                progress=bar.update,
+            )
+        contact_sheet(list(pictures), texts, COLUMNS).save(path)

@@ -1,0 +1,1 @@
+"""Options of the training commands, and their values as settings."""

@@ -1,0 +1,104 @@
+"""Options and checks that several commands share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mlx_snapgen.errors import UserError
+from train.loop.config import TrainingConfig
+
+
+def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """`--run-dir`; required without a default."""
+    shown = f" (default: {default})" if default else ""
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        required=default is None,
+        metavar="DIR",
+        help="folder of the run: checkpoints, log.jsonl, loss.png and pictures; give an existing "
+        f"one to resume{shown}",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = True) -> None:
+    """`--output`; `text` says what is written there."""
+    parser.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        required=required,
+        metavar="PATH",
+        help=f"{text}; must not exist",
+    )
+
+
+def add_number(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
+    """An option that takes a number of the default's type."""
+    parser.add_argument(
+        name,
+        type=type(default),
+        default=default,
+        metavar="N",
+        help=f"{text} (default: {default:g})",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """`--seed`."""
+    add_number(parser, "--seed", 0, "seed of all random numbers")
+
+
+def check_at_least(args: argparse.Namespace, least: float, *names: str) -> None:
+    """`UserError` if one of these options is below `least`; None passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            option = f"--{name.replace('_', '-')}"
+            must = "must not be negative" if least == 0 else f"must be at least {least:g}"
+            raise UserError(f"{option} {must}, got {value}")
+
+
+def check_new(output: Path) -> None:
+    """`UserError` if `output` exists."""
+    if output.exists():
+        raise UserError(f"{output} exists already: choose another --output or delete it")
+
+
+# --- fine-tuning --------------------------------------------------------------------------------
+
+
+def add_tuning(
+    parser: argparse.ArgumentParser, *, steps: int, batch_size: int, checkpoint_every: int
+) -> None:
+    """The options of `tuning_config`, with the defaults given."""
+    add_number(parser, "--steps", steps, "training steps")
+    add_number(parser, "--batch-size", batch_size, "samples at a time")
+    add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
+    add_number(parser, "--checkpoint-every", checkpoint_every, "steps between checkpoints")
+    add_seed(parser)
+
+
+def check_tuning(args: argparse.Namespace) -> None:
+    """`UserError` for values of `add_tuning` that no run can have."""
+    check_at_least(args, 1, "steps", "batch_size", "checkpoint_every")
+    check_at_least(args, 0, "seed")
+    if not 0 < args.learning_rate < 1:
+        raise UserError(f"--learning-rate must lie between 0 and 1, got {args.learning_rate}")
+
+
+def tuning_config(args: argparse.Namespace, *, accumulate: int = 1) -> TrainingConfig:
+    """Loop settings of fine-tuning a part of a model, from the options of `add_tuning`."""
+    return TrainingConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        accumulate=accumulate,
+        learning_rate=args.learning_rate,
+        final_learning_rate=args.learning_rate / 20,
+        warmup_steps=20,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+        log_every=10,
+    )

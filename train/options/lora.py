@@ -1,0 +1,104 @@
+"""Options of `train.lora`."""
+
+import argparse
+from pathlib import Path
+
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.errors import UserError
+from train.options.common import (
+    add_number,
+    add_output,
+    add_run_dir,
+    add_tuning,
+    check_at_least,
+    check_new,
+    check_tuning,
+)
+
+TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
+"""Layers that get an adapter."""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's options, checked; `output`, `run_dir` and `alpha` have their defaults."""
+    parser = Parser(
+        prog="python -m train.lora",
+        description="Fine-tune a model on a folder of pictures with captions. Writes a LoRA for\n"
+        "`python -m mlx_snapgen.generate PROMPT --lora FILE`. Run again with the same options to\n"
+        "resume.",
+        epilog=EPILOG,
+        renamed={"--widths": "--model-widths"},
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="pictures with captions")
+    add_model(parser)
+    add_output(parser, "LoRA file (default: FOLDER.safetensors)", required=False)
+    add_run_dir(parser, default="runs/FOLDER")
+    add_tuning(parser, steps=400, batch_size=8, checkpoint_every=100)
+    add_number(parser, "--accumulate", 1, "batches per step")
+    add(
+        "--save-memory",
+        action="store_true",
+        help="recompute the blocks in the backward pass: less memory, more time",
+    )
+    add_number(parser, "--rank", 16, "rank; a higher one learns more and forgets more")
+    add(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="the LoRA is scaled by alpha / rank (default: the rank)",
+    )
+    add(
+        "--targets",
+        nargs="+",
+        default=list(TARGETS),
+        metavar="PATTERN",
+        help=f"layers to train (default: {' '.join(TARGETS)})",
+    )
+    add_model_widths(parser, default=None)
+    add("--flip", action="store_true", help="train on the mirror images, too")
+    add_number(
+        parser,
+        "--drop-caption",
+        0.1,
+        "share of captions replaced by the empty prompt, for guidance",
+    )
+    add_number(parser, "--prior-weight", 4.0, "weight of prior preservation; 0 is off")
+    add_number(parser, "--prior-pictures", 96, "prior samples, drawn by the model before training")
+    add(
+        "--prior-prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts of the prior samples, one in each line (default: in the built-in model's "
+        "vocabulary)",
+    )
+    add(
+        "--validation-prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="prompts to draw at every checkpoint (default: 4 captions and 2 prior prompts)",
+    )
+    add("--dry-run", action="store_true", help="print the plan and the estimate, and stop")
+    args = parser.parse_args(argv)
+    name = args.data.expanduser().resolve().name or "pictures"
+    args.output = (args.output or Path(f"{name}.safetensors")).expanduser()
+    args.run_dir = (args.run_dir or Path("runs") / name).expanduser()
+    args.alpha = args.rank if args.alpha is None else args.alpha
+    check_tuning(args)
+    check_at_least(args, 1, "accumulate", "rank")
+    check_at_least(args, 0, "prior_weight", "prior_pictures")
+    if not 0 <= args.drop_caption < 1:
+        raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
+    if args.output.suffix != ".safetensors":
+        raise UserError(f"--output {args.output}: give a name ending in .safetensors")
+    check_new(args.output)
+    return args
+
+
+EPILOG = """
+Captions: a .txt beside each picture (cat.png, cat.txt) that says what it shows, or one
+metadata.jsonl with lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one thing
+are enough. Use the same new word for it in every caption. Describe the rest of the picture as well:
+what captions describe can be changed by prompts later. Pictures may have any size and shape: each
+is cropped to the nearest of a few shapes.
+"""

@@ -1,0 +1,68 @@
+"""Options of `train.palettes`."""
+
+import argparse
+from pathlib import Path
+
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.errors import UserError
+from train.options.common import (
+    add_number,
+    add_output,
+    add_run_dir,
+    add_tuning,
+    check_at_least,
+    check_new,
+    check_tuning,
+)
+
+HELD_OUT = 16  # prompts that are not trained on
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """The command's options, checked; `run_dir` has its default."""
+    parser = Parser(
+        prog="python -m train.palettes",
+        description=description,
+        epilog="Run again with the same options to resume.",
+        renamed={"--widths": "--model-widths", "--bits": "--quantize"},
+    )
+    add = parser.add_argument
+    add_model(parser)
+    add_output(parser, "folder of the model")
+    add(
+        "--quantize",
+        type=float,
+        default=4.3,
+        metavar="BITS",
+        help="bits per weight of the transformer on average, 4 to 8 (default: %(default)s)",
+    )
+    add_model_widths(parser, default=["full"])
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts to draw and train on, one in each line (default: in the built-in model's "
+        "vocabulary)",
+    )
+    add_number(parser, "--pictures", 128, "pictures to draw and train on")
+    add_run_dir(parser, default="runs/OUTPUT")
+    add_tuning(parser, steps=1000, batch_size=16, checkpoint_every=250)
+    add_number(
+        parser,
+        "--score",
+        0,
+        "add the GenEval-style score to the table, over N prompts of each category; 0 is off",
+    )
+    args = parser.parse_args()
+    args.output = args.output.expanduser()
+    args.run_dir = (args.run_dir or Path("runs") / args.output.name).expanduser()
+    check_tuning(args)
+    check_at_least(args, 0, "score")
+    if not 4 <= args.quantize <= 8:
+        raise UserError(f"--quantize takes 4 to 8 bits on average, not {args.quantize:g}")
+    if args.pictures <= HELD_OUT:
+        raise UserError(f"--pictures must be above {HELD_OUT}, which are not trained on")
+    if len(set(args.model_widths)) < len(args.model_widths):
+        raise UserError(f"a width is named twice: {' '.join(args.model_widths)}")
+    check_new(args.output)
+    return args
