@@ -11,11 +11,8 @@ autoencoder of `convert.from_torch`, of any kind. `--encoder MODEL` takes the la
 autoencoder, such as Qwen-Image's for a tiny decoder of its latents.
 """
 
-from pathlib import Path
-
 import mlx.core as mx
 
-from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -29,48 +26,13 @@ from train.loop.config import TrainingConfig
 from train.loop.run import claim, find_folder
 from train.loop.trainer import Trainer
 from train.objectives.autoencoder import Reconstruction
-from train.options.common import add_number, add_run_dir, add_seed, check_at_least
+from train.options.autoencoder import parse
 
 VALIDATION_PICTURES = 48
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.autoencoder",
-        description="Train the stickers autoencoder. Run again with the same folder to resume.",
-    )
-    add = parser.add_argument
-    add_run_dir(parser)
-    add_number(parser, "--steps", 6000, "training steps")
-    add_number(parser, "--batch-size", 32, "crops per step")
-    add_number(parser, "--crop", 64, "side of a crop in pixels")
-    add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
-    add_number(parser, "--kl-weight", 1e-3, "weight of the KL term")
-    add(
-        "--init-from",
-        type=Path,
-        metavar="MODEL",
-        help="run or model to start from (default: random weights)",
-    )
-    add("--decoder-only", action="store_true", help="do not train the encoder: the latents stay")
-    add(
-        "--encoder",
-        type=Path,
-        metavar="MODEL",
-        help="with --decoder-only: run or model whose latents to decode (default: the model's own)",
-    )
-    add_seed(parser)
-    stickers.add_options(parser)
-    return parser
-
-
 def main() -> None:
-    args = _parser().parse_args()
-    check_at_least(args, 1, "steps", "batch_size", "crop")
-    if args.encoder and not args.decoder_only:
-        raise UserError("--encoder needs --decoder-only, since it brings the latents")
-    if args.decoder_only and not args.init_from:
-        raise UserError("--decoder-only needs --init-from: an encoder must be there first")
+    args = parse()
     source = stickers.from_options(args, seed=args.seed)
     measured = stickers.Stickers(STATISTICS_SEED, args.num_nouns)
     mx.random.seed(args.seed)

@@ -12,17 +12,15 @@ itself. Captions are enough, no pictures are needed.
 """
 
 import dataclasses
-from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
 from mlx_snapgen.config import FOUR_STEPS
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora.files import load_lora, save_lora
-from mlx_snapgen.settings import WIDTH_NAMES, check_width
+from mlx_snapgen.settings import check_width
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from train.data.prompts import PromptList, read_prompts
 from train.data.simulation import Simulation
@@ -30,7 +28,6 @@ from train.data.stickers import source as stickers
 from train.data.streams import Stream
 from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
-from train.loop.config import TrainingConfig
 from train.loop.run import claim_data, find_folder
 from train.loop.trainer import Trainer
 from train.objectives.dmd import (
@@ -41,68 +38,11 @@ from train.objectives.dmd import (
     fit_to_few_step,
     load_other_teacher,
 )
-from train.options.common import (
-    add_number,
-    add_output,
-    add_run_dir,
-    add_seed,
-    check_at_least,
-    check_new,
-)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m train.kdmd",
-        description="Distill a model to four steps. Run again with the same folder to resume.",
-        renamed={"--widths": "--model-widths"},
-    )
-    add_model(parser)
-    add_run_dir(parser)
-    add_output(parser, "file of the student's LoRA")
-    add = parser.add_argument
-    add(
-        "--few-step-lora",
-        type=Path,
-        metavar="FILE",
-        help="LoRA of the few-step teacher (default: DMD alone)",
-    )
-    add(
-        "--teacher",
-        type=Path,
-        metavar="MODEL",
-        help="another teacher of the same latents, with its own few-step mode (default: the model)",
-    )
-    add_model_widths(parser, default=WIDTH_NAMES)
-    add_number(parser, "--steps", 2000, "critic iterations")
-    add_number(parser, "--student-every", 5, "iterations per student step")
-    add_number(parser, "--batch-size", 32, "prompts per iteration")
-    add(
-        "--guidance",
-        type=float,
-        metavar="G",
-        help="guidance scale of the teacher (default: the model's)",
-    )
-    add_number(parser, "--rank", 64, "rank of the LoRAs")
-    add_number(parser, "--alpha", 128.0, "the LoRAs are scaled by alpha / rank")
-    add_number(parser, "--learning-rate", 1e-4, "AdamW learning rate")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts to train on, one in each line (default: captions of sticker scenes)",
-    )
-    add_seed(parser)
-    stickers.add_options(parser)
-    return parser
+from train.options.kdmd import parse, training_config
 
 
 def main() -> None:
-    args = _parser().parse_args()
-    check_new(args.output)
-    check_at_least(args, 1, "steps", "student_every", "batch_size", "rank")
-    if args.teacher and args.few_step_lora:
-        raise UserError("--teacher has its own few-step mode: leave out --few-step-lora")
+    args = parse()
     captions = stickers.from_options(args, seed=args.seed)
     prompts = PromptList(read_prompts(args.prompts)) if args.prompts else captions
 
@@ -147,16 +87,7 @@ def main() -> None:
         model,
         DMD(teacher, guidance, teacher.has_few_step),
         batches=batches,
-        config=TrainingConfig(
-            steps=args.steps,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            warmup_steps=50,
-            betas=(0.0, 0.99),
-            weight_decay=0.0,
-            ema_decay=0.99,
-            seed=args.seed,
-        ),
+        config=training_config(args),
         run_dir=args.run_dir,
         arguments=lambda step: DMDStep(share_of(step), (step + 1) % args.student_every == 0),
         validate=Previews(

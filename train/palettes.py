@@ -16,17 +16,13 @@ widths share their palettes and are trained in turn.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file, with_palettes
+from mlx_snapgen.quantize.palettes import with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import check_width, parse_width
 from train.data.prompts import read_prompts, spread
@@ -37,6 +33,7 @@ from train.evaluation.estimate import num_trainable
 from train.evaluation.palettes import HELD_OUT_SEED, Validation, compare, in_float16
 from train.evaluation.previews import Previews
 from train.evaluation.stickers.score import score_cell
+from train.loop.palettes import load_alone, save
 from train.loop.run import claim
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
@@ -44,32 +41,6 @@ from train.objectives.finetune import step_share
 from train.objectives.palettes import PaletteTuning, train_biases_and_norms
 from train.options.common import tuning_config
 from train.options.palettes import HELD_OUT, parse
-
-
-def load_alone(folder: Path, widths: Sequence[str]) -> Components:
-    """A model in float32 that draws in its few-step mode, if it has one, with that LoRA merged.
-
-    Args:
-        widths: names; one takes that sub-network alone.
-    """
-    share = parse_width(widths[0]).share if len(widths) == 1 else None
-    components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=True)
-    fuse_few_step(components)
-    config = dataclasses.replace(
-        components.config, sampler=components.config.sampler_for(), few_step=None
-    )
-    return dataclasses.replace(components, config=config)
-
-
-def save(
-    output: Path, components: Components, network: EfficientDiT, *, palettes: Palettes, model: Path
-) -> None:
-    """Write the model with `network` as its transformer, and the license of the folder `model`."""
-    check_palettes(network, palettes)
-    texts = palettes_file(palettes)
-    if (license := model / "LICENSE").is_file():
-        texts["LICENSE"] = license.read_text(encoding="utf-8")
-    save_pretrained(output, dataclasses.replace(components, transformer=network), texts=texts)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from train.data import trajectories
 from train.evaluation import palettes as comparison
 from train.evaluation.palettes import compare
 from train.loop.checkpoint import read_log
+from train.loop.palettes import load_alone
 from train.options import palettes as palettes_options
 
 TWO = ["--model-widths", "full", "small", "--steps", "30", "--checkpoint-every", "15"]
@@ -148,7 +149,7 @@ def test_trajectories_are_what_the_model_says_on_its_way(components):
 
 def test_a_few_step_model_learns_its_own_steps(components, model, tmp_path, monkeypatch):
     """Its LoRA is fused, for the palettes are those of the sum."""
-    alone = palettes.load_alone(model, ["small"])
+    alone = load_alone(model, ["small"])
     assert alone.transformer.config.widths == (1.0,)
     assert alone.config.sampler == components.config.sampler
     made = load_pretrained(model)
@@ -157,7 +158,7 @@ def test_a_few_step_model_learns_its_own_steps(components, model, tmp_path, monk
     four = dataclasses.replace(made.config.sampler, num_inference_steps=4, fresh_noise=True)
     made.config = dataclasses.replace(made.config, few_step=four)
     save_pretrained(tmp_path / "few", made)
-    fused = palettes.load_alone(tmp_path / "few", ["full", "small"])
+    fused = load_alone(tmp_path / "few", ["full", "small"])
     assert (fused.config.sampler, fused.config.few_step) == (four, None)
     assert flat(fused.transformer).keys() == flat(components.transformer).keys()
 

@@ -1,0 +1,38 @@
+"""Models before and after palettes: loading one that gets them, and writing one that has them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file
+from mlx_snapgen.settings import parse_width
+
+
+def load_alone(folder: Path, widths: Sequence[str]) -> Components:
+    """A model in float32 that draws in its few-step mode, if it has one, with that LoRA merged.
+
+    Args:
+        widths: names; one takes that sub-network alone.
+    """
+    share = parse_width(widths[0]).share if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=True)
+    fuse_few_step(components)
+    config = dataclasses.replace(
+        components.config, sampler=components.config.sampler_for(), few_step=None
+    )
+    return dataclasses.replace(components, config=config)
+
+
+def save(
+    output: Path, components: Components, network: EfficientDiT, *, palettes: Palettes, model: Path
+) -> None:
+    """Write the model with `network` as its transformer, and the license of the folder `model`."""
+    check_palettes(network, palettes)
+    texts = palettes_file(palettes)
+    if (license := model / "LICENSE").is_file():
+        texts["LICENSE"] = license.read_text(encoding="utf-8")
+    save_pretrained(output, dataclasses.replace(components, transformer=network), texts=texts)

@@ -1,0 +1,47 @@
+"""Options of `train.autoencoder`."""
+
+import argparse
+from pathlib import Path
+
+from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.errors import UserError
+from train.data.stickers import source as stickers
+from train.options.common import add_number, add_run_dir, add_seed, check_at_least
+
+
+def parse() -> argparse.Namespace:
+    """The command's options, checked."""
+    parser = Parser(
+        prog="python -m train.autoencoder",
+        description="Train the stickers autoencoder. Run again with the same folder to resume.",
+    )
+    add = parser.add_argument
+    add_run_dir(parser)
+    add_number(parser, "--steps", 6000, "training steps")
+    add_number(parser, "--batch-size", 32, "crops per step")
+    add_number(parser, "--crop", 64, "side of a crop in pixels")
+    add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
+    add_number(parser, "--kl-weight", 1e-3, "weight of the KL term")
+    add(
+        "--init-from",
+        type=Path,
+        metavar="MODEL",
+        help="run or model to start from (default: random weights)",
+    )
+    add("--decoder-only", action="store_true", help="do not train the encoder: the latents stay")
+    add(
+        "--encoder",
+        type=Path,
+        metavar="MODEL",
+        help="with --decoder-only: run or model whose latents to decode (default: the model's own)",
+    )
+    add_seed(parser)
+    stickers.add_options(parser)
+    args = parser.parse_args()
+    check_at_least(args, 1, "steps", "batch_size", "crop")
+    check_at_least(args, 0, "seed")
+    if args.encoder and not args.decoder_only:
+        raise UserError("--encoder needs --decoder-only, since it brings the latents")
+    if args.decoder_only and not args.init_from:
+        raise UserError("--decoder-only needs --init-from: an encoder must be there first")
+    return args
