@@ -37,7 +37,7 @@ def main() -> None:
     components = load_pretrained(args.model, few_step=True)
     config = components.config
     if args.lora:
-        load_lora(args.lora, components.transformer, 1.0, "scored", config.name)
+        load_lora(args.lora, components.transformer, name="scored", base_model=config.name)
     names = args.model_widths or [width.name for width in held_widths(config)]
     evaluation = Evaluation(
         components,

@@ -5,6 +5,7 @@ The default model is exported to `mlx_snapgen/models/stickers`, from where the p
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,7 +47,12 @@ def assemble(
     config = dataclasses.replace(config, autoencoder=pictures.config)
     trained = TextToLatents(config, tokenizers)
     start_from(trained, flow)
-    return Components(config, trained.transformer, pictures, trained.text_encoders)
+    return Components(
+        config=config,
+        transformer=trained.transformer,
+        autoencoder=pictures,
+        text_encoders=trained.text_encoders,
+    )
 
 
 def main() -> None:
@@ -84,7 +90,7 @@ def main() -> None:
     config = load_config(args.config) if args.config else STICKERS
     flow = find_folder(args.flow)
     # Older versions trained on stickers, without a record.
-    record = {"data": "stickers"} | recorded(flow)
+    record: dict[str, Any] = {"data": "stickers"} | recorded(flow)
     source, vocabulary, texts = None, None, {}
     if record["data"] == "stickers":
         num_nouns = record.get("num_nouns") if args.num_nouns is None else args.num_nouns

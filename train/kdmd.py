@@ -54,7 +54,7 @@ def main() -> None:
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
     few_step = FEW_STEP if args.few_step_lora else None
-    own = CheckpointTeacher(network, components.text_encoders, few_step)
+    own = CheckpointTeacher(network, components.text_encoders, few_step=few_step)
     teacher = own
     if args.teacher:
         teacher = load_other_teacher(find_folder(args.teacher), config.autoencoder)
@@ -96,7 +96,7 @@ def main() -> None:
     )
     if trainer.run() and trainer.is_main:
         with trainer.averaged():
-            save_lora(args.output, network, STUDENT, config.name)
+            save_lora(args.output, network, name=STUDENT, base_model=config.name)
         print(args.output)
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.errors import run_command
-from mlx_snapgen.lora.adapters import add_lora
+from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.settings import WIDTHS, check_width, held_widths
 from train.data.encoded import EncodedFolder
@@ -62,7 +62,8 @@ def main() -> None:
     }
     if not args.dry_run:
         claim(args.run_dir, settings)
-    add_lora(network, args.rank, args.alpha, args.targets, NAME)
+    add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
+    train_only(network, NAME)
     network.checkpoint_blocks(args.save_memory)
     folder = PictureFolder(examples, seed=args.seed, flip=args.flip)
     data = EncodedFolder(
@@ -108,7 +109,7 @@ def main() -> None:
     )
     if trainer.run() and trainer.is_main:
         with trainer.averaged():
-            save_lora(args.output, network, NAME, config.name)
+            save_lora(args.output, network, name=NAME, base_model=config.name)
         model = "" if args.model == "stickers" else f" --model {args.model}"
         print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
 

@@ -63,7 +63,7 @@ def main() -> None:
     learned, held = captions[HELD_OUT:], captions[:HELD_OUT]
 
     print("measuring how sensitive each layer is to quantization", flush=True)
-    palettes = choose_palettes(components, args.quantize, widths)
+    palettes = choose_palettes(components, args.quantize, widths=widths)
     claim(args.run_dir, {"model": args.model, "captions": captions} | palettes.to_dict())
     network = with_palettes(components.transformer, palettes.bits)
     before = with_palettes(network, {})

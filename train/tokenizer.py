@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import whole_file
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.stickers.scenes import training_scene
 from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, NOUNS
 from train.options.common import add_number, add_output, check_new

@@ -14,7 +14,7 @@ import sentencepiece
 from apps.ios.vectors import PATH, PROMPTS, TOKENIZER, vectors
 from convert.mil.program import wire_fields
 from mlx_snapgen.config import to_dict
-from mlx_snapgen.networks.text_encoders.base import normalise
+from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.stickers.model import STICKERS
 
 ROOT = Path(__file__).parents[2] / "apps/ios"

@@ -154,7 +154,7 @@ def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
     mx.random.seed(0)
     student = Student(
         student_config(components.config),
-        [Tokenizer(tokenizer_bytes, 9)],
+        [SentencePieceTokenizer(tokenizer_bytes, 9)],
         feature_dims=teacher.feature_dims,
     )
     tokens, mask = student.text_encoders[0].tokenize(PROMPTS)

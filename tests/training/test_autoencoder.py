@@ -16,7 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
-from tests.tiny import randomise
+from tests.tiny import randomize
 from train import autoencoder as command
 from train.loop.autoencoder import load_autoencoder
 from train.objectives.autoencoder import Reconstruction

@@ -184,7 +184,7 @@ class _Velocity:
         ((text, mask),) = states
         return text, mask
 
-    def __call__(self, x_t, t, text, mask, *, share):
+    def __call__(self, x_t, t, text, mask, share):
         last = 0.01 * text.reshape(-1, 1, 1, 1) * share
         return 0.3 * x_t + 0.5 * t[:, None, None, None] + last
 

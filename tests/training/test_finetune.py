@@ -63,7 +63,8 @@ def adapted(model_folder):
     components = load_pretrained(model_folder)
     mx.random.seed(0)
     network = components.transformer
-    add_lora(network, 2, 2.0, TARGETS, train.lora.NAME)
+    add_lora(network, 2, alpha=2.0, targets=TARGETS, name=train.lora.NAME)
+    train_only(network, train.lora.NAME)
     return components
 
 
@@ -271,7 +272,7 @@ def test_fine_tuning_lowers_the_loss_and_the_lora_is_the_trained_network(
     assert "4 pictures (3 of 64x32, 1 of 32x64 pixels), 1 skipped" in told.out
 
     components = load_pretrained(model_folder)
-    add_lora(components.transformer, 2, 2.0, TARGETS)
+    add_lora(components.transformer, 2, alpha=2.0, targets=TARGETS)
     before = Validation(components, pictures(components, folder), []).loss()
     assert losses[-1] < 0.8 * before, (losses, before)
     log = read_log(folder.parent / "runs" / "robot")
@@ -290,7 +291,8 @@ def test_fine_tuning_lowers_the_loss_and_the_lora_is_the_trained_network(
     text = mx.random.normal((1, 5, 32), key=mx.random.key(1))
     for width in (1.0, 0.5, 0.375):
         a, b = (
-            net(x_t, mx.array([0.4]), text, share=width) for net in (fresh, components.transformer)
+            net(x_t, mx.array([0.4]), text, None, share=width)
+            for net in (fresh, components.transformer)
         )
         np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-5)
         plain = load_pretrained(model_folder).transformer(x_t, mx.array([0.4]), text, share=width)

@@ -14,7 +14,7 @@ import train.loop.trainer
 from mlx_snapgen.config import TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from train.data.encoded import EncodedBatches
 from train.data.stickers.model import STICKERS
 from train.data.stickers.source import Stickers
@@ -272,7 +272,7 @@ def test_masked_training_learns(even_batch, tmp_path, monkeypatch, uncompiled):
 
 def test_weights_of_another_model_are_refused(model, tmp_path):
     trees = {name: {} for name in ("model", "optimizer")} | {"ema": model.parameters()}
-    save_checkpoint(tmp_path, trees, {"step": 1}, 0)
+    save_checkpoint(tmp_path, trees, state={"step": 1}, keep=0)
     same = TextToLatents(CONFIG, [None, None])
     start_from(same, tmp_path)
     for (name, a), (_, b) in zip(

@@ -61,7 +61,7 @@ def parts(model_folder, components, tokenizer_bytes):
     mx.random.seed(0)
     student = Student(
         student_config(components.config),
-        [Tokenizer(tokenizer_bytes, 9)],
+        [SentencePieceTokenizer(tokenizer_bytes, 9)],
         feature_dims=teacher.feature_dims,
     )
     student.update(
@@ -392,7 +392,7 @@ def test_the_teacher_reads_what_the_student_is_told(
     monkeypatch.setattr(
         teacher, "encode", lambda prompts: asked.append(prompts) or Condition(*[mx.zeros(1)] * 4)
     )
-    tokenizers = [Tokenizer(tokenizer_bytes, n) for n in (9, 12)]
+    tokenizers = [SentencePieceTokenizer(tokenizer_bytes, n) for n in (9, 12)]
     data = EncodedBatches(
         source, components.autoencoder, tokenizers, batch_size=4, seed=0, drop_caption=0.6
     )

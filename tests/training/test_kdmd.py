@@ -36,8 +36,8 @@ def parts(model_folder):
     components = load_pretrained(model_folder)
     network = components.transformer
     mx.random.seed(0)
-    add_lora(network, 2, 4.0, ["self_attention.*_proj"], "few_step")
-    teacher = CheckpointTeacher(network, components.text_encoders, "few_step")
+    add_lora(network, 2, alpha=4.0, targets=["self_attention.*_proj"], name="few_step")
+    teacher = CheckpointTeacher(network, components.text_encoders, few_step="few_step")
     model = Distilled(network, WIDTHS, feature_dims=teacher.feature_dims, rank=3, alpha=3.0)
     for layer in network.modules():
         for adapter in getattr(layer, "adapters", {}).values():

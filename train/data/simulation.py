@@ -48,7 +48,7 @@ class Simulation:
 
         def predict(x_t, sigma, text, mask, share):
             with acting(model.network, STUDENT):
-                v = model.network(x_t, sigma, text, mask, share)
+                v = model.network(x_t, sigma, text, mask, share=share)
             return x_t - expand(sigma, x_t) * v
 
         self._predict = mx.compile(predict, inputs=model.state)

@@ -39,9 +39,9 @@ class Trajectories:
         share_of: Callable[[int], float] = lambda number: 1.0,
     ):
         self.batch_size, self.seed, self.share_of = batch_size, seed, share_of
-        encode = components.text_encoders, components.transformer
+        encoders, network = components.text_encoders, components.transformer
         chunks = [captions[k : k + CHUNK] for k in range(0, len(captions), CHUNK)]
-        encoded = [encode_prompts(some, *encode) for some in [[""], *chunks]]
+        encoded = [encode_prompts(some, encoders, transformer=network) for some in [[""], *chunks]]
         # Row 0 is the empty prompt, which guidance needs.
         self.text, self.mask = (mx.concatenate(list(x)) for x in zip(*encoded, strict=True))
         mx.eval(self.text, self.mask)
@@ -76,7 +76,7 @@ class Trajectories:
         count = len(states["t"])
         for start in range(0, count, 32):
             batch = self.rows(states, range(start, min(start + 32, count)))
-            v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], share)
+            v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], share=share)
             total += float(per_sample(v - batch["v"]).sum())
         return total / count
 

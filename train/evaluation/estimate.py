@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.settings import DrawSettings
 from train.data.encoded import rows
 from train.data.source import Batch
@@ -96,8 +96,7 @@ def estimate(
 
 def num_trainable(module: nn.Module) -> int:
     """How many numbers are trained."""
-    leaves = tree_flatten(module.trainable_parameters(), destination={})
-    return sum(leaf.size for leaf in leaves.values())
+    return sum(p.size for p in flat_parameters(module.trainable_parameters()).values())
 
 
 def _draw_one(components: Components, share: float, steps: int) -> None:

@@ -74,5 +74,10 @@ def previews_of(
         sampler=dataclasses.replace(model.config.sampler, time_shift=time_shift),
         few_step=None,
     )
-    components = Components(config, model.transformer, autoencoder, model.text_encoders)
+    components = Components(
+        config=config,
+        transformer=model.transformer,
+        autoencoder=autoencoder,
+        text_encoders=model.text_encoders,
+    )
     return Previews(components, prompts, widths=widths)

@@ -63,7 +63,7 @@ def validation_losses(
         for k in range(NUM_LEVELS):
             sigma = (k + 0.5) / NUM_LEVELS
             x_t = add_noise(x0, eps, sigma).astype(text.dtype)
-            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, share)
+            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, share=share)
             error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
             sums[k] += error.sum().item()
     return (sums / len(data.captions)).tolist()

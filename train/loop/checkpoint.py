@@ -1,8 +1,7 @@
 """The folder of a run: `step_N/` checkpoints, each whole or absent, and `log.jsonl`.
 
 A checkpoint is written to `.step_N.partial`, flushed to the disk and renamed, and is renamed again
-before it is deleted: a process killed at any moment leaves nothing under the name `step_N` that
-cannot be resumed from.
+before it is deleted: whenever a process is killed, each `step_N` is complete.
 """
 
 import json
@@ -10,11 +9,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_snapgen.checkpoint.module import check_fit, shapes
+from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
 
@@ -38,10 +38,10 @@ def load_ema(run_dir: Path) -> dict[str, mx.array]:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise UserError(f"{run_dir} holds no checkpoint: train it first")
-    return mx.load(str(checkpoint / "ema.safetensors"))
+    return load_weights(checkpoint / "ema.safetensors")
 
 
-def save_checkpoint(run_dir: Path, trees: Mapping[str, dict], state: dict, keep: int) -> Path:
+def save_checkpoint(run_dir: Path, trees: Mapping[str, dict], *, state: dict, keep: int) -> Path:
     """Write `step_N` whole or not at all, then delete all but the newest `keep` (0: none).
 
     Args:
@@ -85,7 +85,7 @@ def load_checkpoint(checkpoint: Path, expected: Mapping[str, dict]) -> tuple[dic
     for name, tree in trees.items():
         where, what = checkpoint / f"{name}.safetensors", "this model (use another run folder)"
         check_fit(shapes(tree), shapes(expected[name]), where, what=what)
-    return {name: tree_unflatten(list(tree.items())) for name, tree in trees.items()}, state
+    return {name: dict(tree_unflatten(list(tree.items()))) for name, tree in trees.items()}, state
 
 
 _DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError)
@@ -95,8 +95,10 @@ def _read(checkpoint: Path) -> tuple[dict[str, dict[str, mx.array]], dict]:
     state = json.loads((checkpoint / "state.json").read_text())
     if not isinstance(state["step"], int) or not isinstance(state["training"], dict):
         raise ValueError("state.json has no step or no training settings")
-    trees = {name: mx.load(str(checkpoint / f"{name}.safetensors")) for name in TREES}
-    # Loaded arrays are lazy: read them while a fault can still be told, and the files exist.
+    trees: dict[str, Any] = {
+        name: mx.load(str(checkpoint / f"{name}.safetensors")) for name in TREES
+    }
+    # Loaded arrays are lazy: read them while damage can still be reported, and the files exist.
     mx.eval(trees)
     return trees, state
 
@@ -114,7 +116,7 @@ def _line(error: Exception) -> str:
 
 
 def remove_partials(run_dir: Path) -> None:
-    """Delete what processes killed while they saved or deleted a checkpoint have left."""
+    """Delete the remains of checkpoints whose process was killed while it saved or deleted them."""
     for path in run_dir.glob(".step_*.partial"):
         shutil.rmtree(path)
 
@@ -124,7 +126,7 @@ def _partial(checkpoint: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file's contents or a folder's entries."""
+    """Write a file's contents or a folder's entries to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -139,14 +141,14 @@ def append_log(run_dir: Path, entry: dict) -> None:
 
 
 def read_log(run_dir: Path) -> list[dict]:
-    """The run's log; a last line torn by a killed process is left out."""
+    """The run's log; an incomplete last line is ignored."""
     path = run_dir / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def rewind_log(run_dir: Path, step: int) -> None:
-    """Drop what was logged after `step`, which a resumed run logs again."""
+    """Remove entries after `step`, which a resumed run logs again."""
     if (run_dir / "log.jsonl").is_file():
         kept = [json.dumps(e) + "\n" for e in read_log(run_dir) if e["step"] <= step]
         with whole_file(run_dir / "log.jsonl") as partial:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -179,4 +180,4 @@ def _share(group: mx.distributed.Group, value: list | None) -> list:
     text = json.dumps(value).encode() if value is not None else b""
     padded = mx.array(list(text.ljust(512, b" " if text else b"\0")), mx.int32)
     shared = mx.distributed.all_sum(padded, group=group)
-    return json.loads(bytes(shared.tolist()))
+    return json.loads(np.array(shared).astype(np.uint8).tobytes())

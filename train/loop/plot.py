@@ -30,14 +30,15 @@ def plot_log(run_dir: Path) -> Path | None:
     if not names:
         return None
     figure = Figure(figsize=(8, 1 + 1.8 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+    rows = figure.subplots(len(names), squeeze=False)[:, 0]
+    for axes, name in zip(rows, names, strict=True):
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None)
         axes.set_title(name, fontsize=9, loc="left")
         axes.grid(alpha=0.3)
         if min(value for _, value in points) > 0:
             axes.set_yscale("log")
-    axes.set_xlabel("step")
+    rows[-1].set_xlabel("step")
     path = run_dir / "loss.png"
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=80)

@@ -25,10 +25,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+import numpy as np
+from mlx.utils import tree_map, tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.layers import flat_parameters
 from train.data.source import Batch
 from train.loop.checkpoint import (
     append_log,
@@ -75,7 +77,7 @@ class Trainer:
         self.model, self.batches, self.config = model, batches, config
         self.run_dir, self.arguments, self.validate = Path(run_dir), arguments, validate
         self.group = mx.distributed.init()
-        self.step = 0
+        self.step: int = 0
         self._stop = False
         self._saving = threading.Lock()
         if mx.default_device() == mx.Device(mx.cpu):
@@ -115,9 +117,11 @@ class Trainer:
             return dict(zip(metrics, values, strict=False)) | norms, values[-1]
 
         self._state = [model.state, self.optimizers.state, self._averages]
-        self._add_gradients = functools.cache(
-            lambda step: mx.compile(functools.partial(add_gradients, step), inputs=[model.state])
-        )
+
+        def compiled(step: Any) -> Any:
+            return mx.compile(functools.partial(add_gradients, step), inputs=[model.state])
+
+        self._add_gradients: Callable[[Any], Any] = functools.cache(compiled)
         self._update = mx.compile(update, inputs=self._state, outputs=self._state)
 
     @property
@@ -256,14 +260,16 @@ class Trainer:
             "processes": self.group.size(),
         }
         with self._saving:
-            save_checkpoint(self.run_dir, self._trees(), state, self.config.keep_checkpoints)
+            save_checkpoint(
+                self.run_dir, self._trees(), state=state, keep=self.config.keep_checkpoints
+            )
 
     def load(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`; a foreign or damaged one is a `UserError`."""
         trees, state = load_checkpoint(checkpoint, self._trees())
         self._check_settings(checkpoint, state)
         self._set_trees(trees)
-        self.step = state["step"]
+        self.step = int(state["step"])
 
     def _trees(self) -> dict[str, dict]:
         return {
@@ -285,10 +291,12 @@ class Trainer:
             return mx.distributed.all_sum(x if self.is_main else mx.zeros_like(x), group=self.group)
 
         # Sorted, since all processes must share in the same order, and a loaded tree has its own.
-        shared = [(name, from_first(x)) for name, x in sorted(tree_flatten(self._trees()))]
+        shared = [
+            (name, from_first(x)) for name, x in sorted(flat_parameters(self._trees()).items())
+        ]
         mx.eval(shared)
         self._set_trees(tree_unflatten(shared))
-        self.step = from_first(mx.array(self.step)).item()
+        self.step = int(np.array(from_first(mx.array(self.step))))
 
     def _check_settings(self, checkpoint: Path, state: dict) -> None:
         """Refuse settings that change the data of the steps to come; print other changes."""

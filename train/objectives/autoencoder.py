@@ -40,6 +40,7 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             log_var = None if log_var is None else mx.stop_gradient(log_var)
             std = DECODER_NOISE * mx.sqrt(mx.var(mean, axis=(0, 1, 2)))
         else:
+            assert log_var is not None, "given latents train the decoder alone"
             std = mx.exp(0.5 * log_var)
         latents = mean + std * mx.random.normal(mean.shape, key=key)
         error = model.decoder(latents) - x

@@ -62,7 +62,9 @@ class Distillation:
         )
 
         def loss(text: mx.array, mask: mx.array, share: float, full: mx.array | None):
-            predicted, own = model.transformer(x_t, t, text, mask, share, return_features=True)
+            predicted, own = model.transformer(
+                x_t, t, text, mask, share=share, return_features=True
+            )
             projected = model.project(own, share)
             check_same_tokens(projected, seen)
             task, output = per_sample(predicted - v), per_sample(predicted - v_teacher)
@@ -100,7 +102,7 @@ def fit_to_teacher(
             states.append(TextStates(encoder(batch[f"tokens_{i}"], mask), mask))
         text, mask = model.transformer.encode_text(states)
         x_t, t = batch["x_t"], batch["t"]
-        return model.transformer(x_t, t, text, mask, share, return_features=True)[1]
+        return model.transformer(x_t, t, text, mask, share=share, return_features=True)[1]
 
     def seen(batch: Batch) -> mx.array:
         return teacher.velocity_and_features(batch["x_t"], batch["t"], condition_of(batch))[1]

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import LoRALinear, acting, add_lora
+from mlx_snapgen.lora.adapters import acting, add_lora, train_only
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import load_teacher
@@ -57,12 +58,8 @@ class Distilled(nn.Module):
         self.network, self.shares = network, tuple(shares)
         trained = [STUDENT, *map(critic_name, shares)]
         for name in trained:
-            add_lora(network, rank, alpha, targets, name)
-        network.freeze()
-        for layer in network.modules():
-            if isinstance(layer, LoRALinear):
-                for name in trained:
-                    layer.adapters[name].unfreeze()
+            add_lora(network, rank, alpha=alpha, targets=targets, name=name)
+        train_only(network, *trained)
         d = network.config.hidden_size
         self.projectors = new_projectors(d, shares, feature_dims=feature_dims)
 
@@ -73,7 +70,7 @@ class Distilled(nn.Module):
 
 def only(gradients: dict, *parts: str) -> list[tuple[str, mx.array]]:
     """The flat gradients whose path has one of `parts` as a component."""
-    return [(k, g) for k, g in tree_flatten(gradients) if set(parts) & set(k.split("."))]
+    return [(k, g) for k, g in flat_parameters(gradients).items() if set(parts) & set(k.split("."))]
 
 
 class DMDStep(NamedTuple):
@@ -115,7 +112,7 @@ class DMD:
 
         def student() -> tuple[mx.array, mx.array, mx.array]:
             with acting(network, STUDENT):
-                v, features = network(x_t, sigma, text, mask, share, return_features=True)
+                v, features = network(x_t, sigma, text, mask, share=share, return_features=True)
             return x_t - expand(sigma, x_t) * v, v, features
 
         def noised(x0: mx.array, tau: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
@@ -124,7 +121,7 @@ class DMD:
 
         def critic_velocity(x: mx.array, t: mx.array) -> mx.array:
             with acting(network, critic):
-                return network(x, t, text, mask, share)
+                return network(x, t, text, mask, share=share)
 
         def critic_loss() -> tuple[mx.array, None]:
             tau = sample_tau(keys[0], len(x0))
@@ -171,7 +168,7 @@ def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]
         text, mask = (batch[name] for name in STUDENT_TEXT)
         with acting(model.network, STUDENT):
             return model.network(
-                batch["x_t"], batch["sigma"], text, mask, share, return_features=True
+                batch["x_t"], batch["sigma"], text, mask, share=share, return_features=True
             )[1]
 
     def seen(batch: Batch) -> mx.array:

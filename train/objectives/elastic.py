@@ -8,16 +8,18 @@ objective defines the loss of each. The text encoders are trained, too.
 one, as in the paper, each sub-network is trained in only half of the steps.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
 from mlx_snapgen.sampling import add_noise, shift_time
@@ -98,10 +100,10 @@ def elastic_gradients(
     transformer, encoders = model.transformer, model.text_encoders
     params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
     masks = [batch[f"mask_{i}"] for i in range(len(encoders))]
-    names = [[k for k, _ in tree_flatten(e.trainable_parameters())] for e in encoders]
+    trained = [flat_parameters(encoder.trainable_parameters()) for encoder in encoders]
 
     def encode(*flat: mx.array) -> list[mx.array]:
-        for encoder, leaves in zip(encoders, _chunks(flat, names), strict=True):
+        for encoder, leaves in zip(encoders, _chunks(flat, trained), strict=True):
             encoder.update(dict(tree_unflatten(leaves)))
         return [e(batch[f"tokens_{i}"], masks[i]) for i, e in enumerate(encoders)]
 
@@ -112,7 +114,7 @@ def elastic_gradients(
 
         return value_and_grad(model, of_states, [states], parameters=params)
 
-    text_params = [p for e in encoders for _, p in tree_flatten(e.trainable_parameters())]
+    text_params = [p for parameters in trained for p in parameters.values()]
     states = encode(*text_params)
     (_, (full, metrics)), grads = gradients(1.0, None)
     sub_grads = []
@@ -124,14 +126,14 @@ def elastic_gradients(
     # The text encoders run once for all widths: pull the states' gradient through them here.
     _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
     encode(*text_params)
-    text_grads = [tree_unflatten(g) for g in _chunks(text_grads, names)]
+    text_grads = [tree_unflatten(g) for g in _chunks(text_grads, trained)]
     return grads[0] | {"text_encoders": text_grads}, metrics
 
 
-def _chunks(flat: Sequence[mx.array], names: list[list[str]]) -> list[list[tuple]]:
-    """Cut a flat list of parameters into (name, parameter) lists, one per encoder."""
+def _chunks(flat: Sequence[mx.array], like: Sequence[Collection[str]]) -> list[list[tuple]]:
+    """Cut a flat list of parameters into (name, parameter) lists, with the names of `like`."""
     out, start = [], 0
-    for keys in names:
+    for keys in like:
         out.append(list(zip(keys, flat[start : start + len(keys)], strict=True)))
         start += len(keys)
     return out
@@ -139,11 +141,14 @@ def _chunks(flat: Sequence[mx.array], names: list[list[str]]) -> list[list[tuple
 
 def add_balanced(full, *subs):
     """full + the sum of s_i * subs[i], with s_i such that all parts have the same global norm."""
-    norm, *others = (
-        mx.sqrt(sum(g.square().sum() for _, g in tree_flatten(tree))) for tree in (full, *subs)
-    )
+    norm, *others = (_norm(tree) for tree in (full, *subs))
     total = full
     for sub, other in zip(subs, others, strict=True):
         scale = norm / mx.maximum(other, 1e-12)
         total = tree_map(lambda a, b, s=scale: a + s * b, total, sub)
     return total
+
+
+def _norm(tree: Any) -> mx.array:
+    squares = (g.square().sum() for g in flat_parameters(tree).values())
+    return mx.sqrt(functools.reduce(mx.add, squares))

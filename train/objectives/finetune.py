@@ -68,7 +68,7 @@ def velocity(
         TextStates(batch[f"{part}states_{i}"].astype(network.dtype), batch[f"{part}mask_{i}"])
         for i in range(len(network.text))
     ]
-    return network(x_t, t, *network.encode_text(states), share)
+    return network(x_t, t, *network.encode_text(states), share=share)
 
 
 def step_share(shares: Sequence[float], *, seed: int, step: int) -> float:

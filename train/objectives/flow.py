@@ -47,7 +47,7 @@ class Flow:
             keep = kept_tokens(len(x0), tokens, ratio=self.mask_ratio, key=key_mask)
 
         def loss(text: mx.array, mask: mx.array, share: float, full: mx.array | None):
-            predicted = model.transformer(x_t, t, text, mask, share, keep=keep)
+            predicted = model.transformer(x_t, t, text, mask, share=share, keep=keep)
             diffusion = (predicted - v).square().mean()
             suffix = "" if full is None else f"_{share:g}"
             metrics = {f"loss{suffix}": diffusion}

@@ -36,6 +36,6 @@ class PaletteTuning(LossObjective[EfficientDiT, ShareStep]):
         self, model: EfficientDiT, batch: Batch, key: mx.array, step: ShareStep
     ) -> tuple[mx.array, Metrics]:
         """See `LossObjective`."""
-        v = model(batch["x_t"], batch["t"], batch["text"], batch["mask"], step.share)
+        v = model(batch["x_t"], batch["t"], batch["text"], batch["mask"], share=step.share)
         loss = per_sample(v - batch["v"]).mean()
         return loss, {f"loss_{step.share:g}": loss}

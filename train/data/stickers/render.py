@@ -73,8 +73,7 @@ def _glyph(font: str | Path | None, emoji: str) -> Image.Image:
     drawing = ImageDraw.Draw(canvas)
     drawing.text((STRIKE // 4, STRIKE // 4), emoji, font=_font(font), embedded_color=True)
     box = canvas.getchannel("A").getbbox()
-    colours = canvas.convert("RGB").getextrema() if box else ()
-    if not any(high for _, high in colours):
+    if box is None or not np.asarray(canvas.convert("RGB")).any():
         raise UserError(f"{find_font(font)} draws no picture for {emoji}; {OTHER_FONT}")
     return canvas.crop(box)
 
@@ -90,7 +89,7 @@ def dominant_hue(rgba: np.ndarray) -> float:
     weight = (hsv[..., 1] / 255) * (hsv[..., 2] / 255) * (rgba[..., 3] / 255)
     weight = weight * (hsv[..., 1] > 50)
     histogram = np.bincount(hsv[..., 0].astype(int).ravel(), weight.ravel(), minlength=256)
-    window = sum(np.roll(histogram, shift) for shift in range(-10, 11))
+    window = np.sum([np.roll(histogram, shift) for shift in range(-10, 11)], axis=0)
     return float(window.argmax()) * 360 / 256
 
 

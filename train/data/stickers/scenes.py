@@ -175,7 +175,7 @@ def _sizes(rng: np.random.Generator, category: str, count: int) -> list[tuple[in
     if category == "size" and count == 1:
         return [(SMALL, "small") if rng.random() < 0.5 else (BIG, "big")]
     if category == "size":
-        pair = [(SHARING, "big"), (SMALL, "small")]
+        pair: list[tuple[int, str | None]] = [(SHARING, "big"), (SMALL, "small")]
         return pair if rng.random() < 0.5 else pair[::-1]
     return [(ALONE if count == 1 else SHARING, None)] * count
 
@@ -245,13 +245,15 @@ def sample_scene(
     """
     pool = _pool(num_nouns)
     names = HELD_OUT_CATEGORIES if held_out else tuple(CATEGORIES)
-    if category is None and held_out:
-        category = pick(rng, names)
-    elif category is None:
-        category = names[int(np.searchsorted(_CATEGORY_EDGES, rng.random(), side="right"))]
-    elif category not in names:
-        raise UserError(f"unknown category '{category}'{nearest(category, names)}")
-    return _composed(rng, category, _subjects(rng, pool, category, held_out))
+    if category is not None:
+        chosen = category
+    elif held_out:
+        chosen = pick(rng, names)
+    else:
+        chosen = names[int(np.searchsorted(_CATEGORY_EDGES, rng.random(), side="right"))]
+    if chosen not in names:
+        raise UserError(f"unknown category '{chosen}'{nearest(chosen, names)}")
+    return _composed(rng, chosen, _subjects(rng, pool, chosen, held_out))
 
 
 def _composed(

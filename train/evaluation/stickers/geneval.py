@@ -90,13 +90,12 @@ def accuracies(prompts: Sequence[Prompt], correct: Sequence[bool]) -> dict[str, 
     """
 
     def share(category: str, held_out: bool) -> float:
-        return np.mean(
-            [
-                ok
-                for p, ok in zip(prompts, correct, strict=True)
-                if p.scene.category == category and (p.held_out or not held_out)
-            ]
-        )
+        chosen = [
+            ok
+            for p, ok in zip(prompts, correct, strict=True)
+            if p.scene.category == category and (p.held_out or not held_out)
+        ]
+        return float(np.mean(chosen))
 
     shares = np.array([share(category, held_out=False) for category in SIX])
     variance = (shares * (1 - shares)).mean() / len(prompts)
