@@ -3,7 +3,7 @@
 SnapGen++ section 3.3, eqs. 9-10. In every iteration the student draws from noise (backward
 simulation), and a critic of the same width learns to denoise the result. In every fifth, the
 student moves along the distribution-matching gradient (teacher with guidance against critic) and
-towards the few-step teacher's output and features, both at the student's own x_t. Student, critics
+toward the few-step teacher's output and features, both at the student's own x_t. Student, critics
 and few-step teacher are LoRAs over one set of base weights, which is also the teacher; `--teacher`
 takes another teacher, with a few-step mode of its own.
 

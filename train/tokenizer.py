@@ -11,7 +11,7 @@ from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.stickers.scenes import training_scene
-from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, NOUNS
+from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, NOUNS
 from train.options.common import add_number, add_output, check_new
 
 
@@ -24,7 +24,7 @@ def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
     numbers = tqdm(range(num_captions), desc="captions", leave=False)
     captions = (training_scene(0, k).caption for k in numbers)
     names = [w for n in NOUNS for w in (n.name, n.plural, *n.synonyms)]
-    names += [*COLOURS, *BACKGROUNDS]
+    names += [*COLORS, *BACKGROUNDS]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=itertools.chain(map(normalize, captions), names * 20),

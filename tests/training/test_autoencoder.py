@@ -1,4 +1,4 @@
-"""The autoencoder's layout and normalisation."""
+"""The autoencoder's layout and normalization."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_shapes(size):
         model.encode(mx.zeros((1, 20, 16, 3)))
 
 
-def test_latents_are_normalised_and_decoding_undoes_it():
+def test_latents_are_normalized_and_decoding_undoes_it():
     mx.random.seed(0)
     raw = ConvolutionalAutoencoder(CONFIG)
     pictures = mx.random.uniform(-1, 1, (2, 16, 16, 3))
@@ -95,7 +95,7 @@ def test_a_decoder_of_any_kind_learns_alone(kind):
 
 
 def test_a_decoder_can_learn_another_encoders_latents():
-    """Those of its own encoder, given as normalised latents, are the same task."""
+    """Those of its own encoder, given as normalized latents, are the same task."""
     model, objective = made("qwen-image"), Reconstruction(0.0, decoder_only=True)
 
     def gradients(batch):

@@ -10,7 +10,7 @@ from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.render import drawn_box, find_font, render, sprite
 from train.data.stickers.scenes import SIDE, first_nouns, sample_scene
 from train.data.stickers.vocabulary import NOUNS
-from train.evaluation.stickers.detector import Detector, background_colour, foreground
+from train.evaluation.stickers.detector import Detector, background_color, foreground
 from train.evaluation.stickers.geneval import SIX, is_correct
 
 NUM_NOUNS = 100
@@ -57,11 +57,11 @@ def poor(picture, seed, sigma=1.0, noise=8.0):
 
 
 def shown(scene):
-    return Counter((p.noun.name, p.colour or p.noun.own_colour) for p in scene.placed)
+    return Counter((p.noun.name, p.color or p.noun.own_color) for p in scene.placed)
 
 
 def found(detections):
-    return Counter((d.noun, d.colour) for d in detections)
+    return Counter((d.noun, d.color) for d in detections)
 
 
 def alone(name, size=72, background="white"):
@@ -159,18 +159,18 @@ def test_an_empty_picture_holds_nothing(detector):
     assert detector(noise.astype(np.uint8)) == []
 
 
-def test_noun_without_other_colours_has_none_and_own_colour_has_a_name(detector):
+def test_noun_without_other_colors_has_none_and_own_color_has_a_name(detector):
     (cat,) = detector(render(alone("cat")))
     (apple,) = detector(render(alone("apple")))
-    assert (cat.noun, cat.colour) == ("cat", None)
-    assert (apple.noun, apple.colour) == ("apple", "red")
+    assert (cat.noun, cat.color) == ("cat", None)
+    assert (apple.noun, apple.color) == ("apple", "red")
     assert 0.96 < cat.score < 2
 
 
 def test_background_and_foreground_of_a_glyph_at_the_edge():
     picture = np.full((64, 64, 3), 150, np.uint8)
     picture[:30, :20] = (200, 30, 30)
-    background = background_colour(picture)
+    background = background_color(picture)
     assert background.tolist() == [150, 150, 150]
     mask = foreground(picture, background)
     assert mask[:30, :20].all() and not mask[32:].any() and not mask[:, 22:].any()

@@ -44,13 +44,13 @@ NOUN = {noun.name: noun for noun in NOUNS}
 
 
 def scene(category, *things, relation=None):
-    """A scene of (noun, colour) things."""
-    placed = tuple(Placed(NOUN[name], colour, 48, 0, 0) for name, colour in things)
+    """A scene of (noun, color) things."""
+    placed = tuple(Placed(NOUN[name], color, 48, 0, 0) for name, color in things)
     return Scene(category, placed, "white", relation=relation)
 
 
-def seen(noun, colour=None, box=(0, 0, 40, 40), score=1.1):
-    return Detection(noun, colour, box, score)
+def seen(noun, color=None, box=(0, 0, 40, 40), score=1.1):
+    return Detection(noun, color, box, score)
 
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_half_of_the_prompts_are_plain_and_a_quarter_of_the_combinations_held_ou
         assert sum(held_out) == (6 if category in HELD_OUT_CATEGORIES else 0)
 
 
-# --- judgement --------------------------------------------------------------------------------
+# --- judgment --------------------------------------------------------------------------------
 
 
 def test_relations_need_distance_and_direction():
@@ -114,7 +114,7 @@ def test_counting_is_exact():
         assert not is_correct(three, [seen("cat")] * wrong)
 
 
-def test_colours_belong_to_their_objects():
+def test_colors_belong_to_their_objects():
     one = scene("colors", ("apple", "blue"))
     assert is_correct(one, [seen("apple", "blue")])
     assert not is_correct(one, [seen("apple", "red"), seen("car", "blue")])

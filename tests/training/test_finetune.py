@@ -29,7 +29,7 @@ from train.options.lora import TARGETS
 
 WIDE, TALL = (32, 64), (64, 32)
 BUCKETS = bucket_sizes(WIDE, 32)
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,10 @@ def folder(tmp_path):
     """Three wide pictures and one tall one, a damaged one, and prompts of old."""
     data = tmp_path / "robot"
     data.mkdir()
-    for k, colour in enumerate(COLOURS):
+    for k, color in enumerate(COLORS):
         size = (30, 70) if k == 3 else (300, 160)
-        Image.new("RGB", size, colour).save(data / f"{k}.png")
-        (data / f"{k}.txt").write_text(f"a {colour} robot")
+        Image.new("RGB", size, color).save(data / f"{k}.png")
+        (data / f"{k}.txt").write_text(f"a {color} robot")
     (data / "broken.png").write_bytes(b"no picture")
     (data / "broken.txt").write_text("broken")
     (tmp_path / "known.txt").write_text("a red car\n\ntwo cats\na blue apple\n")

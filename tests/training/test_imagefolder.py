@@ -21,9 +21,9 @@ BUCKETS = bucket_sizes((128, 128), 32)
 EXIF_ORIENTATION = 0x0112
 
 
-def picture(path, size=(128, 128), colour="red"):
+def picture(path, size=(128, 128), color="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def metadata(folder, *entries):

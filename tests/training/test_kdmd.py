@@ -84,7 +84,7 @@ def test_gradients_reach_the_width_and_role_whose_turn_it_is(parts, width, few_s
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_student_gradient_is_equation_9(parts, width):
-    """x0_critic - x0_teacher, normalised, times d x0_hat / d theta: nothing flows elsewhere."""
+    """x0_critic - x0_teacher, normalized, times d x0_hat / d theta: nothing flows elsewhere."""
     model, teacher = parts
     batch, key = make_batch(model, teacher), mx.random.key(2)
     step = DMDStep(width, student_turn=True)

@@ -25,7 +25,7 @@ def gaussian_velocity(x, t, mean, std):
 @pytest.mark.parametrize("tau", [0.1, 0.5, 0.9])
 def test_dmd_gradient_is_the_kl_gradient_of_gaussians(student, teacher, tau):
     """Both are N(., s^2), so at noise level tau the KL is (difference of means)^2 over twice the
-    variance, and DMD's direction is that gradient times tau^2 / (1 - tau), before normalisation."""
+    variance, and DMD's direction is that gradient times tau^2 / (1 - tau), before normalization."""
     std, n = 0.7, 4096
     mx.random.seed(0)
     x0 = student + std * mx.random.normal((1, n))
@@ -40,8 +40,8 @@ def test_dmd_gradient_is_the_kl_gradient_of_gaussians(student, teacher, tau):
     ).item()
     variance = (1 - tau) ** 2 * std**2 + tau**2
     kl_gradient = (1 - tau) ** 2 * (student - teacher) / variance
-    normaliser = mx.abs(x0 - (x_tau - tau * v_teacher)).mean().item()
-    assert gradient == pytest.approx(kl_gradient * tau**2 / (1 - tau) ** 2 / normaliser, rel=1e-3)
+    normalizer = mx.abs(x0 - (x_tau - tau * v_teacher)).mean().item()
+    assert gradient == pytest.approx(kl_gradient * tau**2 / (1 - tau) ** 2 / normalizer, rel=1e-3)
     assert np.sign(gradient) == np.sign(student - teacher), "descent leads to the teacher"
 
 

@@ -22,7 +22,7 @@ from train.data.stickers.render import drawn_box, find_font, render, sprite
 from train.data.stickers.scenes import (
     CATEGORIES,
     SIDE,
-    is_held_out_colour,
+    is_held_out_color,
     is_held_out_pair,
     noun_scene,
     sample_scene,
@@ -32,11 +32,11 @@ from train.data.stickers.scenes import (
 from train.data.stickers.source import Stickers, ValidationStickers
 from train.data.stickers.vocabulary import (
     BACKGROUNDS,
-    COLOUR_LOST_ON,
-    COLOURS,
+    COLOR_LOST_ON,
+    COLORS,
     MIN_NOUNS,
     NOUNS,
-    pluralise,
+    pluralize,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -45,20 +45,20 @@ FIRST_100 = [training_scene(6, k, 100) for k in range(1500)]
 
 
 def held_out_combinations(scene):
-    """The held-out pairs and colours that a scene shows."""
+    """The held-out pairs and colors that a scene shows."""
     names = {placed.noun.name for placed in scene.placed}
     pairs = [p for p in itertools.combinations(names, 2) if is_held_out_pair(*p)]
-    colours = [
-        (placed.noun.name, placed.colour)
+    colors = [
+        (placed.noun.name, placed.color)
         for placed in scene.placed
-        if placed.colour and is_held_out_colour(placed.noun.name, placed.colour)
+        if placed.color and is_held_out_color(placed.noun.name, placed.color)
     ]
-    return pairs + colours
+    return pairs + colors
 
 
 def words_for(noun):
     """A pattern for any name of a noun."""
-    forms = (noun.name, noun.plural, *noun.synonyms, *map(pluralise, noun.synonyms))
+    forms = (noun.name, noun.plural, *noun.synonyms, *map(pluralize, noun.synonyms))
     return r"\b(" + "|".join(re.escape(form) for form in forms) + r")\b"
 
 
@@ -68,15 +68,15 @@ def words_for(noun):
 def test_vocabulary_has_its_size_and_no_word_twice():
     nouns = NOUNS
     assert len(nouns) >= 220
-    assert sum(noun.recolour for noun in nouns) >= 80
-    assert sum(noun.recolour for noun in nouns[:100]) >= 40
+    assert sum(noun.recolor for noun in nouns) >= 80
+    assert sum(noun.recolor for noun in nouns[:100]) >= 40
     words = [word for noun in nouns for word in (noun.name, *noun.synonyms)]
     assert sorted(set(words)) == sorted(words)
     assert len({noun.emoji for noun in nouns}) == len(nouns)
-    assert len(COLOURS) >= 8 and len(BACKGROUNDS) == 10
-    assert set(COLOUR_LOST_ON) == set(COLOURS)
+    assert len(COLORS) >= 8 and len(BACKGROUNDS) == 10
+    assert set(COLOR_LOST_ON) == set(COLORS)
     lost = {name for noun in nouns for name in noun.lost_on}
-    assert lost.union(*COLOUR_LOST_ON.values()) <= set(BACKGROUNDS)
+    assert lost.union(*COLOR_LOST_ON.values()) <= set(BACKGROUNDS)
     assert all("white" not in noun.lost_on for noun in nouns)
 
 
@@ -92,8 +92,8 @@ def test_vocabulary_has_its_size_and_no_word_twice():
         ("torch", "torches"),
     ],
 )
-def test_pluralise(one, many):
-    assert pluralise(one) == many
+def test_pluralize(one, many):
+    assert pluralize(one) == many
 
 
 # --- sampling ---------------------------------------------------------------------------------
@@ -155,16 +155,16 @@ def test_about_a_tenth_is_held_out_and_order_does_not_matter():
     share = sum(is_held_out_pair(a, b) for a, b in pairs) / len(pairs)
     assert 0.08 < share < 0.12
     assert all(is_held_out_pair(a, b) == is_held_out_pair(b, a) for a, b in pairs)
-    colours = [(a, c) for a in names for c in COLOURS]
-    share = sum(is_held_out_colour(*pair) for pair in colours) / len(colours)
+    colors = [(a, c) for a in names for c in COLORS]
+    share = sum(is_held_out_color(*pair) for pair in colors) / len(colors)
     assert 0.07 < share < 0.13
     # The digest is part of the data: these hold on every machine.
     assert is_held_out_pair(*PINNED_PAIR)
-    assert is_held_out_colour(*PINNED_COLOUR)
+    assert is_held_out_color(*PINNED_COLOR)
 
 
 PINNED_PAIR = ("apple", "house")
-PINNED_COLOUR = ("car", "orange")
+PINNED_COLOR = ("car", "orange")
 
 
 SIZES = {
@@ -196,27 +196,27 @@ def test_categories_show_what_they_promise():
     for scene in TRAINING:
         placed = scene.placed
         nouns = {p.noun.name for p in placed}
-        colours = [p.colour for p in placed if p.colour]
+        colors = [p.color for p in placed if p.color]
         if scene.category == "single_object":
-            assert len(placed) == 1 and not colours
+            assert len(placed) == 1 and not colors
         elif scene.category in ("two_objects", "position"):
-            assert len(placed) == len(nouns) == 2 and not colours
+            assert len(placed) == len(nouns) == 2 and not colors
         elif scene.category == "counting":
-            assert 2 <= len(placed) <= 4 and len(nouns) == 1 and not colours
+            assert 2 <= len(placed) <= 4 and len(nouns) == 1 and not colors
         elif scene.category == "colors":
-            assert len(placed) == len(colours) == 1
+            assert len(placed) == len(colors) == 1
         elif scene.category == "color_attribution":
-            assert len(placed) == len(nouns) == len(set(colours)) == 2
+            assert len(placed) == len(nouns) == len(set(colors)) == 2
         assert (scene.relation is not None) or scene.category != "position"
-        assert all(p.noun.recolour for p in placed if p.colour)
+        assert all(p.noun.recolor for p in placed if p.color)
 
 
 def test_glyphs_stand_out_on_their_background():
     for scene in TRAINING:
         for placed in scene.placed:
-            lost_on = COLOUR_LOST_ON[placed.colour] if placed.colour else placed.noun.lost_on
+            lost_on = COLOR_LOST_ON[placed.color] if placed.color else placed.noun.lost_on
             assert scene.background not in lost_on
-            assert scene.background != placed.colour
+            assert scene.background != placed.color
     unsaid = [scene.background for scene in TRAINING if not scene.background_said]
     assert 0.75 < unsaid.count("white") / len(unsaid) < 0.88
 
@@ -226,7 +226,7 @@ def test_positions_meet_the_rule_of_geneval():
     assert {scene.relation for scene in scenes} == set(captions.RELATIONS)
     for scene in scenes:
         a, b = scene.placed
-        offset = np.subtract(a.centre, b.centre)
+        offset = np.subtract(a.center, b.center)
         dead_zone = 0.1 * (a.size_px + b.size_px)
         offset = np.maximum(np.abs(offset) - dead_zone, 0) * np.sign(offset)
         dx, dy = offset / np.linalg.norm(offset)
@@ -238,7 +238,7 @@ def test_without_a_relation_the_first_named_comes_first_in_reading_order():
     scenes = [scene for scene in TRAINING if len(scene.placed) > 1 and not scene.relation]
     for scene in scenes:
         a, b = scene.placed[:2]
-        assert a.centre[0] < b.centre[0] or a.centre[1] < b.centre[1]
+        assert a.center[0] < b.center[0] or a.center[1] < b.center[1]
 
 
 @pytest.mark.parametrize("num_nouns", [0, -3, MIN_NOUNS - 1, len(NOUNS) + 1])
@@ -281,7 +281,7 @@ def test_captions_name_every_thing_shown():
         for placed in scene.placed:
             for text in (scene.caption.lower(), plain_caption(scene)):
                 assert re.search(words_for(placed.noun), text), text
-                assert placed.colour is None or placed.colour in text
+                assert placed.color is None or placed.color in text
         text = scene.caption.lower().replace("gray", "grey")
         named = [name for name in BACKGROUNDS if f"{name} background" in text]
         if scene.background_said:
@@ -353,7 +353,7 @@ def test_positions_in_captions_agree_with_the_boxes():
                 for part in parts
             )
             assert first is not second, text
-            (ax, ay), (bx, by) = first.centre, second.centre
+            (ax, ay), (bx, by) = first.center, second.center
             agrees = {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}
             assert agrees[relation], text
 
@@ -441,24 +441,24 @@ def test_other_sizes_show_the_same_scene(font, size):
         assert np.abs(small - reference).mean() < 12
 
 
-def test_recoloured_glyphs_have_the_named_colour(font):
-    nouns = [noun for noun in NOUNS if noun.recolour]
+def test_recolored_glyphs_have_the_named_color(font):
+    nouns = [noun for noun in NOUNS if noun.recolor]
     for k, noun in enumerate(nouns):
-        for colour in list(COLOURS)[k % 5 :: 5]:
-            drawn = sprite(noun, colour, 64)
+        for color in list(COLORS)[k % 5 :: 5]:
+            drawn = sprite(noun, color, 64)
             pixels = drawn.rgb[drawn.keep[..., 0] < 8]
             hsv = np.asarray(Image.fromarray(pixels[None]).convert("HSV"), float)[0] / 255
             hue, saturation, value = 360 * hsv[:, 0], hsv[:, 1], hsv[:, 2]
-            target = COLOURS[colour]
-            if colour in ("black", "white"):
+            target = COLORS[color]
+            if color in ("black", "white"):
                 near = (np.abs(value - target[2]) < 0.2) & (saturation < 0.3)
             else:
                 off = np.abs((hue - target[0] + 180) % 360 - 180)
                 bins, _ = np.histogram(hue, 36, (0, 360), weights=(saturation > 0.2) * 1.0)
                 mode = 10 * int((bins + np.roll(bins, 1) + np.roll(bins, -1)).argmax()) + 5
-                assert abs((mode - target[0] + 180) % 360 - 180) < 20, (noun.name, colour)
+                assert abs((mode - target[0] + 180) % 360 - 180) < 20, (noun.name, color)
                 near = (off < 15) & (np.abs(value - target[2]) < 0.35) & (saturation > 0.15)
-            assert near.mean() > 0.15, (noun.name, colour, near.mean())
+            assert near.mean() > 0.15, (noun.name, color, near.mean())
 
 
 def test_missing_font_tells_how_to_install_it(monkeypatch, tmp_path):
@@ -500,7 +500,7 @@ def test_one_noun_makes_an_imagefolder(font, tmp_path):
     folder = tmp_path / "zebras"
     stickers.main(["--noun", "zebra", "--count", "12", "--seed", "3", "--output", str(folder)])
     shown = [noun_scene("zebra", 3, k) for k in range(12)]
-    assert {(p.noun.name, p.colour) for s in shown for p in s.placed} == {("zebra", None)}
+    assert {(p.noun.name, p.color) for s in shown for p in s.placed} == {("zebra", None)}
     assert len({s.caption for s in shown}) > 6 and all(len(s.placed) == 1 for s in shown)
     examples, skipped = read_folder(folder, [(128, 128)])
     assert not skipped and [e.caption for e in examples] == [s.caption for s in shown]

@@ -27,7 +27,7 @@ from train.loop.palettes import load_alone
 from train.options import palettes as palettes_options
 
 TWO = ["--model-widths", "full", "small", "--steps", "30", "--checkpoint-every", "15"]
-PROMPTS = [f"a {colour} {noun}" for colour in ("red", "blue", "green") for noun in ("car", "cat")]
+PROMPTS = [f"a {color} {noun}" for color in ("red", "blue", "green") for noun in ("car", "cat")]
 
 
 @pytest.fixture(scope="module")

@@ -537,7 +537,7 @@ def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):
     before = np.array(straight.model.layers[0].weight)
     assert straight.run()
     change = np.array(straight.model.layers[0].weight) - before
-    # Orthogonalised steps use all directions alike; Adam's or SGD's would be far from it.
+    # Orthogonalized steps use all directions alike; Adam's or SGD's would be far from it.
     singular = np.linalg.svd(change, compute_uv=False)
     assert singular[-1] > 0.2 * singular[0]
     assert not muon(tmp_path / "b", 6).run()

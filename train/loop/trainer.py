@@ -231,7 +231,7 @@ class Trainer:
         key = mx.random.key(config.seed * 1_000_003 + self.step)
         keys = mx.random.split(key, count) if count > 1 else [key]
         add_gradients = self._add_gradients(self.arguments(self.step))
-        total = None
+        total: Any = None
         for micro in range(config.accumulate):
             share = micro * processes + rank
             batch = self.batches(self.step * count + share)

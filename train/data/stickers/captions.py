@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.data.stickers.vocabulary import Noun, pluralise
+from train.data.stickers.vocabulary import Noun, pluralize
 
 RELATIONS = {
     "left": "to the left of",
@@ -78,7 +78,7 @@ TWO_OBJECTS = (
     "{a} as well as {b}",
 )
 # Where neither is more than one thing.
-TWO_NEIGHBOURS = (
+TWO_NEIGHBORS = (
     "both {a} and {b}",
     "{a} next to {b}",
     "{a} beside {b}",
@@ -149,14 +149,14 @@ class Placed:
 
     Attributes:
         noun: what it shows.
-        colour: a name of COLOURS, or None for the glyph's own colours.
+        color: a name of COLORS, or None for the glyph's own colors.
         size_px: the longer side of the glyph and the side of its square cell.
         x, y: left and top edge of the cell. The glyph sits in the middle of it.
         size_word: "small" or "big" if the caption says so, else None.
     """
 
     noun: Noun
-    colour: str | None
+    color: str | None
     size_px: int
     x: int
     y: int
@@ -168,7 +168,7 @@ class Placed:
         return self.x, self.y, self.size_px, self.size_px
 
     @property
-    def centre(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
         """The middle of cell and glyph: (x, y) in pixels."""
         return self.x + self.size_px / 2, self.y + self.size_px / 2
 
@@ -207,27 +207,27 @@ def with_article(phrase: str) -> str:
 
 def _groups(scene: Scene) -> list[tuple[int, Placed]]:
     """(how many, example) for each run of glyphs with the same noun and looks."""
-    runs = itertools.groupby(scene.placed, lambda p: (p.noun.name, p.colour, p.size_word))
+    runs = itertools.groupby(scene.placed, lambda p: (p.noun.name, p.color, p.size_word))
     return [(len(run), run[0]) for run in (list(group) for _, group in runs)]
 
 
 def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, determiner: str) -> str:
     """Such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
-    noun, colour, size = item.noun, item.colour, item.size_word
+    noun, color, size = item.noun, item.color, item.size_word
     singular, plural = noun.name, noun.plural
     tail = ""
     if rng is not None:
         if noun.synonyms and rng.random() < 0.2:
             singular = pick(rng, noun.synonyms)
-            plural = pluralise(singular)
+            plural = pluralize(singular)
         size = size and pick(rng, SIZE_WORDS[size])
-        if colour is not None and rng.random() < 0.2:
-            form = pick(rng, _COLOUR_FORMS)
+        if color is not None and rng.random() < 0.2:
+            form = pick(rng, _COLOR_FORMS)
             if form.startswith("{c}"):
-                colour = form.format(c=colour)
+                color = form.format(c=color)
             else:
-                colour, tail = None, form.format(c=colour, be="is" if count == 1 else "are")
-    words = " ".join(word for word in (size, colour, singular if count == 1 else plural) if word)
+                color, tail = None, form.format(c=color, be="is" if count == 1 else "are")
+    words = " ".join(word for word in (size, color, singular if count == 1 else plural) if word)
     if count > 1:
         digit = rng is not None and rng.random() < 0.35
         return f"{count if digit else NUMBERS[count]} {words}{tail}"
@@ -236,7 +236,7 @@ def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, dete
     return f"{determiner} {words}{tail}".lstrip()
 
 
-_COLOUR_FORMS = (
+_COLOR_FORMS = (
     "{c}-colored",
     "{c} colored",
     "{c}-coloured",
@@ -270,9 +270,9 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
         (count, item), style = groups[0], rng.random()
         if count == 1 and style < 0.04:
             determiner = "a single"
-        if count == 1 and item.colour and not item.size_word and style > 0.95:
-            return f"the {item.noun.name} is {item.colour}", False
-        if count > 1 and item.colour is None and style < 0.4:
+        if count == 1 and item.color and not item.size_word and style > 0.95:
+            return f"the {item.noun.name} is {item.color}", False
+        if count > 1 and item.color is None and style < 0.4:
             number = str(count) if rng.random() < 0.4 else NUMBERS[count]
             forms = COUNTING + COUNTING_TWO if count == 2 else COUNTING
             form = pick(rng, forms).format(n=number, p=item.noun.plural, s=item.noun.name)
@@ -292,10 +292,10 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
     if len(phrases) == 2:
         forms = TWO_OBJECTS
         if len(scene.placed) == 2:
-            forms += TWO_NEIGHBOURS
-        if all(item.colour and not item.size_word for _, item in groups) and rng.random() < 0.07:
+            forms += TWO_NEIGHBORS
+        if all(item.color and not item.size_word for _, item in groups) and rng.random() < 0.07:
             (_, a), (_, b) = groups
-            return f"the {a.noun.name} is {a.colour} and the {b.noun.name} is {b.colour}", False
+            return f"the {a.noun.name} is {a.color} and the {b.noun.name} is {b.color}", False
         return pick(rng, forms).format(a=phrases[0], b=phrases[1]), True
     return ", ".join(phrases) if rng.random() < 0.15 else _join(phrases), True
 

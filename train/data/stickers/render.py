@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.scenes import SIDE
-from train.data.stickers.vocabulary import BACKGROUNDS, COLOURS, Noun, first_nouns
+from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, Noun, first_nouns
 
 STRIKE = 109  # the one size, in pixels per em, that the bitmap font holds
 
@@ -93,11 +93,11 @@ def dominant_hue(rgba: np.ndarray) -> float:
     return float(window.argmax()) * 360 / 256
 
 
-def recolour(glyph: Image.Image, colour: str) -> Image.Image:
-    """Give the glyph's dominant colour the hue, saturation and value of `colour`.
+def recolor(glyph: Image.Image, color: str) -> Image.Image:
+    """Give the glyph's dominant color the hue, saturation and value of `color`.
 
     Pixels near the dominant hue change, each by the ratio of its saturation and value to their
-    medians, so that shading stays; leaves, wheels and outlines keep their own colours.
+    medians, so that shading stays; leaves, wheels and outlines keep their own colors.
     """
     rgba = np.asarray(glyph)
     hsv = np.asarray(glyph.convert("RGB").convert("HSV"), np.float32) / 255
@@ -105,7 +105,7 @@ def recolour(glyph: Image.Image, colour: str) -> Image.Image:
     offset = (hue - dominant_hue(rgba) + 180) % 360 - 180
     weight = (1 - _smoothstep(np.abs(offset), 38, 58)) * _smoothstep(saturation, 0.08, 0.25)
     chosen = (weight > 0.5) & (rgba[..., 3] > 128)
-    target_hue, target_saturation, target_value = COLOURS[colour]
+    target_hue, target_saturation, target_value = COLORS[color]
     new = np.stack(
         [
             (target_hue + 0.25 * offset) % 360 / 360,
@@ -121,10 +121,10 @@ def recolour(glyph: Image.Image, colour: str) -> Image.Image:
     return Image.fromarray(np.concatenate([rgb, rgba[..., 3:]], axis=-1))
 
 
-@functools.lru_cache(maxsize=2048)  # about 55 kB each; holds every noun in every colour
-def _recoloured(font: str | Path | None, emoji: str, colour: str | None) -> Image.Image:
+@functools.lru_cache(maxsize=2048)  # about 55 kB each; holds every noun in every color
+def _recolored(font: str | Path | None, emoji: str, color: str | None) -> Image.Image:
     glyph = _glyph(font, emoji)
-    glyph = glyph if colour is None else recolour(glyph, colour)
+    glyph = glyph if color is None else recolor(glyph, color)
     return glyph.convert("RGBa")
 
 
@@ -133,7 +133,7 @@ class Sprite:
     """A glyph ready to be laid over a picture.
 
     Attributes:
-        rgb: uint8 (h, w, 3), colours times alpha.
+        rgb: uint8 (h, w, 3), colors times alpha.
         keep: uint16 (h, w, 1), share of the background that shows through, out of 256.
     """
 
@@ -142,9 +142,9 @@ class Sprite:
 
 
 @functools.lru_cache(maxsize=8192)  # about 13 kB each
-def sprite(noun: Noun, colour: str | None, size_px: int, font: str | Path | None = None) -> Sprite:
-    """The glyph of `noun` in `colour` (None: its own) with its longer side `size_px` pixels."""
-    glyph = _recoloured(font, noun.emoji, colour)
+def sprite(noun: Noun, color: str | None, size_px: int, font: str | Path | None = None) -> Sprite:
+    """The glyph of `noun` in `color` (None: its own) with its longer side `size_px` pixels."""
+    glyph = _recolored(font, noun.emoji, color)
     scale = size_px / max(glyph.size)
     width, height = (max(round(side * scale), 1) for side in glyph.size)
     pixels = np.asarray(glyph.resize((width, height), Image.Resampling.BICUBIC))
@@ -157,13 +157,13 @@ def sprite(noun: Noun, colour: str | None, size_px: int, font: str | Path | None
 def _corner(placed: Placed, drawn: Sprite, scale: float) -> tuple[int, int]:
     """Left and top edge of a glyph in the middle of its cell."""
     height, width = drawn.rgb.shape[:2]
-    cx, cy = placed.centre
+    cx, cy = placed.center
     return int(cx * scale - width / 2), int(cy * scale - height / 2)
 
 
 def drawn_box(placed: Placed, font: str | Path | None = None) -> tuple[int, int, int, int]:
     """The box (x, y, w, h) in pixels that the glyph fills; its cell is at least as large."""
-    drawn = sprite(placed.noun, placed.colour, placed.size_px, font)
+    drawn = sprite(placed.noun, placed.color, placed.size_px, font)
     height, width = drawn.rgb.shape[:2]
     return *_corner(placed, drawn, 1.0), width, height
 
@@ -187,7 +187,7 @@ def render(scene: Scene, size: int = SIDE, *, font: str | Path | None = None) ->
     picture = _plain(scene.background, size).copy()
     scale = size / SIDE
     for placed in scene.placed:
-        drawn = sprite(placed.noun, placed.colour, round(placed.size_px * scale), font)
+        drawn = sprite(placed.noun, placed.color, round(placed.size_px * scale), font)
         x, y = _corner(placed, drawn, scale)
         height, width = drawn.rgb.shape[:2]
         under = picture[y : y + height, x : x + width]
@@ -196,13 +196,13 @@ def render(scene: Scene, size: int = SIDE, *, font: str | Path | None = None) ->
 
 
 def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
-    """Every noun alone, and every recolourable one in each colour, in the nouns' order."""
+    """Every noun alone, and every recolorable one in each color, in the nouns' order."""
     pictures = []
     for noun in first_nouns(num_nouns):
-        for colour in (None, *COLOURS) if noun.recolour else (None,):
-            background = "grey" if colour == "white" else "white"
-            said = noun.name if colour is None else f"{colour} {noun.name}"
-            placed = (Placed(noun, colour, 112, 8, 8),)
+        for color in (None, *COLORS) if noun.recolor else (None,):
+            background = "grey" if color == "white" else "white"
+            said = noun.name if color is None else f"{color} {noun.name}"
+            placed = (Placed(noun, color, 112, 8, 8),)
             pictures.append(Scene("colors", placed, background, said))
     return pictures
 

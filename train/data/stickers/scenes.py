@@ -2,7 +2,7 @@
 
 The categories are those of GenEval (arXiv 2310.11513: single object, two objects, counting, colors,
 position, color attribution) and sizes, backgrounds and mixtures. A tenth of the noun pairs and a
-tenth of the noun-colour pairs never occur in training, so that a score on them tells composition
+tenth of the noun-color pairs never occur in training, so that a score on them tells composition
 from memory.
 """
 
@@ -18,8 +18,8 @@ from mlx_snapgen.errors import UserError, nearest
 from train.data.stickers.captions import RELATIONS, Placed, Scene, caption, pick
 from train.data.stickers.vocabulary import (
     BACKGROUNDS,
-    COLOUR_LOST_ON,
-    COLOURS,
+    COLOR_LOST_ON,
+    COLORS,
     NOUNS,
     Noun,
     first_nouns,
@@ -61,16 +61,16 @@ def is_held_out_pair(a: str, b: str) -> bool:
     return a != b and _held_out("pair", *sorted((a, b)))
 
 
-_OWN_COLOURS = {noun.name: noun.own_colour for noun in NOUNS}
+_OWN_COLORS = {noun.name: noun.own_color for noun in NOUNS}
 
 
 @functools.lru_cache(maxsize=20_000)
-def is_held_out_colour(noun: str, colour: str) -> bool:
-    """Whether the noun named `noun` never has the colour `colour` in a training scene.
+def is_held_out_color(noun: str, color: str) -> bool:
+    """Whether the noun named `noun` never has the color `color` in a training scene.
 
-    Its own colour is never held out, since training shows it without naming it.
+    Its own color is never held out, since training shows it without naming it.
     """
-    return colour != _OWN_COLOURS.get(noun) and _held_out("colour", noun, colour)
+    return color != _OWN_COLORS.get(noun) and _held_out("colour", noun, color)
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,25 @@ class _Pool:
     """The choices that the first `num_nouns` nouns leave."""
 
     nouns: tuple[Noun, ...]
-    recolourable: tuple[Noun, ...]
+    recolorable: tuple[Noun, ...]
     held_out_pairs: tuple[tuple[Noun, Noun], ...]
-    held_out_colours: tuple[tuple[Noun, str], ...]
+    held_out_colors: tuple[tuple[Noun, str], ...]
 
 
 @functools.lru_cache(maxsize=8)
 def _pool(num_nouns: int | None) -> _Pool:
     nouns = first_nouns(num_nouns)
-    recolourable = tuple(noun for noun in nouns if noun.recolour)
+    recolorable = tuple(noun for noun in nouns if noun.recolor)
     pairs = tuple(
         (a, b) for a, b in itertools.combinations(nouns, 2) if is_held_out_pair(a.name, b.name)
     )
-    colours = tuple(
-        (noun, colour)
-        for noun in recolourable
-        for colour in COLOURS
-        if is_held_out_colour(noun.name, colour)
+    colors = tuple(
+        (noun, color)
+        for noun in recolorable
+        for color in COLORS
+        if is_held_out_color(noun.name, color)
     )
-    return _Pool(nouns, recolourable, pairs, colours)
+    return _Pool(nouns, recolorable, pairs, colors)
 
 
 def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -> list[Noun]:
@@ -108,18 +108,18 @@ def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -
             return nouns
 
 
-def _colour_of(rng: np.random.Generator, noun: Noun, taken: str | None = None) -> str:
-    """A colour for `noun` that is neither held out nor `taken`."""
+def _color_of(rng: np.random.Generator, noun: Noun, taken: str | None = None) -> str:
+    """A color for `noun` that is neither held out nor `taken`."""
     while True:
-        colour = pick(rng, tuple(COLOURS))
-        if colour != taken and not is_held_out_colour(noun.name, colour):
-            return colour
+        color = pick(rng, tuple(COLORS))
+        if color != taken and not is_held_out_color(noun.name, color):
+            return color
 
 
 def _subjects(
     rng: np.random.Generator, pool: _Pool, category: str, held_out: bool
 ) -> list[tuple[Noun, str | None]]:
-    """The noun and colour of each glyph, equal ones next to each other."""
+    """The noun and color of each glyph, equal ones next to each other."""
     if category == "counting":
         return [(pick(rng, pool.nouns), None)] * (2 + int(rng.random() * 3))
     if category in ("two_objects", "position"):
@@ -131,33 +131,33 @@ def _subjects(
         return [(noun, None) for noun in pair]
     if category == "colors":
         if held_out:
-            return [pick(rng, pool.held_out_colours)]
-        noun = pick(rng, pool.recolourable)
-        return [(noun, _colour_of(rng, noun))]
+            return [pick(rng, pool.held_out_colors)]
+        noun = pick(rng, pool.recolorable)
+        return [(noun, _color_of(rng, noun))]
     if category == "color_attribution":
         if held_out:
-            first = pick(rng, pool.held_out_colours)
-            second = pick(rng, [noun for noun in pool.recolourable if noun is not first[0]])
-            pair = [first, (second, _colour_of(rng, second, taken=first[1]))]
+            first = pick(rng, pool.held_out_colors)
+            second = pick(rng, [noun for noun in pool.recolorable if noun is not first[0]])
+            pair = [first, (second, _color_of(rng, second, taken=first[1]))]
             return pair if rng.random() < 0.5 else pair[::-1]
-        a, b = _noun_set(rng, pool.recolourable, 2)
-        colour = _colour_of(rng, a)
-        return [(a, colour), (b, _colour_of(rng, b, taken=colour))]
+        a, b = _noun_set(rng, pool.recolorable, 2)
+        color = _color_of(rng, a)
+        return [(a, color), (b, _color_of(rng, b, taken=color))]
     if category == "mixed":
         return _mixed_subjects(rng, pool)
     if category == "size" and rng.random() < 0.35:
         return [(noun, None) for noun in _noun_set(rng, pool.nouns, 2)]
     noun = pick(rng, pool.nouns)
-    can_colour = category in ("size", "background") and noun.recolour
-    return [(noun, _colour_of(rng, noun) if can_colour and rng.random() < 0.4 else None)]
+    can_color = category in ("size", "background") and noun.recolor
+    return [(noun, _color_of(rng, noun) if can_color and rng.random() < 0.4 else None)]
 
 
 def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, str | None]]:
-    """Coloured counts, counts of two kinds, three or four kinds, one coloured of two."""
+    """Colored counts, counts of two kinds, three or four kinds, one colored of two."""
     kind = rng.random()
     if kind < 0.3:
-        noun = pick(rng, pool.recolourable)
-        return [(noun, _colour_of(rng, noun))] * (2 + int(rng.random() * 3))
+        noun = pick(rng, pool.recolorable)
+        return [(noun, _color_of(rng, noun))] * (2 + int(rng.random() * 3))
     if kind < 0.55:
         a, b = _noun_set(rng, pool.nouns, 2)
         count_a, count_b = pick(rng, ((2, 1), (1, 2), (2, 2), (3, 1), (1, 3)))
@@ -165,8 +165,8 @@ def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, s
     if kind < 0.8:
         count = 3 if rng.random() < 0.7 else 4
         return [(noun, None) for noun in _noun_set(rng, pool.nouns, count)]
-    a, b = _noun_set(rng, pool.recolourable, 2)
-    pair = [(a, _colour_of(rng, a)), (b, None)]
+    a, b = _noun_set(rng, pool.recolorable, 2)
+    pair = [(a, _color_of(rng, a)), (b, None)]
     return pair if rng.random() < 0.5 else pair[::-1]
 
 
@@ -216,8 +216,8 @@ def _background(
     """A background that every glyph stands out on, and whether the caption names it."""
     lost = {
         name
-        for noun, colour in subjects
-        for name in (noun.lost_on if colour is None else COLOUR_LOST_ON[colour])
+        for noun, color in subjects
+        for name in (noun.lost_on if color is None else COLOR_LOST_ON[color])
     }
     options = [name for name in BACKGROUNDS if name not in lost]
     said = category == "background" or rng.random() < 0.06
@@ -237,7 +237,7 @@ def sample_scene(
     Args:
         rng: the only source of randomness.
         num_nouns: use the first so many of NOUNS; None for all.
-        held_out: use a held-out pair of nouns or a held-out colour of a noun. Otherwise none.
+        held_out: use a held-out pair of nouns or a held-out color of a noun. Otherwise none.
         category: a key of CATEGORIES; None draws one. Of HELD_OUT_CATEGORIES if `held_out`.
 
     Raises:
@@ -269,8 +269,8 @@ def _composed(
     corners = _corners(rng, [size for size, _ in sizes], relation)
     background, said = _background(rng, category, subjects)
     placed = tuple(
-        Placed(noun, colour, size, *corner, word)
-        for (noun, colour), (size, word), corner in zip(subjects, sizes, corners, strict=True)
+        Placed(noun, color, size, *corner, word)
+        for (noun, color), (size, word), corner in zip(subjects, sizes, corners, strict=True)
     )
     scene = Scene(category, placed, background, "", relation, said)
     return replace(scene, caption=caption(scene, rng))
@@ -300,7 +300,7 @@ def training_scene(
 
 
 def noun_scene(name: str, seed: int, k: int) -> Scene:
-    """Scene number k of a seed that shows one noun alone, in its own colours.
+    """Scene number k of a seed that shows one noun alone, in its own colors.
 
     Raises:
         UserError: no such noun.

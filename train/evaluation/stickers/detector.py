@@ -2,7 +2,7 @@
 
 Everything that differs from the plain background is foreground. Its box is cut in two where a row
 or a column holds none of it or little, again and again; every box on the way is compared with every
-noun in every colour, drawn on the same background; the cuts whose boxes match best win.
+noun in every color, drawn on the same background; the cuts whose boxes match best win.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from train.data.stickers.render import sprite
-from train.data.stickers.vocabulary import COLOURS, Noun
+from train.data.stickers.vocabulary import COLORS, Noun
 
 ACCEPT = 0.96  # least score of a detection
 SURE = 1.15  # from here on a box is one object and is not cut further
@@ -23,7 +23,7 @@ BASE = 0.7  # a box explains its foreground to the extent that its score is abov
 FOREGROUND = 20  # least difference from the background in some channel, out of 255
 MARGIN = 2  # pixels around a detection that still belong to it
 SMALLEST = 24  # pixels of an object's longer side; the scenes' glyphs have 28 and more
-EDGE_WEIGHT = 2.0  # of edges against colours, when a box and a glyph are compared
+EDGE_WEIGHT = 2.0  # of edges against colors, when a box and a glyph are compared
 MAX_CUTS = 5  # one after the other, from the whole picture to an object
 MAX_BOXES = 24  # compared after as many cuts; only pictures without order have more
 THICKEST = 0.4  # place to cut through where there is no gap, of the thickness elsewhere
@@ -44,13 +44,13 @@ class Detection:
 
     Attributes:
         noun: its name.
-        colour: a name of COLOURS, or None if the noun is never given another colour.
+        color: a name of COLORS, or None if the noun is never given another color.
         box: (x, y, w, h) in pixels.
         score: likeness to the glyph (at most 1) plus its lead over the likest other noun.
     """
 
     noun: str
-    colour: str | None
+    color: str | None
     box: Box
     score: float
 
@@ -65,14 +65,14 @@ class Detector:
 
     def __init__(self, nouns: Sequence[Noun], font: str | Path | None = None):
         self.nouns = tuple(nouns)
-        looks = [(noun, c) for noun in nouns for c in _colours(noun)]
-        self._glyphs = np.stack([_glyph(noun, colour, font) for noun, colour in looks])
-        self._starts = np.cumsum([0] + [len(_colours(noun)) for noun in nouns])
+        looks = [(noun, c) for noun in nouns for c in _colors(noun)]
+        self._glyphs = np.stack([_glyph(noun, color, font) for noun, color in looks])
+        self._starts = np.cumsum([0] + [len(_colors(noun)) for noun in nouns])
         self._templates = functools.lru_cache(maxsize=16)(self._templates_on)
 
     def __call__(self, picture: np.ndarray) -> list[Detection]:
         """What `picture`, uint8 (H, W, 3), shows, best first."""
-        background = background_colour(picture)
+        background = background_color(picture)
         mask = foreground(picture, background)
         whole = _tight(mask, (0, 0, mask.shape[1], mask.shape[0]))
         found: dict[Box, Detection] = {}
@@ -88,7 +88,7 @@ class Detector:
 
     def leftover(self, picture: np.ndarray, detections: Sequence[Detection]) -> float:
         """Foreground outside all `detections`, in units of their mean foreground; 0 for none."""
-        mask = foreground(picture, background_colour(picture))
+        mask = foreground(picture, background_color(picture))
         total = mask.sum()
         for x, y, w, h in (d.box for d in detections):
             mask[max(y - MARGIN, 0) : y + h + MARGIN, max(x - MARGIN, 0) : x + w + MARGIN] = False
@@ -97,8 +97,8 @@ class Detector:
 
     def _templates_on(self, background: tuple[float, float, float]) -> np.ndarray:
         """Features of all glyphs over a background, in [0, 1]."""
-        colours, alpha = self._glyphs[..., :3], self._glyphs[..., 3:]
-        return _features(colours - np.array(background, np.float32) * alpha)
+        colors, alpha = self._glyphs[..., :3], self._glyphs[..., 3:]
+        return _features(colors - np.array(background, np.float32) * alpha)
 
     def _classify(
         self, picture: np.ndarray, background: np.ndarray, boxes: list[Box]
@@ -117,13 +117,13 @@ class Detector:
             second, first = np.argsort(of_noun[k])[-2:]
             noun = self.nouns[first]
             look = likeness[k, self._starts[first] : self._starts[first + 1]].argmax()
-            colour = _colours(noun)[look] or noun.own_colour
+            color = _colors(noun)[look] or noun.own_color
             score = 2 * of_noun[k, first] - of_noun[k, second]
-            out.append(Detection(noun.name, colour, box, float(score)))
+            out.append(Detection(noun.name, color, box, float(score)))
         return out
 
 
-def background_colour(picture: np.ndarray) -> np.ndarray:
+def background_color(picture: np.ndarray) -> np.ndarray:
     """(3,) median of the two outermost pixels all round."""
     rim = np.ones(picture.shape[:2], bool)
     rim[2:-2, 2:-2] = False
@@ -204,13 +204,13 @@ def _explain(
     return best
 
 
-def _colours(noun: Noun) -> tuple[str | None, ...]:
-    return (None, *COLOURS) if noun.recolour else (None,)
+def _colors(noun: Noun) -> tuple[str | None, ...]:
+    return (None, *COLORS) if noun.recolor else (None,)
 
 
-def _glyph(noun: Noun, colour: str | None, font: str | Path | None) -> np.ndarray:
-    """A glyph in the middle of a square, (GRID, GRID, 4): colour times alpha, and alpha."""
-    drawn = sprite(noun, colour, DRAWN, font)
+def _glyph(noun: Noun, color: str | None, font: str | Path | None) -> np.ndarray:
+    """A glyph in the middle of a square, (GRID, GRID, 4): color times alpha, and alpha."""
+    drawn = sprite(noun, color, DRAWN, font)
     h, w = drawn.rgb.shape[:2]
     y, x = (DRAWN - h) // 2, (DRAWN - w) // 2
     square = np.zeros((DRAWN, DRAWN, 4), np.float32)
@@ -238,8 +238,8 @@ def _squares(picture: np.ndarray, background: np.ndarray, box: Box) -> np.ndarra
 
 def _gaussians(rows: int, sigma: float) -> np.ndarray:
     """(rows, GRID): evenly spaced Gaussian windows over GRID pixels."""
-    centres = (np.arange(rows) + 0.5) * GRID / rows - 0.5
-    windows = np.exp(-0.5 * ((np.arange(GRID) - centres[:, None]) / sigma) ** 2)
+    centers = (np.arange(rows) + 0.5) * GRID / rows - 0.5
+    windows = np.exp(-0.5 * ((np.arange(GRID) - centers[:, None]) / sigma) ** 2)
     return (windows / windows.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -251,7 +251,7 @@ def _filter(windows: np.ndarray, squares: np.ndarray) -> np.ndarray:
 
 
 def _features(squares: np.ndarray) -> np.ndarray:
-    """Colour and edges of four directions, pooled so that a little deformation matters little.
+    """Color and edges of four directions, pooled so that a little deformation matters little.
 
     Args:
         squares: (N, GRID, GRID, 3), zero where there is background.

@@ -55,8 +55,8 @@ def fixed_prompts(per_category: int, num_nouns: int | None = None) -> list[Promp
 
 def relations(a: Box, b: Box) -> set[str]:
     """How box `a` lies to box `b`: keys of captions.RELATIONS, by GenEval's rule."""
-    centres = np.array([[x + w / 2, y + h / 2] for x, y, w, h in (a, b)])
-    offset = centres[0] - centres[1]
+    centers = np.array([[x + w / 2, y + h / 2] for x, y, w, h in (a, b)])
+    offset = centers[0] - centers[1]
     zone = DEAD_ZONE * (np.array(a[2:]) + np.array(b[2:]))
     dx, dy = np.sign(offset) * np.maximum(np.abs(offset) - zone, 0) / max(np.hypot(*offset), 1e-6)
     cosines = {"left": -dx, "right": dx, "above": -dy, "below": dy}
@@ -70,7 +70,7 @@ def is_correct(scene: Scene, detections: Sequence[Detection], leftover: float = 
     `MAX_LEFTOVER` objects, or a mangled fourth one would make three.
     """
     matches = [
-        [d for d in detections if d.noun == placed.noun.name and placed.colour in (None, d.colour)]
+        [d for d in detections if d.noun == placed.noun.name and placed.color in (None, d.color)]
         for placed in scene.placed
     ]
     if scene.category == "counting":

@@ -1,7 +1,7 @@
 """Tables and marked pictures of an evaluation."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -66,7 +66,10 @@ def make_row(
             "category": prompt.scene.category,
             "held_out": prompt.held_out,
             "correct": ok,
-            "found": [asdict(detection) for detection in detections],
+            "found": [
+                {"noun": d.noun, "colour": d.color, "box": d.box, "score": d.score}
+                for d in detections
+            ],
         }
         for prompt, ok, detections in zip(prompts, correct, found, strict=True)
     ]
