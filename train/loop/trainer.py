@@ -237,8 +237,9 @@ class Trainer:
             batch = self.batches(self.step * count + share)
             total = add_gradients(total, batch, keys[share])
             mx.eval(total)
-        metrics, stop = self._update(*total, mx.array(float(self._stop)))
-        del total
+        grads, sums = total
+        metrics, stop = self._update(grads, sums, mx.array(float(self._stop)))
+        del total, grads, sums
         mx.eval(self._state, metrics, stop)
         return {name: value.item() for name, value in metrics.items()}, stop.item() > 0
 
