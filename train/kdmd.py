@@ -17,13 +17,14 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
+from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import FOUR_STEPS
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.settings import check_width
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
-from train.data.prompts import PromptList, read_prompts
-from train.data.simulation import Simulation
+from train.data.prompts import PromptList
+from train.data.simulation import STUDENT, Simulation
 from train.data.stickers import source as stickers
 from train.data.streams import Stream
 from train.evaluation.previews import Previews
@@ -32,7 +33,6 @@ from train.loop.run import claim_data, find_folder
 from train.loop.trainer import Trainer
 from train.objectives.dmd import (
     DMD,
-    STUDENT,
     Distilled,
     DMDStep,
     fit_to_few_step,
@@ -44,7 +44,7 @@ from train.options.kdmd import parse, training_config
 def main() -> None:
     args = parse()
     captions = stickers.from_options(args, seed=args.seed)
-    prompts = PromptList(read_prompts(args.prompts)) if args.prompts else captions
+    prompts = PromptList(list(read_prompts(args.prompts_file))) if args.prompts_file else captions
 
     mx.random.seed(args.seed)
     components = load_pretrained(args.model)
@@ -70,7 +70,7 @@ def main() -> None:
 
     h, w = (side // config.autoencoder.downsampling for side in config.image_size)
     batches = Simulation(
-        model,
+        network,
         teacher,
         shape=(h, w, config.transformer.latent_channels),
         batch_size=args.batch_size,
@@ -79,7 +79,7 @@ def main() -> None:
         seed=args.seed,
         read=None if teacher is own else own.read,
     )
-    claim_data(args.run_dir, {"data": "prompts"} if args.prompts else captions.settings())
+    claim_data(args.run_dir, {"data": "prompts"} if args.prompts_file else captions.settings())
     if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
         first = [batches(k) for k in tqdm(range(8), desc="first batches", leave=False)]
         fit_to_few_step(model, teacher, first)

@@ -11,6 +11,7 @@ from collections import Counter
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import save_lora
@@ -18,7 +19,7 @@ from mlx_snapgen.settings import WIDTHS, check_width, held_widths
 from train.data.encoded import EncodedFolder
 from train.data.imagefolder import PictureFolder, bucket_sizes, describe, digest, read_folder
 from train.data.prior import draw_prior
-from train.data.prompts import read_prompts, spread
+from train.data.prompts import spread
 from train.data.stickers.source import known_prompts
 from train.evaluation.drift import Validation
 from train.evaluation.estimate import Estimate, estimate, num_trainable, physical_memory
@@ -71,7 +72,7 @@ def main() -> None:
     )
     wanted = args.prior_pictures if args.prior_weight else 0
     if args.prior_prompts:
-        prior_prompts = read_prompts(args.prior_prompts)[:wanted]
+        prior_prompts = list(read_prompts(args.prior_prompts))[:wanted]
     else:
         prior_prompts = known_prompts(components, wanted)
     if wanted and not prior_prompts:

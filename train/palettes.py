@@ -21,11 +21,12 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.quantize.palettes import with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import check_width, parse_width
-from train.data.prompts import read_prompts, spread
+from train.data.prompts import spread
 from train.data.stickers.source import known_prompts
 from train.data.stickers.vocabulary import known_nouns
 from train.data.trajectories import Trajectories
@@ -50,7 +51,7 @@ def main() -> None:
     config = load_config(folder)
     for name in args.model_widths:
         check_width(config, name)
-    given = read_prompts(args.prompts) if args.prompts else None
+    given = list(read_prompts(args.prompts_file)) if args.prompts_file else None
     components = load_alone(folder, args.model_widths)
     if args.score:
         known_nouns(components)  # fails before anything is drawn
@@ -59,7 +60,7 @@ def main() -> None:
     widths = {name: 1.0 if alone else parse_width(name).share for name in args.model_widths}
     captions = given[: args.pictures] if given else known_prompts(components, args.pictures)
     if len(captions) <= HELD_OUT:
-        raise UserError(f"--prompts: more than {HELD_OUT} prompts are needed, a line for each")
+        raise UserError(f"--prompts-file: more than {HELD_OUT} prompts are needed, a line for each")
     learned, held = captions[HELD_OUT:], captions[:HELD_OUT]
 
     print("measuring how sensitive each layer is to quantization", flush=True)

@@ -23,11 +23,10 @@ from tests.tiny import AUTOENCODER
 from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
 from tests.training.test_kd import student_config
 from train.data.prompts import PromptList
-from train.data.simulation import Simulation
+from train.data.simulation import STUDENT, Simulation
 from train.objectives.distillation import Distillation, Student
 from train.objectives.dmd import (
     DMD,
-    STUDENT,
     Distilled,
     DMDStep,
     critic_name,
@@ -207,7 +206,7 @@ def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
     teacher = load_other_teacher(qwen_folder, components.config.autoencoder)
     model = Distilled(own.network, (1.0,), feature_dims=teacher.feature_dims, rank=2, alpha=2.0)
     batch = Simulation(
-        model,
+        model.network,
         teacher,
         shape=(4, 4, 4),
         batch_size=2,

@@ -349,7 +349,7 @@ def test_without_prompts_of_old_a_foreign_model_is_told_of(
     folder, model_folder, monkeypatch, capsys
 ):
     (folder.parent / "known.txt").write_text("\n")
-    with pytest.raises(UserError, match=r"known\.txt is empty"):
+    with pytest.raises(UserError, match=r"known\.txt has no prompts"):
         run(monkeypatch, folder, model_folder)
     argv = ["lora", "--data", str(folder), "--model", str(model_folder), "--dry-run"]
     monkeypatch.setattr(sys, "argv", argv)

@@ -13,12 +13,11 @@ from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from train.data.prompts import PromptList
-from train.data.simulation import Simulation
+from train.data.simulation import STUDENT_TEXT, Simulation
 from train.loop.config import TrainingConfig
 from train.loop.trainer import Trainer
 from train.objectives.dmd import (
     DMD,
-    STUDENT_TEXT,
     Distilled,
     DMDStep,
     critic_name,
@@ -178,7 +177,7 @@ def test_backward_simulation_follows_the_student(parts):
     model, teacher = parts
     channels = model.network.config.latent_channels
     simulation = Simulation(
-        model,
+        model.network,
         teacher,
         shape=(4, 4, channels),
         batch_size=2,
@@ -201,7 +200,7 @@ def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
     asked = []
     shape = (4, 4, model.network.config.latent_channels)
     simulation = Simulation(
-        model,
+        model.network,
         teacher,
         shape=shape,
         batch_size=2,

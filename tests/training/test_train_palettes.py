@@ -49,7 +49,7 @@ def tuned(model):
 
 def run(model, output, *options):
     prompts = model.parent / "prompts.txt"
-    fixed = ["--prompts", prompts, "--pictures", "6", "--run-dir", output.parent / "run"]
+    fixed = ["--prompts-file", prompts, "--pictures", "6", "--run-dir", output.parent / "run"]
     fixed += ["--batch-size", "8", "--quantize", "4.5", "--model", model, "--output", output]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(palettes, "HELD_OUT", 2)

@@ -6,12 +6,16 @@ import mlx.core as mx
 
 from mlx_snapgen.config import FOUR_STEPS
 from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.sampling import add_noise, get_schedule
 from mlx_snapgen.teachers.base import Teacher
 from train.data.source import Batch, PromptSource
 from train.data.streams import Stream
-from train.objectives.dmd import STUDENT, STUDENT_TEXT, Distilled
-from train.objectives.losses import expand
+
+STUDENT = "student"
+"""Name of the student's adapter."""
+STUDENT_TEXT = ("student_text", "student_mask")
+"""In a batch, the joined text (B, L, D) and mask (B, L) of student and critic."""
 
 
 class Simulation:
@@ -21,6 +25,7 @@ class Simulation:
     add fresh noise of the next level), and stops there.
 
     Args:
+        network: has the student's adapter.
         shape: (h, w, C) of the latents.
         share_of: step -> the student's share of the network's width.
         read: prompts -> the student's text and mask; None where the teacher has the student's own
@@ -29,7 +34,7 @@ class Simulation:
 
     def __init__(
         self,
-        model: Distilled,
+        network: EfficientDiT,
         teacher: Teacher,
         *,
         shape: tuple[int, int, int],
@@ -41,17 +46,17 @@ class Simulation:
         seed: int = 0,
         read: Callable[[Sequence[str]], tuple[mx.array, mx.array]] | None = None,
     ):
-        self.model, self.teacher, self.shape, self.read = model, teacher, shape, read
+        self.teacher, self.shape, self.read = teacher, shape, read
         self.batch_size, self.prompts, self.share_of = batch_size, prompts, share_of
         self.levels = get_schedule(num_steps, time_shift)
         self.seed = seed
 
         def predict(x_t, sigma, text, mask, share):
-            with acting(model.network, STUDENT):
-                v = model.network(x_t, sigma, text, mask, share=share)
-            return x_t - expand(sigma, x_t) * v
+            with acting(network, STUDENT):
+                v = network(x_t, sigma, text, mask, share=share)
+            return x_t - sigma[:, None, None, None] * v
 
-        self._predict = mx.compile(predict, inputs=model.state)
+        self._predict = mx.compile(predict, inputs=network.state)
 
     def __call__(self, number: int) -> Batch:
         """Batch `number`, from the student with its present weights."""
@@ -69,7 +74,7 @@ class Simulation:
             sigma, following = (mx.full((count,), s) for s in self.levels[i : i + 2])
             x0 = self._predict(x_t, sigma, text, mask, share)
             eps = mx.random.normal(x0.shape, key=keys[i + 1])
-            x_t = add_noise(x0, eps, expand(following, x0))
+            x_t = add_noise(x0, eps, following[:, None, None, None])
         sigma = mx.full((count,), self.levels[stop])
         own = dict(zip(STUDENT_TEXT, (text, mask), strict=True))
         return {"x_t": x_t, "sigma": sigma, **condition._asdict(), **own}

@@ -11,7 +11,6 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from train.data.encoded import rows
 from train.data.source import Batch
 from train.data.streams import Stream
-from train.objectives.losses import per_sample
 
 CHUNK = 8  # pictures drawn at a time
 
@@ -77,7 +76,7 @@ class Trajectories:
         for start in range(0, count, 32):
             batch = self.rows(states, range(start, min(start + 32, count)))
             v = network(batch["x_t"], batch["t"], batch["text"], batch["mask"], share=share)
-            total += float(per_sample(v - batch["v"]).sum())
+            total += float((v - batch["v"]).square().mean(axis=(1, 2, 3)).sum())
         return total / count
 
 

@@ -241,7 +241,7 @@ class Trainer:
         metrics, stop = self._update(grads, sums, mx.array(float(self._stop)))
         del total, grads, sums
         mx.eval(self._state, metrics, stop)
-        return {name: value.item() for name, value in metrics.items()}, stop.item() > 0
+        return {name: _number(value) for name, value in metrics.items()}, _number(stop) > 0
 
     def _checkpoint(self) -> None:
         if not self.is_main:
@@ -297,7 +297,7 @@ class Trainer:
         ]
         mx.eval(shared)
         self._set_trees(tree_unflatten(shared))
-        self.step = int(np.array(from_first(mx.array(self.step))))
+        self.step = int(_number(from_first(mx.array(self.step))))
 
     def _check_settings(self, checkpoint: Path, state: dict) -> None:
         """Refuse settings that change the data of the steps to come; print other changes."""
@@ -354,6 +354,10 @@ class Trainer:
                 flush=True,
             )
             os._exit(1)
+
+
+def _number(x: mx.array) -> float:
+    return float(np.array(x))
 
 
 def _cast(tree, dtype: mx.Dtype):

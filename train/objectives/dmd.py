@@ -18,6 +18,7 @@ from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import load_teacher
+from train.data.simulation import STUDENT, STUDENT_TEXT
 from train.data.source import Batch
 from train.objectives.base import Metrics, value_and_grad
 from train.objectives.distillation import condition_of
@@ -31,9 +32,6 @@ from train.objectives.losses import (
 from train.objectives.projectors import fit_projectors, new_projectors
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
-STUDENT = "student"
-STUDENT_TEXT = ("student_text", "student_mask")
-"""In a batch, the joined text (B, L, D) and mask (B, L) of student and critic."""
 
 
 def critic_name(share: float) -> str:

@@ -20,8 +20,7 @@ from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
-from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
 from mlx_snapgen.sampling import add_noise, shift_time
 from train.data.source import Batch
 from train.data.streams import Stream

@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     add_number(parser, "--alpha", 128.0, "the LoRAs are scaled by alpha / rank")
     add_number(parser, "--learning-rate", 1e-4, "AdamW learning rate")
     add(
-        "--prompts",
+        "--prompts-file",
         type=Path,
         metavar="FILE",
         help="prompts to train on, one in each line (default: captions of sticker scenes)",

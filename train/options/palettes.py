@@ -24,7 +24,11 @@ def parse(description: str | None) -> argparse.Namespace:
         prog="python -m train.palettes",
         description=description,
         epilog="Run again with the same options to resume.",
-        renamed={"--widths": "--model-widths", "--bits": "--quantize"},
+        renamed={
+            "--widths": "--model-widths",
+            "--bits": "--quantize",
+            "--prompts": "--prompts-file",
+        },
     )
     add = parser.add_argument
     add_model(parser)
@@ -38,7 +42,7 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     add_model_widths(parser, default=["full"])
     add(
-        "--prompts",
+        "--prompts-file",
         type=Path,
         metavar="FILE",
         help="prompts to draw and train on, one in each line (default: in the built-in model's "

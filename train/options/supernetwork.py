@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, add_model_widths
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.text_encoders.sentencepiece import Tokenizer
+from mlx_snapgen.networks.text_encoders.base import Tokenizer
 from mlx_snapgen.settings import WIDTH_NAMES, parse_width
 from train.data.encoded import EncodedBatches
 from train.data.source import PictureSource
