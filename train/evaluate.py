@@ -10,6 +10,7 @@ fixed latents, fixed noise and fixed noise levels.
 from pathlib import Path
 
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.settings import check_width, held_widths
@@ -34,7 +35,8 @@ def main() -> None:
         noun_prompts(args.noun, 1)  # an unknown one is found before there is a folder
     if args.output:
         _make_folder(args.output)
-    components = load_pretrained(args.model, few_step=True)
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(args.model, few_step=True)
     config = components.config
     if args.lora:
         load_lora(args.lora, components.transformer, name="scored", base_model=config.name)

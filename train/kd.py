@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.checkpoint import load_teacher
@@ -86,8 +87,9 @@ def main() -> None:
     source = stickers.from_options(args, seed=args.seed)
 
     mx.random.seed(args.seed)
-    teacher, autoencoder = load_teacher(find_folder(args.teacher))
-    student = make_student(args, autoencoder, feature_dims=teacher.feature_dims)
+    with announce(f"loading {args.teacher} ..."):
+        teacher, autoencoder = load_teacher(find_folder(args.teacher))
+        student = make_student(args, autoencoder, feature_dims=teacher.feature_dims)
     student.transformer.checkpoint_blocks(args.save_memory)
     for share in options.shares_of(args):
         student.transformer.config.width_index(share)

@@ -17,6 +17,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import FOUR_STEPS
 from mlx_snapgen.errors import run_command
@@ -47,7 +48,8 @@ def main() -> None:
     prompts = PromptList(list(read_prompts(args.prompts_file))) if args.prompts_file else captions
 
     mx.random.seed(args.seed)
-    components = load_pretrained(args.model)
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(args.model)
     components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
     network, config = components.transformer, components.config
     shares = [check_width(config, name).share for name in args.model_widths]

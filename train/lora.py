@@ -11,6 +11,7 @@ from collections import Counter
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
@@ -46,7 +47,8 @@ def _print_estimate(args: argparse.Namespace, needed: Estimate, *, pictures: int
 def main() -> None:
     args = parse()
     mx.random.seed(args.seed)
-    components = load_pretrained(args.model)
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(args.model)
     network, config = components.transformer, components.config
     names = args.model_widths or [width.name for width in held_widths(config)]
     shares = [check_width(config, name).share for name in dict.fromkeys(names)]
@@ -67,9 +69,10 @@ def main() -> None:
     train_only(network, NAME)
     network.checkpoint_blocks(args.save_memory)
     folder = PictureFolder(examples, seed=args.seed, flip=args.flip)
-    data = EncodedFolder(
-        components, folder, batch_size=args.batch_size, drop_caption=args.drop_caption
-    )
+    with announce("encoding the pictures ..."):
+        data = EncodedFolder(
+            components, folder, batch_size=args.batch_size, drop_caption=args.drop_caption
+        )
     wanted = args.prior_pictures if args.prior_weight else 0
     if args.prior_prompts:
         prior_prompts = list(read_prompts(args.prior_prompts))[:wanted]
@@ -93,7 +96,8 @@ def main() -> None:
     data.prior = data.buckets[0] if prior_prompts else None
     steps = Counter(arguments(k).share for k in range(1000))
     often = {share: count / steps.total() for share, count in steps.items()}
-    needed = estimate(components, data(0), shares=often, accumulate=args.accumulate)
+    with announce("measuring a step ..."):
+        needed = estimate(components, data(0), shares=often, accumulate=args.accumulate)
     validations = -(-args.steps // args.checkpoint_every)
     _print_estimate(args, needed, pictures=len(prior_prompts) + validations * len(prompts))
     if args.dry_run:

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.quantize.palettes import with_palettes
@@ -52,7 +53,8 @@ def main() -> None:
     for name in args.model_widths:
         check_width(config, name)
     given = list(read_prompts(args.prompts_file)) if args.prompts_file else None
-    components = load_alone(folder, args.model_widths)
+    with announce(f"loading {args.model} ..."):
+        components = load_alone(folder, args.model_widths)
     if args.score:
         known_nouns(components)  # fails before anything is drawn
     # A model of one width is that width.
@@ -63,8 +65,8 @@ def main() -> None:
         raise UserError(f"--prompts-file: more than {HELD_OUT} prompts are needed, a line for each")
     learned, held = captions[HELD_OUT:], captions[:HELD_OUT]
 
-    print("measuring how sensitive each layer is to quantization", flush=True)
-    palettes = choose_palettes(components, args.quantize, widths=widths)
+    with announce("measuring the sensitivity of each layer ..."):
+        palettes = choose_palettes(components, args.quantize, widths=widths)
     claim(args.run_dir, {"model": args.model, "captions": captions} | palettes.to_dict())
     network = with_palettes(components.transformer, palettes.bits)
     before = with_palettes(network, {})

@@ -8,8 +8,8 @@ import pytest
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.render import drawn_box, find_font, render, sprite
-from train.data.stickers.scenes import SIDE, first_nouns, sample_scene
-from train.data.stickers.vocabulary import NOUNS
+from train.data.stickers.scenes import SIDE, sample_scene
+from train.data.stickers.vocabulary import NOUNS, first_nouns
 from train.evaluation.stickers.detector import Detector, background_color, foreground
 from train.evaluation.stickers.geneval import SIX, is_correct
 

@@ -1,4 +1,4 @@
-"""Reading a person's pictures: captions, what is left out, orientation, and aspect buckets."""
+"""Reading a person's pictures: captions, skipped files, orientation, and aspect buckets."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_a_picture_with_two_captions_comes_twice(tmp_path):
     assert [caption for _, caption in find_captions(tmp_path)[0]] == ["one", "two"]
 
 
-def test_what_cannot_be_used_is_left_out_and_told(tmp_path):
+def test_unusable_files_are_skipped_and_reported(tmp_path):
     picture(tmp_path / "good.png")
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "noise.png").write_bytes(b"no picture at all")
@@ -97,7 +97,7 @@ def test_an_empty_set_is_an_error(tmp_path):
         read_folder(tmp_path, BUCKETS)
     (tmp_path / "noise.png").write_bytes(b"no picture at all")
     (tmp_path / "noise.txt").write_text("noise")
-    with pytest.raises(UserError, match=r"1 left out, such as .*noise\.png"):
+    with pytest.raises(UserError, match=r"1 skipped, such as .*noise\.png"):
         read_folder(tmp_path, BUCKETS)
 
 

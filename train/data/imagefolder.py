@@ -1,7 +1,7 @@
-"""A person's own pictures with captions, cropped to a few sizes (aspect buckets).
+"""A user's own pictures with captions, cropped to a few sizes (aspect buckets).
 
-Captions come by the conventions of imagefolder: from `metadata.jsonl`, whose lines hold
-`file_name`, from the folder that it lies in, and `text`; or from a `.txt` beside each picture.
+Captions follow the conventions of imagefolder: a `metadata.jsonl` with lines of `file_name`,
+relative to its folder, and `text`; or a `.txt` beside each picture.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from train.data.streams import Stream
 
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption")
-# Pillow cannot read all of these: one that it cannot is to be told of, not to be passed over.
+# Pillow cannot read all of these: those that it cannot read are reported, not ignored.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".heic", ".heif", ".avif", ".jp2"),
@@ -55,14 +55,14 @@ class Example:
 def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], list[str]]:
     """All pictures of a folder, and of those in it, that can be read and have a caption.
 
-    A picture that the metadata name twice, with different captions, comes twice.
+    A picture with two captions in the metadata becomes two examples.
 
     Args:
         folder: with pictures and `metadata.jsonl` or `.txt` files.
         buckets: the sizes to crop to; each picture gets the one nearest in shape.
 
     Returns:
-        the examples in the order of their names, and a line for each picture that is left out.
+        the examples in the order of their names, and a line for each picture that is skipped.
 
     Raises:
         UserError: no such folder, damaged metadata, or no picture left.
@@ -80,9 +80,9 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
         else:
             examples.append(Example(path, caption, fit(picture, nearest_bucket(picture, buckets))))
     if not examples:
-        told = f" ({len(skipped)} left out, such as {skipped[0]})" if skipped else ""
+        examples_of = f" ({len(skipped)} skipped, such as {skipped[0]})" if skipped else ""
         raise UserError(
-            f"no picture with a caption in {folder}{told}: put a .txt with what it shows beside "
+            f"no picture with a caption in {folder}{examples_of}: put a .txt with a caption beside "
             f"each picture, or a {METADATA} with lines "
             '{"file_name": "cat.png", "text": "a cat"}'
         )
@@ -93,7 +93,7 @@ def find_captions(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """(picture, caption) pairs in the order of their paths, and lines on those without a caption.
 
     Raises:
-        UserError: metadata that are not what they should be.
+        UserError: damaged metadata.
     """
     found, skipped, named = [], [], set()
     files = sorted(p for p in folder.rglob("*") if not _is_hidden(p.relative_to(folder)))
@@ -153,7 +153,7 @@ def _read_metadata(path: Path) -> list[tuple[Path, str]]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture as it is meant to be seen, RGB: turned by its EXIF tag, transparent over white.
+    """A picture in RGB, rotated by its EXIF tag, transparent parts over white.
 
     Raises:
         UserError: it cannot be read.

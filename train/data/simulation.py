@@ -1,4 +1,4 @@
-"""Backward simulation: batches as a few-step student meets them (SnapGen++ section 3.3)."""
+"""Backward simulation: batches on the path of a few-step student (SnapGen++ section 3.3)."""
 
 from collections.abc import Callable, Sequence
 

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.sampling import add_noise, get_noise
@@ -32,7 +33,8 @@ class ValidationSet:
 
 def validation_set(components: Components, source: PictureSource, *, count: int) -> ValidationSet:
     """The first `count` pictures of a source, each with the noise of its place and caption."""
-    pictures, captions = source.batch(0, count)
+    with announce("drawing the validation set ..."):
+        pictures, captions = source.batch(0, count)
     starts = tqdm(range(0, count, 16), desc="validation set", unit="batch", leave=False)
     latents = mx.concatenate(
         [components.autoencoder.encode(from_uint8(pictures[k : k + 16])) for k in starts]

@@ -9,6 +9,7 @@ from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint import model as checkpoint_model
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import AutoencoderConfig, from_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -30,7 +31,8 @@ def measure_latents(
     model: Autoencoder, source: PictureSource, *, count: int = 512
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of raw latents over `count` pictures."""
-    pictures, _ = source.batch(0, count)
+    with announce("drawing pictures for the latents' statistics ..."):
+        pictures, _ = source.batch(0, count)
     starts = tqdm(range(0, count, 16), desc="latents' statistics", unit="batch", leave=False)
     means = [np.array(model.encoder(from_uint8(pictures[i : i + 16]))[0]) for i in starts]
     flat = np.concatenate(means).reshape(-1, model.config.latent_channels)

@@ -12,9 +12,9 @@ class TrainingConfig:
     """Loop settings; sizes in samples and steps.
 
     Args:
-        batch_size: samples in a micro-batch, which is what memory must hold.
+        batch_size: samples in a micro-batch, which must fit in memory.
         accumulate: micro-batches of each process in a step.
-        precision: what the gradient function computes in; weights, averages and optimizer stay
+        precision: type of the gradients' computation; weights, averages and optimizer are
             float32. "auto" takes bfloat16 on a GPU and float32 on the CPU, where it is faster.
         optimizer: "adamw", or "muon": matrices inside the blocks by Muon at `MUON_RATE` times the
             learning rate, all else by AdamW.

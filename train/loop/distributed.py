@@ -1,7 +1,7 @@
-"""What ends a run before its last step: a signal, or a process of the job that is gone.
+"""The end of a run before its last step: by a signal, or by the loss of a process of the job.
 
-Threads notice both, because the main thread spends its time inside mlx: Python runs no signal
-handler there, and a collective operation may wait for a lost process for ever.
+Threads detect both, because the main thread is inside mlx most of the time: Python runs no signal
+handler there, and a collective operation may wait for a lost process forever.
 """
 
 import json
@@ -23,13 +23,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """While entered, the first Ctrl-C, SIGTERM or SIGHUP calls `ask`; a second ends the process."""
+    """In the block, the first Ctrl-C, SIGTERM or SIGHUP calls `stop`; a second ends the process."""
 
-    def __init__(self, ask: Callable[[], None]):
-        self._ask = ask
+    def __init__(self, stop: Callable[[], None]):
+        self._stop = stop
 
     def __enter__(self) -> "StopSignals":
-        # A signal that is ignored, as SIGHUP under nohup, stays so.
+        # An ignored signal, such as SIGHUP under nohup, stays ignored.
         mine = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
@@ -45,20 +45,20 @@ class StopSignals:
         self._sender.close()
 
     def _listen(self) -> None:
-        asked = False
+        stopping = False
         while received := self._receiver.recv(1):
             number = received[0]
             if number not in self._previous:
                 continue
-            if asked:
+            if stopping:
                 os._exit(128 + number)
-            asked = True
+            stopping = True
             if number == signal.SIGHUP:
                 # The terminal is gone, and the next line printed there would end the run.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
-            self._ask()
+            self._stop()
         self._receiver.close()
 
 
@@ -74,7 +74,7 @@ _HELLO = struct.Struct("!16sI")
 
 
 class PeerWatch:
-    """Notices on any backend when a process of the job dies, hangs or loses its network.
+    """Detects on any backend that a process of the job died, hangs or lost its network.
 
     Process 0 keeps a TCP connection to each other one, with a byte each way every `BEAT` seconds.
     When a connection ends without a goodbye or stays silent, `lost` is called from a thread with
@@ -101,7 +101,7 @@ class PeerWatch:
         except OSError as error:
             print(
                 f"process {group.rank()} cannot watch process 0 at {host}:{port} ({error}): "
-                "if one dies, the other may wait for ever",
+                "if one dies, the other may wait forever",
                 file=sys.stderr,
             )
             return

@@ -87,7 +87,7 @@ class Trainer:
         model.update(_cast(model.trainable_parameters(), mx.float32))
         self.optimizers = Optimizers(config, roles)
         self.optimizers.init(model.trainable_parameters())
-        # mx.compile captures the containers, so the averages live in one dict for good.
+        # mx.compile captures the containers, so the averages stay in one dict.
         self._averages = {"ema": tree_map(mx.array, model.trainable_parameters())}
 
         def add_gradients(step: Any, total: Any, batch: Batch, key: mx.array):
@@ -106,7 +106,7 @@ class Trainer:
             values = mx.stack([*(m / config.accumulate for m in metrics.values()), stop])
             values = mx.distributed.all_sum(values, group=self.group) / self.group.size()
             norms = self.optimizers.update(model, grads)
-            # A short memory at first, so that the average is never dominated by the start.
+            # A shorter average at first, so that the start never dominates it.
             count = self.optimizers.count
             decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
             self._averages["ema"] = tree_map(
@@ -344,7 +344,7 @@ class Trainer:
         self.stop()
 
     def _lost(self, rank: int) -> None:
-        """End this process, whose main thread may wait for the lost one for ever."""
+        """End this process, whose main thread may wait for the lost one forever."""
         with self._saving:
             saved = latest_checkpoint(self.run_dir)
             print(

@@ -65,6 +65,13 @@ def check_new(output: Path) -> None:
         raise UserError(f"{output} exists already: choose another --output or delete it")
 
 
+def check_new_lora(output: Path) -> None:
+    """`UserError` unless `output` is a name for a new LoRA file."""
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: give a name ending in .safetensors")
+    check_new(output)
+
+
 # --- fine-tuning --------------------------------------------------------------------------------
 
 

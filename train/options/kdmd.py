@@ -14,7 +14,7 @@ from train.options.common import (
     add_run_dir,
     add_seed,
     check_at_least,
-    check_new,
+    check_new_lora,
 )
 
 
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     add_seed(parser)
     stickers.add_options(parser)
     args = parser.parse_args()
-    check_new(args.output)
+    check_new_lora(args.output)
     check_at_least(args, 1, "steps", "student_every", "batch_size", "rank")
     check_at_least(args, 0, "seed")
     if args.teacher and args.few_step_lora:

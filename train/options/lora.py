@@ -11,7 +11,7 @@ from train.options.common import (
     add_run_dir,
     add_tuning,
     check_at_least,
-    check_new,
+    check_new_lora,
     check_tuning,
 )
 
@@ -89,16 +89,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     check_at_least(args, 0, "prior_weight", "prior_pictures")
     if not 0 <= args.drop_caption < 1:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
-    if args.output.suffix != ".safetensors":
-        raise UserError(f"--output {args.output}: give a name ending in .safetensors")
-    check_new(args.output)
+    check_new_lora(args.output)
     return args
 
 
 EPILOG = """
-Captions: a .txt beside each picture (cat.png, cat.txt) that says what it shows, or one
-metadata.jsonl with lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one thing
-are enough. Use the same new word for it in every caption. Describe the rest of the picture as well:
-what captions describe can be changed by prompts later. Pictures may have any size and shape: each
-is cropped to the nearest of a few shapes.
+Captions: a .txt with the caption beside each picture (cat.png, cat.txt), or one metadata.jsonl with
+lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one thing are enough. Use the
+same new word for it in every caption. Describe the rest of the picture as well: prompts can change
+later what the captions describe. Pictures may have any size and shape: each is cropped to the
+nearest of a few shapes.
 """

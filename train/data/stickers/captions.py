@@ -1,4 +1,4 @@
-"""Scenes and the many ways to say in everyday English what one shows."""
+"""Scenes, and captions of them in varied everyday English."""
 
 import itertools
 from collections.abc import Sequence
@@ -152,7 +152,7 @@ class Placed:
         color: a name of COLORS, or None for the glyph's own colors.
         size_px: the longer side of the glyph and the side of its square cell.
         x, y: left and top edge of the cell. The glyph sits in the middle of it.
-        size_word: "small" or "big" if the caption says so, else None.
+        size_word: "small" or "big" if it is in the caption, else None.
     """
 
     noun: Noun
@@ -175,14 +175,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """What `render` draws and what the caption says.
+    """The content of a picture and its caption.
 
     Attributes:
         category: a key of CATEGORIES.
         placed: the glyphs; equal ones stand next to each other. With a relation there are two.
         background: a name of BACKGROUNDS.
         caption: one phrasing out of many.
-        relation: how placed[0] lies to placed[1], a key of RELATIONS, or None if not said.
+        relation: of placed[0] to placed[1], a key of RELATIONS, or None if not in the caption.
         background_said: whether the caption names the background.
     """
 

@@ -15,7 +15,7 @@ from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.scenes import SIDE
 from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, Noun, first_nouns
 
-STRIKE = 109  # the one size, in pixels per em, that the bitmap font holds
+STRIKE = 109  # the only size of the bitmap font, in pixels per em
 
 
 FONT_FOLDERS = (
@@ -57,8 +57,8 @@ def find_font(path: str | Path | None = None) -> Path:
 def _font(path: str | Path | None) -> ImageFont.FreeTypeFont:
     path = find_font(path)
     try:
-        # From bytes, because for a file that it cannot read Pillow silently takes an installed
-        # font of the same name.
+        # From bytes: for a file that it cannot read, Pillow silently takes an installed font of the
+        # same name.
         return ImageFont.truetype(io.BytesIO(path.read_bytes()), STRIKE)
     except OSError as error:
         raise UserError(
@@ -84,7 +84,7 @@ def _smoothstep(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def dominant_hue(rgba: np.ndarray) -> float:
-    """The hue in degrees that most of the saturated pixels of (H, W, 4) uint8 lie near."""
+    """The hue in degrees near which most saturated pixels of (H, W, 4) uint8 are."""
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV"), np.float64)
     weight = (hsv[..., 1] / 255) * (hsv[..., 2] / 255) * (rgba[..., 3] / 255)
     weight = weight * (hsv[..., 1] > 50)
@@ -121,7 +121,7 @@ def recolor(glyph: Image.Image, color: str) -> Image.Image:
     return Image.fromarray(np.concatenate([rgb, rgba[..., 3:]], axis=-1))
 
 
-@functools.lru_cache(maxsize=2048)  # about 55 kB each; holds every noun in every color
+@functools.lru_cache(maxsize=2048)  # about 55 kB each, enough for every noun in every color
 def _recolored(font: str | Path | None, emoji: str, color: str | None) -> Image.Image:
     glyph = _glyph(font, emoji)
     glyph = glyph if color is None else recolor(glyph, color)

@@ -2,8 +2,8 @@
 
 The categories are those of GenEval (arXiv 2310.11513: single object, two objects, counting, colors,
 position, color attribution) and sizes, backgrounds and mixtures. A tenth of the noun pairs and a
-tenth of the noun-color pairs never occur in training, so that a score on them tells composition
-from memory.
+tenth of the noun-color pairs never occur in training: a score on them measures composition, not
+memory.
 """
 
 import functools
@@ -28,8 +28,8 @@ from train.data.stickers.vocabulary import (
 SIDE = 128  # pixels of a scene's side; Placed is in these pixels
 CELL = SIDE // 2  # of two to four glyphs each has a square of this side
 # Glyphs have four sizes and few places, all on a grid of the latents' scale, and stand in the order
-# in which the caption names them. A prompt then has few pictures, and a small model learns from a
-# tenth of the scenes what each word looks like.
+# in which the caption names them. A prompt then has few pictures, and a small model learns the
+# words from a tenth of the scenes.
 ALONE, SHARING, SMALL, BIG = 80, 56, 32, 112  # pixels of a glyph's longer side
 
 # How often each category is drawn for training.
@@ -57,7 +57,7 @@ def _held_out(*names: str) -> bool:
 
 @functools.lru_cache(maxsize=200_000)
 def is_held_out_pair(a: str, b: str) -> bool:
-    """Whether the nouns named `a` and `b`, in either order, never meet in a training scene."""
+    """Whether the nouns named `a` and `b`, in either order, are never in one training scene."""
     return a != b and _held_out("pair", *sorted((a, b)))
 
 
@@ -68,14 +68,14 @@ _OWN_COLORS = {noun.name: noun.own_color for noun in NOUNS}
 def is_held_out_color(noun: str, color: str) -> bool:
     """Whether the noun named `noun` never has the color `color` in a training scene.
 
-    Its own color is never held out, since training shows it without naming it.
+    Its own color is never held out, since training pictures have it without naming it.
     """
     return color != _OWN_COLORS.get(noun) and _held_out("colour", noun, color)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The choices that the first `num_nouns` nouns leave."""
+    """The choices among the first `num_nouns` nouns."""
 
     nouns: tuple[Noun, ...]
     recolorable: tuple[Noun, ...]
@@ -183,7 +183,7 @@ def _sizes(rng: np.random.Generator, category: str, count: int) -> list[tuple[in
 def _cells(rng: np.random.Generator, count: int, relation: str | None) -> list[tuple[int, int]]:
     """Top-left corners (x, y) of `count` squares of side CELL that do not overlap.
 
-    They are in reading order, which is the caption's, unless the relation asks for another.
+    They are in reading order, which is the caption's, except for some relations.
     """
     middle = CELL // 2
     if count == 1:

@@ -1,8 +1,8 @@
-"""Find the glyphs of a scene again in a picture that a model made.
+"""Find the glyphs of a scene in a picture that a model drew.
 
-Everything that differs from the plain background is foreground. Its box is cut in two where a row
-or a column holds none of it or little, again and again; every box on the way is compared with every
-noun in every color, drawn on the same background; the cuts whose boxes match best win.
+Everything that differs from the plain background is foreground. Its box is cut in two, repeatedly,
+where a row or a column has little foreground or none. Every box is compared with every noun in
+every color, drawn on the same background. The cuts whose boxes match best are chosen.
 """
 
 import functools
@@ -17,22 +17,22 @@ from train.data.stickers.render import sprite
 from train.data.stickers.vocabulary import COLORS, Noun
 
 ACCEPT = 0.96  # least score of a detection
-SURE = 1.15  # from here on a box is one object and is not cut further
-BASE = 0.7  # a box explains its foreground to the extent that its score is above this
+SURE = 1.15  # from this score on a box is one object and is not cut
+BASE = 0.7  # a box explains its foreground in proportion to its score above this
 
 FOREGROUND = 20  # least difference from the background in some channel, out of 255
 MARGIN = 2  # pixels around a detection that still belong to it
 SMALLEST = 24  # pixels of an object's longer side; the scenes' glyphs have 28 and more
 EDGE_WEIGHT = 2.0  # of edges against colors, when a box and a glyph are compared
-MAX_CUTS = 5  # one after the other, from the whole picture to an object
-MAX_BOXES = 24  # compared after as many cuts; only pictures without order have more
+MAX_CUTS = 5  # in sequence, from the whole picture to an object
+MAX_BOXES = 24  # compared at each level of cuts; only chaotic pictures have more
 THICKEST = 0.4  # place to cut through where there is no gap, of the thickness elsewhere
 MAX_GAPS = 3  # empty runs of rows or columns that are tried for one cut
 
 GRID, POOLED = 24, 8  # sides of the squares that boxes are drawn in, and of their features
 DRAWN = 96  # pixels at which a glyph is drawn before it is shrunk to GRID
 INSETS = (0, 1, 2)  # pixels tried on each side, because a blurred glyph's box is too large
-TINT = 16  # backgrounds are told apart in steps of this, out of 255
+TINT = 16  # step of the background colors with templates of their own, out of 255
 
 Box = tuple[int, int, int, int]
 """(x, y, w, h) in pixels."""
@@ -46,7 +46,7 @@ class Detection:
         noun: its name.
         color: a name of COLORS, or None if the noun is never given another color.
         box: (x, y, w, h) in pixels.
-        score: likeness to the glyph (at most 1) plus its lead over the likest other noun.
+        score: similarity to the glyph (at most 1) plus its margin over the next most similar noun.
     """
 
     noun: str
@@ -103,7 +103,7 @@ class Detector:
     def _classify(
         self, picture: np.ndarray, background: np.ndarray, boxes: list[Box]
     ) -> list[Detection]:
-        """The likest noun of each box."""
+        """The most similar noun of each box."""
         if not boxes:
             return []
         squares = np.concatenate([_squares(picture, background, box) for box in boxes])
@@ -174,7 +174,7 @@ def _valleys(counts: np.ndarray) -> list[int]:
 
 
 Account = tuple[float, tuple[Detection, ...]]
-"""How much foreground some detections explain, and these."""
+"""How much foreground some detections explain, and the detections."""
 
 
 def _explain(
@@ -184,7 +184,7 @@ def _explain(
     cuts: dict[Box, list[list[Box]]],
     known: dict[Box, Account],
 ) -> Account:
-    """The best account of a box, as one object or cut up; `known` keeps those already made."""
+    """The best account of a box, as one object or in parts; `known` caches accounts."""
     if box not in found:
         return 0.0, ()
     if box in known:
@@ -251,7 +251,7 @@ def _filter(windows: np.ndarray, squares: np.ndarray) -> np.ndarray:
 
 
 def _features(squares: np.ndarray) -> np.ndarray:
-    """Color and edges of four directions, pooled so that a little deformation matters little.
+    """Color and edges of four directions, pooled for tolerance to small deformations.
 
     Args:
         squares: (N, GRID, GRID, 3), zero where there is background.

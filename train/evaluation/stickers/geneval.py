@@ -13,7 +13,7 @@ SIX = ("single_object", "two_objects", "counting", "colors", "position", "color_
 """GenEval's categories."""
 
 PROMPTS = 2  # first word of a prompt's random seed, beside those of scenes.py
-DEAD_ZONE = 0.1  # of the sum of two boxes' sizes; offsets this small are no relation
+DEAD_ZONE = 0.1  # of the sum of two boxes' sizes; smaller offsets are no relation
 MIN_COSINE = 0.5  # between an offset and the direction that a relation names
 MAX_LEFTOVER = 0.5
 SEEDS_PER_CATEGORY = 10_000
@@ -21,7 +21,7 @@ SEEDS_PER_CATEGORY = 10_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and what its picture is to show.
+    """One prompt and what its picture must show.
 
     Attributes:
         text: what the model is given.
@@ -54,7 +54,7 @@ def fixed_prompts(per_category: int, num_nouns: int | None = None) -> list[Promp
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """How box `a` lies to box `b`: keys of captions.RELATIONS, by GenEval's rule."""
+    """Relations of box `a` to box `b`, keys of captions.RELATIONS, by GenEval's rule."""
     centers = np.array([[x + w / 2, y + h / 2] for x, y, w, h in (a, b)])
     offset = centers[0] - centers[1]
     zone = DEAD_ZONE * (np.array(a[2:]) + np.array(b[2:]))
@@ -66,8 +66,8 @@ def relations(a: Box, b: Box) -> set[str]:
 def is_correct(scene: Scene, detections: Sequence[Detection], leftover: float = 0.0) -> bool:
     """Whether a picture in which these things were found, best first, shows `scene`.
 
-    Stricter than GenEval in one point: of a count nothing may be left over as large as
-    `MAX_LEFTOVER` objects, or a mangled fourth one would make three.
+    Stricter than GenEval in one point: for a count, the unexplained foreground must be smaller than
+    `MAX_LEFTOVER` objects, since three objects and a malformed fourth are not three.
     """
     matches = [
         [d for d in detections if d.noun == placed.noun.name and placed.color in (None, d.color)]

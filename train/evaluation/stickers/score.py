@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.settings import DrawSettings
 from train.data.stickers.captions import plain_caption, with_article
@@ -38,7 +39,8 @@ def judge(
 
     `num_nouns` and `also` are those of `detector`.
     """
-    detect = detector(num_nouns, also)
+    with announce("drawing the detector's glyphs ..."):
+        detect = detector(num_nouns, also)
     found = [detect(p) for p in tqdm(pictures, desc="detector", unit="picture", leave=False)]
     correct = [
         is_correct(prompt.scene, detections, detect.leftover(picture, detections))
