@@ -261,7 +261,7 @@ def test_masked_training_learns(even_batch, tmp_path, monkeypatch, uncompiled):
         model,
         Flow(mask_ratio=0.45),
         batches=lambda k: even_batch,
-        config=TrainingConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=10),
+        config=TrainingConfig(steps=30, learning_rate=2e-2, warmup_steps=3, log_every=5),
         run_dir=tmp_path,
         arguments=lambda step: ElasticStep((), 1.0),
     ).run()

