@@ -7,6 +7,7 @@ import pytest
 
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.teachers import folder as teacher_folder
 from tests import tiny
 from train.data.stickers.render import find_font
 
@@ -40,3 +41,9 @@ def model_folder(components, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "random"
     save_pretrained(folder, components)
     return folder
+
+
+@pytest.fixture
+def no_language_model(monkeypatch):
+    """Public teachers encode prompts with `tiny.Reader`."""
+    monkeypatch.setattr(teacher_folder, "load_qwen", lambda *_, **__: tiny.Reader())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import (
+    TAEW2_1,
     AutoencoderConfig,
     ModelConfig,
     QwenTransformerConfig,
@@ -26,19 +28,24 @@ from mlx_snapgen.config import (
     TextEncoderConfig,
     TransformerConfig,
     ZImageTransformerConfig,
+    to_dict,
 )
+from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+from mlx_snapgen.teachers.config import TeacherConfig
+from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
 COLORS = ["red", "blue", "green"]
 VOCAB_SIZE = 64
 
 
-def randomize(module, seed: int) -> None:
-    """Normal weights everywhere, so that layers that start at zero take part."""
+def randomize(module, seed: int):
+    """The module with normal weights everywhere, so that layers that start at zero take part."""
     flat = tree_flatten(module.parameters())
     keys = mx.random.split(mx.random.key(seed), len(flat))
     values = []
@@ -51,6 +58,7 @@ def randomize(module, seed: int) -> None:
         values.append((name, value))
     module.update(tree_unflatten(values))
     mx.eval(module.parameters())
+    return module
 
 
 TEXT = TextEncoderConfig(
@@ -77,6 +85,31 @@ AUTOENCODER = AutoencoderConfig(
     latents_mean=(0.1, -0.2, 0.3, 0.0),
     latents_std=(1.0, 0.9, 1.1, 1.2),
 )
+QWEN_AUTOENCODER = AutoencoderConfig(
+    kind="qwen-image",
+    latent_channels=4,
+    encoder_channels=(8, 16, 32, 32),
+    decoder_channels=(32, 32, 16, 8),
+    encoder_blocks=(1, 1, 1, 1),
+    decoder_blocks=(2, 2, 2, 2),
+    latents_mean=(0.1, -0.2, 0.3, 0.0),
+    latents_std=(1.5, 0.9, 1.1, 2.0),
+)
+"""`originals.qwen_image_vae`'s."""
+KL_AUTOENCODER = dataclasses.replace(
+    QWEN_AUTOENCODER,
+    kind="kl",
+    encoder_channels=(32, 32, 64, 64),
+    decoder_channels=(64, 64, 32, 32),
+    latents_mean=(0.5,) * 4,
+    latents_std=(4.0,) * 4,
+)
+TAEHV = dataclasses.replace(
+    TAEW2_1,
+    latent_channels=4,
+    encoder_channels=(8, 8, 8, 8),
+    decoder_channels=(16, 12, 8, 8),
+)
 MODEL = ModelConfig(
     name="random",
     image_size=(32, 64),
@@ -89,16 +122,19 @@ MODEL = ModelConfig(
 QWEN = QwenTransformerConfig(
     num_layers=2, num_heads=2, head_dim=16, latent_channels=4, text_dims=24, rope_axes=(4, 6, 6)
 )
+"""`originals.qwen_image`'s."""
 Z_IMAGE = ZImageTransformerConfig(
     num_layers=2,
     num_refiner_layers=1,
-    hidden_size=48,
-    num_heads=3,
+    hidden_size=32,
+    num_heads=2,
     latent_channels=4,
     text_dims=24,
-    time_dims=48,
+    time_dims=32,
     rope_axes=(4, 6, 6),
 )
+"""`originals.z_image`'s."""
+TEACHER = TeacherConfig(transformer=QWEN, autoencoder=AUTOENCODER)
 
 
 @functools.cache
@@ -153,9 +189,62 @@ def make_clip(merges: bytes, hidden_size: int, *, num_heads: int) -> ClipTextEnc
         max_length=17,
         activation="gelu",
     )
-    made = ClipTextEncoder(config, tokenizer)
-    randomize(made, 5)
-    return made
+    return randomize(ClipTextEncoder(config, tokenizer), 5)
+
+
+def with_text_encoder(components: Components, encoder) -> Components:
+    """`components` with `encoder` as the second, and a transformer that fits."""
+    first = components.text_encoders[0]
+    dims = (first.config.hidden_size, encoder.config.hidden_size)
+    config = dataclasses.replace(components.config.transformer, text_dims=dims)
+    return dataclasses.replace(
+        components, transformer=EfficientDiT(config), text_encoders=[first, encoder]
+    )
+
+
+class Reader:
+    """Stands for a language model: states out of the prompt's letters."""
+
+    reading = QWEN_IMAGE
+
+    def __call__(self, prompts):
+        count = max(map(len, prompts))
+        states = np.zeros((len(prompts), count, QWEN.text_dims), np.float32)
+        for state, prompt in zip(states, prompts, strict=True):
+            for i, letter in enumerate(prompt):
+                state[i] = np.random.default_rng(ord(letter)).normal(size=QWEN.text_dims)
+        mask = [[i < len(prompt) for i in range(count)] for prompt in prompts]
+        return mx.array(states), mx.array(mask)
+
+
+def write_teacher(folder: Path, config: TeacherConfig = TEACHER) -> Path:
+    """A teacher's folder of random weights, where an empty one stands for the language model."""
+    (folder / "text_encoder").mkdir(parents=True)
+    values = {"format_version": FORMAT_VERSION} | to_dict(config)
+    (folder / CONFIG).write_text(json.dumps(values))
+    parts = {
+        "transformer-00001": NETWORKS[config.kind](config.transformer),
+        "autoencoder": make_autoencoder(config.autoencoder),
+    }
+    for name, module in parts.items():
+        weights = dict(tree_flatten(randomize(module, 0).parameters()))
+        mx.save_safetensors(str(folder / f"{name}.safetensors"), weights)
+    return folder
+
+
+def write_lightning_lora(path: Path, network) -> dict[str, mx.array]:
+    """A LoRA as lightx2v writes it, on the 12 layers of each block; its updates by layer."""
+    tensors, updates, rank, alpha = {}, {}, 2, 8.0
+    for layer, module in linear_layers(network).items():
+        if layer.startswith("transformer_blocks") and "_mod." not in layer:
+            out_dims, in_dims = module.weight.shape
+            down = 0.2 * mx.random.normal((rank, in_dims), key=mx.random.key(len(updates)))
+            up = mx.random.normal((out_dims, rank), key=mx.random.key(1000 + len(updates)))
+            tensors[f"{layer}.lora_down.weight"], tensors[f"{layer}.lora_up.weight"] = down, up
+            tensors[f"{layer}.alpha"] = mx.array(alpha)
+            updates[layer] = alpha / rank * up @ down
+    mx.save_safetensors(str(path), tensors)
+    return updates
 
 
 def states_error(ours, theirs, *, tokens, mask) -> float:

@@ -1,7 +1,8 @@
-"""Original networks at a small size with random weights, and how far the ports are from them."""
+"""Originals at a small size with random weights, and how far the ports are from them."""
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def qwen_image_vae() -> Any:
         base_dim=8,
         z_dim=4,
         num_res_blocks=1,
-        latents_mean=[0.1] * 4,
-        latents_std=[1.5] * 4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.9, 1.1, 2.0],
     )
 
 
@@ -118,41 +119,42 @@ def kl_vae() -> Any:
     )
 
 
-def qwen_image(text_dims: int = 24) -> Any:
-    """diffusers' QwenImageTransformer2DModel."""
-    return _made(
-        "diffusers",
-        "QwenImageTransformer2DModel",
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=text_dims,
-        axes_dims_rope=(4, 6, 6),
-    )
+QWEN_IMAGE = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 
-def z_image(text_dims: int = 24) -> Any:
-    """diffusers' ZImageTransformer2DModel."""
-    return _made(
-        "diffusers",
-        "ZImageTransformer2DModel",
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=text_dims,
-        axes_dims=[4, 6, 6],
-        axes_lens=[600, 64, 64],
-    )
+def qwen_image(**changes: Any) -> Any:
+    """diffusers' QwenImageTransformer2DModel: `QWEN_IMAGE` with `changes`."""
+    return _made("diffusers", "QwenImageTransformer2DModel", **QWEN_IMAGE | changes)
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """Write Hugging Face's files of a tokenizer with 260 tokens: marks and bytes."""
-    marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
+Z_IMAGE = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [600, 64, 64],
+}
+
+
+def z_image(**changes: Any) -> Any:
+    """diffusers' ZImageTransformer2DModel: `Z_IMAGE` with `changes`."""
+    return _made("diffusers", "ZImageTransformer2DModel", **Z_IMAGE | changes)
+
+
+def _byte_tokenizer(marks: Sequence[str]) -> dict[str, Any]:
+    """Content of a tokenizer.json whose tokens are the marks and all bytes."""
     vocabulary = {symbol: i for i, symbol in enumerate([*marks, *byte_symbols()])}
     added = [
         {
@@ -164,7 +166,7 @@ def write_byte_tokenizer(folder: Path) -> None:
         for i, mark in enumerate(marks)
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    tokenizer = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -175,7 +177,96 @@ def write_byte_tokenizer(folder: Path) -> None:
         "decoder": level | {"use_regex": True},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write Hugging Face's files of a tokenizer with 260 tokens: marks and bytes."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    (folder / "tokenizer.json").write_text(json.dumps(_byte_tokenizer(marks)))
     settings = {f"{mark[1:-1]}_token": mark for mark in marks}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+# --- pipelines --------------------------------------------------------------------------------
+
+
+QWEN3_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+"""How Qwen3's chat template formats a message of the user."""
+
+QWEN_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 272,
+    "max_position_embeddings": 2048,
+}
+
+
+def _qwen_tokenizer(**settings: Any) -> Any:
+    """transformers' tokenizer of bytes and the marks of Qwen's templates."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return library("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=library("tokenizers").Tokenizer.from_str(
+            json.dumps(_byte_tokenizer(marks))
+        ),
+        pad_token=marks[0],
+        eos_token=marks[2],
+        **settings,
+    )
+
+
+def qwen_image_pipeline() -> Any:
+    """diffusers' QwenImagePipeline."""
+    diffusers = library("diffusers")
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    text_encoder = _made(
+        "transformers",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        text_config=QWEN_TEXT | {"rope_parameters": rope},
+        vision_config=vision | {"out_hidden_size": 32, "fullatt_block_indexes": [0]},
+        tie_word_embeddings=False,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+    )
+    return diffusers.QwenImagePipeline(
+        scheduler=scheduler,
+        vae=fill(qwen_image_vae()),
+        text_encoder=fill(text_encoder),
+        tokenizer=_qwen_tokenizer(),
+        transformer=fill(qwen_image(joint_attention_dim=32)),
+    )
+
+
+def z_image_pipeline() -> Any:
+    """diffusers' ZImagePipeline."""
+    diffusers = library("diffusers")
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    text_encoder = _made(
+        "transformers",
+        "Qwen3Model",
+        "Qwen3Config",
+        **QWEN_TEXT,
+        head_dim=16,
+        rope_parameters=rope,
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=fill(kl_vae()),
+        text_encoder=fill(text_encoder),
+        tokenizer=_qwen_tokenizer(chat_template=QWEN3_TEMPLATE),
+        transformer=fill(z_image(cap_feat_dim=32)),
+    )

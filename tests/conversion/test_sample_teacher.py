@@ -11,25 +11,19 @@ from PIL import Image
 from convert import sample_teacher
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.sampling import get_noise
-from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.config import LIGHTNING
-from mlx_snapgen.teachers.folder import load_flow_teacher
-from tests.runtime.test_teacher import QWEN, lightning
-from tests.tiny_teachers import Reader, write_teacher
+from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
+from tests.tiny import TEACHER, write_lightning_lora, write_teacher
 
 
-@pytest.fixture(autouse=True)
-def no_language_model(monkeypatch):
-    monkeypatch.setattr(folders, "load_qwen", lambda *_, **__: Reader())
+pytestmark = pytest.mark.usefixtures("no_language_model")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("teacher") / "teacher"
-    write_teacher(made, dataclasses.replace(QWEN, few_step=LIGHTNING))
-    (made / "text_encoder").mkdir()
-    network = folders.load_network(made, folders.load_teacher_config(made))
-    lightning(made / "few_step.safetensors", network)
+    config = dataclasses.replace(TEACHER, few_step=LIGHTNING)
+    made = write_teacher(tmp_path_factory.mktemp("teacher") / "teacher", config)
+    write_lightning_lora(made / "few_step.safetensors", load_network(made, config))
     return made
 
 
@@ -45,7 +39,7 @@ def test_many_steps_follow_the_guided_velocity(folder, tmp_path, capsys):
     assert str(tmp_path / "a.png") in capsys.readouterr().out
     teacher, autoencoder = load_flow_teacher(folder)
     condition = teacher.encode(["a red car"])
-    levels = sample_teacher.noise_levels(QWEN.schedule, 6, num_inference_steps=2)
+    levels = sample_teacher.noise_levels(TEACHER.schedule, 6, num_inference_steps=2)
     x = get_noise(5, 4, 6, 4)
     for here, there in itertools.pairwise(levels):
         x = x + (there - here) * teacher.velocity(
@@ -73,7 +67,6 @@ def test_mistakes_are_one_line(folder, tmp_path):
         draw(folder, tmp_path / "x.jpg")
     with pytest.raises(UserError, match=r"is not a teacher: no teacher.json"):
         draw(tmp_path, tmp_path / "x.png")
-    plain = write_teacher(tmp_path / "plain", QWEN)
-    (plain / "text_encoder").mkdir()
+    plain = write_teacher(tmp_path / "plain")
     with pytest.raises(UserError, match="no few-step mode"):
         draw(plain, tmp_path / "x.png", "--few-step")

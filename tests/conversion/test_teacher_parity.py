@@ -12,7 +12,7 @@ from PIL import Image
 
 import convert.teacher
 from convert import sample_teacher
-from convert.parity.originals import relative_difference
+from convert.parity.originals import qwen_image_pipeline, relative_difference, z_image_pipeline
 from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
@@ -20,7 +20,11 @@ from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers.flow import noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
-from tests.tiny_teachers import libraries, qwen_image_pipeline, z_image_pipeline
+
+WHY = "parity with diffusers needs torch, diffusers and mlx-lm: pip install -e '.[parity]'"
+for name in ("mlx_lm", "diffusers", "transformers"):
+    pytest.importorskip(name, reason=WHY)
+torch = pytest.importorskip("torch", reason=WHY)
 
 PROMPTS = ["a red car", "", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
 
@@ -58,7 +62,7 @@ def test_qwen_image_reads_as_its_pipeline_does(qwen, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "text_encoder", copy.deepcopy(pipeline.text_encoder).double())
         exact, _ = pipeline.encode_prompt(PROMPTS)
-    assert exact.dtype == libraries()[0].float64
+    assert exact.dtype == torch.float64
     assert relative_difference(expected, exact) < 1e-5
     assert relative_difference(condition.text[:, :length], exact) < 1e-5
     assert relative_difference(condition.text[:, :length], expected) < 1e-4
@@ -108,7 +112,6 @@ def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, b
 @pytest.mark.parametrize(("guidance", "steps"), [(4.0, 3), (1.0, 2)])
 def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
     """Text to picture in numbers: every part at once."""
-    torch = libraries()[0]
     pipeline, _, teacher, autoencoder = qwen
     noise = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(3))
     settings = {
@@ -150,7 +153,6 @@ def test_z_image_reads_as_its_pipeline_does(z_image):
 @pytest.mark.parametrize(("guidance", "steps"), [(0.0, 3), (2.5, 2)])
 def test_z_image_draws_as_its_pipeline_does(z_image, guidance, steps):
     """Its pipeline counts guidance from 0, this project from 1."""
-    torch = libraries()[0]
     pipeline, _, teacher, autoencoder = z_image
     prompts = PROMPTS[:1] + PROMPTS[2:]
     noise = torch.randn(2, 4, 6, 10, generator=torch.manual_seed(3))
@@ -175,7 +177,6 @@ def test_z_image_draws_as_its_pipeline_does(z_image, guidance, steps):
 
 
 def test_z_image_encodes_pictures_as_its_pipeline_does(z_image):
-    torch = libraries()[0]
     pipeline, _, _, autoencoder = z_image
     pictures = torch.rand(2, 3, 40, 64, generator=torch.manual_seed(0)) * 2 - 1
     config = pipeline.vae.config
@@ -193,7 +194,7 @@ def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch)
     convert.teacher.main()
     options = ["--height", "48", "--width", "80", "--steps", "2", "--seed", "7"]
     sample_teacher.main([str(teacher), "a red car", "--output", str(path), *options])
-    noise = libraries()[0].tensor(np.array(get_noise(7, 6, 10, 4))).permute(0, 3, 1, 2)
+    noise = torch.tensor(np.array(get_noise(7, 6, 10, 4))).permute(0, 3, 1, 2)
     picture = pipeline(
         "a red car",
         negative_prompt=" ",

@@ -16,11 +16,9 @@ from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
-from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule, TeacherConfig
+from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule
 from mlx_snapgen.teachers.flow import noise_levels
-from tests import tiny
-from tests.tiny import AUTOENCODER
-from tests.tiny_teachers import TEXT_DIMS, Reader, write_teacher
+from tests.tiny import AUTOENCODER, TEACHER, write_lightning_lora, write_teacher
 from tests.training.test_kd import student_config
 from train.data.prompts import PromptList
 from train.data.simulation import STUDENT, Simulation
@@ -34,22 +32,13 @@ from train.objectives.dmd import (
 )
 from train.objectives.elastic import ElasticStep
 
-QWEN = TeacherConfig(
-    transformer=dataclasses.replace(tiny.QWEN, text_dims=TEXT_DIMS), autoencoder=AUTOENCODER
-)
 PROMPTS = ["a red car", "two cats"]
-
-
-@pytest.fixture(autouse=True)
-def no_language_model(monkeypatch):
-    monkeypatch.setattr(folders, "load_qwen", lambda *_, **__: Reader())
+pytestmark = pytest.mark.usefixtures("no_language_model")
 
 
 @pytest.fixture(scope="module")
 def qwen_folder(tmp_path_factory):
-    folder = write_teacher(tmp_path_factory.mktemp("qwen") / "teacher", QWEN)
-    (folder / "text_encoder").mkdir()
-    return folder
+    return write_teacher(tmp_path_factory.mktemp("qwen") / "teacher")
 
 
 def inputs(height=4, width=6):
@@ -57,24 +46,9 @@ def inputs(height=4, width=6):
     return x_t, mx.array([0.3, 0.9])
 
 
-def lightning(path, network, rank=2, alpha=8.0):
-    """A LoRA as lightx2v writes it, on the 12 layers of each block, and its updates by layer."""
-    tensors, updates = {}, {}
-    for layer, module in linear_layers(network).items():
-        if layer.startswith("transformer_blocks") and "_mod." not in layer:
-            out_dims, in_dims = module.weight.shape
-            down = 0.2 * mx.random.normal((rank, in_dims), key=mx.random.key(len(updates)))
-            up = mx.random.normal((out_dims, rank), key=mx.random.key(1000 + len(updates)))
-            tensors[f"{layer}.lora_down.weight"], tensors[f"{layer}.lora_up.weight"] = down, up
-            tensors[f"{layer}.alpha"] = mx.array(alpha)
-            updates[layer] = alpha / rank * up @ down
-    mx.save_safetensors(str(path), tensors)
-    return updates
-
-
 def test_the_folder_tells_what_teacher_it_is(qwen_folder, model_folder):
     teacher, autoencoder = load_teacher(qwen_folder)
-    assert teacher.config == QWEN and autoencoder.config == AUTOENCODER
+    assert teacher.config == TEACHER and autoencoder.config == AUTOENCODER
     assert teacher.feature_dims == 32
     condition = teacher.encode(PROMPTS)
     v, features = teacher.velocity_and_features(*inputs(), condition)
@@ -103,10 +77,9 @@ def test_guidance_keeps_the_length_of_each_patch(qwen_folder, scale):
 
 def test_the_few_step_lora_is_on_for_few_steps_alone(qwen_folder, tmp_path):
     plain, _ = load_teacher(qwen_folder)
-    config = dataclasses.replace(QWEN, few_step=LIGHTNING)
+    config = dataclasses.replace(TEACHER, few_step=LIGHTNING)
     folder = write_teacher(tmp_path / "teacher", config)
-    (folder / "text_encoder").mkdir()
-    updates = lightning(folder / "few_step.safetensors", plain.network)
+    updates = write_lightning_lora(folder / "few_step.safetensors", plain.network)
     assert len(updates) == 2 * 12
     teacher, _ = load_teacher(folder)
     condition, (x_t, t) = teacher.encode(PROMPTS), inputs()
@@ -141,9 +114,9 @@ def test_noise_levels():
     raw = [shift * s / (1 + (shift - 1) * s) for s in (1, 2 / 3, 1 / 3)]
     expected = [1 - (1 - s) * (1 - 0.02) / (1 - raw[-1]) for s in raw] + [0]
     np.testing.assert_allclose(
-        noise_levels(QWEN.schedule, 4096, num_inference_steps=3), expected, rtol=1e-6
+        noise_levels(TEACHER.schedule, 4096, num_inference_steps=3), expected, rtol=1e-6
     )
-    assert noise_levels(QWEN.schedule, 4096, num_inference_steps=3)[-2] == pytest.approx(0.02)
+    assert noise_levels(TEACHER.schedule, 4096, num_inference_steps=3)[-2] == pytest.approx(0.02)
     assert noise_levels(LIGHTNING, 64) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     assert noise_levels(Schedule(terminal=0.02), 64, num_inference_steps=1) == [1, 0]
 
@@ -179,7 +152,7 @@ def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
     ],
 )
 def test_a_teacher_json_that_is_wrong_is_one_line(tmp_path, change, hint):
-    folder = write_teacher(tmp_path / "teacher", QWEN)
+    folder = write_teacher(tmp_path / "teacher")
     path = folder / "teacher.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=hint) as error:
@@ -188,7 +161,7 @@ def test_a_teacher_json_that_is_wrong_is_one_line(tmp_path, change, hint):
 
 
 def test_a_folder_that_is_damaged_says_where(tmp_path):
-    folder = write_teacher(tmp_path / "teacher", QWEN)
+    folder = write_teacher(tmp_path / "teacher")
     path = folder / "transformer-00001.safetensors"
     weights = mx.load(str(path))
     weights["ghost"] = weights.pop("img_in.weight")
