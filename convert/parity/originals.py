@@ -120,6 +120,7 @@ def kl_vae() -> Any:
 
 
 QWEN_IMAGE = {
+    "patch_size": 2,
     "in_channels": 16,
     "out_channels": 4,
     "num_layers": 2,

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from convert.parity import originals
 from convert.public.convert import convert
 from convert.public.keys.autoencoders import read_autoencoder
 from convert.public.keys.lora import dotted, lora_name
@@ -13,37 +14,28 @@ from convert.public.keys.transformers import read_transformer
 from convert.public.source import find_source
 from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.model import load_autoencoder
-from mlx_snapgen.config import AutoencoderConfig, TransformerConfig
+from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
-from tests.runtime import test_z_image_transformer
-from tests.runtime.test_qwen_transformer import SMALL, SMALL_SIZES
-from tests.tiny import Z_IMAGE, randomize
+from tests.tiny import KL_AUTOENCODER, QWEN, Z_IMAGE, randomize
 
 PUBLIC = {
-    "qwen-image": (SMALL, {"_class_name": "QwenImageTransformer2DModel"} | SMALL_SIZES),
+    "qwen-image": (
+        QWEN,
+        {"_class_name": "QwenImageTransformer2DModel"} | originals.QWEN_IMAGE,
+    ),
     "z-image": (
         Z_IMAGE,
         {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "norm_eps": 1e-5}
         | {"rope_theta": 256.0}
-        | test_z_image_transformer.SIZES,
+        | originals.Z_IMAGE,
     ),
 }
 """Kind -> our config, and diffusers'."""
-KL = AutoencoderConfig(
-    "kl",
-    latent_channels=4,
-    encoder_channels=(32, 32, 64, 64),
-    decoder_channels=(64, 64, 32, 32),
-    encoder_blocks=(1, 1, 1, 1),
-    decoder_blocks=(2, 2, 2, 2),
-    latents_mean=(0.5,) * 4,
-    latents_std=(4.0,) * 4,
-)
 KL_CONFIG = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [32, 32, 64, 64],
@@ -79,16 +71,14 @@ def write_public(folder, config, weights, shards=1):
 def public_transformer(folder, kind, shards=2):
     """Our network of random weights, and its folder of diffusers."""
     config, values = PUBLIC[kind]
-    network = NETWORKS[kind](config)
-    randomize(network, 1)
+    network = randomize(NETWORKS[kind](config), 1)
     write_public(folder, values, flat(network), shards)
     return network
 
 
 def public_kl(folder):
     """The same of Flux's autoencoder, its keys and layouts written out."""
-    autoencoder = KLAutoencoder(KL)
-    randomize(autoencoder, 2)
+    autoencoder = randomize(KLAutoencoder(KL_AUTOENCODER), 2)
     weights = {}
     for key, value in flat(autoencoder).items():
         key = key.replace("attentions.0.norm.", "attentions.0.group_norm.")
@@ -135,7 +125,7 @@ def test_fluxs_autoencoder(tmp_path):
     query = "encoder.mid_block.attentions.0.to_q.bias"
     assert report["keys"]["renamed"][query] == "encoder.mid_block.attentions.0.to_qkv.bias"
     for found in (load_autoencoder(tmp_path / "out"), read_autoencoder(tmp_path / "in")):
-        assert found.config == KL
+        assert found.config == KL_AUTOENCODER
         for name, value in flat(expected).items():
             assert mx.array_equal(flat(found)[name], value), name
 
@@ -166,7 +156,7 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     for name in names - {"report.json"}:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     config = load_teacher_config(tmp_path / "a")
-    assert config.quantization == how and config.transformer == SMALL
+    assert config.quantization == how and config.transformer == QWEN
     loaded = flat(load_network(tmp_path / "a", config))
     packed = quantizable(network, 32) if bits else set()
     assert bool(packed) == bool(bits)

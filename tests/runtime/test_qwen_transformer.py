@@ -7,33 +7,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from convert.parity import originals
 from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
 from tests.tiny import QWEN, randomize
 
-SMALL = dataclasses.replace(QWEN, num_layers=3)
-SMALL_SIZES = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 3,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "axes_dims_rope": (4, 6, 6),
-}
-"""The same for diffusers."""
-
-
-def public_transformer():
-    """diffusers' network with random weights everywhere, of the size of trained ones."""
-    why = "parity with diffusers needs torch and diffusers: pip install torch diffusers"
-    torch = pytest.importorskip("torch", reason=why)
-    diffusers = pytest.importorskip("diffusers", reason=why)
-    torch.manual_seed(0)
-    return fill(diffusers.QwenImageTransformer2DModel(**SMALL_SIZES))
+WHY = "parity with diffusers needs torch and diffusers: pip install torch diffusers"
 
 
 def to_mx(tensor):
@@ -90,7 +71,9 @@ def check_parity(public, ours, height, width, lengths):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(diffusers' network, ours from its files)."""
-    public = public_transformer()
+    pytest.importorskip("torch", reason=WHY)
+    pytest.importorskip("diffusers", reason=WHY)
+    public = fill(originals.qwen_image())
     folder = tmp_path_factory.mktemp("transformer")
     public.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1, "shards are read too"
@@ -103,14 +86,12 @@ def both(tmp_path_factory):
 )
 def test_parity_with_diffusers(both, height, width, lengths):
     public, ours = both
-    assert ours.config == SMALL
+    assert ours.config == QWEN
     check_parity(public, ours, height, width, lengths)
 
 
 def network():
-    model = QwenTransformer(SMALL)
-    randomize(model, 0)
-    return model
+    return randomize(QwenTransformer(QWEN), 0)
 
 
 def inputs(batch=2, height=4, width=6, length=5):
@@ -154,7 +135,7 @@ def test_latents_that_do_not_divide_are_refused():
 
 def test_axes_must_fill_a_head():
     with pytest.raises(UserError, match="three even numbers that sum to 16"):
-        dataclasses.replace(SMALL, rope_axes=(4, 6, 8))
+        dataclasses.replace(QWEN, rope_axes=(4, 6, 8))
 
 
 @pytest.mark.parametrize(
@@ -167,14 +148,14 @@ def test_axes_must_fill_a_head():
     ],
 )
 def test_other_networks_are_refused(tmp_path, values, hint):
-    config = {"_class_name": "QwenImageTransformer2DModel"} | SMALL_SIZES | values
+    config = {"_class_name": "QwenImageTransformer2DModel"} | originals.QWEN_IMAGE | values
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=hint):
         read_transformer(tmp_path)
 
 
 def test_every_key_must_be_accounted_for(tmp_path):
-    config = {"_class_name": "QwenImageTransformer2DModel"} | SMALL_SIZES
+    config = {"_class_name": "QwenImageTransformer2DModel"} | originals.QWEN_IMAGE
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="holds no weights"):
         read_transformer(tmp_path)

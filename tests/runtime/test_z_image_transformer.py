@@ -5,35 +5,21 @@ import json
 import mlx.core as mx
 import pytest
 
+from convert.parity import originals
 from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer
-from tests.runtime.test_qwen_transformer import to_mx
+from tests.runtime.test_qwen_transformer import WHY, to_mx
 from tests.tiny import Z_IMAGE, randomize
-
-SIZES = {
-    "in_channels": 4,
-    "dim": 48,
-    "n_layers": 2,
-    "n_refiner_layers": 1,
-    "n_heads": 3,
-    "n_kv_heads": 3,
-    "cap_feat_dim": 24,
-    "axes_dims": [4, 6, 6],
-    "axes_lens": [128, 64, 64],
-}
-"""The same for diffusers."""
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(diffusers' network, ours from its files)."""
-    why = "parity with diffusers needs torch and diffusers: pip install torch diffusers"
-    torch = pytest.importorskip("torch", reason=why)
-    diffusers = pytest.importorskip("diffusers", reason=why)
-    torch.manual_seed(0)
-    public = fill(diffusers.ZImageTransformer2DModel(**SIZES))
+    pytest.importorskip("torch", reason=WHY)
+    pytest.importorskip("diffusers", reason=WHY)
+    public = fill(originals.z_image())
     for token in (public.x_pad_token, public.cap_pad_token):
         token.normal_()
     folder = tmp_path_factory.mktemp("transformer")
@@ -54,7 +40,8 @@ def stages(network):
 )
 def test_parity_with_diffusers(both, height, width, lengths):
     """Block by block, then the whole; odd lengths, filled up with learned tokens."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     public, ours = both
     assert ours.config == Z_IMAGE
     seen, found = {}, {}
@@ -110,8 +97,7 @@ def recorded(block, name, found):
 
 
 def test_padding_of_the_text_changes_nothing():
-    model = ZImageTransformer(Z_IMAGE)
-    randomize(model, 0)
+    model = randomize(ZImageTransformer(Z_IMAGE), 0)
     keys = mx.random.split(mx.random.key(1), 2)
     x_t, t = mx.random.normal((1, 4, 6, 4), key=keys[0]), mx.array([0.4])
     text = mx.random.normal((1, 5, 24), key=keys[1])
@@ -125,13 +111,13 @@ def test_padding_of_the_text_changes_nothing():
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
-        ({"n_kv_heads": 1}, "only n_kv_heads 3 is supported"),
+        ({"n_kv_heads": 1}, "only n_kv_heads 2 is supported"),
         ({"siglip_feat_dim": 8}, "only siglip_feat_dim None"),
         ({"all_patch_size": [2, 4]}, "only one patch size"),
     ],
 )
 def test_other_networks_are_refused(tmp_path, values, hint):
     config = {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2]}
-    (tmp_path / "config.json").write_text(json.dumps(config | SIZES | values))
+    (tmp_path / "config.json").write_text(json.dumps(config | originals.Z_IMAGE | values))
     with pytest.raises(UserError, match=hint):
         read_transformer(tmp_path)
