@@ -15,7 +15,6 @@ from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
 from tests.tiny import TEACHER, write_lightning_lora, write_teacher
 
-
 pytestmark = pytest.mark.usefixtures("no_language_model")
 
 
