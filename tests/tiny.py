@@ -14,6 +14,7 @@ import mlx_snapgen  # noqa: F401  before mlx, which otherwise links its slow ref
 # isort: split
 import mlx.core as mx
 import numpy as np
+import pytest
 import sentencepiece
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -42,6 +43,12 @@ from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
 COLORS = ["red", "blue", "green"]
 VOCAB_SIZE = 64
+
+
+def require(*packages: str) -> None:
+    """Skip the test, or the whole module, if one of the packages is not installed."""
+    for name in packages:
+        pytest.importorskip(name, reason=f"needs {name}: pip install -e '.[dev]'")
 
 
 def randomize(module, seed: int):

@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from convert import from_torch
+from convert.parity.originals import fill, qwen_image_vae
 from convert.public import convert as conversion
 from convert.public import stream
 from convert.public.convert import convert
@@ -23,9 +24,8 @@ from mlx_snapgen.checkpoint.text_encoders import load_source
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
-from tests.conversion.test_qwen_autoencoder import SMALL, SMALL_SIZES, public_autoencoder
 from tests.runtime.test_clip import MERGES, hugging_face, open_clip
-from tests.tiny import make_clip
+from tests.tiny import QWEN_AUTOENCODER, make_clip, require
 
 VOCAB_SIZE = 512 + len(MERGES.split(b"\n")) + 2
 
@@ -145,7 +145,8 @@ def test_what_was_read_of_a_pickle_is_let_go(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["folder", "bin"])
 def test_qwen_images_autoencoder(tmp_path, form):
-    public = public_autoencoder(**SMALL_SIZES)
+    require("torch", "diffusers")
+    public = fill(qwen_image_vae())
     public.save_pretrained(tmp_path / "in", safe_serialization=form == "folder")
     report = convert(find_source(str(tmp_path / "in")), tmp_path / "out")
     assert report["kind"] == "qwen-image-vae"
@@ -153,7 +154,7 @@ def test_qwen_images_autoencoder(tmp_path, form):
     public.save_pretrained(tmp_path / "safe")
     expected = dict(tree_flatten(read_autoencoder(tmp_path / "safe").parameters()))
     found = load_autoencoder(tmp_path / "out")
-    assert found.config == SMALL
+    assert found.config == QWEN_AUTOENCODER
     for name, value in tree_flatten(found.parameters()):
         assert mx.array_equal(value, expected[name]), name
 

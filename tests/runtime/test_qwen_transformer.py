@@ -12,9 +12,7 @@ from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table, pack, unpack
-from tests.tiny import QWEN, randomize
-
-WHY = "parity with diffusers needs torch and diffusers: pip install torch diffusers"
+from tests.tiny import QWEN, randomize, require
 
 
 def to_mx(tensor):
@@ -71,8 +69,7 @@ def check_parity(public, ours, height, width, lengths):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(diffusers' network, ours from its files)."""
-    pytest.importorskip("torch", reason=WHY)
-    pytest.importorskip("diffusers", reason=WHY)
+    require("torch", "diffusers")
     public = fill(originals.qwen_image())
     folder = tmp_path_factory.mktemp("transformer")
     public.save_pretrained(folder, max_shard_size="100KB")

@@ -10,15 +10,14 @@ from convert.parity.originals import fill, relative_difference
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer
-from tests.runtime.test_qwen_transformer import WHY, to_mx
-from tests.tiny import Z_IMAGE, randomize
+from tests.runtime.test_qwen_transformer import to_mx
+from tests.tiny import Z_IMAGE, randomize, require
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(diffusers' network, ours from its files)."""
-    pytest.importorskip("torch", reason=WHY)
-    pytest.importorskip("diffusers", reason=WHY)
+    require("torch", "diffusers")
     public = fill(originals.z_image())
     for token in (public.x_pad_token, public.cap_pad_token):
         token.normal_()

@@ -1,0 +1,47 @@
+"""Decoders of public models: tiles, attention in pieces, inputs at the edge."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
+from tests.tiny import QWEN_AUTOENCODER, TAEHV, randomize
+
+
+@pytest.mark.parametrize(
+    ("config", "tile"), [(QWEN_AUTOENCODER, 3), (QWEN_AUTOENCODER, 10), (TAEHV, 6), (TAEHV, 12)]
+)
+def test_tiled_decoding_equals_decoding_at_once(config, tile):
+    decoder = randomize(make_autoencoder(config), 0).decoder
+    latents = mx.random.normal((2, 15, 23, 4), key=mx.random.key(1))
+    whole, tiled = (np.array(decoder(latents, tile=size)) for size in (None, tile))
+    np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_tiles_have_no_more_margin_than_they_need():
+    """A reach that is one pixel short shows: the margins are exact, and the check above sees it."""
+    kernel = mx.random.normal((1, 3, 3, 1), key=mx.random.key(0))
+    blurs = [lambda x: mx.conv2d(x, kernel, padding=1)] * 3
+    x = mx.random.normal((1, 20, 20, 1), key=mx.random.key(1))
+    whole = run_stages([Stage(blur, 1, 1) for blur in blurs], x, tile=None)
+    for reach, same in ((1, True), (0, False)):
+        tiled = run_stages([Stage(blur, 1, reach) for blur in blurs], x, tile=7)
+        assert mx.allclose(tiled, whole, atol=1e-5).item() is same
+
+
+def test_attention_in_pieces_is_attention(monkeypatch):
+    model = randomize(QwenAutoencoder(QWEN_AUTOENCODER), 0)
+    x = mx.random.normal((2, 5, 7, 32), key=mx.random.key(1))
+    block = model.decoder.mid_block.attentions[0]
+    whole = np.array(block(x))
+    monkeypatch.setattr("mlx_snapgen.networks.autoencoders.residual.MAX_SCORES", 2 * 35 * 8)
+    for in_turn in (False, True):
+        np.testing.assert_allclose(np.array(block(x, in_turn)), whole, atol=1e-5)
+
+
+def test_a_pixel_of_zeros_stays_finite():
+    model = randomize(QwenAutoencoder(QWEN_AUTOENCODER), 0)
+    model.decoder.conv_in.bias = mx.zeros(32)
+    assert mx.isfinite(model.decode(mx.zeros((1, 3, 2, 4)))).all()
