@@ -24,25 +24,13 @@ from convert.coreml import export as exporter
 from convert.coreml import options as coreml_options
 from convert.coreml import package, packages
 from convert.coreml.options import ExportSettings
-from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.config import (
-    AutoencoderConfig,
-    ModelConfig,
-    SamplerConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-)
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from mlx_snapgen.networks.text_encoders.sentencepiece import (
-    SentencePieceTokenizer,
-    TransformerTextEncoder,
-)
 from mlx_snapgen.pictures import psnr
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
-from tests.tiny import VOCAB_SIZE, randomize
+from tests.tiny import MODEL, TEXT, TRANSFORMER, make_components, require
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
@@ -109,50 +97,24 @@ def test_a_full_disk_is_noticed_first(model_folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer_bytes):
-    encoder = TextEncoderConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=16, num_layers=1, num_heads=2, max_length=12
-    )
-    config = ModelConfig(
-        name="random",
+def model():
+    config = dataclasses.replace(
+        MODEL,
         image_size=(96, 64),
-        transformer=TransformerConfig(
+        transformer=dataclasses.replace(
+            TRANSFORMER,
             hidden_size=32,
             head_dim=16,
             num_kv_heads=1,
             num_cross_kv_heads=1,
-            blocks=(1, 2, 1),
             num_bands=4,
-            latent_channels=4,
             text_dims=(16,),
             text_width=16,
-            frequency_dim=32,
             widths=(1.0, 0.5),
         ),
-        autoencoder=AutoencoderConfig(
-            latent_channels=4,
-            encoder_channels=(8, 16),
-            decoder_channels=(16, 12, 8),
-            encoder_blocks=(1, 1),
-            decoder_blocks=(1, 1, 1),
-            latents_mean=(0.1, -0.2, 0.3, 0.0),
-            latents_std=(1.0, 0.9, 1.1, 1.2),
-        ),
-        text_encoders=(encoder,),
-        sampler=SamplerConfig(num_inference_steps=2, guidance_scale=3.0, time_shift=2.0),
+        text_encoders=(dataclasses.replace(TEXT, max_length=12),),
     )
-    made = Components(
-        config=config,
-        transformer=EfficientDiT(config.transformer),
-        autoencoder=ConvolutionalAutoencoder(config.autoencoder),
-        text_encoders=[
-            TransformerTextEncoder(
-                encoder, SentencePieceTokenizer(tokenizer_bytes, encoder.max_length)
-            )
-        ],
-    )
-    for seed, module in enumerate(made.modules().values()):
-        randomize(module, seed)
+    made = dataclasses.replace(make_components(config), vocabulary=None)
     sharpen(made)
     return made
 
@@ -177,7 +139,7 @@ def sharpen(made):
 @pytest.fixture(scope="module")
 def export(model, tmp_path_factory):
     """Exports the model with the options given, once."""
-    pytest.importorskip("torch", reason="Core ML export needs torch: pip install -e '.[coreml]'")
+    require("torch")
     try:
         libraries.import_coremltools()
     except UserError as error:
@@ -394,7 +356,7 @@ def test_a_wrong_network_draws_another_picture(broken, picture, model):
 
 
 def test_a_part_without_a_twin_is_left_out(model):
-    pytest.importorskip("torch", reason="Core ML export needs torch: pip install -e '.[coreml]'")
+    require("torch")
     from convert.pytorch.weights import torch_networks, without_twin
 
     alone = exporter.of_width(model, "full")

@@ -12,8 +12,11 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
 from tests.tiny import TAEHV
 
+torch = pytest.importorskip("torch", reason="the video network needs torch: pip install torch")
+F = torch.nn.functional
 
-def public_weights(config, torch):
+
+def public_weights(config):
     """Random weights under the public keys: numbered layers of two sequences."""
     torch.manual_seed(0)
     weights = {}
@@ -53,22 +56,22 @@ def public_weights(config, torch):
 class Video:
     """The network as its weights define it, on frames (T, C, H, W), time and all."""
 
-    def __init__(self, weights, torch):
-        self.weights, self.torch, self.f = weights, torch, torch.nn.functional
+    def __init__(self, weights):
+        self.weights = weights
 
     def conv(self, name, x, stride=1):
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-        return self.f.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2)
+        return F.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2)
 
     def block(self, name, x):
-        before = self.torch.cat([self.torch.zeros_like(x[:1]), x[:-1]])
-        y = self.torch.cat([x, before], 1)
+        before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+        y = torch.cat([x, before], 1)
         for k in (0, 2):
-            y = self.f.relu(self.conv(f"{name}.conv.{k}", y))
-        return self.f.relu(self.conv(f"{name}.conv.4", y) + x)
+            y = F.relu(self.conv(f"{name}.conv.{k}", y))
+        return F.relu(self.conv(f"{name}.conv.4", y) + x)
 
     def encode(self, frames):
-        x = self.f.relu(self.conv("encoder.0", frames))
+        x = F.relu(self.conv("encoder.0", frames))
         for first in (2, 7, 12):
             _, c, h, w = x.shape
             joined = self.weights[f"encoder.{first}.conv.weight"].shape[1] // c
@@ -79,31 +82,26 @@ class Video:
         return self.conv("encoder.17", x)
 
     def decode(self, latents):
-        x = self.f.relu(self.conv("decoder.1", self.torch.tanh(latents / 3) * 3))
+        x = F.relu(self.conv("decoder.1", torch.tanh(latents / 3) * 3))
         for first in (3, 9, 15):
             for k in range(3):
                 x = self.block(f"decoder.{first + k}", x)
-            x = self.f.interpolate(x, scale_factor=2)
+            x = F.interpolate(x, scale_factor=2)
             _, c, h, w = x.shape
             x = self.conv(f"decoder.{first + 4}.conv", x).reshape(-1, c, h, w)
             x = self.conv(f"decoder.{first + 5}", x)
-        x = self.conv("decoder.22", self.f.relu(x))
+        x = self.conv("decoder.22", F.relu(x))
         return x[3:]
-
-
-def torch_or_skip():
-    return pytest.importorskip("torch", reason="the video network needs torch: pip install torch")
 
 
 @pytest.mark.parametrize(("config", "size"), [(TAEHV, (40, 72)), (TAEW2_1, (24, 40))])
 def test_a_picture_is_a_video_of_one_latent(tmp_path, config, size):
-    torch = torch_or_skip()
-    weights = public_weights(config, torch)
+    weights = public_weights(config)
     path = tmp_path / "taew2_1.safetensors"
     mx.save_safetensors(str(path), {k: mx.array(v.numpy()) for k, v in weights.items()})
     ours = read_autoencoder(path)
     assert ours.config == config
-    video = Video(weights, torch)
+    video = Video(weights)
     picture = torch.rand(1, 3, *size)
     latents = torch.randn(1, config.latent_channels, size[0] // 8, size[1] // 8)
     pairs = {
@@ -125,9 +123,8 @@ def test_a_picture_is_a_video_of_one_latent(tmp_path, config, size):
 
 
 def test_every_key_must_be_accounted_for(tmp_path):
-    torch = torch_or_skip()
     path = tmp_path / "tiny.safetensors"
-    weights = {k: mx.array(v.numpy()) for k, v in public_weights(TAEHV, torch).items()}
+    weights = {k: mx.array(v.numpy()) for k, v in public_weights(TAEHV).items()}
     mx.save_safetensors(str(path), weights | {"decoder.23.weight": mx.zeros((3,))})
     with pytest.raises(UserError, match=r"another network.*decoder.23.weight"):
         read_autoencoder(path)

@@ -17,11 +17,6 @@ from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.config import (
-    AutoencoderConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -29,30 +24,22 @@ from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
 from mlx_snapgen.settings import parse_width
-from tests.tiny import randomize
+from tests.tiny import AUTOENCODER, TEXT, TRANSFORMER, randomize
 
 WHY = "parity with PyTorch needs it: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
 safetensors_torch = pytest.importorskip("safetensors.torch", reason=WHY)
 
 from convert import from_torch  # noqa: E402
+from convert.coreml.export import of_width  # noqa: E402
 from convert.pytorch import efficient_dit, parts  # noqa: E402
 from convert.pytorch import weights as torch_twins  # noqa: E402
 from convert.pytorch.attention import attend_fused, attend_split  # noqa: E402
 from convert.pytorch.read_back import convert_student  # noqa: E402
 from convert.pytorch.weights import to_torch, torch_networks, torch_weights  # noqa: E402
 
-CONFIG = TransformerConfig(
-    hidden_size=64,
-    head_dim=8,
-    num_kv_heads=8,
-    num_cross_kv_heads=4,
-    blocks=(1, 3, 2),
-    num_bands=4,
-    latent_channels=4,
-    text_dims=(12, 20),
-    text_width=16,
-    frequency_dim=32,
+CONFIG = dataclasses.replace(
+    TRANSFORMER, blocks=(1, 3, 2), num_bands=4, text_dims=(12, 20), text_width=16
 )
 GROUPED = dataclasses.replace(CONFIG, head_dim=4, num_kv_heads=8, num_cross_kv_heads=2)
 DENSE = dataclasses.replace(CONFIG, sparse_attention=False, long_skips=False, widths=(1.0,))
@@ -109,8 +96,7 @@ def velocities(network, twin, height, width, seed=0):
     ],
 )
 def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
-    network = EfficientDiT(config)
-    randomize(network, 1)
+    network = randomize(EfficientDiT(config), 1)
     # The fused form is one path for all widths, the split one is written out by heads.
     for width in config.widths[:1] if attend is attend_fused else config.widths:
         alone = extract(network, width)
@@ -119,8 +105,7 @@ def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
 
 
 def test_another_resolution_is_one_call_away():
-    network = extract(EfficientDiT(CONFIG), 0.5)
-    randomize(network, 2)
+    network = randomize(extract(EfficientDiT(CONFIG), 0.5), 2)
     twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     twin.resize((12, 20))
     assert_close(*velocities(network, twin, 12, 20))
@@ -129,8 +114,7 @@ def test_another_resolution_is_one_call_away():
 
 
 def test_a_text_encoder_that_is_absent_is_left_out():
-    network = extract(EfficientDiT(CONFIG), 0.375)
-    randomize(network, 3)
+    network = randomize(extract(EfficientDiT(CONFIG), 0.375), 3)
     twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     states, mask = mx.random.normal((1, 4, 20), key=mx.random.key(0)), mx.ones((1, 4), mx.bool_)
     expected, _ = network.encode_text([None, TextStates(states, mask)])
@@ -143,8 +127,7 @@ def test_a_text_encoder_that_is_absent_is_left_out():
 
 
 def test_time_is_exact_in_half_precision():
-    network = extract(EfficientDiT(CONFIG), 1.0)
-    randomize(network, 4)
+    network = randomize(extract(EfficientDiT(CONFIG), 1.0), 4)
     twin = filled(efficient_dit.EfficientDiT(network.config, (8, 8)), network)
     expected, _ = twin.time(torch.tensor([0.731]))
     actual, _ = twin.half().time(torch.tensor([0.731]))
@@ -153,15 +136,12 @@ def test_time_is_exact_in_half_precision():
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_decoder_is_mlx_s(normalized):
-    config = AutoencoderConfig(
-        latent_channels=4,
-        decoder_channels=(16, 12, 8),
-        decoder_blocks=(2, 1, 1),
-        latents_mean=(0.1, -0.2, 0.3, 0.0) if normalized else (),
-        latents_std=(1.0, 0.9, 1.1, 1.2) if normalized else (),
+    config = dataclasses.replace(
+        AUTOENCODER, decoder_channels=(16, 12, 8), decoder_blocks=(2, 1, 1)
     )
-    autoencoder = ConvolutionalAutoencoder(config)
-    randomize(autoencoder, 5)
+    if not normalized:
+        config = dataclasses.replace(config, latents_mean=(), latents_std=())
+    autoencoder = randomize(ConvolutionalAutoencoder(config), 5)
     twin = filled(parts.Decoder(config), autoencoder.decoder)
     latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))
     actual = twin(torch.tensor(np.array(latents)).permute(0, 3, 1, 2))
@@ -171,11 +151,8 @@ def test_the_decoder_is_mlx_s(normalized):
 @pytest.mark.parametrize("attend", [attend_fused, attend_split])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_text_encoder_is_mlx_s(activation, attend):
-    config = TextEncoderConfig(
-        vocab_size=20, hidden_size=24, num_heads=3, max_length=9, activation=activation
-    )
-    encoder = TransformerTextEncoder(config)
-    randomize(encoder, 6)
+    config = dataclasses.replace(TEXT, hidden_size=24, num_heads=3, activation=activation)
+    encoder = randomize(TransformerTextEncoder(config), 6)
     twin = filled(parts.TextEncoder(config, attend), encoder)
     tokens, mask = mx.arange(14).reshape(2, 7), mx.arange(7)[None] < mx.array([[7], [3]])
     actual = twin(torch.tensor(np.array(tokens)), torch.tensor(np.array(mask)))
@@ -206,8 +183,7 @@ def test_the_default_model_is_the_same_in_pytorch(tmp_path):
 
 def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
-    alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
+    alone = of_width(components, "small")
     to_torch(alone, folder, width="small")
     written = {p.name for p in folder.iterdir()}
     assert json.loads((folder / "config.json").read_text())["width"] == "small"
@@ -222,8 +198,7 @@ def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypat
 
 def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
     """A model of 1.2 GB took more than 5 GiB: its weights were in memory three times over."""
-    alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
-    alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
+    alone = of_width(components, "small")
     make_networks, one, made = efficient_dit.make_networks, torch_twins._torch_weight, []
 
     def shapes_alone(config):
@@ -255,8 +230,7 @@ def test_a_bad_folder_is_one_line(components, model_folder, tmp_path):
         efficient_dit.load(model_folder)
     with pytest.raises(UserError, match="is not a model for PyTorch"):
         efficient_dit.load(tmp_path / "nothing")
-    alone = dataclasses.replace(components, transformer=extract(components.transformer, 0.5))
-    alone.config = dataclasses.replace(alone.config, transformer=alone.transformer.config)
+    alone = of_width(components, "small")
     to_torch(alone, tmp_path / "model", width="small")
     path = tmp_path / "model" / "decoder.safetensors"
     path.write_bytes(path.read_bytes()[:-8])

@@ -15,7 +15,6 @@ import pytest
 from mlx_snapgen.checkpoint.clip import load_clip, sanitize
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import (
-    Components,
     load_pretrained,
     load_text_encoders,
     save_pretrained,
@@ -23,10 +22,9 @@ from mlx_snapgen.checkpoint.model import (
 from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.config import TINYCLIP_19M
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
-from tests.tiny import make_clip, states_error
+from tests.tiny import make_clip, states_error, with_text_encoder
 
 MERGES = (
     "a p|p l|ap pl|l e</w>|appl e</w>|r e|re d</w>|t h|th e</w>|i n|in g</w>|1 2|' s</w>|"
@@ -148,15 +146,7 @@ def test_padding_changes_no_token_before_it(encoder):
 
 
 def test_it_can_be_an_encoder_of_a_model_folder(components, encoder, tmp_path):
-    config = components.config
-    transformer = EfficientDiT(dataclasses.replace(config.transformer, text_dims=(32, 48)))
-    encoders = [components.text_encoders[0], encoder]
-    made = Components(
-        config=config,
-        transformer=transformer,
-        autoencoder=components.autoencoder,
-        text_encoders=encoders,
-    )
+    made = with_text_encoder(components, encoder)
     save_pretrained(tmp_path / "m", made)
     loaded = load_pretrained(tmp_path / "m").text_encoders[1]
     assert loaded.config == encoder.config
@@ -177,13 +167,8 @@ def test_a_repository_of_a_text_encoder_is_looked_up_once(
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or public
     )
-    config = components.config
-    clip = dataclasses.replace(encoder.config, source="someone/clip")
-    transformer = EfficientDiT(dataclasses.replace(config.transformer, text_dims=(32, 48)))
-    made = dataclasses.replace(
-        components, transformer=transformer, text_encoders=[components.text_encoders[0], encoder]
-    )
-    made.text_encoders[1] = ClipTextEncoder(clip, encoder.tokenizer)
+    config = dataclasses.replace(encoder.config, source="someone/clip")
+    made = with_text_encoder(components, ClipTextEncoder(config, encoder.tokenizer))
     save_pretrained(tmp_path / "m", made)
     folder = ModelFolder.open(tmp_path / "m")
     download_sources(folder, lambda *_: None)

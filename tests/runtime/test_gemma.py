@@ -17,8 +17,7 @@ from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import GEMMA_3_4B, TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from tests.tiny import states_error
+from tests.tiny import states_error, with_text_encoder
 
 # sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
 TEXT = {
@@ -134,16 +133,8 @@ def test_quantized_folders_load_packed_and_say_nearly_the_same(mlx_lm, tmp_path,
 def test_a_model_names_where_its_gemma_is(components, folder, mlx_lm, tmp_path):
     packed = write_gemma(tmp_path / "packed", mlx_lm, quantize=None)
     for source in (str(folder), "gemma"):
-        made = dataclasses.replace(
-            components,
-            transformer=EfficientDiT(
-                dataclasses.replace(components.config.transformer, text_dims=(32, 24))
-            ),
-            text_encoders=[
-                components.text_encoders[0],
-                load_gemma(packed, dataclasses.replace(CONFIG, source=source)),
-            ],
-        )
+        gemma = load_gemma(packed, dataclasses.replace(CONFIG, source=source))
+        made = with_text_encoder(components, gemma)
         model = tmp_path / source.replace("/", "_")
         save_pretrained(model, made)
         assert not (model / "text_encoder_1.safetensors").exists()
