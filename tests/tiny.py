@@ -31,7 +31,7 @@ from mlx_snapgen.config import (
     ZImageTransformerConfig,
     to_dict,
 )
-from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.lora.adapters import add_lora, linear_layers
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
@@ -184,6 +184,26 @@ def make_components(config: ModelConfig = MODEL) -> Components:
     return made
 
 
+def velocity(network: EfficientDiT, share: float = 1.0) -> mx.array:
+    """v of fixed latents, times and text."""
+    keys = mx.random.split(mx.random.key(7), 2)
+    x_t = mx.random.normal((2, 4, 8, 4), key=keys[0])
+    text = mx.random.normal((2, 5, TRANSFORMER.text_width), key=keys[1])
+    return network(x_t, mx.array([0.3, 0.8]), text, share=share)
+
+
+def add_random_lora(module, name="style", *, targets=("*",), rank=4, alpha=6.0, seed=0):
+    """Add an adapter that changes the output; the paths of its layers."""
+    mx.random.seed(seed)
+    paths = add_lora(module, rank, alpha=alpha, targets=targets, name=name)
+    for path, layer in module.named_modules():
+        if path in paths:
+            adapter = layer.adapters[name]
+            adapter.b = 0.1 * mx.random.normal(adapter.b.shape)
+    mx.eval(module.parameters())
+    return paths
+
+
 def make_clip(merges: bytes, hidden_size: int, *, num_heads: int) -> ClipTextEncoder:
     """A CLIP of three layers over these merges, with random weights."""
     tokenizer = ClipTokenizer(merges, 17)
@@ -252,6 +272,18 @@ def write_lightning_lora(path: Path, network) -> dict[str, mx.array]:
             updates[layer] = alpha / rank * up @ down
     mx.save_safetensors(str(path), tensors)
     return updates
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write_hub_cache(cache: Path, model: Path) -> None:
+    """A Hugging Face cache that holds the model as `someone/random`, at `COMMIT`."""
+    repo = cache / "models--someone--random"
+    (repo / "snapshots").mkdir(parents=True)
+    (repo / "snapshots" / COMMIT).symlink_to(model)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
 
 
 def states_error(ours, theirs, *, tokens, mask) -> float:

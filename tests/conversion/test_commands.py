@@ -86,6 +86,19 @@ def test_old_names_of_options_warn_in_one_line(name, old, new, tmp_path, monkeyp
     assert capsys.readouterr().err.splitlines()[0] == f"warning: {new}"
 
 
+@pytest.mark.parametrize(("command", "library"), [("to_torch", "torch"), ("coreml", "coremltools")])
+def test_a_library_that_is_missing_is_one_line(command, library, tmp_path):
+    code = (
+        f"import runpy, sys; sys.modules[{library!r}] = None; "
+        f"sys.argv = [{command!r}, 'model', {str(tmp_path / 'out')!r}]; "
+        f"runpy.run_module('convert.{command}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: this needs {library}")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("output", [[], ["out", "--output", "out"]])
 def test_the_output_is_named_once(output, monkeypatch):
     from convert import to_torch

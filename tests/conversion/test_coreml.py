@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,18 +47,6 @@ def test_a_resolution_is_one_number_or_two():
     for text in ("", "512x", "big", "-512", "512x768x3"):
         with pytest.raises(UserError, match="a resolution is 512 or 512x768"):
             coreml_options.parse_resolution(text)
-
-
-def test_coremltools_that_is_missing_is_one_line(tmp_path):
-    code = (
-        "import runpy, sys; sys.modules['coremltools'] = None; "
-        f"sys.argv = ['coreml', 'model', {str(tmp_path / 'out')!r}]; "
-        "runpy.run_module('convert.coreml', run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: this needs coremltools")
-    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

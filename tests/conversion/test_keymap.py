@@ -6,23 +6,16 @@ import pytest
 from convert.public.keymap import KeyMap, Row, same
 from convert.public.kinds import KINDS
 from mlx_snapgen.checkpoint.module import shapes
-from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, TAEW2_1, AutoencoderConfig
+from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
+from tests.tiny import KL_AUTOENCODER
 
-KL = AutoencoderConfig(
-    kind="kl",
-    latent_channels=4,
-    encoder_channels=(32, 32, 64, 64),
-    decoder_channels=(64, 64, 32, 32),
-    encoder_blocks=(1,) * 4,
-    decoder_blocks=(2,) * 4,
-)
 MODULES = {
     "qwen-image-vae": lambda: make_autoencoder(QWEN_IMAGE_AUTOENCODER),
-    "kl-vae": lambda: make_autoencoder(KL),
+    "kl-vae": lambda: make_autoencoder(KL_AUTOENCODER),
     "taehv": lambda: make_autoencoder(TAEW2_1),
     "qwen-image": lambda: NETWORKS["qwen-image"](TRANSFORMERS["qwen-image"](num_layers=2)),
     "z-image": lambda: NETWORKS["z-image"](TRANSFORMERS["z-image"](num_layers=2)),

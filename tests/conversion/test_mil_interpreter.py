@@ -97,6 +97,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("packages")
 
 
+def saved(model, path):
+    model.save(str(path))
+    return path
+
+
 @pytest.fixture(scope="module")
 def float32_model(block, inputs):
     return convert(block, inputs, ct.precision.FLOAT32, ct.target.iOS16)
@@ -104,9 +109,7 @@ def float32_model(block, inputs):
 
 @pytest.fixture(scope="module")
 def float32(float32_model, folder):
-    path = folder / "float32.mlpackage"
-    float32_model.save(str(path))
-    return path
+    return saved(float32_model, folder / "float32.mlpackage")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +119,7 @@ def fp16_model(block, inputs):
 
 @pytest.fixture(scope="module")
 def fp16(fp16_model, folder):
-    path = folder / "fp16.mlpackage"
-    fp16_model.save(str(path))
-    return path
+    return saved(fp16_model, folder / "fp16.mlpackage")
 
 
 def test_float32_equals_torch(float32, inputs, expected):

@@ -7,14 +7,7 @@ import pytest
 
 from convert.mil.execution import Interpreter
 from convert.mil.ops import OPS
-
-WHY = "writing Core ML packages needs coremltools and torch: pip install '.[coreml]' torch"
-ct = pytest.importorskip("coremltools", reason=WHY)
-torch = pytest.importorskip("torch", reason=WHY)
-mil = pytest.importorskip("coremltools.converters.mil", reason=WHY)
-F = torch.nn.functional
-mb = mil.Builder
-types = mil.mil.types
+from tests.conversion.test_mil_interpreter import F, ct, mb, torch, types
 
 RNG = np.random.default_rng(0)
 

@@ -19,6 +19,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.quantize.runtime import quantize_transformer
+from tests.tiny import COMMIT, velocity, write_hub_cache
 
 
 def assert_same_weights(a, b):
@@ -26,13 +27,6 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert mx.array_equal(a[name], b[name]), name
-
-
-def velocity(transformer, width=1.0):
-    key = mx.random.key(3)
-    x_t = mx.random.normal((1, 8, 8, 4), key=key)
-    text = mx.random.normal((1, 5, 32), key=key)
-    return transformer(x_t, mx.array([0.6]), text, share=width)
 
 
 @pytest.fixture
@@ -350,16 +344,10 @@ def test_stickers_is_the_built_in_model_unless_a_model_of_that_name_is_here(
     assert ModelFolder.open().config.name == "stickers"
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
 @pytest.fixture
 def offline_cache(model_folder, tmp_path, monkeypatch):
     """A Hugging Face cache that holds the model as `someone/random`, and no network."""
-    repo = tmp_path / "models--someone--random"
-    shutil.copytree(model_folder, repo / "snapshots" / COMMIT)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
+    write_hub_cache(tmp_path, model_folder)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path

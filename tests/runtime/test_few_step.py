@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 
 from convert.coreml.export import load_for_export
@@ -17,11 +17,12 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrai
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights, train_only
+from mlx_snapgen.lora.adapters import fuse_lora, remove_lora, set_lora_weights
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings
+from tests.tiny import add_random_lora, velocity
 from train import evaluate
 from train.data.stickers.source import PREVIEW_PROMPTS, ValidationStickers
 from train.evaluation.previews import previews_of
@@ -36,23 +37,12 @@ MODE = SamplerConfig(2, guidance_scale=1.0, time_shift=3.0, fresh_noise=True)
 def folder(model_folder, tmp_path_factory):
     """The random model with a random few-step LoRA."""
     made = load_pretrained(model_folder)
-    add_lora(made.transformer, 4, alpha=8.0, targets=["*_proj", "ffn.linear*"], name=FEW_STEP)
-    train_only(made.transformer, FEW_STEP)
-    adapters = made.transformer.trainable_parameters()
-    flat = [(k, 0.1 * mx.random.normal(v.shape)) for k, v in tree_flatten(adapters)]
-    made.transformer.update(tree_unflatten(flat))
+    targets = ["*_proj", "ffn.linear*"]
+    add_random_lora(made.transformer, FEW_STEP, targets=targets, alpha=8.0)
     made.config = dataclasses.replace(made.config, few_step=MODE)
     path = tmp_path_factory.mktemp("few") / "model"
     save_pretrained(path, made)
     return path
-
-
-def velocity_of(components, width=1.0):
-    text, mask = encode_prompts(
-        ["a cat"], components.text_encoders, transformer=components.transformer
-    )
-    x = sampling.get_noise(0, 4, 8, 4)
-    return np.array(components.transformer(x, mx.array([0.7]), text, mask, share=width))
 
 
 def test_fresh_noise_is_put_on_the_estimates():
@@ -77,12 +67,12 @@ def test_the_folder_keeps_base_and_lora_apart(folder, model_folder):
     assert all(mx.array_equal(ours[k], theirs[k]) for k in ours)
     both = load_pretrained(folder, few_step=True)
     assert both.config.few_step == MODE
-    np.testing.assert_array_equal(velocity_of(both), velocity_of(base))
+    np.testing.assert_array_equal(velocity(both.transformer), velocity(base.transformer))
     set_lora_weights(both.transformer, {FEW_STEP: 1.0})
     load_lora(folder / "few_step.safetensors", base.transformer)
     fuse_lora(base.transformer)
-    np.testing.assert_allclose(velocity_of(both), velocity_of(base), atol=1e-4)
-    assert np.abs(velocity_of(both) - velocity_of(plain)).max() > 0.1
+    np.testing.assert_allclose(velocity(both.transformer), velocity(base.transformer), atol=1e-4)
+    assert mx.abs(velocity(both.transformer) - velocity(plain.transformer)).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["full", "tiny"])
@@ -255,10 +245,12 @@ def test_a_core_ml_export_has_it_fused(folder):
     fused = load_for_export(folder, ["small"])
     assert fused.config.few_step == MODE
     expected = load_pretrained(folder, share=0.5, few_step=True)
-    base = velocity_of(expected)
+    base = velocity(expected.transformer)
     set_lora_weights(expected.transformer, {FEW_STEP: 1.0})
-    np.testing.assert_allclose(velocity_of(fused), velocity_of(expected), rtol=1e-4, atol=1e-5)
-    assert np.abs(velocity_of(fused) - base).max() > 0.01
+    np.testing.assert_allclose(
+        velocity(fused.transformer), velocity(expected.transformer), rtol=1e-4, atol=1e-5
+    )
+    assert mx.abs(velocity(fused.transformer) - base).max() > 0.01
     without = load_for_export(folder, ["small"], few_step=False)
     assert without.config.few_step is None
-    np.testing.assert_array_equal(velocity_of(without), base)
+    np.testing.assert_array_equal(velocity(without.transformer), base)

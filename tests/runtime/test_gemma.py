@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.checkpoint.language_models import load_gemma
+from mlx_snapgen.checkpoint.language_models import load_gemma, load_qwen
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import GEMMA_3_4B, TextEncoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from tests.tiny import states_error, with_text_encoder
 
 # sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
@@ -146,11 +147,18 @@ def test_a_model_names_where_its_gemma_is(components, folder, mlx_lm, tmp_path):
         assert mx.array_equal(loaded(tokens), load_gemma(folder, CONFIG)(tokens))
 
 
-def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("load", "extra"),
+    [
+        (lambda folder: load_gemma(folder, GEMMA_3_4B), "gemma"),
+        (lambda folder: load_qwen(folder, QWEN_IMAGE, dims=8), "teacher"),
+    ],
+)
+def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch, load, extra):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(UserError, match=r"mlx_snapgen\[gemma\]"):
-        load_gemma(tmp_path, GEMMA_3_4B)
+    with pytest.raises(UserError, match=rf"mlx_snapgen\[{extra}\]"):
+        load(tmp_path)
 
 
 def test_folders_that_hold_no_gemma_are_one_line(mlx_lm, folder, tmp_path):

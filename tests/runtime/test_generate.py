@@ -21,6 +21,7 @@ from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
+from tests.tiny import COMMIT, write_hub_cache
 
 ROOT = Path(__file__).parents[2]
 FAST = ("--steps", "1")
@@ -427,17 +428,12 @@ def test_the_command_line_exits_with_2_and_no_traceback(model_folder):
 
 
 def test_a_cached_repository_draws_offline(model_folder, tmp_path):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--someone--random"
-    (repo / "snapshots").mkdir(parents=True)
-    (repo / "snapshots" / commit).symlink_to(model_folder)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
+    write_hub_cache(tmp_path / "hub", model_folder)
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = command("a red apple", *FAST, "--model", "someone/random", "--json", **offline)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["model"], result["revision"]) == ("someone/random", commit)
+    assert (result["model"], result["revision"]) == ("someone/random", COMMIT)
     assert Image.open(io.BytesIO(Path(result["path"]).read_bytes())).size == (64, 32)
 
 

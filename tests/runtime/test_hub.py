@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from convert.public.source import find_source
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
+from tests.tiny import COMMIT
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = ("config.json", "model.safetensors")
 
 

@@ -36,6 +36,7 @@ from mlx_snapgen.networks.elastic import ElasticLinear, extract, sliced_paramete
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize.runtime import quantize_transformer
+from tests.tiny import add_random_lora, velocity
 
 WIDTHS = (1.0, 0.5, 0.375)
 QUERY = "down_blocks.0.self_attention.q_proj"
@@ -47,26 +48,6 @@ def network(components):
     network = EfficientDiT(components.config.transformer)
     network.update(components.transformer.parameters())
     return network
-
-
-def adapt(module, name="style", targets=("*",), rank=4, alpha=6.0, seed=0):
-    """Add an adapter that changes something."""
-    mx.random.seed(seed)
-    paths = add_lora(module, rank, alpha=alpha, targets=targets, name=name)
-    for path, layer in module.named_modules():
-        if path in paths:
-            adapter = layer.adapters[name]
-            adapter.b = 0.1 * mx.random.normal(adapter.b.shape)
-    mx.eval(module.parameters())
-    return paths
-
-
-def run(network, width=1.0):
-    """v at `width` for fixed latents, times and text."""
-    keys = mx.random.split(mx.random.key(7), 2)
-    x_t = mx.random.normal((2, 4, 8, 4), key=keys[0])
-    text = mx.random.normal((2, 5, 32), key=keys[1])
-    return network(x_t, mx.array([0.3, 0.8]), text, share=width)
 
 
 def differ(a, b):
@@ -103,8 +84,8 @@ KEPT = {  # rows, columns at width 1/2
 @pytest.mark.parametrize("name", KEPT)
 def test_the_formula_in_numpy(name, width):
     layers = Layers()
-    adapt(layers, "one", rank=3, alpha=6.0, seed=1)
-    adapt(layers, "two", rank=5, alpha=1.0, seed=2)
+    add_random_lora(layers, "one", rank=3, alpha=6.0, seed=1)
+    add_random_lora(layers, "two", rank=5, alpha=1.0, seed=2)
     set_lora_weights(layers, {"one": 0.5, "two": -2})
     layer = layers[name]
     weight = np.array(layer.linear.weight)
@@ -125,57 +106,57 @@ def test_the_formula_in_numpy(name, width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_new_adapter_changes_nothing(network, width):
-    before = run(network, width)
+    before = velocity(network, width)
     linear = [p for p, m in network.named_modules() if isinstance(m, (ElasticLinear, nn.Linear))]
     assert add_lora(network, 4, alpha=8, targets=["*"]) == sorted(linear)
-    assert mx.array_equal(before, run(network, width))
+    assert mx.array_equal(before, velocity(network, width))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_width_with_adapters_equals_its_extracted_network(network, width):
-    base = run(network, width)
-    adapt(network, "one", seed=1)
-    adapt(network, "two", ["*_proj", "time.members.1.linear"], rank=2, seed=2)
+    base = velocity(network, width)
+    add_random_lora(network, "one", seed=1)
+    add_random_lora(network, "two", targets=["*_proj", "time.members.1.linear"], rank=2, seed=2)
     set_lora_weights(network, {"one": 0.7})
-    inside = run(network, width)
+    inside = velocity(network, width)
     alone = extract(network, width)
     assert differ(inside, base) > 0.1
-    assert differ(inside, run(alone)) < 1e-5
+    assert differ(inside, velocity(alone)) < 1e-5
     assert get_lora_weights(alone) == {"one": 0.7, "two": 1.0}
     sliced = dict(tree_flatten(sliced_parameters(network, width)))
     assert {k: v.shape for k, v in sliced.items()} == {
         k: v.shape for k, v in flat_parameters(alone).items()
     }
     set_lora_weights(alone, {"one": 0, "two": 0})
-    assert differ(base, run(alone)) < 1e-5
+    assert differ(base, velocity(alone)) < 1e-5
     assert get_lora_weights(network) == {"one": 0.7, "two": 1.0}
 
 
 def test_fused_equals_unfused_at_every_width(network):
     keys = list(flat_parameters(network))
-    adapt(network, "one", seed=1)
-    adapt(network, "two", ["*ffn*"], seed=2)
-    adapt(network, "off", ["*_proj"], seed=3)
+    add_random_lora(network, "one", seed=1)
+    add_random_lora(network, "two", targets=["*ffn*"], seed=2)
+    add_random_lora(network, "off", targets=["*_proj"], seed=3)
     set_lora_weights(network, {"two": -0.5, "off": 0})
-    before = [run(network, width) for width in WIDTHS]
+    before = [velocity(network, width) for width in WIDTHS]
     assert fuse_lora(network) == ["one", "two"]
     assert get_lora_weights(network) == {"off": 0}
     for width, unfused in zip(WIDTHS, before, strict=True):
-        assert differ(run(network, width), unfused) < 1e-5
-        assert differ(run(extract(network, width)), unfused) < 1e-5
+        assert differ(velocity(network, width), unfused) < 1e-5
+        assert differ(velocity(extract(network, width)), unfused) < 1e-5
     remove_lora(network)
     assert list(flat_parameters(network)) == keys
-    assert differ(run(network), before[0]) < 1e-5
+    assert differ(velocity(network), before[0]) < 1e-5
 
 
 def test_adapters_add_up():
     layers = Layers()
     x = mx.random.normal((3, 8))
     base = layers.both(x)
-    adapt(layers, "one", seed=1)
+    add_random_lora(layers, "one", seed=1)
     one = layers.both(x) - base
     set_lora_weights(layers, {"one": 0})
-    adapt(layers, "two", seed=2)
+    add_random_lora(layers, "two", seed=2)
     two = layers.both(x) - base
     set_lora_weights(layers, {"one": 0.25, "two": -3})
     assert mx.allclose(layers.both(x) - base, 0.25 * one - 3 * two, atol=1e-5)
@@ -183,7 +164,7 @@ def test_adapters_add_up():
 
 def test_half_precision_stays_half_precision(network):
     network.set_dtype(mx.bfloat16)
-    adapt(network)
+    add_random_lora(network)
     layer = dict(network.named_modules())[QUERY]
     assert layer.adapters["style"].a.dtype == mx.float32
     assert layer(mx.ones((1, 2, 64), mx.bfloat16)).dtype == mx.bfloat16
@@ -193,50 +174,50 @@ def test_half_precision_stays_half_precision(network):
 
 def test_quantized_bases(network):
     alone = extract(network, 0.5)
-    adapt(alone, targets=["ffn.linear?", "head.linear"])
-    exact = run(alone)
+    add_random_lora(alone, targets=["ffn.linear?", "head.linear"])
+    exact = velocity(alone)
     nn.quantize(alone, 32, 8, class_predicate=lambda p, m: p.endswith("ffn.linear1.linear"))
     quantized = dict(alone.named_modules())["up_blocks.0.ffn.linear1"]
     assert isinstance(quantized.linear, nn.QuantizedLinear)
-    assert 0 < differ(run(alone), exact) < 0.1 * mx.abs(exact).max().item()
+    assert 0 < differ(velocity(alone), exact) < 0.1 * mx.abs(exact).max().item()
     before = flat_parameters(alone)
     with pytest.raises(UserError, match="is quantized: fuse the LoRA first"):
         fuse_lora(alone)
     assert list(flat_parameters(alone)) == list(before)
-    adapt(alone, "late", ["ffn.linear1"])
+    add_random_lora(alone, "late", targets=["ffn.linear1"])
     assert quantized.adapters["late"].a.shape == (4, 32)
     dense = extract(network, 0.5)
-    adapt(dense)
-    unrounded = run(dense)
+    add_random_lora(dense)
+    unrounded = velocity(dense)
     quantize_transformer(dense, 8)
-    assert 0 < differ(run(dense), unrounded) < 0.1 * mx.abs(unrounded).max().item()
+    assert 0 < differ(velocity(dense), unrounded) < 0.1 * mx.abs(unrounded).max().item()
 
 
 # --- switching ----------------------------------------------------------------------------------
 
 
 def test_weight_zero_is_the_base_bit_for_bit_and_copies_nothing(network):
-    base = [run(network, width) for width in WIDTHS]
+    base = [velocity(network, width) for width in WIDTHS]
     arrays = {id(p) for p in flat_parameters(network).values()}
-    adapt(network)
+    add_random_lora(network)
     assert arrays <= {id(p) for p in flat_parameters(network).values()}
-    adapted = run(network)
+    adapted = velocity(network)
     with lora_weights(network, {"style": 0}):
         for width, expected in zip(WIDTHS, base, strict=True):
-            assert mx.array_equal(run(network, width), expected)
+            assert mx.array_equal(velocity(network, width), expected)
         assert arrays <= {id(p) for p in flat_parameters(network).values()}
-    assert mx.array_equal(run(network), adapted)
+    assert mx.array_equal(velocity(network), adapted)
     with pytest.raises(RuntimeError), lora_weights(network, {"style": 0.5}):
         raise RuntimeError
     assert get_lora_weights(network) == {"style": 1.0}
     remove_lora(network)
-    assert mx.array_equal(run(network), base[0])
+    assert mx.array_equal(velocity(network), base[0])
     assert not any(isinstance(m, LoRALinear) for m in network.modules())
 
 
 def test_switching_inside_a_compiled_function():
     layers = Layers()
-    adapt(layers)
+    add_random_lora(layers)
     x = mx.random.normal((3, 8))
     plain = {}
     for weight in (0, 1):
@@ -265,7 +246,7 @@ def test_switching_inside_a_compiled_function():
 
 def test_gradients_through_checkpoints_see_the_weights_around_them():
     layers = Layers()
-    adapt(layers)
+    add_random_lora(layers)
     checkpointed = nn.utils.checkpoint(layers.both)
     x = mx.random.normal((3, 8))
     with lora_weights(layers, {"style": 0}):
@@ -279,7 +260,7 @@ def test_gradients_through_checkpoints_see_the_weights_around_them():
     [({"stile": 1}, "no LoRA 'stile' .did you mean 'style'"), ({"style": float("nan")}, "finite")],
 )
 def test_weights_that_cannot_be(network, weights, message):
-    adapt(network)
+    add_random_lora(network)
     with pytest.raises(UserError, match=message):
         set_lora_weights(network, {"style": 0.5} | weights)
     assert get_lora_weights(network) == {"style": 1.0}
@@ -289,7 +270,7 @@ def test_weights_that_cannot_be(network, weights, message):
 
 
 def test_gradients_flow_to_the_new_adapter_only(network):
-    adapt(network, "fixed", ["ffn.linear1"], seed=1)
+    add_random_lora(network, "fixed", targets=["ffn.linear1"], seed=1)
     paths = add_lora(
         network, 4, alpha=8, targets=["self_attention.*_proj", "ffn.linear1"], name="new"
     )
@@ -299,7 +280,7 @@ def test_gradients_flow_to_the_new_adapter_only(network):
     assert set(dict(tree_flatten(network.trainable_parameters()))) == wanted
 
     def loss(model):
-        return run(model).square().mean() + run(model, 0.5).square().mean()
+        return velocity(model).square().mean() + velocity(model, 0.5).square().mean()
 
     before = flat_parameters(network)
     step = nn.value_and_grad(network, loss)
@@ -316,7 +297,7 @@ def test_gradients_flow_to_the_new_adapter_only(network):
 
 
 def test_loaded_adapters_are_frozen_unless_they_are_to_be_trained(network, tmp_path):
-    adapt(network, targets=["q_proj"])
+    add_random_lora(network, targets=["q_proj"])
     save_lora(tmp_path / "a.safetensors", network, name="style")
     remove_lora(network)
     network.unfreeze()
@@ -359,7 +340,7 @@ def test_targets_without_a_layer(network, targets, message):
     ],
 )
 def test_adapters_that_cannot_be(network, settings, message):
-    adapt(network, targets=["q_proj"])
+    add_random_lora(network, targets=["q_proj"])
     with pytest.raises(UserError, match=message):
         add_lora(network, **{"rank": 4, "alpha": 8, "targets": ["v_proj"]} | settings)
 
@@ -368,8 +349,8 @@ def test_adapters_that_cannot_be(network, settings, message):
 
 
 def test_a_saved_adapter_is_the_same_loaded(network, tmp_path):
-    adapt(network, targets=["*_proj", "time.members.*.linear"], rank=4, alpha=6)
-    before = [run(network, width) for width in WIDTHS]
+    add_random_lora(network, targets=["*_proj", "time.members.*.linear"], rank=4, alpha=6)
+    before = [velocity(network, width) for width in WIDTHS]
     path = tmp_path / "new" / "style.safetensors"
     save_lora(path, network, name="style", base_model="random")
     assert os.listdir(path.parent) == ["style.safetensors"]
@@ -384,7 +365,7 @@ def test_a_saved_adapter_is_the_same_loaded(network, tmp_path):
     assert 3 * len(paths) == len(tensors)
     assert get_lora_weights(network) == {"style": 1.0}
     for width, expected in zip(WIDTHS, before, strict=True):
-        assert mx.array_equal(run(network, width), expected)
+        assert mx.array_equal(velocity(network, width), expected)
 
 
 STYLES = {
@@ -431,7 +412,7 @@ def test_the_keys_of_others(network, tmp_path, style, alpha):
 
 def edited(network, path, edit, header=None):
     """A good file of a query projection's adapter, with `edit` applied to its tensors."""
-    adapt(network, targets=[QUERY])
+    add_random_lora(network, targets=[QUERY])
     save_lora(path, network, name="style")
     remove_lora(network)
     tensors = mx.load(str(path))
@@ -514,7 +495,7 @@ def test_files_that_are_none(network, tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch):
-    adapt(network, targets=["q_proj"])
+    add_random_lora(network, targets=["q_proj"])
     path = tmp_path / "x.safetensors"
     path.write_text("mine")
     with pytest.raises(UserError, match="exists already"):
@@ -545,7 +526,7 @@ def files(network, tmp_path):
     """Two LoRA files for the shared model."""
     paths = []
     for seed, targets in enumerate((["*"], ["*ffn*", "*_proj"])):
-        adapt(network, "x", targets, seed=seed)
+        add_random_lora(network, "x", targets=targets, seed=seed)
         paths.append(tmp_path / f"lora{seed}.safetensors")
         save_lora(paths[-1], network, name="x", base_model="random")
         remove_lora(network)
@@ -565,7 +546,7 @@ def test_the_pipeline_draws_with_loras(files, model_folder, tmp_path, name, widt
     whole = load_pretrained(model_folder).transformer
     for i, (path, weight) in enumerate(loras):
         load_lora(path, whole, weight=weight, name=f"l{i}")
-    assert differ(run(whole, width), run(pipe.transformer)) < 1e-5
+    assert differ(velocity(whole, width), velocity(pipe.transformer)) < 1e-5
     plain = SnapGenPipeline.from_pretrained(model_folder, model_width=name)
     assert plain.describe()["loras"] == []
     assert not np.array_equal(pixels(plain), pixels(pipe))
@@ -582,11 +563,11 @@ def test_loras_are_fused_before_quantization(files, model_folder):
     load_lora(files[0], expected)
     fuse_lora(expected)
     quantize_transformer(alone := extract(expected, 1.0), 4)
-    assert differ(run(pipe.transformer), run(alone)) < 1e-5
+    assert differ(velocity(pipe.transformer), velocity(alone)) < 1e-5
 
 
 def test_a_lora_for_another_model_is_noticed(network, files, model_folder, tmp_path):
-    adapt(network, "x", ["q_proj"])
+    add_random_lora(network, "x", targets=["q_proj"])
     save_lora(tmp_path / "other.safetensors", network, name="x", base_model="another")
     with pytest.warns(UserWarning, match="made for the model 'another', not 'random'"):
         SnapGenPipeline.from_pretrained(model_folder, loras=[(tmp_path / "other.safetensors", 1)])

@@ -15,6 +15,7 @@ from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.quantize import palettes, sensitivity
+from tests.tiny import velocity
 
 WIDTHS = {"full": 1.0, "small": 0.5}
 AVERAGE = 5.0
@@ -56,13 +57,6 @@ def test_few_numbers_are_kept_exactly():
         # Panter and Dite: 2.72 / 2^(2 bits) for a normal distribution.
         assert np.square(found - weight).mean() < 1.2 * 2.72 / 4**bits
         np.testing.assert_array_equal(palettes.palettized(mx.array(found), bits), found)
-
-
-def velocity(network, width=1.0):
-    keys = mx.random.split(mx.random.key(7), 2)
-    x_t = mx.random.normal((2, 4, 8, 4), key=keys[0])
-    text = mx.random.normal((2, 5, 32), key=keys[1])
-    return network(x_t, mx.array([0.3, 0.8]), text, share=width)
 
 
 @pytest.mark.parametrize("width", WIDTHS.values())

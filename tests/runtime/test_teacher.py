@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
-from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
@@ -209,10 +206,3 @@ def test_the_defaults_are_the_public_sizes(kind, billions):
     network = folders.NETWORKS[kind](TRANSFORMERS[kind]())
     count = sum(p.size for _, p in tree_flatten(network.parameters()))
     assert round(count / 1e9, 2) == billions
-
-
-def test_without_mlx_lm_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
-    with pytest.raises(UserError, match=r"mlx_snapgen\[teacher\]"):
-        load_qwen(tmp_path, QWEN_IMAGE, dims=8)
