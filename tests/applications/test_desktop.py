@@ -184,10 +184,14 @@ def wait(window, condition, what):
 
 
 @pytest.fixture(scope="module")
-def window(screen, model_folder, tmp_path_factory):
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def window(screen, model_folder, data):
     from apps.desktop.window import Window
 
-    data = tmp_path_factory.mktemp("data")
     choice = ModelChoice(str(model_folder), model_width="tiny")
     start = Settings(draw=DrawSettings(), choice=choice, appearance="light")
     save_settings(data / "settings.json", start)
@@ -360,7 +364,7 @@ def test_many_pictures_take_no_more_memory(window):
     assert memory(os.getpid()) < before + 15
 
 
-def test_both_appearances_and_sizes_show_every_part(window):
+def test_both_appearances_and_sizes_show_every_part(window, data):
     from PIL import ImageGrab
 
     means = {}
@@ -379,7 +383,7 @@ def test_both_appearances_and_sizes_show_every_part(window):
                 )
         means[appearance] = np.array(ImageGrab.grab(xdisplay=os.environ["DISPLAY"])).mean()
     assert means["light"] > means["dark"] + 50
-    assert load_settings(window._settings_path)[0].appearance == "dark"
+    assert load_settings(data / "settings.json")[0].appearance == "dark"
 
 
 def test_the_command_ends_cleanly_during_a_run(screen, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +24,7 @@ from apps.worker.messages import (
     Picture,
     Progress,
 )
-from mlx_snapgen.checkpoint.hub import _reporting_bar
+from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.metadata import KEY
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
@@ -166,14 +167,17 @@ def test_an_interrupt_stops_at_once(listener, job):
     assert isinstance(listener.result(job)[-1], Finished)
 
 
-def test_downloads_report_bytes():
+def test_downloads_report_bytes(monkeypatch):
     seen = []
-    bar = _reporting_bar("someone/model", lambda *said: seen.append(said))(
-        total=10, unit="B", mininterval=0, desc="x"
-    )
-    bar.update(4)
-    bar.update(6)
-    bar.close()
+
+    def snapshot_download(repo, *, tqdm_class, **_):
+        with tqdm_class(total=10, unit="B", mininterval=0, desc="x") as bar:
+            bar.update(4)
+            bar.update(6)
+        return repo
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    find_model("someone/model", progress=lambda *said: seen.append(said))
     assert ("someone/model", 4, 10) in seen
     assert seen[-1] == ("someone/model", 10, 10)
     assert Downloading(1, *seen[-1]).total == 10

@@ -4,6 +4,7 @@ Needs torch and safetensors: `pip install -e ".[parity]"`.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import weakref
@@ -197,20 +198,24 @@ def test_a_folder_is_written_whole_or_not_at_all(components, tmp_path, monkeypat
 def test_weights_are_copied_one_by_one(components, tmp_path, monkeypatch):
     """A model of 1.2 GB took more than 5 GiB: its weights were in memory three times over."""
     alone = of_width(components, "small")
-    make_networks, one, made = efficient_dit.make_networks, torch_twins._torch_weight, []
+    make_networks, made = efficient_dit.make_networks, []
 
     def shapes_alone(config):
         networks = make_networks(config)
         assert all(p.is_meta for network in networks.values() for p in network.parameters())
         return networks
 
-    def watched(*args):
+    def watched(make):
         assert all(array() is None for array in made)
-        array = one(*args)
+        array = make()
         made.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(torch_twins, "_torch_weight", watched)
+    def all_watched(module, shapes):
+        weights = torch_weights(module, shapes)
+        return {name: functools.partial(watched, make) for name, make in weights.items()}
+
+    monkeypatch.setattr(torch_twins, "torch_weights", all_watched)
     networks = torch_networks(alone)
     count = sum(len(network.state_dict()) for network in networks.values())
     assert len(made) == count

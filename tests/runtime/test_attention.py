@@ -6,7 +6,6 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map
 
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.attention import (
@@ -17,7 +16,7 @@ from mlx_snapgen.networks.attention import (
     apply_rope,
 )
 from mlx_snapgen.networks.layers import attend
-from tests.tiny import TRANSFORMER
+from tests.tiny import TRANSFORMER, randomize
 
 CONFIG = dataclasses.replace(
     TRANSFORMER,
@@ -27,13 +26,6 @@ CONFIG = dataclasses.replace(
     num_bands=4,
     widths=(1.0, 0.5),
 )
-
-
-def randomized(module, seed=0):
-    """The module with every parameter moved off its initial value."""
-    mx.random.seed(seed)
-    module.update(tree_map(lambda p: p + 0.3 * mx.random.normal(p.shape), module.parameters()))
-    return module
 
 
 def softmax(x):
@@ -114,7 +106,7 @@ def numpy_assa(module, h, grid, config):
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_assa_matches_the_formulas(grid, radius):
     config = dataclasses.replace(CONFIG, band_radius=radius)
-    module = randomized(SparseSelfAttention(config))
+    module = randomize(SparseSelfAttention(config), 0)
     h = np.random.default_rng(0).normal(size=(2, grid.height * grid.width, 64))
     out = np.array(module(mx.array(h, mx.float32), grid))
     for i in range(2):
@@ -167,8 +159,8 @@ def test_rope_scores_depend_on_relative_position_only():
 
 def test_grouped_queries_share_keys_in_order():
     config = dataclasses.replace(CONFIG, sparse_attention=False)
-    module = randomized(SelfAttention(config))
-    wide = randomized(SelfAttention(dataclasses.replace(config, num_kv_heads=8)), seed=5)
+    module = randomize(SelfAttention(config), 0)
+    wide = randomize(SelfAttention(dataclasses.replace(config, num_kv_heads=8)), 5)
     for name in ("q_proj", "out_proj", "q_norm", "k_norm"):
         getattr(wide, name).update(getattr(module, name).parameters())
     for name in ("k_proj", "v_proj"):  # each of 4 kv heads, twice
@@ -182,7 +174,7 @@ def test_grouped_queries_share_keys_in_order():
 
 
 def test_cross_attention_matches_numpy_and_ignores_masked_tokens():
-    module = randomized(CrossAttention(CONFIG))
+    module = randomize(CrossAttention(CONFIG), 0)
     rng = np.random.default_rng(0)
     h, text = rng.normal(size=(2, 5, 64)), rng.normal(size=(2, 7, 24))
     mask = np.arange(7)[None] < np.array([[4], [7]])
@@ -226,7 +218,7 @@ def test_modulated_assa_weighs_attention_after_the_softmax():
         weights = softmax(np.where(mask, scores, -np.inf)) * np.array(matrix)
         expected = weights @ np.array(v[0, head // 2])
         np.testing.assert_allclose(np.array(out[0, head]), expected, atol=1e-5)
-    module = randomized(SparseSelfAttention(CONFIG))
+    module = randomize(SparseSelfAttention(CONFIG), 0)
     h = mx.random.normal((1, 32, 64))
     change = mx.abs(module(h, grid, modulate=True) - module(h, grid)).max().item()
     assert change > 1e-3

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError
@@ -14,7 +14,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS
-from tests.tiny import TRANSFORMER
+from tests.tiny import TRANSFORMER, randomize
 
 CONFIG = dataclasses.replace(
     TRANSFORMER, blocks=(1, 5, 2), num_bands=4, text_dims=(12, 20), text_width=16
@@ -23,15 +23,7 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def network():
-    return random_network(CONFIG)
-
-
-def random_network(config, seed=0):
-    mx.random.seed(seed)
-    network = EfficientDiT(config)
-    # Away from the initial zero gates and zero head, which would hide differences.
-    network.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), network.parameters()))
-    return network
+    return randomize(EfficientDiT(CONFIG), 0)
 
 
 def inputs(height=8, width=12, batch=2, seed=1):
@@ -52,7 +44,7 @@ def run(network, x_t, t, states, **kwargs):
 @pytest.mark.parametrize("width", CONFIG.widths)
 def test_a_width_equals_its_extracted_network(network, width, dtype):
     x_t, t, states = inputs()
-    network = random_network(CONFIG)
+    network = randomize(EfficientDiT(CONFIG), 0)
     network.set_dtype(dtype)
     x_t = x_t.astype(dtype)
     states = [TextStates(s.astype(dtype), m) for s, m in states]
@@ -147,7 +139,7 @@ def test_every_rung_runs(name):
         text_dims=(12, 20),
         text_width=16,
     )
-    out = run(random_network(config), *inputs())
+    out = run(randomize(EfficientDiT(config), 0), *inputs())
     assert out.shape == (2, 8, 12, 4) and bool(mx.isfinite(out).all())
 
 
@@ -196,7 +188,7 @@ def test_a_fresh_network_predicts_zero_and_learns_from_the_first_step():
 
 def test_long_skips_and_stage_skip_carry_signal():
     x_t, t, states = inputs()
-    network = random_network(CONFIG)
+    network = randomize(EfficientDiT(CONFIG), 0)
     before = run(network, x_t, t, states)
     for i, skip in enumerate(network.long_skips):
         kept = skip.linear.weight
@@ -209,8 +201,8 @@ def test_long_skips_and_stage_skip_carry_signal():
 
 def test_attention_modulation_touches_every_second_up_block():
     x_t, t, states = inputs()
-    one = random_network(dataclasses.replace(CONFIG, blocks=(2, 2, 1)))
-    two = random_network(dataclasses.replace(CONFIG, blocks=(2, 2, 2)))
+    one = randomize(EfficientDiT(dataclasses.replace(CONFIG, blocks=(2, 2, 1))), 0)
+    two = randomize(EfficientDiT(dataclasses.replace(CONFIG, blocks=(2, 2, 2))), 0)
     for network, changes in ((one, False), (two, True)):
         plain = run(network, x_t, t, states)
         modulated = run(network, x_t, t, states, modulate_attention=True)
@@ -221,7 +213,7 @@ def test_masked_tokens_do_not_reach_the_middle_stage(network):
     """A masked token's content still arrives by the Down -> Up skip, but the Middle stage and so
     the other tokens' keys from it do not see it: with the skip closed the output ignores it."""
     x_t, t, states = inputs()
-    network = random_network(dataclasses.replace(CONFIG, blocks=(1, 5, 1)))
+    network = randomize(EfficientDiT(dataclasses.replace(CONFIG, blocks=(1, 5, 1))), 0)
     everything = run(network, x_t, t, states)
     keep = mx.ones((2, 24), mx.bool_)
     np.testing.assert_allclose(
