@@ -61,7 +61,7 @@ def main() -> None:
     args = parse(parser)
     check_new(args.output)
     model = find_model(args.model)
-    with announce("copying the model"):
+    with announce("copying the model ..."):
         swap_autoencoder(model, read_autoencoder(args.source), args.output)
     print(args.output)
 

@@ -5,15 +5,15 @@
     python -m convert.from_torch TinyCLIP.pt tinyclip --kind clip --dtype float16
     python -m convert.from_torch my-model-torch my-new-model --model my-model
 
-SOURCE is a folder, a file (.safetensors, .bin, .pt) or a Hugging Face repository. OUT becomes a
-folder with the weights, config.json, the tokenizer's files and report.json, which lists every key;
-for a LoRA it becomes a .safetensors file. Weights are converted tensor by tensor, so memory does
-not grow with the checkpoint. Run the same command again to resume an interrupted conversion; OUT is
-renamed into place when complete. A pickle is first copied to safetensors beside OUT, which takes
-its size on disk once more.
+SOURCE is a folder, a file (.safetensors, .bin, .pt) or a Hugging Face repository. OUT is a new
+folder with the weights, config.json, the tokenizer files and report.json, which lists every key.
+For a LoRA, OUT is a .safetensors file. The command converts one tensor after another, so memory
+does not grow with the checkpoint. Run the same command again to resume an interrupted conversion;
+OUT is renamed into place when complete. The command first copies a pickle (.bin, .pt) to
+safetensors beside OUT, which needs as much disk space as the pickle.
 
-A folder written by `convert.to_torch` becomes a model again; what PyTorch does not have is copied
-from --model.
+If SOURCE is a folder of `convert.to_torch`, OUT is a model folder. The command then copies the
+parts that PyTorch does not have from --model.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from mlx_snapgen.files import check_new
 
 
 def _quantization(args: argparse.Namespace) -> dict[str, int] | None:
-    return args.quantize and {"bits": args.quantize, "group_size": args.group_size}
+    how = {"bits": args.quantize, "group_size": args.group_size}
+    return how if args.quantize else None
 
 
 def _convert_student(args: argparse.Namespace) -> None:
@@ -65,33 +66,32 @@ def make_parser() -> Parser:
         "source", metavar="SOURCE", help="folder, file or Hugging Face repository to convert"
     )
     add_output(parser, "folder to write (for a LoRA a .safetensors file)")
-    parser.add_argument("--kind", help="kind of network (default: found by its config and keys)")
+    parser.add_argument("--kind", help="kind of network, see below (default: detected)")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository (default: main)")
+    parser.add_argument("--subfolder", help="folder inside SOURCE, such as vae (default: none)")
     parser.add_argument(
-        "--revision", help="branch, tag or commit of a repository (default: its main branch)"
-    )
-    parser.add_argument(
-        "--subfolder", help="part of a pipeline, such as vae (default: the top folder)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="floating type to store (default: the source's)"
+        "--dtype", choices=DTYPES, help="type of the stored numbers (default: as in SOURCE)"
     )
     parser.add_argument(
         "--quantize",
         type=int,
-        choices=(4, 8),
-        help="bits per weight of the matrices (default: not quantized)",
+        choices=(0, 4, 8),
+        default=0,
+        metavar="BITS",
+        help="bits per weight of the matrices, 4 or 8; 0 does not quantize (default: 0)",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         choices=(32, 64, 128),
         default=32,
-        help="weights that share a scale when quantized (default: 32)",
+        help="weights per quantization scale (default: 32)",
     )
     parser.add_argument(
         "--model",
-        help="the model that a folder of convert.to_torch came from: stickers, or folder or "
-        "Hugging Face repository (default: none)",
+        metavar="MODEL",
+        help="needed if convert.to_torch wrote SOURCE: the original model, as folder, Hugging Face "
+        "repository, or stickers for the built-in one (default: none)",
     )
     return parser
 

@@ -10,7 +10,7 @@ from mlx_snapgen.cli.options import Parser
 def add_output(parser: Parser, what: str = "folder to write") -> None:
     """The output, as the last positional argument OUT or as --output; see `parse`."""
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=f"{what}; must not exist")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the same as OUT")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="another way to give OUT")
 
 
 def parse(parser: Parser, argv: Sequence[str] | None = None) -> Namespace:

@@ -166,19 +166,23 @@ def main() -> None:
     parser = Parser(
         prog="python -m convert.random_model", description=__doc__, renamed={"--bits": "--quantize"}
     )
-    parser.add_argument("preset", help=f"size of the transformer: {', '.join(presets)}")
+    parser.add_argument(
+        "preset", metavar="PRESET", help=f"size of the transformer: {', '.join(presets)}"
+    )
     add_output(parser)
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="floating type of the transformer and the text encoders (default: bfloat16)",
+        help="type of the numbers of transformer and text encoders (default: bfloat16)",
     )
     parser.add_argument(
         "--quantize",
         type=int,
-        choices=(4, 8),
-        help="bits per weight of the transformer (default: not quantized)",
+        choices=(0, 4, 8),
+        default=0,
+        metavar="BITS",
+        help="bits per weight of the transformer, 4 or 8; 0 does not quantize (default: 0)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)"
@@ -186,8 +190,8 @@ def main() -> None:
     args = parse(parser)
     check_new(args.output)
     dtype = DTYPES[args.dtype]
-    with announce("writing random weights"):
-        bits, seed = args.quantize, args.seed
+    with announce("writing random weights ..."):
+        bits, seed = args.quantize or None, args.seed
         write_random_model(args.output, args.preset, dtype=dtype, bits=bits, seed=seed)
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, peak memory {peak_process_bytes() / 2**20:.0f} MiB")

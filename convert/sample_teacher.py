@@ -1,4 +1,4 @@
-"""Generate a picture with a teacher, to check its conversion.
+"""Draw a picture with a teacher, to check its conversion.
 
 python -m convert.sample_teacher qwen-image "a red apple on a table" --output apple.png
 python -m convert.sample_teacher qwen-image "a red apple" --output apple.png --few-step
@@ -79,8 +79,8 @@ def sample(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m convert.sample_teacher", description=__doc__)
-    parser.add_argument("model", type=Path, help="folder of the teacher")
-    parser.add_argument("prompt", help="what to generate, in quotes")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of convert.teacher")
+    parser.add_argument("prompt", metavar="PROMPT", help="description of the picture, in quotes")
     add = parser.add_argument
     add(
         "-o",
@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--guidance",
         type=float,
         metavar="G",
-        help="guidance scale; 1 is no guidance (default: the model's)",
+        help="guidance scale; 1 is off (default: the model's)",
     )
-    add("--few-step", action="store_true", help="use the few-step mode (default: no)")
+    add("--few-step", action="store_true", help="use the few-step mode (default: off)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
     args = parser.parse_args(argv)
     if args.output.suffix.lower() != ".png":
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps must be at least 1, not {args.steps}")
     started = time.perf_counter()
-    with announce("loading the teacher"):
+    with announce("loading the teacher ..."):
         teacher, autoencoder = load_flow_teacher(args.model, lazy=True)
     picture = sample(
         teacher,

@@ -5,10 +5,9 @@
     python -m convert.teacher Qwen/Qwen-Image qwen-image --quantize 4 \\
         --few-step-lora Qwen-Image-Lightning-4steps-V1.0.safetensors
 
-SOURCE is a folder in diffusers' format, or a Hugging Face repository. --quantize quantizes the
-matrices of the transformer's blocks, tensor by tensor. --transformer takes the transformer from a
-folder written by `convert.from_torch`, which can resume an interrupted conversion, instead of from
-SOURCE.
+SOURCE is a folder in diffusers' format, or a Hugging Face repository. This command cannot resume an
+interrupted conversion, but `convert.from_torch` can: convert a large transformer with it first, and
+give its folder as --transformer.
 """
 
 from pathlib import Path
@@ -37,42 +36,47 @@ def main() -> None:
     parser.add_argument(
         "--quantize",
         type=int,
-        choices=BITS,
-        help="bits per weight of the transformer's blocks (default: not quantized)",
+        choices=(0, *BITS),
+        default=0,
+        metavar="BITS",
+        help="bits per weight of the blocks of the transformer, "
+        f"{', '.join(map(str, BITS))}; 0 does not quantize (default: 0)",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         choices=GROUP_SIZES,
         default=64,
-        help="weights that share a scale when quantized (default: 64)",
+        help="weights per quantization scale (default: 64)",
     )
     parser.add_argument(
         "--few-step-lora",
         type=Path,
         metavar="FILE",
-        help=".safetensors LoRA of the few-step mode (default: no few-step mode, or the model's)",
+        help=".safetensors LoRA of the few-step mode (default: the few-step mode of SOURCE, if it "
+        "has one)",
     )
     parser.add_argument(
         "--transformer",
         type=Path,
         metavar="FOLDER",
-        help="transformer converted by convert.from_torch (default: the source's)",
+        help="folder of convert.from_torch with the transformer (default: convert that of SOURCE)",
     )
     parser.add_argument(
         "--text-encoder",
         metavar="MODEL",
         help="folder or Hugging Face repository of the language model, for example a quantized "
-        "one (default: a copy of the source's)",
+        "one (default: a copy of that in SOURCE)",
     )
     args = parse(parser)
     check_new(args.output)
     source = find_model(args.source, files=QWEN_FILES)
-    with announce("converting the parts of the teacher"):
+    how = {"bits": args.quantize, "group_size": args.group_size}
+    with announce("converting the parts of the teacher ..."):
         convert_teacher(
             source,
             args.output,
-            quantization=args.quantize and {"bits": args.quantize, "group_size": args.group_size},
+            quantization=how if args.quantize else None,
             few_step_lora=args.few_step_lora,
             text_encoder=args.text_encoder,
             transformer=args.transformer,

@@ -190,7 +190,12 @@ def main() -> None:
         print(f"[{i + 1}/{len(names)}] {name} ...", end=" ", file=sys.stderr, flush=True)
         results[name] = measure(name, TRANSFORMERS["small"], **how)
         print(f"{results[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
-    setting = {"height": height, "width": width, "dtype": dtype, "device": str(mx.default_device())}
+    setting = {
+        "height": height,
+        "width": width,
+        "dtype": dtype,
+        "device": mx.default_device().type.name,
+    }
     if args.json:
         print(json.dumps(setting | {"presets": results}, indent=1))
     else:

@@ -27,6 +27,8 @@ from mlx_snapgen.metadata import read_settings, save_picture, slug
 from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_width
 
+LABELS = {"colours": "colors", "recolourable": "nouns that take a color"}
+"""Shown names of vocabulary.json's keys."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -177,7 +179,8 @@ def _print_vocabulary(folder: Path, as_json: bool) -> int:
         print(json.dumps(vocabulary, ensure_ascii=False))
     else:
         for category, words in vocabulary.items():
-            print(f"{category.replace('_', ' ')} ({len(words)}): {', '.join(words)}\n")
+            label = LABELS.get(category, category.replace("_", " "))
+            print(f"{label} ({len(words)}): {', '.join(words)}\n")
     return 0
 
 

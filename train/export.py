@@ -1,6 +1,6 @@
 """Assemble trained parts into a model folder: `python -m train.export --output FOLDER ...`.
 
-The default model is exported to `mlx_snapgen/models/stickers`, from where the package ships it.
+The built-in model is such a folder, `mlx_snapgen/models/stickers`.
 """
 
 import dataclasses
@@ -60,30 +60,42 @@ def main() -> None:
         prog="python -m train.export", description=__doc__, renamed={"--bits": "--quantize"}
     )
     add = parser.add_argument
-    add("--flow", type=Path, required=True, metavar="DIR", help="folder of a run of flow or kd")
-    add("--autoencoder", type=Path, required=True, metavar="DIR", help="run of train.autoencoder")
+    add(
+        "--flow",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="run folder of train.flow or train.kd, or model folder",
+    )
+    add(
+        "--autoencoder",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="run folder of train.autoencoder, or model folder",
+    )
     add("--tokenizer", type=Path, required=True, metavar="FILE", help="sentencepiece .model file")
     add(
         "--config",
         type=Path,
         metavar="FOLDER",
-        help="folder with a config.json of the sizes (default: the stickers model's)",
+        help="folder with a config.json of the model's sizes (default: the stickers model's)",
     )
-    add_output(parser, "folder of the model")
-    add_num_nouns(parser, "nouns that a run on stickers was trained on (default: the run's)")
+    add_output(parser, "model folder to write")
+    add_num_nouns(parser, "the first N nouns are the vocabulary (default: as recorded in the run)")
     add(
         "--quantize",
         type=int,
         choices=[0, 8],
         default=8,
         metavar="BITS",
-        help="bits of stored weights: 8, or 0 for bfloat16 (default: %(default)s)",
+        help="bits per stored weight: 8, or 0 for bfloat16 without quantization (default: 8)",
     )
     add(
         "--few-step-lora",
         type=Path,
         metavar="FILE",
-        help="LoRA of train.kdmd, for the few-step mode (default: no few-step mode)",
+        help="LoRA of train.kdmd to add as the few-step mode (default: no few-step mode)",
     )
     args = parser.parse_args()
     check_new(args.output)

@@ -35,7 +35,7 @@ def main() -> None:
         type=Path,
         required=True,
         metavar="MODEL",
-        help="autoencoder: folder of a run of train.autoencoder, or a model",
+        help="autoencoder: run folder of train.autoencoder, or model folder",
     )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="FILE", help="sentencepiece .model file"
@@ -44,14 +44,15 @@ def main() -> None:
         parser,
         "--mask-ratio",
         0.0,
-        "share of the tokens to mask before the Middle stage, in half of the pictures; EDT: 0.45",
+        "share of tokens to mask before the Middle stage, in half of the pictures; the EDT paper "
+        "uses 0.45",
     )
     add_number(
         parser,
         "--distillation-weight",
         1.0,
-        "weight of the full network's velocity, beside the true one, in a sub-network's loss; "
-        "the paper: 1",
+        "weight of the loss between a sub-network and the full network; the loss against the "
+        "data has weight 1",
     )
     args = parser.parse_args()
     options.check(args)

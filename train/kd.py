@@ -69,9 +69,9 @@ def main() -> None:
         type=Path,
         required=True,
         metavar="MODEL",
-        help="folder of the teacher, or a model",
+        help="teacher: folder of convert.teacher, or model folder",
     )
-    add_number(parser, "--guidance", 1.0, "guidance scale of the teacher; 1 is none")
+    add_number(parser, "--guidance", 1.0, "guidance scale of the teacher; 1 is off")
     parser.add_argument(
         "--student-config",
         type=Path,
@@ -79,7 +79,10 @@ def main() -> None:
         help="folder with a config.json of the student's sizes (default: the stickers model's)",
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="the student's sentencepiece .model file"
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="sentencepiece .model file of the student (default: the tokenizers of --init-from)",
     )
     args = parser.parse_args()
     options.check(args)

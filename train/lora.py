@@ -116,6 +116,7 @@ def main() -> None:
         with trainer.averaged():
             save_lora(args.output, network, name=NAME, base_model=config.name)
         model = "" if args.model == "stickers" else f" --model {args.model}"
+        print(f"{args.output} is complete. To draw with it:")
         print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
 
 

@@ -1,17 +1,17 @@
-"""Palettes for a model's weights, with biases and norms tuned to them.
+"""Store a model's weights in palettes, and tune biases and norms to them.
 
     python -m train.palettes --model my-model --quantize 4.3 --output my-model-4.3
     python -m convert.coreml my-model-4.3 my-model-coreml
 
-The weights of the transformer's layers get palettes of 16 or 256 numbers, chosen as
-`convert.coreml --quantize` chooses them. They do not change. Then biases and norms alone are
-trained: on the model's own paths from noise to pictures they learn the velocity of the network
-without palettes (SnapGen++ section 6). The output is an ordinary model folder with the bits of each
-layer in palettes.json. In MLX it draws what the phone will draw; `convert.coreml` exports it with
-these palettes, and refuses weights that are not in them.
+The command gives each layer of the transformer a palette of 16 or 256 numbers, the same as
+`convert.coreml --quantize`. Training changes only biases and norms: with these, the network with
+palettes learns the velocity of the network without palettes, on drawings of the model itself
+(SnapGen++ section 6). The output is an ordinary model folder; its palettes.json lists the bits of
+each layer. In MLX the model draws with the same weights as on a phone. `convert.coreml` exports it
+with these palettes, and stops if a weight is not in its palette.
 
-A few-step LoRA is merged first. With one width the output is a model of that width alone; several
-widths share their palettes and are trained in turn.
+The command merges a few-step LoRA first. With one width, the output is a model of that width only;
+several widths share the palettes and are trained in turn.
 """
 
 import dataclasses

@@ -25,28 +25,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write a contact sheet, or an imagefolder."""
     parser = Parser(
         prog="python -m train.stickers",
-        description="Look at the training pictures: a contact sheet of captioned scenes,\n"
-        "drawn with the Noto Color Emoji font.",
-        epilog=f"Install the font with {INSTALL}.",
+        description="Draw training pictures with the font Noto Color Emoji: a contact sheet with\n"
+        "captions, or with --noun a folder for train.lora.",
+        epilog=f"To install the font: {INSTALL}.",
     )
     add = parser.add_argument
-    add_output(parser, "PNG file to write, or with --noun a folder")
+    add_output(parser, "PNG file to write, or folder with --noun")
     add(
         "--noun",
         metavar="NAME",
-        help="write a folder with pictures of this noun alone and a metadata.jsonl with captions "
-        "(default: a contact sheet)",
+        help="write a folder with pictures of this noun and their captions in metadata.jsonl "
+        "(default: none, write a contact sheet)",
     )
     add_number(parser, "--count", 64, "number of scenes")
     add_seed(parser)
     add_num_nouns(parser, f"use the first N nouns only (default: all {len(NOUNS)})")
-    add("--glyphs", action="store_true", help="show every noun once, and in each possible color")
+    add(
+        "--glyphs",
+        action="store_true",
+        help="draw every noun, in each possible color (default: off)",
+    )
     add(
         "--validation",
         action="store_true",
-        help="show the validation scenes; every fourth is a held-out combination",
+        help="draw validation scenes; each fourth is a combination that training leaves out "
+        "(default: off)",
     )
-    add("--font", metavar="TTF", help="NotoColorEmoji.ttf (default: found in the usual folders)")
+    add("--font", metavar="TTF", help="path of NotoColorEmoji.ttf (default: in a font folder)")
     args = parser.parse_args(argv)
     output = args.output
     check_new(output)
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.noun:
         shown = [noun_scene(args.noun, args.seed, k) for k in numbers]
         write_imagefolder(output, shown, args.font)
-        print(f"{output}: {len(shown)} pictures of one noun")
+        print(f"{output}: {len(shown)} pictures of a {args.noun}")
         return
     if args.glyphs:
         shown = glyph_scenes(args.num_nouns)

@@ -1,4 +1,4 @@
-"""Train the default model's tokenizer on captions: `python -m train.tokenizer --output FILE`."""
+"""Train the built-in model's tokenizer on captions: `python -m train.tokenizer --output FILE`."""
 
 import io
 import itertools
@@ -45,12 +45,13 @@ def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
 
 def main() -> None:
     parser = Parser(prog="python -m train.tokenizer", description=__doc__)
-    add_output(parser, ".model file")
-    add_number(parser, "--vocab-size", 2048, "number of pieces")
+    add_output(parser, ".model file to write")
+    add_number(parser, "--vocab-size", 2048, "number of pieces in the vocabulary")
     args = parser.parse_args()
     check_new(args.output)
     with whole_file(args.output) as partial:
         partial.write_bytes(train_tokenizer(args.vocab_size))
+    print(f"{args.output}: {args.vocab_size} pieces")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def main() -> int:
         "picture",
         nargs="?",
         type=Path,
+        metavar="PNG",
         help="show this PNG and reuse the settings stored in it (default: no PNG)",
     )
     parser.add_argument(
@@ -23,7 +24,7 @@ def main() -> int:
         type=Path,
         default=data_folder(),
         metavar="DIR",
-        help="folder of settings and history (default: %(default)s)",
+        help="folder where the window stores its settings and pictures (default: %(default)s)",
     )
     args = parser.parse_args()
     try:

@@ -1,9 +1,8 @@
-"""What the Swift package must compute, written down by mlx_snapgen itself.
+"""Write apps/ios/Tests/vectors.json, the expected results for the tests of the Swift package.
 
     python -m apps.ios.vectors
 
-writes Tests/vectors.json, which the Swift tests read and tests/applications/test_ios.py compares
-with a new one.
+mlx_snapgen computes the results. tests/applications/test_ios.py checks that the file is up to date.
 """
 
 import functools
@@ -12,12 +11,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+import mlx_snapgen  # noqa: F401  before mlx: otherwise MLX links its slow reference BLAS
 
 # isort: split
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guide
 
@@ -102,6 +103,12 @@ def _denoised(fresh: bool) -> dict:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    Parser(prog="python -m apps.ios.vectors", description=__doc__).parse_args()
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in vectors().items())
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    print(PATH)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(
         prog="python -m apps.server",
-        description="Serve OpenAI's images API; one picture is drawn at a time. The first of "
-        "--model-widths is the default model; all of them stay in memory.",
+        description="Serve OpenAI's images API. The server draws one picture at a "
+        "time. It keeps all --model-widths in memory; a request without a model uses the first.",
         renamed={"--model-width": "--model-widths"},
         formatter_class=argparse.HelpFormatter,
     )
@@ -45,14 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=integer(0, 65535),
         default=8000,
         metavar="N",
-        help="port to listen on; 0 takes a free one (default: %(default)s)",
+        help="port to listen on; 0 selects a free one (default: %(default)s)",
     )
     add(
         "--api-key",
         default=os.environ.get(KEY_VARIABLE),
         metavar="KEY",
-        help="clients must send this key; required unless HOST is this machine only (default: "
-        f"${KEY_VARIABLE})",
+        help="key that clients must send; required if other machines can connect to HOST "
+        f"(default: ${KEY_VARIABLE})",
     )
     add = parser.add_argument_group("limits").add_argument
     count = integer(1)
@@ -61,27 +61,27 @@ def build_parser() -> argparse.ArgumentParser:
         type=integer(0),
         default=8,
         metavar="N",
-        help="requests that may wait; more are answered 429 (default: %(default)s)",
+        help="requests that may wait; the server answers 429 to others (default: %(default)s)",
     )
     add(
         "--max-pixels",
         type=count,
         metavar="PX",
-        help="height times width of a picture (default: four times the model's own size)",
+        help="most pixels of a picture, height x width (default: four times the model's)",
     )
     add(
         "--max-images",
         type=count,
         default=10,
         metavar="N",
-        help="pictures per request (default: %(default)s)",
+        help="most pictures per request (default: %(default)s)",
     )
     add(
         "--max-steps",
         type=count,
         default=100,
         metavar="N",
-        help="denoising steps per picture (default: %(default)s)",
+        help="most denoising steps per picture (default: %(default)s)",
     )
     return parser
 

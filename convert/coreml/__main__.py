@@ -4,28 +4,27 @@
     python -m convert.coreml stickers stickers-coreml --quantize 4.3
     python -m convert.coreml my-model my-model-coreml --model-widths full small tiny --target ios18
 
-OUT gets Transformer.mlpackage; for a model with the default model's kinds of networks also
-Decoder.mlpackage and TextEncoder_0.mlpackage with its tokenizer; config.json of this width and
-resolution; and report.json, which lists the contents of the packages. Inputs and outputs, all for
-one picture:
+The command writes Transformer.mlpackage and config.json into OUT, and report.json, which lists the
+contents of the packages. For models like the built-in one it also writes Decoder.mlpackage,
+TextEncoder_0.mlpackage and the tokenizer. Inputs and outputs, all for one picture:
 
     TextEncoder_0  tokens (1, L) int32, mask (1, L)               -> text (1, D, 1, L)
     Transformer    x_t (1, C, h, w), t (1), text (1, D, 1, L),
                    mask (1, L)                                    -> velocity (1, C, h, w)
     Decoder        latents (1, C, h, w)                           -> picture (1, 3, 8h, 8w)
 
-A mask is 1 where a token counts. Join texts and masks of several text encoders along L, in the
-order of the encoders. The time t is the noise level in [0, 1]. A picture is in [-1, 1], not
-clipped.
+A mask is 1 for a token of the prompt and 0 for padding. With several text encoders, join their
+texts and masks along L, in the order of the encoders. The time t is the noise level in [0, 1]. The
+values of a picture are about -1 to 1; clip them.
 
-If the model has a few-step LoRA, it is merged into the transformer, which then samples only with
-the steps of `few_step` in config.json. --no-few-step disables this.
+The command merges a few-step LoRA into the transformer. The export then draws only with the steps
+of `few_step` in config.json. --no-few-step disables this.
 
---quantize stores the transformer's layers as palettes (mlx_snapgen/quantize/palettes.py); a model
-written by `train.palettes` keeps its fine-tuned palettes. --model-widths writes one package with a
-function for each width, which share their weights (convert/pytorch/tiles.py). --chunks 2 cuts the
-transformer between two blocks into Transformer_0 and Transformer_1, whose further inputs and
-outputs have the same names (convert/pytorch/chunks.py).
+--quantize stores the layers of the transformer as palettes (mlx_snapgen/quantize/palettes.py); a
+model of `train.palettes` keeps its fine-tuned palettes. --model-widths writes one package with a
+function for each width; the functions share their weights (convert/pytorch/tiles.py). --chunks 2
+cuts the transformer between two blocks into Transformer_0 and Transformer_1. Each output of the
+first that the second needs has the same name as the input (convert/pytorch/chunks.py).
 """
 
 import dataclasses
@@ -62,7 +61,8 @@ def main() -> None:
     )
     settings.check()
     check_new(args.output)
-    require_coremltools()
+    with announce("loading coremltools ..."):
+        require_coremltools()
     folder = find_model(args.model)
     config, palettes = load_config(folder), load_palettes(folder)
     settings = dataclasses.replace(settings, quantize=parse_bits(args.quantize, palettes))
@@ -80,12 +80,12 @@ def main() -> None:
             f"--chunks takes 1 to {blocks}, the number of blocks of this model, not {args.chunks}"
         )
     check_space(args.output, needed_bytes(config, settings))
-    with announce("loading the model"):
+    with announce("loading the model ..."):
         components = load_for_export(folder, settings.widths, few_step=not args.no_few_step)
     components.config = dataclasses.replace(components.config, image_size=size)
     report = export_coreml(components, args.output, settings, palettes=palettes)
     for name in report["not_exported"]:
-        print(f"{name} is not exported: use a public export of it")
+        print(f"{name} is not exported: use a public Core ML export of this network")
 
 
 if __name__ == "__main__":

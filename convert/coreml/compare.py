@@ -1,19 +1,23 @@
-"""Generate a picture with exported packages, on any machine: slow, in numpy.
+"""Draw a picture with exported packages in numpy: slow, but it runs on any machine.
 
     python -m convert.coreml.compare my-model-coreml "a red apple" --model my-model
 
-writes picture.png and, with --model, prints its PSNR against the picture of the MLX model. Below
-35 dB the command fails: the packages were exported from another model, or are wrong. Packages with
-palettes that the model does not have are measured too, without a limit.
+The command writes picture.png. With --model it also draws the picture with MLX, and prints the PSNR
+between the two. Below 35 dB the command fails: the packages are wrong, or come from another model.
+There is no such limit if the packages have palettes and the model has none.
 
     python -m convert.coreml.compare my-model-coreml "a red apple" --model my-model --one-step
 
-runs the transformer's packages once, on noise at noise level 0.5, and prints how far their velocity
-is from MLX's. The limits are 60 dB in float16, and 1e-4 of the largest value in float32. Use it for
-large models, and for models whose other networks are not exported.
+With --one-step the command runs only the transformer, once, on noise at noise level 0.5. It prints
+the difference between this velocity and MLX's. The limits are 60 dB in float16, and 1e-4 of the
+largest value in float32. Use --one-step for large models, and for models whose decoder or text
+encoders are not exported.
 """
 
+import argparse
 from pathlib import Path
+
+from PIL import Image
 
 from convert.coreml.packages import (
     Packages,
@@ -24,7 +28,8 @@ from convert.coreml.packages import (
     read_report,
 )
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import MODEL_HELP, Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.quantize.palettes import load_palettes
@@ -37,8 +42,10 @@ def make_parser() -> Parser:
         description=__doc__,
         renamed={"--function": "--model-width", "--compare": "--model"},
     )
-    parser.add_argument("folder", type=Path, help="output folder of convert.coreml")
-    parser.add_argument("prompt", help="what to generate, in quotes")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="output folder of convert.coreml"
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="description of the picture, in quotes")
     parser.add_argument(
         "-o",
         "--output",
@@ -56,18 +63,25 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--model-width",
         choices=WIDTH_NAMES,
-        help="network width to run, for packages of several widths (default: the packages' first)",
+        metavar="NAME",
+        help="network width to run, if the packages have several (default: the first of them)",
     )
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="the exported model, to compare with: stickers, or folder or Hugging Face repository "
-        "(default: no comparison)",
+        help=f"compare with the exported {MODEL_HELP} (default: no comparison)",
     )
     parser.add_argument(
-        "--one-step", action="store_true", help="compare one velocity and write no picture"
+        "--one-step",
+        action="store_true",
+        help="compare one velocity and write no picture (default: off)",
     )
     return parser
+
+
+def _draw(packages: Packages, args: argparse.Namespace) -> Image.Image:
+    with announce("drawing with the packages in numpy ..."):
+        return packages.draw(args.prompt, args.seed, args.steps)
 
 
 def main() -> None:
@@ -80,7 +94,7 @@ def main() -> None:
         raise UserError(f"--steps must be a positive number, got {args.steps}")
     packages = Packages(args.folder, args.model_width)
     if args.model is None:
-        print(save_picture(packages.draw(args.prompt, args.seed, args.steps), args.output))
+        print(save_picture(_draw(packages, args), args.output))
         return
     width, precision, palettes = read_report(args.folder)
     width, model = args.model_width or width, find_model(args.model)
@@ -92,7 +106,7 @@ def main() -> None:
         if is_exact:
             check_step(ratio, difference, precision=precision)
         return
-    picture = packages.draw(args.prompt, args.seed, args.steps)
+    picture = _draw(packages, args)
     print(save_picture(picture, args.output))
     ratio = compare_picture(packages, picture, model, num_inference_steps=args.steps, **same)
     print(f"{ratio:.1f} dB against MLX")

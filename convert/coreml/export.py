@@ -17,6 +17,7 @@ from convert.libraries import import_coremltools
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import ModelConfig, to_dict
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.efficient_dit import count_parameters
@@ -74,10 +75,11 @@ def export_coreml(
     """
     settings.check()
     check_new(output)
-    ct = import_coremltools()
-    import torch
+    with announce("loading coremltools and PyTorch ..."):
+        ct = import_coremltools()
+        import torch
 
-    from convert.pytorch.tiles import share_weights
+        from convert.pytorch.tiles import share_weights
 
     kept = sorted(settings.widths, key=lambda name: parse_width(name).share, reverse=True)
     if len(kept) == 1:
@@ -120,7 +122,7 @@ def export_coreml(
     report["packages"] = {}
     with new_folder(output) as partial:
         for name, functions in packages.items():
-            print(f"{name}: converting", flush=True)
+            print(f"{name}: converting ...", flush=True)
             found = write_package(
                 partial / f"{name}.mlpackage",
                 functions,
@@ -201,7 +203,7 @@ def _with_palettes(
     network = components.transformer
     if palettes is None:
         assert settings.quantize is not None
-        print("choosing palettes: sampling calibration prompts", flush=True)
+        print("choosing palettes: drawing calibration prompts ...", flush=True)
         shares = {name: parse_width(name).share for name in widths}
         palettes = choose_palettes(
             components,

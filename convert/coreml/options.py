@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.options import add_output
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.options import MODEL_HELP, Parser
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.quantize.palettes import Palettes
@@ -47,9 +47,7 @@ class ExportSettings:
         if self.quantize is not None and self.precision != "float16":
             raise UserError("palettes are of float16: leave out --precision or --quantize")
         if self.quantize is not None and not 4 <= self.quantize <= 8:
-            raise UserError(
-                f"--quantize takes 4 to 8 bits on average or none, not {self.quantize:g}"
-            )
+            raise UserError(f"--quantize takes 4 to 8 bits on average, or 0, not {self.quantize:g}")
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -60,7 +58,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 
 def parse_bits(text: str | None, palettes: Palettes | None) -> float | None:
-    """Bits that --quantize names, by default those of the model's palettes; None for "none".
+    """Bits that --quantize names, by default those of the model's palettes; None for "0" or "none".
 
     Raises:
         UserError: not a number, or not the bits of the model's palettes.
@@ -68,9 +66,9 @@ def parse_bits(text: str | None, palettes: Palettes | None) -> float | None:
     if text is None:
         return palettes and palettes.average_bits
     try:
-        bits = None if text == "none" else float(text)
+        bits = None if text in ("0", "none") else float(text)
     except ValueError:
-        raise UserError(f"--quantize takes 4 to 8 bits on average or none, not '{text}'") from None
+        raise UserError(f"--quantize takes 4 to 8 bits on average, or 0, not '{text}'") from None
     if palettes and bits not in (None, palettes.average_bits):
         raise UserError(
             f"the model has palettes of {palettes.average_bits:g} bits on average, not {bits:g}: "
@@ -134,7 +132,7 @@ def make_parser(description: str | None) -> Parser:
         },
         only={"--width": WIDTH_NAMES},
     )
-    parser.add_argument("model", help="stickers, or folder or Hugging Face repository of a model")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_output(parser)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
@@ -143,7 +141,8 @@ def make_parser(description: str | None) -> Parser:
         choices=WIDTH_NAMES,
         nargs=1,
         default=["full"],
-        help="network width to export (default: full)",
+        metavar="NAME",
+        help="network width to export: full, small (1/2) or tiny (3/8) (default: full)",
     )
     chosen.add_argument(
         "--model-widths",
@@ -151,7 +150,8 @@ def make_parser(description: str | None) -> Parser:
         choices=WIDTH_NAMES,
         nargs="+",
         default=["full"],
-        help="several network widths in one package; needs --target ios18 (default: full alone)",
+        metavar="NAME",
+        help="export several network widths in one package; needs --target ios18 (default: full)",
     )
     size = "of the picture in pixels (default: the model's)"
     parser.add_argument("--height", type=_pixels, metavar="PX", help=f"height {size}")
@@ -161,7 +161,7 @@ def make_parser(description: str | None) -> Parser:
         "--target",
         choices=TARGETS,
         default="ios17",
-        help="oldest system that runs the packages (default: ios17)",
+        help="oldest iOS version that runs the packages (default: ios17)",
     )
     parser.add_argument(
         "--precision",
@@ -172,26 +172,27 @@ def make_parser(description: str | None) -> Parser:
     parser.add_argument(
         "--quantize",
         metavar="BITS",
-        help="bits of a weight of the transformer on average, 4 to 8, such as 4.3, or none "
-        "(default: the palettes that train.palettes gave the model, else none)",
+        help="average bits per weight of the transformer, 4 to 8, such as 4.3; 0 stores no "
+        "palettes (default: those of train.palettes if the model has them, otherwise 0)",
     )
     parser.add_argument(
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help="calibration prompts for --quantize, one per line (default: prompts of the model's "
-        "vocabulary)",
+        help="file of calibration prompts for --quantize, one per line (default: captions from "
+        "the model's vocabulary)",
     )
     parser.add_argument(
         "--chunks",
         type=int,
         default=1,
         metavar="N",
-        help="number of packages to cut the transformer into (default: 1)",
+        help="number of packages for the transformer (default: 1)",
     )
     parser.add_argument(
         "--no-few-step",
         action="store_true",
-        help="do not merge the model's few-step LoRA: export the many-step model (default: merge)",
+        help="do not merge the model's few-step LoRA: the export then needs more steps "
+        "(default: off)",
     )
     return parser

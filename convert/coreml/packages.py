@@ -165,7 +165,7 @@ def compare_step(
     """How far one velocity of the packages is from the model's in MLX (see `step_difference`)."""
     few_step = packages.config.few_step is not None
     share = parse_width(width).share
-    with announce("loading the model"):
+    with announce("loading the model ..."):
         components = load_pretrained(model, dtype=mx.float32, share=share, few_step=few_step)
     fuse_few_step(components)
     # With MLX's text: the states of padding may be too large to be close in fp16.
@@ -175,7 +175,7 @@ def compare_step(
     x_t, t = get_noise(seed, *packages.latent_shape), mx.array([0.5])
     expected = components.transformer(x_t, t, text, mask)
     assert isinstance(expected, mx.array)
-    with announce("computing one step of the packages in numpy"):
+    with announce("computing one step of the packages in numpy ..."):
         found = packages.velocity(x_t, t, text, mask)
     return step_difference(found, expected)
 
@@ -193,7 +193,7 @@ def compare_picture(
     """PSNR in dB of a picture of the packages against the same picture of the model in MLX."""
     pipeline = SnapGenPipeline.from_pretrained(model, model_width=width)
     rows, columns = packages.config.image_size
-    with announce("generating the same picture with MLX"):
+    with announce("generating the same picture with MLX ..."):
         (expected,) = pipeline(
             prompt,
             height=rows,

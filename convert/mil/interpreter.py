@@ -35,7 +35,7 @@ def _printed(path: Path) -> str:
 
 def main() -> None:
     parser = Parser(prog="python -m convert.mil.interpreter", description=__doc__)
-    parser.add_argument("package", type=Path, help="folder of the .mlpackage")
+    parser.add_argument("package", type=Path, metavar="PACKAGE", help="a .mlpackage folder")
     print(_printed(parser.parse_args().package))
 
 

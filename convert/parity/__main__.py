@@ -3,9 +3,10 @@
     python -m convert.parity
     python -m convert.parity --source my-clip --source Qwen-Image/vae
 
-Without a source, each network runs at a small size with random weights; with one, on the checkpoint
-in that folder. The table lists the largest difference divided by the largest value, in float32.
-Needs the original libraries: pip install "mlx_snapgen[parity]".
+Without --source, the command compares small networks with random weights. With --source, it
+compares the network of that checkpoint. The table lists the largest difference divided by the
+largest value, in float32. The command needs the original libraries: pip install
+"mlx_snapgen[parity]".
 """
 
 import importlib.util
@@ -34,6 +35,7 @@ from convert.parity.transformers import (
 )
 from convert.public.kinds import find_kind
 from convert.public.source import find_source
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 
@@ -131,25 +133,27 @@ def main() -> int:
         "--source",
         action="append",
         metavar="FOLDER",
-        help="checkpoint to compare on; may be repeated (default: random weights)",
+        help="folder of a checkpoint to compare with; repeat for more (default: random weights)",
     )
     parser.add_argument(
         "--kind",
         action="append",
         choices=PORTS,
-        help="network to compare; may be repeated (default: all)",
+        help="network to compare; repeat for more (default: all)",
     )
     args = parser.parse_args()
     if args.source and args.kind:
         raise UserError("the kind of a --source is detected: leave --kind out")
     runs = [kind_of(source) for source in args.source or ()]
     runs = runs or [(kind, None) for kind in args.kind or PORTS]
-    _hush()
+    with announce("loading the original libraries ..."):
+        _hush()
     print(f"{'network':<16}{'weights':<20}{'original':<38}{'output':<10}difference")
     worst = done = 0.0
     for kind, folder in runs:
         try:
-            rows = measure(kind, folder)
+            with announce(f"{kind}: computing with both libraries ..."):
+                rows = measure(kind, folder)
         except UserError as error:
             if args.source or args.kind:
                 raise

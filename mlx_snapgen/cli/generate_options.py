@@ -18,9 +18,9 @@ examples:
   python -m mlx_snapgen.generate --prompts-file prompts.txt --output pictures/ --json
   python -m mlx_snapgen.generate --interactive --model-width tiny
 
---width and --height are the size of the picture in pixels; --model-width is the share of the
-network that draws it. Existing files are never overwritten: the next picture is name-1.png. Errors
-are one line, with exit code 2.
+--width and --height set the size of the picture in pixels. --model-width selects the size of the
+network: a smaller network is faster and makes more mistakes. The command never overwrites a file:
+if name.png exists, it writes name-1.png. An error is one line, with exit code 2.
 """
 
 
@@ -31,10 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = Parser(
         prog="python -m mlx_snapgen.generate",
-        description="Draw pictures from a sentence.",
+        description="Draw pictures from a text prompt.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="description of the picture, in quotes"
+    )
     add = parser.add_argument_group("picture").add_argument
     add(
         "--negative-prompt",
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=integer(1),
         default=1,
         metavar="N",
-        help="number of pictures, with seeds SEED to SEED+N-1 (default: 1)",
+        help="number of pictures; each gets the next seed (default: 1)",
     )
     add(
         "--steps",
@@ -61,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--few-step",
         action=argparse.BooleanOptionalAction,
-        help="use the model's few-step mode (default: on for up to twice the mode's own steps)",
+        help="use the model's few-step mode (default: on if --steps is at most twice the number of "
+        "steps of that mode)",
     )
     add(
         "--guidance",
@@ -73,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--attention-modulation",
         action=argparse.BooleanOptionalAction,
-        help="EDT's attention modulation: some blocks attend more to what is near (default: off)",
+        help="use the attention modulation of the EDT paper: some blocks attend more to nearby "
+        "parts of the picture (default: off)",
     )
     model = parser.add_argument_group("model")
     add_model_choice(model)
@@ -88,14 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
         "-i",
         "--interactive",
         action="store_true",
-        help="read prompts one after the other, with the model loaded; :help lists the settings "
+        help="keep the model loaded and read one prompt after another; :help lists the settings "
         "(default: off)",
     )
     add(
         "--prompts-file",
         metavar="FILE",
-        help="draw each line of a UTF-8 text file, # for comments, - for stdin (default: draw "
-        "PROMPT)",
+        help="draw each line of a UTF-8 text file, except lines that start with #; - reads the "
+        "standard input (default: draw PROMPT)",
     )
     add(
         "--config-from-image",
@@ -103,14 +107,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="reuse the settings stored in this PNG; options on the command line override them "
         "(default: no PNG)",
     )
-    add("--vocabulary", action="store_true", help="print the model's vocabulary and exit")
+    add(
+        "--vocabulary",
+        action="store_true",
+        help="print the words that the model can draw, and exit (default: off)",
+    )
     add(
         "-o",
         "--output",
         type=_picture_path,
         metavar="PATH",
         help="a .png file, or a folder ending in /; missing folders are created (default: a file "
-        "here, named after the prompt)",
+        "in the current folder, named after the prompt)",
     )
     add(
         "--metadata",
@@ -122,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stepwise-dir",
         type=_writable_folder,
         metavar="DIR",
-        help="also save each step's estimate of the picture there (default: not saved)",
+        help="also save the estimate after each step in this folder (default: off)",
     )
     add(
         "--json",

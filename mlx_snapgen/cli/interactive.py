@@ -33,13 +33,13 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "negative": Setting("--negative-prompt", "negative_prompt", "what to keep out of the picture"),
-    "seed": Setting("--seed", "seed", "of the next pictures (default: random each time)"),
-    "images": Setting("--num-images", "num_images", "pictures per prompt"),
+    "seed": Setting("--seed", "seed", "seed of the next pictures (default: random each time)"),
+    "images": Setting("--num-images", "num_images", "number of pictures per prompt"),
     "steps": Setting("--steps", "num_inference_steps", "denoising steps"),
     "guidance": Setting("--guidance", "guidance_scale", "guidance scale; 1 is off"),
-    "width": Setting("--model-width", "model_width", "of the network", WIDTH_NAMES),
+    "width": Setting("--model-width", "model_width", "network width", WIDTH_NAMES),
     "model": Setting("--model", "model", "folder or Hugging Face repository"),
-    "lora": Setting("--lora", "loras", "a file, and its scale"),
+    "lora": Setting("--lora", "loras", "LoRA file, then its scale"),
     "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("0", "4", "8")),
     "output": Setting("--output", "output", "a .png file, or a folder ending in /"),
 }

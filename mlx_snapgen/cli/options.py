@@ -54,15 +54,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+MODEL_HELP = "model: folder, Hugging Face repository, or stickers for the built-in one"
+
+
 def add_model(parser: argparse._ActionsContainer, *, default: str | None = "stickers") -> None:
     """`--model`, for `checkpoint.hub.find_model`; required without a default."""
-    known = "folder, Hugging Face repository, or stickers for the built-in one"
     parser.add_argument(
         "--model",
         default=default,
         required=default is None,
         metavar="MODEL",
-        help=f"model: {known}" + (f" (default: {default})" if default else ""),
+        help=MODEL_HELP + (f" (default: {default})" if default else ""),
     )
 
 
@@ -75,7 +77,7 @@ def add_model_widths(parser: argparse._ActionsContainer, *, default: Sequence[st
         choices=WIDTH_NAMES,
         default=default,
         metavar="NAME",
-        help=f"network widths, of {', '.join(WIDTH_NAMES)} (default: {shown})",
+        help=f"network widths, one or more of full, small (1/2) and tiny (3/8) (default: {shown})",
     )
 
 
@@ -91,7 +93,7 @@ def add_model_choice(parser: argparse._ActionsContainer) -> None:
         choices=(0, 4, 8),
         metavar="BITS",
         help="quantize the transformer in memory to 4 or 8 bits per weight, which saves memory on "
-        "a GPU; 0 leaves it as stored (default: 0)",
+        "a GPU; 0 does not change the stored weights (default: 0)",
     )
     add(
         "--lora",
@@ -99,8 +101,8 @@ def add_model_choice(parser: argparse._ActionsContainer) -> None:
         action=_LoRAs,
         nargs="+",
         metavar=("PATH", "SCALE"),
-        help="merge a LoRA, a .safetensors file, with this scale; repeat for more LoRAs "
-        "(default: no LoRA, and a scale of 1)",
+        help="merge the LoRA in this .safetensors file; SCALE is its strength, 1 if not given; "
+        "repeat the option to merge several (default: no LoRA)",
     )
     add(
         "--text-encoders",

@@ -465,7 +465,7 @@ def test_missing_font_tells_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr(rendering, "FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UserError, match="apt install fonts-noto-color-emoji") as caught:
         find_font()
-    assert "brew install --cask font-noto-color-emoji" in str(caught.value)
+    assert "curl -L -o ~/Library/Fonts/NotoColorEmoji.ttf" in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="apt install"):
         find_font(tmp_path / "none.ttf")

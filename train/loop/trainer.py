@@ -29,6 +29,7 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 from tqdm import tqdm
 
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.layers import flat_parameters
 from train.data.source import Batch
@@ -248,7 +249,11 @@ class Trainer:
             return
         self.save()
         plot_log(self.run_dir)
-        if self.validate and (metrics := self.validate(self)):
+        if self.validate is None:
+            return
+        with announce(f"step {self.step}: validation and sample pictures ..."):
+            metrics = self.validate(self)
+        if metrics:
             self._log(metrics)
 
     def save(self) -> None:

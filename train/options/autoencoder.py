@@ -13,7 +13,8 @@ def parse() -> argparse.Namespace:
     """The command's options, checked."""
     parser = Parser(
         prog="python -m train.autoencoder",
-        description="Train the stickers autoencoder. Run again with the same folder to resume.",
+        description="Train the autoencoder of the stickers model. Run again with the same\n"
+        "--run-dir to resume.",
     )
     add = parser.add_argument
     add_run_dir(parser)
@@ -21,19 +22,24 @@ def parse() -> argparse.Namespace:
     add_number(parser, "--batch-size", 32, "crops per step")
     add_number(parser, "--crop", 64, "side of a crop in pixels")
     add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
-    add_number(parser, "--kl-weight", 1e-3, "weight of the KL term")
+    add_number(parser, "--kl-weight", 1e-3, "weight of the KL term in the loss")
     add(
         "--init-from",
         type=Path,
         metavar="MODEL",
-        help="run or model to start from (default: random weights)",
+        help="start from the weights of this run folder or model (default: random weights)",
     )
-    add("--decoder-only", action="store_true", help="do not train the encoder: the latents stay")
+    add(
+        "--decoder-only",
+        action="store_true",
+        help="train the decoder alone, so that the latents do not change (default: off)",
+    )
     add(
         "--encoder",
         type=Path,
         metavar="MODEL",
-        help="with --decoder-only: run or model whose latents to decode (default: the model's own)",
+        help="with --decoder-only: decode the latents of this run folder or model (default: those "
+        "of --init-from)",
     )
     add_seed(parser)
     stickers.add_options(parser)

@@ -16,8 +16,8 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
         type=Path,
         required=default is None,
         metavar="DIR",
-        help="folder of the run: checkpoints, log.jsonl, loss.png and pictures; give an existing "
-        f"one to resume{shown}",
+        help="folder for the checkpoints, log.jsonl, loss.png and sample pictures; name the "
+        f"folder of an earlier run to resume it{shown}",
     )
 
 
@@ -80,7 +80,7 @@ def add_tuning(
 ) -> None:
     """The options of `tuning_config`, with the defaults given."""
     add_number(parser, "--steps", steps, "training steps")
-    add_number(parser, "--batch-size", batch_size, "samples at a time")
+    add_number(parser, "--batch-size", batch_size, "pictures per batch")
     add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
     add_number(parser, "--checkpoint-every", checkpoint_every, "steps between checkpoints")
     add_seed(parser)

@@ -14,7 +14,8 @@ def parse() -> argparse.Namespace:
     """The command's options, checked."""
     parser = Parser(
         prog="python -m train.evaluate",
-        description="Score a stickers model: GenEval-style accuracies and flow validation loss.",
+        description="Score a model of sticker pictures: draw prompts, detect the objects in the\n"
+        "pictures (as GenEval does), and measure the validation loss.",
         renamed={"--widths": "--model-widths"},
     )
     add = parser.add_argument
@@ -24,40 +25,56 @@ def parse() -> argparse.Namespace:
         "-o",
         type=Path,
         metavar="DIR",
-        help="folder for tables and contact sheets; must not exist (default: print the table only)",
+        help="folder for tables and contact sheets; must not exist (default: none, print a table)",
     )
     add_model_widths(parser, default=None)
-    add("--lora", type=Path, metavar="FILE", help="LoRA of train.lora to score (default: none)")
+    add("--lora", type=Path, metavar="FILE", help="merge this LoRA of train.lora (default: none)")
     add(
         "--noun",
         metavar="NAME",
-        help="score pictures of this noun alone, such as one that a LoRA was trained on; it need "
-        "not be in the model's vocabulary (default: all categories)",
+        help="score only pictures of this noun, for example the noun of a LoRA (default: all "
+        "categories)",
     )
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add("--guidance", type=float, metavar="G", help="guidance scale (default: the model's)")
-    add("--time-shift", type=float, metavar="S", help="timestep shift (default: the model's)")
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale; 1 is off (default: the model's)",
+    )
+    add(
+        "--time-shift",
+        type=float,
+        metavar="S",
+        help="shift of the noise levels (default: the model's)",
+    )
     add(
         "--few-step",
         action=argparse.BooleanOptionalAction,
-        help="use the few-step mode or not (default: for few steps, if the model has it)",
+        help="use the model's few-step mode (default: on if --steps is at most twice the number of "
+        "steps of that mode)",
     )
-    add("--attention-modulation", action="store_true", help="EDT's attention modulation")
+    add(
+        "--attention-modulation",
+        action="store_true",
+        help="use the attention modulation of the EDT paper (default: off)",
+    )
     add_number(parser, "--per-category", 25, "prompts of each of the six categories, or of --noun")
-    add_number(parser, "--validation-scenes", 128, "scenes of the validation loss")
+    add_number(parser, "--validation-scenes", 128, "number of scenes for the validation loss")
     add_seed(parser)
-    add_num_nouns(parser, "nouns of the model, the first N (default: the model's)")
-    add_number(parser, "--batch-size", 16, "pictures at a time")
+    add_num_nouns(parser, "use only the first N nouns in prompts (default: the nouns of the model)")
+    add_number(parser, "--batch-size", 16, "pictures per batch")
     add(
         "--ceilings",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also score rendered scenes, directly and through the autoencoder (default: yes)",
+        help="also score rendered scenes, directly and through the autoencoder (default: on)",
     )
     add(
         "--gallery",
         action="store_true",
-        help="draw 40 single objects with the first width, for a manual check, and score nothing",
+        help="draw 40 single objects with the first width for a manual check, without scores "
+        "(default: off)",
     )
     args = parser.parse_args()
     check_at_least(args, 1, "per_category", "validation_scenes", "batch_size", "steps")

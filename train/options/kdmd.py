@@ -22,28 +22,28 @@ def parse() -> argparse.Namespace:
     """The command's options, checked."""
     parser = Parser(
         prog="python -m train.kdmd",
-        description="Distill a model to four steps. Run again with the same folder to resume.",
+        description="Distill a model to four steps. Run again with the same --run-dir\nto resume.",
         renamed={"--widths": "--model-widths"},
     )
     add_model(parser)
     add_run_dir(parser)
-    add_output(parser, "file of the student's LoRA")
+    add_output(parser, ".safetensors file to write, the LoRA of the student")
     add = parser.add_argument
     add(
         "--few-step-lora",
         type=Path,
         metavar="FILE",
-        help="LoRA of the few-step teacher (default: DMD alone)",
+        help="LoRA of the few-step teacher (default: none, the loss is DMD alone)",
     )
     add(
         "--teacher",
         type=Path,
         metavar="MODEL",
-        help="another teacher of the same latents, with its own few-step mode (default: the model)",
+        help="another teacher with the same latents and its own few-step mode (default: --model)",
     )
     add_model_widths(parser, default=WIDTH_NAMES)
-    add_number(parser, "--steps", 2000, "critic iterations")
-    add_number(parser, "--student-every", 5, "iterations per student step")
+    add_number(parser, "--steps", 2000, "iterations; each trains the critic")
+    add_number(parser, "--student-every", 5, "train the student once every N iterations")
     add_number(parser, "--batch-size", 32, "prompts per iteration")
     add(
         "--guidance",
@@ -52,13 +52,13 @@ def parse() -> argparse.Namespace:
         help="guidance scale of the teacher (default: the model's)",
     )
     add_number(parser, "--rank", 64, "rank of the LoRAs")
-    add_number(parser, "--alpha", 128.0, "the LoRAs are scaled by alpha / rank")
+    add_number(parser, "--alpha", 128.0, "multiply the LoRAs by alpha / rank")
     add_number(parser, "--learning-rate", 1e-4, "AdamW learning rate")
     add(
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help="prompts to train on, one in each line (default: captions of sticker scenes)",
+        help="file of prompts to train on, one per line (default: captions of sticker scenes)",
     )
     add_seed(parser)
     stickers.add_options(parser)

@@ -23,62 +23,82 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's options, checked; `output`, `run_dir` and `alpha` have their defaults."""
     parser = Parser(
         prog="python -m train.lora",
-        description="Fine-tune a model on a folder of pictures with captions. Writes a LoRA for\n"
-        "`python -m mlx_snapgen.generate PROMPT --lora FILE`. Run again with the same options to\n"
-        "resume.",
+        description="Fine-tune a model on a folder of pictures with captions. The result is a\n"
+        "LoRA for `python -m mlx_snapgen.generate PROMPT --lora FILE`. Run the same command\n"
+        "again to resume.",
         epilog=EPILOG,
         renamed={"--widths": "--model-widths"},
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="pictures with captions")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of pictures with captions",
+    )
     add_model(parser)
-    add_output(parser, "LoRA file (default: FOLDER.safetensors)", required=False)
+    add_output(parser, "LoRA file to write (default: FOLDER.safetensors)", required=False)
     add_run_dir(parser, default="runs/FOLDER")
     add_tuning(parser, steps=400, batch_size=8, checkpoint_every=100)
-    add_number(parser, "--accumulate", 1, "batches per step")
+    add_number(parser, "--accumulate", 1, "batches per training step")
     add(
         "--save-memory",
         action="store_true",
-        help="recompute the blocks in the backward pass: less memory, more time",
+        help="recompute the blocks in the backward pass: less memory, more time (default: off)",
     )
-    add_number(parser, "--rank", 16, "rank; a higher one learns more and forgets more")
+    add_number(parser, "--rank", 16, "rank of the LoRA; a higher rank learns more and forgets more")
     add(
         "--alpha",
         type=float,
         metavar="A",
-        help="the LoRA is scaled by alpha / rank (default: the rank)",
+        help="multiply the LoRA by alpha / rank (default: the rank, so that the factor is 1)",
     )
     add(
         "--targets",
         nargs="+",
         default=list(TARGETS),
         metavar="PATTERN",
-        help=f"layers to train (default: {' '.join(TARGETS)})",
+        help=f"name patterns of the layers to train (default: {' '.join(TARGETS)})",
     )
     add_model_widths(parser, default=None)
-    add("--flip", action="store_true", help="train on the mirror images, too")
+    add("--flip", action="store_true", help="also train on mirror images (default: off)")
     add_number(
         parser,
         "--drop-caption",
         0.1,
-        "share of captions replaced by the empty prompt, for guidance",
+        "share of captions to replace with the empty prompt, which guidance needs",
     )
-    add_number(parser, "--prior-weight", 4.0, "weight of prior preservation; 0 is off")
-    add_number(parser, "--prior-pictures", 96, "prior samples, drawn by the model before training")
+    add_number(
+        parser,
+        "--prior-weight",
+        4.0,
+        "weight of prior preservation, which limits forgetting; 0 is off",
+    )
+    add_number(
+        parser,
+        "--prior-pictures",
+        96,
+        "pictures of other prompts to draw first, for prior preservation",
+    )
     add(
         "--prior-prompts",
         type=Path,
         metavar="FILE",
-        help="prompts of the prior samples, one in each line (default: in the built-in model's "
-        "vocabulary)",
+        help="file of prompts for --prior-pictures, one per line (default: captions from the "
+        "vocabulary of the built-in model, none for other models)",
     )
     add(
         "--validation-prompts",
         nargs="+",
         metavar="PROMPT",
-        help="prompts to draw at every checkpoint (default: 4 captions and 2 prior prompts)",
+        help="prompts to draw at each checkpoint (default: 4 captions and 2 prior prompts)",
     )
-    add("--dry-run", action="store_true", help="print the plan and the estimate, and stop")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the estimate of time and memory, and stop (default: off)",
+    )
     args = parser.parse_args(argv)
     name = args.data.expanduser().resolve().name or "pictures"
     args.output = (args.output or Path(f"{name}.safetensors")).expanduser()
@@ -94,9 +114,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 EPILOG = """
-Captions: a .txt with the caption beside each picture (cat.png, cat.txt), or one metadata.jsonl with
-lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one thing are enough. Use the
-same new word for it in every caption. Describe the rest of the picture as well: prompts can change
-later what the captions describe. Pictures may have any size and shape: each is cropped to the
+Captions: a .txt file with the caption beside each picture (cat.png, cat.txt), or one metadata.jsonl
+with lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one thing are enough. Use
+the same new word for the thing in every caption. Also describe the rest of the picture: you can
+then change it in a prompt. Pictures may have any size and shape: the command crops each to the
 nearest of a few shapes.
 """

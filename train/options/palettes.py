@@ -32,30 +32,30 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model(parser)
-    add_output(parser, "folder of the model")
+    add_output(parser, "model folder to write")
     add(
         "--quantize",
         type=float,
         default=4.3,
         metavar="BITS",
-        help="bits per weight of the transformer on average, 4 to 8 (default: %(default)s)",
+        help="average bits per weight of the transformer, 4 to 8 (default: %(default)s)",
     )
     add_model_widths(parser, default=["full"])
     add(
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help="prompts to draw and train on, one in each line (default: in the built-in model's "
-        "vocabulary)",
+        help="file of prompts to draw and train on, one per line (default: captions from the "
+        "vocabulary of the built-in model; required for other models)",
     )
-    add_number(parser, "--pictures", 128, "pictures to draw and train on")
+    add_number(parser, "--pictures", 128, "number of pictures to draw and train on")
     add_run_dir(parser, default="runs/OUTPUT")
     add_tuning(parser, steps=1000, batch_size=16, checkpoint_every=250)
     add_number(
         parser,
         "--score",
         0,
-        "add the GenEval-style score to the table, over N prompts of each category; 0 is off",
+        "add a GenEval-style score over N prompts of each category to the table; 0 is off",
     )
     args = parser.parse_args()
     args.output = args.output.expanduser()

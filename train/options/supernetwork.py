@@ -21,18 +21,18 @@ def new_parser(prog: str, description: str) -> Parser:
     """A parser with the options of every trainer of a supernetwork."""
     parser = Parser(
         prog=prog,
-        description=f"{description} Run again with the same folder to resume.",
+        description=f"{description} Run again with the same --run-dir to resume.",
         renamed={"--widths": "--model-widths", "--noises-per-scene": "--noises-per-picture"},
     )
     add = parser.add_argument
     add_run_dir(parser)
     add_number(parser, "--steps", 6000, "training steps")
-    add_number(parser, "--batch-size", 32, "pictures in a micro-batch, of each process")
+    add_number(parser, "--batch-size", 32, "pictures per micro-batch in each process")
     add_number(
         parser,
         "--noises-per-picture",
         1,
-        "micro-batches per step, which show the same pictures with different noise",
+        "micro-batches per step; all have the same pictures, with different noise",
     )
     add_number(
         parser,
@@ -45,7 +45,8 @@ def new_parser(prog: str, description: str) -> Parser:
         "--optimizer",
         choices=["muon", "adamw"],
         default="muon",
-        help="muon needs fewer steps; on a CPU each takes a third longer (default: %(default)s)",
+        help="optimizer; muon needs fewer steps, but on a CPU each step takes 1/3 longer "
+        "(default: %(default)s)",
     )
     add_number(parser, "--warmup-steps", 200, "steps of linear warm-up")
     add_number(parser, "--ema-decay", 0.999, "decay of the averaged weights")
@@ -54,29 +55,30 @@ def new_parser(prog: str, description: str) -> Parser:
         parser,
         "--drop-caption",
         0.1,
-        "share of captions replaced by the empty prompt, for guidance",
+        "share of captions to replace with the empty prompt, which guidance needs",
     )
     add_number(
         parser,
         "--time-shift",
         4.0,
-        "shift of the noise levels; a higher one trains more on noisy latents, where the prompt "
-        "matters most",
+        "shift of the noise levels; a higher value trains more on very noisy latents, where "
+        "the prompt matters most",
     )
     add_model_widths(parser, default=WIDTH_NAMES)
     add_number(
-        parser, "--sub-networks", 1, "sub-networks per step beside the full network; the paper: 1"
+        parser, "--sub-networks", 1, "sub-networks to train per step beside the full network"
     )
     add(
         "--save-memory",
         action="store_true",
-        help="recompute the blocks in the backward pass: half the memory, 1/3 more time",
+        help="recompute the blocks in the backward pass: half the memory, 1/3 more time "
+        "(default: off)",
     )
     add(
         "--init-from",
         type=Path,
         metavar="MODEL",
-        help="run or model to start from (default: random weights)",
+        help="start from the weights of this run folder or model (default: random weights)",
     )
     add_seed(parser)
     stickers.add_options(parser)

@@ -28,13 +28,15 @@ FONT_FOLDERS = (
 )
 
 
-INSTALL = "`apt install fonts-noto-color-emoji` or `brew install --cask font-noto-color-emoji`"
+URL = "https://github.com/googlefonts/noto-emoji/raw/main/fonts/NotoColorEmoji.ttf"
+INSTALL = (
+    "on Linux `apt install fonts-noto-color-emoji`, on a Mac "
+    f"`curl -L -o ~/Library/Fonts/NotoColorEmoji.ttf {URL}`"
+)
 
 
 # The builds with vector glyphs (COLRv1, SVG) have the same name, but Pillow cannot draw them.
-OTHER_FONT = (
-    "a build with bitmaps is fonts/NotoColorEmoji.ttf of https://github.com/googlefonts/noto-emoji"
-)
+OTHER_FONT = f"this build has bitmaps: {URL}"
 
 
 def find_font(path: str | Path | None = None) -> Path:
@@ -45,12 +47,12 @@ def find_font(path: str | Path | None = None) -> Path:
     """
     if path is not None:
         if not Path(path).is_file():
-            raise UserError(f"no font at {path}; {INSTALL} installs Noto Color Emoji")
+            raise UserError(f"no font at {path}; to install Noto Color Emoji: {INSTALL}")
         return Path(path)
     for folder in FONT_FOLDERS:
         for found in sorted(Path(folder).expanduser().glob("NotoColorEmoji*.ttf")):
             return found
-    raise UserError(f"the font Noto Color Emoji is not installed; {INSTALL} installs it")
+    raise UserError(f"the font Noto Color Emoji is not installed; to install it: {INSTALL}")
 
 
 @functools.lru_cache(maxsize=2)

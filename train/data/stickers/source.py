@@ -116,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=list(CATEGORIES),
         metavar="NAME",
-        help=f"use these kinds of scenes only, of {', '.join(CATEGORIES)} (default: all)",
+        help=f"use only these kinds of scenes: {', '.join(CATEGORIES)} (default: all)",
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.lora.adapters import lora_weights
 from mlx_snapgen.pictures import contact_sheet
@@ -98,7 +99,10 @@ class Evaluation:
             started = time.perf_counter()
             pictures = self._draw(prompts, width)
             seconds = (time.perf_counter() - started) / len(prompts)
-            with lora_weights(self.components.transformer, adapters):
+            with (
+                announce(f"{width.name}: measuring the validation loss ..."),
+                lora_weights(self.components.transformer, adapters),
+            ):
                 losses = validation_losses(self.components, data, share=width.share)
             finish(width.name, pictures, losses=losses, seconds=seconds)
         for name, pictures in self._ceilings(prompts):
