@@ -5,8 +5,8 @@
     python -m mlx_snapgen.generate "a red apple" --model random-small --steps 2
 
 The model has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's text tower at full
-size, and a Gemma 3 of two small layers whose states are as wide as the 4B model's. Its pictures are
-noise. Weights are made one by one, so memory does not grow with the model.
+size, and a Gemma 3 with two small layers and the state width of the 4B model. Its pictures are
+noise. The command writes one weight after another, so memory does not grow with the model.
 """
 
 import json

@@ -82,7 +82,7 @@ def main() -> None:
         help="folder with a config.json of the model's sizes (default: the stickers model's)",
     )
     add_output(parser, "model folder to write")
-    add_num_nouns(parser, "the first N nouns are the vocabulary (default: as recorded in the run)")
+    add_num_nouns(parser, "write the first N nouns as vocabulary (default: as recorded in the run)")
     add(
         "--quantize",
         type=int,

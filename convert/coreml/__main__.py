@@ -23,8 +23,8 @@ of `few_step` in config.json. --no-few-step disables this.
 --quantize stores the layers of the transformer as palettes (mlx_snapgen/quantize/palettes.py); a
 model of `train.palettes` keeps its fine-tuned palettes. --model-widths writes one package with a
 function for each width; the functions share their weights (convert/pytorch/tiles.py). --chunks 2
-cuts the transformer between two blocks into Transformer_0 and Transformer_1. Each output of the
-first that the second needs has the same name as the input (convert/pytorch/chunks.py).
+cuts the transformer between two blocks into Transformer_0 and Transformer_1. An input of the
+second that takes an output of the first has the same name (convert/pytorch/chunks.py).
 """
 
 import dataclasses

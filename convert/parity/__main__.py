@@ -1,4 +1,4 @@
-"""Compare the networks here numerically with the libraries that they are ported from.
+"""Compare the outputs of each network with those of the library that it is ported from.
 
     python -m convert.parity
     python -m convert.parity --source my-clip --source Qwen-Image/vae

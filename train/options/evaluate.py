@@ -51,8 +51,8 @@ def parse() -> argparse.Namespace:
     add(
         "--few-step",
         action=argparse.BooleanOptionalAction,
-        help="use the model's few-step mode (default: on if --steps is at most twice the number of "
-        "steps of that mode)",
+        help="use the model's few-step mode (default: on, unless --steps is more than twice the "
+        "steps of this mode)",
     )
     add(
         "--attention-modulation",
