@@ -67,8 +67,14 @@ def make_parser() -> Parser:
     )
     add_output(parser, "folder to write (for a LoRA a .safetensors file)")
     parser.add_argument("--kind", help="kind of network, see below (default: detected)")
-    parser.add_argument("--revision", help="branch, tag or commit of a repository (default: main)")
-    parser.add_argument("--subfolder", help="folder inside SOURCE, such as vae (default: none)")
+    parser.add_argument(
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of a repository (default: main)",
+    )
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="folder inside SOURCE, such as vae (default: none)"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the stored numbers (default: as in SOURCE)"
     )
