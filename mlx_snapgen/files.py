@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all.
 
 Unfinished files are in a hidden folder beside their destination and are renamed at the end, so that
-no other process reads half of one. Only a killed process leaves the hidden folder behind.
+no other process reads an incomplete file. The hidden folder remains only if the process is killed.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         replace: replace an existing file.
 
     Raises:
-        FileExistsError: there is one, and `replace` is false.
+        FileExistsError: the file exists, and `replace` is false.
         OSError: it cannot be written, or the parent is not a folder.
     """
     with _beside(path) as partial:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict[str, Any]]:
-    """How to draw with which model, and the metadata of the picture that both come from."""
+    """Settings, model, and the metadata of the PNG of --config-from-image ({} without one)."""
     if args.config_from_image is None:
         return draw_settings(args), model_choice(args), {}
     settings, choice, origin = read_settings(args.config_from_image)
@@ -81,7 +81,7 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
 def _load(
     choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]
 ) -> SnapGenPipeline:
-    """The pipeline, if the model's config suits the width and the settings."""
+    """Load the pipeline, after a check that the model supports the width and the settings."""
     folder = ModelFolder.open(choice.model, revision=choice.revision)
     check_width(folder.config, choice.model_width)
     settings.resolved(folder.config)
@@ -116,7 +116,7 @@ def _draw(
         target = Path(output)
     for k in range(settings.num_images):
         started, count = time.perf_counter(), f"{k + 1}/{settings.num_images}"
-        # On a terminal there is a bar.
+        # A terminal shows a progress bar instead.
         with announce(f"drawing {name} {count} ...", enabled=not sys.stderr.isatty()):
             step, per_step = _last_step(steps, count, name=name, folder=args.stepwise_dir)
             path = save_picture(
@@ -129,9 +129,9 @@ def _draw(
 def _last_step(
     steps: Iterator[GenerationStep], count: str, *, name: str, folder: str | None
 ) -> tuple[GenerationStep, float]:
-    """Draw one picture, with a bar: its last step, and seconds per step.
+    """Draw one picture with a progress bar; returns its last step, and seconds per step.
 
-    Saves each step's estimate in `folder`, if there is one.
+    Each step's estimate is saved in `folder`, unless that is None.
     """
     with tqdm(desc=count, bar_format=BAR, leave=False, disable=None) as bar:
         started = time.perf_counter()
@@ -161,7 +161,7 @@ def _report(
 
 
 def _peak_memory() -> dict[str, int]:
-    """Peak memory in bytes: of mlx arrays, and on the CPU of the whole process too."""
+    """Peak memory in bytes of mlx arrays, and on the CPU also of the process."""
     peak = {"peak_mlx_bytes": mx.get_peak_memory()}
     if mx.default_device().type == mx.DeviceType.cpu:
         unit = 1 if sys.platform == "darwin" else 1024

@@ -23,10 +23,11 @@ REQUIRED = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
     *("height", "width", "model", "revision", "model_width", "quantize"),
 )
-"""What all pictures carry. A later field's default is how pictures were drawn before it."""
+"""Fields that every picture has. Fields that were added later are optional: their defaults must be
+the behavior of the versions without them."""
 
 OLDER = {"few_step": False}
-"""Where that is not so."""
+"""Values of missing fields whose default is not the behavior of older versions."""
 
 
 class Recorded(NamedTuple):
@@ -39,14 +40,14 @@ class Recorded(NamedTuple):
 
 
 def record_settings(settings: DrawSettings) -> dict[str, Any]:
-    """The metadata of settings that are resolved; each picture has a seed of its own."""
+    """The metadata of resolved settings. Each picture has its own seed, so there is no count."""
     values = dataclasses.asdict(settings)
     del values["num_images"]
     return values
 
 
 def record_choice(choice: ModelChoice) -> dict[str, Any]:
-    """The metadata of a model: all that has an effect on pictures."""
+    """The metadata of a model: everything that affects pictures."""
     values = dataclasses.asdict(choice)
     del values["keep_text_encoders"]
     values["loras"] = [{"path": str(path), "weight": float(w)} for path, w in choice.loras]
@@ -98,7 +99,7 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) ->
     """A picture as PNG bytes, with `metadata` (JSON values) as its text chunk."""
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
-        # A text that Latin-1 cannot hold becomes an iTXt chunk by itself.
+        # Pillow writes a text that is not Latin-1 as an iTXt chunk.
         chunks.add_text(KEY, json.dumps(metadata, ensure_ascii=False))
     buffer = io.BytesIO()
     image.save(buffer, "png", pnginfo=chunks)

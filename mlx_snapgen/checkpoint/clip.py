@@ -16,7 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
-"""Files of a public repository that `load_clip` may need."""
+"""Files to download from a public repository for `load_clip`."""
 
 _PREFIX = re.compile(r"^(module\.|_text_encoder\.|text_encoder\.|text_model\.|text\.)+")
 
@@ -47,12 +47,12 @@ _NAMES = (
 
 
 def public_name(key: str) -> str | None:
-    """Our name of a public checkpoint's key, None where it belongs to the picture side.
+    """Our name of a public checkpoint's key; None for keys of the image encoder.
 
-    Queries, keys and values that are stored apart keep names of their own: `layers.0.q_proj.bias`.
+    Separately stored query, key and value projections keep separate names: `layers.0.q_proj.bias`.
 
     Raises:
-        UserError: a key that belongs to no layout.
+        UserError: a key of an unknown layout.
     """
     name = _PREFIX.sub("", key)
     if _LEFT_OUT.fullmatch(name):
@@ -67,11 +67,11 @@ def public_name(key: str) -> str | None:
 def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A public checkpoint's weights under the names of `ClipTextEncoder`.
 
-    Takes Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP's, OpenAI's and TinyCLIP's own,
-    with or without the wrappers' prefixes. The picture side is dropped.
+    Accepts the layouts of Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP, OpenAI and
+    TinyCLIP, with or without the prefixes of wrappers. The image encoder is dropped.
 
     Raises:
-        UserError: a key that belongs to none of them.
+        UserError: a key of another layout.
     """
     named = ((public_name(key), value) for key, value in weights.items())
     found = {name: value for name, value in named if name is not None}
@@ -141,7 +141,7 @@ def load_clip(folder: Path) -> ClipTextEncoder:
 
 
 def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
-    """What does not follow from the shapes of the weights."""
+    """The settings that the shapes of the weights do not determine."""
     path = folder / "open_clip_config.json"
     if path.is_file():
         model = _read_json(path)
@@ -151,7 +151,7 @@ def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
     else:
         text = _read_json(folder / "config.json")
         text = text.get("text_config", text)
-        # Hugging Face omits what equals its own defaults, which are these.
+        # Hugging Face omits values that equal its defaults, which are used here.
         heads = text.get("num_attention_heads", 8)
         activation = text.get("hidden_act", "quick_gelu")
     return {"num_heads": heads, "activation": activation}

@@ -94,23 +94,23 @@ def load_qwen(
 
 
 class _Arguments(dict):
-    """config.json's values for the text tower alone, whatever towers it stands beside."""
+    """The values of the text tower in config.json; those of other towers are dropped."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "_Arguments":
         text = values.get("text_config") or values
-        # transformers 5 keeps the base among the other parameters of the rotation.
+        # transformers 5 stores the base of RoPE in `rope_parameters`.
         rope = text.get("rope_parameters") or {}
         theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         scaling = text.get("rope_scaling") or {}
         if scaling.get("type", scaling.get("rope_type")) == "mrope":
-            # In text its three axes are alike: the plain rotation.
+            # For text the three axes of M-RoPE have the same positions: this is plain RoPE.
             text = text | {"rope_scaling": None}
         return cls(text | theta | {"tie_word_embeddings": True})
 
 
 class _Tower(nn.Module):
-    """The transformer under a language model's head, with its keys under "model"."""
+    """A language model without its head. Its keys start with "model"."""
 
     def __init__(self, values: _Arguments):
         super().__init__()
@@ -123,7 +123,7 @@ class _Tower(nn.Module):
         self.model = cast(Any, Tower)(ModelArgs.from_dict(values))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The text tower's weights, from any of the layouts in use; vision and head dropped."""
+        """The text tower's weights from any known layout; vision tower and head are dropped."""
         kept = {}
         for key, value in weights.items():
             name = key.removeprefix("model.").removeprefix("language_model.")
