@@ -36,8 +36,7 @@ SUITES = {
 
 
 def time_calls(run: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Seconds of `run` (median, minimum, maximum) and peak bytes of memory, after a warm-up
-    call."""
+    """Seconds of `run` (median, minimum, maximum), and peak memory in bytes, after a warm-up."""
     mx.eval(run())
     mx.reset_peak_memory()
     seconds = []

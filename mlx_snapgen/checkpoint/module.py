@@ -192,8 +192,7 @@ def cast(module: nn.Module, dtype: mx.Dtype | None) -> None:
 
 
 def materialize(module: nn.Module, dtype: mx.Dtype | None) -> None:
-    """Read lazy weights one by one: peak memory is that of the sub-network, not the
-    supernetwork."""
+    """Read lazy weights one by one, so that peak memory is that of the sub-network alone."""
     cast(module, dtype)
     # A slice would keep the whole original tensor in memory.
     module.apply(mx.contiguous)

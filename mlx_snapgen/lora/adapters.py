@@ -322,8 +322,7 @@ def _near(target: str, paths: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
-    """Inside the block, only the adapters `names` are on: one network is teacher, student or
-    critic."""
+    """Inside the block, only the adapters `names` are on (teacher, student or critic)."""
     weights = {name: float(name in names) for name in get_lora_weights(network)}
     with lora_weights(network, weights):
         yield

@@ -16,11 +16,11 @@ from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
 
 
 class CheckpointTeacher:
-    """The full width of one of our own networks, its adapters off but for the few-step one.
+    """The full width of an `EfficientDiT`, with all adapters off except the few-step one.
 
     Args:
-        network: may be the very network whose adapters are being trained: adapters that are off
-            have no effect, so teacher, student and critic share one set of base weights.
+        network: may be the network whose adapters are trained: adapters that are off have no
+            effect, so teacher, student and critic can share one set of base weights.
         text_encoders: the model's.
         few_step: name of the few-step adapter in `network`, or None when there is none.
     """

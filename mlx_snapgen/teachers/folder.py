@@ -38,7 +38,7 @@ READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
 
 
 def is_teacher(folder: Path) -> bool:
-    """Whether `folder` is one of a public teacher."""
+    """Whether `folder` contains a public teacher."""
     return (folder / CONFIG).is_file()
 
 
@@ -53,7 +53,7 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
             can be freed before. Not for compiled functions.
 
     Raises:
-        UserError: no teacher, or one with damaged, missing, unknown or misshapen weights.
+        UserError: no teacher, or its weights are damaged, missing, unknown or misshapen.
     """
     config = load_teacher_config(folder)
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None

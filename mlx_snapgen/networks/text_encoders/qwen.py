@@ -1,7 +1,7 @@
 """The text encoder of public teachers: a Qwen language model, through mlx-lm.
 
-Install it with `pip install "mlx_snapgen[teacher]"`. The model is causal and padding stands on the
-right: no token that counts attends to it.
+Install it with `pip install "mlx_snapgen[teacher]"`. The model is causal and padding is on the
+right: no token of the prompt attends to it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_snapgen.networks.text_encoders.base import padded
 
 PAD_TO = 32
-"""Rows are padded to a multiple, so that a step is compiled for few lengths."""
+"""Rows are padded to a multiple of this, so that a training step is compiled for few lengths."""
 
 
 class Reading(NamedTuple):
@@ -22,15 +22,16 @@ class Reading(NamedTuple):
     model_types: tuple[str, ...]
     """Of the language model, as in its config.json."""
     template: str
-    """What is encoded, the prompt in place of {}."""
+    """The text that is encoded; the prompt replaces {}."""
     dropped: int
     """Tokens at the beginning whose states are dropped."""
     max_length: int
-    """Tokens at most, without the dropped ones; the rest is cut."""
+    """Maximum number of tokens, without the dropped ones; longer prompts are truncated."""
     empty: str
-    """The prompt that guidance leads away from."""
+    """The prompt of the unconditional velocity of guidance."""
     skipped_layers: int = 0
-    """Layers at the end that are not run, and with any the last norm too."""
+    """Number of last layers that are not run; if there are any, the final norm is not run
+    either."""
 
 
 QWEN_IMAGE = Reading(
@@ -70,7 +71,7 @@ class QwenPromptEncoder:
         self.model, self.reading, self._tokenizer = model, reading, tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, L) and mask (B, L), the template's first tokens still there."""
+        """Prompts -> tokens (B, L) and mask (B, L), including the first tokens of the template."""
         most = self.reading.dropped + self.reading.max_length
         rows = [
             self._tokenizer.encode(
