@@ -1,6 +1,6 @@
 """Assemble trained parts into a model folder: `python -m train.export --output FOLDER ...`.
 
-The default model is exported to `mlx_snapgen/models/stickers`, from where the package ships it.
+The default model is exported to `mlx_snapgen/models/stickers`, which is part of the package.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def main() -> None:
     check_new(args.output)
     config = load_config(args.config) if args.config else STICKERS
     flow = find_folder(args.flow)
-    # Older versions trained on stickers, without a record.
+    # Runs of older versions have no record; they trained on stickers.
     record: dict[str, Any] = {"data": "stickers"} | recorded(flow)
     source, vocabulary, texts = None, None, {}
     if record["data"] == "stickers":

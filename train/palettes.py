@@ -4,11 +4,11 @@
     python -m convert.coreml my-model-4.3 my-model-coreml
 
 The weights of the transformer's layers get palettes of 16 or 256 numbers, chosen as
-`convert.coreml --quantize` chooses them. They do not change. Then biases and norms alone are
-trained: on the model's own paths from noise to pictures they learn the velocity of the network
-without palettes (SnapGen++ section 6). The output is an ordinary model folder with the bits of each
-layer in palettes.json. In MLX it draws what the phone will draw; `convert.coreml` exports it with
-these palettes, and refuses weights that are not in them.
+`convert.coreml --quantize` chooses them. These weights are frozen. Then only biases and norms are
+trained: on the model's own sampling trajectories they learn the velocity of the network without
+palettes (SnapGen++ section 6). The output is an ordinary model folder with the bits of each layer
+in palettes.json. In MLX it generates the pictures that the phone will generate; `convert.coreml`
+exports it with these palettes, and refuses weights that are not in them.
 
 A few-step LoRA is merged first. With one width the output is a model of that width alone; several
 widths share their palettes and are trained in turn.
@@ -56,8 +56,8 @@ def main() -> None:
     with announce(f"loading {args.model} ..."):
         components = load_alone(folder, args.model_widths)
     if args.score:
-        known_nouns(components)  # fails before anything is drawn
-    # A model of one width is that width.
+        known_nouns(components)  # fails early, before sampling
+    # In a model of one width, that width has share 1.
     alone = len(args.model_widths) == 1
     widths = {name: 1.0 if alone else parse_width(name).share for name in args.model_widths}
     captions = given[: args.pictures] if given else known_prompts(components, args.pictures)

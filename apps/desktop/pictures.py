@@ -13,7 +13,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
 
 BUDGET = 0.015
-"""Seconds of thumbnails at a time, so that the window opens at once."""
+"""Seconds that thumbnails are loaded without a pause, so that the window stays responsive."""
 
 
 class Pictures:

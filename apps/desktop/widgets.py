@@ -1,5 +1,4 @@
-"""Widgets that ttk lacks: the picture, the film strip, a scrolling column, a slider with a number,
-and the banner for messages."""
+"""Widgets that ttk lacks: picture, film strip, scrolling column, slider with a number, banner."""
 
 import tkinter as tk
 from collections.abc import Callable
@@ -305,7 +304,7 @@ class Slider(ttk.Frame):
             number = float(self._variable.get())
         except ValueError:
             return
-        # Setting the scale's value from its own movement would call back without end.
+        # Setting the scale's value while it moves would call back endlessly.
         if abs(float(self._scale.get()) - number) > self._by / 2:
             self._scale.configure(value=number)
 

@@ -139,7 +139,7 @@ class Window(tk.Tk):
             except tk.TclError:
                 return
             self.update_idletasks()
-            # The screen of the last time may be gone.
+            # The screen of the last session may be disconnected.
             x, y = self.winfo_x(), self.winfo_y()
             if not (-50 <= x < self.winfo_screenwidth() and -50 <= y < self.winfo_screenheight()):
                 self.geometry("+40+40")
@@ -216,7 +216,7 @@ class Window(tk.Tk):
     # --- events of the worker --------------------------------------------------------------------
 
     def _deliver(self, event: Event) -> None:
-        """Called in the worker's thread: the slow work that needs no widget."""
+        """Called in the worker's thread; does the slow work that needs no widget."""
         extra = None
         if isinstance(event, Progress) and event.preview is not None:
             image = Image.frombytes("RGB", event.size, event.preview)
@@ -243,7 +243,7 @@ class Window(tk.Tk):
             run = self.run
             if run is None or event.job != run.job:
                 continue
-            # Of several previews only the last one is shown, to save time.
+            # Only the last of several previews is shown, to save time.
             shown = self._handle(event, run, extra=extra) or shown
         if shown is not None:
             self.view.show(*shown)

@@ -1,4 +1,4 @@
-"""What the Swift package must compute, written down by mlx_snapgen itself.
+"""Reference values for the tests of the Swift package, computed by mlx_snapgen.
 
     python -m apps.ios.vectors
 
@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import mlx_snapgen  # noqa: F401  before mlx, so that the fast BLAS gets in first
+import mlx_snapgen  # noqa: F401  before mlx, which otherwise links its slow reference BLAS
 
 # isort: split
 import mlx.core as mx

@@ -31,7 +31,7 @@ PREFIX = "image_generation."
 
 
 class Server:
-    """The routes' state.
+    """The routes and their state.
 
     Args:
         jobs: the queue.
@@ -266,7 +266,7 @@ def _refuse(error: RequestError) -> JSONResponse:
 
 
 def create_app(server: Server, api_key: str | None) -> ASGIApp:
-    """The application; pictures by `url` need no key, their addresses cannot be guessed."""
+    """The application; pictures by `url` need no key, because their addresses cannot be guessed."""
 
     async def refuse(request: Request, error: Any) -> Response:
         return _refuse(error)

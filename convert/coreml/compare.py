@@ -10,7 +10,7 @@ palettes that the model does not have are measured too, without a limit.
 
 runs the transformer's packages once, on noise at noise level 0.5, and prints how far their velocity
 is from MLX's. The limits are 60 dB in float16, and 1e-4 of the largest value in float32. Use it for
-large models, and for models whose other networks are not exported.
+large models, and for models of which only the transformer is exported.
 """
 
 from pathlib import Path

@@ -72,7 +72,7 @@ def _grouped(x: np.ndarray, groups: int) -> np.ndarray:
 
 
 def conv(x, weight, bias=None, strides=None, pad_type="valid", pad=None, dilations=None, groups=1):
-    """x (N, C, *D), weight (O, C / groups, *K): one product for each place in the kernel."""
+    """x (N, C, *D), weight (O, C / groups, *K): one product for each position in the kernel."""
     kernel, rank, groups = weight.shape[2:], x.ndim - 2, int(groups)
     strides, dilations, pads = _spatial(rank, kernel, strides, dilations, pad_type, pad)
     x = np.pad(x, [(0, 0), (0, 0), *pads])

@@ -103,8 +103,7 @@ class Session:
                     print("stopped", file=sys.stderr)
 
     def take(self, line: str) -> None:
-        """Draw a prompt, or execute a line that starts with a colon; `UserError` for a mistake in
-        it."""
+        """Draw a prompt, or execute a line that starts with a colon; `UserError` for a mistake."""
         if line.startswith(":"):
             name, _, value = line[1:].strip().partition(" ")
             self._command(name, value.strip())

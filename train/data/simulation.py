@@ -28,8 +28,8 @@ class Simulation:
         network: has the student's adapter.
         shape: (h, w, C) of the latents.
         share_of: step -> the student's share of the network's width.
-        read: prompts -> the student's text and mask; None where the teacher has the student's own
-            text encoders, whose text then serves both.
+        read: prompts -> the student's text and mask; None if the teacher has the student's text
+            encoders: then both use the teacher's text.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Simulation:
         self._predict = mx.compile(predict, inputs=network.state)
 
     def __call__(self, number: int) -> Batch:
-        """Batch `number`, from the student with its present weights."""
+        """Batch `number`, sampled with the student's current weights."""
         # The trainer numbers batches by step, then process.
         step = number // mx.distributed.init().size()
         count = self.batch_size

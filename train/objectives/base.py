@@ -1,4 +1,4 @@
-"""Objectives: what a step of training minimizes."""
+"""Objectives: the losses that a training step minimizes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -29,7 +29,7 @@ class Objective(Protocol[AnyModel, Step]):
 
         Args:
             model: its weights may be bfloat16: cast the inputs, and take losses in float32.
-            batch: as the trainer's `batches` makes it.
+            batch: from the trainer's `batches`.
             key: of the random numbers.
             step: the step's arguments, a NamedTuple of hashable values.
 

@@ -37,7 +37,7 @@ def lesson(
     condition: Condition,
     guidance_scale: float,
 ) -> tuple[mx.array, mx.array]:
-    """The teacher's velocity, with guidance, and its features (B, N, D), both without gradient."""
+    """The teacher's guided velocity and its features (B, N, D), both without gradient."""
     v, features = teacher.velocity_and_features(x_t, t, condition)
     if guidance_scale != 1:
         v = teacher.velocity(x_t, t, condition, guidance_scale=guidance_scale)
@@ -88,7 +88,7 @@ def condition_of(batch: Batch) -> Condition:
 def fit_to_teacher(
     model: Student, teacher: Teacher, batches: Sequence[Batch], *, seed: int, shift: float
 ) -> None:
-    """Start the projectors at the least-squares fit, over noisy latents as training has them."""
+    """Initialize the projectors by least squares, over noisy latents like those of training."""
     keys = mx.random.split(mx.random.key(seed), len(batches))
     met = []
     for batch, key in zip(batches, keys, strict=True):

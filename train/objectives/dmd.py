@@ -1,4 +1,4 @@
-"""K-DMD (SnapGen++ eqs. 9-10)."""
+"""K-DMD: the losses of student and critic in one step (SnapGen++ eqs. 9-10)."""
 
 import functools
 from collections.abc import Sequence
@@ -77,16 +77,17 @@ class DMDStep(NamedTuple):
     share: float
     """Of the network's width, for student and critic."""
     student_turn: bool
-    """Whether the student is trained in this step, too."""
+    """Whether this step also trains the student."""
 
 
 @dataclass(frozen=True)
 class DMD:
-    """Distribution matching, and the few-step teacher's output and features. An `Objective`.
+    """DMD, and the losses to the few-step teacher's output and features. An `Objective`.
 
-    A batch holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the
-    prompts as the teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The
-    critic has gradients in every step, the student and the projectors on the student's turn.
+    The DMD gradient and its sign are in `train.objectives.losses.dmd_loss`. A batch has the
+    student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the prompts as the
+    teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The critic has
+    gradients in every step, the student and the projectors on the student's turn.
 
     Attributes:
         guidance_scale: of the teacher.
@@ -160,7 +161,7 @@ class DMD:
 
 
 def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
-    """Start the projectors at the least-squares fit to the few-step teacher's features."""
+    """Initialize the projectors by least squares to the few-step teacher's features."""
 
     def own(batch: Batch, share: float) -> mx.array:
         text, mask = (batch[name] for name in STUDENT_TEXT)

@@ -2,10 +2,10 @@
 
 Every step runs the full network and one sampled sub-network on the same noisy latents
 (SnapGen++ section 3.2). Their gradients are scaled to the same norm before they are added. The
-objective defines the loss of each. The text encoders are trained, too.
+objective defines the loss of each. The text encoders are trained too.
 
-`--sub-networks 2` runs two sub-networks in a step. They cost little beside the full one, and with
-one, as in the paper, each sub-network is trained in only half of the steps.
+`--sub-networks 2` runs two sub-networks in a step. They cost little compared with the full network.
+With one, as in the paper, each sub-network is trained in only half of the steps.
 """
 
 import functools
@@ -54,7 +54,7 @@ def sampled_shares(
 ) -> tuple[float, ...]:
     """The sub-networks of a step: up to `count` of the shares below 1, uniform, widest first.
 
-    They are the same on every machine.
+    The choice is the same on every machine.
     """
     subs = [share for share in shares if share != 1.0]
     rng = Stream.SUB_NETWORKS.generator(seed, step)

@@ -29,7 +29,7 @@ def fit_projectors(
     own: Callable[[Batch, float], mx.array],
     seen: Callable[[Batch], mx.array],
 ) -> None:
-    """Start each width's projector at the least-squares fit to the teacher's features.
+    """Initialize each width's projector by least squares to the teacher's features.
 
     The gradient through a random projector would disturb a trained student.
 

@@ -77,7 +77,7 @@ TWO_OBJECTS = (
     "{a} plus {b}",
     "{a} as well as {b}",
 )
-# Where neither is more than one thing.
+# Only if both are single objects.
 TWO_NEIGHBORS = (
     "both {a} and {b}",
     "{a} next to {b}",
@@ -200,7 +200,7 @@ def pick(rng: np.random.Generator, options: Sequence):
 
 
 def with_article(phrase: str) -> str:
-    """The phrase after "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
+    """The phrase with "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
     vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "ufo"))
     return ("an " if vowel or phrase.startswith("hour") else "a ") + phrase
 
@@ -212,7 +212,7 @@ def _groups(scene: Scene) -> list[tuple[int, Placed]]:
 
 
 def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, determiner: str) -> str:
-    """Such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
+    """A noun phrase such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
     noun, color, size = item.noun, item.color, item.size_word
     singular, plural = noun.name, noun.plural
     tail = ""
