@@ -1,6 +1,6 @@
 """The settings inside a picture: JSON in a PNG's text chunk `parameters`.
 
-The fields of `DrawSettings` and `ModelChoice` are recorded, except a few that do not affect a single
+The fields of `DrawSettings` and `ModelChoice` are recorded, except a few that do not affect a
 picture. A new setting is a new field there; its default, or its value in `OLDER`, is how pictures
 without it were drawn. `SnapGenPipeline.describe` adds versions, device and dtype.
 """

@@ -1,6 +1,6 @@
 """Export a model to Core ML packages: trace the PyTorch twins, quantize, write and check.
 
-The order of the transformer's blocks is in `EfficientDiT.steps` of convert/pytorch/efficient_dit.py.
+The order of the transformer's blocks is in convert/pytorch/efficient_dit.py (`steps`).
 """
 
 import dataclasses
