@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written whole or not at all, and JSON files.
 
 Unfinished files are in a hidden folder beside their destination and are renamed at the end, so that
 no other process reads an incomplete file. The hidden folder remains only if the process is killed.
@@ -6,10 +6,12 @@ no other process reads an incomplete file. The hidden folder remains only if the
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_snapgen.errors import UserError
 
@@ -81,3 +83,11 @@ def _move_to_free(source: Path, target: Path) -> None:
         # exFAT and some network drives have no links: claim the name, then replace the claim.
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(source, target)
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file; `UserError` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import resource
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder, load_vocabulary
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.cli.generate_options import build_parser, is_folder
 from mlx_snapgen.cli.interactive import Session
-from mlx_snapgen.cli.notices import announce, short_warnings
+from mlx_snapgen.cli.notices import announce, peak_process_bytes, short_warnings
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
@@ -164,8 +163,7 @@ def _peak_memory() -> dict[str, int]:
     """Peak memory in bytes of mlx arrays, and on the CPU also of the process."""
     peak = {"peak_mlx_bytes": mx.get_peak_memory()}
     if mx.default_device().type == mx.DeviceType.cpu:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["peak_process_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak["peak_process_bytes"] = peak_process_bytes()
     return peak
 
 

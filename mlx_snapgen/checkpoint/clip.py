@@ -1,7 +1,6 @@
 """Public CLIP checkpoints as text encoders: names, sizes and tokenizer."""
 
 import gzip
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_json
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
@@ -144,12 +144,12 @@ def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
     """The settings that the shapes of the weights do not determine."""
     path = folder / "open_clip_config.json"
     if path.is_file():
-        model = _read_json(path)
+        model = read_json(path)
         model = model.get("model_cfg", model)
         heads = model.get("text_cfg", {}).get("heads", hidden_size // 64)
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     else:
-        text = _read_json(folder / "config.json")
+        text = read_json(folder / "config.json")
         text = text.get("text_config", text)
         # Hugging Face omits values that equal its defaults, which are used here.
         heads = text.get("num_attention_heads", 8)
@@ -163,7 +163,7 @@ def _merges(folder: Path, vocab_size: int) -> bytes:
     if (path := folder / "merges.txt").is_file():
         lines = path.read_text(encoding="utf-8").split("\n")
     elif (path := folder / "tokenizer.json").is_file():
-        merges = _read_json(path)["model"]["merges"]
+        merges = read_json(path)["model"]["merges"]
         lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     elif path := next(iter(sorted(folder.glob("bpe_simple_vocab*.txt.gz"))), None):
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:]
@@ -171,10 +171,3 @@ def _merges(folder: Path, vocab_size: int) -> bytes:
         raise UserError(f"{folder} has no tokenizer: neither merges.txt nor tokenizer.json")
     lines = [line for line in lines if line and not line.startswith("#version:")]
     return "\n".join(lines[: vocab_size - 2 * 256 - 2]).encode()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
