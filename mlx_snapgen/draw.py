@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.lora.adapters import get_lora_weights, switched
+from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import Step, denoise, get_noise, get_schedule, guided_velocity
@@ -77,7 +77,7 @@ def in_mode(
     """`network` with its few-step adapter, unless merged, switched on or off by `settings`."""
     if config.few_step is None or adapter not in get_lora_weights(network):
         return network
-    return switched(network, {adapter: float(bool(settings.few_step))})
+    return with_lora_weights(network, {adapter: float(bool(settings.few_step))})
 
 
 def draw_latents(

@@ -55,7 +55,7 @@ class Pictures:
         try:
             settings = settings.restored(path)
         except UserError as error:
-            self._window.complain(str(error))
+            self._window.show_error(str(error))
             return False
         self._window.banner.hide()
         self._window.form.show(settings)
@@ -108,7 +108,7 @@ class Pictures:
         try:
             action(self._window.strip.selected.path)
         except UserError as error:
-            self._window.complain(str(error))
+            self._window.show_error(str(error))
         else:
             self._window.status.set(status)
 

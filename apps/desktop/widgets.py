@@ -114,7 +114,7 @@ class Filmstrip(ttk.Frame):
         bar.pack(fill="x")
         self._canvas.bind("<Button-1>", self._clicked)
         for button in ("<Button-2>", "<Button-3>", "<Control-Button-1>"):
-            self._canvas.bind(button, self._asked)
+            self._canvas.bind(button, self._open_menu)
         self._canvas.bind("<Left>", lambda _: self.step(-1))
         self._canvas.bind("<Right>", lambda _: self.step(1))
         self._canvas.bind("<MouseWheel>", self._wheel)
@@ -191,7 +191,7 @@ class Filmstrip(ttk.Frame):
         if (index := self._at(event)) is not None:
             self._pick(index)
 
-    def _asked(self, event: tk.Event) -> str:
+    def _open_menu(self, event: tk.Event) -> str:
         if (index := self._at(event)) is not None:
             self._menu(self.entries[index], event.x_root, event.y_root)
         return "break"

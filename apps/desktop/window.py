@@ -162,7 +162,7 @@ class Window(tk.Tk):
             if not settings.draw.prompt:
                 raise UserError("the prompt is empty: say what to draw")
         except UserError as error:
-            self.complain(str(error))
+            self.show_error(str(error))
             return
         if not settings.seed_locked:
             self.form.new_seed()
@@ -181,7 +181,7 @@ class Window(tk.Tk):
         try:
             settings = self.form.read(self.settings)
         except UserError as error:
-            self.complain(str(error))
+            self.show_error(str(error))
             return
         self.remember(settings)
         self._start(Job(settings.choice))
@@ -271,10 +271,10 @@ class Window(tk.Tk):
             self.update_buttons()
             return image, scaled
         elif isinstance(event, Notice):
-            self.complain(event.text)
+            self.show_error(event.text)
         elif isinstance(event, Failed):
             self._end("")
-            self.complain(event.message, event.details)
+            self.show_error(event.message, event.details)
         elif isinstance(event, Finished):
             drawn = run.draws and not event.cancelled
             self._end("Stopped" if event.cancelled else run.summary if drawn else "Ready")
@@ -300,7 +300,7 @@ class Window(tk.Tk):
         for button in self._actions:
             button.state(state)
 
-    def complain(self, text: str, details: str | None = None) -> None:
+    def show_error(self, text: str, details: str | None = None) -> None:
         """Show an error, as a sentence."""
         self.banner.show(text[:1].upper() + text[1:], details)
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
-from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder, Reading
+from mlx_snapgen.networks.text_encoders.qwen import PromptFormat, QwenPromptEncoder
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 QWEN_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
@@ -48,7 +48,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
 
 
 def load_qwen(
-    folder: Path, reading: Reading, *, dims: int, dtype: mx.Dtype | None = None
+    folder: Path, prompt_format: PromptFormat, *, dims: int, dtype: mx.Dtype | None = None
 ) -> QwenPromptEncoder:
     """The language model of a teacher, from a folder of Hugging Face or mlx-lm.
 
@@ -68,8 +68,8 @@ def load_qwen(
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
     kind = values.get("model_type")
-    if kind not in reading.model_types:
-        known = " or ".join(reading.model_types)
+    if kind not in prompt_format.model_types:
+        known = " or ".join(prompt_format.model_types)
         raise UserError(f"{folder} holds a {kind}, this teacher reads with a {known}")
     try:
         model, _ = load_model(
@@ -85,12 +85,12 @@ def load_qwen(
         raise UserError(
             f"{folder} gives states of {tower.args.hidden_size}, the teacher takes those of {dims}"
         )
-    if reading.skipped_layers:
-        tower.layers = tower.layers[: -reading.skipped_layers]
+    if prompt_format.skipped_layers:
+        tower.layers = tower.layers[: -prompt_format.skipped_layers]
         tower.norm = nn.Identity()
     if dtype is not None:
         tower.set_dtype(dtype)
-    return QwenPromptEncoder(tower, tokenizer, reading=reading)
+    return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
 
 
 class _Arguments(dict):

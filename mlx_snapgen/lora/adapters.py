@@ -203,7 +203,7 @@ def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[No
         set_lora_weights(module, {name: before[name] for name in weights})
 
 
-def switched(module: nn.Module, weights: Mapping[str, float]) -> Callable[..., Any]:
+def with_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Callable[..., Any]:
     """A function that calls `module` inside `lora_weights(module, weights)`."""
 
     def call(*args, **settings):
@@ -321,7 +321,7 @@ def _near(target: str, paths: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
+def active_adapters(network: EfficientDiT, *names: str) -> Iterator[None]:
     """Inside the block, only the adapters `names` are on (teacher, student or critic)."""
     weights = {name: float(name in names) for name in get_lora_weights(network)}
     with lora_weights(network, weights):

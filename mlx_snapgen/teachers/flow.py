@@ -47,7 +47,7 @@ class FlowTeacher:
         if self.prompts is None:
             raise UserError("this teacher's text encoder was freed: load the teacher again")
         if self._empty is None:
-            self._empty = self.prompts([self.prompts.reading.empty])
+            self._empty = self.prompts([self.prompts.prompt_format.empty])
         return Condition(*self.prompts(prompts), *self._empty)
 
     def free_text_encoder(self) -> None:

@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 CONFIG = "teacher.json"
 
 NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
-READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
+PROMPT_FORMATS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
 """`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
 
 
@@ -114,8 +114,8 @@ def load_prompts(
     source = folder / config.text_encoder
     if not source.is_dir():
         source = find_model(config.text_encoder, files=QWEN_FILES)
-    reading = READINGS[config.kind]
-    return load_qwen(source, reading, dims=config.transformer.text_dims, dtype=dtype)
+    prompt_format = PROMPT_FORMATS[config.kind]
+    return load_qwen(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 
 def quantizable(network: QwenTransformer | ZImageTransformer, group_size: int) -> set[str]:

@@ -50,10 +50,10 @@ def z_image(tmp_path_factory):
 def test_qwen_image_reads_as_its_pipeline_does(qwen, monkeypatch):
     """Both are held against float64 as well, so that a difference tells whose it is."""
     pipeline, _, teacher, _ = qwen
-    reading = teacher.prompts.reading
-    assert reading.template == pipeline.prompt_template_encode
-    assert reading.dropped == pipeline.prompt_template_encode_start_idx
-    assert reading.max_length == pipeline.tokenizer_max_length
+    prompt_format = teacher.prompts.prompt_format
+    assert prompt_format.template == pipeline.prompt_template_encode
+    assert prompt_format.dropped == pipeline.prompt_template_encode_start_idx
+    assert prompt_format.max_length == pipeline.tokenizer_max_length
     expected, mask = pipeline.encode_prompt(PROMPTS)
     condition = teacher.encode(PROMPTS)
     length = expected.shape[1]

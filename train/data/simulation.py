@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_snapgen.config import FOUR_STEPS
-from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.sampling import add_noise, get_schedule
 from mlx_snapgen.teachers.base import Teacher
@@ -52,7 +52,7 @@ class Simulation:
         self.seed = seed
 
         def predict(x_t, sigma, text, mask, share):
-            with acting(network, STUDENT):
+            with active_adapters(network, STUDENT):
                 v = network(x_t, sigma, text, mask, share=share)
             return x_t - sigma[:, None, None, None] * v
 

@@ -91,10 +91,10 @@ class PeerWatch:
             self._server = _listener(host)
             self._token = secrets.token_bytes(16)
             port = self._server.getsockname()[1]
-            _share(group, [host or socket.gethostname(), port, self._token.hex()])
+            _broadcast(group, [host or socket.gethostname(), port, self._token.hex()])
             threading.Thread(target=self._accept, args=(group.size(),), daemon=True).start()
             return
-        host, port, token = _share(group, None)
+        host, port, token = _broadcast(group, None)
         try:
             connection = socket.create_connection((host, port), timeout=10)
             connection.sendall(_HELLO.pack(bytes.fromhex(token), group.rank()))
@@ -175,7 +175,7 @@ def _host_of_first() -> str | None:
     return os.environ.get("NCCL_HOST_IP")
 
 
-def _share(group: mx.distributed.Group, value: list | None) -> list:
+def _broadcast(group: mx.distributed.Group, value: list | None) -> list:
     """Send process 0's `value`, as JSON, to every process."""
     text = json.dumps(value).encode() if value is not None else b""
     padded = mx.array(list(text.ljust(512, b" " if text else b"\0")), mx.int32)

@@ -176,7 +176,7 @@ class Trainer:
             watch.close(orderly)
         finished = self.step >= self.config.steps
         if not finished and self.is_main:
-            print(f"stopped at step {self.step}; {self._way_on()}", file=sys.stderr)
+            print(f"stopped at step {self.step}; {self._resume_hint()}", file=sys.stderr)
         return finished
 
     def _resume(self) -> None:
@@ -188,7 +188,7 @@ class Trainer:
                 self.load(checkpoint)
             rewind_log(self.run_dir, self.step)
         if not self._alone:
-            self._share_state()
+            self._broadcast_state()
 
     def _loop(self) -> None:
         config = self.config
@@ -285,7 +285,7 @@ class Trainer:
         self.optimizers.state = trees["optimizer"]
         self._state[1] = self.optimizers.state
 
-    def _share_state(self) -> None:
+    def _broadcast_state(self) -> None:
         """Copy the first process's step and weights to the others, which have no run folder."""
 
         def from_first(x: mx.array) -> mx.array:
@@ -335,7 +335,7 @@ class Trainer:
         if self.is_main:
             append_log(self.run_dir, {"step": self.step, "time": time.time()} | values)
 
-    def _way_on(self) -> str:
+    def _resume_hint(self) -> str:
         each = "" if self._alone else ", in every process,"
         return f"resume{each} with: {shlex.join(sys.orig_argv)}"
 
@@ -347,9 +347,10 @@ class Trainer:
         """End this process, whose main thread may wait for the lost one forever."""
         with self._saving:
             saved = latest_checkpoint(self.run_dir)
+            last = f"last checkpoint: {saved}; " if saved else ""
             print(
                 f"\nprocess {rank} of {self.group.size()} is gone, training ends at step "
-                f"{self.step}; {f'last checkpoint: {saved}; ' if saved else ''}{self._way_on()}",
+                f"{self.step}; {last}{self._resume_hint()}",
                 file=sys.stderr,
                 flush=True,
             )

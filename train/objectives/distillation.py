@@ -29,7 +29,7 @@ class Student(TextToLatents):
         return self.projectors[self._shares.index(share)](features)
 
 
-def lesson(
+def teacher_targets(
     teacher: Teacher,
     x_t: mx.array,
     *,
@@ -46,7 +46,7 @@ def lesson(
 
 @dataclass(frozen=True)
 class Distillation:
-    """Eqs. 6-8 beside the elastic losses. An `Objective`; batches are those of `TaughtBatches`."""
+    """Eqs. 6-8 and the elastic losses. An `Objective` for batches of `DistillationBatches`."""
 
     teacher: Teacher
     guidance_scale: float = 1.0
@@ -57,18 +57,18 @@ class Distillation:
         """See `Objective`."""
         x_t, t, v = noisy(batch["latents"], key, shift=step.shift)
         condition = condition_of(batch)
-        v_teacher, seen = lesson(
+        v_teacher, teacher_features = teacher_targets(
             self.teacher, x_t, t=t, condition=condition, guidance_scale=self.guidance_scale
         )
 
         def loss(text: mx.array, mask: mx.array, share: float, full: mx.array | None):
-            predicted, own = model.transformer(
+            predicted, student_features = model.transformer(
                 x_t, t, text, mask, share=share, return_features=True
             )
-            projected = model.project(own, share)
-            check_same_tokens(projected, seen)
+            projected = model.project(student_features, share)
+            check_same_tokens(projected, teacher_features)
             task, output = per_sample(predicted - v), per_sample(predicted - v_teacher)
-            features = features_loss(projected, seen).mean()
+            features = features_loss(projected, teacher_features).mean()
             total = timestep_aware(task, output, t=t) + features
             losses = {"loss": task.mean(), "output": output.mean(), "features": features}
             if full is None:
@@ -95,7 +95,7 @@ def fit_to_teacher(
         x_t, t, _ = noisy(batch["latents"], key, shift=shift)
         met.append(batch | {"x_t": x_t, "t": t})
 
-    def own(batch: Batch, share: float) -> mx.array:
+    def student_features(batch: Batch, share: float) -> mx.array:
         states = []
         for i, encoder in enumerate(model.text_encoders):
             mask = batch[f"mask_{i}"]
@@ -104,9 +104,13 @@ def fit_to_teacher(
         x_t, t = batch["x_t"], batch["t"]
         return model.transformer(x_t, t, text, mask, share=share, return_features=True)[1]
 
-    def seen(batch: Batch) -> mx.array:
+    def teacher_features(batch: Batch) -> mx.array:
         return teacher.velocity_and_features(batch["x_t"], batch["t"], condition_of(batch))[1]
 
     fit_projectors(
-        model.projectors, model.transformer.config.widths, batches=met, own=own, seen=seen
+        model.projectors,
+        model.transformer.config.widths,
+        batches=met,
+        student=student_features,
+        teacher=teacher_features,
     )

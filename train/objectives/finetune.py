@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from train.data.source import Batch
@@ -47,7 +47,7 @@ class FineTuning(LossObjective[EfficientDiT, ShareStep]):
         if "prior_latents" not in batch:
             return diffusion, metrics
         x_t, t, _ = noisy(batch["prior_latents"], keys[1], shift=self.shift)
-        with acting(model):
+        with active_adapters(model):
             before = velocity(model, batch, x_t, t=t, share=share, part="prior_")
         change = velocity(model, batch, x_t, t=t, share=share, part="prior_")
         change = change - mx.stop_gradient(before)

@@ -22,7 +22,7 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
 
 
 def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = True) -> None:
-    """`--output`; `text` is its help."""
+    """`--output`; its help starts with `text`."""
     parser.add_argument(
         "--output",
         "-o",

@@ -16,7 +16,7 @@ PAD_TO = 32
 """Rows are padded to a multiple of this, so that a training step is compiled for few lengths."""
 
 
-class Reading(NamedTuple):
+class PromptFormat(NamedTuple):
     """How a teacher's prompts are encoded."""
 
     model_types: tuple[str, ...]
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     either."""
 
 
-QWEN_IMAGE = Reading(
+QWEN_IMAGE = PromptFormat(
     model_types=("qwen2_5_vl", "qwen2"),
     template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
     "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
@@ -46,7 +46,7 @@ QWEN_IMAGE = Reading(
 """Qwen-Image's: Qwen2.5-VL's text tower, the template and its 34 tokens as in diffusers'
 QwenImagePipeline."""
 
-Z_IMAGE = Reading(
+Z_IMAGE = PromptFormat(
     model_types=("qwen3",),
     template="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     dropped=0,
@@ -64,23 +64,23 @@ class QwenPromptEncoder:
     Args:
         model: the network, tokens (B, L) -> states (B, L, D).
         tokenizer: as `mlx_lm.utils.load_tokenizer` gives it.
-        reading: how prompts are encoded.
+        prompt_format: how prompts are encoded.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, reading: Reading):
-        self.model, self.reading, self._tokenizer = model, reading, tokenizer
+    def __init__(self, model: nn.Module, tokenizer: Any, *, prompt_format: PromptFormat):
+        self.model, self.prompt_format, self._tokenizer = model, prompt_format, tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> tokens (B, L) and mask (B, L), including the first tokens of the template."""
-        most = self.reading.dropped + self.reading.max_length
+        most = self.prompt_format.dropped + self.prompt_format.max_length
         rows = [
             self._tokenizer.encode(
-                self.reading.template.replace("{}", prompt), add_special_tokens=False
+                self.prompt_format.template.replace("{}", prompt), add_special_tokens=False
             )[:most]
             for prompt in prompts
         ]
-        kept = max(len(row) - self.reading.dropped for row in rows)
-        length = self.reading.dropped + -(-kept // PAD_TO) * PAD_TO
+        kept = max(len(row) - self.prompt_format.dropped for row in rows)
+        length = self.prompt_format.dropped + -(-kept // PAD_TO) * PAD_TO
         return padded(rows, length, pad=self._tokenizer.pad_token_id or 0)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
@@ -90,8 +90,8 @@ class QwenPromptEncoder:
         """
         tokens, mask = self.tokenize(prompts)
         states, mask = (
-            self.model(tokens)[:, self.reading.dropped :],
-            mask[:, self.reading.dropped :],
+            self.model(tokens)[:, self.prompt_format.dropped :],
+            mask[:, self.prompt_format.dropped :],
         )
         states = mx.where(mask[..., None], states, 0)
         mx.eval(states, mask)

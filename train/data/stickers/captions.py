@@ -183,7 +183,7 @@ class Scene:
         background: a name of BACKGROUNDS.
         caption: one phrasing out of many.
         relation: of placed[0] to placed[1], a key of RELATIONS, or None if not in the caption.
-        background_said: whether the caption names the background.
+        background_named: whether the caption names the background.
     """
 
     category: str
@@ -191,7 +191,7 @@ class Scene:
     background: str
     caption: str = ""
     relation: str | None = None
-    background_said: bool = False
+    background_named: bool = False
 
 
 def pick(rng: np.random.Generator, options: Sequence):
@@ -257,7 +257,7 @@ def plain_caption(scene: Scene) -> str:
     """The canonical phrasing: "a red apple to the left of a cat on a white background"."""
     phrases = [_noun_phrase(count, item, None, "a") for count, item in _groups(scene)]
     text = f" {RELATIONS[scene.relation]} ".join(phrases) if scene.relation else _join(phrases)
-    if scene.background_said:
+    if scene.background_named:
         text = f"{text} on {with_article(scene.background)} background"
     return text
 
@@ -303,7 +303,7 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of many phrasings of what the scene shows, mostly in lower case."""
     text, is_phrase = _subject(scene, rng)
-    if scene.background_said:
+    if scene.background_named:
         name = scene.background
         if name == "grey" and rng.random() < 0.5:
             name = "gray"

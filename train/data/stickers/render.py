@@ -201,9 +201,9 @@ def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
     for noun in first_nouns(num_nouns):
         for color in (None, *COLORS) if noun.recolor else (None,):
             background = "grey" if color == "white" else "white"
-            said = noun.name if color is None else f"{color} {noun.name}"
+            caption = noun.name if color is None else f"{color} {noun.name}"
             placed = (Placed(noun, color, 112, 8, 8),)
-            pictures.append(Scene("colors", placed, background, said))
+            pictures.append(Scene("colors", placed, background, caption))
     return pictures
 
 

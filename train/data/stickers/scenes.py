@@ -220,10 +220,10 @@ def _background(
         for name in (noun.lost_on if color is None else COLOR_LOST_ON[color])
     }
     options = [name for name in BACKGROUNDS if name not in lost]
-    said = category == "background" or rng.random() < 0.06
-    if not said and "white" in options and rng.random() < 0.8:
+    named = category == "background" or rng.random() < 0.06
+    if not named and "white" in options and rng.random() < 0.8:
         return "white", False
-    return pick(rng, options), said
+    return pick(rng, options), named
 
 
 def sample_scene(
@@ -267,12 +267,12 @@ def _composed(
     ):
         relation = pick(rng, tuple(RELATIONS))
     corners = _corners(rng, [size for size, _ in sizes], relation)
-    background, said = _background(rng, category, subjects)
+    background, named = _background(rng, category, subjects)
     placed = tuple(
         Placed(noun, color, size, *corner, word)
         for (noun, color), (size, word), corner in zip(subjects, sizes, corners, strict=True)
     )
-    scene = Scene(category, placed, background, "", relation, said)
+    scene = Scene(category, placed, background, "", relation, named)
     return replace(scene, caption=caption(scene, rng))
 
 

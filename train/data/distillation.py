@@ -5,7 +5,7 @@ from train.data.encoded import EncodedBatches
 from train.data.source import Batch
 
 
-class TaughtBatches:
+class DistillationBatches:
     """`EncodedBatches` with the captions also encoded by the teacher: the fields of `Condition`."""
 
     def __init__(self, batches: EncodedBatches, teacher: Teacher):
