@@ -91,7 +91,7 @@ def measure_block(
 
 
 def measure(name: str, base: TransformerConfig, **how: Any) -> dict[str, float]:
-    """Measure the preset, or the block of `base`, that `name` (one of `SUITES`) stands for.
+    """Measure a preset, or a block of `base`; `name` is one of those in `SUITES`.
 
     `how` are the other arguments of `measure_step`.
     """

@@ -45,7 +45,7 @@ def denoise_latents(
     """Go from the seeds' noise to latents (B, h, w, C), yielding after every step.
 
     Args:
-        network: `EfficientDiT`, or a function that is called like one.
+        network: `EfficientDiT`, or a function with the same arguments.
         text, mask: from `encode_for`.
         seeds: one for each picture; the noise of a picture depends on its seed alone.
         settings: resolved.

@@ -61,7 +61,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a hidden folder of its own, on the same disk."""
+    """A path of the same name in a new hidden folder beside it, on the same disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

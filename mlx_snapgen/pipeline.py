@@ -169,7 +169,7 @@ class SnapGenPipeline:
         """Draw a prompt.
 
         Args:
-            prompt: what to draw, or settings as a whole.
+            prompt: what to draw, or a whole `DrawSettings`.
             callback: called after each step.
             settings: fields of `DrawSettings`, such as `seed=7`.
 

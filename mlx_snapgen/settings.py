@@ -57,7 +57,7 @@ def check_width(config: ModelConfig, name: str) -> Width:
 
 
 def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """`UserError` naming the nearest good size unless the network takes pictures of this size."""
+    """`UserError` with the nearest valid size unless the network supports pictures of this size."""
     unit = config.size_unit
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int):
@@ -92,7 +92,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How to draw a prompt. None means the model's own value (`resolved`)."""
+    """How to draw a prompt. None is the model's own value (`resolved`)."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -115,10 +115,10 @@ class DrawSettings:
     num_images: int = 1
 
     def resolved(self, config: ModelConfig) -> "DrawSettings":
-        """These settings with the model's own values in place of None.
+        """These settings with the model's own values instead of None.
 
         Raises:
-            UserError: a value that the model of `config` cannot draw with.
+            UserError: a value that the model of `config` does not support.
         """
         mode = config.sampler_for(self.num_inference_steps, self.few_step)
         height, width = config.image_size

@@ -20,7 +20,7 @@ TICK = 1.0
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its client is too slow, which uvicorn alone never does.
+    """A connection that is closed if its client is too slow; uvicorn itself never closes it.
 
     Without this, clients that open connections and send nothing would block all others.
     """

@@ -22,7 +22,7 @@ class Worker:
     """Starts the process, sends jobs and delivers events; safe to use from several threads.
 
     Args:
-        deliver: called with each `Event`, in a thread of its own. Every job submitted gets exactly
+        deliver: called with each `Event`, in a separate thread. Every job submitted gets exactly
             one `Finished` or `Failed`, also when the process dies.
         keep: number of loaded pipelines that stay in memory; the latest ones are kept.
         cache_limit: see `CACHE_LIMIT`.

@@ -61,7 +61,7 @@ def _spatial(rank: int, kernel, strides, dilations, pad_type, pad) -> tuple:
         return strides, dilations, [(0, 0)] * rank
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     if any(s != 1 for s in strides) or any(r % 2 for r in reach):
-        # Operations differ in where the odd element goes.
+        # Operations differ in the side to which they add an odd element.
         raise UserError(f"pad_type '{pad_type}' with strides {strides} and kernel {kernel}")
     return strides, dilations, [(r // 2, r // 2) for r in reach]
 

@@ -60,7 +60,7 @@ class TensorType(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The shape of a value without open dimensions, as all but inputs and outputs are."""
+        """The shape of a value without open dimensions; only inputs and outputs may have these."""
         return tuple(n or 0 for n in self.shape)
 
     @property

@@ -44,7 +44,7 @@ def read_part(folder: Path, name: str) -> Part | None:
     """The component `name` from a folder that holds nothing else; None for any other folder.
 
     `convert.from_torch` writes such folders: `part` in config.json is the component's name, and
-    its config stands under that name.
+    its config has that key.
 
     Raises:
         UserError: another component, or another format version.

@@ -199,7 +199,7 @@ def load_lora(
 def _by_layer(
     tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module], *, path: Path
 ) -> dict[str, dict[str, mx.array]]:
-    """Layer path -> its "a", "b" and perhaps "alpha", all checked against the layer."""
+    """Layer path -> its "a", "b" and optional "alpha", all checked against the layer."""
     aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
     aliases |= {p + layer.replace(".", "_"): layer for p in FLAT_PREFIXES for layer in layers}
     aliases |= {layer: layer for layer in layers}

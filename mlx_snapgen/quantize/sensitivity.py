@@ -117,7 +117,7 @@ def choose_palettes(
     Args:
         components: in float32, with the few-step LoRA merged if it is used.
         widths: name -> share of the hidden dimensions, of `components.transformer`.
-        prompts: to calibrate on; None takes some from the model's vocabulary.
+        prompts: calibration prompts; None makes some from the model's vocabulary.
     """
     network, share = components.transformer, max(widths.values())
     prompts = list(prompts or calibration_prompts(components.vocabulary))

@@ -207,7 +207,7 @@ def nearest_bucket(picture: Image.Image, buckets: Sequence[Size]) -> Size:
 
 
 def fit(picture: Image.Image, size: Size) -> np.ndarray:
-    """The largest middle part of the picture with the shape of `size`, resized to it: uint8."""
+    """The largest centered crop of the picture with the aspect of `size`, resized to it: uint8."""
     height, width = size
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
 

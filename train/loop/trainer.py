@@ -57,9 +57,9 @@ class Trainer:
         config: loop settings.
         run_dir: folder of the run; created, or resumed from when it holds a checkpoint.
         arguments: step -> the `step` of the objective's gradients (one compilation for each).
-        validate: called with the trainer after every checkpoint, in the first process alone; may
+        validate: called with the trainer after every checkpoint, only in the first process; may
             write pictures to `sample_path`, and returns metrics to log.
-        roles: parameters with an optimizer and a gradient clip of their own.
+        roles: groups of parameters, each with its own optimizer and gradient clip.
     """
 
     def __init__(

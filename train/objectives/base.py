@@ -75,8 +75,8 @@ def value_and_grad(
 
     Args:
         loss: (*inputs) -> (scalar, anything else), computed with `model`.
-        inputs: trees of arrays to take the gradient of, too.
-        parameters: those to take the gradient of; None takes all trainable ones.
+        inputs: further trees of arrays to differentiate with respect to.
+        parameters: those to differentiate with respect to; None: all trainable ones.
 
     Returns:
         what `loss` returned, and the gradients of the parameters; with `inputs` a tuple of these

@@ -44,7 +44,7 @@ class ElasticStep(NamedTuple):
     """Arguments of a step of elastic training."""
 
     shares: tuple[float, ...]
-    """Of the sampled sub-networks; without any the full network is trained alone."""
+    """Of the sampled sub-networks; if empty, only the full network is trained."""
     shift: float
     """Timestep shift of the noise levels."""
 
@@ -89,9 +89,9 @@ def elastic_gradients(
     """Gradients of the full network and of the sub-networks of `shares`, balanced and added.
 
     Args:
-        model: `TextToLatents`, or one with further parts of its own that `loss` uses.
+        model: `TextToLatents`, or a subclass with further parts that `loss` uses.
         batch: for text encoder i `tokens_i` and `mask_i` (B, L).
-        shares: of the sampled sub-networks; without any the full network is trained alone.
+        shares: of the sampled sub-networks; if empty, only the full network is trained.
 
     Returns:
         gradients like `model.trainable_parameters()`, and the metrics of all losses.

@@ -34,7 +34,7 @@ class Flow:
 
         Returns:
             gradients like `model.trainable_parameters()`, and the losses as metrics; those of
-            masked samples have names of their own.
+            masked samples have separate names.
         """
         x0 = batch["latents"]
         x_t, t, v = noisy(x0, key, shift=step.shift)

@@ -12,7 +12,7 @@ from train.objectives.losses import per_sample
 
 
 def train_biases_and_norms(network: EfficientDiT, shares: Collection[float]) -> None:
-    """Freeze all but the biases and norms of some widths.
+    """Freeze everything except the biases and norms of some widths.
 
     The text projections are frozen, because they do not run with the network. Parameters that only
     other widths have are frozen too: they have no gradient, but averaging would round them.

@@ -23,7 +23,7 @@ _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in the merges, in order of token ids."""
+    """The printable character that represents each byte in the merges, in order of token ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
@@ -110,8 +110,7 @@ class ClipTokenizer:
 def _words(prompt: str) -> list[str]:
     """A prompt's words as CLIP splits it: letters, single digits and the rest separately."""
     text = " ".join(unicodedata.normalize("NFC", prompt).split()).lower()
-    # `re` has no \p{L} and \p{N}: find the words in a copy where one ASCII character stands for
-    # each class.
+    # `re` has no \p{L} and \p{N}: find the words in a copy with one ASCII character for each class.
     copy = "".join(c if c.isascii() else _class_of(c) for c in text)
     return [text[slice(*match.span())] for match in _WORD.finditer(copy)]
 

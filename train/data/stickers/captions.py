@@ -263,7 +263,7 @@ def plain_caption(scene: Scene) -> str:
 
 
 def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
-    """The caption's core and whether it is a noun phrase (else a sentence of its own)."""
+    """The core of the caption, and whether it is a noun phrase (else it is a sentence)."""
     groups = _groups(scene)
     determiner = pick(rng, DETERMINERS)
     if len(groups) == 1:

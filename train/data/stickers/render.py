@@ -134,7 +134,7 @@ class Sprite:
 
     Attributes:
         rgb: uint8 (h, w, 3), colors times alpha.
-        keep: uint16 (h, w, 1), share of the background that shows through, out of 256.
+        keep: uint16 (h, w, 1), share of the background that remains visible, out of 256.
     """
 
     rgb: np.ndarray

@@ -259,7 +259,7 @@ def sample_scene(
 def _composed(
     rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
 ) -> Scene:
-    """A scene of the glyphs, with sizes, places, background and caption drawn."""
+    """A scene of the glyphs, with random sizes, positions, background and caption."""
     sizes = _sizes(rng, category, len(subjects))
     relation = None
     if category == "position" or (

@@ -40,7 +40,7 @@ UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp")
 
 
 def pluralize(phrase: str) -> str:
-    """Regular plural of a noun phrase; what stands before " of " or " with " is the head.
+    """Regular plural of a noun phrase; the head is what precedes " of " or " with ".
 
     >>> pluralize("slice of pizza"), pluralize("puppy"), pluralize("fox")
     ('slices of pizza', 'puppies', 'foxes')

@@ -26,7 +26,7 @@ class Prompt:
     Attributes:
         text: the prompt itself.
         scene: its category, and the objects that must be detected.
-        held_out: whether training never shows this combination.
+        held_out: whether this combination never occurs in training.
         number: index among all prompts; it does not depend on the number of prompts in use.
     """
 
