@@ -170,7 +170,7 @@ def _peak_memory() -> dict[str, int]:
 def _print_vocabulary(folder: Path, as_json: bool) -> int:
     vocabulary = load_vocabulary(folder)
     if vocabulary is None:
-        raise UserError(f"{folder} has no vocabulary.json: its words are not known")
+        raise UserError(f"{folder} has no vocabulary.json: cannot list its words")
     if as_json:
         print(json.dumps(vocabulary, ensure_ascii=False))
     else:

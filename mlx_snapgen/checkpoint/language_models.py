@@ -62,7 +62,7 @@ def load_qwen(
     try:
         from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
-        raise UserError('a teacher reads with mlx-lm: pip install "mlx_snapgen[teacher]"') from None
+        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -70,7 +70,7 @@ def load_qwen(
     kind = values.get("model_type")
     if kind not in prompt_format.model_types:
         known = " or ".join(prompt_format.model_types)
-        raise UserError(f"{folder} holds a {kind}, this teacher reads with a {known}")
+        raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
     try:
         model, _ = load_model(
             folder, lazy=True, get_model_classes=lambda config: (_Tower, _Arguments)

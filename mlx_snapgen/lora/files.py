@@ -129,7 +129,7 @@ def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) 
         if path is None:
             raise UserError(
                 f"'{layer}' has no dots, and is no layer of a network that is known here: such a "
-                "LoRA is loaded as it is"
+                "LoRA is loaded without conversion"
             )
         layer = path
     prefix = next((p for p in PREFIXES if layer.startswith(p)), "")

@@ -103,7 +103,9 @@ def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, b
     found, expected = prompts(PROMPTS)[0], teacher.encode(PROMPTS).text
     error = relative_difference(found, expected)
     assert 0 < error < 0.1 if bits else error < 1e-6
-    with pytest.raises(UserError, match="holds a qwen2_5_vl, this teacher reads with a qwen3"):
+    with pytest.raises(
+        UserError, match="holds a qwen2_5_vl, this teacher's text encoder is a qwen3"
+    ):
         load_qwen(folder, Z_IMAGE, dims=32)
     with pytest.raises(UserError, match="gives states of 32, the teacher takes those of 48"):
         load_qwen(folder, QWEN_IMAGE, dims=48)

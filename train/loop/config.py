@@ -40,9 +40,9 @@ class TrainingConfig:
 
     def __post_init__(self):
         if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision '{self.precision}' is none of auto, float32, bfloat16")
+            raise UserError(f"precision '{self.precision}' is not one of auto, float32, bfloat16")
         if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"optimizer '{self.optimizer}' is none of adamw, muon")
+            raise UserError(f"optimizer '{self.optimizer}' is not one of adamw, muon")
         for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")

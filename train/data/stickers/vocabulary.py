@@ -151,7 +151,7 @@ def known_nouns(components: Components) -> int:
     """The number of NOUNS, from the first, that the model was trained on."""
     names = (components.vocabulary or {}).get("nouns")
     if names is None:
-        raise UserError("the model has no vocabulary.json: say --num-nouns")
+        raise UserError("the model has no vocabulary.json: give --num-nouns")
     if names != [noun.name for noun in NOUNS[: len(names)]]:
-        raise UserError("the model knows other nouns than this vocabulary: say --num-nouns")
+        raise UserError("the model was trained on another vocabulary: give --num-nouns")
     return len(names)
