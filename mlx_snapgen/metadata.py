@@ -87,7 +87,7 @@ def read_settings(path: str | Path) -> Recorded:
     """The settings in a picture's metadata; `UserError` names one that is missing or damaged."""
     metadata = read_metadata(path)
     values: dict[str, Any] = OLDER | metadata
-    # The shift follows from the model and its mode.
+    # The model and its mode determine the shift.
     values.pop("time_shift", None)
     with contextlib.suppress(TypeError, LookupError):
         values["loras"] = [[lora["path"], lora["weight"]] for lora in values["loras"]]
