@@ -114,7 +114,8 @@ def write_random_model(
 def _write(
     path: Path, module: nn.Module, *, dtype: mx.Dtype, how: dict[str, int] | None = None
 ) -> None:
-    """Write random weights for all parameters of a module, whose own are lazy and never made."""
+    """Write random weights for all parameters of a module; its own lazy ones are never
+    evaluated."""
     quantized = set(matrices(module, how["group_size"])) if how else set()
     entries = []
     for name, start in dict(tree_flatten(module.parameters())).items():

@@ -99,7 +99,7 @@ def check_palettes_fit(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty; `UserError` when there are none."""
+    """The non-empty lines of a file; `UserError` if there are none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Finding a model: a folder, a Hugging Face repository, or the one that comes with the package."""
+"""Find a model: a folder, a Hugging Face repository, or the model that comes with the package."""
 
 import io
 import re

@@ -69,7 +69,7 @@ class Components:
     vocabulary: dict[str, list[str]] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every part whose weights belong to the model, by the name of its file."""
+        """The modules whose weights are stored in the model folder, by file name without suffix."""
         encoders = {
             f"text_encoder_{i}": encoder
             for i, encoder in enumerate(self.text_encoders)

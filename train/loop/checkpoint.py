@@ -117,7 +117,7 @@ def _line(error: Exception) -> str:
 
 
 def remove_partials(run_dir: Path) -> None:
-    """Delete the remains of checkpoints whose process was killed while it saved or deleted them."""
+    """Delete partial checkpoints of a process that was killed while it saved or deleted them."""
     for path in run_dir.glob(".step_*.partial"):
         shutil.rmtree(path)
 

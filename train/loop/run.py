@@ -54,7 +54,7 @@ def claim(
 
 
 def claim_data(run_dir: Path, source: dict[str, Any]) -> None:
-    """`claim` with the settings of a source, whose kind must stay."""
+    """`claim` with the settings of a source; only its kind must not change."""
     unrecorded = {"data": "stickers"}
     claim(run_dir, source, may_change=set(source) - {"data"}, unrecorded=unrecorded)
 

@@ -17,7 +17,7 @@ from train.objectives.projectors import check_same_tokens, fit_projectors, new_p
 
 
 class Student(TextToLatents):
-    """The elastic model, and for each of its widths a projector (phi) to the teacher's features."""
+    """The elastic model, with a projector (phi) to the teacher's features for each width."""
 
     def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer], feature_dims: int):
         super().__init__(config, tokenizers)

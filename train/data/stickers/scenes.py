@@ -100,7 +100,7 @@ def _pool(num_nouns: int | None) -> _Pool:
 
 
 def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -> list[Noun]:
-    """`count` different nouns of which no pair is held out."""
+    """`count` different nouns without a held-out pair among them."""
     while True:
         nouns = [pick(rng, options) for _ in range(count)]
         pairs = itertools.combinations(nouns, 2)

@@ -124,8 +124,8 @@ public struct Tokenizer {
         var words: [[Unicode.Scalar]] = [[]]
         for scalar in text.unicodeScalars {
             switch scalar.value {
-            // White space of Python that is none in Unicode, and the characters that sentencepiece's
-            // rules "nmt_nfkc" replace by spaces.
+            // Characters that are white space in Python but not in Unicode, and those that
+            // sentencepiece's rules "nmt_nfkc" replace by spaces.
             case 0x1C...0x1F, 0x61C, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF, 0xFFFD:
                 words.append([])
             case 0x01...0x08, 0x0E...0x1B, 0x7F, 0x8F, 0x9F:
