@@ -114,8 +114,7 @@ def write_random_model(
 def _write(
     path: Path, module: nn.Module, *, dtype: mx.Dtype, how: dict[str, int] | None = None
 ) -> None:
-    """Write random weights for all parameters of a module; its own lazy ones are never
-    evaluated."""
+    """Write random weights for all parameters of a module; its own are lazy and not used."""
     quantized = set(matrices(module, how["group_size"])) if how else set()
     entries = []
     for name, start in dict(tree_flatten(module.parameters())).items():

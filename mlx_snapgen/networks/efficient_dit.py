@@ -129,7 +129,7 @@ def checkpointed(block: Block, *arrays: mx.array, **settings: Any) -> mx.array:
         _, grads = mx.vjp(forward, mx.depends(list(primals), [cotangent]), [cotangent])
         return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
 
-    return run(*arrays, *weights)  # pyright: ignore[reportReturnType]  mx.custom_function has no types
+    return run(*arrays, *weights)  # pyright: ignore[reportReturnType]  no types in mlx
 
 
 class LongSkip(nn.Module):
