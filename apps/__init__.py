@@ -1,1 +1,1 @@
-"""Ways to draw with mlx_snapgen: a window and a server, both around one worker process."""
+"""Applications: a window and a server. In both, a worker process runs the model."""

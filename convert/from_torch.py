@@ -111,7 +111,7 @@ def main() -> None:
         _convert_student(args)
         return
     if args.model is not None:
-        raise UserError(f"{args.source} was not written by convert.to_torch: leave --model out")
+        raise UserError(f"{args.source} was not written by convert.to_torch: omit --model")
     source = find_source(args.source, args.revision, args.subfolder)
     try:
         report = convert(

@@ -20,10 +20,9 @@ from mlx.utils import tree_flatten
 from convert.options import add_output, parse
 from convert.parity.originals import write_byte_tokenizer
 from convert.public.keys.gemma import gemma_shapes
-from convert.public.report import peak_process_bytes
 from convert.public.stream import Entry, lazy, write_new
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
@@ -115,7 +114,7 @@ def write_random_model(
 def _write(
     path: Path, module: nn.Module, *, dtype: mx.Dtype, how: dict[str, int] | None = None
 ) -> None:
-    """Write random weights for all parameters of a module, whose own are lazy and never made."""
+    """Write random weights for all parameters of a module; its own are lazy and not used."""
     quantized = set(matrices(module, how["group_size"])) if how else set()
     entries = []
     for name, start in dict(tree_flatten(module.parameters())).items():

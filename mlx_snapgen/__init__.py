@@ -15,7 +15,7 @@ OPENBLAS = load_openblas()
 
 
 def __getattr__(name: str):
-    # Importing the pipeline imports mlx; `import mlx_snapgen` alone stays instant.
+    # Importing the pipeline imports mlx; `import mlx_snapgen` without it is instant.
     if name == "SnapGenPipeline":
         from mlx_snapgen.pipeline import SnapGenPipeline
 

@@ -2,7 +2,7 @@
 
 The wheel's own `cblas_sgemm` is a plain reference loop. A library loaded with `RTLD_GLOBAL` before
 the first `import mlx` wins the symbol look-up, so loading OpenBLAS here makes every matrix product
-on the CPU some fifty times faster. macOS (Accelerate) and CUDA need none of this.
+on the CPU about fifty times faster. macOS (Accelerate) and CUDA do not need it.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ def load_openblas() -> str | None:
     if os.environ.get("SNAPGEN_OPENBLAS") == "0":
         return None
     if "OPENBLAS_CORETYPE" not in os.environ and _has_avx512():
-        # Older OpenBLAS releases take new Xeons for Haswell and run at half their speed.
+        # Older OpenBLAS releases detect new Xeons as Haswell and reach only half of their speed.
         os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
     for name in _NAMES:
         try:

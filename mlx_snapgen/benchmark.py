@@ -36,7 +36,7 @@ SUITES = {
 
 
 def time_calls(run: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Seconds of `run` (median, least, most) and peak memory in bytes, after one warm-up call."""
+    """Seconds of `run` (median, minimum, maximum), and peak memory in bytes, after a warm-up."""
     mx.eval(run())
     mx.reset_peak_memory()
     seconds = []
@@ -91,9 +91,9 @@ def measure_block(
 
 
 def measure(name: str, base: TransformerConfig, **how: Any) -> dict[str, float]:
-    """Measure one preset, or one block of `base` by the names in `SUITES`.
+    """Measure a preset, or a block of `base`; `name` is one of those in `SUITES`.
 
-    Arguments are those of `measure_step`.
+    `how` are the other arguments of `measure_step`.
     """
     gc.collect()
     mx.clear_cache()

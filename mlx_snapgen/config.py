@@ -1,4 +1,4 @@
-"""What a model is made of, as frozen dataclasses. No mlx here: a config can be read anywhere.
+"""Configs of models and networks, as frozen dataclasses. Does not import mlx.
 
 Presets `full`, `small` and `tiny` are the paper's three widths as stand-alone models,
 `supernetwork` holds all three, `ladder-a` to `ladder-d` are the paper's ablation (at the small
@@ -78,7 +78,7 @@ class TransformerConfig:
         return self.hidden_size // self.head_dim
 
     def standalone(self, share: float) -> "TransformerConfig":
-        """Config of the sub-network of `share` as a network of its own."""
+        """Config of the sub-network of `share` as a stand-alone network."""
         self.width_index(share)
         return dataclasses.replace(
             self,
@@ -88,7 +88,7 @@ class TransformerConfig:
         )
 
     def width_index(self, share: float) -> int:
-        """Place of `share` in `widths`; `UserError` when the network does not hold it."""
+        """Index of `share` in `widths`; `UserError` if the network does not have this width."""
         if share not in self.widths:
             held = ", ".join(f"{w:g}" for w in self.widths)
             raise UserError(f"this network holds the widths {held}, not {share:g}")
@@ -100,8 +100,9 @@ class AutoencoderConfig:
     """Convolutional autoencoder with a down-sampling factor of 8.
 
     Channels and blocks are listed in the order of computation. The kind "convolutional", the
-    default model's, has channels at 1/4 and 1/8 of the picture's side and at 1/8, 1/4 and 1/2. The
-    kinds "qwen-image", "taehv" and "kl" have them at 1, 1/2, 1/4 and 1/8 and back.
+    default model's, has an encoder with channels at 1/4 and 1/8 of the picture's side, and a
+    decoder with channels at 1/8, 1/4 and 1/2. The kinds "qwen-image", "taehv" and "kl" have
+    channels at 1, 1/2, 1/4 and 1/8, and in reverse order in the decoder.
     """
 
     kind: str = "convolutional"
@@ -111,7 +112,7 @@ class AutoencoderConfig:
     encoder_blocks: tuple[int, ...] = (1, 2)
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
     latents_mean: tuple[float, ...] = ()
-    """Per channel, subtracted before the transformer sees a latent; empty means 0."""
+    """Per channel; subtracted from the encoder's latents. Empty means 0."""
     latents_std: tuple[float, ...] = ()
 
     downsampling = 8
@@ -170,8 +171,9 @@ class TextEncoderConfig:
     activation: str = "gelu_tanh"
     """"gelu_tanh", "gelu" (exact) or "quick_gelu" (OpenAI's CLIP)."""
     source: str | None = None
-    """Folder, absolute or in the model's, or Hugging Face repository with the weights in the format
-    of their maker; None means text_encoder_<n>.safetensors in the model's own folder."""
+    """Folder (absolute, or relative to the model folder) or Hugging Face repository with the
+    weights in their original format; None means text_encoder_<n>.safetensors in the model
+    folder."""
     revision: str | None = None
     """Branch, tag or commit of a repository."""
 
@@ -207,11 +209,11 @@ class SamplerConfig:
     guidance_scale: float = 4.0
     time_shift: float = 3.0
     fresh_noise: bool = False
-    """Put new noise on each step's estimate instead of taking Euler steps (`sampler.denoise`)."""
+    """Add new noise to each step's estimate instead of taking Euler steps (`sampling.denoise`)."""
 
 
 FOUR_STEPS = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0)
-"""What SnapGen++'s step distillation trains for (section 3.3)."""
+"""The sampler of a model distilled by SnapGen++'s step distillation (section 3.3)."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class ModelConfig:
     text_encoders: tuple[TextEncoderConfig, ...] = ()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     few_step: SamplerConfig | None = None
-    """How to sample with the few-step LoRA that the model has beside its weights, if it has one."""
+    """The sampler of the model's few-step LoRA; None if it has none."""
     quantization: dict[str, Any] | None = None
     """How the stored weights are quantized: per component `{"bits": 8, "group_size": 32}`."""
 
@@ -235,21 +237,22 @@ class ModelConfig:
 
     @property
     def size_unit(self) -> int:
-        """Pixels that a picture's sides must be multiples of."""
-        # Two tokens per side make a compressed one, a token covers patch_size latents.
+        """Height and width of a picture, in pixels, must be multiples of this."""
+        # A token covers patch_size latents per side, and 2x2 tokens are compressed to one.
         return self.autoencoder.downsampling * self.transformer.patch_size * 2
 
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
     ) -> SamplerConfig:
-        """`few_step` or `sampler`, by what the caller sets.
+        """`few_step` or `sampler`, depending on the arguments.
 
         Args:
-            num_inference_steps: None or up to twice the few-step mode's own number mean that mode.
+            num_inference_steps: None, or at most twice the steps of the few-step mode, selects that
+                mode.
             few_step: whether to use that mode; None decides by the number of steps.
 
         Raises:
-            UserError: the few-step mode of a model that has none.
+            UserError: `few_step` is true, but the model has no such mode.
         """
         if few_step and self.few_step is None:
             raise UserError("this model has no few-step mode: draw without it")
@@ -348,7 +351,7 @@ class QwenTransformerConfig:
     """Width of the text encoder's states."""
     frequency_dim: int = 256
     rope_axes: tuple[int, int, int] = (16, 56, 56)
-    """Share of each head that turns with the frame, the row and the column."""
+    """Channels of each head that RoPE rotates by frame, row and column."""
     rope_theta: float = 10000.0
 
     def __post_init__(self):
@@ -374,7 +377,7 @@ class ZImageTransformerConfig:
     frequency_dim: int = 256
     time_hidden: int = 1024
     time_dims: int = 256
-    """Width of the time's embedding."""
+    """Width of the timestep embedding."""
     norm_eps: float = 1e-5
     rope_axes: tuple[int, int, int] = (32, 48, 48)
     rope_theta: float = 256.0
@@ -384,7 +387,7 @@ class ZImageTransformerConfig:
 
 
 def check_axes(rope_axes: tuple[int, ...], head_dim: int) -> None:
-    """`UserError` unless the axes are three, of pairs, and fill a head."""
+    """`UserError` unless there are three even axes that add up to `head_dim`."""
     if len(rope_axes) != 3 or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
         raise UserError(
             f"rope_axes {tuple(rope_axes)} must be three even numbers that sum to {head_dim}"

@@ -1,4 +1,4 @@
-"""Prompts to latents and pictures: the one loop that draws, for one picture or many at once."""
+"""Prompts to latents and pictures: the sampling loop of single pictures and of batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.lora.adapters import get_lora_weights, switched
+from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import Step, denoise, get_noise, get_schedule, guided_velocity
@@ -45,9 +45,9 @@ def denoise_latents(
     """Go from the seeds' noise to latents (B, h, w, C), yielding after every step.
 
     Args:
-        network: `EfficientDiT` or alike.
+        network: `EfficientDiT`, or a function with the same arguments.
         text, mask: from `encode_for`.
-        seeds: one for each picture; a picture's noise is its seed's alone.
+        seeds: one for each picture; the noise of a picture depends on its seed alone.
         settings: resolved.
         config: the model's.
         share: of the network's hidden dimensions.
@@ -74,10 +74,10 @@ def denoise_latents(
 def in_mode(
     network: EfficientDiT, settings: DrawSettings, *, config: ModelConfig, adapter: str = FEW_STEP
 ) -> Callable[..., mx.array]:
-    """`network` with its few-step adapter, if it still has one, on or off as in `settings`."""
+    """`network` with its few-step adapter, unless merged, switched on or off by `settings`."""
     if config.few_step is None or adapter not in get_lora_weights(network):
         return network
-    return switched(network, {adapter: float(bool(settings.few_step))})
+    return with_lora_weights(network, {adapter: float(bool(settings.few_step))})
 
 
 def draw_latents(
@@ -94,12 +94,12 @@ def draw_latents(
 
     Args:
         components: the model.
-        settings: everything but the prompts and seeds; None takes the model's own.
-        network: computes the velocity in place of the model's transformer.
+        settings: everything except prompts and seeds; None uses the model's defaults.
+        network: computes the velocity instead of the model's transformer.
         adapter: name of the few-step mode's adapter in the transformer.
 
     Raises:
-        UserError: the model has no width of `share`, or cannot draw with the settings.
+        UserError: the model does not have the width `share`, or does not support the settings.
     """
     config = components.config
     config.transformer.width_index(share)
@@ -137,7 +137,7 @@ def draw_pictures(
     """Draw one picture for each prompt; arguments are those of `draw_latents`.
 
     Args:
-        batch_size: pictures at a time.
+        batch_size: pictures per batch.
         progress: called with the number of pictures that were just finished.
 
     Returns:

@@ -1,15 +1,17 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written whole or not at all, and JSON files.
 
 Unfinished files are in a hidden folder beside their destination and are renamed at the end, so that
-no other process reads half of one. Only a killed process leaves the hidden folder behind.
+no other process reads an incomplete file. The hidden folder remains only if the process is killed.
 """
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_snapgen.errors import UserError
 
@@ -46,7 +48,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         replace: replace an existing file.
 
     Raises:
-        FileExistsError: there is one, and `replace` is false.
+        FileExistsError: the file exists, and `replace` is false.
         OSError: it cannot be written, or the parent is not a folder.
     """
     with _beside(path) as partial:
@@ -59,7 +61,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a hidden folder of its own, on the same disk."""
+    """A path of the same name in a new hidden folder beside it, on the same disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -81,3 +83,11 @@ def _move_to_free(source: Path, target: Path) -> None:
         # exFAT and some network drives have no links: claim the name, then replace the claim.
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(source, target)
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file; `UserError` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

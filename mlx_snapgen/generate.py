@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import resource
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder, load_vocabulary
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.cli.generate_options import build_parser, is_folder
 from mlx_snapgen.cli.interactive import Session
-from mlx_snapgen.cli.notices import announce, short_warnings
+from mlx_snapgen.cli.notices import announce, peak_process_bytes, short_warnings
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict[str, Any]]:
-    """How to draw with which model, and the metadata of the picture that both come from."""
+    """Settings, model, and the metadata of the PNG of --config-from-image ({} without one)."""
     if args.config_from_image is None:
         return draw_settings(args), model_choice(args), {}
     settings, choice, origin = read_settings(args.config_from_image)
@@ -83,7 +82,7 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
 def _load(
     choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]
 ) -> SnapGenPipeline:
-    """The pipeline, if the model's config suits the width and the settings."""
+    """Load the pipeline, after a check that the model supports the width and the settings."""
     folder = ModelFolder.open(choice.model, revision=choice.revision)
     check_width(folder.config, choice.model_width)
     settings.resolved(folder.config)
@@ -118,7 +117,7 @@ def _draw(
         target = Path(output)
     for k in range(settings.num_images):
         started, count = time.perf_counter(), f"{k + 1}/{settings.num_images}"
-        # On a terminal there is a bar.
+        # A terminal shows a progress bar instead.
         with announce(f"drawing {name} {count} ...", enabled=not sys.stderr.isatty()):
             step, per_step = _last_step(steps, count, name=name, folder=args.stepwise_dir)
             path = save_picture(
@@ -131,9 +130,9 @@ def _draw(
 def _last_step(
     steps: Iterator[GenerationStep], count: str, *, name: str, folder: str | None
 ) -> tuple[GenerationStep, float]:
-    """Draw one picture, with a bar: its last step, and seconds per step.
+    """Draw one picture with a progress bar; returns its last step, and seconds per step.
 
-    Saves each step's estimate in `folder`, if there is one.
+    Each step's estimate is saved in `folder`, unless that is None.
     """
     with tqdm(desc=count, bar_format=BAR, leave=False, disable=None) as bar:
         started = time.perf_counter()
@@ -163,18 +162,17 @@ def _report(
 
 
 def _peak_memory() -> dict[str, int]:
-    """Peak memory in bytes: of mlx arrays, and on the CPU of the whole process too."""
+    """Peak memory in bytes of mlx arrays, and on the CPU also of the process."""
     peak = {"peak_mlx_bytes": mx.get_peak_memory()}
     if mx.default_device().type == mx.DeviceType.cpu:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["peak_process_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak["peak_process_bytes"] = peak_process_bytes()
     return peak
 
 
 def _print_vocabulary(folder: Path, as_json: bool) -> int:
     vocabulary = load_vocabulary(folder)
     if vocabulary is None:
-        raise UserError(f"{folder} has no vocabulary.json: its words are not known")
+        raise UserError(f"{folder} has no vocabulary.json: cannot list its words")
     if as_json:
         print(json.dumps(vocabulary, ensure_ascii=False))
     else:

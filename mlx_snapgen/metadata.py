@@ -1,4 +1,9 @@
-"""The settings inside a picture: JSON in a PNG's text chunk `parameters`."""
+"""The settings inside a picture: JSON in a PNG's text chunk `parameters`.
+
+The fields of `DrawSettings` and `ModelChoice` are recorded, except a few that do not affect a
+picture. A new setting is a new field there; its default, or its value in `OLDER`, is how pictures
+without it were drawn. `SnapGenPipeline.describe` adds versions, device and dtype.
+"""
 
 import contextlib
 import dataclasses
@@ -23,10 +28,11 @@ REQUIRED = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
     *("height", "width", "model", "revision", "model_width", "quantize"),
 )
-"""What all pictures carry. A later field's default is how pictures were drawn before it."""
+"""Fields that every picture has. Fields that were added later are optional: their defaults must be
+the behavior of the versions without them."""
 
 OLDER = {"few_step": False}
-"""Where that is not so."""
+"""Values of missing fields whose default is not the behavior of older versions."""
 
 
 class Recorded(NamedTuple):
@@ -39,14 +45,14 @@ class Recorded(NamedTuple):
 
 
 def record_settings(settings: DrawSettings) -> dict[str, Any]:
-    """The metadata of settings that are resolved; each picture has a seed of its own."""
+    """The metadata of resolved settings. Each picture has its own seed, so there is no count."""
     values = dataclasses.asdict(settings)
     del values["num_images"]
     return values
 
 
 def record_choice(choice: ModelChoice) -> dict[str, Any]:
-    """The metadata of a model: all that has an effect on pictures."""
+    """The metadata of a model: everything that affects pictures."""
     values = dataclasses.asdict(choice)
     del values["keep_text_encoders"]
     values["loras"] = [{"path": str(path), "weight": float(w)} for path, w in choice.loras]
@@ -81,7 +87,7 @@ def read_settings(path: str | Path) -> Recorded:
     """The settings in a picture's metadata; `UserError` names one that is missing or damaged."""
     metadata = read_metadata(path)
     values: dict[str, Any] = OLDER | metadata
-    # The shift follows from the model and its mode.
+    # The model and its mode determine the shift.
     values.pop("time_shift", None)
     with contextlib.suppress(TypeError, LookupError):
         values["loras"] = [[lora["path"], lora["weight"]] for lora in values["loras"]]
@@ -98,7 +104,7 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) ->
     """A picture as PNG bytes, with `metadata` (JSON values) as its text chunk."""
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
-        # A text that Latin-1 cannot hold becomes an iTXt chunk by itself.
+        # Pillow writes a text that is not Latin-1 as an iTXt chunk.
         chunks.add_text(KEY, json.dumps(metadata, ensure_ascii=False))
     buffer = io.BytesIO()
     image.save(buffer, "png", pnginfo=chunks)

@@ -1,4 +1,4 @@
-"""Arrays to 8-bit pictures and back, how near two pictures are, and sheets of many."""
+"""Arrays to 8-bit pictures and back, PSNR, and contact sheets."""
 
 import math
 import textwrap
@@ -30,7 +30,7 @@ def from_uint8(pictures: np.ndarray) -> mx.array:
 
 
 def decibels(mean_squared_error: float, peak: float) -> float:
-    """Peak signal-to-noise ratio in dB, infinite without an error."""
+    """Peak signal-to-noise ratio in dB; infinite if the error is 0."""
     if mean_squared_error == 0:
         return math.inf
     return float(10 * np.log10(peak**2 / mean_squared_error))

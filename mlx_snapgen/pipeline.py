@@ -35,7 +35,7 @@ from mlx_snapgen.settings import DrawSettings, ModelChoice, check_width
 
 
 class PromptWarning(UserWarning):
-    """A prompt whose picture may lack some of what the prompt names."""
+    """The picture may not show everything that the prompt names."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GenerationStep:
     """Estimate of the clean latents (1, h, w, C); the result at the last step."""
     decode: Callable[[mx.array], Image.Image]
     metadata: dict[str, Any]
-    """All that is needed to draw the picture again."""
+    """Everything that is needed to reproduce the picture."""
 
     @property
     def final(self) -> bool:
@@ -104,8 +104,8 @@ class SnapGenPipeline:
 
         Args:
             model: folder, Hugging Face repository "owner/name", None for the built-in model, or a
-                choice as a whole.
-            folder: of the model, if it is open already.
+                whole `ModelChoice`.
+            folder: the open folder of `model`; None opens it.
             dtype: see `checkpoint.model.load_pretrained`.
             choice: fields of `ModelChoice`, such as `model_width="tiny"`.
 
@@ -116,7 +116,7 @@ class SnapGenPipeline:
             model = ModelChoice(None if model is None else str(model))
         chosen = dataclasses.replace(model, **choice)
         folder = folder or ModelFolder.open(chosen.model, revision=chosen.revision)
-        # The commit that a branch or tag stands for now.
+        # Record the commit that a branch or tag refers to now.
         chosen = dataclasses.replace(chosen, model=folder.source, revision=folder.revision)
         share = check_width(folder.config, chosen.model_width).share
         for path, _ in chosen.loras:
@@ -142,7 +142,7 @@ class SnapGenPipeline:
 
     @property
     def text_encoders(self) -> list[Any]:
-        """The text encoders, None for one left out; loaded again if they were freed."""
+        """The text encoders, None for an absent one; loaded again if they were freed."""
         return self._prompts.encoders
 
     @property
@@ -169,7 +169,7 @@ class SnapGenPipeline:
         """Draw a prompt.
 
         Args:
-            prompt: what to draw, or settings as a whole.
+            prompt: what to draw, or a whole `DrawSettings`.
             callback: called after each step.
             settings: fields of `DrawSettings`, such as `seed=7`.
 
@@ -177,7 +177,7 @@ class SnapGenPipeline:
             RGB pictures.
 
         Raises:
-            UserError: an impossible setting, or numbers that stop being finite.
+            UserError: an invalid setting, or latents that are not finite.
         """
         pictures = []
         for step in self.generate(prompt, **settings):
@@ -258,7 +258,7 @@ class SnapGenPipeline:
 def _with_loras(
     components: Components, loras: tuple[tuple[str, float], ...], *, share: float
 ) -> Components:
-    """`components` with LoRAs fused into the transformer, of which one width is kept."""
+    """`components` with LoRAs merged into the transformer, which is reduced to one width."""
     transformer = components.transformer
     for i, (path, weight) in enumerate(loras):
         load_lora(
@@ -272,7 +272,7 @@ def _with_loras(
     remove_lora(transformer, [f"lora_{i}" for i in range(len(loras))])
     if len(transformer.config.widths) > 1:
         transformer = extract(transformer, share)
-        # A slice would otherwise keep the whole tensor it was cut from.
+        # A slice would keep the whole original tensor in memory.
         mx.eval(transformer.apply(mx.contiguous).parameters())
     config = dataclasses.replace(components.config, transformer=transformer.config)
     return dataclasses.replace(components, config=config, transformer=transformer)

@@ -1,4 +1,4 @@
-"""What of a prompt will not be seen in its picture."""
+"""Warnings about parts of a prompt that have no effect on the picture."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ def check_prompts(
 
     Args:
         settings: resolved.
-        tokenizers: one per text encoder; None has no limits.
-        vocabulary: the words that the model was trained on, by category; None is any.
+        tokenizers: one per text encoder; None is not checked.
+        vocabulary: the words that the model was trained on, by category; None: no limit.
     """
     prompt, negative_prompt = settings.prompt, settings.negative_prompt
     if settings.guidance_scale == 1 and negative_prompt.strip():

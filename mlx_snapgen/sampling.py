@@ -1,7 +1,8 @@
 """Flow-matching sampling as pure functions.
 
 Noise level sigma runs from 1 (noise) to 0 (picture): x_t = (1 - sigma) x0 + sigma eps, and the
-network's velocity is v = eps - x0. All code that needs the schedule calls this file.
+network's velocity is v = eps - x0. All code that needs the noise schedule calls `get_schedule` or
+`shift_time`.
 """
 
 import itertools
@@ -36,9 +37,9 @@ def get_schedule(num_steps: int, shift: float = 1.0) -> list[float]:
 
 
 def get_noise(seed: int, height: int, width: int, channels: int, draw: int = 0) -> mx.array:
-    """Unit Gaussian latents (1, height, width, channels) of one picture's own seed.
+    """Unit Gaussian latents (1, height, width, channels) of the seed of one picture.
 
-    Draw 0 is what sampling starts from, the next ones are what its steps may add (see `denoise`).
+    Draw 0 is the initial noise; later draws are fresh noise for the steps (see `denoise`).
     """
     key = mx.random.key(seed)
     for _ in range(draw):
@@ -76,10 +77,11 @@ def guided_velocity(
     """The velocity that a sampler integrates: float32, with guidance.
 
     Args:
-        network: `EfficientDiT` or alike, called with (x_t, t (B,), text, mask, **settings).
-        text, mask: (B, L, D) and (B, L); with guidance (2 B, ...), the prompts to lead away from
-            before those to draw.
-        guidance_scale: 1 is no guidance.
+        network: `EfficientDiT`, or a function that is called with (x_t, t (B,), text, mask,
+            **settings).
+        text, mask: (B, L, D) and (B, L); with guidance (2 B, ...), the negative prompts before the
+            prompts.
+        guidance_scale: 1 disables guidance.
         settings: further arguments of the network, such as its width.
     """
     guided = guidance_scale != 1
@@ -111,9 +113,10 @@ def denoise(
         velocity: the guided velocity.
         noise: latents (B, H, W, C) at noise level `schedule[0]`.
         schedule: falling noise levels, as from `get_schedule`.
-        fresh_noise: None takes Euler steps along the flow. A function that returns unit noise like
-            `noise`, called with 1, 2, ..., puts it on each step's estimate instead, as models
-            distilled to few steps by distribution matching are trained (DMD2 section 4.4).
+        fresh_noise: None takes Euler steps along the flow. Otherwise each step adds new noise to
+            its estimate instead: the function is called with 1, 2, ... and returns unit noise like
+            `noise`. Models distilled to few steps by distribution matching are trained so (DMD2
+            section 4.4).
     """
     x_t = noise
     for i, (sigma, next_sigma) in enumerate(itertools.pairwise(schedule)):

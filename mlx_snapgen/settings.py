@@ -1,4 +1,4 @@
-"""What a caller may set: which model to load, at which width, and how to draw. No mlx here."""
+"""The user's settings: which model to load, its width, and how to draw. Does not import mlx."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ MAX_STEPS = 1000
 
 @dataclass(frozen=True)
 class Width:
-    """A width of an elastic network. Pixels are always `height` and `width`."""
+    """A width of an elastic network, as opposed to the `width` of a picture in pixels."""
 
     name: str
     share: float
@@ -57,7 +57,7 @@ def check_width(config: ModelConfig, name: str) -> Width:
 
 
 def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """`UserError` naming the nearest good size unless the network takes pictures of this size."""
+    """`UserError` with the nearest valid size unless the network supports pictures of this size."""
     unit = config.size_unit
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int):
@@ -71,7 +71,7 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to load and how. Equal choices give the same pipeline."""
+    """Which model to load and how. Equal choices load the same pipeline."""
 
     model: str | None = None
     """Folder, Hugging Face repository "owner/name", or None for the built-in model."""
@@ -80,7 +80,7 @@ class ModelChoice:
     model_width: str = "full"
     """Name of the network's width; only this sub-network stays in memory."""
     quantize: int | None = None
-    """Bits, 2 to 8, to quantize the transformer to in memory; None leaves it as stored."""
+    """Bits, 2 to 8, to quantize the transformer to in memory; None does not quantize."""
     loras: tuple[tuple[str, float], ...] = ()
     """(file, scale) of LoRAs to merge into the weights, before width and quantization."""
     text_encoders: tuple[str, ...] | None = None
@@ -92,7 +92,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How to draw a prompt. None means the model's own value (`resolved`)."""
+    """How to draw a prompt. None is the model's own value (`resolved`)."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -102,7 +102,7 @@ class DrawSettings:
     """Of the picture in pixels."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """1 is no guidance and half the work."""
+    """1 disables guidance and takes half the time."""
     few_step: bool | None = None
     """Whether to use the model's few-step mode; None decides by the number of steps (see
     `ModelConfig.sampler_for`)."""
@@ -111,14 +111,14 @@ class DrawSettings:
     attention_modulation: bool = False
     """EDT's: every second block of the Up stage attends more to near tokens."""
     seed: int | None = 0
-    """Of the first picture; picture k is the one that seed + k draws alone. None is random."""
+    """Of the first picture; picture k has the seed `seed` + k. None: a random seed."""
     num_images: int = 1
 
     def resolved(self, config: ModelConfig) -> "DrawSettings":
-        """These settings with the model's own values in place of None.
+        """These settings with the model's own values instead of None.
 
         Raises:
-            UserError: a value that the model of `config` cannot draw with.
+            UserError: a value that the model of `config` does not support.
         """
         mode = config.sampler_for(self.num_inference_steps, self.few_step)
         height, width = config.image_size

@@ -232,7 +232,7 @@ def with_text_encoder(components: Components, encoder) -> Components:
 class Reader:
     """Stands for a language model: states out of the prompt's letters."""
 
-    reading = QWEN_IMAGE
+    prompt_format = QWEN_IMAGE
 
     def __call__(self, prompts):
         count = max(map(len, prompts))

@@ -1,14 +1,14 @@
 """Train the autoencoder on rendered sticker scenes: `python -m train.autoencoder --run-dir DIR`.
 
-It learns from random 64 px crops (most of a scene is plain background), with an L1 loss on values
-and on neighbor differences (edges), and a small KL term that keeps the latents near a unit
-Gaussian. `train.flow` measures the latents' mean and standard deviation per channel, so that the
-transformer sees normalized latents.
+Training uses random 64 px crops (most of a scene is plain background), an L1 loss on values and on
+neighbor differences (edges), and a small KL term that keeps the latents near a unit Gaussian.
+`train.flow` measures the mean and standard deviation of the latents per channel, to normalize the
+latents for the transformer.
 
-`--decoder-only --init-from MODEL` trains the decoder further, with noise on latents that do not
-change: it becomes robust to small errors of a transformer. MODEL is a run, a model or an
-autoencoder of `convert.from_torch`, of any kind. `--encoder MODEL` takes the latents of another
-autoencoder, such as Qwen-Image's for a tiny decoder of its latents.
+`--decoder-only --init-from MODEL` trains the decoder of MODEL further, on noisy latents of its
+frozen encoder, which makes the decoder robust to small errors of a transformer. MODEL is a run, a
+model or an autoencoder of `convert.from_torch`, of any kind. `--encoder MODEL` encodes with another
+autoencoder, for example with Qwen-Image's to train a tiny decoder of its latents.
 """
 
 import mlx.core as mx

@@ -1,10 +1,11 @@
 """Score a model: `python -m train.evaluate --model FOLDER --output DIR`.
 
 GenEval-style accuracies: a detector of the rendered glyphs (train/evaluation/stickers/detector.py)
-searches each picture of prompts of six categories, and the rules of GenEval (arXiv 2310.11513)
-judge it. Every score has its ceilings beside it: the same detector on the prompts' rendered scenes,
-and on these after the autoencoder. Flow validation loss: the error of the predicted velocity on
-fixed latents, fixed noise and fixed noise levels.
+finds the objects in each picture of prompts of six categories, and the rules of GenEval (arXiv
+2310.11513) decide whether the picture is correct. The table also has the upper limits of every
+score: the scores of the prompts' rendered scenes, and of these scenes after encoding and decoding.
+Flow validation loss: the error of the predicted velocity on fixed latents, fixed noise and fixed
+noise levels.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ def _make_folder(folder: Path) -> None:
 def main() -> None:
     args = parse()
     if args.noun:
-        noun_prompts(args.noun, 1)  # an unknown one is found before there is a folder
+        noun_prompts(args.noun, 1)  # an unknown noun is an error before the folder is created
     if args.output:
         _make_folder(args.output)
     with announce(f"loading {args.model} ..."):

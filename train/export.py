@@ -101,7 +101,7 @@ def main() -> None:
     check_new(args.output)
     config = load_config(args.config) if args.config else STICKERS
     flow = find_folder(args.flow)
-    # Older versions trained on stickers, without a record.
+    # Runs of older versions have no record; they trained on stickers.
     record: dict[str, Any] = {"data": "stickers"} | recorded(flow)
     source, vocabulary, texts = None, None, {}
     if record["data"] == "stickers":

@@ -3,12 +3,12 @@
 Every step runs the full network and one sampled sub-network on the same noisy latents
 (SnapGen++ section 3.2): both learn the velocity (eq. 4), the sub-network also learns from the full
 one (eq. 5), and the two gradients are scaled to the same norm before they are added. The text
-encoder is trained, too. Pictures are drawn and encoded during training, so none is seen twice.
+encoder is trained too. Pictures are rendered and encoded during training, and none is used twice.
 
 `--mask-ratio` adds EDT's masking training (arXiv 2410.23788): tokens are masked before the Middle
-stage, which has to infer them from the others. EDT adds the losses of a pass with all tokens and of
-a masked one. Here each half of a batch has one of the two losses: they have the same weights at
-half the cost, but each has pictures of its own.
+stage, which must infer them from the others. EDT adds the losses of a pass with all tokens and of a
+masked pass. Here one half of a batch is masked and the other is not. The two losses have the same
+weights, at half the cost, but use different pictures.
 """
 
 from pathlib import Path

@@ -27,9 +27,9 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.checkpoint import load_teacher
+from train.data.distillation import DistillationBatches
 from train.data.stickers import source as stickers
 from train.data.stickers.model import STICKERS
-from train.data.taught import TaughtBatches
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.run import claim_data, find_folder, start_from
 from train.loop.trainer import Trainer
@@ -98,15 +98,15 @@ def main() -> None:
         student.transformer.config.width_index(share)
     tokenizers = [encoder.tokenizer for encoder in student.text_encoders]
     batches = options.make_batches(args, source, autoencoder, tokenizers=tokenizers)
-    taught = TaughtBatches(batches, teacher)
+    distilled = DistillationBatches(batches, teacher)
     claim_data(args.run_dir, source.settings())
     if args.init_from and latest_checkpoint(args.run_dir) is None:
-        first = [taught(k) for k in tqdm(range(8), desc="first batches", leave=False)]
+        first = [distilled(k) for k in tqdm(range(8), desc="first batches", leave=False)]
         fit_to_teacher(student, teacher, first, seed=args.seed, shift=args.time_shift)
     Trainer(
         student,
         Distillation(teacher, args.guidance),
-        batches=taught,
+        batches=distilled,
         config=options.training_config(args),
         run_dir=args.run_dir,
         arguments=options.step_arguments(args),

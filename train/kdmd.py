@@ -1,14 +1,15 @@
 """K-DMD: distill an elastic model to four steps: `python -m train.kdmd --model FOLDER ...`.
 
-SnapGen++ section 3.3, eqs. 9-10. In every iteration the student draws from noise (backward
-simulation), and a critic of the same width learns to denoise the result. In every fifth, the
-student moves along the distribution-matching gradient (teacher with guidance against critic) and
-toward the few-step teacher's output and features, both at the student's own x_t. Student, critics
-and few-step teacher are LoRAs over one set of base weights, which is also the teacher; `--teacher`
-takes another teacher, with a few-step mode of its own.
+SnapGen++ section 3.3, eqs. 9-10. In every iteration the student samples from noise (backward
+simulation), and a critic of the same width is trained to denoise the result. In every fifth
+iteration the student is trained too: by the distribution-matching gradient (of critic and guided
+teacher; `dmd_loss` in train/objectives/losses.py), and by the losses to the few-step teacher's
+output and features, at the student's own x_t. Student, critics and few-step teacher are LoRAs over
+one set of base weights, which is also the teacher; `--teacher` selects another teacher and its
+few-step mode.
 
-Without a few-step mode this is DMD alone; with `--model-widths full` it trains the few-step teacher
-itself. Captions are enough, no pictures are needed.
+If the teacher has no few-step mode, this is DMD alone; with `--model-widths full` it trains the
+few-step teacher itself. Training needs captions, but no pictures.
 """
 
 import dataclasses
@@ -66,7 +67,8 @@ def main() -> None:
     )
 
     def share_of(step: int) -> float:
-        # The same for all iterations of a student step, so that each width's critic keeps up.
+        # The same for all iterations of a student step, so that the critic of this width is up to
+        # date.
         turn = step // args.student_every
         return float(Stream.CRITIC_WIDTHS.generator(args.seed, turn).choice(shares))
 

@@ -92,7 +92,7 @@ def main() -> None:
         f"{', '.join(width.name for width in trained)} in {args.run_dir}",
         flush=True,
     )
-    # There are no prior samples yet; other pictures take as long.
+    # Prior samples do not exist yet; other pictures take the same time.
     data.prior = data.buckets[0] if prior_prompts else None
     steps = Counter(arguments(k).share for k in range(1000))
     often = {share: count / steps.total() for share, count in steps.items()}

@@ -56,8 +56,8 @@ def main() -> None:
     with announce(f"loading {args.model} ..."):
         components = load_alone(folder, args.model_widths)
     if args.score:
-        known_nouns(components)  # fails before anything is drawn
-    # A model of one width is that width.
+        known_nouns(components)  # fails early, before sampling
+    # In a model of one width, that width has share 1.
     alone = len(args.model_widths) == 1
     widths = {name: 1.0 if alone else parse_width(name).share for name in args.model_widths}
     captions = given[: args.pictures] if given else known_prompts(components, args.pictures)

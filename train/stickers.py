@@ -1,8 +1,8 @@
-"""Look at the default model's training pictures: `python -m train.stickers --output sheet.png`.
+"""Show the default model's training pictures: `python -m train.stickers --output sheet.png`.
 
 Scenes of one to four glyphs of the Noto Color Emoji font on a plain background, with captions in
-everyday English (train/data/stickers/). With `--noun` an imagefolder of one noun, to try
-fine-tuning on:
+everyday English (train/data/stickers/). `--noun` writes an imagefolder of one noun, to try
+fine-tuning:
 
     python -m train.stickers --noun zebra --count 20 --output runs/zebra
 """

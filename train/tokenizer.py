@@ -16,10 +16,11 @@ from train.options.common import add_number, add_output, check_new
 
 
 def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
-    """A serialized BPE model over captions of all nouns, so that more can be learned later.
+    """A serialized BPE model over captions of all nouns, so that a model can learn more of them
+    later.
 
-    Every word of the vocabulary is added many times. The pieces then are whole words of the
-    vocabulary, and syllables for all other words.
+    Every word of the vocabulary is added many times. So the tokens are whole words of the
+    vocabulary, and syllables of all other words.
     """
     numbers = tqdm(range(num_captions), desc="captions", leave=False)
     captions = (training_scene(0, k).caption for k in numbers)

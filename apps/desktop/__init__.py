@@ -1,1 +1,4 @@
-"""The window: `python -m apps.desktop`. `settings`, `history`, `system`: no tkinter."""
+"""The window: `python -m apps.desktop`.
+
+`settings`, `history` and `system` do not import tkinter.
+"""

@@ -32,11 +32,11 @@ CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Few-step mode", "few_step", {"Automatic": None, "On": True, "Off": False}),
     ("Modulation (EDT)", "attention_modulation", {"Off": False, "On": True}),
 )
-"""Label, field of `ModelChoice` or `DrawSettings`, and values by what the form calls them."""
+"""Label, field of `ModelChoice` or `DrawSettings`, and label -> value of the choices."""
 
 
 class Form(Column):
-    """Shows `Settings` and reads them back.
+    """Shows `Settings` in fields and reads them.
 
     Args:
         load: called when the user selects another model.
@@ -133,7 +133,7 @@ class Form(Column):
             self._fill(self._config)
 
     def adopt(self, config: ModelConfig, forget: bool) -> None:
-        """Offer the widths and sizes of a loaded model; `forget` clears those of another one."""
+        """Offer the widths and sizes of a loaded model; `forget` clears the previous model's."""
         self._config = config
         if forget:
             for variable in (self.steps, self.guidance, self.size):
@@ -200,7 +200,7 @@ class Form(Column):
             pady=5,
         )
         text.grid(sticky="ew")
-        # Tab leaves the field, as everywhere but in editors.
+        # Tab moves to the next field instead of inserting a tab.
         text.bind("<Tab>", lambda _: _focus(text.tk_focusNext()))
         text.bind("<Shift-Tab>", lambda _: _focus(text.tk_focusPrev()))
         return text
@@ -275,7 +275,7 @@ class Form(Column):
                 command=lambda pair=(path, scale): self._drop_lora(pair),
             ).grid(row=i, column=2)
         if not self._loras:
-            # An empty frame would keep the height of what was in it.
+            # An empty frame would keep its former height.
             self._lora_frame.configure(height=1)
 
     def _add_lora(self) -> None:
@@ -286,7 +286,7 @@ class Form(Column):
             self.add_lora(path)
 
     def add_lora(self, path: str, scale: float = 1.0) -> None:
-        """Use one more LoRA."""
+        """Add a LoRA."""
         self._loras.append((path, tk.StringVar(value=f"{scale:g}")))
         self._show_loras()
 

@@ -28,7 +28,7 @@ def build_menus(window) -> None:
         if key is not None:
             shown = label + (key if mac else key.replace("-", "+"))
             *held, last = key.split("-")
-            # With Shift the key symbol is the capital letter.
+            # With Shift the key symbol is an upper-case letter.
             symbol = last if len(last) > 1 else last.upper() if held else last.lower()
             sequence = "-".join((modifier, *held, symbol))
             window.bind(f"<{sequence}>", lambda _: (command(), "break")[1])
@@ -109,7 +109,7 @@ def build_menus(window) -> None:
         window.createcommand(
             "::tk::mac::OpenDocument", lambda *names: window.pictures.open_picture(Path(names[0]))
         )
-    # A text field would otherwise put a line end, or open a line, with these.
+    # A text field would otherwise insert a line with these keys.
     for widget in (window.form.prompt, window.form.negative):
         for key, command in (
             ("Return", window.toggle),

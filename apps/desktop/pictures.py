@@ -13,7 +13,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
 
 BUDGET = 0.015
-"""Seconds of thumbnails at a time, so that the window opens at once."""
+"""Seconds that thumbnails are loaded without a pause, so that the window stays responsive."""
 
 
 class Pictures:
@@ -55,7 +55,7 @@ class Pictures:
         try:
             settings = settings.restored(path)
         except UserError as error:
-            self._window.complain(str(error))
+            self._window.show_error(str(error))
             return False
         self._window.banner.hide()
         self._window.form.show(settings)
@@ -108,7 +108,7 @@ class Pictures:
         try:
             action(self._window.strip.selected.path)
         except UserError as error:
-            self._window.complain(str(error))
+            self._window.show_error(str(error))
         else:
             self._window.status.set(status)
 

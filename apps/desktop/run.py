@@ -1,4 +1,4 @@
-"""Progress of the running job, and the time it still takes."""
+"""Progress of the running job, and the remaining time."""
 
 import time
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from mlx_snapgen.metadata import read_settings
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 FIRST = DrawSettings("a red apple to the left of a blue car")
-"""What the form shows at the first start."""
+"""Content of the form at the first start."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What differs between desktops: clipboard, file manager, dark mode."""
+"""Functions that differ between desktops: clipboard, file manager, dark mode."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ MAC = sys.platform == "darwin"
 def copy_picture(path: Path) -> None:
     """Put a PNG on the clipboard as a picture."""
     if MAC:
-        # The path is an argument, not part of the script: no name can break out of it.
+        # The path is an argument, not part of the script, so a file name cannot inject code.
         copy = "set the clipboard to (read (POSIX file (item 1 of argv)) as «class PNGf»)"
         lines = ("on run argv", copy, "end run")
         script = [part for line in lines for part in ("-e", line)]

@@ -1,4 +1,4 @@
-"""Light and dark. On a Mac the native theme draws; elsewhere ttk's clam in these colors."""
+"""Light and dark appearance: the native theme on a Mac, elsewhere ttk's clam in these colors."""
 
 import tkinter as tk
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Palette:
     accent: str
     accent_hover: str
     stage: str
-    """Behind the picture."""
+    """Background of the picture."""
     warning: str
 
 
@@ -84,7 +84,7 @@ class Theme:
     def paint(self, widget: tk.Misc) -> None:
         """Color the widgets that ttk's styles do not reach, from `widget` down."""
         p = self.palette
-        # On a Mac these names follow the system's appearance by themselves.
+        # On a Mac these color names follow the system's appearance.
         window = "systemWindowBackgroundColor" if self.native else p.window
         field = "systemTextBackgroundColor" if self.native else p.field
         text = "systemTextColor" if self.native else p.text
@@ -227,7 +227,7 @@ class Theme:
             thickness=6,
         )
         self._named_styles(style)
-        # The list of a combobox is a Tk listbox: made later, and colored only through options.
+        # The list of a combobox is a Tk listbox that is created later; only options set its colors.
         for option, value in (
             ("background", p.field),
             ("foreground", p.text),

@@ -1,5 +1,4 @@
-"""Widgets that ttk lacks: the picture, the film strip, a scrolling column, a slider with a number,
-and the banner for messages."""
+"""Widgets that ttk lacks: picture, film strip, scrolling column, slider with a number, banner."""
 
 import tkinter as tk
 from collections.abc import Callable
@@ -115,7 +114,7 @@ class Filmstrip(ttk.Frame):
         bar.pack(fill="x")
         self._canvas.bind("<Button-1>", self._clicked)
         for button in ("<Button-2>", "<Button-3>", "<Control-Button-1>"):
-            self._canvas.bind(button, self._asked)
+            self._canvas.bind(button, self._open_menu)
         self._canvas.bind("<Left>", lambda _: self.step(-1))
         self._canvas.bind("<Right>", lambda _: self.step(1))
         self._canvas.bind("<MouseWheel>", self._wheel)
@@ -192,7 +191,7 @@ class Filmstrip(ttk.Frame):
         if (index := self._at(event)) is not None:
             self._pick(index)
 
-    def _asked(self, event: tk.Event) -> str:
+    def _open_menu(self, event: tk.Event) -> str:
         if (index := self._at(event)) is not None:
             self._menu(self.entries[index], event.x_root, event.y_root)
         return "break"
@@ -305,7 +304,7 @@ class Slider(ttk.Frame):
             number = float(self._variable.get())
         except ValueError:
             return
-        # Setting the scale's value from its own movement would call back without end.
+        # Setting the scale's value while it moves would call back endlessly.
         if abs(float(self._scale.get()) - number) > self._by / 2:
             self._scale.configure(value=number)
 

@@ -139,7 +139,7 @@ class Window(tk.Tk):
             except tk.TclError:
                 return
             self.update_idletasks()
-            # The screen of the last time may be gone.
+            # The screen of the last session may be disconnected.
             x, y = self.winfo_x(), self.winfo_y()
             if not (-50 <= x < self.winfo_screenwidth() and -50 <= y < self.winfo_screenheight()):
                 self.geometry("+40+40")
@@ -162,7 +162,7 @@ class Window(tk.Tk):
             if not settings.draw.prompt:
                 raise UserError("the prompt is empty: say what to draw")
         except UserError as error:
-            self.complain(str(error))
+            self.show_error(str(error))
             return
         if not settings.seed_locked:
             self.form.new_seed()
@@ -181,7 +181,7 @@ class Window(tk.Tk):
         try:
             settings = self.form.read(self.settings)
         except UserError as error:
-            self.complain(str(error))
+            self.show_error(str(error))
             return
         self.remember(settings)
         self._start(Job(settings.choice))
@@ -216,7 +216,7 @@ class Window(tk.Tk):
     # --- events of the worker --------------------------------------------------------------------
 
     def _deliver(self, event: Event) -> None:
-        """Called in the worker's thread: the slow work that needs no widget."""
+        """Called in the worker's thread; does the slow work that needs no widget."""
         extra = None
         if isinstance(event, Progress) and event.preview is not None:
             image = Image.frombytes("RGB", event.size, event.preview)
@@ -243,7 +243,7 @@ class Window(tk.Tk):
             run = self.run
             if run is None or event.job != run.job:
                 continue
-            # Of several previews only the last one is shown, to save time.
+            # Only the last of several previews is shown, to save time.
             shown = self._handle(event, run, extra=extra) or shown
         if shown is not None:
             self.view.show(*shown)
@@ -271,10 +271,10 @@ class Window(tk.Tk):
             self.update_buttons()
             return image, scaled
         elif isinstance(event, Notice):
-            self.complain(event.text)
+            self.show_error(event.text)
         elif isinstance(event, Failed):
             self._end("")
-            self.complain(event.message, event.details)
+            self.show_error(event.message, event.details)
         elif isinstance(event, Finished):
             drawn = run.draws and not event.cancelled
             self._end("Stopped" if event.cancelled else run.summary if drawn else "Ready")
@@ -300,7 +300,7 @@ class Window(tk.Tk):
         for button in self._actions:
             button.state(state)
 
-    def complain(self, text: str, details: str | None = None) -> None:
+    def show_error(self, text: str, details: str | None = None) -> None:
         """Show an error, as a sentence."""
         self.banner.show(text[:1].upper() + text[1:], details)
 

@@ -31,7 +31,7 @@ PREFIX = "image_generation."
 
 
 class Server:
-    """The routes' state.
+    """The routes and their state.
 
     Args:
         jobs: the queue.
@@ -151,7 +151,7 @@ def _failure(event: Failed) -> RequestError:
 
 
 async def _read_json(request: Request) -> Any:
-    # Any web page can make a browser send a form or plain text to this machine, but not JSON.
+    # Web pages can make a browser send forms or plain text to this machine, but not JSON.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("send JSON, with Content-Type: application/json", 415)
@@ -228,8 +228,8 @@ class Guard:
     """Checks the key or the host of every request, and ends those whose client has disconnected.
 
     Args:
-        api_key: None allows requests whose Host is a loopback name, so that a web page cannot
-            reach the server through a name of its own (DNS rebinding).
+        api_key: None allows requests whose Host is a loopback name, so that a web page cannot reach
+            the server through its own host name (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None):
@@ -266,7 +266,7 @@ def _refuse(error: RequestError) -> JSONResponse:
 
 
 def create_app(server: Server, api_key: str | None) -> ASGIApp:
-    """The application; pictures by `url` need no key, their addresses cannot be guessed."""
+    """The application; pictures by `url` need no key, because their addresses cannot be guessed."""
 
     async def refuse(request: Request, error: Any) -> Response:
         return _refuse(error)

@@ -20,7 +20,7 @@ TICK = 1.0
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its client is too slow, which uvicorn alone never does.
+    """A connection that is closed if its client is too slow; uvicorn itself never closes it.
 
     Without this, clients that open connections and send nothing would block all others.
     """
@@ -47,7 +47,7 @@ class Connection(H11Protocol):
         self._stuck = self._stuck + TICK if 0 < self._unsent == before else 0.0
         if self._waited >= HEAD_SECONDS:
             self.transport.close()
-        # Closing waits for what is unsent.
+        # Closing waits until everything is sent.
         if self._stuck >= SEND_SECONDS:
             self.transport.abort()
         self._ticking = self.loop.call_later(TICK, self._tick)

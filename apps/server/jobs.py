@@ -1,4 +1,4 @@
-"""The worker for asyncio: a bounded queue, and the events of each request."""
+"""The worker process for asyncio: a bounded queue, and the events of each request."""
 
 import asyncio
 import contextlib
@@ -22,8 +22,7 @@ class Busy(Exception):
 
 
 class Drawing:
-    """The events of one request. Unread previews take bounded memory: beyond `MAX_UNREAD` the
-    latest step replaces the one before."""
+    """The events of one request. Beyond `MAX_UNREAD` a new step replaces the last one."""
 
     def __init__(self, number: int):
         self.number = number
@@ -33,7 +32,7 @@ class Drawing:
         self._arrived = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        """From the loop's thread."""
+        """Add an event; only in the event loop's thread."""
         self.ended = isinstance(event, Finished | Failed)
         if isinstance(event, Progress) and event.preview is None:
             return
@@ -57,7 +56,7 @@ class Drawing:
 
 
 class Jobs:
-    """Draws one job at a time while at most `waiting` wait; create it inside the event loop.
+    """Draws one job at a time, with at most `waiting` in the queue; create it in the event loop.
 
     Args:
         waiting: length of the queue.

@@ -53,7 +53,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request; `max_pixels` None is four times the model's own size."""
+    """Limits of one request; `max_pixels` None: four times the pixels of the model's size."""
 
     max_pixels: int | None = None
     max_images: int = 10

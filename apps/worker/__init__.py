@@ -1,1 +1,5 @@
-"""A model in a process of its own, and the messages to it and from it."""
+"""A model in its own process.
+
+`client` is the caller's side, without mlx; `engine` is the process that loads models and draws;
+`messages` are sent between them.
+"""

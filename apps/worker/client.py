@@ -1,8 +1,8 @@
-"""A model in a process of its own: jobs go in, events come out, and no caller waits for MLX.
+"""The caller's side of the worker process: submit jobs, get events, never wait for MLX.
 
-A process, not a thread: drawing holds no lock of the caller's, a crash (running out of GPU memory
-ends the whole process) becomes an event, and a download stops at once. This side does not import
-mlx.
+The model runs in a process, not a thread (`apps.worker.engine`): it does not hold the caller's
+interpreter lock, a crash (running out of GPU memory ends the whole process) becomes an event, and a
+download stops at once. This side does not import mlx.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ CACHE_LIMIT = 1 << 30
 
 
 class Worker:
-    """The process and the way to talk to it; safe to use from several threads.
+    """Starts the process, sends jobs and delivers events; safe to use from several threads.
 
     Args:
-        deliver: called with each `Event`, in a thread of its own. Every job submitted gets exactly
+        deliver: called with each `Event`, in a separate thread. Every job submitted gets exactly
             one `Finished` or `Failed`, also when the process dies.
-        keep: number of loaded pipelines that stay in memory, the latest ones.
+        keep: number of loaded pipelines that stay in memory; the latest ones are kept.
         cache_limit: see `CACHE_LIMIT`.
     """
 
@@ -42,7 +42,7 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The process, while there is one."""
+        """ID of the process; None if there is none."""
         return self._process.pid if self._process is not None else None
 
     def submit(self, job: Job) -> int:
@@ -54,7 +54,7 @@ class Worker:
                 self._start()
             number = next(self._ids)
             self._open[number] = job
-            # A process that has just died is noticed by the reader, which fails the job.
+            # If the process has just died, the reader detects it and fails the job.
             with contextlib.suppress(OSError):
                 self._connection.send((number, job))
             return number

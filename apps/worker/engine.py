@@ -1,4 +1,4 @@
-"""The worker's process: loads models and draws; it can be cancelled between two steps."""
+"""The worker process: loads models and draws; a job can be canceled between two steps."""
 
 import signal
 import threading
@@ -42,7 +42,7 @@ REPORT_EVERY = 0.1
 
 
 class Stop(Exception):
-    """The caller ends the process, or has ended itself."""
+    """The caller ends the process, or has ended."""
 
 
 class Engine:
@@ -106,7 +106,7 @@ class Engine:
         except UserError as error:
             self._send(Failed(number, str(error)))
         except Exception as error:
-            # Perhaps out of memory: free what can be loaded again.
+            # Possibly out of memory: free the pipelines, which can be loaded again.
             self._pipelines.clear()
             message = f"{type(error).__name__}: {error}"
             self._send(Failed(number, message, details=traceback.format_exc()))

@@ -1,4 +1,4 @@
-"""The messages to the worker's process and from it. No mlx here."""
+"""The messages to and from the worker process. Does not import mlx."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class Job:
     choice: ModelChoice
     """Equal choices share a loaded pipeline."""
     settings: DrawSettings | None = None
-    """None only loads the model."""
+    """None: only load the model."""
     previews: int | None = None
     """Previews per picture, spread over its steps; None shows every step, 0 none."""
     png_previews: bool = False
@@ -83,14 +83,14 @@ class Picture(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The job's last event when all went well."""
+    """The last event of a job that was completed or canceled."""
 
     cancelled: bool = False
 
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The job's last event otherwise."""
+    """The last event of a job that failed."""
 
     message: str
     details: str | None = None

@@ -1,4 +1,7 @@
-"""Export a model to Core ML packages: trace the PyTorch twins, quantize, write and check."""
+"""Export a model to Core ML packages: trace the PyTorch twins, quantize, write and check.
+
+The order of the transformer's blocks is in convert/pytorch/efficient_dit.py (`steps`).
+"""
 
 import dataclasses
 import json

@@ -88,7 +88,7 @@ def check_palettes_fit(
     if prompts:
         raise UserError("the model has palettes already: leave out --prompts-file")
     other = [width for width in widths if width not in palettes.widths]
-    # A model of one width is that width, whatever its name was before.
+    # In a model of one width, every name means this width.
     if other and config.transformer.widths != (1.0,):
         raise UserError(
             f"the palettes are for {' and '.join(palettes.widths)}, not {other[0]}: export these, "
@@ -97,7 +97,7 @@ def check_palettes_fit(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty; `UserError` when there are none."""
+    """The non-empty lines of a file; `UserError` if there are none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -70,7 +70,7 @@ OPS |= {
 
 @_op
 def cast(x, dtype):
-    """The declared type of the output does it: numpy cuts towards zero, as Core ML does."""
+    """`execution` casts to the declared type; numpy truncates toward zero, as Core ML does."""
     return x
 
 

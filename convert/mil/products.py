@@ -61,7 +61,7 @@ def _spatial(rank: int, kernel, strides, dilations, pad_type, pad) -> tuple:
         return strides, dilations, [(0, 0)] * rank
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     if any(s != 1 for s in strides) or any(r % 2 for r in reach):
-        # Operations differ in where the odd element goes.
+        # Operations differ in the side to which they add an odd element.
         raise UserError(f"pad_type '{pad_type}' with strides {strides} and kernel {kernel}")
     return strides, dilations, [(r // 2, r // 2) for r in reach]
 
@@ -72,7 +72,7 @@ def _grouped(x: np.ndarray, groups: int) -> np.ndarray:
 
 
 def conv(x, weight, bias=None, strides=None, pad_type="valid", pad=None, dilations=None, groups=1):
-    """x (N, C, *D), weight (O, C / groups, *K): one product for each place in the kernel."""
+    """x (N, C, *D), weight (O, C / groups, *K): one product for each position in the kernel."""
     kernel, rank, groups = weight.shape[2:], x.ndim - 2, int(groups)
     strides, dilations, pads = _spatial(rank, kernel, strides, dilations, pad_type, pad)
     x = np.pad(x, [(0, 0), (0, 0), *pads])

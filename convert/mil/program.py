@@ -1,10 +1,10 @@
-"""Reads a Core ML package (.mlpackage, an ML Program) without Core ML and without coremltools.
+"""Read a Core ML package (.mlpackage, an ML Program) without Core ML and without coremltools.
 
 The package is a folder: Manifest.json names the model file among its items, by default
-Data/com.apple.CoreML/model.mlmodel, beside which lies weights/weight.bin (see `mil_weights`). The
-model file is a protobuf message, `Model` of coremltools' mlmodel/format/Model.proto with the
+Data/com.apple.CoreML/model.mlmodel, beside which is weights/weight.bin (see `convert.mil.weights`).
+The model file is a protobuf message, `Model` of coremltools' mlmodel/format/Model.proto with the
 program as mlmodel/format/MIL.proto describes it. The few fields that matter are read from the wire
-format here, so that what checks an export shares no code with what wrote it.
+format here, so that the check of an export shares no code with the exporter.
 """
 
 import json
@@ -22,7 +22,7 @@ Constant = np.ndarray | str | list | Blob
 
 
 class Literal(NamedTuple):
-    """A constant at its place of use, as opposed to the name of a value."""
+    """A constant that is written where it is used, as opposed to the name of a value."""
 
     value: Constant
 
@@ -159,7 +159,7 @@ def _type(message: _Message) -> TensorType:
 
 
 def _constant(message: _Message) -> Constant:
-    """A Value: from the program itself, or its place in the weight file."""
+    """A Value: from the program itself, or its position in the weight file."""
     if message.has(5):
         blob = message.message(5)
         return Blob(blob.text(1), blob.number(2), _type(message.message(2)))

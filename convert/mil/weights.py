@@ -3,9 +3,9 @@
 weight.bin (coremltools' MILBlob, storage format 2), little-endian, everything at multiples of 64:
 
     header    64 bytes: uint32 number of blobs, uint32 version 2, zeros
-    metadata  64 bytes, one for each blob; a program refers to a blob by this place:
+    metadata  64 bytes, one for each blob; a program refers to a blob by its position:
               uint32 sentinel 0xDEADBEEF, uint32 type (`_BLOB_TYPES`), uint64 bytes of data,
-              uint64 place of the data, uint64 unused bits in its last byte, zeros
+              uint64 position of the data, uint64 unused bits in its last byte, zeros
     data      row-major; elements of less than a byte packed from the lowest bit on, across bytes
 """
 
@@ -60,7 +60,7 @@ class TensorType(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The shape of a value without open dimensions, as all but inputs and outputs are."""
+        """The shape of a value without open dimensions; only inputs and outputs may have these."""
         return tuple(n or 0 for n in self.shape)
 
     @property
@@ -69,7 +69,7 @@ class TensorType(NamedTuple):
 
     @property
     def numpy(self) -> type:
-        """The type that holds the values in numpy; a byte for those of less."""
+        """The numpy type of the values; uint8 or int8 for values of less than a byte."""
         return _BY_NAME[self.dtype][0]
 
     @property
@@ -86,7 +86,7 @@ _BY_NAME = {name: (kind, bits) for name, kind, bits in DTYPES.values()}
 
 
 class Blob(NamedTuple):
-    """A constant in the weight file, by the place of its metadata."""
+    """A constant in the weight file, by the position of its metadata."""
 
     file: str
     offset: int
@@ -110,7 +110,7 @@ class WeightFile:
         """A blob as a read-only view of the file; elements of less than a byte as new bytes.
 
         Raises:
-            UserError: there is no blob, or one of another type than in the program.
+            UserError: there is no blob, or its type is not the one in the program.
         """
         try:
             head = bytes(self._data[blob.offset : blob.offset + 24])

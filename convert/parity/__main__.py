@@ -54,7 +54,7 @@ class Port:
     compare: Callable[[Path], Pairs]
     """Runs both on the checkpoint in a folder."""
     only_random: bool = False
-    """It needs more than a checkpoint."""
+    """The comparison needs more than a checkpoint."""
 
 
 PORTS = {

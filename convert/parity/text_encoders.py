@@ -1,4 +1,4 @@
-"""CLIP and Gemma beside transformers."""
+"""CLIP and Gemma against transformers, for `convert.parity`."""
 
 import json
 import tempfile

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from convert.public.keymap import check_complete
 from convert.public.kinds import KINDS, Plan, find_kind
-from convert.public.report import peak_process_bytes
 from convert.public.source import Source
 from convert.public.stream import Entry, lazy, write_tensors
+from mlx_snapgen.cli.notices import peak_process_bytes
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new
 

@@ -1,19 +1,11 @@
 """The printed report of `convert.from_torch`: sizes, keys, memory, quantization errors."""
 
 import re
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.checkpoint.module import listed
-
-
-def peak_process_bytes() -> int:
-    """Peak memory of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def error_table(errors: Mapping[str, float]) -> str:

@@ -17,6 +17,7 @@ import mlx.core as mx
 from convert.public.stream import Entry, write_tensors
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SIDE_FILES = ("*.json", "*.txt", "*.txt.gz", "*.model", "*.jinja")
@@ -178,13 +179,6 @@ def config_of(source: Source) -> dict[str, Any]:
     if source.config is None:
         raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
     return source.config
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The networks in PyTorch, and weights there and back."""
+"""The networks in PyTorch, and conversion of weights in both directions."""

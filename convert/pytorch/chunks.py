@@ -10,7 +10,7 @@ Values = dict[str, Tensor]
 
 
 class Chunk(nn.Module):
-    """Steps `first` to `end` of a network.
+    """Steps `first` to `end` of a network (see `EfficientDiT.steps`).
 
     `inputs` names the values that it reads from earlier chunks, `outputs` those that later chunks
     read, both in the order of `forward`.

@@ -41,7 +41,7 @@ class TimestepEmbedder(nn.Module):
         self.linear2 = linear(dims, dims)
 
     def forward(self, t: Tensor) -> Tensor:
-        # In float32 whatever the weights are: angles go up to 1000.
+        # In float32 for weights of any type: angles go up to 1000.
         steps = torch.arange(self.frequencies, dtype=torch.float32, device=t.device)
         frequencies = 1000 * torch.exp(-math.log(10000) / self.frequencies * steps)
         angles = t.reshape(-1, 1, 1, 1).float() * frequencies.reshape(1, -1, 1, 1)

@@ -126,7 +126,7 @@ def to_torch(components: Components, output: Path, *, width: str) -> list[str]:
     config = dataclasses.replace(components.config, quantization=None, few_step=None)
     values = {"format": FORMAT, "width": width} | to_dict(config)
     modules = twins(components)
-    with torch.device("meta"):  # for names and shapes alone
+    with torch.device("meta"):  # only names and shapes are needed
         networks = make_networks(components.config)
     with new_folder(output) as folder:
         (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -1,7 +1,6 @@
 """Public CLIP checkpoints as text encoders: names, sizes and tokenizer."""
 
 import gzip
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,11 @@ from mlx.utils import tree_unflatten
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_json
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
-"""Files of a public repository that `load_clip` may need."""
+"""Files to download from a public repository for `load_clip`."""
 
 _PREFIX = re.compile(r"^(module\.|_text_encoder\.|text_encoder\.|text_model\.|text\.)+")
 
@@ -47,12 +47,12 @@ _NAMES = (
 
 
 def public_name(key: str) -> str | None:
-    """Our name of a public checkpoint's key, None where it belongs to the picture side.
+    """Our name of a public checkpoint's key; None for keys of the image encoder.
 
-    Queries, keys and values that are stored apart keep names of their own: `layers.0.q_proj.bias`.
+    Separately stored query, key and value projections keep separate names: `layers.0.q_proj.bias`.
 
     Raises:
-        UserError: a key that belongs to no layout.
+        UserError: a key of an unknown layout.
     """
     name = _PREFIX.sub("", key)
     if _LEFT_OUT.fullmatch(name):
@@ -67,11 +67,11 @@ def public_name(key: str) -> str | None:
 def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A public checkpoint's weights under the names of `ClipTextEncoder`.
 
-    Takes Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP's, OpenAI's and TinyCLIP's own,
-    with or without the wrappers' prefixes. The picture side is dropped.
+    Accepts the layouts of Hugging Face's `CLIPModel` and `CLIPTextModel`, OpenCLIP, OpenAI and
+    TinyCLIP, with or without the prefixes of wrappers. The image encoder is dropped.
 
     Raises:
-        UserError: a key that belongs to none of them.
+        UserError: a key of another layout.
     """
     named = ((public_name(key), value) for key, value in weights.items())
     found = {name: value for name, value in named if name is not None}
@@ -141,17 +141,17 @@ def load_clip(folder: Path) -> ClipTextEncoder:
 
 
 def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
-    """What does not follow from the shapes of the weights."""
+    """The settings that the shapes of the weights do not determine."""
     path = folder / "open_clip_config.json"
     if path.is_file():
-        model = _read_json(path)
+        model = read_json(path)
         model = model.get("model_cfg", model)
         heads = model.get("text_cfg", {}).get("heads", hidden_size // 64)
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     else:
-        text = _read_json(folder / "config.json")
+        text = read_json(folder / "config.json")
         text = text.get("text_config", text)
-        # Hugging Face omits what equals its own defaults, which are these.
+        # Hugging Face omits values that equal its defaults, which are used here.
         heads = text.get("num_attention_heads", 8)
         activation = text.get("hidden_act", "quick_gelu")
     return {"num_heads": heads, "activation": activation}
@@ -163,7 +163,7 @@ def _merges(folder: Path, vocab_size: int) -> bytes:
     if (path := folder / "merges.txt").is_file():
         lines = path.read_text(encoding="utf-8").split("\n")
     elif (path := folder / "tokenizer.json").is_file():
-        merges = _read_json(path)["model"]["merges"]
+        merges = read_json(path)["model"]["merges"]
         lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     elif path := next(iter(sorted(folder.glob("bpe_simple_vocab*.txt.gz"))), None):
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:]
@@ -171,10 +171,3 @@ def _merges(folder: Path, vocab_size: int) -> bytes:
         raise UserError(f"{folder} has no tokenizer: neither merges.txt nor tokenizer.json")
     lines = [line for line in lines if line and not line.startswith("#version:")]
     return "\n".join(lines[: vocab_size - 2 * 256 - 2]).encode()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None

@@ -23,7 +23,7 @@ class ModelFolder:
     revision: str | None = None
     """Commit of a repository."""
     sources: dict[TextEncoderConfig, Path] = field(default_factory=dict, repr=False, compare=False)
-    """Where text encoders of other folders or repositories were found, filled in on first use."""
+    """Text encoder -> the folder where its source was found; filled on first use."""
 
     @classmethod
     def open(
@@ -35,10 +35,10 @@ class ModelFolder:
     ) -> "ModelFolder":
         """Find a model and read its config; arguments and errors are those of `find_model`.
 
-        A `ModelFolder` is returned as it is.
+        A `ModelFolder` is returned unchanged.
 
         Raises:
-            UserError: also for a config.json that is missing, foreign or too new.
+            UserError: also if config.json is missing, foreign or too new.
         """
         if isinstance(model, ModelFolder):
             return model

@@ -1,4 +1,4 @@
-"""Finding a model: a folder, a Hugging Face repository, or the one that comes with the package."""
+"""Find a model: a folder, a Hugging Face repository, or the model that comes with the package."""
 
 import io
 import re
@@ -12,10 +12,10 @@ BUILT_IN = "stickers"
 """Name of the model that comes with the package."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model")
-"""What is downloaded of a model's repository."""
+"""Patterns of the files to download from a model's repository."""
 
 DownloadProgress = Callable[[str, int, int], None]
-"""Called with (repository, bytes done, bytes in all), often and from several threads."""
+"""Called with (repository, bytes done, bytes in total), often and from several threads."""
 
 
 def default_model_path() -> Path:
@@ -61,8 +61,8 @@ def find_model(
 
     Args:
         model: folder, Hugging Face repository "owner/name", or "stickers" or None for the model
-            that comes with the package. A folder of that name here that holds a model is taken
-            instead.
+            that comes with the package. A folder of that name in the current directory takes
+            precedence if it holds a model.
         revision: branch, tag or commit of a repository; None for its main branch.
         files: patterns of the files to download.
         progress: see `DownloadProgress`; None shows bars on the terminal.
@@ -112,7 +112,7 @@ def _download(
             "needs `hf auth login`)"
         ) from None
     except Exception as error:
-        # Each version of the hub client has its own exceptions for a network that fails.
+        # The exceptions for a network failure differ between versions of the hub client.
         reason = (str(error).strip().splitlines() or ["no answer"])[0]
         try:
             return snapshot(local_files_only=True)
@@ -136,7 +136,8 @@ def _reporting_bar(repo: str, progress: DownloadProgress) -> type:
 
         def display(self, *_: Any, **__: Any) -> Any:
             nonlocal most
-            # Versions of the client count files, bytes received and bytes written, each in a bar.
+            # Depending on its version, the client has bars for files, bytes received and bytes
+            # written.
             if self.unit == "B" and self.total:
                 most = max(most, int(self.n))
                 progress(repo, most, max(most, int(self.total)))

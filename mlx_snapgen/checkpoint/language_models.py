@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
-from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder, Reading
+from mlx_snapgen.networks.text_encoders.qwen import PromptFormat, QwenPromptEncoder
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 QWEN_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
@@ -48,7 +48,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
 
 
 def load_qwen(
-    folder: Path, reading: Reading, *, dims: int, dtype: mx.Dtype | None = None
+    folder: Path, prompt_format: PromptFormat, *, dims: int, dtype: mx.Dtype | None = None
 ) -> QwenPromptEncoder:
     """The language model of a teacher, from a folder of Hugging Face or mlx-lm.
 
@@ -62,15 +62,15 @@ def load_qwen(
     try:
         from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
-        raise UserError('a teacher reads with mlx-lm: pip install "mlx_snapgen[teacher]"') from None
+        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
     kind = values.get("model_type")
-    if kind not in reading.model_types:
-        known = " or ".join(reading.model_types)
-        raise UserError(f"{folder} holds a {kind}, this teacher reads with a {known}")
+    if kind not in prompt_format.model_types:
+        known = " or ".join(prompt_format.model_types)
+        raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
     try:
         model, _ = load_model(
             folder, lazy=True, get_model_classes=lambda config: (_Tower, _Arguments)
@@ -85,32 +85,32 @@ def load_qwen(
         raise UserError(
             f"{folder} gives states of {tower.args.hidden_size}, the teacher takes those of {dims}"
         )
-    if reading.skipped_layers:
-        tower.layers = tower.layers[: -reading.skipped_layers]
+    if prompt_format.skipped_layers:
+        tower.layers = tower.layers[: -prompt_format.skipped_layers]
         tower.norm = nn.Identity()
     if dtype is not None:
         tower.set_dtype(dtype)
-    return QwenPromptEncoder(tower, tokenizer, reading=reading)
+    return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
 
 
 class _Arguments(dict):
-    """config.json's values for the text tower alone, whatever towers it stands beside."""
+    """The values of the text tower in config.json; those of other towers are dropped."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "_Arguments":
         text = values.get("text_config") or values
-        # transformers 5 keeps the base among the other parameters of the rotation.
+        # transformers 5 stores the base of RoPE in `rope_parameters`.
         rope = text.get("rope_parameters") or {}
         theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         scaling = text.get("rope_scaling") or {}
         if scaling.get("type", scaling.get("rope_type")) == "mrope":
-            # In text its three axes are alike: the plain rotation.
+            # For text the three axes of M-RoPE have the same positions: this is plain RoPE.
             text = text | {"rope_scaling": None}
         return cls(text | theta | {"tie_word_embeddings": True})
 
 
 class _Tower(nn.Module):
-    """The transformer under a language model's head, with its keys under "model"."""
+    """A language model without its head. Its keys start with "model"."""
 
     def __init__(self, values: _Arguments):
         super().__init__()
@@ -123,7 +123,7 @@ class _Tower(nn.Module):
         self.model = cast(Any, Tower)(ModelArgs.from_dict(values))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The text tower's weights, from any of the layouts in use; vision and head dropped."""
+        """The text tower's weights from any known layout; vision tower and head are dropped."""
         kept = {}
         for key, value in weights.items():
             name = key.removeprefix("model.").removeprefix("language_model.")

@@ -4,7 +4,7 @@
     transformer.safetensors      every width of the supernetwork
     few_step.safetensors         optional: the LoRA of its few-step mode (`config.few_step`)
     autoencoder.safetensors
-    text_encoder_0.safetensors   one per text encoder, beside its tokenizer_0.model; not for those
+    text_encoder_0.safetensors   one per text encoder, with its tokenizer_0.model; none for encoders
                                  whose config names a source
     vocabulary.json              optional: words of prompts, {"nouns": ["apple", ...], ...}
 
@@ -65,11 +65,11 @@ class Components:
     transformer: EfficientDiT
     autoencoder: Autoencoder
     text_encoders: list[Any]
-    """None stands for one that is not loaded."""
+    """None for an encoder that is not loaded."""
     vocabulary: dict[str, list[str]] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every part whose weights belong to the model, by the name of its file."""
+        """The modules whose weights are stored in the model folder, by file name without suffix."""
         encoders = {
             f"text_encoder_{i}": encoder
             for i, encoder in enumerate(self.text_encoders)
@@ -79,9 +79,9 @@ class Components:
 
 
 def fuse_few_step(components: Components) -> None:
-    """Fold the few-step LoRA into the transformer, for all widths, if the model has one.
+    """Merge the few-step LoRA into the transformer, for all widths, if the model has one.
 
-    The transformer then draws in the steps of `config.few_step` and no other way.
+    After that, the transformer can only sample with the steps of `config.few_step`.
     """
     if components.config.few_step is not None:
         set_lora_weights(components.transformer, {FEW_STEP: 1.0})
@@ -102,16 +102,16 @@ def save_pretrained(
     """Write a model folder.
 
     Args:
-        folder: must not exist yet, or be empty.
-        components: the model; the configs of its modules are what is written.
-        quantize: per component, store its matrices quantized where the last dimension divides by
-            `group_size`. This makes the file small; the loaded model only if it has one width: an
-            elastic network slices its weights, which packed ones do not allow.
+        folder: must not exist, or be empty.
+        components: the model; the configs of its modules are written.
+        quantize: component -> how to quantize its matrices whose last dimension divides by
+            `group_size`. This makes the file smaller. It makes the loaded model smaller only if
+            that has one width, because packed weights cannot be sliced.
         dtype: floating type to store parameters in; None keeps theirs.
         texts: more text files by name, such as {"README.md": ..., "LICENSE": ...}.
 
     Raises:
-        UserError: the folder holds something, or the quantization is impossible.
+        UserError: the folder is not empty, or MLX does not support the quantization.
     """
     folder = Path(folder).expanduser()
     check_new(folder)
@@ -154,7 +154,7 @@ def save_pretrained(
 def _stored(
     module: nn.Module, *, quantize: Mapping[str, int] | None, dtype: mx.Dtype | None
 ) -> dict[str, mx.array]:
-    """Flat parameters as they go into the file."""
+    """Flat parameters as they are stored in the file."""
     stored = flat_parameters(module)
     if dtype is not None:
         stored = {name: value.astype(dtype) for name, value in stored.items()}
@@ -185,17 +185,19 @@ def load_pretrained(
 
     Args:
         model, revision: an open `ModelFolder`, or see `hub.find_model`.
-        dtype: floating type of the transformer and the text encoders. None takes float32 on the
-            CPU, where anything else is some fifty times slower, and the stored type on a GPU. The
-            autoencoder always runs in float32: bfloat16 shows as bands on plain backgrounds.
+        dtype: floating type of the transformer and the text encoders. None selects float32 on the
+            CPU, where other types are about fifty times slower, and the stored type on a GPU. The
+            autoencoder always runs in float32, because bfloat16 causes banding on plain
+            backgrounds.
         share: load only the sub-network of this width; None keeps the supernetwork.
         few_step: load the LoRA of the few-step mode too, if the model has one, as the adapter
-            `FEW_STEP` of the transformer, switched off. Without, the model has no such mode.
+            `FEW_STEP` of the transformer, switched off. If false, the loaded model has no few-step
+            mode.
         text_encoders: names of those to load (see `text_encoders.encoder_names`), None for all.
-        packed: keep a transformer of one width quantized in memory, if it is stored so.
+        packed: keep a transformer of one width quantized in memory if it is stored quantized.
 
     Raises:
-        UserError: no such model, or one with damaged, missing, unknown or misshapen weights.
+        UserError: no such model, or its weights are damaged, missing, unknown or misshapen.
     """
     folder = ModelFolder.open(model, revision=revision)
     transformer = _load_transformer(folder, share=share, few_step=few_step, packed=packed)

@@ -1,4 +1,4 @@
-"""The weights of one module in one safetensors file, perhaps quantized, loaded strictly."""
+"""The weights of a module in safetensors files, optionally quantized, loaded strictly."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -23,9 +23,9 @@ class Part(NamedTuple):
     """One component of a model on disk."""
 
     paths: tuple[Path, ...]
-    """Of its weights; a large network's are in several files."""
+    """Its weight files; a large network has several."""
     config: Any
-    """Its config; the JSON values where `read_part` read it."""
+    """Its config: a dataclass, or JSON values if `read_part` returned it."""
     quantization: dict[str, int] | None
     """How its matrices are stored, {"bits", "group_size"}; None if not quantized."""
 
@@ -44,7 +44,7 @@ def read_part(folder: Path, name: str) -> Part | None:
     """The component `name` from a folder that holds nothing else; None for any other folder.
 
     `convert.from_torch` writes such folders: `part` in config.json is the component's name, and
-    its config stands under that name.
+    its config has that key.
 
     Raises:
         UserError: another component, or another format version.
@@ -75,13 +75,13 @@ def matrices(module: nn.Module, group_size: int) -> list[str]:
 
 
 def load_stored(module: nn.Module, part: Part, *, packed: bool = False) -> None:
-    """Put the weights of `part` into `module`, all of them and nothing else.
+    """Load the weights of `part` into `module`; names and shapes must agree exactly.
 
     Args:
         packed: keep quantized layers packed in memory, instead of dequantizing their weights.
 
     Raises:
-        UserError: a file that is missing or damaged, or holds other weights than the module's.
+        UserError: a file is missing or damaged, or has other weights than the module.
     """
     found: dict[str, mx.array] = {}
     for path in part.paths:
@@ -137,11 +137,11 @@ def check_fit(
     what: str = "its config",
     whole_numbers: Sequence[str] = (),
 ) -> None:
-    """`UserError` unless there are just the weights expected.
+    """`UserError` unless the weights found are exactly those expected.
 
     Args:
         where: names the weights in the message: "<where> does not fit <what>: it lacks ...".
-        whole_numbers: weights that are stored as integers and should not be.
+        whole_numbers: names of weights that are stored as integers but must be floating.
     """
     faults = [
         listed("lacks", [name for name in expected if name not in found]),
@@ -187,14 +187,14 @@ def dequantized(weights: Mapping[str, mx.array], how: Mapping[str, int]) -> dict
 def cast(module: nn.Module, dtype: mx.Dtype | None) -> None:
     """Give all floating weights the type `dtype`, lazily; None keeps their types."""
     if dtype is not None:
-        # Packed weights are whole numbers and stay.
+        # Packed weights are integers and keep their type.
         module.apply(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x)
 
 
 def materialize(module: nn.Module, dtype: mx.Dtype | None) -> None:
-    """Read the lazy weights one by one, so that a sub-network's peak is not the supernetwork's."""
+    """Read lazy weights one by one, so that peak memory is that of the sub-network alone."""
     cast(module, dtype)
-    # A slice would otherwise keep the whole tensor it was cut from.
+    # A slice would keep the whole original tensor in memory.
     module.apply(mx.contiguous)
     for weight in flat_parameters(module).values():
         mx.eval(weight)
@@ -205,7 +205,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def check_quantization(quantization: Quantization, components: Collection[str]) -> None:
-    """`UserError` unless MLX can quantize so, and the components are among `components`."""
+    """`UserError` unless MLX supports the quantization and its components are in `components`."""
     for name, how in quantization.items():
         if name not in components:
             raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")

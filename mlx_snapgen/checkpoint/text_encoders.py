@@ -26,12 +26,12 @@ STORED = {
     "transformer": (TransformerTextEncoder, SentencePieceTokenizer),
     "clip": (ClipTextEncoder, ClipTokenizer),
 }
-"""`TextEncoderConfig.kind` -> encoder and tokenizer of encoders that a model's folder holds."""
+"""`TextEncoderConfig.kind` -> classes of encoder and tokenizer, for weights in the model folder."""
 
 KINDS = (*STORED, "gemma")
 
 SOURCE_FILES = {"clip": clip.FILES, "gemma": GEMMA_FILES}
-"""What is downloaded of a kind's repository, where `TextEncoderConfig.source` names one."""
+"""`TextEncoderConfig.kind` -> files to download if `TextEncoderConfig.source` is a repository."""
 
 
 def load_text_encoder(model: ModelFolder, index: int) -> Any:
@@ -77,7 +77,7 @@ def load_tokenizer(path: Path, config: TextEncoderConfig) -> Any:
 
 
 def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
-    """An encoder with random weights; `UserError`: a kind that only its source has."""
+    """An encoder with random weights; `UserError` for a kind that is only loaded from a source."""
     return _stored_classes(config)[0](config, tokenizer)
 
 
@@ -122,7 +122,7 @@ def _load_clip(folder: Path) -> ClipTextEncoder:
 def _find(
     model: ModelFolder, config: TextEncoderConfig, progress: DownloadProgress | None = None
 ) -> Path:
-    """Folder of an encoder's source: in the model's, anywhere else, or a repository's."""
+    """Folder of an encoder's source: inside the model folder, elsewhere, or downloaded."""
     assert config.source is not None
     if config not in model.sources:
         inside = model.path / config.source
@@ -140,14 +140,14 @@ def _find(
 
 
 def download_sources(model: ModelFolder, progress: DownloadProgress) -> None:
-    """Download the text encoders that a model takes from repositories of their own."""
+    """Download the text encoders whose source is a repository."""
     for config in model.config.text_encoders:
         if config.source is not None and config.kind in SOURCE_FILES:
             _find(model, config, progress)
 
 
 def encoder_names(configs: Sequence[TextEncoderConfig]) -> list[str]:
-    """What a user calls each encoder of a model: its kind, numbered where kinds repeat."""
+    """The name of each encoder in options: its kind, with a number if the kind occurs twice."""
     kinds = [config.kind for config in configs]
     return [k if kinds.count(k) == 1 else f"{k}-{i}" for i, k in enumerate(kinds)]
 
@@ -155,7 +155,7 @@ def encoder_names(configs: Sequence[TextEncoderConfig]) -> list[str]:
 def chosen_encoders(
     configs: Sequence[TextEncoderConfig], names: Sequence[str] | None
 ) -> list[bool]:
-    """Whether each encoder is among `names`, None being all; `UserError`: no such name."""
+    """Whether each encoder is in `names` (None: all); `UserError` for an unknown name."""
     known = encoder_names(configs)
     for name in known if names is None else names:
         if name not in known:
@@ -174,9 +174,9 @@ class PromptEncoder:
     Prompts are encoded one by one, so that a prompt's states do not depend on the cache.
 
     Args:
-        encoders: None stands for one that is absent.
+        encoders: None for an absent encoder.
         reload: loads the encoders again after `free`; without it they stay in memory.
-        cache_size: number of prompts whose states are kept, the latest ones.
+        cache_size: number of prompts whose states are kept; the most recently used ones.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class PromptEncoder:
         return transformer.encode_text(joined)
 
     def free(self) -> None:
-        """Give the encoders' memory back, if they can be loaded again."""
+        """Free the encoders' memory if they can be loaded again."""
         if self._reload is not None and self._encoders is not None:
             self._encoders = None
             mx.clear_cache()

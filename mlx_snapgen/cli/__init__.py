@@ -1,1 +1,1 @@
-"""What the commands share: options and the prompt loop."""
+"""Shared by the commands: options, notices, prompt files and the prompt loop."""

@@ -25,9 +25,10 @@ if name.png exists, it writes name-1.png. An error is one line, with exit code 2
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options; None is one that was not given.
+    """The command's parser; an option that was not given is None.
 
-    Destinations are fields of `DrawSettings` and `ModelChoice`.
+    Destinations are fields of `DrawSettings` and `ModelChoice`; `draw_settings` and `model_choice`
+    of `mlx_snapgen.cli.options` make these from the parsed options.
     """
     parser = Parser(
         prog="python -m mlx_snapgen.generate",

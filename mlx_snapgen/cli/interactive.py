@@ -61,8 +61,8 @@ class Session:
     """The loop's state.
 
     Args:
-        settings: of the first prompt; lines with a colon change them.
-        choice: the model; lines with a colon load another one.
+        settings: of the first prompt; lines that start with a colon change them.
+        choice: the model; lines that start with a colon select another one.
         output: file or folder of the pictures; None is the current folder.
     """
 
@@ -81,7 +81,7 @@ class Session:
         self._quiet = not sys.stdin.isatty()
 
     def run(self) -> None:
-        """Read lines until there are no more, or `:quit`."""
+        """Read lines until the end of the input or `:quit`."""
         with _line_editing(self.complete):
             if not self._quiet:
                 print("Type a prompt. :help lists the settings, Ctrl-D ends.")
@@ -103,7 +103,7 @@ class Session:
                     print("stopped", file=sys.stderr)
 
     def take(self, line: str) -> None:
-        """Draw a prompt, or carry out a line with a colon; a user's mistake is a `UserError`."""
+        """Draw a prompt, or execute a line that starts with a colon; `UserError` for a mistake."""
         if line.startswith(":"):
             name, _, value = line[1:].strip().partition(" ")
             self._command(name, value.strip())
@@ -170,13 +170,13 @@ class Session:
             try:
                 self._pipeline = self._load(self._choice, self._settings)
             except UserError:
-                # The next prompt loads the model of before.
+                # The next prompt loads the previous model again.
                 self._choice = before
                 raise
 
 
 def history_path() -> Path:
-    """File of the typed lines."""
+    """File of the input history."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "mlx_snapgen" / "prompts"
 

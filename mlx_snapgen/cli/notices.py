@@ -1,5 +1,6 @@
-"""What commands print on stderr while they work."""
+"""What commands print about their work: progress, warnings and peak memory."""
 
+import resource
 import sys
 import threading
 import warnings
@@ -36,3 +37,9 @@ def short_warnings() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
+
+
+def peak_process_bytes() -> int:
+    """Peak memory of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,12 +12,12 @@ from mlx_snapgen.settings import MAX_SEED, WIDTH_NAMES, DrawSettings, ModelChoic
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser: errors are one line, and old names of options still work.
+    """An argument parser that prints errors in one line and accepts old names of options.
 
     Args:
-        renamed: old name of an option -> its name now. The old one works and prints a warning.
-        only: old name -> the values that it is renamed with, where the old name has another
-            meaning otherwise.
+        renamed: old name of an option -> its current name. The old name works and prints a warning.
+        only: old name -> the values with which it is the renamed option; with other values it is an
+            option that has this name today.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ def add_model_widths(parser: argparse._ActionsContainer, *, default: Sequence[st
 
 
 def add_model_choice(parser: argparse._ActionsContainer) -> None:
-    """The fields of `settings.ModelChoice` but its width; None is one that was not given."""
+    """The fields of `settings.ModelChoice` except the width; None if an option was not given."""
     add_model(parser)
     parser.set_defaults(model=None)
     add = parser.add_argument
@@ -119,13 +119,13 @@ def add_model_choice(parser: argparse._ActionsContainer) -> None:
 
 
 def draw_settings(args: argparse.Namespace, base: DrawSettings | None = None) -> DrawSettings:
-    """`base` with the options that are fields of it and not None; the seed may be random."""
+    """`base` with its fields replaced by the options that were given; None: a random seed."""
     base = base or DrawSettings(seed=None)
     return dataclasses.replace(base, **_given(base, args))
 
 
 def model_choice(args: argparse.Namespace, base: ModelChoice | None = None) -> ModelChoice:
-    """`base` with the options that are fields of it and not None."""
+    """`base` with its fields replaced by the options that were given."""
     base = base or ModelChoice()
     choice = dataclasses.replace(base, **_given(base, args))
     return dataclasses.replace(choice, quantize=choice.quantize or None)
@@ -151,7 +151,7 @@ class _LoRAs(argparse.Action):
 
 
 def integer(least: int, most: int = MAX_SEED) -> Callable[[str], int]:
-    """A type of options: a whole number from `least` to `most`."""
+    """An argparse type: an integer from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -166,7 +166,7 @@ def integer(least: int, most: int = MAX_SEED) -> Callable[[str], int]:
 
 
 def finite_number(text: str) -> float:
-    """A type of options: a number."""
+    """An argparse type: a finite number."""
     try:
         number = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files of prompts, one a line."""
+"""Files of prompts, one per line."""
 
 import sys
 from collections.abc import Iterator
@@ -10,15 +10,16 @@ from mlx_snapgen.errors import UserError
 
 
 def read_prompts(path: str | Path) -> Iterator[str]:
-    """The prompts in a UTF-8 file, read line by line when they are needed.
+    """The prompts in a UTF-8 file, read line by line on demand.
 
     Empty lines and those that start with # are skipped.
 
     Args:
-        path: "-" is stdin. A file is opened at once.
+        path: "-" is stdin. A file is opened immediately, so a missing one is an error of this call.
 
     Raises:
-        UserError: no such file, one that is not UTF-8, or, at its end, one without prompts.
+        UserError: no such file, a file that is not UTF-8, or (raised at its end) one without
+            prompts.
     """
     if str(path) == "-":
         return _prompts(sys.stdin, nullcontext(), name="stdin")

@@ -1,10 +1,10 @@
-"""LoRA: low-rank adapters beside linear layers, at every width of an elastic network.
+"""LoRA: low-rank adapters of linear layers, at every width of an elastic network.
 
 A layer with adapters computes y = base(x) + sum_i weight_i * alpha_i / rank_i * (x A_i^T) B_i^T,
-with A (rank, in) and B (out, rank). At width m the columns of A and the rows of B are cut by the
-base layer's own rule, so B A is cut exactly as the base weight is: one adapter serves all widths,
-and fusing it at full width fuses it at each.
-`mlx_snapgen/lora/files.py` reads and writes them.
+with A (rank, in) and B (out, rank). At width m the columns of A and the rows of B are sliced by the
+rule of the base layer, so B A is sliced exactly like the base weight. One adapter serves all
+widths, and merging it at full width merges it at every width. `mlx_snapgen/lora/files.py` reads and
+writes adapters.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Adapter(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A linear layer, elastic, quantized or plain, with named adapters beside it."""
+    """A linear layer (elastic, quantized or plain) with named adapters."""
 
     def __init__(self, linear: Any):
         super().__init__()
@@ -106,10 +106,10 @@ def add_lora(
     targets: Sequence[str],
     name: str = "default",
 ) -> list[str]:
-    """Give layers a new adapter; nothing is frozen (see `train_only`).
+    """Add a new adapter to layers; freezes nothing (see `train_only`).
 
-    A starts uniform in +-1/sqrt(in), B at zero, so the network computes what it did before. Both
-    are float32, whatever the base is.
+    A is uniform in +-1/sqrt(in) and B is zero, so at first the output does not change. Both are
+    float32, independent of the type of the base.
 
     Args:
         module: the network, changed in place.
@@ -124,7 +124,7 @@ def add_lora(
         Paths of the layers that have it.
 
     Raises:
-        UserError: a pattern without a layer, or an impossible rank, alpha or name.
+        UserError: a pattern that matches no layer, or an invalid rank, alpha or name.
     """
     targets = [targets] if isinstance(targets, str) else targets
     if rank < 1 or not math.isfinite(alpha):
@@ -149,7 +149,7 @@ def add_lora(
 
 
 def train_only(module: nn.Module, *names: str) -> None:
-    """Freeze all of `module` but the adapters of these names."""
+    """Freeze all of `module` except the adapters of these names."""
     module.freeze()
     for layer in adapted_layers(module).values():
         for name in names:
@@ -167,10 +167,10 @@ def get_lora_weights(module: nn.Module) -> dict[str, float]:
 
 
 def set_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> None:
-    """Give adapters new weights, others keep theirs; 0 switches one off, without a trace.
+    """Set the weights of adapters; the others keep theirs. An adapter at 0 has no effect.
 
-    A weight is a plain number that `mx.compile` builds into the graph. A compiled function must
-    set it inside itself, or take it as an argument: it ignores what is set from outside later.
+    A weight is a plain number, which is a constant for `mx.compile`. A compiled function must set
+    it itself, or take it as an argument: later changes outside have no effect on it.
 
     Raises:
         UserError: no adapter of that name, or a weight that is not finite.
@@ -192,8 +192,8 @@ def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[No
     """`set_lora_weights` inside a block; base weights are neither copied nor changed.
 
     The few-step teacher is the teacher inside `with lora_weights(teacher, {"few_step": 1.0}):`. To
-    take gradients through a network with checkpointed blocks, put the whole `mx.grad` call inside:
-    its backward pass computes them again, with the weights of that moment.
+    differentiate a network with checkpointed blocks, put the whole `mx.grad` call inside: the
+    backward pass recomputes the blocks with the weights that are set at that time.
     """
     before = get_lora_weights(module)
     set_lora_weights(module, weights)
@@ -203,8 +203,8 @@ def lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Iterator[No
         set_lora_weights(module, {name: before[name] for name in weights})
 
 
-def switched(module: nn.Module, weights: Mapping[str, float]) -> Callable[..., Any]:
-    """`module` as a function, each call of which runs inside `lora_weights(module, weights)`."""
+def with_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Callable[..., Any]:
+    """A function that calls `module` inside `lora_weights(module, weights)`."""
 
     def call(*args, **settings):
         with lora_weights(module, weights):
@@ -214,7 +214,7 @@ def switched(module: nn.Module, weights: Mapping[str, float]) -> Callable[..., A
 
 
 def remove_lora(module: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Take adapters off (all by default); a layer without any is its base again."""
+    """Remove adapters (all by default); a layer without adapters becomes its base layer."""
     for path, layer in adapted_layers(module).items():
         for name in list(layer.adapters) if names is None else names:
             layer.adapters.pop(name, None)
@@ -223,17 +223,17 @@ def remove_lora(module: nn.Module, names: Sequence[str] | None = None) -> None:
 
 
 def fuse_lora(module: nn.Module) -> list[str]:
-    """Fold the adapters that are on into the base weights, for all widths, and take them off.
+    """Merge the active adapters into the base weights, for all widths, and remove them.
 
-    Quantized layers are refused. Packing the sum again rounds it anew, by more than a LoRA is: at
-    4 bits by 3.4 times an update of 1% of the weights. So fuse first, then quantize; an adapter
-    beside a quantized layer works unfused.
+    Quantized layers are refused, because quantizing the sum again has a larger error than the LoRA
+    itself: at 4 bits 3.4 times an update of 1% of the weights. Merge first, then quantize. An
+    adapter of a quantized layer works without merging.
 
     Returns:
-        Names of the adapters fused. Those at weight 0 stay, switched off.
+        Names of the merged adapters. Adapters at weight 0 are not removed.
 
     Raises:
-        UserError: an active adapter beside a quantized layer; nothing is changed then.
+        UserError: an active adapter of a quantized layer; the module is unchanged.
     """
     active = {path: layer for path, layer in adapted_layers(module).items() if layer.active()}
     for path, layer in active.items():
@@ -247,7 +247,7 @@ def fuse_lora(module: nn.Module) -> list[str]:
             a, b = adapter.a.astype(mx.float32), adapter.b.astype(mx.float32)
             total = total + adapter.scale * (b @ a)
         layer.linear.weight = total.astype(weight.dtype)
-        # One by one, so that the peak is one layer's.
+        # One by one, so that peak memory grows by one layer only.
         mx.eval(layer.linear.weight)
     remove_lora(module, fused)
     return fused
@@ -255,7 +255,7 @@ def fuse_lora(module: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
-    """Inside the block `module` has no adapters, and the parameter names of its base."""
+    """Inside the block, `module` has no adapters and the parameter names of its base."""
     layers = adapted_layers(module)
     module.update_modules(tree_unflatten([(path, m.linear) for path, m in layers.items()]))
     try:
@@ -299,7 +299,7 @@ def layer_dtype(layer: Any) -> mx.Dtype:
 
 
 def attach(module: nn.Module, adapters: Mapping[str, Adapter], *, name: str) -> None:
-    """Put adapters, by the paths of their layers, beside the layers of `module`."""
+    """Add adapters to the layers of `module`; the keys are paths of layers."""
     if not re.fullmatch(r"[a-zA-Z][\w-]*", name, flags=re.A):
         raise UserError(f"a LoRA's name is letters, digits, - and _, got '{name}'")
     if name in get_lora_weights(module):
@@ -321,8 +321,8 @@ def _near(target: str, paths: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def acting(network: EfficientDiT, *names: str) -> Iterator[None]:
-    """Only the adapters `names` are on: one network acts as teacher, student or critic in turn."""
+def active_adapters(network: EfficientDiT, *names: str) -> Iterator[None]:
+    """Inside the block, only the adapters `names` are on (teacher, student or critic)."""
     weights = {name: float(name in names) for name in get_lora_weights(network)}
     with lora_weights(network, weights):
         yield

@@ -1,6 +1,6 @@
-"""LoRA files: safetensors with the keys of the ecosystem.
+"""LoRA files: safetensors, and how their keys map to layers.
 
-Written are those of diffusers and PEFT: `transformer.<layer>.lora_A.weight`,
+`save_lora` writes the keys of diffusers and PEFT: `transformer.<layer>.lora_A.weight`,
 `transformer.<layer>.lora_B.weight` and a scalar `transformer.<layer>.alpha`.
 """
 
@@ -28,9 +28,9 @@ from mlx_snapgen.lora.adapters import (
 )
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
-"""What files put before a layer's path; `save_lora` writes the first."""
+"""Prefixes of a layer's path in files; `save_lora` writes the first."""
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
-"""kohya's, before a path whose dots have become underscores."""
+"""Prefixes of kohya's flat names, where underscores replace the dots of a path."""
 PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
 
 
@@ -81,7 +81,7 @@ def save_lora(
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Tensors (lazy) and header of a LoRA file; `UserError` when it is none.
+    """Tensors (lazy) and header of a LoRA file; `UserError` if it is not one.
 
     Only safetensors are read: the pickled .pt, .bin and .ckpt can run code when opened.
     """
@@ -102,7 +102,7 @@ _KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")
 
 
 def _split_key(key: str) -> tuple[str, str] | None:
-    """A file's key -> (layer as it is called there, "a", "b" or "alpha"); None for no LoRA's."""
+    """A file's key -> (layer name in the file, "a", "b" or "alpha"); None for another key."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -114,11 +114,11 @@ def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) 
     """The name that `save_lora` would give a key of any layout.
 
     Args:
-        dotted: gives the path behind kohya's flat name of a layer ("blocks_0_attn_to_q"), or None;
-            where the dots were, only the network's own paths show.
+        dotted: kohya's flat name of a layer ("blocks_0_attn_to_q") -> its path, or None. It needs
+            the network, because a flat name does not show where the dots were.
 
     Raises:
-        UserError: no part of a LoRA, or a flat name of a network that is not known.
+        UserError: the key is no part of a LoRA, or a flat name of an unknown network.
     """
     split = _split_key(key)
     if split is None:
@@ -129,7 +129,7 @@ def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) 
         if path is None:
             raise UserError(
                 f"'{layer}' has no dots, and is no layer of a network that is known here: such a "
-                "LoRA is loaded as it is"
+                "LoRA is loaded without conversion"
             )
         layer = path
     prefix = next((p for p in PREFIXES if layer.startswith(p)), "")
@@ -147,11 +147,11 @@ def load_lora(
     base_model: str | None = None,
     trainable: bool = False,
 ) -> list[str]:
-    """Put the adapter of a file beside the layers of `module`.
+    """Add the adapter in a file to the layers of `module`.
 
-    Read are the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
-    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha comes from the
-    layer's `.alpha`, else from PEFT's `lora_alpha` in the header, else it is the rank.
+    Reads the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
+    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha is the layer's
+    `.alpha`, else PEFT's `lora_alpha` in the header, else the rank.
 
     Args:
         path: a .safetensors file.
@@ -166,8 +166,8 @@ def load_lora(
         Paths of the layers that have it.
 
     Raises:
-        UserError: no LoRA, or one with keys or shapes that do not fit the network, which is not
-            changed then.
+        UserError: the file is no LoRA, or its keys or shapes do not fit the network; the network is
+            unchanged.
     """
     path = Path(path).expanduser()
     tensors, header = read_lora(path)
@@ -199,7 +199,7 @@ def load_lora(
 def _by_layer(
     tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module], *, path: Path
 ) -> dict[str, dict[str, mx.array]]:
-    """Layer path -> its "a", "b" and perhaps "alpha", all checked against the layer."""
+    """Layer path -> its "a", "b" and optional "alpha", all checked against the layer."""
     aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
     aliases |= {p + layer.replace(".", "_"): layer for p in FLAT_PREFIXES for layer in layers}
     aliases |= {layer: layer for layer in layers}
@@ -210,7 +210,7 @@ def _by_layer(
         if part is None:
             faults.append(f"{key} is no part of a LoRA that is known here")
         elif name not in aliases:
-            # The search is slow, and no more than three faults are listed.
+            # The search is slow, and at most three faults are listed.
             hint = nearest(name, aliases) if len(faults) < 3 else ""
             faults.append(f"{name} is no layer{hint}")
         elif part in found.setdefault(aliases[name], {}):

@@ -1,1 +1,1 @@
-"""Networks of all parts: arrays in, arrays out. No files and no options."""
+"""The networks: arrays in, arrays out; no files, no options."""

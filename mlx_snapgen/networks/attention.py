@@ -1,8 +1,8 @@
 """Attention of the Efficient DiT: 2-D RoPE, dense, blockwise neighborhood, ASSA, and cross.
 
 Shapes: h is (B, N, d) with the N = H * W tokens of a grid in raster order; q, k and v are
-(B, heads, tokens, head_dim). Grouped-query attention keeps the ratio of query to kv heads over all
-widths, so every head that a narrower width keeps has the same kv head as before.
+(B, heads, tokens, head_dim). In grouped-query attention the ratio of query to kv heads is the same
+at all widths, so a query head has the same kv head at every width that contains it.
 """
 
 import math
@@ -34,8 +34,8 @@ class Grid(NamedTuple):
 def rope_table(grid: Grid, head_dim: int, *, theta: float) -> tuple[mx.array, mx.array]:
     """Cosines and sines (N, head_dim/2) of 2-D rotary positions: rows first, then columns.
 
-    A token of stride s stands at the center of the s x s finest tokens that it covers, so a 2x2
-    cell's key is rotated to the middle of its cell.
+    A token of stride s is at the center of the s x s finest tokens that it covers, so the key of a
+    2x2 cell is rotated to the center of the cell.
     """
     frequencies = theta ** -(np.arange(head_dim // 4) / (head_dim // 4))
     rows, columns = (
@@ -118,7 +118,7 @@ def bands_looped(
     radius: int,
     modulation: mx.array | None = None,
 ) -> mx.array:
-    """BNA band by band; `band` is the tokens of one."""
+    """BNA band by band; `band` is the number of tokens in a band."""
     out = []
     for start in range(0, q.shape[2], band):
         here = slice(start, start + band)
@@ -129,7 +129,7 @@ def bands_looped(
 
 
 def bands_batched(q: mx.array, k: mx.array, v: mx.array, *, band: int, radius: int) -> mx.array:
-    """BNA with the inner bands, which all see 2 * radius + 1 whole bands, as one batch."""
+    """BNA with the inner bands, which attend to 2 * radius + 1 whole bands each, as one batch."""
     b, heads, n, head_dim = q.shape
     span = 2 * radius + 1
     inner = n // band - 2 * radius
@@ -196,7 +196,7 @@ class SparseSelfAttention(SelfAttention):
     """Adaptive sparse self-attention, ASSA (SnapGen++ section 3.1).
 
     A global branch over 2x2-compressed keys and values (eq. 1) and a local branch (BNA, eqs. 2-3)
-    share q, k and v; each head mixes them per token with a sigmoid weight read from the input.
+    share q, k and v; each head mixes them per token with a sigmoid weight computed from the input.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -247,7 +247,7 @@ class SparseSelfAttention(SelfAttention):
 
 
 def _compression(kv: int, sliced: bool) -> ElasticLinear:
-    """A 2x2 stride-2 convolution over kv channels that starts as the mean of its cell."""
+    """A 2x2 stride-2 convolution over kv channels, initialized to the mean of the cell."""
     layer = ElasticLinear(4 * kv, kv, bias=False, in_groups=4, slice_in=sliced, slice_out=sliced)
     layer.weight = mx.tile(mx.eye(kv) / 4, (1, 4))
     return layer
@@ -256,8 +256,8 @@ def _compression(kv: int, sliced: bool) -> ElasticLinear:
 class CrossAttention(nn.Module):
     """Attention from picture tokens to text tokens.
 
-    The kv projections are never sliced. Query head i reads kv head i mod num_kv_heads, which
-    cutting query heads from the end does not change.
+    The kv projections are never sliced. Query head i attends to kv head i mod num_kv_heads. This is
+    the same at every width, because narrower widths drop query heads from the end.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -281,7 +281,7 @@ class CrossAttention(nn.Module):
         b, heads, n, head_dim = q.shape
         kv_heads = min(heads, self._num_kv_heads)
         k, v = k[:, :kv_heads], v[:, :kv_heads]
-        # Heads that share a kv head become adjacent: i mod kv_heads runs slowest.
+        # Make the heads that share a kv head adjacent: i mod kv_heads becomes the outer axis.
         q = q.reshape(b, heads // kv_heads, kv_heads, n, head_dim).swapaxes(1, 2)
         q = q.reshape(b, heads, n, head_dim)
         out = attend(q, k, v, mask=None if mask is None else mask[:, None, None, :])

@@ -1,4 +1,4 @@
-"""What all transformers share."""
+"""The interface of all transformers."""
 
 from typing import Any, Protocol
 

@@ -15,8 +15,8 @@ R = TypeVar("R")
 def bounded_cache(max_bytes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`functools.lru_cache` for functions that return arrays, with a limit on their bytes.
 
-    The latest results stay, up to `max_bytes` together; a larger one is computed at each call.
-    Arguments must be hashable.
+    The latest results are kept, up to `max_bytes` in total. A result that is larger than that is
+    computed at every call. Arguments must be hashable.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

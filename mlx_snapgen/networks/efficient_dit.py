@@ -2,8 +2,8 @@
 
 Blocks are PixArt-alpha's: modulated self-attention, cross-attention to the text without norm or
 gate, modulated FFN; one timestep projection shared by all blocks (adaLN-single) plus a learned
-table in each. Down and Up see the full token grid through ASSA, Middle a quarter of the tokens
-with dense attention and long skip connections.
+table in each. Down and Up run ASSA on the full token grid. Middle runs dense attention on a quarter
+of the tokens, with long skip connections.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,12 +104,13 @@ class Block(nn.Module):
 
 
 def checkpointed(block: Block, *arrays: mx.array, **settings: Any) -> mx.array:
-    """block(*arrays, **settings), computed again for the backward pass instead of kept.
+    """block(*arrays, **settings), recomputed in the backward pass instead of stored.
 
-    Gradients reach `arrays` and the block's trainable parameters. `nn.utils.checkpoint` saves
-    nothing here: evaluated lazily, it computes the input gradients of all blocks first and keeps
-    every block's activations for the weight gradients. Here each block waits for the gradient that
-    comes to it, and hands on its own only when those of its weights are done.
+    Gradients reach `arrays` and the block's trainable parameters. `nn.utils.checkpoint` saves no
+    memory here: with lazy evaluation, the input gradients of all blocks are computed first, and
+    every block's activations are kept for its weight gradients. Here a block is recomputed only
+    when its output gradient is available, and its input gradient is passed on only when its weight
+    gradients are computed.
     """
     trained = flat_parameters(block.trainable_parameters())
     names, weights = list(trained), list(trained.values())
@@ -128,11 +129,11 @@ def checkpointed(block: Block, *arrays: mx.array, **settings: Any) -> mx.array:
         _, grads = mx.vjp(forward, mx.depends(list(primals), [cotangent]), [cotangent])
         return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
 
-    return run(*arrays, *weights)  # pyright: ignore[reportReturnType]  it has no types
+    return run(*arrays, *weights)  # pyright: ignore[reportReturnType]  no types in mlx
 
 
 class LongSkip(nn.Module):
-    """Concatenate with an earlier output and project 2d -> d (U-ViT); starts by ignoring it."""
+    """Concatenate with an earlier output and project 2d -> d (U-ViT); initialized to ignore it."""
 
     def __init__(self, dims: int):
         super().__init__()
@@ -153,7 +154,7 @@ class Downsample(nn.Module):
     def __call__(
         self, x: mx.array, grid: Grid, *, share: float, keep: mx.array | None = None
     ) -> mx.array:
-        """x (B, N, d) -> (B, N/4, d); tokens where `keep` (B, N) is false count as zeros."""
+        """x (B, N, d) -> (B, N/4, d); tokens where `keep` (B, N) is false are zero."""
         b, n, d = x.shape
         if keep is not None:
             x = mx.where(keep[..., None], x, 0)
@@ -207,7 +208,7 @@ class Head(nn.Module):
 class EfficientDiT(nn.Module):
     """Velocity v = eps - x0 of latents x_t = (1 - t) x0 + t eps (SnapGen++ section 3).
 
-    One instance holds every width in `config.widths`; `elastic.extract` takes one out.
+    One instance contains every width in `config.widths`; `elastic.extract` copies one.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -240,9 +241,9 @@ class EfficientDiT(nn.Module):
         return self.text[0].norm.weight.dtype
 
     def checkpoint_blocks(self, enabled: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass, which computes each block again.
+        """Store only the inputs of blocks; the backward pass recomputes each block.
 
-        The gradients are the same; memory falls, and time grows by about one forward pass.
+        The gradients do not change. Memory decreases; time increases by about one forward pass.
         """
         self._checkpoint = enabled
 
@@ -251,7 +252,7 @@ class EfficientDiT(nn.Module):
 
         Args:
             states: one for each of `config.text_dims`, in order. An encoder whose mask is all
-                false is ignored; None, for one that is absent, is the same with less work.
+                false is ignored; None, for an absent encoder, has the same effect at a lower cost.
 
         Returns:
             text (B, L, text_width) and mask (B, L), L the sum of the encoders' lengths.
@@ -346,6 +347,6 @@ def encode_prompts(
 ) -> tuple[mx.array, mx.array]:
     """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
 
-    None stands for an encoder that is absent.
+    None in `encoders` is an absent encoder.
     """
     return transformer.encode_text(encode_states(prompts, encoders, dtype=transformer.dtype))

@@ -29,8 +29,8 @@ class ElasticLinear(nn.Module):
     Args:
         in_dims, out_dims: sizes at full width.
         slice_in, slice_out: which sides are hidden dimensions.
-        in_groups, out_groups: runs of channels that are each a hidden vector of their own, as after
-            a 2x2 space-to-depth (4).
+        in_groups, out_groups: number of hidden vectors that the channels consist of: 4 after a 2x2
+            space-to-depth. Each is sliced separately.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class ElasticLinear(nn.Module):
 
 
 class QuantizedElasticLinear(nn.QuantizedLinear):
-    """A quantized `ElasticLinear`: packed columns cannot be cut, so it has one width only.
+    """A quantized `ElasticLinear` of one width, because packed columns cannot be sliced.
 
-    On the CPU, whose quantized product is forty times slower than a dense one, the weight is
-    unpacked for each call: memory stays that of the packed one and of a single dense matrix.
+    On the CPU, where MLX's quantized product is forty times slower than the dense one, each call
+    dequantizes the weight. This takes the memory of one dense matrix beside the packed weights.
     """
 
     def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
@@ -101,7 +101,7 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
 
 
 class PerWidth(nn.Module):
-    """One module per width, for what is tied to the hidden length.
+    """One module per width, for parameters that are tied to the hidden length.
 
     Args:
         widths: the network's widths.
@@ -126,7 +126,7 @@ class PerWidth(nn.Module):
 
 
 class Table(nn.Module):
-    """A learned (rows, dims) table that starts at zero, as modulation does."""
+    """A learned (rows, dims) table, initialized to zero as the modulation is."""
 
     def __init__(self, rows: int, dims: int):
         super().__init__()
@@ -139,7 +139,7 @@ class Table(nn.Module):
 def sliced_parameters(module: Any, share: float) -> Any:
     """Parameters of `module`'s sub-network of `share`, nested like `module.parameters()`.
 
-    A module that depends on the width defines `sliced(share)`; all others are taken whole.
+    A module that depends on the width defines `sliced(share)`; all others are not sliced.
     """
     if isinstance(module, nn.Module):
         if hasattr(module, "sliced"):
@@ -155,11 +155,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def extract(network: Network, share: float) -> Network:
-    """A stand-alone network with only the sub-network of `share`, which computes the same.
+    """The sub-network of `share` as a stand-alone network with the same outputs.
 
-    The class of `network` takes nothing but its config, which has a `standalone(share)`. A module
-    put around one of the network's own, as an adapter is, defines `around(module, share)`: itself,
-    at that width, around another module.
+    The class of `network` is constructed from its config alone, and the config has a method
+    `standalone(share)`. A module that wraps one of the network's modules, such as `LoRALinear`,
+    defines `around(module, share)`, which returns the same wrapper around `module` at that width.
     """
     make, config = cast(Any, type(network)), cast(Any, network.config)
     alone = _wrapped(make(config.standalone(share)), network, share)
@@ -168,7 +168,7 @@ def extract(network: Network, share: float) -> Network:
 
 
 def _wrapped(alone: Any, network: Any, share: float) -> Any:
-    """`alone` with the modules that `network` has around its own."""
+    """`alone` with the wrappers that `network` has."""
     if hasattr(network, "around"):
         return network.around(alone, share)
     if isinstance(network, PerWidth):

@@ -3,7 +3,7 @@
 GELU here is fast on every backend. MLX computes tanh and exp on the CPU one element at a time,
 which makes GELU cost more than the matrix products around it. There, exp(x) is written as repeated
 squaring of a short series, plain arithmetic that the compiler turns into vector instructions: five
-times faster, with an absolute error below 1e-5. Metal and CUDA take MLX's own GELU.
+times faster, with an absolute error below 1e-5. Metal and CUDA use MLX's GELU.
 """
 
 import math
@@ -39,7 +39,7 @@ def _value(x: mx.array) -> mx.array:
 
 @mx.compile
 def _gradient(x: mx.array, cotangent: mx.array) -> mx.array:
-    x = mx.clip(x, -12.0, 12.0)  # beyond, the slope is 0 or 1 to the last digit
+    x = mx.clip(x, -12.0, 12.0)  # beyond, the slope is 0 or 1 in float32
     s = _sigmoid(2 * _C * (x + 0.044715 * x * x * x))
     return cotangent * (s + x * s * (1 - s) * (2 * _C * (1 + 0.134145 * x * x)))
 
@@ -101,8 +101,8 @@ def attend(
 ) -> mx.array:
     """Softmax attention with scale 1/sqrt(head_dim); kv heads are shared in order (GQA).
 
-    `modulation` (queries, keys) multiplies the attention weights after the softmax, and nothing
-    brings their sum back to 1 (EDT).
+    `modulation` (queries, keys) multiplies the attention weights after the softmax; they are not
+    normalized again (EDT).
     """
     if modulation is not None:
         share = q.shape[1] // k.shape[1]

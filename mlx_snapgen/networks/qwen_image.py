@@ -1,8 +1,8 @@
 """Qwen-Image's transformer (arXiv 2508.02324; diffusers' QwenImageTransformer2DModel).
 
-Text and picture are two streams with weights of their own that meet in joint attention. Modulation
-is adaLN-zero, per block and stream. Positions are MSRoPE: rows and columns counted from the
-picture's center, and the text on the diagonal beyond its edge.
+Text and picture are two streams with separate weights and joint attention. Modulation is
+adaLN-zero, per block and stream. Positions are MSRoPE: rows and columns counted from the picture's
+center, and the text on the diagonal beyond its edge.
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ def msrope_table(
 ) -> Rope:
     """Cosines and sines (text_length + height * width, head_dim/2): the text, then the picture.
 
-    A picture token stands at frame 0, rows -(height - height//2) .. height//2 - 1, columns alike;
-    text token i at max(height//2, width//2) + i on all three axes.
+    A picture token is at frame 0 and rows -(height - height//2) .. height//2 - 1, with the same
+    rule for columns. Text token i is at max(height//2, width//2) + i on all three axes.
     """
     rows, columns = (np.arange(n) - (n - n // 2) for n in (height, width))
     picture = np.stack(
@@ -90,7 +90,7 @@ class GELULinear(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dims: int):
         super().__init__()
-        # The identity takes the index of the public network's dropout.
+        # The identity has the index of the public network's dropout.
         self.net = [GELULinear(dims, 4 * dims), nn.Identity(), nn.Linear(4 * dims, dims)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -184,7 +184,7 @@ class QwenTransformer(nn.Module):
     """Velocity v = eps - x0 of Qwen-Image's latents."""
 
     BLOCKS = ("transformer_blocks",)
-    """Where the layers are that may be quantized."""
+    """Path of the layers that may be quantized."""
 
     def __init__(self, config: QwenTransformerConfig):
         super().__init__()

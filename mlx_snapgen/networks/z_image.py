@@ -1,8 +1,8 @@
 """Z-Image's transformer (diffusers' ZImageTransformer2DModel).
 
-Picture and caption are first refined each alone, then run through one stream of blocks together.
-The caption stands at frames 1, 2, ..., the picture at the frame after it. Both are filled up with
-learned tokens, which are attended to like any other, to a multiple of 32.
+Picture and caption are refined separately, then processed as one sequence by one stream of blocks.
+In RoPE the caption has the frames 1, 2, ..., and the picture has the frame after it. Both are
+padded to a multiple of 32 with learned tokens, which are attended to like all others.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from mlx_snapgen.networks.layers import (
 from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
 
 MULTIPLE = 32
-"""Lengths of picture and caption are filled up to multiples of this."""
+"""Picture and caption are padded to multiples of this number of tokens."""
 
 
 class TimestepEmbedder(nn.Module):
@@ -113,10 +113,10 @@ class FinalLayer(nn.Module):
 
 
 class ZImageTransformer(nn.Module):
-    """Velocity v = eps - x0 of Z-Image's latents (the public network gives its negative)."""
+    """Velocity v = eps - x0 of Z-Image's latents (the public network returns -v)."""
 
     BLOCKS = ("noise_refiner", "context_refiner", "layers")
-    """Where the layers are that may be quantized."""
+    """Path of the layers that may be quantized."""
 
     def __init__(self, config: ZImageTransformerConfig):
         super().__init__()
@@ -186,7 +186,7 @@ class ZImageTransformer(nn.Module):
     def _caption(
         self, text: mx.array, mask: mx.array | None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Embedded captions (B, L, d) with L a multiple of 32, mask, filled-up lengths (B,)."""
+        """Embedded captions (B, L, d) with L a multiple of 32, mask, padded lengths (B,)."""
         b, length, _ = text.shape
         if mask is None:
             mask = mx.ones((b, length), mx.bool_)
@@ -207,7 +207,7 @@ class ZImageTransformer(nn.Module):
         return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
 
     def _picture_rope(self, grid: tuple[int, int], fill: int, cap_lengths: mx.array) -> Rope:
-        """(B, 1, N + fill, head_dim/2): the picture after its caption, what fills it up at 0."""
+        """(B, 1, N + fill, head_dim/2): the picture after its caption, its padding at 0."""
         rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
         frequencies = axis_frequencies(self.config.rope_axes, self.config.rope_theta)
         frames, *others = (mx.array(f, mx.float32) for f in frequencies)

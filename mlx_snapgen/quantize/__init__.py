@@ -1,1 +1,1 @@
-"""Fewer bits: quantization in memory, palettes, and which layers are sensitive."""
+"""Quantization in memory, palettes, and the choice of bits by sensitivity."""

@@ -1,11 +1,11 @@
 """Palettes for a transformer's weights (SnapGen++ section 6).
 
-A weight becomes indices into a palette of 16 or 256 fp16 numbers, found by k-means; `sensitivity`
-chooses the size. Norms, biases, modulation and RoPE tables have no palette. Nor have the text
-projections, which run once per picture, with the text encoders.
+A weight becomes indices into a palette of 16 or 256 fp16 numbers, found by k-means;
+`mlx_snapgen.quantize.sensitivity` chooses the size. Norms, biases, modulation, RoPE tables and the
+text projections, which run only once per picture, have no palette.
 
-A network with palettes is an ordinary one whose weights hold the numbers of the palettes. All
-widths share them, since a narrower network's weight is the corner of the wider one's.
+A network with palettes is an ordinary `EfficientDiT` whose weights are numbers of the palettes. All
+widths share the palettes, because a narrower network's weight is a corner of the wider one's.
 """
 
 import json
@@ -24,10 +24,10 @@ from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
 LOW, HIGH = 4, 8
-"""Bits of an index, of most layers and of the sensitive ones."""
+"""Bits of an index, for most layers and for the sensitive ones."""
 
 LEAST = 2048
-"""Smaller layers, in weights, have no palette: 256 numbers would save nothing there."""
+"""Layers with fewer weights have no palette: one of 256 numbers would save nothing."""
 
 FILE = "palettes.json"
 FORMAT_VERSION = 1
@@ -38,10 +38,10 @@ class Palettes:
     """Which layers have palettes, of how many bits.
 
     Attributes:
-        average_bits: of all weights that have one, at most.
+        average_bits: upper limit of the average over all weights that have a palette.
         bits: name of a layer -> bits of an index (see `layers`).
         mse: name of a layer -> its sensitivity (see `sensitivity`).
-        prompts: that it was measured on.
+        prompts: the prompts that the sensitivity was measured on.
         widths: names of the widths that the palettes are meant for.
     """
 
@@ -68,7 +68,7 @@ class Palettes:
 def k_means(values: np.ndarray, clusters: int) -> np.ndarray:
     """At most `clusters` centers of numbers, sorted: Lloyd's algorithm, in one dimension.
 
-    Sorted values and their running sums make a round cost no more than a search for each border.
+    With sorted values and their cumulative sums, a round costs one binary search per border.
     """
     values = np.sort(values.ravel()).astype(np.float64)
     if len(distinct := np.unique(values)) <= clusters:
@@ -86,7 +86,7 @@ def k_means(values: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _first_centers(values: np.ndarray, clusters: int) -> np.ndarray:
-    """Centers to start from: the best of a histogram, or for many a density that is nearly it."""
+    """Initial centers: optimal for a histogram of the values, or for many clusters nearly so."""
     bins = 512
     counts, edges = np.histogram(values, bins)
     if clusters > 2**LOW:
@@ -159,7 +159,7 @@ def with_palettes(network: EfficientDiT, bits: Mapping[str, int]) -> EfficientDi
 
 
 def palettes_file(palettes: Palettes) -> dict[str, str]:
-    """What `save_pretrained` adds to the folder of a network with palettes."""
+    """Name -> text of the file that `save_pretrained` adds for a network with palettes."""
     values = {"format_version": FORMAT_VERSION} | palettes.to_dict()
     return {FILE: json.dumps(values, indent=1)}
 
@@ -194,7 +194,7 @@ def load_palettes(folder: Path) -> Palettes | None:
 def check_palettes(network: EfficientDiT, palettes: Palettes) -> None:
     """`UserError` unless the network's weights hold the numbers of these palettes and no others."""
     of_network = layers(network)
-    # The layers of a narrow network may have become too small: `palettes` may name more.
+    # Layers of a narrow network may be too small for a palette, so `palettes` may name more.
     if other := sorted(of_network.keys() - palettes.bits.keys()):
         raise UserError(f"{FILE} is of another network: it has no {other[0]}")
     for name, some in of_network.items():

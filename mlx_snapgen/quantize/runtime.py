@@ -15,14 +15,14 @@ def quantize_transformer(transformer: EfficientDiT, bits: int, *, group_size: in
 
     Layers whose rows do not divide by `group_size` keep their precision. On Metal and CUDA the
     layers are replaced by packed ones. On the CPU, where MLX's quantized product is forty times
-    slower than a dense one, weights are rounded to what the packed ones would hold and stay dense:
-    the pictures show the quantization, memory and speed do not.
+    slower than a dense one, weights are rounded to the values of the packed ones and stay dense:
+    pictures have the quantization error, but memory and speed do not change.
 
     Returns:
         The number of parameters that are now quantized.
 
     Raises:
-        UserError: impossible bits or groups, several widths, or not one layer divides.
+        UserError: unsupported bits or group size, several widths, or no layer whose rows divide.
     """
     check_quantization({"transformer": {"bits": bits, "group_size": group_size}}, ["transformer"])
     if transformer.config.widths != (1.0,):

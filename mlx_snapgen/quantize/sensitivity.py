@@ -1,7 +1,8 @@
-"""Which layers of a transformer get larger palettes, by what each loses (SnapGen++ section 6).
+"""Choose the layers of a transformer that get larger palettes (SnapGen++ section 6).
 
-How sensitive a layer is, is the mean squared error of its own output when it alone has a palette of
-16 numbers, over calibration prompts. The worst get 256, as many as the average allows.
+The sensitivity of a layer is the mean squared error of its output, over calibration prompts, when
+it alone has a palette of 16 numbers. The most sensitive layers get 256 numbers, as many layers as
+the average number of bits allows.
 """
 
 import contextlib
@@ -23,18 +24,18 @@ from mlx_snapgen.quantize.palettes import HIGH, LOW, Palettes, layers, palettize
 from mlx_snapgen.settings import DrawSettings
 
 MOST_STEPS = 8
-"""Steps of a calibration picture, fewer than those of a model that samples in many."""
+"""Maximum number of steps of a calibration picture."""
 
 PROMPTS = (
     "a red apple",
     "a portrait of an old fisherman, soft light",
     "a city street at night in the rain",
-    "a watercolour of mountains above a lake",  # its spelling decides which palettes are chosen
+    "a watercolour of mountains above a lake",  # its spelling affects which palettes are chosen
 )
 
 
 class _Probe(nn.Module):
-    """A layer that measures what its output loses when its weight has `LOW` bits."""
+    """A layer that measures the error of its output when its weight has `LOW` bits."""
 
     def __init__(self, layer: Any, report: Callable[[float], object]):
         super().__init__()
@@ -56,7 +57,7 @@ class _Probe(nn.Module):
 
 @contextlib.contextmanager
 def _probed(network: EfficientDiT) -> Iterator[dict[str, list[float]]]:
-    """Name of a layer -> its errors, filled in whenever the network runs inside the block."""
+    """Name of a layer -> its errors, one for each run of the network inside the block."""
     errors: dict[str, list[float]] = {}
     chosen = {id(layer): name for name, some in layers(network).items() for layer in some}
     own = {path: m for path, m in linear_layers(network).items() if id(m) in chosen}
@@ -86,12 +87,12 @@ def choose_bits(
     """Bits of each layer, at most `average` over all weights.
 
     Args:
-        errors: what `sensitivities` gives.
+        errors: name -> MSE, from `sensitivities`.
         sizes: name -> number of weights.
         average: from `LOW` to `HIGH`.
 
     Raises:
-        UserError: another average.
+        UserError: `average` is out of this range.
     """
     if not LOW <= average <= HIGH:
         raise UserError(f"weights take {LOW} to {HIGH} bits on average, not {average:g}")
@@ -111,12 +112,12 @@ def choose_palettes(
     widths: Mapping[str, float],
     prompts: Sequence[str] | None = None,
 ) -> Palettes:
-    """Palettes for a model, by what its layers lose at the widest of some widths.
+    """Palettes for a model, chosen by sensitivity at the widest of `widths`.
 
     Args:
-        components: in float32, the few-step LoRA fused if it is to be used.
+        components: in float32, with the few-step LoRA merged if it is used.
         widths: name -> share of the hidden dimensions, of `components.transformer`.
-        prompts: to calibrate on; None takes some from the model's vocabulary.
+        prompts: calibration prompts; None makes some from the model's vocabulary.
     """
     network, share = components.transformer, max(widths.values())
     prompts = list(prompts or calibration_prompts(components.vocabulary))
@@ -139,12 +140,12 @@ def choose_palettes(
 
 
 def sliced_size(layer: nn.Module, share: float) -> int:
-    """Weights of the sub-network of `share`."""
+    """Number of weights of a layer in the sub-network of `share`."""
     return (layer.sliced(share) if isinstance(layer, ElasticLinear) else layer)["weight"].size
 
 
 def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[str]:
-    """Prompts that a model can draw: from its vocabulary, if it has one."""
+    """Calibration prompts, made from the model's vocabulary if it has one."""
     words = vocabulary or {}
     if not (nouns := words.get("nouns")):
         return list(PROMPTS)

@@ -1,5 +1,5 @@
-"""Large public flow models that a small one can learn from, behind one interface.
+"""Large public flow models as teachers of a small one, behind one interface.
 
-A teacher is a folder that `python -m convert.teacher` writes. Module names are the public ones, so
-that public LoRAs find their layers.
+`python -m convert.teacher` writes a teacher's folder. Modules have their public names, so that the
+keys of public LoRAs match.
 """

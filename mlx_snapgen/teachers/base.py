@@ -1,7 +1,7 @@
-"""What distillation needs of a teacher.
+"""The interface of a teacher in distillation.
 
-A teacher is a flow model with guidance, last-layer features, and a few-step mode, which is a LoRA
-beside the same weights.
+A teacher is a flow model with guidance, last-layer features, and a few-step mode: a LoRA over the
+same weights.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Teacher(Protocol):
     def velocity(
         self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
     ) -> mx.array:
-        """The many-step model's velocity (xi); a scale of 1 is no guidance."""
+        """The many-step model's velocity (xi); a scale of 1 disables guidance."""
         ...
 
     def velocity_and_features(

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.sampling import guide
@@ -16,11 +16,11 @@ from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
 
 
 class CheckpointTeacher:
-    """The full width of one of our own networks, its adapters off but for the few-step one.
+    """The full width of an `EfficientDiT`, with all adapters off except the few-step one.
 
     Args:
-        network: may be the very network whose adapters are being trained: adapters that are off
-            have no effect, so teacher, student and critic share one set of base weights.
+        network: may be the network whose adapters are trained: adapters that are off have no
+            effect, so teacher, student and critic can share one set of base weights.
         text_encoders: the model's.
         few_step: name of the few-step adapter in `network`, or None when there is none.
     """
@@ -46,14 +46,14 @@ class CheckpointTeacher:
 
     def read(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> the network's joined text (B, L, D) and mask (B, L)."""
-        with acting(self.network):
+        with active_adapters(self.network):
             return encode_prompts(prompts, self.text_encoders, transformer=self.network)
 
     def velocity(
         self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
     ) -> mx.array:
         """See `Teacher.velocity`."""
-        with acting(self.network):
+        with active_adapters(self.network):
             if guidance_scale == 1:
                 return self.network(x_t, t, condition.text, condition.mask)
             count = len(x_t)
@@ -68,7 +68,7 @@ class CheckpointTeacher:
     ) -> tuple[mx.array, mx.array]:
         """See `Teacher.velocity_and_features`."""
         names = [self.few_step] if few_step and self.few_step is not None else []
-        with acting(self.network, *names):
+        with active_adapters(self.network, *names):
             return self.network(x_t, t, condition.text, condition.mask, return_features=True)
 
 

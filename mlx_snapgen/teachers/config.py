@@ -1,4 +1,4 @@
-"""What a teacher is made of, as frozen dataclasses. No mlx here."""
+"""Configs of teachers, as frozen dataclasses. Does not import mlx."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,9 +17,10 @@ from mlx_snapgen.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a teacher is sampled; its noise levels are diffusers' FlowMatchEulerDiscreteScheduler's.
+    """A teacher's sampler, with the noise levels of diffusers' FlowMatchEulerDiscreteScheduler.
 
-    The time shift is e^mu, mu linear in the number of picture tokens: `log_shifts` at `tokens`.
+    The time shift is e^mu. mu is linear in the number of picture tokens, and is `log_shifts` at
+    `tokens`.
     """
 
     num_inference_steps: int = 50
@@ -27,19 +28,19 @@ class Schedule:
     log_shifts: tuple[float, float] = (0.5, 0.9)
     tokens: tuple[int, int] = (256, 8192)
     terminal: float = 0.0
-    """The levels are stretched so that the last one before 0 is this; 0 does not."""
+    """The levels are stretched so that the last one before 0 has this value; 0 disables it."""
 
     def time_shift(self, num_tokens: int) -> float:
-        """Shift of the noise levels for a picture of so many tokens."""
+        """Shift of the noise levels for a picture of `num_tokens` tokens."""
         (low, high), (few, many) = self.log_shifts, self.tokens
         return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
 
 
 LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
-"""What Qwen-Image-Lightning's LoRAs are made for."""
+"""The few-step schedule of Qwen-Image-Lightning's LoRAs."""
 
 TURBO = Schedule(8, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
-"""What Z-Image-Turbo was distilled for."""
+"""The few-step schedule of Z-Image-Turbo."""
 
 TRANSFORMERS: dict[str, type] = {
     "qwen-image": QwenTransformerConfig,
@@ -57,11 +58,11 @@ class TeacherConfig:
     autoencoder: AutoencoderConfig = QWEN_IMAGE_AUTOENCODER
     schedule: Schedule = field(default_factory=lambda: Schedule(terminal=0.02))
     few_step: Schedule | None = None
-    """How to sample with the few-step LoRA in the folder, or without one if the model itself is
-    distilled; None when there is no such mode."""
+    """The schedule of the few-step mode: of the LoRA in the folder, or of the model itself if it is
+    distilled. None if there is no such mode."""
     text_encoder: str = "text_encoder"
-    """Folder, absolute or in the teacher's, or Hugging Face repository, in the format of Hugging
-    Face or mlx-lm, its tokenizer included."""
+    """Folder (absolute, or relative to the teacher's folder) or Hugging Face repository with the
+    language model and its tokenizer, in the format of Hugging Face or mlx-lm."""
     quantization: dict[str, int] | None = None
     """How the transformer's blocks are stored: `{"bits": 4, "group_size": 64}`."""
 

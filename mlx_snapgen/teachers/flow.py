@@ -19,8 +19,8 @@ class FlowTeacher:
     """A public network as a teacher.
 
     Args:
-        config: of the teacher. A few-step mode without an adapter in `network` means that the
-            model itself is distilled.
+        config: of the teacher. If it has a few-step mode but `network` has no adapter, the model
+            itself is distilled.
         network: a `VelocityNetwork`; its only adapter, if any, is the few-step one.
         prompts: its text encoder; None once it was freed.
     """
@@ -47,11 +47,11 @@ class FlowTeacher:
         if self.prompts is None:
             raise UserError("this teacher's text encoder was freed: load the teacher again")
         if self._empty is None:
-            self._empty = self.prompts([self.prompts.reading.empty])
+            self._empty = self.prompts([self.prompts.prompt_format.empty])
         return Condition(*self.prompts(prompts), *self._empty)
 
     def free_text_encoder(self) -> None:
-        """Free its memory; nothing can be encoded after that."""
+        """Free the memory of the text encoder; `encode` fails after that."""
         self.prompts = None
         mx.clear_cache()
 
@@ -60,8 +60,8 @@ class FlowTeacher:
     ) -> mx.array:
         """See `Teacher.velocity`; guidance is true CFG, two passes of the network.
 
-        Qwen-Image then rescales the velocity of each patch to the length that it has without
-        guidance (as diffusers' QwenImagePipeline does).
+        For Qwen-Image the velocity of each patch is then rescaled to its norm without guidance (as
+        in diffusers' QwenImagePipeline).
         """
         v = self._run(x_t, t, condition.text, condition.mask)
         if guidance_scale == 1:
@@ -107,7 +107,7 @@ def length_ratio(v: mx.array, guided: mx.array, *, patch: int) -> mx.array:
 def noise_levels(
     schedule: Schedule, num_tokens: int, *, num_inference_steps: int | None = None
 ) -> list[float]:
-    """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of so many tokens."""
+    """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of `num_tokens` tokens."""
     count = num_inference_steps or schedule.num_inference_steps
     *levels, end = get_schedule(count, schedule.time_shift(num_tokens))
     if schedule.terminal and levels[-1] < 1:

@@ -33,12 +33,12 @@ FORMAT_VERSION = 1
 CONFIG = "teacher.json"
 
 NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
-READINGS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
+PROMPT_FORMATS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
 """`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
 
 
 def is_teacher(folder: Path) -> bool:
-    """Whether `folder` is one of a public teacher."""
+    """Whether `folder` contains a public teacher."""
     return (folder / CONFIG).is_file()
 
 
@@ -53,7 +53,7 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
             can be freed before. Not for compiled functions.
 
     Raises:
-        UserError: no teacher, or one with damaged, missing, unknown or misshapen weights.
+        UserError: no teacher, or its weights are damaged, missing, unknown or misshapen.
     """
     config = load_teacher_config(folder)
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
@@ -114,8 +114,8 @@ def load_prompts(
     source = folder / config.text_encoder
     if not source.is_dir():
         source = find_model(config.text_encoder, files=QWEN_FILES)
-    reading = READINGS[config.kind]
-    return load_qwen(source, reading, dims=config.transformer.text_dims, dtype=dtype)
+    prompt_format = PROMPT_FORMATS[config.kind]
+    return load_qwen(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 
 def quantizable(network: QwenTransformer | ZImageTransformer, group_size: int) -> set[str]:

@@ -50,10 +50,10 @@ def z_image(tmp_path_factory):
 def test_qwen_image_reads_as_its_pipeline_does(qwen, monkeypatch):
     """Both are held against float64 as well, so that a difference tells whose it is."""
     pipeline, _, teacher, _ = qwen
-    reading = teacher.prompts.reading
-    assert reading.template == pipeline.prompt_template_encode
-    assert reading.dropped == pipeline.prompt_template_encode_start_idx
-    assert reading.max_length == pipeline.tokenizer_max_length
+    prompt_format = teacher.prompts.prompt_format
+    assert prompt_format.template == pipeline.prompt_template_encode
+    assert prompt_format.dropped == pipeline.prompt_template_encode_start_idx
+    assert prompt_format.max_length == pipeline.tokenizer_max_length
     expected, mask = pipeline.encode_prompt(PROMPTS)
     condition = teacher.encode(PROMPTS)
     length = expected.shape[1]
@@ -103,7 +103,9 @@ def test_language_models_are_read_in_other_layouts_too(qwen, tmp_path, layout, b
     found, expected = prompts(PROMPTS)[0], teacher.encode(PROMPTS).text
     error = relative_difference(found, expected)
     assert 0 < error < 0.1 if bits else error < 1e-6
-    with pytest.raises(UserError, match="holds a qwen2_5_vl, this teacher reads with a qwen3"):
+    with pytest.raises(
+        UserError, match="holds a qwen2_5_vl, this teacher's text encoder is a qwen3"
+    ):
         load_qwen(folder, Z_IMAGE, dims=32)
     with pytest.raises(UserError, match="gives states of 32, the teacher takes those of 48"):
         load_qwen(folder, QWEN_IMAGE, dims=48)

@@ -94,7 +94,7 @@ FLOORS = {
         common
     """,
     "train.data": """
-        crops taught prior simulation trajectories
+        crops distillation prior simulation trajectories
         encoded
         imagefolder prompts stickers
         source streams

@@ -385,7 +385,7 @@ def test_mistakes_are_said(model_folder, tmp_path, monkeypatch):
         (["--per-category", 0], "at least 1"),
         (["--seed", -1], "not be negative"),
         (["--gallery"], "needs --output"),
-        ([], "say --num-nouns"),
+        ([], "give --num-nouns"),
         (["--num-nouns", 100, "--model-widths", "tinny"], "invalid choice: 'tinny'"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -396,5 +396,5 @@ def test_known_nouns_must_be_the_first_of_the_vocabulary(components):
     names = [noun.name for noun in NOUNS[:30]]
     good = dataclasses.replace(components, vocabulary={"nouns": names})
     assert known_nouns(good) == 30
-    with pytest.raises(UserError, match="other nouns"):
+    with pytest.raises(UserError, match="another vocabulary"):
         known_nouns(dataclasses.replace(good, vocabulary={"nouns": names[::-1]}))

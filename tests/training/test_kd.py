@@ -20,15 +20,15 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokeni
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from train import kd
+from train.data.distillation import DistillationBatches
 from train.data.encoded import EncodedBatches
 from train.data.stickers.source import Stickers
-from train.data.taught import TaughtBatches
 from train.export import assemble
 from train.loop.checkpoint import latest_checkpoint, read_log
 from train.loop.config import TrainingConfig
 from train.loop.run import recorded
 from train.loop.trainer import Trainer
-from train.objectives.distillation import Distillation, Student, fit_to_teacher, lesson
+from train.objectives.distillation import Distillation, Student, fit_to_teacher, teacher_targets
 from train.objectives.elastic import ElasticStep, noisy
 
 WIDTHS = (1.0, 0.5, 0.375)
@@ -245,7 +245,7 @@ def test_no_gradient_goes_into_the_teacher(parts):
         network.update(params)
         return sum(
             y.square().sum()
-            for y in lesson(teacher, x_t, t=t, condition=condition, guidance_scale=3.0)
+            for y in teacher_targets(teacher, x_t, t=t, condition=condition, guidance_scale=3.0)
         )
 
     grads = mx.grad(told)(params)
@@ -395,7 +395,7 @@ def test_the_teacher_reads_what_the_student_is_told(
     data = EncodedBatches(
         source, components.autoencoder, tokenizers, batch_size=4, seed=0, drop_caption=0.6
     )
-    batches = [TaughtBatches(data, teacher)(k) for k in range(8)]
+    batches = [DistillationBatches(data, teacher)(k) for k in range(8)]
     kept = np.array([[b[f"mask_{i}"].sum(1) > 2 for i in (0, 1)] for b in batches]).any(1)
     told = np.array([[bool(prompt) for prompt in prompts] for prompts in asked])
     np.testing.assert_array_equal(told, kept)

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.lora.adapters import acting, add_lora
+from mlx_snapgen.lora.adapters import active_adapters, add_lora
 from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
@@ -94,7 +94,7 @@ def test_student_gradient_is_equation_9(parts, width):
 
     def student(params):
         model.update(params)
-        with acting(network, "student"):
+        with active_adapters(network, "student"):
             v = network(x_t, sigma, condition.text, condition.mask, share=width)
         return x_t - expand(sigma, x_t) * v
 
@@ -102,9 +102,9 @@ def test_student_gradient_is_equation_9(parts, width):
     x0 = student(params)
     tau = sample_tau(keys[2], 3)
     x_tau = add_noise(x0, mx.random.normal(x0.shape, key=keys[3]), expand(tau, x0))
-    with acting(network, critic_name(width)):
+    with active_adapters(network, critic_name(width)):
         v_critic = network(x_tau, tau, condition.text, condition.mask, share=width)
-    with acting(network):
+    with active_adapters(network):
         v_cond = network(x_tau, tau, condition.text, condition.mask)
         empty = mx.repeat(condition.empty_text, 3, 0), mx.repeat(condition.empty_mask, 3, 0)
         v_uncond = network(x_tau, tau, *empty)

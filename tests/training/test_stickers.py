@@ -217,7 +217,7 @@ def test_glyphs_stand_out_on_their_background():
             lost_on = COLOR_LOST_ON[placed.color] if placed.color else placed.noun.lost_on
             assert scene.background not in lost_on
             assert scene.background != placed.color
-    unsaid = [scene.background for scene in TRAINING if not scene.background_said]
+    unsaid = [scene.background for scene in TRAINING if not scene.background_named]
     assert 0.75 < unsaid.count("white") / len(unsaid) < 0.88
 
 
@@ -284,7 +284,7 @@ def test_captions_name_every_thing_shown():
                 assert placed.color is None or placed.color in text
         text = scene.caption.lower().replace("gray", "grey")
         named = [name for name in BACKGROUNDS if f"{name} background" in text]
-        if scene.background_said:
+        if scene.background_named:
             assert scene.background in named or f" on {scene.background}" in text, text
         else:
             assert named == [], text
@@ -336,7 +336,7 @@ def test_positions_in_captions_agree_with_the_boxes():
     assert len(scenes) > 100
     rng = np.random.default_rng(0)
     for scene in scenes:
-        scene = dataclasses.replace(scene, background_said=False)
+        scene = dataclasses.replace(scene, background_named=False)
         texts = [captions.caption(scene, rng) for _ in range(5)]
         for text in [plain_caption(scene), *texts]:
             text = re.sub(r"(, clip art|, sticker style)?\.?$", "", text.lower())

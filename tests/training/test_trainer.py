@@ -259,7 +259,7 @@ def test_bfloat16_computes_roughly_the_same_over_float32_weights(tmp_path):
     assert not all(np.array_equal(expected[k], found[k]) for k in expected)
     for name in ("model.layers.0.weight", "ema.layers.1.weight"):
         np.testing.assert_allclose(expected[name], found[name], atol=0.05)
-    with pytest.raises(UserError, match="precision 'half' is none of auto"):
+    with pytest.raises(UserError, match="precision 'half' is not one of auto"):
         TrainingConfig(steps=1, precision="half")
 
 
@@ -546,5 +546,5 @@ def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):
     expected = dict(tree_flatten(straight.model.parameters()))
     for name, value in tree_flatten(resumed.model.parameters()):
         np.testing.assert_array_equal(np.array(value), np.array(expected[name]), err_msg=name)
-    with pytest.raises(UserError, match="'sgd' is none of adamw, muon"):
+    with pytest.raises(UserError, match="'sgd' is not one of adamw, muon"):
         TrainingConfig(steps=1, optimizer="sgd")

@@ -1,1 +1,1 @@
-"""What trainers learn from: batch k depends on k alone."""
+"""Training data. Batch k depends on k and the seed alone."""

@@ -21,11 +21,11 @@ class EncodedBatches:
     Args:
         batch_size: pictures in a micro-batch.
         seed: of the dropped captions.
-        drop_caption: share of captions replaced by the empty prompt, for guidance; with several
-            encoders each drops on its own.
-        noises_per_picture: how many micro-batches of a step show the same pictures; the trainer
-            puts different noise on each. Pictures then are drawn and encoded less often, which
-            takes a fifth of a step's time.
+        drop_caption: share of captions replaced by the empty prompt, for guidance; several encoders
+            drop captions independently.
+        noises_per_picture: number of micro-batches of a step with the same pictures; the trainer
+            adds different noise to each. This saves time, because rendering and encoding pictures
+            takes a fifth of a step.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ def rows(batch: Batch, chosen: Sequence[int] | slice) -> Batch:
 
 
 class EncodedFolder:
-    """Batches of a folder's pictures, each batch of one size, and prior samples with them.
+    """Batches of a folder's pictures, each batch of one size, optionally with prior samples.
 
     Pictures and captions are encoded once, here.
 
     Args:
-        prior: from `draw_prior`, or None; half a batch of these joins every batch.
+        prior: from `draw_prior`, or None; half a batch of them is added to every batch.
         drop_caption: share of captions replaced by the empty prompt, for guidance.
     """
 
@@ -142,7 +142,7 @@ class EncodedFolder:
         if self.prior:
             count = max(1, self.batch_size // 2)
             prior = rows(self.prior, some(rng, len(self.prior["latents"]), count))
-            # Guidance needs the model's velocity without a caption as well.
+            # Guidance also needs the model's velocity without a caption.
             prior |= self._dropped(rng, prior)
             batch |= {f"prior_{name}": value for name, value in prior.items()}
         return batch

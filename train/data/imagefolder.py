@@ -26,8 +26,8 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".heic", ".heif", ".avif", ".jp2"),
 )
-SIDES = 16  # about so many steps divide a bucket's side, so that large pictures have few buckets
-LONGEST = 2  # a bucket's longer side, in sides of a square with as many pixels
+SIDES = 16  # approximate number of possible sides of a bucket; few, also for large pictures
+LONGEST = 2  # limit of a bucket's longer side, relative to the square with as many pixels
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -53,7 +53,7 @@ class Example:
 
 
 def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], list[str]]:
-    """All pictures of a folder, and of those in it, that can be read and have a caption.
+    """All readable pictures with a caption in a folder and its subfolders.
 
     A picture with two captions in the metadata becomes two examples.
 
@@ -65,7 +65,7 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
         the examples in the order of their names, and a line for each picture that is skipped.
 
     Raises:
-        UserError: no such folder, damaged metadata, or no picture left.
+        UserError: no such folder, damaged metadata, or no usable picture.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -165,14 +165,14 @@ def read_picture(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture that can be read here; save it as PNG") from None
     except Exception as error:
-        # A damaged file may lead Pillow's readers to an exception of any kind.
+        # Pillow may raise an exception of any kind for a damaged file.
         reason = _one_line(str(error)) or type(error).__name__
         raise UserError(f"{path}: cannot be read ({reason})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16 bits of gray, which Pillow would clip to 8.
+        # Pillow would clip 16-bit gray to 8 bits.
         gray = np.asarray(image).astype(np.int64) >> 8
         return Image.fromarray(gray.clip(0, 255).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -187,7 +187,7 @@ def bucket_sizes(size: Size, unit: int) -> list[Size]:
 
     Args:
         size: (height, width), multiples of `unit`.
-        unit: what a side must divide by.
+        unit: sides are multiples of this.
     """
     area = size[0] * size[1]
     side = math.sqrt(area)
@@ -207,13 +207,13 @@ def nearest_bucket(picture: Image.Image, buckets: Sequence[Size]) -> Size:
 
 
 def fit(picture: Image.Image, size: Size) -> np.ndarray:
-    """The largest middle part of the picture with the shape of `size`, resized to it: uint8."""
+    """The largest centered crop of the picture with the aspect of `size`, resized to it: uint8."""
     height, width = size
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
 
 
 def describe(examples: Sequence[Example]) -> str:
-    """Such as "4 pictures (3 of 64x32, 1 of 32x64 pixels)"."""
+    """A summary such as "4 pictures (3 of 64x32, 1 of 32x64 pixels)"."""
     sizes = Counter(example.size for example in examples)
     counts = ", ".join(f"{n} of {w}x{h}" for (h, w), n in sorted(sizes.items()))
     return f"{len(examples)} pictures ({counts} pixels)"
@@ -260,12 +260,12 @@ class PictureFolder:
 
 
 def choose(rng: np.random.Generator, counts: Sequence[int], count: int) -> tuple[int, list[int]]:
-    """A bucket, as likely as it has pictures, and `count` of its rows."""
+    """A random bucket, in proportion to its number of pictures, and `count` of its rows."""
     sizes = np.array(counts)
     bucket = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
     return bucket, some(rng, counts[bucket], count)
 
 
 def some(rng: np.random.Generator, total: int, count: int) -> list[int]:
-    """`count` of `total`, each at most once if there are enough."""
+    """`count` random indices below `total`, without repetition if there are enough."""
     return rng.choice(total, count, replace=count > total).tolist()

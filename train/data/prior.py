@@ -9,7 +9,7 @@ from mlx_snapgen.draw import draw_pictures
 from train.data.encoded import encode_captions, encode_pictures
 from train.data.source import Batch
 
-PRIOR_SEED = 1_000_000  # of the first prior picture, away from seeds that people type
+PRIOR_SEED = 1_000_000  # seed of the first prior picture, larger than seeds that users choose
 
 
 def draw_prior(components: Components, captions: Sequence[str]) -> Batch:

@@ -17,7 +17,7 @@ class PromptList:
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:
-    """Up to `count` different items from all over a sequence."""
+    """Up to `count` different items of a sequence, evenly spaced."""
     different = list(dict.fromkeys(items))
     count = min(count, len(different))
     return [different[k * len(different) // count] for k in range(count)]

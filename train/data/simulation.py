@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_snapgen.config import FOUR_STEPS
-from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.sampling import add_noise, get_schedule
 from mlx_snapgen.teachers.base import Teacher
@@ -28,8 +28,8 @@ class Simulation:
         network: has the student's adapter.
         shape: (h, w, C) of the latents.
         share_of: step -> the student's share of the network's width.
-        read: prompts -> the student's text and mask; None where the teacher has the student's own
-            text encoders, whose text then serves both.
+        read: prompts -> the student's text and mask; None if the teacher has the student's text
+            encoders: then both use the teacher's text.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Simulation:
         self.seed = seed
 
         def predict(x_t, sigma, text, mask, share):
-            with acting(network, STUDENT):
+            with active_adapters(network, STUDENT):
                 v = network(x_t, sigma, text, mask, share=share)
             return x_t - sigma[:, None, None, None] * v
 
         self._predict = mx.compile(predict, inputs=network.state)
 
     def __call__(self, number: int) -> Batch:
-        """Batch `number`, from the student with its present weights."""
+        """Batch `number`, sampled with the student's current weights."""
         # The trainer numbers batches by step, then process.
         step = number // mx.distributed.init().size()
         count = self.batch_size

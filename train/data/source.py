@@ -1,7 +1,8 @@
-"""Where training data come from.
+"""Interfaces of sources of training data. Each source is a module in this folder.
 
-What a source returns depends on the arguments and the source's own seed alone: a resumed run sees
-the same data as one that was never stopped.
+The data depend only on the arguments and the source's seed, so that a resumed run gets the same
+data as an uninterrupted one. To add a source, write a class with these methods (`imagefolder` is an
+example), and choose it in a command at the top of `train/`.
 """
 
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ class PictureSource(Protocol):
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What the run's folder records of the source, as JSON values; "data" is its kind."""
+        """Settings to record in the run's folder, as JSON values; "data" is the source's kind."""
         ...
 
 

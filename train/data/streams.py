@@ -6,9 +6,9 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What random numbers are drawn for: each purpose has a stream of its own.
+    """The purposes of random numbers; each has a separate stream.
 
-    The values are part of every run: with others, a resumed run sees other data.
+    Do not change the values: a resumed run would get other data.
     """
 
     CROPS = 1

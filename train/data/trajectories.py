@@ -1,4 +1,4 @@
-"""The inputs and velocities of a model's network on its way from noise to pictures."""
+"""Inputs and velocities of a network along its sampling trajectories."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,13 +16,13 @@ CHUNK = 8  # pictures drawn at a time
 
 
 class Trajectories:
-    """The velocities on a model's own paths, with and without the prompt, as batches.
+    """Batches of a model's velocities on its own trajectories, with and without the prompt.
 
     Args:
-        components: the model; it draws here only, not when batches are made.
-        captions: one picture is drawn of each.
+        components: the model; it samples when this object is created, not when batches are made.
+        captions: one picture is sampled for each.
         shares: of the network's width, to draw with.
-        first_seed: noise of the first picture; the seeds of the others follow it.
+        first_seed: seed of the first picture; the next pictures have the next seeds.
         share_of: number of a batch -> its share.
     """
 
@@ -41,7 +41,7 @@ class Trajectories:
         encoders, network = components.text_encoders, components.transformer
         chunks = [captions[k : k + CHUNK] for k in range(0, len(captions), CHUNK)]
         encoded = [encode_prompts(some, encoders, transformer=network) for some in [[""], *chunks]]
-        # Row 0 is the empty prompt, which guidance needs.
+        # Row 0 is the empty prompt, for guidance.
         self.text, self.mask = (mx.concatenate(list(x)) for x in zip(*encoded, strict=True))
         mx.eval(self.text, self.mask)
         self.states: dict[float, Batch] = {}
@@ -70,7 +70,7 @@ class Trajectories:
         return batch | {"text": self.text[prompt], "mask": self.mask[prompt]}
 
     def error(self, network: EfficientDiT, share: float) -> float:
-        """Mean squared error of a network's velocity over all that was drawn at `share`."""
+        """Mean squared error of a network's velocity over all samples at `share`."""
         states, total = self.states[share], 0.0
         count = len(states["t"])
         for start in range(0, count, 32):

@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation of models: validation losses, previews and scores."""

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.sampling import add_noise
 from mlx_snapgen.settings import parse_width
 from train.data.encoded import CHUNK, EncodedFolder, rows
@@ -54,7 +54,7 @@ class Validation:
         changes = []
         for x_t, t, _, some in _levels(prior):
             v = velocity(self.network, some, x_t, t=t, share=self.share)
-            with acting(self.network):
+            with active_adapters(self.network):
                 before = velocity(self.network, some, x_t, t=t, share=self.share)
             changes.append(np.array(per_sample(v - before)))
         return _mean(changes)

@@ -25,7 +25,7 @@ class Estimate:
     Attributes:
         step: seconds of a step.
         picture: seconds to draw a picture.
-        memory: bytes at most.
+        memory: peak memory in bytes.
     """
 
     step: float
@@ -33,7 +33,7 @@ class Estimate:
     memory: int
 
     def text(self, steps: int, pictures: int) -> str:
-        """Such as "about 4 minutes (400 steps of 0.60 s, 56 pictures of 0.5 s), 0.3 GB"."""
+        """Text like "about 4 minutes (400 steps of 0.60 s, 56 pictures of 0.5 s), 0.3 GB"."""
         seconds = steps * self.step + pictures * self.picture
         if seconds < 100:
             long = f"{seconds:.0f} seconds"
@@ -52,12 +52,13 @@ def estimate(
 ) -> Estimate:
     """Measure a step and a picture, without changing the model.
 
-    Memory is that of one sample times the samples of a batch. Where the machine has less than
-    that, a step's time is taken from one sample as well.
+    Memory is extrapolated from one sample to a batch. If the machine has less than that, the time
+    of a step is extrapolated from one sample too.
 
     Args:
-        batch: as the steps get it.
-        shares: of the network's width -> how often it is trained; the latter add up to 1.
+        batch: a batch of the training data.
+        shares: share of the network's width -> fraction of the steps that train it; they add up to
+            1.
         accumulate: batches in a step.
     """
     network, widest = components.transformer, max(shares)
@@ -79,10 +80,10 @@ def estimate(
     seconds(one, widest)
     each = (mx.get_peak_memory() - before) / count(one)
     trained = num_trainable(network)
-    # Besides float32 gradients there are the averages and two moments of the optimizer.
+    # Beside float32 gradients: averages, and two moments of the optimizer.
     memory = round(before + count(batch) * each + 16 * trained)
     some, times = (one, count(batch) / count(one)) if memory > physical_memory() else (batch, 1)
-    # The first step of a kind is slower than those that follow.
+    # The first step at a width is slower than the next ones.
     step = sum(
         often * times * min(seconds(some, share) for _ in range(2))
         for share, often in shares.items()
@@ -95,7 +96,7 @@ def estimate(
 
 
 def num_trainable(module: nn.Module) -> int:
-    """How many numbers are trained."""
+    """Number of trainable parameters."""
     return sum(p.size for p in flat_parameters(module.trainable_parameters()).values())
 
 

@@ -16,14 +16,14 @@ from train.data.trajectories import Trajectories
 from train.evaluation.previews import Previews
 from train.loop.trainer import Trainer
 
-HELD_OUT_SEED = 1_000_000  # of the first held-out picture, away from those of training
+HELD_OUT_SEED = 1_000_000  # of the first held-out picture; other seeds than those of training
 
 Score = Callable[[Components, float], str]
-"""(model, share) -> a score of its pictures, for a table."""
+"""(model, share) -> a cell of the table: a score of its pictures."""
 
 
 def _range(expected: mx.array) -> float:
-    """The peak of a PSNR: the range of the numbers expected."""
+    """The peak value of a PSNR: the range of the expected values."""
     return float(expected.max() - expected.min())
 
 
@@ -70,10 +70,10 @@ def compare(
 
     Args:
         networks: by name.
-        captions: drawn for the PSNR of latents. It is that of the median picture: a single picture
-            that shows something else would dominate a mean.
+        captions: prompts for the PSNR of latents. The table has the median over pictures, because
+            one picture with different content would dominate the mean.
         widths: name -> share.
-        score: fills another column.
+        score: computes one more column.
     """
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(captions))
     titles = ["width", "network", "velocity, dB", "latents, dB", *(["score"] if score else [])]

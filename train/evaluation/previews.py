@@ -15,10 +15,10 @@ from train.objectives.elastic import TextToLatents
 
 
 class Previews:
-    """`validate` of a `Trainer`: draws prompts with the averaged weights, a row for each width.
+    """`validate` of a `Trainer`: a sheet of prompts with averaged weights, one row per width.
 
     Args:
-        components: the model, made of the very modules that are trained.
+        components: the model; contains the modules that are trained.
         prompts: the prompts to draw.
         widths: names of the widths to draw with.
         adapter: see `mlx_snapgen.draw.draw_latents`.
@@ -62,7 +62,7 @@ def previews_of(
     time_shift: float,
     widths: Sequence[str],
 ) -> Previews:
-    """Previews of a supernetwork in training, with the time shift of its training.
+    """Previews of a supernetwork during training, with the time shift of its training.
 
     Args:
         size: (height, width) of the pictures in pixels.

@@ -13,7 +13,7 @@ def reconstruct(
     """Encode and decode uint8 pictures (B, H, W, 3), 16 at a time.
 
     Args:
-        encoder: encodes in place of `model`.
+        encoder: encodes instead of `model`.
     """
     out = []
     for i in tqdm(range(0, len(pictures), 16), desc="reconstruction", leave=False):

@@ -19,7 +19,7 @@ NUM_LEVELS = 8
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Latents and noise that the validation loss is measured on, the same for every width.
+    """Latents and noise of the validation loss, the same for every width.
 
     Attributes:
         latents, noise: (N, h, w, C).
@@ -32,7 +32,7 @@ class ValidationSet:
 
 
 def validation_set(components: Components, source: PictureSource, *, count: int) -> ValidationSet:
-    """The first `count` pictures of a source, each with the noise of its place and caption."""
+    """The first `count` pictures of a source. Noise depends on a picture's index and caption."""
     with announce("drawing the validation set ..."):
         pictures, captions = source.batch(0, count)
     starts = tqdm(range(0, count, 16), desc="validation set", unit="batch", leave=False)

@@ -20,9 +20,9 @@ from train.loop.checkpoint import load_ema
 from train.loop.run import recorded
 
 DEFAULT = AutoencoderConfig()
-"""What a run trains if its record names no other; its latents are learned in the run."""
+"""The autoencoder of a run whose record has none; the run learns its latents."""
 OLD_RECORD = "autoencoder.json"
-"""Where older versions recorded the autoencoder of a run."""
+"""File in which older versions recorded the autoencoder of a run."""
 STATISTICS_SEED = 12345
 """Seed of the source that `load_autoencoder` measures latents on."""
 
@@ -42,17 +42,17 @@ def measure_latents(
 def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     """The autoencoder of a model folder, or the averaged one of a run.
 
-    The latents' statistics of a run that learned its own latents are measured over `source`.
+    If a run learned its own latents, their statistics are measured over `source`.
 
     Raises:
-        UserError: they have to be, and there is no source.
+        UserError: statistics must be measured, and there is no source.
     """
     if (folder / "config.json").is_file():
         return checkpoint_model.load_autoencoder(folder)
     model = make_autoencoder(config_of(folder))
     model.update(dict(tree_unflatten(list(load_ema(folder).items()))))
     if model.config.kind != DEFAULT.kind:
-        return model  # its latents are not trained here, and bring their statistics
+        return model  # its latents are not trained, and their statistics are in its config
     if source is None:
         raise UserError(f"{folder} is a run: export its autoencoder, and give that folder")
     mean, std = measure_latents(model, source)

@@ -1,7 +1,8 @@
 """The folder of a run: `step_N/` checkpoints, each whole or absent, and `log.jsonl`.
 
 A checkpoint is written to `.step_N.partial`, flushed to the disk and renamed, and is renamed again
-before it is deleted: whenever a process is killed, each `step_N` is complete.
+before it is deleted. So each `step_N` is complete, even if the process is killed. See
+`train.loop.trainer` for what makes a resumed run exact.
 """
 
 import json
@@ -74,7 +75,7 @@ def load_checkpoint(checkpoint: Path, expected: Mapping[str, dict]) -> tuple[dic
         trees by name, nested like the expected ones, and the state.
 
     Raises:
-        UserError: it is damaged or another model's.
+        UserError: it is damaged or belongs to another model.
     """
     try:
         trees, state = _read(checkpoint)
@@ -116,7 +117,7 @@ def _line(error: Exception) -> str:
 
 
 def remove_partials(run_dir: Path) -> None:
-    """Delete the remains of checkpoints whose process was killed while it saved or deleted them."""
+    """Delete partial checkpoints of a process that was killed while it saved or deleted them."""
     for path in run_dir.glob(".step_*.partial"):
         shutil.rmtree(path)
 

@@ -14,8 +14,8 @@ class TrainingConfig:
     Args:
         batch_size: samples in a micro-batch, which must fit in memory.
         accumulate: micro-batches of each process in a step.
-        precision: type of the gradients' computation; weights, averages and optimizer are
-            float32. "auto" takes bfloat16 on a GPU and float32 on the CPU, where it is faster.
+        precision: type that gradients are computed in; weights, averages and optimizer are float32.
+            "auto" is bfloat16 on a GPU and float32 on the CPU, where float32 is faster.
         optimizer: "adamw", or "muon": matrices inside the blocks by Muon at `MUON_RATE` times the
             learning rate, all else by AdamW.
         keep_checkpoints: older ones are deleted; 0 keeps all.
@@ -40,16 +40,16 @@ class TrainingConfig:
 
     def __post_init__(self):
         if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision '{self.precision}' is none of auto, float32, bfloat16")
+            raise UserError(f"precision '{self.precision}' is not one of auto, float32, bfloat16")
         if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"optimizer '{self.optimizer}' is none of adamw, muon")
+            raise UserError(f"optimizer '{self.optimizer}' is not one of adamw, muon")
         for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What `precision` means on this machine."""
+        """The type that `precision` stands for on this machine."""
         if self.precision == "auto":
             gpu = mx.default_device().type == mx.DeviceType.gpu
             return mx.bfloat16 if gpu else mx.float32

@@ -1,4 +1,4 @@
-"""The end of a run before its last step: by a signal, or by the loss of a process of the job.
+"""Early end of a run: by a signal, or by the loss of a process of the job.
 
 Threads detect both, because the main thread is inside mlx most of the time: Python runs no signal
 handler there, and a collective operation may wait for a lost process forever.
@@ -54,7 +54,7 @@ class StopSignals:
                 os._exit(128 + number)
             stopping = True
             if number == signal.SIGHUP:
-                # The terminal is gone, and the next line printed there would end the run.
+                # The terminal is closed; printing there would end the run.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
@@ -63,18 +63,18 @@ class StopSignals:
 
 
 BEAT = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 SILENCE = 60.0
-"""Seconds without one after which a process counts as gone."""
+"""Seconds without a heartbeat after which a process counts as lost."""
 GRACE = 2.0
-"""Seconds that the main thread has to end by itself, with its own message, after a loss."""
+"""Seconds after a loss in which the main thread can end by itself, with its own message."""
 
 _ALIVE, _GOODBYE = b".", b"q"
 _HELLO = struct.Struct("!16sI")
 
 
 class PeerWatch:
-    """Detects on any backend that a process of the job died, hangs or lost its network.
+    """Detects, on any backend, a process of the job that died, hangs or lost its network.
 
     Process 0 keeps a TCP connection to each other one, with a byte each way every `BEAT` seconds.
     When a connection ends without a goodbye or stays silent, `lost` is called from a thread with
@@ -91,10 +91,10 @@ class PeerWatch:
             self._server = _listener(host)
             self._token = secrets.token_bytes(16)
             port = self._server.getsockname()[1]
-            _share(group, [host or socket.gethostname(), port, self._token.hex()])
+            _broadcast(group, [host or socket.gethostname(), port, self._token.hex()])
             threading.Thread(target=self._accept, args=(group.size(),), daemon=True).start()
             return
-        host, port, token = _share(group, None)
+        host, port, token = _broadcast(group, None)
         try:
             connection = socket.create_connection((host, port), timeout=10)
             connection.sendall(_HELLO.pack(bytes.fromhex(token), group.rank()))
@@ -108,7 +108,7 @@ class PeerWatch:
         self._start(0, connection)
 
     def close(self, orderly: bool) -> None:
-        """End the watch; `orderly` when the other processes shall not take it for a death."""
+        """End the watch; if `orderly`, the other processes do not treat this process as lost."""
         self._closed = True
         for connection in self._connections:
             try:
@@ -159,7 +159,7 @@ class PeerWatch:
 
 
 def _listener(host: str | None) -> socket.socket:
-    """On the network that the processes share, or on all where that is unknown."""
+    """A socket on the network that the processes share, or on all networks if it is unknown."""
     try:
         return socket.create_server((host or "", 0))
     except OSError:
@@ -175,8 +175,8 @@ def _host_of_first() -> str | None:
     return os.environ.get("NCCL_HOST_IP")
 
 
-def _share(group: mx.distributed.Group, value: list | None) -> list:
-    """Process 0's `value`, as JSON, in every process."""
+def _broadcast(group: mx.distributed.Group, value: list | None) -> list:
+    """Send process 0's `value`, as JSON, to every process."""
     text = json.dumps(value).encode() if value is not None else b""
     padded = mx.array(list(text.ljust(512, b" " if text else b"\0")), mx.int32)
     shared = mx.distributed.all_sum(padded, group=group)

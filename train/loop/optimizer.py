@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from train.loop.config import TrainingConfig
 
 MUON_RATE = 20
-"""Muon's steps have a spectral norm of its learning rate, where Adam's have that in every entry."""
+"""Factor of the learning rate: the spectral norm of Muon's steps is the learning rate, while Adam's
+steps have the learning rate in every entry."""
 
 
 def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
@@ -37,7 +38,7 @@ def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
 
 @dataclass(frozen=True)
 class Role:
-    """Parameters with an optimizer and a gradient clip of their own.
+    """Parameters with a separate optimizer and gradient clip.
 
     Attributes:
         owns: whether a parameter's dotted path belongs to the role.
@@ -50,8 +51,8 @@ class Role:
 class Optimizers:
     """An optimizer for each role, over the parameters of one model.
 
-    A role without gradients in a step keeps its parameters and its optimizer's state. The state of
-    a single role is its optimizer's; that of several is a dictionary of them.
+    A step without gradients for a role does not change its parameters and its optimizer's state.
+    `state` is the optimizer's state if there is one role, else a dictionary of them by role.
     """
 
     def __init__(self, config: TrainingConfig, roles: Sequence[Role]):

@@ -1,4 +1,4 @@
-"""Models before and after palettes: loading one that gets them, and writing one that has them."""
+"""Load a model that gets palettes, and write a model that has them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from mlx_snapgen.settings import parse_width
 
 
 def load_alone(folder: Path, widths: Sequence[str]) -> Components:
-    """A model in float32 that draws in its few-step mode, if it has one, with that LoRA merged.
+    """A model in float32, with its few-step LoRA merged if it has one.
 
     Args:
-        widths: names; one takes that sub-network alone.
+        widths: names; a single one loads only that sub-network.
     """
     share = parse_width(widths[0]).share if len(widths) == 1 else None
     components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=True)

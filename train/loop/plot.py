@@ -18,7 +18,7 @@ def plot_log(run_dir: Path) -> Path | None:
     """
     global _told
     try:
-        # Here, since it is slow to import and optional.
+        # Imported here because it is slow and optional.
         from matplotlib.figure import Figure
     except ImportError:
         if not _told:

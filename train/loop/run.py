@@ -1,4 +1,4 @@
-"""A run's folder: the record of what it trains, and weights to start from."""
+"""A run's folder: the record of its settings, and weights to start from."""
 
 import json
 from collections.abc import Collection
@@ -26,7 +26,7 @@ def claim(
     may_change: Collection[str] = (),
     unrecorded: dict[str, Any] | None = None,
 ) -> None:
-    """Record in the run's folder what it trains.
+    """Record the settings of a run in its folder; a resumed run must have the same ones.
 
     Args:
         settings: JSON values.
@@ -54,7 +54,7 @@ def claim(
 
 
 def claim_data(run_dir: Path, source: dict[str, Any]) -> None:
-    """`claim` with the settings of a source, whose kind must stay."""
+    """`claim` with the settings of a source; only its kind must not change."""
     unrecorded = {"data": "stickers"}
     claim(run_dir, source, may_change=set(source) - {"data"}, unrecorded=unrecorded)
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def find_folder(path: Path) -> Path:
-    """The folder of a run or a model: `path`, or what `find_model` makes of it."""
+    """The folder of a run or a model: `path`, or the one that `find_model` returns for it."""
     path = path.expanduser()
     return path if path.is_dir() else find_model(str(path))
 
@@ -84,12 +84,12 @@ def load_trained(folder: Path) -> dict[str, Any]:
         encoders = [e.parameters() for e in model.text_encoders]
         return {"transformer": model.transformer.parameters(), "text_encoders": encoders}
     trained: dict[str, Any] = dict(tree_unflatten(list(load_ema(folder).items())))
-    # A run may have trained more than a model keeps, such as the projectors of distillation.
+    # A run may have trained parts that no model has, such as the projectors of distillation.
     return {name: trained[name] for name in ("transformer", "text_encoders") if name in trained}
 
 
 def start_from(model: TextToLatents, folder: Path) -> None:
-    """Put the weights of a model folder or a run into `model`; a `UserError` if they do not fit."""
+    """Load the weights of a model folder or a run into `model`; `UserError` if they do not fit."""
     weights = load_trained(folder)
     own = {part: model.parameters()[part] for part in ("transformer", "text_encoders")}
     check_fit(shapes(weights), shapes(own), folder, what="this model")

@@ -1,8 +1,8 @@
-"""The training loop of all commands.
+"""The training loop of all commands, with exact resume.
 
-A run is a folder: `log.jsonl`, `loss.png`, and `step_N/` checkpoints that hold all a resumed run
-needs. The step is compiled over explicit state. No random state is saved: batch `k` and its noise
-depend on the run's seed and `k` alone, so a resumed run equals one that was never stopped.
+A run is a folder: `log.jsonl`, `loss.png`, and `step_N/` checkpoints that contain everything a
+resumed run needs. The step is compiled over explicit state. No random state is saved: batch `k` and
+its noise depend on the run's seed and `k` alone, so a resumed run equals an uninterrupted one.
 
 A step averages the gradients of `accumulate` micro-batches in each of the job's processes. The
 step is the same for any number of processes: micro-batch m of process r is batch
@@ -58,9 +58,9 @@ class Trainer:
         config: loop settings.
         run_dir: folder of the run; created, or resumed from when it holds a checkpoint.
         arguments: step -> the `step` of the objective's gradients (one compilation for each).
-        validate: called with the trainer after every checkpoint, in the first process alone; may
+        validate: called with the trainer after every checkpoint, only in the first process; may
             write pictures to `sample_path`, and returns metrics to log.
-        roles: parameters with an optimizer and a gradient clip of their own.
+        roles: groups of parameters, each with its own optimizer and gradient clip.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Trainer:
         self._averages = {"ema": tree_map(mx.array, model.trainable_parameters())}
 
         def add_gradients(step: Any, total: Any, batch: Batch, key: mx.array):
-            """Sums of gradients and of metrics over a step's micro-batches; None starts one."""
+            """Add a micro-batch to the sums of gradients and metrics; `total` None starts them."""
             weights = model.parameters()
             model.update(_cast(weights, config.dtype))
             grads, metrics = objective.gradients(model, batch, key, step)
@@ -101,13 +101,13 @@ class Trainer:
             return new if total is None else tree_map(mx.add, total, new)
 
         def update(grads, metrics, stop: mx.array):
-            """The step, from this process's sums; metrics and `stop` come back as means of all."""
+            """The step, from this process's sums; returns metrics and `stop`, averaged over all."""
             grads = tree_map(lambda g: g / config.accumulate, grads)
             grads = nn.average_gradients(grads, self.group)
             values = mx.stack([*(m / config.accumulate for m in metrics.values()), stop])
             values = mx.distributed.all_sum(values, group=self.group) / self.group.size()
             norms = self.optimizers.update(model, grads)
-            # A shorter average at first, so that the start never dominates it.
+            # A shorter average at first, so that the initial weights never dominate it.
             count = self.optimizers.count
             decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
             self._averages["ema"] = tree_map(
@@ -132,7 +132,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """For the length of a block the model has the averaged parameters."""
+        """Inside the block, the model has the averaged parameters."""
         current = self.model.trainable_parameters()
         self.model.update(self.ema_parameters)
         try:
@@ -150,7 +150,7 @@ class Trainer:
         return self.group.size() == 1
 
     def stop(self) -> None:
-        """End the run after the step under way, in all processes; may be called from a thread."""
+        """End the run after the current step, in all processes; may be called from a thread."""
         self._stop = True
 
     def run(self) -> bool:
@@ -170,14 +170,14 @@ class Trainer:
             orderly = True
         except RuntimeError:
             if not self._alone:
-                # Perhaps mlx noticed a lost process before the watch, which prints its rank.
+                # mlx may detect a lost process before the watch does, which prints its rank.
                 time.sleep(2 * GRACE)
             raise
         finally:
             watch.close(orderly)
         finished = self.step >= self.config.steps
         if not finished and self.is_main:
-            print(f"stopped at step {self.step}; {self._way_on()}", file=sys.stderr)
+            print(f"stopped at step {self.step}; {self._resume_hint()}", file=sys.stderr)
         return finished
 
     def _resume(self) -> None:
@@ -189,17 +189,17 @@ class Trainer:
                 self.load(checkpoint)
             rewind_log(self.run_dir, self.step)
         if not self._alone:
-            self._share_state()
+            self._broadcast_state()
 
     def _loop(self) -> None:
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main)
-        # Steps may differ in their metrics, as those of the elastic trainer do.
+        # Metrics may differ from step to step, for example in elastic training.
         history: dict[str, list[float]] = {}
         started, steps = time.perf_counter(), 0
         agreed = False
         with bar:
-            # Several processes stop by the last step's `agreed`, which is the same in all.
+            # Several processes stop by `agreed` of the last step, which is the same in all.
             while self.step < config.steps and not (agreed or (self._stop and self._alone)):
                 metrics, agreed = self._train_step()
                 self.step, steps = self.step + 1, steps + 1
@@ -222,7 +222,7 @@ class Trainer:
                     self._checkpoint()
                     started += time.perf_counter() - before
         self.save()
-        # All end together: mpirun ends the job when one process does, perhaps during the saving.
+        # Wait for all: mpirun ends the job when one process ends, even if another still saves.
         mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
 
     def _train_step(self) -> tuple[dict[str, float], bool]:
@@ -290,13 +290,13 @@ class Trainer:
         self.optimizers.state = trees["optimizer"]
         self._state[1] = self.optimizers.state
 
-    def _share_state(self) -> None:
-        """Continue all processes from the first one's step and weights: the others have no run."""
+    def _broadcast_state(self) -> None:
+        """Copy the first process's step and weights to the others, which have no run folder."""
 
         def from_first(x: mx.array) -> mx.array:
             return mx.distributed.all_sum(x if self.is_main else mx.zeros_like(x), group=self.group)
 
-        # Sorted, since all processes must share in the same order, and a loaded tree has its own.
+        # Sorted, because all processes need the same order, and that of a loaded tree may differ.
         shared = [
             (name, from_first(x)) for name, x in sorted(flat_parameters(self._trees()).items())
         ]
@@ -305,7 +305,7 @@ class Trainer:
         self.step = int(_number(from_first(mx.array(self.step))))
 
     def _check_settings(self, checkpoint: Path, state: dict) -> None:
-        """Refuse settings that change the data of the steps to come; print other changes."""
+        """Refuse changed settings that change the data of later steps; print other changes."""
         now = json.loads(json.dumps(asdict(self.config)))
         # Missing settings take today's defaults; old checkpoints take those of their version.
         then = now | {"accumulate": 1} | state["training"]
@@ -331,7 +331,7 @@ class Trainer:
             print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
 
     def sample_path(self, name: str) -> Path:
-        """Where a picture of the current step goes; for `validate`."""
+        """Path for a picture of the current step, for `validate`."""
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         return folder / f"{self.step:07d}_{name}.png"
@@ -340,7 +340,7 @@ class Trainer:
         if self.is_main:
             append_log(self.run_dir, {"step": self.step, "time": time.time()} | values)
 
-    def _way_on(self) -> str:
+    def _resume_hint(self) -> str:
         each = "" if self._alone else ", in every process,"
         return f"resume{each} with: {shlex.join(sys.orig_argv)}"
 
@@ -352,9 +352,10 @@ class Trainer:
         """End this process, whose main thread may wait for the lost one forever."""
         with self._saving:
             saved = latest_checkpoint(self.run_dir)
+            last = f"last checkpoint: {saved}; " if saved else ""
             print(
                 f"\nprocess {rank} of {self.group.size()} is gone, training ends at step "
-                f"{self.step}; {f'last checkpoint: {saved}; ' if saved else ''}{self._way_on()}",
+                f"{self.step}; {last}{self._resume_hint()}",
                 file=sys.stderr,
                 flush=True,
             )

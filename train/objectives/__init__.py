@@ -1,1 +1,1 @@
-"""What networks are trained to do: objectives and their losses."""
+"""Training objectives and their losses."""

@@ -16,11 +16,11 @@ DECODER_NOISE = 0.1
 class Reconstruction(LossObjective[Autoencoder, None]):
     """L1 loss on values and on edges, and a KL term. An `Objective`.
 
-    A batch holds `pictures` (B, H, W, 3) in [-1, 1], and perhaps normalized `latents` of them,
-    which then replace those of the model's encoder.
+    A batch holds `pictures` (B, H, W, 3) in [-1, 1], and optionally normalized `latents` of them,
+    which replace those of the model's encoder.
 
     Attributes:
-        decoder_only: no gradient reaches the encoder, and its weights stay as they are.
+        decoder_only: no gradient reaches the encoder, whose weights do not change.
     """
 
     kl_weight: float

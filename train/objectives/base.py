@@ -1,4 +1,4 @@
-"""Objectives: what a step of training minimizes."""
+"""Objectives: the losses that a training step minimizes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -29,7 +29,7 @@ class Objective(Protocol[AnyModel, Step]):
 
         Args:
             model: its weights may be bfloat16: cast the inputs, and take losses in float32.
-            batch: as the trainer's `batches` makes it.
+            batch: from the trainer's `batches`.
             key: of the random numbers.
             step: the step's arguments, a NamedTuple of hashable values.
 
@@ -75,8 +75,8 @@ def value_and_grad(
 
     Args:
         loss: (*inputs) -> (scalar, anything else), computed with `model`.
-        inputs: trees of arrays to take the gradient of, too.
-        parameters: those to take the gradient of; None takes all trainable ones.
+        inputs: further trees of arrays to differentiate with respect to.
+        parameters: those to differentiate with respect to; None: all trainable ones.
 
     Returns:
         what `loss` returned, and the gradients of the parameters; with `inputs` a tuple of these

@@ -17,7 +17,7 @@ from train.objectives.projectors import check_same_tokens, fit_projectors, new_p
 
 
 class Student(TextToLatents):
-    """The elastic model, and for each of its widths a projector (phi) to the teacher's features."""
+    """The elastic model, with a projector (phi) to the teacher's features for each width."""
 
     def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer], feature_dims: int):
         super().__init__(config, tokenizers)
@@ -29,7 +29,7 @@ class Student(TextToLatents):
         return self.projectors[self._shares.index(share)](features)
 
 
-def lesson(
+def teacher_targets(
     teacher: Teacher,
     x_t: mx.array,
     *,
@@ -37,7 +37,7 @@ def lesson(
     condition: Condition,
     guidance_scale: float,
 ) -> tuple[mx.array, mx.array]:
-    """The teacher's velocity, with guidance, and its features (B, N, D), both without gradient."""
+    """The teacher's guided velocity and its features (B, N, D), both without gradient."""
     v, features = teacher.velocity_and_features(x_t, t, condition)
     if guidance_scale != 1:
         v = teacher.velocity(x_t, t, condition, guidance_scale=guidance_scale)
@@ -46,7 +46,7 @@ def lesson(
 
 @dataclass(frozen=True)
 class Distillation:
-    """Eqs. 6-8 beside the elastic losses. An `Objective`; batches are those of `TaughtBatches`."""
+    """Eqs. 6-8 and the elastic losses. An `Objective` for batches of `DistillationBatches`."""
 
     teacher: Teacher
     guidance_scale: float = 1.0
@@ -57,18 +57,18 @@ class Distillation:
         """See `Objective`."""
         x_t, t, v = noisy(batch["latents"], key, shift=step.shift)
         condition = condition_of(batch)
-        v_teacher, seen = lesson(
+        v_teacher, teacher_features = teacher_targets(
             self.teacher, x_t, t=t, condition=condition, guidance_scale=self.guidance_scale
         )
 
         def loss(text: mx.array, mask: mx.array, share: float, full: mx.array | None):
-            predicted, own = model.transformer(
+            predicted, student_features = model.transformer(
                 x_t, t, text, mask, share=share, return_features=True
             )
-            projected = model.project(own, share)
-            check_same_tokens(projected, seen)
+            projected = model.project(student_features, share)
+            check_same_tokens(projected, teacher_features)
             task, output = per_sample(predicted - v), per_sample(predicted - v_teacher)
-            features = features_loss(projected, seen).mean()
+            features = features_loss(projected, teacher_features).mean()
             total = timestep_aware(task, output, t=t) + features
             losses = {"loss": task.mean(), "output": output.mean(), "features": features}
             if full is None:
@@ -88,14 +88,14 @@ def condition_of(batch: Batch) -> Condition:
 def fit_to_teacher(
     model: Student, teacher: Teacher, batches: Sequence[Batch], *, seed: int, shift: float
 ) -> None:
-    """Start the projectors at the least-squares fit, over noisy latents as training has them."""
+    """Initialize the projectors by least squares, over noisy latents like those of training."""
     keys = mx.random.split(mx.random.key(seed), len(batches))
     met = []
     for batch, key in zip(batches, keys, strict=True):
         x_t, t, _ = noisy(batch["latents"], key, shift=shift)
         met.append(batch | {"x_t": x_t, "t": t})
 
-    def own(batch: Batch, share: float) -> mx.array:
+    def student_features(batch: Batch, share: float) -> mx.array:
         states = []
         for i, encoder in enumerate(model.text_encoders):
             mask = batch[f"mask_{i}"]
@@ -104,9 +104,13 @@ def fit_to_teacher(
         x_t, t = batch["x_t"], batch["t"]
         return model.transformer(x_t, t, text, mask, share=share, return_features=True)[1]
 
-    def seen(batch: Batch) -> mx.array:
+    def teacher_features(batch: Batch) -> mx.array:
         return teacher.velocity_and_features(batch["x_t"], batch["t"], condition_of(batch))[1]
 
     fit_projectors(
-        model.projectors, model.transformer.config.widths, batches=met, own=own, seen=seen
+        model.projectors,
+        model.transformer.config.widths,
+        batches=met,
+        student=student_features,
+        teacher=teacher_features,
     )

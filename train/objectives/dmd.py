@@ -1,4 +1,4 @@
-"""K-DMD (SnapGen++ eqs. 9-10)."""
+"""K-DMD: the losses of student and critic in one step (SnapGen++ eqs. 9-10)."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import acting, add_lora, train_only
+from mlx_snapgen.lora.adapters import active_adapters, add_lora, train_only
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.sampling import add_noise
@@ -77,16 +77,17 @@ class DMDStep(NamedTuple):
     share: float
     """Of the network's width, for student and critic."""
     student_turn: bool
-    """Whether the student is trained in this step, too."""
+    """Whether this step also trains the student."""
 
 
 @dataclass(frozen=True)
 class DMD:
-    """Distribution matching, and the few-step teacher's output and features. An `Objective`.
+    """DMD, and the losses to the few-step teacher's output and features. An `Objective`.
 
-    A batch holds the student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the
-    prompts as the teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The
-    critic has gradients in every step, the student and the projectors on the student's turn.
+    The DMD gradient and its sign are in `train.objectives.losses.dmd_loss`. A batch has the
+    student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the prompts as the
+    teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The critic has
+    gradients in every step, the student and the projectors on the student's turn.
 
     Attributes:
         guidance_scale: of the teacher.
@@ -109,7 +110,7 @@ class DMD:
         keys = mx.random.split(key, 4)
 
         def student() -> tuple[mx.array, mx.array, mx.array]:
-            with acting(network, STUDENT):
+            with active_adapters(network, STUDENT):
                 v, features = network(x_t, sigma, text, mask, share=share, return_features=True)
             return x_t - expand(sigma, x_t) * v, v, features
 
@@ -118,7 +119,7 @@ class DMD:
             return add_noise(x0, eps, expand(tau, x0)), eps
 
         def critic_velocity(x: mx.array, t: mx.array) -> mx.array:
-            with acting(network, critic):
+            with active_adapters(network, critic):
                 return network(x, t, text, mask, share=share)
 
         def critic_loss() -> tuple[mx.array, None]:
@@ -137,13 +138,13 @@ class DMD:
             )
             losses = {"dmd": dmd_loss(x0, x_tau, tau=tau, v_critic=v_critic, v_teacher=v_teacher)}
             if self.few_step:
-                target, seen = map(
+                target, teacher_features = map(
                     mx.stop_gradient,
                     teacher.velocity_and_features(x_t, sigma, condition, few_step=True),
                 )
                 losses["output"] = per_sample(v - target).mean()
                 projected = model.project(features, share)
-                losses["features"] = features_loss(projected, seen).mean()
+                losses["features"] = features_loss(projected, teacher_features).mean()
             return functools.reduce(mx.add, losses.values()), (fixed, losses)
 
         kept: list[tuple[str, mx.array]] = []
@@ -160,22 +161,28 @@ class DMD:
 
 
 def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
-    """Start the projectors at the least-squares fit to the few-step teacher's features."""
+    """Initialize the projectors by least squares to the few-step teacher's features."""
 
-    def own(batch: Batch, share: float) -> mx.array:
+    def student_features(batch: Batch, share: float) -> mx.array:
         text, mask = (batch[name] for name in STUDENT_TEXT)
-        with acting(model.network, STUDENT):
+        with active_adapters(model.network, STUDENT):
             return model.network(
                 batch["x_t"], batch["sigma"], text, mask, share=share, return_features=True
             )[1]
 
-    def seen(batch: Batch) -> mx.array:
+    def teacher_features(batch: Batch) -> mx.array:
         condition = condition_of(batch)
         return teacher.velocity_and_features(
             batch["x_t"], batch["sigma"], condition, few_step=True
         )[1]
 
-    fit_projectors(model.projectors, model.shares, batches=batches, own=own, seen=seen)
+    fit_projectors(
+        model.projectors,
+        model.shares,
+        batches=batches,
+        student=student_features,
+        teacher=teacher_features,
+    )
 
 
 def load_other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:

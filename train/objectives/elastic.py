@@ -2,10 +2,10 @@
 
 Every step runs the full network and one sampled sub-network on the same noisy latents
 (SnapGen++ section 3.2). Their gradients are scaled to the same norm before they are added. The
-objective defines the loss of each. The text encoders are trained, too.
+objective defines the loss of each. The text encoders are trained too.
 
-`--sub-networks 2` runs two sub-networks in a step. They cost little beside the full one, and with
-one, as in the paper, each sub-network is trained in only half of the steps.
+`--sub-networks 2` runs two sub-networks in a step. They cost little compared with the full network.
+With one, as in the paper, each sub-network is trained in only half of the steps.
 """
 
 import functools
@@ -44,7 +44,7 @@ class ElasticStep(NamedTuple):
     """Arguments of a step of elastic training."""
 
     shares: tuple[float, ...]
-    """Of the sampled sub-networks; without any the full network is trained alone."""
+    """Of the sampled sub-networks; if empty, only the full network is trained."""
     shift: float
     """Timestep shift of the noise levels."""
 
@@ -54,7 +54,7 @@ def sampled_shares(
 ) -> tuple[float, ...]:
     """The sub-networks of a step: up to `count` of the shares below 1, uniform, widest first.
 
-    They are the same on every machine.
+    The choice is the same on every machine.
     """
     subs = [share for share in shares if share != 1.0]
     rng = Stream.SUB_NETWORKS.generator(seed, step)
@@ -89,9 +89,9 @@ def elastic_gradients(
     """Gradients of the full network and of the sub-networks of `shares`, balanced and added.
 
     Args:
-        model: `TextToLatents`, or one with further parts of its own that `loss` uses.
+        model: `TextToLatents`, or a subclass with further parts that `loss` uses.
         batch: for text encoder i `tokens_i` and `mask_i` (B, L).
-        shares: of the sampled sub-networks; without any the full network is trained alone.
+        shares: of the sampled sub-networks; if empty, only the full network is trained.
 
     Returns:
         gradients like `model.trainable_parameters()`, and the metrics of all losses.

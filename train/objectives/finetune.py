@@ -1,8 +1,9 @@
 """Fine-tuning of a LoRA by flow matching with prior preservation, one width in a step.
 
-Prior preservation limits forgetting (DreamBooth, arXiv 2208.12242, section 3.2, with the model's
-own velocity in place of its samples as the target): on prior samples, pictures that the model drew
-of its own prompts, the network with the LoRA learns the velocity that it predicts without.
+Prior preservation limits forgetting (DreamBooth, arXiv 2208.12242, section 3.2, but with the
+model's velocity instead of its samples as the target). Prior samples are the model's own pictures
+of other prompts. On them, the network with the LoRA learns the velocity that it predicts without
+the LoRA.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_snapgen.lora.adapters import acting
+from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from train.data.source import Batch
@@ -22,10 +23,10 @@ from train.objectives.losses import per_sample
 
 @dataclass(frozen=True)
 class FineTuning(LossObjective[EfficientDiT, ShareStep]):
-    """The velocity of pictures, and of prior samples that without the LoRA. An `Objective`.
+    """Velocity losses on pictures and on prior samples. An `Objective`.
 
     A batch holds `latents` (B, H, W, C), and for text encoder i `states_i` (B, L, D) and `mask_i`
-    (B, L); with prior samples the same once more, all names after `prior_`.
+    (B, L); with prior samples also the same arrays of these, with the prefix `prior_`.
 
     Attributes:
         shift: timestep shift.
@@ -46,7 +47,7 @@ class FineTuning(LossObjective[EfficientDiT, ShareStep]):
         if "prior_latents" not in batch:
             return diffusion, metrics
         x_t, t, _ = noisy(batch["prior_latents"], keys[1], shift=self.shift)
-        with acting(model):
+        with active_adapters(model):
             before = velocity(model, batch, x_t, t=t, share=share, part="prior_")
         change = velocity(model, batch, x_t, t=t, share=share, part="prior_")
         change = change - mx.stop_gradient(before)
@@ -72,7 +73,7 @@ def velocity(
 
 
 def step_share(shares: Sequence[float], *, seed: int, step: int) -> float:
-    """The share of a step: full every other time, if it is among them, else any other."""
+    """The random share of a step: 1 with probability 1/2 if `shares` has it, else another one."""
     rng = Stream.STEP_WIDTHS.generator(seed, step)
     others = [share for share in shares if share != 1.0]
     if 1.0 in shares and (not others or rng.random() < 0.5):

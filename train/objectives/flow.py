@@ -34,14 +34,14 @@ class Flow:
 
         Returns:
             gradients like `model.trainable_parameters()`, and the losses as metrics; those of
-            masked samples have names of their own.
+            masked samples have separate names.
         """
         x0 = batch["latents"]
         x_t, t, v = noisy(x0, key, shift=step.shift)
         keep = None
         if self.mask_ratio:
             patch = model.transformer.config.patch_size
-            # A key that leaves t and the noise as they are without masking.
+            # A further key, so that t and the noise are the same as without masking.
             key_mask = mx.random.split(key, 3)[2]
             tokens = x0[0, ..., 0].size // patch**2
             keep = kept_tokens(len(x0), tokens, ratio=self.mask_ratio, key=key_mask)

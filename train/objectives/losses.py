@@ -23,7 +23,8 @@ def logit_normal_density(t: mx.array) -> mx.array:
 
 
 def timestep_aware(task: mx.array, distillation: mx.array, *, t: mx.array) -> mx.array:
-    """S(L_task, L_kd), eq. 8: weighs the data in the middle of the path, the teacher at its ends.
+    """S(L_task, L_kd), eq. 8: the task dominates in the middle of the path, the teacher at its
+    ends.
 
     Args:
         task, distillation: losses per sample (B,).

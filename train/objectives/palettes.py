@@ -1,4 +1,4 @@
-"""Biases and norms tuned to palettes (SnapGen++ section 6)."""
+"""Fine-tuning of biases and norms of a network with palettes (SnapGen++ section 6)."""
 
 from collections.abc import Collection
 
@@ -12,10 +12,10 @@ from train.objectives.losses import per_sample
 
 
 def train_biases_and_norms(network: EfficientDiT, shares: Collection[float]) -> None:
-    """Freeze all but the biases and norms of some widths.
+    """Freeze everything except the biases and norms of some widths.
 
-    The text projections are frozen, since they do not run with the network, and so are parameters
-    of other widths only: they have no gradient, but their average would round them.
+    The text projections are frozen, because they do not run with the network. Parameters that only
+    other widths have are frozen too: they have no gradient, but averaging would round them.
     """
     network.freeze()
     held = network.config.widths

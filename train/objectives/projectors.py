@@ -26,24 +26,24 @@ def fit_projectors(
     shares: Sequence[float],
     *,
     batches: Sequence[Batch],
-    own: Callable[[Batch, float], mx.array],
-    seen: Callable[[Batch], mx.array],
+    student: Callable[[Batch, float], mx.array],
+    teacher: Callable[[Batch], mx.array],
 ) -> None:
-    """Start each width's projector at the least-squares fit to the teacher's features.
+    """Initialize each width's projector by least squares to the teacher's features.
 
     The gradient through a random projector would disturb a trained student.
 
     Args:
         shares: those of `projectors`.
-        own: (batch, share) -> the student's features (B, N, share * D).
-        seen: batch -> the teacher's (B, N, feature_dims).
+        student: (batch, share) -> the student's features (B, N, share * D).
+        teacher: batch -> the teacher's features (B, N, feature_dims).
     """
     with tqdm(total=len(projectors) + 1, desc="fitting projectors", leave=False) as bar:
-        theirs = [seen(batch) for batch in batches]
+        theirs = [teacher(batch) for batch in batches]
         wanted = _rows(theirs)
         bar.update()
         for share, projector in zip(shares, projectors, strict=True):
-            ours = [own(batch, share) for batch in batches]
+            ours = [student(batch, share) for batch in batches]
             check_same_tokens(ours[0], theirs[0])
             given = _rows(ours)
             given = np.concatenate([given, np.ones_like(given[:, :1])], axis=1)
@@ -53,12 +53,12 @@ def fit_projectors(
             bar.update()
 
 
-def check_same_tokens(own: mx.array, seen: mx.array) -> None:
+def check_same_tokens(student: mx.array, teacher: mx.array) -> None:
     """`UserError` unless student and teacher have features (B, N, ...) of as many tokens."""
-    if own.shape[1] != seen.shape[1]:
+    if student.shape[1] != teacher.shape[1]:
         raise UserError(
-            f"the student has features of {own.shape[1]} tokens, its teacher of "
-            f"{seen.shape[1]}: give it the teacher's patch size"
+            f"the student has features of {student.shape[1]} tokens, its teacher of "
+            f"{teacher.shape[1]}: give it the teacher's patch size"
         )
 
 

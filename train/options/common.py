@@ -22,7 +22,7 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
 
 
 def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = True) -> None:
-    """`--output`; `text` says what is written there."""
+    """`--output`; its help starts with `text`."""
     parser.add_argument(
         "--output",
         "-o",
@@ -50,7 +50,7 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 
 def check_at_least(args: argparse.Namespace, least: float, *names: str) -> None:
-    """`UserError` if one of these options is below `least`; None passes."""
+    """`UserError` if one of these options is below `least`; None is not checked."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -87,7 +87,7 @@ def add_tuning(
 
 
 def check_tuning(args: argparse.Namespace) -> None:
-    """`UserError` for values of `add_tuning` that no run can have."""
+    """`UserError` for invalid values of the options of `add_tuning`."""
     check_at_least(args, 1, "steps", "batch_size", "checkpoint_every")
     check_at_least(args, 0, "seed")
     if not 0 < args.learning_rate < 1:

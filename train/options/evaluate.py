@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def draw_settings(args: argparse.Namespace) -> DrawSettings:
-    """How to draw."""
+    """Sampler settings."""
     return DrawSettings(
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,

@@ -15,7 +15,7 @@ from train.options.common import (
     check_tuning,
 )
 
-HELD_OUT = 16  # prompts that are not trained on
+HELD_OUT = 16  # prompts that are not used for training
 
 
 def parse(description: str | None) -> argparse.Namespace:

@@ -86,7 +86,7 @@ def new_parser(prog: str, description: str) -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """`UserError` for values that no run can have."""
+    """`UserError` for invalid values."""
     at_least_1 = ("steps", "batch_size", "noises_per_picture", "checkpoint_every", "sub_networks")
     check_at_least(args, 1, *at_least_1)
     check_at_least(args, 0, "seed", "drop_caption")

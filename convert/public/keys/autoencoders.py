@@ -206,7 +206,7 @@ def taehv_config(public: Weights, path: Path) -> AutoencoderConfig:
 
 
 def _taehv_rows() -> list[Row]:
-    """The numbered layers of the video network, reduced to one picture (see networks/taehv.py)."""
+    """The numbered layers of the video network (see networks/autoencoders/taehv.py)."""
     places = {"encoder.0": "encoder.conv_in", "encoder.17": "encoder.conv_out"}
     places |= {"decoder.1": "decoder.conv_in", "decoder.22": "decoder.conv_out"}
     rows = []

@@ -1,7 +1,7 @@
 """The transformers of public teachers in diffusers' format: config and keys.
 
-The networks here have the public names, so that public LoRAs find their layers, and MLX's linear
-layers the public layout. The tables are only lists of names.
+The networks here have the public names, so that the keys of public LoRAs match, and MLX's linear
+layers have the public layout. So the tables only list names.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What all autoencoders share: encode, decode, and the latents' statistics."""
+"""Base class of all autoencoders: encode, decode, and normalization of the latents."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ class Autoencoder(nn.Module):
         return (latents - mean) / std
 
     def denormalize(self, latents: mx.array) -> mx.array:
-        """Normalized latents -> those that the decoder takes."""
+        """Normalized latents -> the decoder's input."""
         if not self.config.latents_std:
             return latents
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)

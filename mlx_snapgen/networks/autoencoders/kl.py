@@ -1,6 +1,6 @@
 """The autoencoder of Flux and Z-Image (diffusers' AutoencoderKL).
 
-Group norms take the whole picture's statistics, so it is never decoded in tiles.
+Group norms use statistics of the whole picture, so latents are never decoded in tiles.
 """
 
 import mlx.nn as nn

@@ -1,9 +1,9 @@
 """Qwen-Image's autoencoder for single pictures (SnapGen++ section 2).
 
-The public network (diffusers' AutoencoderKLQwenImage) is made for video, of convolutions that are
-causal in time. A picture is its first frame: only zeros lie before it, so each 3-D kernel acts
-through its last temporal slice alone, and the convolutions that change the frame rate never run.
-The rest is a 2-D network.
+The public network (diffusers' AutoencoderKLQwenImage) is for video, with convolutions that are
+causal in time. A picture is the first frame of a video, and only zeros precede it. So only the last
+temporal slice of each 3-D kernel has an effect, and the convolutions that change the frame rate
+never run. What remains is a 2-D network.
 """
 
 import mlx.nn as nn

@@ -1,4 +1,8 @@
-"""The kinds of autoencoders by name."""
+"""The kinds of autoencoders by name.
+
+A public autoencoder has a module beside this one, an entry in `AUTOENCODERS`, a table of its
+weights in convert/public/keys/autoencoders.py, and an entry in `KINDS` of convert/public/kinds.py.
+"""
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError

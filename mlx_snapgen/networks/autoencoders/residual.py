@@ -1,6 +1,6 @@
 """Encoder and decoder of the public autoencoders with residual blocks, f8 with 16 channels.
 
-Qwen-Image's and Flux's differ in what `Family` lists. Module names are the public ones.
+`Family` lists the differences between Qwen-Image's and Flux's. Module names are the public ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ class Family(NamedTuple):
     last_norm: str
     """Key of the norm before the last convolution."""
     flat: bool
-    """The encoder's blocks stand in one list, not in one `Level` for each resolution."""
+    """The encoder's blocks are in one list, not in one `Level` for each resolution."""
     halving: bool
     """Up-sampling halves the channels."""
     latent_layers: bool
     """There are linear layers next to the latents, `quant_conv` and `post_quant_conv`."""
     tiled: bool
-    """Large latents may be decoded in tiles; not with norms that take statistics of the whole."""
+    """Large latents may be decoded in tiles. False if norms use statistics of the whole picture."""
 
 
 class ResidualBlock(nn.Module):
@@ -55,8 +55,8 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention of every pixel to every pixel.
 
-    The scores are computed in pieces. With `in_turn` each piece is evaluated before the next one
-    begins; otherwise MLX may hold several at once.
+    The scores are computed in chunks. With `in_turn` each chunk is evaluated before the next one
+    starts; otherwise MLX may keep several in memory.
     """
 
     def __init__(self, channels: int, *, norm: Norm):
@@ -90,7 +90,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side; padded below and on the right only."""
+    """Halves height and width; pads only below and on the right."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -101,7 +101,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side."""
+    """Doubles height and width."""
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
@@ -112,10 +112,11 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, and what leads to the next one, if there is one.
+    """Residual blocks of one resolution, then the layer that changes to the next resolution, if
+    any.
 
     Args:
-        key: "downsamplers" or "upsamplers", where `sampler` stands.
+        key: attribute that holds `sampler`, "downsamplers" or "upsamplers".
     """
 
     def __init__(self, resnets: list[ResidualBlock], key: str, *, sampler: nn.Module | None):
@@ -201,9 +202,9 @@ class Decoder(nn.Module):
         """(B, h, w, C) -> (B, 8h, 8w, 3).
 
         Args:
-            tile: longest side of a tile, in latents (see `run_stages`); None decodes all at once,
-                as do families that cannot be tiled. Attention, at the latents' own resolution,
-                always covers the whole picture.
+            tile: longest side of a tile, in latents (see `run_stages`); None, and families that
+                cannot be tiled, decode all at once. Attention runs at the resolution of the latents
+                and always covers the whole picture.
         """
         tile = tile if self._tiled else None
         tiled = tile is not None and max(latents.shape[1:3]) > tile
@@ -213,7 +214,7 @@ class Decoder(nn.Module):
 
     def _stages(self) -> list[Stage]:
         *upward, last = self.up_blocks
-        # Two 3x3 convolutions a block, one more after up-sampling or at the end.
+        # Two 3x3 convolutions per block, and one after up-sampling or at the end.
         stages = [Stage(block, 2, 4 * len(block.resnets) + 1) for block in upward]
         return [
             *stages,

@@ -1,11 +1,11 @@
-"""The tiny autoencoder of the TAEHV family for single pictures: a quick look at big latents.
+"""The tiny autoencoder of the TAEHV family for single pictures: fast previews of large latents.
 
-The public `taew2_1` weights take the latents of Qwen-Image (and Wan 2.1) as the diffusion model
-does, already normalized. The network is made for video: memory blocks see the frame before,
-the decoder makes four frames of a latent and keeps the last of the first four, the encoder makes
-one latent of four frames. A picture is a video of one latent, or of four frames alike, and all
-that its one frame needs is computed here: where a single frame goes through, the memory is empty
-and its half of the kernel is dropped; at half resolution two frames go through.
+The public `taew2_1` weights take the normalized latents of Qwen-Image (and Wan 2.1), as the
+diffusion model does. The public network is for video: memory blocks also read the previous frame,
+the decoder computes four frames from a latent and keeps the last of the first four, and the encoder
+computes one latent from four frames. A picture is a video of one latent, or of four equal frames.
+Only what its one frame needs is computed here. Where a single frame is processed, the memory is
+zero and its half of the kernel is dropped; at half resolution two frames are processed.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, up
 
 
 class Block(nn.Module):
-    """Three 3x3 convolutions around a skip; with `memory` the first sees the frame before too."""
+    """Three 3x3 convolutions and a skip; with `memory` the first also reads the previous frame."""
 
     def __init__(self, channels: int, memory: bool):
         super().__init__()
@@ -48,7 +48,7 @@ class TinyEncoder(nn.Module):
         _check_levels("encoder", config.encoder_channels, blocks=config.encoder_blocks)
         channels = config.encoder_channels
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        # The first pool joins two frames that are alike, the second two that are not.
+        # The first pool joins two equal frames, the second two different ones.
         self.pools = [
             nn.Linear(channels[0], channels[0], bias=False),
             nn.Linear(2 * channels[1], channels[1], bias=False),
@@ -86,7 +86,7 @@ class TinyDecoder(nn.Module):
             [Block(channels[i], memory=i == 2) for _ in range(count)]
             for i, count in enumerate(config.decoder_blocks)
         ]
-        # The second makes two frames of one; of the third's, only the last is used.
+        # The second computes two frames from one. Only the last frame of the third is used.
         self.grows = [
             nn.Linear(channels[0], channels[0], bias=False),
             nn.Linear(channels[1], 2 * channels[1], bias=False),
@@ -134,7 +134,8 @@ class TinyDecoder(nn.Module):
         return 2 * self.conv_out(nn.relu(self._up(2, x))) - 1
 
     def _up(self, level: int, x: mx.array) -> mx.array:
-        # A linear layer over channels costs a quarter before up-sampling, and is the same.
+        # Before up-sampling, a linear layer over channels costs a quarter and gives the same
+        # result.
         return self.ups[level](upsample(self.grows[level](x)))
 
 

@@ -1,8 +1,8 @@
-"""Running a convolutional decoder tile by tile, with the same result as all at once.
+"""Run a convolutional decoder tile by tile, with the same result as on the whole picture.
 
-Tiles are cut with a margin as wide as the network sees. After each stage the margin is trimmed to
-what the following stages still need: the pixels that a cut has changed go, and the expensive last
-stages compute hardly anything twice. So there are no seams to blend.
+Tiles have a margin as wide as the network's receptive field. After each stage the margin is trimmed
+to what the following stages need. This removes the pixels that the cut has changed, so there are no
+seams to blend, and the expensive last stages compute almost nothing twice.
 """
 
 import itertools
@@ -15,8 +15,9 @@ import mlx.core as mx
 TILE = 32
 """Default side of a tile in latents: 256 pixels.
 
-On the CPU, which unfolds what it convolves, the up-sampling half of Qwen-Image's decoder then takes
-2.3 GiB in float32 whatever the picture; at 2048 pixels the untiled half takes 2.8 GiB.
+On the CPU, which unfolds the input of a convolution, the up-sampling half of Qwen-Image's decoder
+then takes 2.3 GiB in float32 for pictures of any size. The other half is not tiled and takes 2.8
+GiB at 2048 pixels.
 """
 
 
@@ -27,7 +28,7 @@ class Stage(NamedTuple):
     """(B, H, W, C) -> (B, H * scale, W * scale, C')."""
     scale: int
     reach: int
-    """How many output pixels inwards from a cut are changed by it."""
+    """Width, in output pixels, of the band along a cut whose values the cut changes."""
 
 
 def upsample(x: mx.array) -> mx.array:
@@ -41,8 +42,9 @@ def run_stages(stages: Sequence[Stage], x: mx.array, *, tile: int | None) -> mx.
     """Chain the stages over x (B, H, W, C).
 
     Args:
-        tile: longest side of a tile, in pixels of x. None, or one that x fits into, runs it whole.
-            Tiles are evaluated one by one, so a tiled call cannot be compiled or differentiated.
+        tile: longest side of a tile, in pixels of x. None, or a value that x fits into, runs x as a
+            whole. Tiles are evaluated one by one, so a tiled call cannot be compiled or
+            differentiated.
     """
     _, h, w, _ = x.shape
     if tile is None or max(h, w) <= tile:
@@ -74,7 +76,7 @@ def _run_tile(
         x = stage.run(x)
         _, h, w, _ = x.shape
         wide = [side * stage.scale for side in sides]
-        # A margin narrower than this ends at the picture's own edge, where nothing was cut.
+        # A narrower margin ends at the edge of the picture, where nothing was cut.
         sides = [min(need, side) for side in wide]
         top, bottom, left, right = (a - b for a, b in zip(wide, sides, strict=True))
         x = x[:, top : h - bottom, left : w - right]

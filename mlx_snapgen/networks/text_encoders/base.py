@@ -1,4 +1,4 @@
-"""What all text encoders share: prompts in, token states (B, L, D) and mask (B, L) out.
+"""The interface of all text encoders: prompts -> token states (B, L, D) and mask (B, L).
 
 The transformer joins the states of all encoders of a model token-wise.
 """
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 class TextStates(NamedTuple):
-    """What one text encoder makes of prompts."""
+    """The output of one text encoder."""
 
     states: mx.array
     """(B, L, D)."""
@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
     """Tokens per prompt, begin and end marks included."""
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt without marks or padding, untruncated."""
+        """Token ids of one prompt without begin mark, end mark, padding or truncation."""
         ...
 
     def cut(self, prompt: str) -> str:
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         ...
 
     def unknown(self, prompt: str) -> list[str]:
-        """The parts of a prompt that no token stands for, mostly foreign characters."""
+        """The parts of a prompt that have no token, mostly characters of other scripts."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
@@ -60,7 +60,7 @@ class TextEncoder(Protocol):
 def encode_states(
     prompts: Sequence[str], encoders: Sequence[TextEncoder | None], *, dtype: mx.Dtype
 ) -> list[TextStates | None]:
-    """The states of the prompts from each encoder, cast to `dtype`; None for one that is absent."""
+    """The states of the prompts from each encoder, cast to `dtype`; None for an absent one."""
     states: list[TextStates | None] = []
     for encoder in encoders:
         if encoder is None:
@@ -79,5 +79,5 @@ def padded(rows: Sequence[Sequence[int]], length: int, *, pad: int) -> tuple[mx.
 
 
 def normalize(prompt: str) -> str:
-    """Lower case, composed Unicode, single spaces; the training captions pass through it too."""
+    """Lower case, composed Unicode, single spaces; also applied to training captions."""
     return " ".join(unicodedata.normalize("NFKC", prompt).lower().split())

@@ -18,12 +18,12 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import TransformerTextEnco
 
 END_OF_WORD = "</w>"
 
-# 's and the like, then runs of letters, single digits and runs of anything else.
+# English suffixes such as 's, runs of letters, single digits, runs of anything else.
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in the merges, in order of token ids."""
+    """The printable character that represents each byte in the merges, in order of token ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
@@ -76,7 +76,7 @@ class ClipTokenizer:
         return [self._ids[symbol] for word in _words(prompt) for symbol in self._merge(word)]
 
     def _merge(self, word: str) -> list[str]:
-        """The symbols of one word, the pair of the lowest rank joined again and again."""
+        """The symbols of one word: the pair of lowest rank is merged until none is left."""
         symbols = [_SYMBOL_OF[byte] for byte in word.encode()]
         symbols[-1] += END_OF_WORD
         while True:
@@ -108,10 +108,9 @@ class ClipTokenizer:
 
 
 def _words(prompt: str) -> list[str]:
-    """A prompt's words as CLIP cuts it: letters, single digits and the rest apart."""
+    """A prompt's words as CLIP splits it: letters, single digits and the rest separately."""
     text = " ".join(unicodedata.normalize("NFC", prompt).split()).lower()
-    # `re` has no \p{L} and \p{N}: find the words in a copy where one ASCII character stands for
-    # each class.
+    # `re` has no \p{L} and \p{N}: find the words in a copy with one ASCII character for each class.
     copy = "".join(c if c.isascii() else _class_of(c) for c in text)
     return [text[slice(*match.span())] for match in _WORD.finditer(copy)]
 

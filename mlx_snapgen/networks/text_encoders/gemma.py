@@ -1,8 +1,8 @@
 """Gemma 3 as a text encoder, through mlx-lm (`pip install "mlx_snapgen[gemma]"`).
 
 The paper conditions on Gemma-3-4b-it (SnapGen++ section 2). The states are those after the last
-norm. Gemma is causal and takes no padding mask: padding stands on the right, where no token that
-counts attends to it, and the mask keeps it out of cross-attention.
+norm. Gemma is causal and takes no padding mask: padding is on the right, so no token of the prompt
+attends to it, and the mask excludes it from cross-attention.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class GemmaTokenizer:
         return self._tokenizer.decode(self.encode(prompt)[self.max_length - 1 :]).strip()
 
     def unknown(self, prompt: str) -> list[str]:
-        """Nothing: Gemma spells what it has no token for in bytes."""
+        """Nothing: Gemma encodes characters without a token as bytes."""
         return []
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:

@@ -1,7 +1,7 @@
 """The text encoder of public teachers: a Qwen language model, through mlx-lm.
 
-Install it with `pip install "mlx_snapgen[teacher]"`. The model is causal and padding stands on the
-right: no token that counts attends to it.
+Install it with `pip install "mlx_snapgen[teacher]"`. The model is causal and padding is on the
+right: no token of the prompt attends to it.
 """
 
 from collections.abc import Sequence
@@ -13,27 +13,28 @@ import mlx.nn as nn
 from mlx_snapgen.networks.text_encoders.base import padded
 
 PAD_TO = 32
-"""Rows are padded to a multiple, so that a step is compiled for few lengths."""
+"""Rows are padded to a multiple of this, so that a training step is compiled for few lengths."""
 
 
-class Reading(NamedTuple):
+class PromptFormat(NamedTuple):
     """How a teacher's prompts are encoded."""
 
     model_types: tuple[str, ...]
     """Of the language model, as in its config.json."""
     template: str
-    """What is encoded, the prompt in place of {}."""
+    """The text that is encoded; the prompt replaces {}."""
     dropped: int
     """Tokens at the beginning whose states are dropped."""
     max_length: int
-    """Tokens at most, without the dropped ones; the rest is cut."""
+    """Maximum number of tokens, without the dropped ones; longer prompts are truncated."""
     empty: str
-    """The prompt that guidance leads away from."""
+    """The prompt of the unconditional velocity of guidance."""
     skipped_layers: int = 0
-    """Layers at the end that are not run, and with any the last norm too."""
+    """Number of last layers that are not run; if there are any, the final norm is not run
+    either."""
 
 
-QWEN_IMAGE = Reading(
+QWEN_IMAGE = PromptFormat(
     model_types=("qwen2_5_vl", "qwen2"),
     template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
     "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
@@ -45,7 +46,7 @@ QWEN_IMAGE = Reading(
 """Qwen-Image's: Qwen2.5-VL's text tower, the template and its 34 tokens as in diffusers'
 QwenImagePipeline."""
 
-Z_IMAGE = Reading(
+Z_IMAGE = PromptFormat(
     model_types=("qwen3",),
     template="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     dropped=0,
@@ -63,23 +64,23 @@ class QwenPromptEncoder:
     Args:
         model: the network, tokens (B, L) -> states (B, L, D).
         tokenizer: as `mlx_lm.utils.load_tokenizer` gives it.
-        reading: how prompts are encoded.
+        prompt_format: how prompts are encoded.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, reading: Reading):
-        self.model, self.reading, self._tokenizer = model, reading, tokenizer
+    def __init__(self, model: nn.Module, tokenizer: Any, *, prompt_format: PromptFormat):
+        self.model, self.prompt_format, self._tokenizer = model, prompt_format, tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
-        """Prompts -> tokens (B, L) and mask (B, L), the template's first tokens still there."""
-        most = self.reading.dropped + self.reading.max_length
+        """Prompts -> tokens (B, L) and mask (B, L), including the first tokens of the template."""
+        most = self.prompt_format.dropped + self.prompt_format.max_length
         rows = [
             self._tokenizer.encode(
-                self.reading.template.replace("{}", prompt), add_special_tokens=False
+                self.prompt_format.template.replace("{}", prompt), add_special_tokens=False
             )[:most]
             for prompt in prompts
         ]
-        kept = max(len(row) - self.reading.dropped for row in rows)
-        length = self.reading.dropped + -(-kept // PAD_TO) * PAD_TO
+        kept = max(len(row) - self.prompt_format.dropped for row in rows)
+        length = self.prompt_format.dropped + -(-kept // PAD_TO) * PAD_TO
         return padded(rows, length, pad=self._tokenizer.pad_token_id or 0)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
@@ -89,8 +90,8 @@ class QwenPromptEncoder:
         """
         tokens, mask = self.tokenize(prompts)
         states, mask = (
-            self.model(tokens)[:, self.reading.dropped :],
-            mask[:, self.reading.dropped :],
+            self.model(tokens)[:, self.prompt_format.dropped :],
+            mask[:, self.prompt_format.dropped :],
         )
         states = mx.where(mask[..., None], states, 0)
         mx.eval(states, mask)

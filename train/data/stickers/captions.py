@@ -77,7 +77,7 @@ TWO_OBJECTS = (
     "{a} plus {b}",
     "{a} as well as {b}",
 )
-# Where neither is more than one thing.
+# Only if both are single objects.
 TWO_NEIGHBORS = (
     "both {a} and {b}",
     "{a} next to {b}",
@@ -183,7 +183,7 @@ class Scene:
         background: a name of BACKGROUNDS.
         caption: one phrasing out of many.
         relation: of placed[0] to placed[1], a key of RELATIONS, or None if not in the caption.
-        background_said: whether the caption names the background.
+        background_named: whether the caption names the background.
     """
 
     category: str
@@ -191,7 +191,7 @@ class Scene:
     background: str
     caption: str = ""
     relation: str | None = None
-    background_said: bool = False
+    background_named: bool = False
 
 
 def pick(rng: np.random.Generator, options: Sequence):
@@ -200,7 +200,7 @@ def pick(rng: np.random.Generator, options: Sequence):
 
 
 def with_article(phrase: str) -> str:
-    """The phrase after "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
+    """The phrase with "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
     vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "ufo"))
     return ("an " if vowel or phrase.startswith("hour") else "a ") + phrase
 
@@ -212,7 +212,7 @@ def _groups(scene: Scene) -> list[tuple[int, Placed]]:
 
 
 def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, determiner: str) -> str:
-    """Such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
+    """A noun phrase such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
     noun, color, size = item.noun, item.color, item.size_word
     singular, plural = noun.name, noun.plural
     tail = ""
@@ -257,13 +257,13 @@ def plain_caption(scene: Scene) -> str:
     """The canonical phrasing: "a red apple to the left of a cat on a white background"."""
     phrases = [_noun_phrase(count, item, None, "a") for count, item in _groups(scene)]
     text = f" {RELATIONS[scene.relation]} ".join(phrases) if scene.relation else _join(phrases)
-    if scene.background_said:
+    if scene.background_named:
         text = f"{text} on {with_article(scene.background)} background"
     return text
 
 
 def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
-    """The caption's core and whether it is a noun phrase (else a sentence of its own)."""
+    """The core of the caption, and whether it is a noun phrase (else it is a sentence)."""
     groups = _groups(scene)
     determiner = pick(rng, DETERMINERS)
     if len(groups) == 1:
@@ -303,7 +303,7 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of many phrasings of what the scene shows, mostly in lower case."""
     text, is_phrase = _subject(scene, rng)
-    if scene.background_said:
+    if scene.background_named:
         name = scene.background
         if name == "grey" and rng.random() < 0.5:
             name = "gray"

@@ -59,8 +59,8 @@ def find_font(path: str | Path | None = None) -> Path:
 def _font(path: str | Path | None) -> ImageFont.FreeTypeFont:
     path = find_font(path)
     try:
-        # From bytes: for a file that it cannot read, Pillow silently takes an installed font of the
-        # same name.
+        # Pass bytes, not the path: if Pillow cannot read a file, it silently uses an installed font
+        # of the same name.
         return ImageFont.truetype(io.BytesIO(path.read_bytes()), STRIKE)
     except OSError as error:
         raise UserError(
@@ -86,7 +86,7 @@ def _smoothstep(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def dominant_hue(rgba: np.ndarray) -> float:
-    """The hue in degrees near which most saturated pixels of (H, W, 4) uint8 are."""
+    """The most frequent hue, in degrees, of the saturated pixels of (H, W, 4) uint8."""
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV"), np.float64)
     weight = (hsv[..., 1] / 255) * (hsv[..., 2] / 255) * (rgba[..., 3] / 255)
     weight = weight * (hsv[..., 1] > 50)
@@ -136,7 +136,7 @@ class Sprite:
 
     Attributes:
         rgb: uint8 (h, w, 3), colors times alpha.
-        keep: uint16 (h, w, 1), share of the background that shows through, out of 256.
+        keep: uint16 (h, w, 1), share of the background that remains visible, out of 256.
     """
 
     rgb: np.ndarray
@@ -180,7 +180,7 @@ def render(scene: Scene, size: int = SIDE, *, font: str | Path | None = None) ->
 
     Args:
         scene: what to draw, placed on a square of SIDE pixels.
-        size: side of the picture in pixels; places and glyphs scale along.
+        size: side of the picture in pixels; positions and glyphs are scaled.
         font: path of the font; None looks in the usual places.
 
     Returns:
@@ -203,9 +203,9 @@ def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
     for noun in first_nouns(num_nouns):
         for color in (None, *COLORS) if noun.recolor else (None,):
             background = "grey" if color == "white" else "white"
-            said = noun.name if color is None else f"{color} {noun.name}"
+            caption = noun.name if color is None else f"{color} {noun.name}"
             placed = (Placed(noun, color, 112, 8, 8),)
-            pictures.append(Scene("colors", placed, background, said))
+            pictures.append(Scene("colors", placed, background, caption))
     return pictures
 
 

@@ -1,9 +1,9 @@
-"""Random scenes over the six categories of GenEval, with combinations kept for the test.
+"""Random scenes of GenEval's six categories and three more, with combinations held out for tests.
 
 The categories are those of GenEval (arXiv 2310.11513: single object, two objects, counting, colors,
-position, color attribution) and sizes, backgrounds and mixtures. A tenth of the noun pairs and a
+position, color attribution), and sizes, backgrounds and mixtures. A tenth of the noun pairs and a
 tenth of the noun-color pairs never occur in training: a score on them measures composition, not
-memory.
+memorization.
 """
 
 import functools
@@ -26,9 +26,9 @@ from train.data.stickers.vocabulary import (
 )
 
 SIDE = 128  # pixels of a scene's side; Placed is in these pixels
-CELL = SIDE // 2  # of two to four glyphs each has a square of this side
-# Glyphs have four sizes and few places, all on a grid of the latents' scale, and stand in the order
-# in which the caption names them. A prompt then has few pictures, and a small model learns the
+CELL = SIDE // 2  # side of the square cell of each of two to four glyphs
+# Glyphs have four sizes and few positions, all on a grid of the latents' scale, and are in the
+# order in which the caption names them. So few layouts match a prompt, and a small model learns the
 # words from a tenth of the scenes.
 ALONE, SHARING, SMALL, BIG = 80, 56, 32, 112  # pixels of a glyph's longer side
 
@@ -68,7 +68,7 @@ _OWN_COLORS = {noun.name: noun.own_color for noun in NOUNS}
 def is_held_out_color(noun: str, color: str) -> bool:
     """Whether the noun named `noun` never has the color `color` in a training scene.
 
-    Its own color is never held out, since training pictures have it without naming it.
+    Its own color is never held out, because training pictures show it without naming it.
     """
     return color != _OWN_COLORS.get(noun) and _held_out("colour", noun, color)
 
@@ -100,7 +100,7 @@ def _pool(num_nouns: int | None) -> _Pool:
 
 
 def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -> list[Noun]:
-    """`count` different nouns of which no pair is held out."""
+    """`count` different nouns without a held-out pair among them."""
     while True:
         nouns = [pick(rng, options) for _ in range(count)]
         pairs = itertools.combinations(nouns, 2)
@@ -153,7 +153,7 @@ def _subjects(
 
 
 def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, str | None]]:
-    """Colored counts, counts of two kinds, three or four kinds, one colored of two."""
+    """Colored counts, counts of two nouns, three or four nouns, two nouns with one colored."""
     kind = rng.random()
     if kind < 0.3:
         noun = pick(rng, pool.recolorable)
@@ -213,17 +213,17 @@ def _corners(
 def _background(
     rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
 ) -> tuple[str, bool]:
-    """A background that every glyph stands out on, and whether the caption names it."""
+    """A background that contrasts with every glyph, and whether the caption names it."""
     lost = {
         name
         for noun, color in subjects
         for name in (noun.lost_on if color is None else COLOR_LOST_ON[color])
     }
     options = [name for name in BACKGROUNDS if name not in lost]
-    said = category == "background" or rng.random() < 0.06
-    if not said and "white" in options and rng.random() < 0.8:
+    named = category == "background" or rng.random() < 0.06
+    if not named and "white" in options and rng.random() < 0.8:
         return "white", False
-    return pick(rng, options), said
+    return pick(rng, options), named
 
 
 def sample_scene(
@@ -236,7 +236,7 @@ def sample_scene(
 
     Args:
         rng: the only source of randomness.
-        num_nouns: use the first so many of NOUNS; None for all.
+        num_nouns: number of NOUNS to use, from the first; None for all.
         held_out: use a held-out pair of nouns or a held-out color of a noun. Otherwise none.
         category: a key of CATEGORIES; None draws one. Of HELD_OUT_CATEGORIES if `held_out`.
 
@@ -259,7 +259,7 @@ def sample_scene(
 def _composed(
     rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
 ) -> Scene:
-    """A scene of the glyphs, with sizes, places, background and caption drawn."""
+    """A scene of the glyphs, with random sizes, positions, background and caption."""
     sizes = _sizes(rng, category, len(subjects))
     relation = None
     if category == "position" or (
@@ -267,12 +267,12 @@ def _composed(
     ):
         relation = pick(rng, tuple(RELATIONS))
     corners = _corners(rng, [size for size, _ in sizes], relation)
-    background, said = _background(rng, category, subjects)
+    background, named = _background(rng, category, subjects)
     placed = tuple(
         Placed(noun, color, size, *corner, word)
         for (noun, color), (size, word), corner in zip(subjects, sizes, corners, strict=True)
     )
-    scene = Scene(category, placed, background, "", relation, said)
+    scene = Scene(category, placed, background, "", relation, named)
     return replace(scene, caption=caption(scene, rng))
 
 
@@ -282,9 +282,9 @@ def training_scene(
     """Scene number k of a seed; both are non-negative.
 
     Args:
-        seed, k: name the scene.
+        seed, k: identify the scene.
         num_nouns: as for sample_scene.
-        categories: draw from these alone, as often relative to each other as in CATEGORIES.
+        categories: use only these, with the relative frequencies of CATEGORIES.
 
     Raises:
         UserError: as sample_scene.

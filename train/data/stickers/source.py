@@ -27,13 +27,13 @@ PREVIEW_PROMPTS = (
     "an owl to the left of a house",
     "a green umbrella above a purple fish",
 )
-"""Drawn after every checkpoint of a run."""
+"""Prompts of the pictures after every checkpoint of a run."""
 
 NOTICE = """\
 These weights are under the MIT license of mlx_snapgen. They were trained on pictures drawn with the
 Noto Color Emoji font, Copyright 2013 Google LLC, SIL Open Font License 1.1.
 """
-"""LICENSE of models that were trained on stickers."""
+"""Text of LICENSE in models that were trained on stickers."""
 
 
 def draw_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[str]]:
@@ -47,8 +47,8 @@ class Stickers:
 
     Attributes:
         seed: scene k is `training_scene(seed, k)`.
-        num_nouns: use the first so many nouns; None for all.
-        categories: kinds of scenes, of `scenes.CATEGORIES`; None for all.
+        num_nouns: number of nouns to use, from the first; None for all.
+        categories: keys of `scenes.CATEGORIES`; None for all.
     """
 
     seed: int = 0
@@ -121,7 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_num_nouns(parser: argparse.ArgumentParser, text: str) -> None:
-    """`--num-nouns` alone, with `text` for its help."""
+    """`--num-nouns` alone; `text` is its help."""
     parser.add_argument("--num-nouns", type=int, metavar="N", help=text)
 
 

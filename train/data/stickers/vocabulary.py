@@ -16,8 +16,8 @@ class Noun:
     Attributes:
         name, plural: everyday English, singular and plural.
         emoji: the character to draw.
-        own_color: the dominant saturated color, a name of COLORS, if `recolor` can exchange
-            it well; else None.
+        own_color: the dominant saturated color, a name of COLORS, if `recolor` can replace it well;
+            else None.
         synonyms: other words a person might use, singular.
         lost_on: names of backgrounds too close to the glyph's own colors.
     """
@@ -40,7 +40,7 @@ UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp")
 
 
 def pluralize(phrase: str) -> str:
-    """Regular plural of a noun phrase; what stands before " of " or " with " is the head.
+    """Regular plural of a noun phrase; the head is what precedes " of " or " with ".
 
     >>> pluralize("slice of pizza"), pluralize("puppy"), pluralize("fox")
     ('slices of pizza', 'puppies', 'foxes')
@@ -76,7 +76,7 @@ def _noun(row: dict[str, str]) -> Noun:
 def _read_nouns() -> Iterator[Noun]:
     """The nouns of vocabulary.tsv; an empty plural is the regular one.
 
-    The order is part of the data: a small model learns the first N, the plainest and most distinct.
+    The order matters: a small model learns the first N, which are the simplest and most distinct.
     """
     path = Path(__file__).with_suffix(".tsv")
     with open(path, encoding="utf-8", newline="") as file:
@@ -128,7 +128,7 @@ COLOR_LOST_ON: dict[str, tuple[str, ...]] = {
 
 
 def first_nouns(num_nouns: int | None) -> tuple[Noun, ...]:
-    """The first `num_nouns` of NOUNS, or all; a UserError if there are not so many."""
+    """The first `num_nouns` of NOUNS (None: all); `UserError` if there are fewer."""
     num_nouns = len(NOUNS) if num_nouns is None else num_nouns
     if not MIN_NOUNS <= num_nouns <= len(NOUNS):
         raise UserError(f"num_nouns is {num_nouns}; it must lie in {MIN_NOUNS} ... {len(NOUNS)}")
@@ -148,10 +148,10 @@ def vocabulary_file(num_nouns: int | None) -> dict[str, list[str]]:
 
 
 def known_nouns(components: Components) -> int:
-    """How many of the vocabulary's nouns, from the first, the model has learned."""
+    """The number of NOUNS, from the first, that the model was trained on."""
     names = (components.vocabulary or {}).get("nouns")
     if names is None:
-        raise UserError("the model has no vocabulary.json: say --num-nouns")
+        raise UserError("the model has no vocabulary.json: give --num-nouns")
     if names != [noun.name for noun in NOUNS[: len(names)]]:
-        raise UserError("the model knows other nouns than this vocabulary: say --num-nouns")
+        raise UserError("the model was trained on another vocabulary: give --num-nouns")
     return len(names)

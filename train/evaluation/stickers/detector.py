@@ -26,13 +26,13 @@ SMALLEST = 24  # pixels of an object's longer side; the scenes' glyphs have 28 a
 EDGE_WEIGHT = 2.0  # of edges against colors, when a box and a glyph are compared
 MAX_CUTS = 5  # in sequence, from the whole picture to an object
 MAX_BOXES = 24  # compared at each level of cuts; only chaotic pictures have more
-THICKEST = 0.4  # place to cut through where there is no gap, of the thickness elsewhere
+THICKEST = 0.4  # without a gap: limit of the thickness at a cut, relative to elsewhere
 MAX_GAPS = 3  # empty runs of rows or columns that are tried for one cut
 
 GRID, POOLED = 24, 8  # sides of the squares that boxes are drawn in, and of their features
 DRAWN = 96  # pixels at which a glyph is drawn before it is shrunk to GRID
 INSETS = (0, 1, 2)  # pixels tried on each side, because a blurred glyph's box is too large
-TINT = 16  # step of the background colors with templates of their own, out of 255
+TINT = 16  # background colors are rounded to multiples of this, out of 255, to cache templates
 
 Box = tuple[int, int, int, int]
 """(x, y, w, h) in pixels."""
@@ -71,7 +71,7 @@ class Detector:
         self._templates = functools.lru_cache(maxsize=16)(self._templates_on)
 
     def __call__(self, picture: np.ndarray) -> list[Detection]:
-        """What `picture`, uint8 (H, W, 3), shows, best first."""
+        """The objects in `picture`, uint8 (H, W, 3), best first."""
         background = background_color(picture)
         mask = foreground(picture, background)
         whole = _tight(mask, (0, 0, mask.shape[1], mask.shape[0]))
@@ -174,7 +174,7 @@ def _valleys(counts: np.ndarray) -> list[int]:
 
 
 Account = tuple[float, tuple[Detection, ...]]
-"""How much foreground some detections explain, and the detections."""
+"""An explanation of a box: how much foreground its detections cover, and the detections."""
 
 
 def _explain(
@@ -184,7 +184,7 @@ def _explain(
     cuts: dict[Box, list[list[Box]]],
     known: dict[Box, Account],
 ) -> Account:
-    """The best account of a box, as one object or in parts; `known` caches accounts."""
+    """The best explanation of a box, as one object or in parts; `known` is a cache."""
     if box not in found:
         return 0.0, ()
     if box in known:

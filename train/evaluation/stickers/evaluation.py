@@ -72,7 +72,7 @@ class Evaluation:
     def scores(self, recorded: dict[str, Any], *, validation_scenes: int) -> str:
         """A table of accuracies and validation losses.
 
-        The output folder has all rows so far after each.
+        The files in the output folder are updated after every row.
 
         Args:
             recorded: settings for results.json.
@@ -110,7 +110,7 @@ class Evaluation:
         return table(rows)
 
     def noun(self, noun: str) -> str:
-        """A table: how often pictures of a noun show it."""
+        """A table: the share of correct pictures of a noun."""
         prompts = noun_prompts(noun, self.per_category)
         lines = [f"| | {noun} |", "| --- | ---: |"]
 

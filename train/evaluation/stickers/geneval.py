@@ -24,10 +24,10 @@ class Prompt:
     """One prompt and what its picture must show.
 
     Attributes:
-        text: what the model is given.
-        scene: its category and what must be found.
-        held_out: whether training never shows this combination.
-        number: place among all prompts, the same however many are used of each category.
+        text: the prompt itself.
+        scene: its category, and the objects that must be detected.
+        held_out: whether this combination never occurs in training.
+        number: index among all prompts; it does not depend on the number of prompts in use.
     """
 
     text: str
@@ -64,7 +64,7 @@ def relations(a: Box, b: Box) -> set[str]:
 
 
 def is_correct(scene: Scene, detections: Sequence[Detection], leftover: float = 0.0) -> bool:
-    """Whether a picture in which these things were found, best first, shows `scene`.
+    """Whether a picture with these detections, best first, shows `scene`.
 
     Stricter than GenEval in one point: for a count, the unexplained foreground must be smaller than
     `MAX_LEFTOVER` objects, since three objects and a malformed fourth are not three.

@@ -15,11 +15,11 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: a width, or what a ceiling was measured on.
+        name: a width, or the pictures of an upper limit.
         scores: see `accuracies`.
-        validation_losses: one per noise level; empty for a ceiling.
-        seconds_per_picture: of the sampling, in batches; None for a ceiling.
-        judged: per picture the prompt, what was found, and whether that is correct.
+        validation_losses: one per noise level; empty for an upper limit.
+        seconds_per_picture: of sampling, in batches; None for an upper limit.
+        judged: for each picture the prompt, the detections, and whether they are correct.
     """
 
     name: str

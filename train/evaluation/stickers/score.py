@@ -17,7 +17,7 @@ from train.data.stickers.vocabulary import NOUNS, first_nouns, known_nouns
 from train.evaluation.stickers.detector import Detection, Detector
 from train.evaluation.stickers.geneval import Prompt, accuracies, fixed_prompts, is_correct
 
-SCORED_STEPS = 14  # of a quick score
+SCORED_STEPS = 14  # maximum steps of a quick score
 
 
 @functools.lru_cache(maxsize=2)
@@ -35,7 +35,7 @@ def judge(
     num_nouns: int | None,
     also: str | None = None,
 ) -> tuple[list[bool], list[list[Detection]]]:
-    """For each picture, uint8 (N, H, W, 3): whether it shows its prompt, and what it shows.
+    """For each picture, uint8 (N, H, W, 3): whether it is correct, and the detections.
 
     `num_nouns` and `also` are those of `detector`.
     """
@@ -58,7 +58,7 @@ def draw(
     name: str = "sampling",
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Pictures of prompts, each with the seed of `settings` plus the prompt's number."""
+    """Pictures of prompts. The seed of each is that of `settings` plus the prompt's number."""
     first = settings.seed or 0
     texts = [prompt.text for prompt in prompts]
     with tqdm(total=len(texts), desc=name, unit="picture", leave=False) as bar:
@@ -113,7 +113,7 @@ def noun_prompts(name: str, count: int) -> list[Prompt]:
 
 
 def gallery_prompts(count: int, num_nouns: int | None) -> list[str]:
-    """Up to `count` prompts such as "an apple", of nouns from all over the list."""
+    """Up to `count` prompts such as "an apple", of evenly spaced nouns of the list."""
     nouns = first_nouns(num_nouns)
     count = min(count, len(nouns))
     return [with_article(nouns[k * len(nouns) // count].name) for k in range(count)]

@@ -4,7 +4,7 @@ import Foundation
 
 /// Text to picture with the components of a bundle, each in memory only while it is needed.
 public struct Generator: Sendable {
-    /// What a caller may change; nil takes the model's own.
+    /// The caller's settings; nil uses the model's default.
     public struct Options: Sendable {
         public var seed: UInt64 = 0
         public var negativePrompt = ""
@@ -70,7 +70,7 @@ public struct Generator: Sendable {
             decoder = try await load("Decoder", options)
         }
         let (latents, shape) = try await denoise(texts, sampling, options, decoder, send)
-        // The transformer is gone by now.
+        // The transformer is released at this point.
         if decoder == nil {
             decoder = try await load("Decoder", options)
         }
@@ -145,7 +145,7 @@ public struct Generator: Sendable {
         return (latents, shape)
     }
 
-    /// Run the transformer, each chunk on what was given and what those before it made of it.
+    /// Run the transformer: each chunk gets the inputs and the outputs of the chunks before it.
     private static func velocity(of inputs: [String: [Float]], _ chunks: [Network]) throws
         -> [Float]
     {
@@ -166,17 +166,17 @@ public struct Generator: Sendable {
         -> CGImage
     {
         let values = try decoder(["latents": latents])
-        // 8 pixels to a latent, three colours.
+        // 8 pixels per latent, three colors.
         return try makePicture(values, height: 8 * shape[2], width: 8 * shape[3])
     }
 }
 
-/// What a text encoder says of a prompt: states (width, L) and mask (L), both flat.
+/// Output of a text encoder: states (width, L) and mask (L), both flat.
 struct TextStates: Equatable {
     let states: [Float]
     let mask: [Float]
 
-    /// The texts of several encoders, one after the other along L.
+    /// The texts of several encoders, concatenated along L.
     static func joined(_ texts: [TextStates]) -> TextStates {
         let width = texts[0].states.count / texts[0].mask.count
         let states = (0..<width).flatMap { row in

@@ -5,8 +5,8 @@ import Foundation
 ///     config.json  tokenizer_0.model
 ///     TextEncoder_0.mlmodelc  Transformer.mlmodelc  Decoder.mlmodelc
 ///
-/// A model with several text encoders has one file of each kind for each. A transformer in chunks
-/// is Transformer_0.mlmodelc and so on.
+/// A model with several text encoders has TextEncoder_1.mlmodelc, tokenizer_1.model and so on. A
+/// transformer in chunks is Transformer_0.mlmodelc, Transformer_1.mlmodelc and so on.
 public struct ModelBundle: Sendable {
     public let folder: URL
     public let config: ModelConfig
@@ -44,7 +44,7 @@ public struct ModelBundle: Sendable {
         }
     }
 
-    /// Where the compiled component of this name is.
+    /// Path of the compiled component of this name.
     public func component(_ name: String) -> URL {
         folder.appendingPathComponent("\(name).mlmodelc")
     }
@@ -56,7 +56,7 @@ public struct ModelBundle: Sendable {
     }
 }
 
-/// What the runner needs of config.json; other keys are for others.
+/// The keys of config.json that this package needs; others are ignored.
 public struct ModelConfig: Decodable, Sendable {
     public struct Sampling: Decodable, Equatable, Sendable {
         public var numInferenceSteps: Int
@@ -84,6 +84,6 @@ public struct ModelConfig: Decodable, Sendable {
         }
     }
 
-    /// How to sample when the caller does not say: in few steps, if the model knows how.
+    /// The default sampler: that of the few-step mode, if the model has one.
     public var sampling: Sampling { fewStep ?? sampler }
 }

@@ -1,6 +1,6 @@
 import CoreML
 
-/// One compiled component in memory. Let go of it to give its memory back.
+/// One compiled component in memory; releasing the object frees the memory.
 final class Network {
     private let model: MLModel
     private let name: String
@@ -19,7 +19,7 @@ final class Network {
         model = try await MLModel.load(contentsOf: url, configuration: configuration)
     }
 
-    /// Shape of an input, as the model fixes it.
+    /// Shape of an input, which is fixed in the model.
     func shape(of input: String) throws -> [Int] {
         try constraint(input).shape.map(\.intValue)
     }
@@ -49,7 +49,7 @@ final class Network {
             guard let result = outputs.featureValue(for: output)?.multiArrayValue else {
                 throw SnapGenError("\(name) gives \(output), which is no multi-array")
             }
-            // Copies, whatever the strides and the type.
+            // A copy, for any strides and type.
             let values = MLShapedArray<Float>(converting: result).scalars
             guard values.allSatisfy(\.isFinite) else {
                 throw SnapGenError(

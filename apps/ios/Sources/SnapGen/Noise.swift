@@ -1,6 +1,6 @@
 import Foundation
 
-/// The normal numbers of `mlx.core.random`, so that a seed draws the same noise as on a Mac.
+/// The normal numbers of `mlx.core.random`, so that a seed gives the same noise as in mlx_snapgen.
 ///
 /// Keys are hashed with Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as
 /// 1, 2, 3"), and uniform numbers become normal ones through the inverse error function in single
@@ -81,13 +81,13 @@ private func inverseErf(_ x: Float) -> Float {
 
 /// Unit Gaussian latents of one picture's seed, in the order (channel, row, column).
 ///
-/// Draw 0 is what sampling starts from, the next ones are what its steps may add.
+/// Draw 0 is the initial noise; later draws are fresh noise for the steps.
 public func noise(seed: UInt64, draw: Int, channels: Int, height: Int, width: Int) -> [Float] {
     var key = NoiseKey(seed: seed)
     for _ in 0..<draw {
         key = key.next()
     }
-    // mlx_snapgen draws them as (row, column, channel).
+    // The order in mlx_snapgen is (row, column, channel).
     let places = height * width
     let drawn = key.normal(count: places * channels)
     var latents = [Float](repeating: 0, count: drawn.count)

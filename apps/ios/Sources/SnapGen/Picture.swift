@@ -1,7 +1,7 @@
 import CoreGraphics
 import Foundation
 
-/// Colours (3, height, width) from -1 to 1 as bytes of red, green, blue and one that is unused.
+/// Colors (3, height, width) from -1 to 1 as bytes of red, green, blue and an unused one.
 func pixels(_ values: [Float], height: Int, width: Int) throws -> [UInt8] {
     let places = height * width
     guard values.count == 3 * places else {

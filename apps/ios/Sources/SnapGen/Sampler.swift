@@ -13,8 +13,8 @@ public enum Sampler {
         (0...steps).map { shiftTime(1 - Double($0) / Double(steps), shift: shift) }
     }
 
-    /// What is known after a step: latents at the next noise level and the estimate of the clean
-    /// ones that the step saw.
+    /// The sampler's state after a step: latents at the next noise level, and the estimate of the
+    /// clean latents at the start of the step.
     public struct Step {
         public let index: Int
         public let latents: [Float]
@@ -25,9 +25,9 @@ public enum Sampler {
     ///
     /// - Parameters:
     ///   - velocity: the network's velocity at latents and noise level, guidance included.
-    ///   - freshNoise: nil takes Euler steps along the flow. A function that returns unit noise,
-    ///     called with 1, 2, ..., puts it on each step's estimate instead, as models distilled by
-    ///     distribution matching have learned it (DMD2 section 4.4).
+    ///   - freshNoise: nil takes Euler steps along the flow. Otherwise each step adds new noise to
+    ///     its estimate instead: the function is called with 1, 2, ... and returns unit noise.
+    ///     Models distilled by distribution matching are trained so (DMD2 section 4.4).
     public static func denoise(
         noise: [Float],
         schedule: [Double],
@@ -52,7 +52,7 @@ public enum Sampler {
         return latents
     }
 
-    /// Classifier-free guidance: v_uncond + scale (v_cond - v_uncond); scale 1 is no guidance.
+    /// Classifier-free guidance: v_uncond + scale (v_cond - v_uncond); scale 1 disables guidance.
     public static func guide(_ conditional: [Float], _ unconditional: [Float], scale: Float)
         -> [Float]
     {

@@ -1,6 +1,6 @@
 import Foundation
 
-/// A mistake of the caller or a bundle that does not fit: one line, with the way out.
+/// A mistake of the caller or a bundle that does not fit: one line, with what to do.
 public struct SnapGenError: LocalizedError, Equatable {
     public let message: String
 

@@ -1,10 +1,10 @@
 import Foundation
 
 /// Sentencepiece tokens of the kind BPE between begin and end marks, padded to a fixed length, as
-/// mlx_snapgen/networks/text_encoders/sentencepiece.py's `Tokenizer` makes them.
+/// in `SentencePieceTokenizer` of mlx_snapgen/networks/text_encoders/sentencepiece.py.
 ///
-/// Reads sentencepiece's own `.model` file. Texts are arrays of scalars: a Swift `String` takes
-/// canonically equivalent texts for equal, sentencepiece does not.
+/// Reads sentencepiece's `.model` file. Texts are arrays of scalars, because canonically equivalent
+/// texts are equal as Swift `String`s, but not for sentencepiece.
 public struct Tokenizer {
     public let maxLength: Int
     private let pieces: [[Unicode.Scalar]: (id: Int32, score: Float)]
@@ -85,7 +85,7 @@ public struct Tokenizer {
         )
     }
 
-    /// Token ids without marks or padding, untruncated.
+    /// Token ids without begin mark, end mark, padding or truncation.
     public func encode(_ prompt: String) -> [Int32] {
         var ids: [Int32] = []
         for word in Tokenizer.words(prompt) {
@@ -100,8 +100,8 @@ public struct Tokenizer {
         return ids
     }
 
-    /// Byte-pair encoding: of all neighbours that make a token, merge those of the highest score,
-    /// the leftmost first, until none are left.
+    /// Byte-pair encoding: of all neighbors that make a token, merge those of the highest score,
+    /// the leftmost first, until no neighbors make a token.
     private func merge(_ word: [Unicode.Scalar]) -> [[Unicode.Scalar]] {
         var symbols = word.map { [$0] }
         while true {
@@ -124,8 +124,8 @@ public struct Tokenizer {
         var words: [[Unicode.Scalar]] = [[]]
         for scalar in text.unicodeScalars {
             switch scalar.value {
-            // Python's white space that Unicode does not count, and what sentencepiece's rules
-            // "nmt_nfkc" turn into spaces.
+            // Characters that are white space in Python but not in Unicode, and those that
+            // sentencepiece's rules "nmt_nfkc" replace by spaces.
             case 0x1C...0x1F, 0x61C, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF, 0xFFFD:
                 words.append([])
             case 0x01...0x08, 0x0E...0x1B, 0x7F, 0x8F, 0x9F:

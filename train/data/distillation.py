@@ -5,8 +5,8 @@ from train.data.encoded import EncodedBatches
 from train.data.source import Batch
 
 
-class TaughtBatches:
-    """`EncodedBatches`, and with each the teacher's encoded captions: the fields of `Condition`."""
+class DistillationBatches:
+    """`EncodedBatches` with the captions also encoded by the teacher: the fields of `Condition`."""
 
     def __init__(self, batches: EncodedBatches, teacher: Teacher):
         self.batches, self.teacher = batches, teacher
