@@ -35,7 +35,6 @@ from convert.coreml.options import (
     check_palettes_fit,
     make_parser,
     parse_bits,
-    read_prompts,
 )
 from convert.coreml.package import check_space
 from convert.libraries import require_coremltools
@@ -43,6 +42,7 @@ from convert.options import parse
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
 from mlx_snapgen.quantize.palettes import load_palettes
@@ -57,7 +57,7 @@ def main() -> None:
         precision=args.precision,
         quantize=parse_bits(args.quantize, None),
         chunks=args.chunks,
-        prompts=read_prompts(args.prompts_file) if args.prompts_file else None,
+        prompts=list(read_prompts(args.prompts_file)) if args.prompts_file else None,
     )
     settings.check()
     check_new(args.output)

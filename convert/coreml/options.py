@@ -96,17 +96,6 @@ def check_palettes_fit(
         )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a file; `UserError` if there are none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{path} has no prompts: write one per line")
-    return prompts
-
-
 class _Resolution(argparse.Action):
     """--resolution 512 or 512x768, now --height and --width."""
 

@@ -1,6 +1,5 @@
 """A model folder: its config.json, read once, and its vocabulary.json, both checked."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, is_built_in
 from mlx_snapgen.checkpoint.module import Part, check_quantization, check_version
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_json
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,6 @@ def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    if not path.exists():
+        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}")
+    return read_json(path)
