@@ -15,13 +15,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
+def _end_bars() -> None:
+    """End the bars that an error has left on the terminal, so that its line stands alone."""
+    if (tqdm := sys.modules.get("tqdm")) is not None:
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0, its own code, 2 after a `UserError`, 130 after Ctrl-C."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
+        _end_bars()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        _end_bars()
         print("interrupted", file=sys.stderr)
         sys.exit(130)

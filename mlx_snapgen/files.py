@@ -1,13 +1,16 @@
 """Files and folders that are written whole or not at all, and JSON files.
 
 Unfinished files are in a hidden folder beside their destination and are renamed at the end, so that
-no other process reads an incomplete file. The hidden folder remains only if the process is killed.
+no other process reads an incomplete file. The hidden folder remains only if the process is killed;
+the next command that writes beside it deletes it. A folder in use is locked.
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +19,28 @@ from typing import Any
 from mlx_snapgen.errors import UserError
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with the home folder in place of ~; "~name" stays where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def check_new(folder: Path) -> None:
-    """`UserError` if `folder` is a file or not empty."""
+    """`UserError` if `folder` is a file or not empty, or cannot be created."""
+    folder = expanded(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: choose another name or delete it")
+    check_writable(folder.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """`UserError` unless `folder` is a folder that can be written to, or created."""
+    existing = expanded(folder)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"no permission to write into {existing}")
 
 
 @contextlib.contextmanager
@@ -29,7 +50,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` is not empty, or cannot be written.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     check_new(folder)
     try:
         with _beside(folder) as partial:
@@ -66,11 +87,43 @@ def _beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path.parent) from None
-    # The folder is private; the files in it have the usual permissions.
-    with tempfile.TemporaryDirectory(
-        prefix=".", dir=path.parent, ignore_cleanup_errors=True
-    ) as hidden:
-        yield Path(hidden) / path.name
+    _delete_abandoned(path.parent)
+    hidden, lock = _hidden_folder(path.parent)
+    try:
+        yield hidden / path.name
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
+
+
+HIDDEN = ".snapgen-"
+"""Start of the hidden folders' names."""
+
+
+def _hidden_folder(parent: Path) -> tuple[Path, int]:
+    """A new private folder, and its lock; the files in it have the usual permissions."""
+    while True:
+        hidden = Path(tempfile.mkdtemp(prefix=HIDDEN, dir=parent))
+        # Another process may take it for abandoned until it is locked, and delete it.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(hidden, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some network drives have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if hidden.is_dir():
+                return hidden, lock
+            os.close(lock)
+
+
+def _delete_abandoned(parent: Path) -> None:
+    """Delete the hidden folders of processes that were killed."""
+    for hidden in parent.glob(f"{HIDDEN}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(hidden, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(hidden)
+            finally:
+                os.close(lock)
 
 
 def _move_to_free(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image, PngImagePlugin
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 KEY = "parameters"
@@ -62,7 +62,7 @@ def record_choice(choice: ModelChoice) -> dict[str, Any]:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata of a picture; `UserError` if it has none."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         with Image.open(path) as image:
             kind, text = image.format, image.info.get(KEY)

@@ -15,6 +15,7 @@ from apps.desktop.theme import Theme
 from apps.desktop.widgets import Column, Slider
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 from mlx_snapgen.settings import WIDTH_NAMES, parse_width
 
 DEFAULT_MODEL = "Default (stickers)"
@@ -171,7 +172,7 @@ class Form(Column):
         name = self.model.get().strip()
         if name in ("", DEFAULT_MODEL):
             return None, None
-        if Path(name).expanduser().is_dir() or "@" not in name:
+        if expanded(name).is_dir() or "@" not in name:
             return name, None
         model, _, revision = name.rpartition("@")
         return model, revision or None

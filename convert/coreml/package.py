@@ -13,6 +13,7 @@ import numpy as np
 from convert.libraries import import_coremltools, quiet_coremltools
 from convert.mil.summary import summary
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 
 
 class Network(NamedTuple):
@@ -160,7 +161,7 @@ def line(name: str, package: Mapping[str, Any]) -> str:
 
 def check_space(output: Path, needed: int) -> None:
     """`UserError` unless the disks of `output` and of temporary files have `needed` bytes free."""
-    folder = output.expanduser().absolute()
+    folder = expanded(output).absolute()
     while not folder.exists():
         folder = folder.parent
     # coremltools writes a package to the temporary folder first.

@@ -20,7 +20,7 @@ from convert.public.source import Source
 from convert.public.stream import Entry, lazy, write_tensors
 from mlx_snapgen.cli.notices import peak_process_bytes
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new
+from mlx_snapgen.files import check_new, expanded
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -54,7 +54,7 @@ def convert(
     Raises:
         UserError: files that are damaged or of an unknown network; an output that exists.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     check_new(out)
     work = out.parent / f".{out.name}.partial"
     with _claimed(work):

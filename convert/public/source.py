@@ -17,7 +17,7 @@ import mlx.core as mx
 from convert.public.stream import Entry, write_tensors
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_json
+from mlx_snapgen.files import expanded, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SIDE_FILES = ("*.json", "*.txt", "*.txt.gz", "*.model", "*.jinja")
@@ -69,7 +69,7 @@ def find_source(source: str, revision: str | None = None, subfolder: str | None 
         UserError: no such source, a repository that cannot be downloaded, missing files, or several
             checkpoints.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         if revision or subfolder:
             raise UserError(f"{path} is a file: it has neither revisions nor subfolders")

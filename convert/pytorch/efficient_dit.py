@@ -29,6 +29,7 @@ from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, token
 from convert.pytorch.parts import Decoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 
 
 class TimestepEmbedder(nn.Module):
@@ -366,7 +367,7 @@ def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
     Raises:
         UserError: no such folder, or weights that do not fit.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     config, _ = read_config(folder)
     networks: dict[str, Any] = make_networks(config, attend)
     for name, network in networks.items():

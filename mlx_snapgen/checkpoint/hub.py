@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 
 BUILT_IN = "stickers"
 """Name of the model that comes with the package."""
@@ -44,7 +45,7 @@ def local_folder(model: str | Path | None) -> Path | None:
     """
     if is_built_in(model):
         return default_model_path()
-    folder = Path(str(model)).expanduser()
+    folder = expanded(str(model))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give the model's folder")
     return folder if folder.is_dir() else None

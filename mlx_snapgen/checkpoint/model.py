@@ -39,7 +39,7 @@ from mlx_snapgen.config import (
     to_dict,
 )
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.files import check_new, expanded, new_folder
 from mlx_snapgen.lora.adapters import (
     fuse_lora,
     get_lora_weights,
@@ -113,7 +113,7 @@ def save_pretrained(
     Raises:
         UserError: the folder is not empty, or MLX does not support the quantization.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     check_new(folder)
     if None in components.text_encoders:
         raise UserError("a text encoder is not loaded: load the model with all of them to save it")

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, add_model_choice, finite_number, integer
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import check_writable
 from mlx_snapgen.settings import MAX_STEPS, WIDTH_NAMES
 
 EXAMPLES = """
@@ -174,11 +176,8 @@ def _picture_path(text: str) -> str:
 
 def _writable_folder(text: str) -> str:
     """The name of a folder that can be written to, or created."""
-    existing = Path(text)
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise argparse.ArgumentTypeError(f"{existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"no permission to write into {existing}")
+    try:
+        check_writable(Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.lora.adapters import (
     Adapter,
     adapted_layers,
@@ -51,7 +51,7 @@ def save_lora(
     Raises:
         UserError: no such adapter, a file that exists, or one that cannot be written.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: give a name ending in .safetensors")
     found = {p: m.adapters[name] for p, m in adapted_layers(module).items() if name in m.adapters}
@@ -85,7 +85,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
     Only safetensors are read: the pickled .pt, .bin and .ckpt can run code when opened.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
     if not path.is_file():
@@ -169,7 +169,7 @@ def load_lora(
         UserError: the file is no LoRA, or its keys or shapes do not fit the network; the network is
             unchanged.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     tensors, header = read_lora(path)
     if not math.isfinite(weight):
         raise UserError(f"the weight of a LoRA must be a finite number, got {weight}")

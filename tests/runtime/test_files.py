@@ -1,12 +1,17 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders appear whole or not at all; errors are one line."""
 
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import new_folder, whole_file
+from mlx_snapgen.files import check_new, expanded, new_folder, whole_file
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +60,10 @@ def test_a_file_in_the_way_of_the_folder_is_no_taken_name(empty_folder):
         whole_file(empty_folder / "a" / "b.txt", replace=False),
     ):
         raise AssertionError("nothing to write to")
-    with pytest.raises(UserError, match="Not a directory"), new_folder(empty_folder / "a" / "b"):
+    with (
+        pytest.raises(UserError, match="a file, not a folder"),
+        new_folder(empty_folder / "a" / "b"),
+    ):
         raise AssertionError("nothing to write to")
 
 
@@ -88,3 +96,57 @@ def test_only_an_empty_folder_is_filled(empty_folder):
         raise AssertionError("nothing to write to")
     assert os.listdir("a") == ["b.txt"]
     assert os.listdir() == ["a"]
+
+
+def test_what_a_killed_process_left_is_deleted_by_the_next(empty_folder):
+    code = (
+        "import os, pathlib, signal\n"
+        "from mlx_snapgen.files import new_folder\n"
+        "with new_folder(pathlib.Path(os.sys.argv[1])) as partial:\n"
+        "    (partial / 'b.txt').write_text('b')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(empty_folder / "a")], cwd=ROOT, check=False)
+    (left,) = os.listdir()
+    assert left.startswith(".snapgen-")
+    with whole_file(empty_folder / "c.txt") as partial:
+        partial.write_text("c")
+        assert left not in os.listdir()
+    assert os.listdir() == ["c.txt"]
+
+
+def test_what_another_process_is_writing_stays(empty_folder):
+    with new_folder(empty_folder / "a") as partial:
+        (partial / "b.txt").write_text("b")
+        with whole_file(empty_folder / "c.txt") as other:
+            other.write_text("c")
+        assert (partial / "b.txt").read_text() == "b"
+    assert sorted(os.listdir()) == ["a", "c.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(empty_folder):
+    (empty_folder / "file").write_text("a file")
+    check_new(empty_folder / "new" / "deep")
+    for wrong in (empty_folder / "file" / "a", empty_folder / "file" / "a" / "b"):
+        with pytest.raises(UserError, match="file is a file, not a folder"):
+            check_new(wrong)
+
+
+def test_an_unknown_home_is_a_name():
+    assert expanded("~no-such-user/a") == Path("~no-such-user/a")
+    assert expanded("~/a") == Path.home() / "a"
+
+
+def test_an_error_after_a_bar_has_a_line_of_its_own():
+    code = (
+        "from tqdm import tqdm\n"
+        "from mlx_snapgen.errors import UserError, run_command\n"
+        "def main():\n"
+        "    bar = tqdm(range(3))\n"
+        "    for _ in bar:\n"
+        "        raise UserError('wrong')\n"
+        "run_command(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.split("\n")[-2] == "error: wrong"

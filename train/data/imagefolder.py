@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 from train.data.streams import Stream
 
 METADATA = "metadata.jsonl"
@@ -67,7 +68,7 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
     Raises:
         UserError: no such folder, damaged metadata, or no usable picture.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give one with pictures and their captions")
     captions, skipped = find_captions(folder)

@@ -12,7 +12,7 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.module import check_fit, shapes
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import expanded, whole_file
 from train.loop.checkpoint import latest_checkpoint, load_ema
 from train.objectives.elastic import TextToLatents
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def find_folder(path: Path) -> Path:
     """The folder of a run or a model: `path`, or the one that `find_model` returns for it."""
-    path = path.expanduser()
+    path = expanded(path)
     return path if path.is_dir() else find_model(str(path))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.scenes import SIDE
 from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, Noun, first_nouns
@@ -50,7 +51,7 @@ def find_font(path: str | Path | None = None) -> Path:
             raise UserError(f"no font at {path}; to install Noto Color Emoji: {INSTALL}")
         return Path(path)
     for folder in FONT_FOLDERS:
-        for found in sorted(Path(folder).expanduser().glob("NotoColorEmoji*.ttf")):
+        for found in sorted(expanded(folder).glob("NotoColorEmoji*.ttf")):
             return found
     raise UserError(f"the font Noto Color Emoji is not installed; to install it: {INSTALL}")
 
