@@ -23,7 +23,7 @@ from convert.public.keys.gemma import gemma_shapes
 from convert.public.stream import Entry, lazy, write_new
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
 from mlx_snapgen.cli.notices import announce, peak_process_bytes
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
     TINYCLIP_19M,
@@ -184,7 +184,7 @@ def main() -> None:
         help="bits per weight of the transformer, 4 or 8; 0 does not quantize (default: 0)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)"
+        "--seed", type=integer(0), default=0, metavar="N", help="seed of the weights (default: 0)"
     )
     args = parse(parser)
     check_new(args.output)

@@ -13,12 +13,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.options import Parser, finite_number, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import denoise, get_noise
+from mlx_snapgen.settings import MAX_STEPS
 from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
 
@@ -85,28 +86,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "-o",
         "--output",
-        type=Path,
+        type=new_png,
         required=True,
         metavar="PATH",
         help="picture to write, a .png file",
     )
     size = "of the picture in pixels (default: 1024)"
-    add("--height", type=int, default=1024, metavar="PX", help=f"height {size}")
-    add("--width", type=int, default=1024, metavar="PX", help=f"width {size}")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
+    add("--height", type=integer(1), default=1024, metavar="PX", help=f"height {size}")
+    add("--width", type=integer(1), default=1024, metavar="PX", help=f"width {size}")
+    add(
+        "--steps",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="denoising steps (default: the model's)",
+    )
     add(
         "--guidance",
-        type=float,
+        type=finite_number,
         metavar="G",
         help="guidance scale; 1 is off (default: the model's)",
     )
     add("--few-step", action="store_true", help="use the few-step mode (default: off)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
+    add("--seed", type=integer(0), default=0, metavar="N", help="seed of the noise (default: 0)")
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() != ".png":
-        raise UserError(f"--output {args.output}: give a name ending in .png")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps must be at least 1, not {args.steps}")
     started = time.perf_counter()
     with announce("loading the teacher ..."):
         teacher, autoencoder = load_flow_teacher(args.model, lazy=True)

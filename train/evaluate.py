@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import check_new
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.settings import check_width, held_widths
 from train.data.stickers.vocabulary import known_nouns
@@ -22,8 +23,6 @@ from train.options.evaluate import draw_settings, parse
 
 
 def _make_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists: choose another --output or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,7 +34,7 @@ def main() -> None:
     if args.noun:
         noun_prompts(args.noun, 1)  # an unknown noun is an error before the folder is created
     if args.output:
-        _make_folder(args.output)
+        check_new(args.output)
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(args.model, few_step=True)
     config = components.config
@@ -52,6 +51,8 @@ def main() -> None:
         output=args.output,
         ceilings=args.ceilings,
     )
+    if args.output:
+        _make_folder(args.output)
     if args.gallery:
         evaluation.gallery(args.output / "gallery.png")
         return

@@ -46,6 +46,7 @@ def _print_estimate(args: argparse.Namespace, needed: Estimate, *, pictures: int
 
 def main() -> None:
     args = parse()
+    given = list(read_prompts(args.prior_prompts)) if args.prior_prompts else None
     mx.random.seed(args.seed)
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(args.model)
@@ -74,10 +75,7 @@ def main() -> None:
             components, folder, batch_size=args.batch_size, drop_caption=args.drop_caption
         )
     wanted = args.prior_pictures if args.prior_weight else 0
-    if args.prior_prompts:
-        prior_prompts = list(read_prompts(args.prior_prompts))[:wanted]
-    else:
-        prior_prompts = known_prompts(components, wanted)
+    prior_prompts = known_prompts(components, wanted) if given is None else given[:wanted]
     if wanted and not prior_prompts:
         print("no prior preservation without prompts: give --prior-prompts", file=sys.stderr)
     captions = [example.caption for example in examples]

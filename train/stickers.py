@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.pictures import contact_sheet
-from train.data.stickers.render import INSTALL, glyph_scenes, render, write_imagefolder
+from train.data.stickers.render import INSTALL, find_font, glyph_scenes, render, write_imagefolder
 from train.data.stickers.scenes import SIDE, noun_scene, training_scene, validation_scene
 from train.data.stickers.source import add_num_nouns
 from train.data.stickers.vocabulary import NOUNS
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"there is no folder {output.parent}; create it first")
     check_at_least(args, 1, "count")
     check_at_least(args, 0, "seed")
+    find_font(args.font)
     numbers = range(args.count)
     if args.noun:
         shown = [noun_scene(args.noun, args.seed, k) for k in numbers]

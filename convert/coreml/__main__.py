@@ -72,7 +72,10 @@ def main() -> None:
     for width in settings.widths:
         check_width(config, width)
     height, width = config.image_size
-    size = (args.height or height, args.width or width)
+    size = (
+        height if args.height is None else args.height,
+        width if args.width is None else args.width,
+    )
     check_size(config, *size)
     blocks = sum(config.transformer.blocks)
     if not 1 <= args.chunks <= blocks:

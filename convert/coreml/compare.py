@@ -29,11 +29,11 @@ from convert.coreml.packages import (
 )
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import MODEL_HELP, Parser
+from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.quantize.palettes import load_palettes
-from mlx_snapgen.settings import WIDTH_NAMES
+from mlx_snapgen.settings import MAX_STEPS, WIDTH_NAMES
 
 
 def make_parser() -> Parser:
@@ -49,16 +49,19 @@ def make_parser() -> Parser:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=new_png,
         default=Path("picture.png"),
         metavar="PATH",
         help="picture to write, a .png file (default: picture.png)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)"
+        "--seed", type=integer(0), default=0, metavar="N", help="seed of the noise (default: 0)"
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps (default: the model's)"
+        "--steps",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="denoising steps (default: the model's)",
     )
     parser.add_argument(
         "--model-width",
@@ -90,8 +93,6 @@ def main() -> None:
         raise UserError("--one-step compares with a model: add --model MODEL")
     if not args.prompt.strip():
         raise UserError("the prompt is empty: write what to generate")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps must be a positive number, got {args.steps}")
     packages = Packages(args.folder, args.model_width)
     if args.model is None:
         print(save_picture(_draw(packages, args), args.output))

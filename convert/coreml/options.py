@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.options import add_output
-from mlx_snapgen.cli.options import MODEL_HELP, Parser
+from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.quantize.palettes import Palettes
@@ -104,12 +104,6 @@ class _Resolution(argparse.Action):
         namespace.height, namespace.width = parse_resolution(values)
 
 
-def _pixels(text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"a size is a number of pixels, not '{text}'")
-    return int(text)
-
-
 def make_parser(description: str | None) -> Parser:
     parser = Parser(
         prog="python -m convert.coreml",
@@ -143,8 +137,8 @@ def make_parser(description: str | None) -> Parser:
         help="export several network widths in one package; needs --target ios18 (default: full)",
     )
     size = "of the picture in pixels (default: the model's)"
-    parser.add_argument("--height", type=_pixels, metavar="PX", help=f"height {size}")
-    parser.add_argument("--width", type=_pixels, metavar="PX", help=f"width {size}")
+    parser.add_argument("--height", type=integer(1), metavar="PX", help=f"height {size}")
+    parser.add_argument("--width", type=integer(1), metavar="PX", help=f"width {size}")
     parser.add_argument("--resolution", action=_Resolution, help=argparse.SUPPRESS)
     parser.add_argument(
         "--target",
@@ -173,7 +167,7 @@ def make_parser(description: str | None) -> Parser:
     )
     parser.add_argument(
         "--chunks",
-        type=int,
+        type=integer(1),
         default=1,
         metavar="N",
         help="number of packages for the transformer (default: 1)",

@@ -120,7 +120,8 @@ def kind_of(source: str) -> tuple[str, Path]:
 
 def _hush() -> None:
     """Hide transformers' progress bars, and its list of a checkpoint's unused keys."""
-    if importlib.util.find_spec("transformers") is not None:
+    # Without torch transformers would print that it is missing.
+    if all(importlib.util.find_spec(name) is not None for name in ("transformers", "torch")):
         from transformers.utils import logging
 
         logging.set_verbosity_error()

@@ -5,9 +5,11 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import check_writable
 from mlx_snapgen.settings import MAX_SEED, WIDTH_NAMES, DrawSettings, ModelChoice
 
 
@@ -163,6 +165,18 @@ def integer(least: int, most: int = MAX_SEED) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def new_png(text: str) -> Path:
+    """A type of options: the name of a picture to write."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"give a name ending in .png, not '{text}'")
+    try:
+        check_writable(path.parent)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
 
 
 def finite_number(text: str) -> float:

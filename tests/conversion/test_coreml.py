@@ -60,6 +60,9 @@ def test_a_resolution_is_one_number_or_two():
         (["--quantize", "4.3", "--precision", "float32"], "palettes are of float16"),
         (["--chunks", "9"], "--chunks takes 1 to 4"),
         (["--prompts-file", "no-such-file"], "cannot read no-such-file"),
+        (["--height", "0"], "0 is not between 1 and"),
+        (["--chunks", "0"], "0 is not between 1 and"),
+        (["--prompts-file", "/dev/null"], "/dev/null has no prompts"),
         (["--model-width", "tiny"], "transformer.safetensors is missing"),
     ],
 )

@@ -14,7 +14,7 @@ from mlx_snapgen.lora.adapters import add_lora, get_lora_weights
 from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.networks.layers import flat_parameters
 from tests.training.test_kd import student_config
-from train import export, flow, kdmd, tokenizer
+from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, palettes, tokenizer
 from train.data.stickers.vocabulary import NOUNS
 from train.loop.checkpoint import latest_checkpoint, load_ema
 from train.loop.run import claim, find_folder
@@ -98,12 +98,79 @@ def test_flow_trains_and_its_run_is_exported(font, tiny, flow_options, run, tmp_
         (["--steps", 0], "--steps must be at least 1"),
         (["--num-nouns", 3], "num_nouns is 3"),
         (["--init-from", "nowhere"], "no model folder nowhere"),
+        (["--init-from", "~no-such-user"], "no model folder ~no-such-user"),
+        (["--learning-rate", -1], "--learning-rate must lie between 0 and 1"),
+        (["--warmup-steps", -1], "--warmup-steps must not be negative"),
+        (["--final-learning-rate", -1], "--final-learning-rate must not be negative"),
+        (["--ema-decay", 2], "--ema-decay must be at most 1"),
+        (["--drop-caption", 2], "--drop-caption must be at most 1"),
+        (["--time-shift", 0], "--time-shift must be above 0"),
+        (["--seed", 10**14], "is not between"),
+        (["--tokenizer", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_options_of_flow_are_one_line(tiny, flow_options, run, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         run(flow, "--run-dir", tmp_path / "run", *flow_options, *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (flow, ["--autoencoder", "a", "--tokenizer", "t"]),
+        (kd, ["--teacher", "t"]),
+        (kdmd, ["--output", "k.safetensors"]),
+        (lora, ["--data", "."]),
+        (palettes, ["--output", "p"]),
+        (autoencoder, []),
+    ],
+)
+def test_a_run_folder_is_no_file(command, options, run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/run"):
+        with pytest.raises(UserError, match="file is a file, not a folder"):
+            run(command, "--run-dir", tmp_path / name, *options)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (kdmd, ["--run-dir", "run", "--output", "{}/k.safetensors"]),
+        (lora, ["--data", ".", "--output", "{}/l.safetensors"]),
+        (palettes, ["--output", "{}/p"]),
+        (export, ["--flow", "f", "--autoencoder", "a", "--tokenizer", "t", "--output", "{}/m"]),
+        (evaluate, ["--output", "{}/scores"]),
+        (tokenizer, ["--output", "{}/t.model"]),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_at_once(command, options, run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is a file, not a folder"):
+        run(command, *(option.replace("{}", str(tmp_path / "file")) for option in options))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (autoencoder, ["--run-dir", "{}/r", "--crop", 60], "multiple of 8 up to 128"),
+        (autoencoder, ["--run-dir", "{}/r", "--crop", 256], "multiple of 8 up to 128"),
+        (autoencoder, ["--run-dir", "{}/r", "--kl-weight", -1], "must not be negative"),
+        (autoencoder, ["--run-dir", "{}/r", "--learning-rate", 0], "must lie between"),
+        (tokenizer, ["--output", "{}/t", "--vocab-size", 0], "--vocab-size must be at least 1"),
+        (tokenizer, ["--output", "{}/t", "--vocab-size", 2], "no vocabulary of 2 pieces"),
+        (evaluate, ["--output", "{}/e", "--model", "nowhere"], "no model folder nowhere"),
+        (evaluate, ["--output", "{}/e", "--num-nouns", -1], "num_nouns is -1"),
+        (evaluate, ["--output", "{}/e", "--time-shift", 0], "must be above 0"),
+        (lora, ["--data", ".", "--rank", 10**6], "--rank must be at most 65536"),
+        (lora, ["--data", ".", "--prior-prompts", "no.txt"], "cannot read no.txt"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(command, options, message, run, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(command, *(str(option).replace("{}", str(tmp_path)) for option in options))
+    assert not list(tmp_path.iterdir())
 
 
 def test_k_dmd_writes_a_lora(font, model_folder, run, tmp_path):

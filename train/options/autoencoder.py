@@ -6,7 +6,14 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError
 from train.data.stickers import source as stickers
-from train.options.common import add_number, add_run_dir, add_seed, check_at_least
+from train.loop.autoencoder import DEFAULT
+from train.options.common import (
+    add_number,
+    add_run_dir,
+    add_seed,
+    check_at_least,
+    check_learning_rate,
+)
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +52,11 @@ def parse() -> argparse.Namespace:
     stickers.add_options(parser)
     args = parser.parse_args()
     check_at_least(args, 1, "steps", "batch_size", "crop")
-    check_at_least(args, 0, "seed")
+    check_at_least(args, 0, "seed", "kl_weight")
+    check_learning_rate(args.learning_rate)
+    side, unit = min(stickers.SIZE), DEFAULT.downsampling
+    if args.crop > side or args.crop % unit:
+        raise UserError(f"--crop must be a multiple of {unit} up to {side}, got {args.crop}")
     if args.encoder and not args.decoder_only:
         raise UserError("--encoder needs --decoder-only, since it brings the latents")
     if args.decoder_only and not args.init_from:

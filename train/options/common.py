@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mlx_snapgen.cli.options import finite_number, integer
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import check_writable
 from train.loop.config import TrainingConfig
 
 
@@ -13,12 +15,21 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
     shown = f" (default: {default})" if default else ""
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=_run_folder,
         required=default is None,
         metavar="DIR",
         help="folder for the checkpoints, log.jsonl, loss.png and sample pictures; name the "
         f"folder of an earlier run to resume it{shown}",
     )
+
+
+def _run_folder(text: str) -> Path:
+    folder = Path(text)
+    try:
+        check_writable(folder)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return folder
 
 
 def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = True) -> None:
@@ -33,11 +44,21 @@ def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = T
     )
 
 
-def add_number(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
-    """An option that takes a number of the default's type."""
+MOST = 10**9
+"""The largest whole number of an option; steps and batches are 32-bit numbers in places."""
+MOST_RANK = 2**16
+"""The largest rank of a LoRA; no layer of a network is as wide."""
+MOST_SEED = 10**13
+"""The largest seed of a run: a million times it is still a 64-bit number."""
+
+
+def add_number(
+    parser: argparse.ArgumentParser, name: str, default: Any, text: str, *, most: int = MOST
+) -> None:
+    """An option that takes a number of the default's type, finite and in size at most `most`."""
     parser.add_argument(
         name,
-        type=type(default),
+        type=integer(-most, most) if isinstance(default, int) else finite_number,
         default=default,
         metavar="N",
         help=f"{text} (default: {default:g})",
@@ -46,7 +67,7 @@ def add_number(parser: argparse.ArgumentParser, name: str, default: Any, text: s
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """`--seed`."""
-    add_number(parser, "--seed", 0, "seed of all random numbers")
+    add_number(parser, "--seed", 0, "seed of all random numbers", most=MOST_SEED)
 
 
 def check_at_least(args: argparse.Namespace, least: float, *names: str) -> None:
@@ -59,10 +80,25 @@ def check_at_least(args: argparse.Namespace, least: float, *names: str) -> None:
             raise UserError(f"{option} {must}, got {value}")
 
 
+def check_at_most(args: argparse.Namespace, most: float, *names: str) -> None:
+    """`UserError` if one of these options is above `most`; None passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value > most:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {most:g}, got {value}")
+
+
+def check_learning_rate(rate: float) -> None:
+    """`UserError` for a --learning-rate that no run can have."""
+    if not 0 < rate < 1:
+        raise UserError(f"--learning-rate must lie between 0 and 1, got {rate}")
+
+
 def check_new(output: Path) -> None:
-    """`UserError` if `output` exists."""
+    """`UserError` if `output` exists or cannot be created."""
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output or delete it")
+    check_writable(output.parent)
 
 
 def check_new_lora(output: Path) -> None:
@@ -90,8 +126,7 @@ def check_tuning(args: argparse.Namespace) -> None:
     """`UserError` for invalid values of the options of `add_tuning`."""
     check_at_least(args, 1, "steps", "batch_size", "checkpoint_every")
     check_at_least(args, 0, "seed")
-    if not 0 < args.learning_rate < 1:
-        raise UserError(f"--learning-rate must lie between 0 and 1, got {args.learning_rate}")
+    check_learning_rate(args.learning_rate)
 
 
 def tuning_config(args: argparse.Namespace, *, accumulate: int = 1) -> TrainingConfig:

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.settings import MAX_STEPS, DrawSettings
 from train.data.stickers.source import add_num_nouns
+from train.data.stickers.vocabulary import first_nouns
 from train.options.common import add_number, add_seed, check_at_least
 
 
@@ -35,16 +36,21 @@ def parse() -> argparse.Namespace:
         help="score only pictures of this noun, for example the noun of a LoRA (default: all "
         "categories)",
     )
-    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
+    add(
+        "--steps",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="denoising steps (default: the model's)",
+    )
     add(
         "--guidance",
-        type=float,
+        type=finite_number,
         metavar="G",
         help="guidance scale; 1 is off (default: the model's)",
     )
     add(
         "--time-shift",
-        type=float,
+        type=finite_number,
         metavar="S",
         help="shift of the noise levels (default: the model's)",
     )
@@ -79,6 +85,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     check_at_least(args, 1, "per_category", "validation_scenes", "batch_size", "steps")
     check_at_least(args, 0, "seed")
+    first_nouns(args.num_nouns)
+    if args.time_shift is not None and args.time_shift <= 0:
+        raise UserError(f"--time-shift must be above 0, got {args.time_shift}")
     if args.gallery and not args.output:
         raise UserError("--gallery needs --output, the folder for its picture")
     return args

@@ -3,17 +3,20 @@
 import argparse
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.settings import WIDTH_NAMES
 from train.data.stickers import source as stickers
 from train.loop.config import TrainingConfig
 from train.options.common import (
+    MOST_RANK,
     add_number,
     add_output,
     add_run_dir,
     add_seed,
     check_at_least,
+    check_at_most,
+    check_learning_rate,
     check_new_lora,
 )
 
@@ -47,7 +50,7 @@ def parse() -> argparse.Namespace:
     add_number(parser, "--batch-size", 32, "prompts per iteration")
     add(
         "--guidance",
-        type=float,
+        type=finite_number,
         metavar="G",
         help="guidance scale of the teacher (default: the model's)",
     )
@@ -66,6 +69,8 @@ def parse() -> argparse.Namespace:
     check_new_lora(args.output)
     check_at_least(args, 1, "steps", "student_every", "batch_size", "rank")
     check_at_least(args, 0, "seed")
+    check_at_most(args, MOST_RANK, "rank")
+    check_learning_rate(args.learning_rate)
     if args.teacher and args.few_step_lora:
         raise UserError("--teacher has its own few-step mode: leave out --few-step-lora")
     return args

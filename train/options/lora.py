@@ -3,14 +3,17 @@
 import argparse
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 from train.options.common import (
+    MOST_RANK,
     add_number,
     add_output,
     add_run_dir,
     add_tuning,
     check_at_least,
+    check_at_most,
     check_new_lora,
     check_tuning,
 )
@@ -50,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_number(parser, "--rank", 16, "rank of the LoRA; a higher rank learns more and forgets more")
     add(
         "--alpha",
-        type=float,
+        type=finite_number,
         metavar="A",
         help="multiply the LoRA by alpha / rank (default: the rank, so that the factor is 1)",
     )
@@ -100,12 +103,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="print the estimate of time and memory, and stop (default: off)",
     )
     args = parser.parse_args(argv)
-    name = args.data.expanduser().resolve().name or "pictures"
-    args.output = (args.output or Path(f"{name}.safetensors")).expanduser()
-    args.run_dir = (args.run_dir or Path("runs") / name).expanduser()
+    name = expanded(args.data).resolve().name or "pictures"
+    args.output = expanded(args.output or Path(f"{name}.safetensors"))
+    args.run_dir = expanded(args.run_dir or Path("runs") / name)
     args.alpha = args.rank if args.alpha is None else args.alpha
     check_tuning(args)
     check_at_least(args, 1, "accumulate", "rank")
+    check_at_most(args, MOST_RANK, "rank")
     check_at_least(args, 0, "prior_weight", "prior_pictures")
     if not 0 <= args.drop_caption < 1:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
 from train.options.common import (
     add_number,
     add_output,
@@ -35,7 +36,7 @@ def parse(description: str | None) -> argparse.Namespace:
     add_output(parser, "model folder to write")
     add(
         "--quantize",
-        type=float,
+        type=finite_number,
         default=4.3,
         metavar="BITS",
         help="average bits per weight of the transformer, 4 to 8 (default: %(default)s)",
@@ -58,8 +59,8 @@ def parse(description: str | None) -> argparse.Namespace:
         "add a GenEval-style score over N prompts of each category to the table; 0 is off",
     )
     args = parser.parse_args()
-    args.output = args.output.expanduser()
-    args.run_dir = (args.run_dir or Path("runs") / args.output.name).expanduser()
+    args.output = expanded(args.output)
+    args.run_dir = expanded(args.run_dir or Path("runs") / args.output.name)
     check_tuning(args)
     check_at_least(args, 0, "score")
     if not 4 <= args.quantize <= 8:

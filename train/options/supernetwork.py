@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, add_model_widths
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import Tokenizer
 from mlx_snapgen.settings import WIDTH_NAMES, parse_width
@@ -14,7 +15,14 @@ from train.data.stickers import source as stickers
 from train.evaluation.previews import Previews, previews_of
 from train.loop.config import TrainingConfig
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
-from train.options.common import add_number, add_run_dir, add_seed, check_at_least
+from train.options.common import (
+    add_number,
+    add_run_dir,
+    add_seed,
+    check_at_least,
+    check_at_most,
+    check_learning_rate,
+)
 
 
 def new_parser(prog: str, description: str) -> Parser:
@@ -89,7 +97,12 @@ def check(args: argparse.Namespace) -> None:
     """`UserError` for invalid values."""
     at_least_1 = ("steps", "batch_size", "noises_per_picture", "checkpoint_every", "sub_networks")
     check_at_least(args, 1, *at_least_1)
-    check_at_least(args, 0, "seed", "drop_caption")
+    check_at_least(args, 0, "seed", "drop_caption", "warmup_steps", "final_learning_rate")
+    check_at_least(args, 0, "ema_decay")
+    check_at_most(args, 1, "drop_caption", "ema_decay")
+    check_learning_rate(args.learning_rate)
+    if args.time_shift <= 0:
+        raise UserError(f"--time-shift must be above 0, got {args.time_shift}")
 
 
 def shares_of(args: argparse.Namespace) -> list[float]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.cli.options import integer
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
 from train.data.stickers.render import render
@@ -122,7 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_num_nouns(parser: argparse.ArgumentParser, text: str) -> None:
     """`--num-nouns` alone; `text` is its help."""
-    parser.add_argument("--num-nouns", type=int, metavar="N", help=text)
+    parser.add_argument("--num-nouns", type=integer(-(2**31), 2**31), metavar="N", help=text)
 
 
 def from_options(args: argparse.Namespace, *, seed: int) -> Stickers:
