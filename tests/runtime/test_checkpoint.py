@@ -226,6 +226,7 @@ def test_missing_unknown_and_misshapen_weights_are_named(copy):
             del values[f"down_blocks.0.self_attention.{name}.weight"]
         values["extra.weight"] = mx.zeros((2,))
         values["patch_embed.bias"] = mx.zeros((65,))
+        values["patch_embed.weight"] = values["patch_embed.weight"].astype(mx.int32)
 
     edit_weights(copy / "transformer.safetensors", damage)
     with pytest.raises(UserError) as error:
@@ -236,6 +237,7 @@ def test_missing_unknown_and_misshapen_weights_are_named(copy):
     assert "and 1 more" in message
     assert "unknown extra.weight" in message
     assert "patch_embed.bias (65,) instead of (64,)" in message
+    assert "stores as whole numbers patch_embed.weight" in message
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, 0.5, 0.999])

@@ -15,9 +15,9 @@ from convert.coreml.export import load_for_export
 from mlx_snapgen import sampling
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
-from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.draw import draw_latents, draw_pictures
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import fuse_lora, remove_lora, set_lora_weights
+from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pipeline import SnapGenPipeline
@@ -254,3 +254,28 @@ def test_a_core_ml_export_has_it_fused(folder):
     without = load_for_export(folder, ["small"], few_step=False)
     assert without.config.few_step is None
     np.testing.assert_array_equal(velocity(without.transformer), base)
+
+
+def test_the_mode_may_be_an_adapter_of_another_name(folder):
+    model = load_pretrained(folder, few_step=True)
+    add_lora(model.transformer, 2, alpha=2.0, targets=["*_proj"], name="student")
+    train_only(model.transformer, "student")
+    student = tree_map(lambda v: 0.3 + v, model.transformer.trainable_parameters())
+    model.transformer.update(student)
+    set_lora_weights(model.transformer, {FEW_STEP: 0.0, "student": 0.0})
+    drawn = {
+        (adapter, few_step): np.array(
+            draw_latents(
+                model,
+                ["a cat"],
+                seeds=[1],
+                settings=DrawSettings(num_inference_steps=2, few_step=few_step),
+                adapter=adapter,
+            )
+        )
+        for adapter in (FEW_STEP, "student")
+        for few_step in (False, True)
+    }
+    assert np.allclose(drawn["student", False], drawn[FEW_STEP, False])
+    assert not np.allclose(drawn["student", True], drawn["student", False])
+    assert not np.allclose(drawn["student", True], drawn[FEW_STEP, True])

@@ -60,6 +60,12 @@ def test_the_picture_is_the_euler_integral_of_the_guided_velocity(pipe, componen
     assert picture.std() > 10
 
 
+@pytest.mark.parametrize(("given", "shift"), [(None, 2.0), (1.0, 1.0), (5.0, 5.0)])
+def test_the_noise_levels_have_the_models_shift_or_the_callers(pipe, given, shift):
+    steps = pipe.generate("a red apple", seed=1, num_inference_steps=3, time_shift=given)
+    assert [step.sigma for step in steps] == pytest.approx(get_schedule(3, shift)[:-1])
+
+
 def test_picture_k_of_a_batch_is_the_one_its_seed_draws_alone(pipe):
     together = draw(pipe, seed=3, num_images=3)
     for k, picture in enumerate(together):

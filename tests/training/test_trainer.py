@@ -465,6 +465,11 @@ def test_a_role_without_gradients_stays_as_it_is(tmp_path):
     np.testing.assert_array_equal(after["layers.1.weight"], before["layers.1.weight"])
     states = made.optimizers.state
     assert (states["first"]["step"].item(), states["second"]["step"].item()) == (3, 0)
+    assert made.optimizers.count.item() == 3
+    swapped = trainer(tmp_path / "b", objective=FirstOnly(), roles=roles[::-1], steps=3)
+    assert swapped.run()
+    # The averages count the steps of the role that took most of them.
+    assert swapped.optimizers.count.item() == 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
