@@ -474,3 +474,14 @@ def test_saving_does_not_import_a_hub_client(model_folder):
         f"load_pretrained({str(model_folder)!r}); assert 'huggingface_hub' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=hub.Path(hub.__file__).parents[2])
+
+
+def test_the_parts_of_a_folder_are_those_with_weights_in_it(model_folder):
+    folder = ModelFolder.open(model_folder)
+    every = ["transformer", "autoencoder", "text_encoder_0", "text_encoder_1"]
+    assert list(folder.parts) == every
+    elsewhere = dataclasses.replace(folder.config.text_encoders[0], source="owner/name")
+    encoders = (elsewhere, *folder.config.text_encoders[1:])
+    config = dataclasses.replace(folder.config, text_encoders=encoders)
+    other = dataclasses.replace(folder, config=config)
+    assert list(other.parts) == [name for name in every if name != "text_encoder_0"]

@@ -553,3 +553,17 @@ def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):
         np.testing.assert_array_equal(np.array(value), np.array(expected[name]), err_msg=name)
     with pytest.raises(UserError, match="'sgd' is not one of adamw, muon"):
         TrainingConfig(steps=1, optimizer="sgd")
+
+
+def test_the_averages_leave_the_model_after_an_error_too(tmp_path):
+    made = trainer(tmp_path, steps=3)
+    assert made.run()
+    own = {k: np.array(v) for k, v in tree_flatten(made.model.parameters())}
+    averages = dict(tree_flatten(made.ema_parameters))
+    with pytest.raises(KeyboardInterrupt), made.averaged():
+        for name, value in tree_flatten(made.model.trainable_parameters()):
+            np.testing.assert_array_equal(value, averages[name])
+        raise KeyboardInterrupt
+    for name, value in tree_flatten(made.model.parameters()):
+        np.testing.assert_array_equal(value, own[name])
+    assert any(not np.array_equal(own[name], value) for name, value in averages.items())
