@@ -39,6 +39,7 @@ from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
+from train.objectives.distillation import Student
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
 COLORS = ["red", "blue", "green"]
@@ -126,6 +127,21 @@ MODEL = ModelConfig(
     sampler=SamplerConfig(num_inference_steps=2, guidance_scale=3.0, time_shift=2.0),
 )
 """Two text encoders and all three widths."""
+STUDENT = ModelConfig(
+    transformer=TransformerConfig(
+        hidden_size=32,
+        head_dim=4,
+        blocks=(1, 1, 1),
+        num_bands=2,
+        latent_channels=4,
+        text_dims=(16,),
+        text_width=16,
+        frequency_dim=16,
+    ),
+    autoencoder=AUTOENCODER,
+    text_encoders=(dataclasses.replace(TEXT, max_length=9),),
+)
+"""Half the hidden size of `MODEL`, other text encoders and blocks, the same latents."""
 QWEN = QwenTransformerConfig(
     num_layers=2, num_heads=2, head_dim=16, latent_channels=4, text_dims=24, rope_axes=(4, 6, 6)
 )
@@ -164,6 +180,13 @@ def tokenizer_bytes() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def make_student(feature_dims: int) -> Student:
+    """A student of `STUDENT`'s sizes, as it is before training."""
+    mx.random.seed(0)
+    tokenizer = SentencePieceTokenizer(tokenizer_bytes(), STUDENT.text_encoders[0].max_length)
+    return Student(STUDENT, [tokenizer], feature_dims=feature_dims)
 
 
 def make_components(config: ModelConfig = MODEL) -> Components:

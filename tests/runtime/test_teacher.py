@@ -10,16 +10,14 @@ from mlx.utils import tree_flatten
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
-from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule
 from mlx_snapgen.teachers.flow import noise_levels
-from tests.tiny import AUTOENCODER, TEACHER, write_lightning_lora, write_teacher
-from tests.training.test_kd import student_config
+from tests.tiny import AUTOENCODER, TEACHER, make_student, write_lightning_lora, write_teacher
 from train.data.prompts import PromptList
 from train.data.simulation import STUDENT, Simulation
-from train.objectives.distillation import Distillation, Student
+from train.objectives.distillation import Distillation
 from train.objectives.dmd import (
     DMD,
     Distilled,
@@ -118,14 +116,9 @@ def test_noise_levels():
     assert noise_levels(Schedule(terminal=0.02), 64, num_inference_steps=1) == [1, 0]
 
 
-def test_a_student_learns_from_it(qwen_folder, components, tokenizer_bytes):
+def test_a_student_learns_from_it(qwen_folder):
     teacher, _ = load_teacher(qwen_folder)
-    mx.random.seed(0)
-    student = Student(
-        student_config(components.config),
-        [SentencePieceTokenizer(tokenizer_bytes, 9)],
-        feature_dims=teacher.feature_dims,
-    )
+    student = make_student(teacher.feature_dims)
     tokens, mask = student.text_encoders[0].tokenize(PROMPTS)
     batch = {"latents": inputs(4, 4)[0], "tokens_0": tokens, "mask_0": mask}
     batch |= teacher.encode(PROMPTS)._asdict()

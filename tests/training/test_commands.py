@@ -13,7 +13,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, get_lora_weights
 from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.networks.layers import flat_parameters
-from tests.training.test_kd import student_config
+from tests.tiny import STUDENT
 from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, palettes, tokenizer
 from train.data.stickers.vocabulary import NOUNS
 from train.loop.checkpoint import latest_checkpoint, load_ema
@@ -42,7 +42,7 @@ def run(monkeypatch):
 @pytest.fixture
 def tiny(components, monkeypatch):
     """The default model's sizes are those of a tiny one."""
-    config = student_config(components.config)
+    config = STUDENT
     for command in (flow, export):
         monkeypatch.setattr(command, "STICKERS", config)
     return config

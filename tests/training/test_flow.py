@@ -11,10 +11,10 @@ import sentencepiece
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import train.loop.trainer
-from mlx_snapgen.config import TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+from tests import tiny
 from train.data.encoded import EncodedBatches
 from train.data.stickers.model import STICKERS
 from train.data.stickers.source import Stickers
@@ -31,18 +31,11 @@ from train.objectives.elastic import (
 )
 from train.objectives.flow import Flow, kept_tokens
 
-TEXT = TextEncoderConfig(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, max_length=6)
+TEXT = dataclasses.replace(tiny.TEXT, vocab_size=40, max_length=6)
 CONFIG = dataclasses.replace(
     STICKERS,
-    transformer=TransformerConfig(
-        hidden_size=64,
-        head_dim=8,
-        blocks=(1, 2, 1),
-        num_bands=2,
-        latent_channels=8,
-        text_dims=(16, 16),
-        text_width=16,
-        frequency_dim=16,
+    transformer=dataclasses.replace(
+        tiny.TRANSFORMER, latent_channels=8, text_dims=(16, 16), text_width=16, frequency_dim=16
     ),
     text_encoders=(TEXT, TEXT),
 )

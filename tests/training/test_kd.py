@@ -13,12 +13,13 @@ from mlx.utils import tree_flatten, tree_map
 import train.loop.trainer
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig, to_dict
+from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import load_teacher
+from tests.tiny import STUDENT, make_student
 from train import kd
 from train.data.distillation import DistillationBatches
 from train.data.encoded import EncodedBatches
@@ -28,7 +29,7 @@ from train.loop.checkpoint import latest_checkpoint, read_log
 from train.loop.config import TrainingConfig
 from train.loop.run import recorded
 from train.loop.trainer import Trainer
-from train.objectives.distillation import Distillation, Student, fit_to_teacher, teacher_targets
+from train.objectives.distillation import Distillation, fit_to_teacher, teacher_targets
 from train.objectives.elastic import ElasticStep, noisy
 
 WIDTHS = (1.0, 0.5, 0.375)
@@ -36,34 +37,11 @@ PROMPTS = ["a red car", "", "an apple next to a blue cat", "a green apple"]
 FEATURES = 64  # of the teacher in conftest.py, which has two text encoders and this hidden size
 
 
-def student_config(teacher_config):
-    """Half the teacher's hidden size, other text encoders, other blocks; the same latents."""
-    text = TextEncoderConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, max_length=9)
-    transformer = TransformerConfig(
-        hidden_size=32,
-        head_dim=4,
-        blocks=(1, 1, 1),
-        num_bands=2,
-        latent_channels=4,
-        text_dims=(16,),
-        text_width=16,
-        frequency_dim=16,
-    )
-    return ModelConfig(
-        transformer=transformer, autoencoder=teacher_config.autoencoder, text_encoders=(text,)
-    )
-
-
 @pytest.fixture
-def parts(model_folder, components, tokenizer_bytes):
+def parts(model_folder):
     """(student, teacher), the student's every weight moved off zero."""
     teacher, _ = load_teacher(model_folder)
-    mx.random.seed(0)
-    student = Student(
-        student_config(components.config),
-        [SentencePieceTokenizer(tokenizer_bytes, 9)],
-        feature_dims=teacher.feature_dims,
-    )
+    student = make_student(teacher.feature_dims)
     student.update(
         tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), student.trainable_parameters())
     )
@@ -337,7 +315,7 @@ def test_command_trains_resumes_and_starts_another_run(
     """From a teacher's folder to a run that flow matching and export can go on from."""
     shapes = tmp_path / "student"
     shapes.mkdir()
-    sizes = {"format_version": FORMAT_VERSION} | to_dict(student_config(components.config))
+    sizes = {"format_version": FORMAT_VERSION} | to_dict(STUDENT)
     (shapes / "config.json").write_text(json.dumps(sizes))
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes)
 
@@ -366,7 +344,7 @@ def test_command_trains_resumes_and_starts_another_run(
         model_folder,
         tokenizer=tmp_path / "tokenizer.model",
         source=None,
-        config=student_config(components.config),
+        config=STUDENT,
     )
     save_pretrained(tmp_path / "made", made)
     assert load_pretrained(tmp_path / "made").config.transformer.widths == WIDTHS
