@@ -13,15 +13,16 @@ from convert.mil.weights import Blob
 from convert.parity.originals import relative_difference
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.pictures import psnr
+from tests.tiny import require
 
-WHY = "writing Core ML packages needs coremltools and torch: pip install '.[coreml]' torch"
-ct = pytest.importorskip("coremltools", reason=WHY)
-torch = pytest.importorskip("torch", reason=WHY)
-mil = pytest.importorskip("coremltools.converters.mil", reason=WHY)
-optimize = pytest.importorskip("coremltools.optimize.coreml", reason=WHY)
-F = torch.nn.functional
-mb = mil.Builder
-types = mil.mil.types
+require("coremltools", "torch")
+
+import coremltools as ct  # noqa: E402
+import coremltools.optimize.coreml as optimize  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from coremltools.converters.mil import Builder as mb  # noqa: E402
+from coremltools.converters.mil.mil import types  # noqa: E402
 
 CHANNELS, HEADS, SIDE = 32, 2, 4
 TOKENS = SIDE * SIDE

@@ -7,7 +7,15 @@ import pytest
 
 from convert.mil.execution import Interpreter
 from convert.mil.ops import OPS
-from tests.conversion.test_mil_interpreter import F, ct, mb, torch, types
+from tests.tiny import require
+
+require("coremltools", "torch")
+
+import coremltools as ct  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from coremltools.converters.mil import Builder as mb  # noqa: E402
+from coremltools.converters.mil.mil import types  # noqa: E402
 
 RNG = np.random.default_rng(0)
 
