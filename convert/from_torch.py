@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from convert.options import add_output, parse
+from convert.options import add_output, add_quantize, parse
 from convert.public.convert import DTYPES, convert
 from convert.public.kinds import KINDS, find_kind
 from convert.public.report import summary
@@ -78,14 +78,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the stored numbers (default: as in SOURCE)"
     )
-    parser.add_argument(
-        "--quantize",
-        type=int,
-        choices=(0, 4, 8),
-        default=0,
-        metavar="BITS",
-        help="bits per weight of the matrices, 4 or 8; 0 does not quantize (default: 0)",
-    )
+    add_quantize(parser, "the matrices")
     parser.add_argument(
         "--group-size",
         type=int,

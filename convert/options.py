@@ -1,4 +1,4 @@
-"""Shared by the commands of `convert`: the output, as a positional argument or as an option."""
+"""Options that commands of `convert` share."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,6 +11,20 @@ def add_output(parser: Parser, what: str = "folder to write") -> None:
     """The output, as the last positional argument OUT or as --output; see `parse`."""
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help=f"{what}; must not exist")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="another way to give OUT")
+
+
+def add_quantize(parser: Parser, what: str, *, bits: Sequence[int] = (4, 8)) -> None:
+    """`--quantize`, the bits per weight of `what`; 0 does not quantize."""
+    *some, last = map(str, bits)
+    parser.add_argument(
+        "--quantize",
+        type=int,
+        choices=(0, *bits),
+        default=0,
+        metavar="BITS",
+        help=f"bits per weight of {what}, {', '.join(some)} or {last}; 0 does not quantize "
+        "(default: 0)",
+    )
 
 
 def parse(parser: Parser, argv: Sequence[str] | None = None) -> Namespace:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from convert.options import add_output, parse
+from convert.options import add_output, add_quantize, parse
 from convert.parity.originals import write_byte_tokenizer
 from convert.public.keys.gemma import gemma_shapes
 from convert.public.stream import Entry, lazy, write_new
@@ -175,14 +175,7 @@ def main() -> None:
         default="bfloat16",
         help="type of the numbers of transformer and text encoders (default: bfloat16)",
     )
-    parser.add_argument(
-        "--quantize",
-        type=int,
-        choices=(0, 4, 8),
-        default=0,
-        metavar="BITS",
-        help="bits per weight of the transformer, 4 or 8; 0 does not quantize (default: 0)",
-    )
+    add_quantize(parser, "the transformer")
     parser.add_argument(
         "--seed", type=integer(0), default=0, metavar="N", help="seed of the weights (default: 0)"
     )

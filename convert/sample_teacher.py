@@ -13,13 +13,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import Parser, finite_number, integer, new_png
+from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import denoise, get_noise
-from mlx_snapgen.settings import MAX_STEPS
 from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
 
@@ -94,18 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = "of the picture in pixels (default: 1024)"
     add("--height", type=integer(1), default=1024, metavar="PX", help=f"height {size}")
     add("--width", type=integer(1), default=1024, metavar="PX", help=f"width {size}")
-    add(
-        "--steps",
-        type=integer(1, MAX_STEPS),
-        metavar="N",
-        help="denoising steps (default: the model's)",
-    )
-    add(
-        "--guidance",
-        type=finite_number,
-        metavar="G",
-        help="guidance scale; 1 is off (default: the model's)",
-    )
+    add_steps_and_guidance(parser)
     add("--few-step", action="store_true", help="use the few-step mode (default: off)")
     add("--seed", type=integer(0), default=0, metavar="N", help="seed of the noise (default: 0)")
     args = parser.parse_args(argv)
@@ -118,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt=args.prompt,
         height=args.height,
         width=args.width,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
         few_step=args.few_step,
         seed=args.seed,
     )

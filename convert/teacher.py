@@ -12,7 +12,7 @@ give its folder as --transformer.
 
 from pathlib import Path
 
-from convert.options import add_output, parse
+from convert.options import add_output, add_quantize, parse
 from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
@@ -33,15 +33,7 @@ def main() -> None:
         help="folder in diffusers' format, or Hugging Face repository",
     )
     add_output(parser)
-    parser.add_argument(
-        "--quantize",
-        type=int,
-        choices=(0, *BITS),
-        default=0,
-        metavar="BITS",
-        help="bits per weight of the blocks of the transformer, "
-        f"{', '.join(map(str, BITS))}; 0 does not quantize (default: 0)",
-    )
+    add_quantize(parser, "the blocks of the transformer", bits=BITS)
     parser.add_argument(
         "--group-size",
         type=int,

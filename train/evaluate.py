@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import draw_settings
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
 from mlx_snapgen.lora.files import load_lora
@@ -19,7 +20,7 @@ from mlx_snapgen.settings import check_width, held_widths
 from train.data.stickers.vocabulary import known_nouns
 from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
-from train.options.evaluate import draw_settings, parse
+from train.options.evaluate import parse
 
 
 def _make_folder(folder: Path) -> None:

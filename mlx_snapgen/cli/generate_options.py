@@ -4,10 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model_choice, finite_number, integer
+from mlx_snapgen.cli.options import Parser, add_model_choice, add_sampling, integer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable
-from mlx_snapgen.settings import MAX_STEPS, WIDTH_NAMES
+from mlx_snapgen.settings import WIDTH_NAMES
 
 EXAMPLES = """
 examples:
@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="description of the picture, in quotes"
     )
-    add = parser.add_argument_group("picture").add_argument
+    picture = parser.add_argument_group("picture")
+    add = picture.add_argument
     add(
         "--negative-prompt",
         metavar="TEXT",
@@ -56,32 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of pictures; each gets the next seed (default: 1)",
     )
-    add(
-        "--steps",
-        dest="num_inference_steps",
-        type=integer(1, MAX_STEPS),
-        metavar="N",
-        help="denoising steps; fewer are faster and less accurate (default: the model's)",
-    )
-    add(
-        "--few-step",
-        action=argparse.BooleanOptionalAction,
-        help="use the model's few-step mode (default: on, unless --steps is more than twice the "
-        "steps of this mode)",
-    )
-    add(
-        "--guidance",
-        dest="guidance_scale",
-        type=finite_number,
-        metavar="G",
-        help="classifier-free guidance scale; 1 is off and twice as fast (default: the model's)",
-    )
-    add(
-        "--attention-modulation",
-        action=argparse.BooleanOptionalAction,
-        help="use the attention modulation of the EDT paper: some blocks attend more to nearby "
-        "parts of the picture (default: off)",
-    )
+    add_sampling(picture)
     model = parser.add_argument_group("model")
     add_model_choice(model)
     model.add_argument(

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_writable
-from mlx_snapgen.settings import MAX_SEED, WIDTH_NAMES, DrawSettings, ModelChoice
+from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES, DrawSettings, ModelChoice
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,6 +117,41 @@ def add_model_choice(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="keep the text encoders in memory while drawing: faster with several prompts, needs "
         "more memory (default: off)",
+    )
+
+
+def add_steps_and_guidance(parser: argparse._ActionsContainer) -> None:
+    """`num_inference_steps` and `guidance_scale` of `settings.DrawSettings`."""
+    parser.add_argument(
+        "--steps",
+        dest="num_inference_steps",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help="denoising steps; fewer are faster and less accurate (default: the model's)",
+    )
+    parser.add_argument(
+        "--guidance",
+        dest="guidance_scale",
+        type=finite_number,
+        metavar="G",
+        help="classifier-free guidance scale; 1 is off and twice as fast (default: the model's)",
+    )
+
+
+def add_sampling(parser: argparse._ActionsContainer) -> None:
+    """The fields of `settings.DrawSettings` that choose how to sample; None if not given."""
+    add_steps_and_guidance(parser)
+    parser.add_argument(
+        "--few-step",
+        action=argparse.BooleanOptionalAction,
+        help="use the model's few-step mode (default: on, unless --steps is more than twice the "
+        "steps of this mode)",
+    )
+    parser.add_argument(
+        "--attention-modulation",
+        action=argparse.BooleanOptionalAction,
+        help="use the attention modulation of the EDT paper: some blocks attend more to nearby "
+        "parts of the picture (default: off)",
     )
 
 

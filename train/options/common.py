@@ -65,6 +65,12 @@ def add_number(
     )
 
 
+def add_drop_caption(parser: argparse.ArgumentParser) -> None:
+    """`--drop-caption`."""
+    what = "share of captions to replace with the empty prompt, which guidance needs"
+    add_number(parser, "--drop-caption", 0.1, what)
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """`--seed`."""
     add_number(parser, "--seed", 0, "seed of all random numbers", most=MOST_SEED)

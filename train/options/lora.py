@@ -8,6 +8,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 from train.options.common import (
     MOST_RANK,
+    add_drop_caption,
     add_number,
     add_output,
     add_run_dir,
@@ -66,12 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_model_widths(parser, default=None)
     add("--flip", action="store_true", help="also train on mirror images (default: off)")
-    add_number(
-        parser,
-        "--drop-caption",
-        0.1,
-        "share of captions to replace with the empty prompt, which guidance needs",
-    )
+    add_drop_caption(parser)
     add_number(
         parser,
         "--prior-weight",

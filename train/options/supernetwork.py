@@ -16,6 +16,7 @@ from train.evaluation.previews import Previews, previews_of
 from train.loop.config import TrainingConfig
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
 from train.options.common import (
+    add_drop_caption,
     add_number,
     add_run_dir,
     add_seed,
@@ -59,12 +60,7 @@ def new_parser(prog: str, description: str) -> Parser:
     add_number(parser, "--warmup-steps", 200, "steps of linear warm-up")
     add_number(parser, "--ema-decay", 0.999, "decay of the averaged weights")
     add_number(parser, "--checkpoint-every", 250, "steps between checkpoints")
-    add_number(
-        parser,
-        "--drop-caption",
-        0.1,
-        "share of captions to replace with the empty prompt, which guidance needs",
-    )
+    add_drop_caption(parser)
     add_number(
         parser,
         "--time-shift",
