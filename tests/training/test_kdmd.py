@@ -22,8 +22,9 @@ from train.objectives.dmd import (
     DMDStep,
     critic_name,
     fit_to_few_step,
+    sample_tau,
 )
-from train.objectives.losses import expand, sample_tau
+from train.objectives.losses import expand
 
 WIDTHS = (1.0, 0.375)
 PROMPTS = ["a red car", "two cats", "an apple"]

@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_snapgen.sampling import add_noise
-from train.objectives.losses import (
-    dmd_loss,
-    features_loss,
-    logit_normal_density,
-    sample_tau,
-    timestep_aware,
-)
+from train.objectives.distillation import features_loss, logit_normal_density, timestep_aware
+from train.objectives.dmd import dmd_loss, sample_tau
 
 
 def gaussian_velocity(x, t, mean, std):

@@ -12,7 +12,7 @@ from mlx_snapgen.teachers.base import Condition, Teacher
 from train.data.source import Batch
 from train.objectives.base import Metrics
 from train.objectives.elastic import ElasticStep, TextToLatents, elastic_gradients, noisy
-from train.objectives.losses import features_loss, per_sample, timestep_aware
+from train.objectives.losses import per_sample
 from train.objectives.projectors import check_same_tokens, fit_projectors, new_projectors
 
 
@@ -114,3 +114,37 @@ def fit_to_teacher(
         student=student_features,
         teacher=teacher_features,
     )
+
+
+def logit_normal_density(t: mx.array) -> mx.array:
+    """Density of sigmoid(N(0, 1)) at t, divided by its largest value: 1 at .5, 0 at the ends."""
+    t = mx.clip(t, 1e-4, 1 - 1e-4)
+    logit = mx.log(t / (1 - t))
+    # 1 / (t (1 - t)) makes up for the change of variable; the maximum, at t = .5, is 4.
+    return mx.exp(-0.5 * logit.square()) / (4 * t * (1 - t))
+
+
+def timestep_aware(task: mx.array, distillation: mx.array, *, t: mx.array) -> mx.array:
+    """S(L_task, L_kd), eq. 8: the task dominates in the middle of the path, the teacher at its
+    ends.
+
+    Args:
+        task, distillation: losses per sample (B,).
+
+    Returns:
+        The mean over samples of a L_task + (1 - a) (|L_task| / |L_kd|) L_kd, a from
+        `logit_normal_density`; the ratio carries no gradient.
+    """
+    a = logit_normal_density(t)
+    ratio = mx.stop_gradient(mx.abs(task) / mx.maximum(mx.abs(distillation), 1e-12))
+    return (a * task + (1 - a) * ratio * distillation).mean()
+
+
+def features_loss(features: mx.array, teacher: mx.array) -> mx.array:
+    """L_feat (eq. 7) per sample, in units of the teacher features' own variance.
+
+    Args:
+        features: projected student features (B, N, D).
+        teacher: the teacher's last-layer features (B, N, D).
+    """
+    return per_sample(features - teacher) / mx.maximum(mx.var(teacher), 1e-6)

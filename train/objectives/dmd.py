@@ -15,20 +15,14 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import active_adapters, add_lora, train_only
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
-from mlx_snapgen.sampling import add_noise
+from mlx_snapgen.sampling import add_noise, shift_time
 from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from train.data.simulation import STUDENT, STUDENT_TEXT
 from train.data.source import Batch
 from train.objectives.base import Metrics, value_and_grad
-from train.objectives.distillation import condition_of
-from train.objectives.losses import (
-    dmd_loss,
-    expand,
-    features_loss,
-    per_sample,
-    sample_tau,
-)
+from train.objectives.distillation import condition_of, features_loss
+from train.objectives.losses import expand, per_sample
 from train.objectives.projectors import fit_projectors, new_projectors
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
@@ -84,7 +78,7 @@ class DMDStep(NamedTuple):
 class DMD:
     """DMD, and the losses to the few-step teacher's output and features. An `Objective`.
 
-    The DMD gradient and its sign are in `train.objectives.losses.dmd_loss`. A batch has the
+    The DMD gradient and its sign are in `dmd_loss`. A batch has the
     student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the prompts as the
     teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The critic has
     gradients in every step, the student and the projectors on the student's turn.
@@ -196,3 +190,32 @@ def load_other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
             "with train.kd from this teacher first"
         )
     return teacher
+
+
+def sample_tau(key: mx.array, count: int, *, shift: float = 3.0) -> mx.array:
+    """Noise levels for the DMD term: uniform, shifted, kept off the ends of the path."""
+    return mx.clip(shift_time(mx.random.uniform(shape=(count,), key=key), shift), 0.02, 0.98)
+
+
+def dmd_loss(
+    x0: mx.array, x_tau: mx.array, *, tau: mx.array, v_critic: mx.array, v_teacher: mx.array
+) -> mx.array:
+    """A loss whose gradient is the DMD term of eq. 9 (normalized as in DMD2).
+
+    The direction is x0_critic - x0_teacher = tau (v_teacher - v_critic): with velocities the sign
+    is opposite to that of eq. 9. It is divided by the mean of |x0 - x0_teacher| of its
+    sample.
+
+    Args:
+        x0: the student's clean estimate (B, ...), which carries the gradient.
+        x_tau: x0 noised to `tau`.
+        v_critic, v_teacher: velocities at (x_tau, tau), the teacher's with guidance.
+    """
+    s = expand(tau, x0)
+    x0_critic, x0_teacher = x_tau - s * v_critic, x_tau - s * v_teacher
+    axes = tuple(range(1, x0.ndim))
+    scale = mx.abs(x0 - x0_teacher).mean(axis=axes, keepdims=True)
+    direction = (x0_critic - x0_teacher) / scale
+    direction = mx.where(mx.isfinite(direction), direction, 0)
+    target = mx.stop_gradient(x0 - direction)
+    return 0.5 * (x0 - target).square().mean()
