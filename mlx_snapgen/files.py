@@ -1,5 +1,8 @@
 """Files and folders that are written whole or not at all, and JSON files.
 
+Writers: models in checkpoint/model.py (`save_pretrained`), LoRAs in lora/files.py, pictures in
+metadata.py, checkpoints of training in train/loop/checkpoint.py.
+
 Unfinished files are in a hidden folder beside their destination and are renamed at the end, so that
 no other process reads an incomplete file. The hidden folder remains only if the process is killed;
 the next command that writes beside it deletes it. A folder in use is locked.

@@ -92,7 +92,12 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How to draw a prompt. None is the model's own value (`resolved`)."""
+    """How to draw a prompt. None is the model's own value (`resolved`).
+
+    A new setting is a field here, an option with the field's name as destination in
+    cli/options.py (`add_sampling`), and its use in draw.py. With these, `generate`, metadata and
+    worker have it; the prompt loop's `:name` is an entry in `SETTINGS` of cli/interactive.py.
+    """
 
     prompt: str = ""
     negative_prompt: str = ""

@@ -1,4 +1,8 @@
-"""Public autoencoders: Qwen-Image's, Flux's (kl) and TAEHV."""
+"""Public autoencoders: Qwen-Image's, Flux's (kl) and TAEHV.
+
+A new one needs its network in mlx_snapgen/networks/autoencoders/ and in `AUTOENCODERS` of
+registry.py there, its table of weights here, and an entry in `KINDS` of convert/public/kinds.py.
+"""
 
 import dataclasses
 from collections.abc import Callable
