@@ -3,7 +3,7 @@
 SnapGen++ section 3.3, eqs. 9-10. In every iteration the student samples from noise (backward
 simulation), and a critic of the same width is trained to denoise the result. In every fifth
 iteration the student is trained too: by the distribution-matching gradient (of critic and guided
-teacher; `dmd_loss` in train/objectives/dmd.py), and by the losses to the few-step teacher's
+teacher; `dmd_loss` in train/objectives/kdmd.py), and by the losses to the few-step teacher's
 output and features, at the student's own x_t. Student, critics and few-step teacher are LoRAs over
 one set of base weights, which is also the teacher; `--teacher` selects another teacher and its
 few-step mode.
@@ -33,13 +33,7 @@ from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.run import claim_data, find_folder
 from train.loop.trainer import Trainer
-from train.objectives.dmd import (
-    DMD,
-    Distilled,
-    DMDStep,
-    fit_to_few_step,
-    load_other_teacher,
-)
+from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step, load_other_teacher
 from train.options.kdmd import parse, training_config
 
 

@@ -2,7 +2,8 @@
 
 A kind has the name of its network in config.json, a table of its weights, and a function that plans
 the output. Streaming, types, quantization and the report are the same for all kinds, in
-`convert.public.convert`.
+`convert.public.convert`. A new autoencoder or text encoder also needs its network under
+mlx_snapgen/networks/ (autoencoders/registry.py lists the places), and its table under keys/.
 """
 
 from collections.abc import Callable, Mapping

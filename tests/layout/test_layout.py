@@ -108,7 +108,7 @@ FLOORS = {
         vocabulary
     """,
     "train.objectives": """
-        dmd
+        kdmd
         distillation finetune flow
         elastic palettes
         projectors autoencoder

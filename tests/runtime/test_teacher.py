@@ -18,14 +18,8 @@ from tests.tiny import AUTOENCODER, TEACHER, make_student, write_lightning_lora,
 from train.data.prompts import PromptList
 from train.data.simulation import STUDENT, Simulation
 from train.objectives.distillation import Distillation
-from train.objectives.dmd import (
-    DMD,
-    Distilled,
-    DMDStep,
-    critic_name,
-    load_other_teacher,
-)
 from train.objectives.elastic import ElasticStep
+from train.objectives.kdmd import DMD, Distilled, DMDStep, critic_name, load_other_teacher
 
 PROMPTS = ["a red car", "two cats"]
 pytestmark = pytest.mark.usefixtures("no_language_model")

@@ -16,14 +16,7 @@ from train.data.prompts import PromptList
 from train.data.simulation import STUDENT_TEXT, Simulation
 from train.loop.config import TrainingConfig
 from train.loop.trainer import Trainer
-from train.objectives.dmd import (
-    DMD,
-    Distilled,
-    DMDStep,
-    critic_name,
-    fit_to_few_step,
-    sample_tau,
-)
+from train.objectives.kdmd import DMD, Distilled, DMDStep, critic_name, fit_to_few_step, sample_tau
 from train.objectives.losses import expand
 
 WIDTHS = (1.0, 0.375)

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_snapgen.sampling import add_noise
 from train.objectives.distillation import features_loss, logit_normal_density, timestep_aware
-from train.objectives.dmd import dmd_loss, sample_tau
+from train.objectives.kdmd import dmd_loss, sample_tau
 
 
 def gaussian_velocity(x, t, mean, std):
