@@ -1,5 +1,6 @@
 """Objectives: the losses that a training step minimizes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -40,14 +41,15 @@ class Objective(Protocol[AnyModel, Step]):
         ...
 
 
-class LossObjective(Generic[Model, Step]):
+class LossObjective(ABC, Generic[Model, Step]):
     """An objective that is one loss."""
 
+    @abstractmethod
     def loss(
         self, model: Model, batch: Batch, key: mx.array, step: Step
     ) -> tuple[mx.array, Metrics]:
         """The scalar loss and the metrics; arguments are those of `Objective.gradients`."""
-        raise NotImplementedError
+        ...
 
     def gradients(
         self, model: Model, batch: Batch, key: mx.array, step: Step
