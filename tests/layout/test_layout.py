@@ -97,7 +97,7 @@ FLOORS = {
         crops distillation prior simulation trajectories
         encoded
         imagefolder prompts stickers
-        source streams
+        source streams order
     """,
     "train.data.stickers": """
         model
