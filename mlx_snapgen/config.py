@@ -97,12 +97,13 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Convolutional autoencoder with a down-sampling factor of 8.
+    """Convolutional autoencoder.
 
     Channels and blocks are listed in the order of computation. The kind "convolutional", the
     default model's, has an encoder with channels at 1/4 and 1/8 of the picture's side, and a
-    decoder with channels at 1/8, 1/4 and 1/2. The kinds "qwen-image", "taehv" and "kl" have
-    channels at 1, 1/2, 1/4 and 1/8, and in reverse order in the decoder.
+    decoder with channels at 1/8, 1/4 and 1/2; each further level doubles the factor. The kinds
+    "qwen-image", "taehv" and "kl" have channels at 1, 1/2, 1/4 and 1/8, and in reverse order in
+    the decoder.
     """
 
     kind: str = "convolutional"
@@ -114,13 +115,34 @@ class AutoencoderConfig:
     latents_mean: tuple[float, ...] = ()
     """Per channel; subtracted from the encoder's latents. Empty means 0."""
     latents_std: tuple[float, ...] = ()
+    picture_channels: int = 3
+    """3 for RGB; 4, with alpha, for the kind "convolutional" only."""
 
-    downsampling = 8
+    @property
+    def downsampling(self) -> int:
+        """Side of a picture in pixels, divided by the side of its latents."""
+        return 2 ** (len(self.encoder_channels) + 1) if self.kind == "convolutional" else 8
 
     def __post_init__(self):
+        if self.kind == "convolutional":
+            self._check_levels()
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) not in (0, self.latent_channels):
                 raise UserError(f"{name} needs {self.latent_channels} numbers, one per channel")
+
+    def _check_levels(self) -> None:
+        for part in ("encoder", "decoder"):
+            channels, blocks = getattr(self, f"{part}_channels"), getattr(self, f"{part}_blocks")
+            if not channels or len(channels) != len(blocks):
+                raise UserError(
+                    f"{part}_channels {channels} and {part}_blocks {blocks} need one number each "
+                    "for every level"
+                )
+        if len(self.decoder_channels) != len(self.encoder_channels) + 1:
+            raise UserError(
+                f"the decoder has {len(self.decoder_channels)} levels; it needs one more than the "
+                f"encoder, which has {len(self.encoder_channels)}"
+            )
 
 
 # fmt: off

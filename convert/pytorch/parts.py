@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Normalized latents (B, C, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1], not clipped."""
+    """Normalized latents (B, C, h, w) -> pictures (B, 3, f h, f w), about [-1, 1], not clipped."""
 
     mean: Tensor
     std: Tensor
@@ -36,15 +36,14 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        eighth, quarter, half = config.decoder_channels
-        blocks = config.decoder_blocks
-        self.inp = nn.Conv2d(config.latent_channels, eighth, 3, padding=1)
-        self.blocks1 = nn.ModuleList(ResidualBlock(eighth) for _ in range(blocks[0]))
-        self.up1 = linear(eighth, 4 * quarter)
-        self.blocks2 = nn.ModuleList(ResidualBlock(quarter) for _ in range(blocks[1]))
-        self.up2 = linear(quarter, 4 * half)
-        self.blocks3 = nn.ModuleList(ResidualBlock(half) for _ in range(blocks[2]))
-        self.out = nn.Conv2d(half, 4 * 3, 3, padding=1)
+        channels, self.levels = config.decoder_channels, len(config.decoder_channels)
+        self.inp = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
+            blocks = nn.ModuleList(ResidualBlock(width) for _ in range(count))
+            self.add_module(f"blocks{i}", blocks)
+            if i < self.levels:
+                self.add_module(f"up{i}", linear(width, 4 * channels[i]))
+        self.out = nn.Conv2d(channels[-1], 4 * config.picture_channels, 3, padding=1)
         mean = config.latents_mean or (0.0,) * config.latent_channels
         std = config.latents_std or (1.0,) * config.latent_channels
         for name, values in (("mean", mean), ("std", std)):
@@ -52,14 +51,11 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.inp(latents * self.std + self.mean)
-        for block in self.blocks1:
-            x = block(x)
-        x = F.pixel_shuffle(self.up1(x), 2)
-        for block in self.blocks2:
-            x = block(x)
-        x = F.pixel_shuffle(self.up2(x), 2)
-        for block in self.blocks3:
-            x = block(x)
+        for i in range(1, self.levels + 1):
+            for block in self.get_submodule(f"blocks{i}").children():
+                x = block(x)
+            if i < self.levels:
+                x = F.pixel_shuffle(self.get_submodule(f"up{i}")(x), 2)
         return F.pixel_shuffle(self.out(x), 2)
 
 

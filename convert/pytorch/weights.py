@@ -27,7 +27,7 @@ FOLDED = r"(patch_embed|downsample\.linear|[kv]_compress)\.weight$"
 """Linear layers over the pixels of a cell, in PyTorch strided convolutions."""
 
 
-SHUFFLED = r"(^upsample\.linear|^head\.linear|^up[12]|^out)\.(weight|bias)$"
+SHUFFLED = r"(^upsample\.linear|^head\.linear|^up\d|^out)\.(weight|bias)$"
 """Layers whose outputs are the pixels of a cell: (cell, channel) in MLX, (channel, cell) here."""
 
 

@@ -133,13 +133,26 @@ def test_time_is_exact_in_half_precision():
     assert_close(actual.float(), expected.detach().numpy(), 5e-3)
 
 
-@pytest.mark.parametrize("normalized", [True, False])
-def test_the_decoder_is_mlx_s(normalized):
-    config = dataclasses.replace(
-        AUTOENCODER, decoder_channels=(16, 12, 8), decoder_blocks=(2, 1, 1)
-    )
-    if not normalized:
-        config = dataclasses.replace(config, latents_mean=(), latents_std=())
+RGBA_16 = {
+    "encoder_channels": (8, 8, 8),
+    "encoder_blocks": (1, 1, 1),
+    "decoder_channels": (16, 12, 8, 8),
+    "decoder_blocks": (2, 1, 1, 0),
+    "picture_channels": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"decoder_channels": (16, 12, 8), "decoder_blocks": (2, 1, 1)},
+        {"latents_mean": (), "latents_std": ()},
+        RGBA_16,
+    ],
+    ids=["uneven", "not normalized", "factor 16 with alpha"],
+)
+def test_the_decoder_is_mlx_s(changed):
+    config = dataclasses.replace(AUTOENCODER, **changed)
     autoencoder = randomize(ConvolutionalAutoencoder(config), 5)
     twin = filled(parts.Decoder(config), autoencoder.decoder)
     latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))

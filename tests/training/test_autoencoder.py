@@ -60,6 +60,29 @@ def test_latents_are_normalized_and_decoding_undoes_it():
     )
 
 
+def test_levels_and_alpha():
+    """A factor of 16 with an alpha channel; levels that do not belong together are refused."""
+    config = AutoencoderConfig(
+        latent_channels=4,
+        encoder_channels=(8, 8, 8),
+        encoder_blocks=(1, 0, 1),
+        decoder_channels=(8, 8, 8, 8),
+        decoder_blocks=(1, 1, 0, 1),
+        picture_channels=4,
+    )
+    assert config.downsampling == 16 and AutoencoderConfig().downsampling == 8
+    model = randomize(make_autoencoder(config), 2)
+    latents = model.encode(mx.random.uniform(-1, 1, (2, 32, 48, 4)))
+    assert latents.shape == (2, 2, 3, 4)
+    assert model.decode(latents).shape == (2, 32, 48, 4)
+    with pytest.raises(UserError, match="24x32 pixels does not divide by 16"):
+        model.encode(mx.zeros((1, 24, 32, 4)))
+    with pytest.raises(UserError, match="one more than the encoder"):
+        dataclasses.replace(config, decoder_channels=(8, 8), decoder_blocks=(1, 1))
+    with pytest.raises(UserError, match="one number each"):
+        dataclasses.replace(config, encoder_blocks=(1,))
+
+
 # --- training the decoder alone -----------------------------------------------------------------
 
 FOUR = {"latent_channels": 4, "encoder_channels": (8, 8, 8, 8), "decoder_channels": (8, 8, 8, 8)}

@@ -24,19 +24,22 @@ class Autoencoder(nn.Module):
         self.decoder: Any = decoder
 
     def encode(self, pictures: mx.array) -> mx.array:
-        """Pictures (B, H, W, 3) in [-1, 1] -> normalized latents (B, H/8, W/8, C).
+        """Pictures (B, H, W, 3) in [-1, 1] -> normalized latents (B, H/f, W/f, C).
+
+        f is `config.downsampling`.
 
         Raises:
-            UserError: the height or width does not divide by 8.
+            UserError: the height or width is no multiple of f.
         """
         _, h, w, _ = pictures.shape
         if h % self.config.downsampling or w % self.config.downsampling:
-            raise UserError(f"a picture of {h}x{w} pixels does not divide by 8")
+            factor = self.config.downsampling
+            raise UserError(f"a picture of {h}x{w} pixels does not divide by {factor}")
         mean, _ = self.encoder(pictures)
         return self.normalize(mean)
 
     def decode(self, latents: mx.array) -> mx.array:
-        """Normalized latents (B, h, w, C) -> pictures (B, 8h, 8w, 3), about [-1, 1], unclipped."""
+        """Normalized latents (B, h, w, C) -> pictures (B, f h, f w, 3), about [-1, 1]."""
         return self.decoder(self.denormalize(latents))
 
     def normalize(self, latents: mx.array) -> mx.array:

@@ -1,4 +1,6 @@
-"""Convolutional autoencoder, f8: pictures (B, H, W, 3) in [-1, 1] <-> latents (B, H/8, W/8, C).
+"""Convolutional autoencoder: pictures (B, H, W, 3) in [-1, 1] <-> latents (B, H/f, W/f, C).
+
+The factor f is 8 by default; with one more level in encoder and decoder it is 16.
 
 The decoder is the tiny one that also runs on the phone. Every change of resolution is
 space-to-depth (or back) around a linear layer: the same family of functions as a strided
@@ -29,48 +31,62 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Levels of residual blocks at 1/4, 1/8, ... of the picture's side.
+
+    Level i has the blocks `blocks{i}`, after `patch` or `down`, `down2`, ...
+    """
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        quarter, eighth = config.encoder_channels
-        self.patch = nn.Linear(16 * 3, quarter)
-        self.blocks1 = [ResidualBlock(quarter) for _ in range(config.encoder_blocks[0])]
-        self.down = nn.Linear(4 * quarter, eighth)
-        self.blocks2 = [ResidualBlock(eighth) for _ in range(config.encoder_blocks[1])]
-        self.out = nn.Linear(eighth, 2 * config.latent_channels)
+        channels = config.encoder_channels
+        self.patch = nn.Linear(16 * config.picture_channels, channels[0])
+        for i, (width, count) in enumerate(zip(channels, config.encoder_blocks, strict=True), 1):
+            if i > 1:
+                self[_down(i)] = nn.Linear(4 * channels[i - 2], width)
+            self[f"blocks{i}"] = [ResidualBlock(width) for _ in range(count)]
+        self.out = nn.Linear(channels[-1], 2 * config.latent_channels)
+        self._levels = len(channels)
 
     def __call__(self, pictures: mx.array) -> tuple[mx.array, mx.array]:
         x = self.patch(space_to_depth(pictures, 4))
-        for block in self.blocks1:
-            x = block(x)
-        x = self.down(space_to_depth(x, 2))
-        for block in self.blocks2:
-            x = block(x)
+        for i in range(1, self._levels + 1):
+            if i > 1:
+                x = self[_down(i)](space_to_depth(x, 2))
+            for block in self[f"blocks{i}"]:
+                x = block(x)
         mean, log_var = mx.split(self.out(x), 2, axis=-1)
         return mean, mx.clip(log_var, -12.0, 4.0)
 
 
+def _down(level: int) -> str:
+    """Name of the layer before a level from 2 on."""
+    return "down" if level == 2 else f"down{level - 1}"
+
+
 class Decoder(nn.Module):
+    """Levels of residual blocks from the latents' side to 1/2 of the picture's side.
+
+    Level i has the blocks `blocks{i}`, and `up{i}` after it.
+    """
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        eighth, quarter, half = config.decoder_channels
-        self.inp = nn.Conv2d(config.latent_channels, eighth, 3, padding=1)
-        self.blocks1 = [ResidualBlock(eighth) for _ in range(config.decoder_blocks[0])]
-        self.up1 = nn.Linear(eighth, 4 * quarter)
-        self.blocks2 = [ResidualBlock(quarter) for _ in range(config.decoder_blocks[1])]
-        self.up2 = nn.Linear(quarter, 4 * half)
-        self.blocks3 = [ResidualBlock(half) for _ in range(config.decoder_blocks[2])]
-        self.out = nn.Conv2d(half, 4 * 3, 3, padding=1)
+        channels = config.decoder_channels
+        self.inp = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
+            self[f"blocks{i}"] = [ResidualBlock(width) for _ in range(count)]
+            if i < len(channels):
+                self[f"up{i}"] = nn.Linear(width, 4 * channels[i])
+        self.out = nn.Conv2d(channels[-1], 4 * config.picture_channels, 3, padding=1)
+        self._levels = len(channels)
 
     def __call__(self, latents: mx.array) -> mx.array:
         x = self.inp(latents)
-        for block in self.blocks1:
-            x = block(x)
-        x = depth_to_space(self.up1(x), 2)
-        for block in self.blocks2:
-            x = block(x)
-        x = depth_to_space(self.up2(x), 2)
-        for block in self.blocks3:
-            x = block(x)
+        for i in range(1, self._levels + 1):
+            for block in self[f"blocks{i}"]:
+                x = block(x)
+            if i < self._levels:
+                x = depth_to_space(self[f"up{i}"](x), 2)
         return depth_to_space(self.out(x), 2)
 
 
