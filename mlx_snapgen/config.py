@@ -7,6 +7,7 @@ width), and `stickers` is the default model of this package.
 
 import dataclasses
 import json
+import math
 import types
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -102,8 +103,8 @@ class AutoencoderConfig:
     Channels and blocks are listed in the order of computation. The kind "convolutional", the
     default model's, has an encoder with channels at 1/4 and 1/8 of the picture's side, and a
     decoder with channels at 1/8, 1/4 and 1/2; each further level doubles the factor. The kinds
-    "qwen-image", "taehv" and "kl" have channels at 1, 1/2, 1/4 and 1/8, and in reverse order in
-    the decoder.
+    "qwen-image", "taehv", "kl" and "flux2" have channels at 1, 1/2, 1/4 and 1/8, and in reverse
+    order in the decoder.
     """
 
     kind: str = "convolutional"
@@ -113,7 +114,8 @@ class AutoencoderConfig:
     encoder_blocks: tuple[int, ...] = (1, 2)
     decoder_blocks: tuple[int, ...] = (2, 2, 1)
     latents_mean: tuple[float, ...] = ()
-    """Per channel; subtracted from the encoder's latents. Empty means 0."""
+    """Per channel; subtracted from the encoder's latents. Empty means 0. Kind "flux2": per channel
+    and place in a patch of 2x2 latents, in the order of `pack`."""
     latents_std: tuple[float, ...] = ()
     picture_channels: int = 3
     """3 for RGB; 4, with alpha, for the kind "convolutional" only."""
@@ -126,9 +128,11 @@ class AutoencoderConfig:
     def __post_init__(self):
         if self.kind == "convolutional":
             self._check_levels()
+        each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
+        count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):
-            if len(getattr(self, name)) not in (0, self.latent_channels):
-                raise UserError(f"{name} needs {self.latent_channels} numbers, one per channel")
+            if len(getattr(self, name)) not in (0, count):
+                raise UserError(f"{name} needs {count} numbers, one per {each}")
 
     def _check_levels(self) -> None:
         for part in ("encoder", "decoder"):
@@ -165,6 +169,16 @@ QWEN_IMAGE_AUTOENCODER = AutoencoderConfig(
 # fmt: on
 """Qwen-Image's, the paper's choice (SnapGen++ section 2)."""
 
+FLUX2_AUTOENCODER = AutoencoderConfig(
+    kind="flux2",
+    latent_channels=32,
+    encoder_channels=(128, 256, 512, 512),
+    decoder_channels=(512, 512, 256, 128),
+    encoder_blocks=(2, 2, 2, 2),
+    decoder_blocks=(3, 3, 3, 3),
+)
+"""FLUX.2's, without its statistics of the latents, which its checkpoint contains."""
+
 TAEW2_1 = AutoencoderConfig(
     kind="taehv",
     latent_channels=16,
@@ -200,6 +214,34 @@ class TextEncoderConfig:
     """Branch, tag or commit of a repository."""
 
 
+@dataclass(frozen=True)
+class PictureEncoderConfig:
+    """CLIP's picture tower, a ViT."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_size: int = 3072
+    patch_size: int = 32
+    image_size: int = 224
+    """Side of the square pictures in pixels."""
+    activation: str = "quick_gelu"
+    """"gelu" (exact) or "quick_gelu" (OpenAI's CLIP)."""
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """Of the colors of the training pictures in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A whole CLIP: two towers and the space that they share."""
+
+    text: TextEncoderConfig
+    picture: PictureEncoderConfig
+    projection_size: int
+    """Numbers of an embedding."""
+
+
 TINYCLIP_19M = TextEncoderConfig(
     kind="clip",
     vocab_size=49408,
@@ -229,13 +271,27 @@ class SamplerConfig:
 
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
-    time_shift: float = 3.0
+    time_shift: float | None = 3.0
+    """Shift of the noise levels (`sampling.get_schedule`); None: by resolution
+    (`ModelConfig.time_shift`)."""
     fresh_noise: bool = False
     """Add new noise to each step's estimate instead of taking Euler steps (`sampling.denoise`)."""
 
 
 FOUR_STEPS = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0)
 """The sampler of a model distilled by SnapGen++'s step distillation (section 3.3)."""
+
+
+def resolution_shift(tokens: int) -> float:
+    """The time shift of a picture of `tokens` patch tokens: 1 at 256 px, 3 at 1024 px.
+
+    Constant outside, and linear in the square root of the tokens between, which is the factor by
+    which noise must grow to hide as much of a larger picture (SD3 section 5.3.2).
+    """
+    return 1 + 2 / 3 * (min(max(math.sqrt(tokens / 256), 1), 4) - 1)
+
+
+UNCONDITIONAL = ("empty prompt", "absent")
 
 
 @dataclass(frozen=True)
@@ -253,8 +309,17 @@ class ModelConfig:
     """The sampler of the model's few-step LoRA; None if it has none."""
     quantization: dict[str, Any] | None = None
     """How the stored weights are quantized: per component `{"bits": 8, "group_size": 32}`."""
+    unconditional: str = "empty prompt"
+    """The text of the unconditional velocity, in training and for an empty negative prompt: the
+    encoded "empty prompt", or "absent": all text is masked, cross-attention is zero."""
 
     def __post_init__(self):
+        if self.unconditional not in UNCONDITIONAL:
+            raise UserError(
+                f"unknown unconditional '{self.unconditional}'"
+                f"{nearest(str(self.unconditional), UNCONDITIONAL)}, known: "
+                + ", ".join(f"'{name}'" for name in UNCONDITIONAL)
+            )
         check_latents(self.transformer.latent_channels, self.autoencoder)
 
     @property
@@ -262,6 +327,31 @@ class ModelConfig:
         """Height and width of a picture, in pixels, must be multiples of this."""
         # A token covers patch_size latents per side, and 2x2 tokens are compressed to one.
         return self.autoencoder.downsampling * self.transformer.patch_size * 2
+
+    @property
+    def unconditional_prompt(self) -> str | None:
+        """The prompt of the unconditional velocity: "", or None for absent text."""
+        return "" if self.unconditional == "empty prompt" else None
+
+    def time_shift(self, height: int, width: int, *, few_step: bool = False) -> float:
+        """The shift of the noise levels of a picture of height x width pixels.
+
+        Args:
+            few_step: that of the few-step mode, if the model has one.
+        """
+        sampler = self.few_step if few_step and self.few_step else self.sampler
+        if sampler.time_shift is not None:
+            return sampler.time_shift
+        token = self.autoencoder.downsampling * self.transformer.patch_size
+        return resolution_shift(height // token * (width // token))
+
+    def of_one_size(self) -> "ModelConfig":
+        """This config with the numbers that `image_size` determines, for an export of that size."""
+        few_step = self.few_step and dataclasses.replace(
+            self.few_step, time_shift=self.time_shift(*self.image_size, few_step=True)
+        )
+        sampler = dataclasses.replace(self.sampler, time_shift=self.time_shift(*self.image_size))
+        return dataclasses.replace(self, sampler=sampler, few_step=few_step)
 
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
@@ -408,9 +498,39 @@ class ZImageTransformerConfig:
         check_axes(self.rope_axes, self.hidden_size // self.num_heads)
 
 
-def check_axes(rope_axes: tuple[int, ...], head_dim: int) -> None:
-    """`UserError` unless there are three even axes that add up to `head_dim`."""
-    if len(rope_axes) != 3 or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
+@dataclass(frozen=True)
+class Flux2TransformerConfig:
+    """FLUX.2's transformer; the defaults are the public 4B network of klein."""
+
+    num_layers: int = 5
+    """Blocks with separate streams for picture and text."""
+    num_single_layers: int = 20
+    """Blocks with one stream."""
+    num_heads: int = 24
+    head_dim: int = 128
+    latent_channels: int = 32
+    patch_size: int = 2
+    text_dims: int = 7680
+    """Width of the prompt's states: three layers of the text encoder."""
+    mlp_ratio: float = 3.0
+    frequency_dim: int = 256
+    rope_axes: tuple[int, int, int, int] = (32, 32, 32, 32)
+    """Channels of each head that RoPE rotates by picture, row, column and word."""
+    rope_theta: float = 2000.0
+
+    def __post_init__(self):
+        check_axes(self.rope_axes, self.head_dim, count=4)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of both streams."""
+        return self.num_heads * self.head_dim
+
+
+def check_axes(rope_axes: tuple[int, ...], head_dim: int, *, count: int = 3) -> None:
+    """`UserError` unless there are `count` even axes that add up to `head_dim`."""
+    if len(rope_axes) != count or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
+        number = {3: "three", 4: "four"}[count]
         raise UserError(
-            f"rope_axes {tuple(rope_axes)} must be three even numbers that sum to {head_dim}"
+            f"rope_axes {tuple(rope_axes)} must be {number} even numbers that sum to {head_dim}"
         )

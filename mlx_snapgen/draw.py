@@ -9,24 +9,29 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import Step, denoise, get_noise, get_schedule, guided_velocity
 from mlx_snapgen.settings import DrawSettings
 
-Encode = Callable[[Sequence[str]], tuple[mx.array, mx.array]]
-"""Prompts -> text (B, L, D) and mask (B, L)."""
+Encode = Callable[[Sequence[Prompt]], tuple[mx.array, mx.array]]
+"""Prompts -> text (B, L, D) and mask (B, L); None is absent text."""
 
 
 def encode_for(
-    settings: DrawSettings, prompts: Sequence[str], *, encode: Encode
+    settings: DrawSettings, prompts: Sequence[str], *, config: ModelConfig, encode: Encode
 ) -> tuple[mx.array, mx.array]:
     """Text and mask for `denoise_latents`: with guidance, the negative prompts first.
 
     Args:
         settings: resolved.
         prompts: one for each picture of the batch.
+        config: the model's.
     """
-    away = [] if settings.guidance_scale == 1 else [settings.negative_prompt] * len(prompts)
+    negative: Prompt = settings.negative_prompt
+    if config.unconditional == "absent" and not settings.negative_prompt.strip():
+        negative = None
+    away = [] if settings.guidance_scale == 1 else [negative] * len(prompts)
     text, mask = encode([*away, *prompts])
     mx.eval(text, mask)
     return text, mask
@@ -53,6 +58,7 @@ def denoise_latents(
         share: of the network's hidden dimensions.
     """
     assert settings.height is not None and settings.width is not None
+    assert settings.time_shift is not None
     sampler, factor = settings.sampler(config), config.autoencoder.downsampling
     shape = settings.height // factor, settings.width // factor, config.transformer.latent_channels
     velocity = guided_velocity(
@@ -67,7 +73,7 @@ def denoise_latents(
     def noise(draw: int) -> mx.array:
         return mx.concatenate([get_noise(seed, *shape, draw) for seed in seeds])
 
-    schedule = get_schedule(sampler.num_inference_steps, sampler.time_shift)
+    schedule = get_schedule(sampler.num_inference_steps, settings.time_shift)
     yield from denoise(velocity, noise(0), schedule, noise if sampler.fresh_noise else None)
 
 
@@ -107,6 +113,7 @@ def draw_latents(
     text, mask = encode_for(
         settings,
         prompts,
+        config=config,
         encode=lambda some: encode_prompts(
             some, components.text_encoders, transformer=components.transformer
         ),

@@ -22,7 +22,7 @@ from mlx_snapgen.cli.notices import announce, peak_process_bytes, short_warnings
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.metadata import read_settings, save_picture, slug
+from mlx_snapgen.metadata import MAX_PIXELS, foreign, read_settings, save_picture, slug
 from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_width
 
@@ -73,10 +73,19 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
     """Settings, model, and the metadata of the PNG of --config-from-image ({} without one)."""
     if args.config_from_image is None:
         return draw_settings(args), model_choice(args), {}
-    settings, choice, origin = read_settings(args.config_from_image)
+    sized = args.height is not None and args.width is not None
+    most = None if sized else MAX_PIXELS
+    settings, choice, origin = read_settings(args.config_from_image, max_pixels=most)
     if args.model is not None:
         choice = dataclasses.replace(choice, revision=None)
-    return draw_settings(args, settings), model_choice(args, choice), origin
+    choice = model_choice(args, choice)
+    others = foreign(choice, model_choice(args))
+    if others and not args.trust_settings:
+        raise UserError(
+            f"{args.config_from_image} was drawn with {others}: --trust-settings uses that, "
+            "--model and --lora choose others"
+        )
+    return draw_settings(args, settings), choice, origin
 
 
 def _load(

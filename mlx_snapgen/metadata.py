@@ -11,18 +11,30 @@ import io
 import json
 import re
 import unicodedata
+import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, PngImagePlugin
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, whole_file
-from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
+from mlx_snapgen.settings import (
+    MAX_SEED,
+    MAX_STEPS,
+    WIDTH_NAMES,
+    DrawSettings,
+    ModelChoice,
+    read_fields,
+)
 
 KEY = "parameters"
 """The chunk's keyword, which picture viewers and other generators use too."""
+
+MAX_TEXT = 1 << 20
+"""Bytes of the chunk that are read."""
 
 REQUIRED = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
@@ -30,6 +42,20 @@ REQUIRED = (
 )
 """Fields that every picture has. Fields that were added later are optional: their defaults must be
 the behavior of the versions without them."""
+
+RANGES = {
+    "seed": (0, MAX_SEED),
+    "height": (1, 1 << 20),
+    "width": (1, 1 << 20),
+    "num_inference_steps": (1, MAX_STEPS),
+    "guidance_scale": (-1e6, 1e6),
+    "quantize": (2, 8),
+}
+"""Field -> smallest and largest value in a picture."""
+MAX_PIXELS = 1 << 22
+"""Height x width that a picture's settings may ask for; options may ask for more."""
+MAX_PROMPT, MAX_NAME, MAX_NAMES = 10_000, 1000, 64
+"""Characters of prompts, characters of other texts, and LoRAs or text encoders in a picture."""
 
 OLDER = {"few_step": False}
 """Values of missing fields whose default is not the behavior of older versions."""
@@ -61,30 +87,79 @@ def record_choice(choice: ModelChoice) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a picture; `UserError` if it has none."""
+    """The metadata of a picture; `UserError` if it has none. Its pixels are not read."""
     path = expanded(path)
     try:
-        with Image.open(path) as image:
-            kind, text = image.format, image.info.get(KEY)
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                kind = image.format
+            text = _text(file) if kind == "PNG" else None
     except FileNotFoundError:
         raise UserError(f"no picture {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable picture: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path} is not a readable picture: {reason}") from None
     if kind != "PNG":
         raise UserError(f"{path} is a {kind}: only PNG pictures carry settings")
     if text is None:
         raise UserError(f"{path} carries no settings: it was saved without them, or edited later")
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or "mlx_snapgen" not in values:
         raise UserError(f"{path} carries the settings of another program")
     return values
 
 
-def read_settings(path: str | Path) -> Recorded:
-    """The settings in a picture's metadata; `UserError` names one that is missing or damaged."""
+def _text(file: BinaryIO) -> str | None:
+    """The text of a PNG's last chunk of keyword `KEY`: tEXt, zTXt or iTXt, before or after the
+    pixels (PNG specification, 11.3.3). None without one; ValueError for a damaged one."""
+    found = None
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(size + 4, io.SEEK_CUR)
+            continue
+        data = file.read(min(size, MAX_TEXT + 256))
+        keyword, _, rest = data.partition(b"\0")
+        if keyword != KEY.encode():
+            file.seek(size - len(data) + 4, io.SEEK_CUR)
+            continue
+        if len(data) < size:
+            raise ValueError(f"its settings are damaged or larger than {MAX_TEXT} bytes")
+        if int.from_bytes(file.read(4), "big") != zlib.crc32(kind + data):
+            raise ValueError("its settings are damaged")
+        compressed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
+        if kind == b"zTXt":
+            rest = rest[1:]
+        elif kind == b"iTXt":
+            # Compression flag and method, language, translated keyword.
+            *_, rest = rest[2:].split(b"\0", 2)
+        if compressed:
+            try:
+                rest = zlib.decompressobj().decompress(rest, MAX_TEXT + 1)
+            except zlib.error as error:
+                raise ValueError(f"its settings are damaged: {error}") from None
+        if len(rest) > MAX_TEXT:
+            raise ValueError(f"its settings are larger than {MAX_TEXT} bytes")
+        found = rest.decode("utf-8" if kind == b"iTXt" else "latin-1")
+    return found
+
+
+def read_settings(path: str | Path, *, max_pixels: int | None = MAX_PIXELS) -> Recorded:
+    """The settings in a picture's metadata.
+
+    The picture may be a stranger's: see `foreign` before you load the model that it names.
+
+    Args:
+        max_pixels: most pixels that the settings may ask for; None: any number.
+
+    Raises:
+        UserError: names a setting that is missing, damaged or out of range.
+    """
     metadata = read_metadata(path)
     values: dict[str, Any] = OLDER | metadata
     # The model and its mode determine the shift.
@@ -95,9 +170,57 @@ def read_settings(path: str | Path) -> Recorded:
     fields = {f.name for kind in (DrawSettings, ModelChoice) for f in dataclasses.fields(kind)}
     for name in (*REQUIRED, *values):
         empty = name in settings and settings[name] is None
-        if empty or (name in fields and name not in settings | choice):
+        wrong = not _in_range(name, (settings | choice).get(name))
+        if empty or wrong or (name in fields and name not in settings | choice):
             raise UserError(f"{path} has no usable '{name}' in its settings")
+    height, width = settings["height"], settings["width"]
+    if max_pixels is not None and height * width > max_pixels:
+        raise UserError(
+            f"the settings in {path} ask for {width} x {height}, which is more than {max_pixels} "
+            "pixels: choose both height and width yourself"
+        )
     return Recorded(DrawSettings(**settings), ModelChoice(**choice), metadata)
+
+
+def _in_range(name: str, value: Any) -> bool:
+    """Whether a setting of the right type has a value that can be used; None can."""
+    if name in RANGES and value is not None:
+        least, most = RANGES[name]
+        return least <= value <= most
+    if name == "model_width" and value is not None:
+        return value in WIDTH_NAMES
+    if name in ("prompt", "negative_prompt"):
+        return len(value or "") <= MAX_PROMPT and _is_unicode(value or "")
+    names = value if isinstance(value, tuple) else (value,)
+    if name == "loras":
+        if not all(abs(weight) <= 1e6 for _, weight in value or ()):
+            return False
+        names = [path for path, _ in value or ()]
+    texts = [text for text in names if isinstance(text, str)]
+    return len(texts) <= MAX_NAMES and all(
+        len(text) <= MAX_NAME and text.isprintable() for text in texts
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def foreign(recorded: ModelChoice, used: ModelChoice) -> str:
+    """The model, revision and LoRAs of a picture that are not those in use, as text; "" if none."""
+    parts = []
+    if recorded.model != used.model:
+        parts.append(f"the model {recorded.model or 'stickers'}")
+    if recorded.revision is not None and recorded.revision != used.revision:
+        parts.append(f"revision {recorded.revision[:12]}")
+    files = [path for path, _ in used.loras]
+    parts += [f"the LoRA {path}" for path, _ in recorded.loras if path not in files]
+    text = ", ".join(parts)
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> bytes:

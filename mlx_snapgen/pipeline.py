@@ -218,15 +218,16 @@ class SnapGenPipeline:
         text, mask = encode_for(
             settings,
             [settings.prompt],
+            config=self.config,
             encode=lambda prompts: self._prompts(prompts, self.transformer),
         )
         self._prompts.free()
         network = in_mode(self.transformer, settings, config=self.config)
+        assert settings.seed is not None and settings.time_shift is not None
         sampler = settings.sampler(self.config)
         steps, scale = sampler.num_inference_steps, sampler.guidance_scale
-        schedule = get_schedule(steps, sampler.time_shift)
+        schedule = get_schedule(steps, settings.time_shift)
         metadata = self.describe() | record_settings(settings)
-        assert settings.seed is not None
         for k in range(settings.num_images):
             seed = settings.seed + k
             for step in denoise_latents(

@@ -1,19 +1,27 @@
 """The user's settings: which model to load, its width, and how to draw. Does not import mlx."""
 
+import contextlib
 import dataclasses
 import math
 import operator
+import os
 import secrets
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.errors import UserError, nearest
 
 MAX_SEED = 2**63 - 1
+MOST_PIXELS = 1 << 27
+"""Of a picture. MLX counts an array's elements with 32 bits, and decoders have many per pixel."""
+BYTES_PER_PIXEL = 600
+"""Memory that drawing takes at least. Measured at 2048 x 2048: 715 with the default model, and 670
+with Qwen-Image's decoder alone."""
 MAX_STEPS = 1000
 
 
@@ -57,7 +65,7 @@ def check_width(config: ModelConfig, name: str) -> Width:
 
 
 def check_size(config: ModelConfig, height: int, width: int) -> None:
-    """`UserError` with the nearest valid size unless the network supports pictures of this size."""
+    """`UserError` unless the network supports pictures of this size, and they fit into memory."""
     unit = config.size_unit
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int):
@@ -67,6 +75,33 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
             raise UserError(
                 f"{name} must be a positive multiple of {unit} pixels: {side} is not, {good} is"
             )
+    pixels, memory = height * width, machine_memory()
+    if pixels > MOST_PIXELS:
+        raise UserError(
+            f"{width} x {height} is more than the {MOST_PIXELS} pixels that a picture can have: "
+            "choose a smaller size"
+        )
+    if pixels * BYTES_PER_PIXEL > memory:
+        raise UserError(
+            f"{width} x {height} takes at least {pixels * BYTES_PER_PIXEL / 2**30:.1f} GiB of "
+            f"memory, and this machine has {memory / 2**30:.1f}: choose a smaller size"
+        )
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of its control group on Linux if that has less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("", *_control_group()):
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int(Path(f"/sys/fs/cgroup{path}/memory.max").read_text()))
+    return memory
+
+
+def _control_group() -> list[str]:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        return [line.removeprefix("0::") for line in lines if line.startswith("0::/")]
+    return []
 
 
 @dataclass(frozen=True)
@@ -135,6 +170,9 @@ class DrawSettings:
         scale = mode.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if not math.isfinite(scale):
             raise UserError(f"guidance_scale must be a finite number, got {scale}")
+        few_step = config.few_step is not None and mode is config.few_step
+        shift = self.time_shift
+        shift = config.time_shift(height, width, few_step=few_step) if shift is None else shift
         num_images = whole_number("num_images", self.num_images, least=1)
         seed = random_seed() if self.seed is None else self.seed
         return dataclasses.replace(
@@ -143,8 +181,8 @@ class DrawSettings:
             width=width,
             num_inference_steps=whole_number("num_inference_steps", steps, least=1, most=MAX_STEPS),
             guidance_scale=scale,
-            few_step=config.few_step is not None and mode is config.few_step,
-            time_shift=mode.time_shift if self.time_shift is None else self.time_shift,
+            few_step=few_step,
+            time_shift=shift,
             seed=whole_number("seed", seed, least=0, most=MAX_SEED - num_images + 1),
             num_images=num_images,
         )
@@ -184,7 +222,7 @@ def read_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for field in dataclasses.fields(kind):
         try:
             found[field.name] = _read(hints[field.name], values[field.name])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             continue
     return found
 

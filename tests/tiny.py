@@ -23,6 +23,7 @@ from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import (
     TAEW2_1,
     AutoencoderConfig,
+    Flux2TransformerConfig,
     ModelConfig,
     QwenTransformerConfig,
     SamplerConfig,
@@ -61,7 +62,7 @@ def randomize(module, seed: int):
         if p.ndim == 1 and re.search(r"norm\d?(\.members\.\d)?\.weight", name):
             value = 1 + 0.1 * mx.random.normal(p.shape, key=key)
         else:
-            scale = 0.1 if p.ndim == 1 else (p.size // p.shape[0]) ** -0.5
+            scale = 0.1 if p.ndim < 2 else (p.size // p.shape[0]) ** -0.5
             value = scale * mx.random.normal(p.shape, key=key)
         values.append((name, value))
     module.update(tree_unflatten(values))
@@ -112,6 +113,12 @@ KL_AUTOENCODER = dataclasses.replace(
     latents_mean=(0.5,) * 4,
     latents_std=(4.0,) * 4,
 )
+FLUX2_AUTOENCODER = dataclasses.replace(
+    KL_AUTOENCODER,
+    kind="flux2",
+    latents_mean=tuple(0.1 * i for i in range(16)),
+    latents_std=tuple(1 + 0.1 * i for i in range(16)),
+)
 TAEHV = dataclasses.replace(
     TAEW2_1,
     latent_channels=4,
@@ -157,6 +164,16 @@ Z_IMAGE = ZImageTransformerConfig(
     rope_axes=(4, 6, 6),
 )
 """`originals.z_image`'s."""
+FLUX2 = Flux2TransformerConfig(
+    num_layers=2,
+    num_single_layers=2,
+    num_heads=2,
+    head_dim=16,
+    latent_channels=4,
+    text_dims=24,
+    rope_axes=(4, 4, 4, 4),
+)
+"""`originals.flux2`'s."""
 TEACHER = TeacherConfig(transformer=QWEN, autoencoder=AUTOENCODER)
 
 

@@ -91,7 +91,7 @@ def export_coreml(
         components, palettes = _with_palettes(components, settings, kept, palettes=palettes)
     models = {width: of_width(components, width) for width in kept}
     components = models[kept[0]]
-    config = dataclasses.replace(components.config, quantization=None)
+    config = dataclasses.replace(components.config, quantization=None).of_one_size()
     networks, transformers = _twins(models)
     about = {
         "model": config.name,

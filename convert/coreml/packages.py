@@ -17,6 +17,7 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import denoise_latents, encode_for
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.pictures import decibels, psnr, to_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
@@ -80,15 +81,15 @@ class Packages:
         _, channels, height, width = self.chunks[0].inputs["x_t"].sizes
         return height, width, channels
 
-    def encode(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+    def encode(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """Prompts -> text (B, L, D) and mask (B, L), like `encode_prompts`."""
         texts, masks = [], []
         for prompt in prompts:
             encoded = []
             for encoder, tokenizer in self.encoders:
-                tokens, mask = (np.array(array) for array in tokenizer([prompt]))
+                tokens, mask = (np.array(array) for array in tokenizer([prompt or ""]))
                 (text,) = encoder({"tokens": tokens, "mask": mask}).values()
-                encoded.append((text, mask))
+                encoded.append((text, mask & (prompt is not None)))
             texts.append(np.concatenate([text for text, _ in encoded], 3)[0, :, 0].T)
             masks.append(np.concatenate([mask for _, mask in encoded], 1)[0])
         return mx.array(np.stack(texts).astype(np.float32)), mx.array(np.stack(masks))
@@ -116,7 +117,7 @@ class Packages:
         settings = DrawSettings(
             num_inference_steps=num_inference_steps, few_step=config.few_step is not None
         ).resolved(config)
-        text, mask = encode_for(settings, [prompt], encode=self.encode)
+        text, mask = encode_for(settings, [prompt], config=config, encode=self.encode)
         steps = denoise_latents(
             lambda x_t, t, text, mask, **_: self.velocity(x_t, t, text, mask),
             text,

@@ -211,7 +211,10 @@ class SparseSelfAttention(SelfAttention):
 
 
 class CrossAttention(nn.Module):
-    """Attention from picture tokens to text tokens; query head i reads kv head i mod kv_heads."""
+    """Attention from picture tokens to text tokens; query head i reads kv head i mod kv_heads.
+
+    `present` (B, 1, 1, 1) is 1, or 0 for a picture whose text is absent; so is the output.
+    """
 
     def __init__(self, config: TransformerConfig, attend: Attend):
         super().__init__()
@@ -221,8 +224,11 @@ class CrossAttention(nn.Module):
         self.kv_heads, self.attend = config.num_cross_kv_heads, attend
         self.kv_of = [head % self.kv_heads for head in range(config.num_heads)]
 
-    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, bias: Tensor | None, present: Tensor | None
+    ) -> Tensor:
         k = keys_of(self.k_proj(text), self.kv_heads)
-        return self.out_proj(
+        out = self.out_proj(
             self.attend(self.q_proj(x), k, self.v_proj(text), kv_of=self.kv_of, bias=bias)
         )
+        return out if present is None else present * out

@@ -101,13 +101,14 @@ class Block(nn.Module):
         modulation: Tensor,
         text: Tensor,
         bias: Tensor | None,
+        present: Tensor | None,
         grid: Grid,
         cells: Grid | None = None,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(modulation)
         h = normalized(x, 1e-6) * (1 + scale_a) + shift_a
         x = x + gate_a * self.self_attention(h, grid, cells)
-        x = x + self.cross_attention(x, text, bias)
+        x = x + self.cross_attention(x, text, bias, present)
         h = normalized(x, 1e-6) * (1 + scale_f) + shift_f
         return x + gate_f * self.ffn(h)
 
@@ -261,7 +262,8 @@ class EfficientDiT(nn.Module):
             x_t: noisy latents (B, C, H, W).
             t: noise level (B,) in [0, 1], float32.
             text: (B, text_width, 1, L) from `encode_text`.
-            mask: (B, L), 1 or true where a text token counts; None when all do.
+            mask: (B, L), 1 or true where a text token counts; None when all do. Where no token
+                of a picture counts, cross-attention adds nothing.
 
         Returns:
             v (B, C, H, W)
@@ -284,7 +286,11 @@ class EfficientDiT(nn.Module):
 
         def start(x_t: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
             x = tokens(self.patch_embed(x_t))
-            return x, *self.time(t), None if mask is None else text_bias(mask).to(x.dtype)
+            if mask is None:
+                return x, *self.time(t), None, None
+            # The largest bias is 0 where a token counts.
+            bias = text_bias(mask).to(x.dtype)
+            return x, *self.time(t), bias, F.relu(1 + bias.amax(1, keepdim=True))
 
         def add(
             run: Callable, reads: tuple[str, ...], module: nn.Module, writes: str = "x"
@@ -294,13 +300,13 @@ class EfficientDiT(nn.Module):
             steps.append(Step(reads, (writes,), lambda *values: (run(*values),), (module,)))
 
         def add_block(block: nn.Module, *grids: Grid, writes: str = "x") -> None:
-            def run(x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-                return block(x, modulation, text, bias, *grids)
+            def run(x: Tensor, *values: Tensor | None) -> Tensor:
+                return block(x, *values, *grids)
 
-            add(run, ("modulation", "text", "bias"), block, writes)
+            add(run, ("modulation", "text", "bias", "present"), block, writes)
             steps[-1] = steps[-1]._replace(is_block=True)
 
-        made = ("x", "embedding", "modulation", "bias")
+        made = ("x", "embedding", "modulation", "bias", "present")
         steps.append(Step(("x_t", "t", "mask"), made, start, (self.patch_embed, self.time)))
         for i, block in enumerate(self.down_blocks):
             last = count and i == len(self.down_blocks) - 1

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.networks.elastic import ElasticLinear
+from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear
 from mlx_snapgen.networks.layers import flat_parameters
 
 FORMAT_VERSION = 1
@@ -189,6 +189,15 @@ def cast(module: nn.Module, dtype: mx.Dtype | None) -> None:
     if dtype is not None:
         # Packed weights are integers and keep their type.
         module.apply(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x)
+
+
+def dequantize_on_cpu(module: nn.Module) -> None:
+    """On the CPU, make packed layers dequantize their weights (see `QuantizedElasticLinear`)."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        for _, layer in module.named_modules():
+            if type(layer) is nn.QuantizedLinear:
+                # A subclass with the same parameters.
+                layer.__class__ = QuantizedElasticLinear
 
 
 def materialize(module: nn.Module, dtype: mx.Dtype | None) -> None:

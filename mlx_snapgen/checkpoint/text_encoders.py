@@ -15,7 +15,7 @@ from mlx_snapgen.checkpoint.module import Part, load_stored, read_part
 from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
+from mlx_snapgen.networks.text_encoders.base import Prompt, TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 from mlx_snapgen.networks.text_encoders.sentencepiece import (
     SentencePieceTokenizer,
@@ -188,7 +188,7 @@ class PromptEncoder:
     ):
         self._encoders: list[Any] | None = encoders
         self._reload, self._cache_size = reload, cache_size
-        self._cache: OrderedDict[str, list[TextStates | None]] = OrderedDict()
+        self._cache: OrderedDict[Prompt, list[TextStates | None]] = OrderedDict()
         self.tokenizers = [getattr(e, "tokenizer", None) for e in encoders]
 
     @property
@@ -200,7 +200,7 @@ class PromptEncoder:
         return self._encoders
 
     def __call__(
-        self, prompts: Sequence[str], transformer: EfficientDiT
+        self, prompts: Sequence[Prompt], transformer: EfficientDiT
     ) -> tuple[mx.array, mx.array]:
         """See `encode_prompts`."""
         found = []

@@ -87,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: no PNG)",
     )
     add(
+        "--trust-settings",
+        action="store_true",
+        help="with --config-from-image: also use the model, revision and LoRAs that the PNG names, "
+        "and download the model if necessary (default: off)",
+    )
+    add(
         "--vocabulary",
         action="store_true",
         help="print the words that the model can draw, and exit (default: off)",

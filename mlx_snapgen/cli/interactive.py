@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -82,17 +83,24 @@ class Session:
 
     def run(self) -> None:
         """Read lines until the end of the input or `:quit`."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Bytes that are not UTF-8 are a mistake in their line; strict decoding ends the loop.
+            sys.stdin.reconfigure(errors="surrogateescape")
         with _line_editing(self.complete):
+            first = True
             if not self._quiet:
                 print("Type a prompt. :help lists the settings, Ctrl-D ends.")
             while True:
                 try:
-                    line = input("" if self._quiet else "> ").strip()
+                    line = input("" if self._quiet else "> ")
                 except EOFError:
                     return
                 except KeyboardInterrupt:
                     print()
                     continue
+                # Some editors start a file with a byte-order mark.
+                line = (line.removeprefix("\ufeff") if first else line).strip()
+                first = False
                 if line in (":quit", ":q", ":exit"):
                     return
                 try:
@@ -104,6 +112,10 @@ class Session:
 
     def take(self, line: str) -> None:
         """Draw a prompt, or execute a line that starts with a colon; `UserError` for a mistake."""
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise UserError("the line has characters that are not valid UTF-8") from None
         if line.startswith(":"):
             name, _, value = line[1:].strip().partition(" ")
             self._command(name, value.strip())
@@ -146,17 +158,24 @@ class Session:
             raise UserError(f"no setting ':{name}'{nearest(name, COMMANDS)}; see :help")
 
     def _size(self, value: str) -> None:
-        found = re.fullmatch(r"(\d+)\s*x\s*(\d+)", value)
+        found = re.fullmatch(r"([0-9]{1,9})\s*x\s*([0-9]{1,9})", value)
         if value and not found:
-            raise UserError(f"the size must be like 192x128 (width x height), not '{value}'")
+            raise UserError(f"the size must be like 192x128 (width x height), not '{value[:40]}'")
         width, height = (int(found[1]), int(found[2])) if found else (None, None)
         self._settings = dataclasses.replace(self._settings, width=width, height=height)
 
     def _set(self, setting: Setting, value: str) -> None:
-        # A LoRA's file and scale are two arguments, a negative prompt is one.
-        words = value.split() if setting.dest == "loras" else [value]
-        given = [setting.option, *words] if value else []
-        args = build_parser().parse_args(given)
+        if setting.dest in ("loras", "model", "output"):
+            value = os.path.expanduser(value)
+        # A LoRA's file and scale are two arguments; a negative prompt is one, also if it starts
+        # with a dash.
+        words = value.split() if setting.dest == "loras" else []
+        given = [setting.option, *words] if words else [f"{setting.option}={value}"]
+        given = given if value else []
+        try:
+            args = build_parser().parse_args(given)
+        except OSError as error:
+            raise UserError(f"cannot use {value[:80]}: {error.strerror}") from None
         if setting.dest == "output":
             self._output = args.output
         elif hasattr(self._settings, setting.dest):

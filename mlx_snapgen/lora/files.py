@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_snapgen.config import FOUR_STEPS, SamplerConfig, from_dict, to_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.lora.adapters import (
@@ -40,13 +41,15 @@ def save_lora(
     *,
     name: str = "default",
     base_model: str | None = None,
+    few_step: SamplerConfig | None = None,
     dtype: mx.Dtype | None = None,
 ) -> None:
     """Write one adapter to a new .safetensors file, whole or not at all.
 
-    The header has rank, alpha, name and format, and `base_model`, the name of the model that the
-    adapter was trained for. The adapter's weight is not written: it is the user's choice. `dtype`
-    is the floating type to store; None keeps the adapter's.
+    The header has rank, alpha, name and format, `base_model`, the name of the model that the
+    adapter was trained for, and `few_step`, the sampler of a few-step mode (see
+    `few_step_sampler`). The adapter's weight is not written: it is the user's choice. `dtype` is
+    the floating type to store; None keeps the adapter's.
 
     Raises:
         UserError: no such adapter, a file that exists, or one that cannot be written.
@@ -71,6 +74,8 @@ def save_lora(
     }
     if base_model is not None:
         header["base_model"] = base_model
+    if few_step is not None:
+        header["few_step"] = json.dumps(to_dict(few_step))
     try:
         with whole_file(path, replace=False) as partial:
             mx.save_safetensors(str(partial), tensors, header)
@@ -96,6 +101,22 @@ def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
     tensors, header = loaded
     return tensors, header
+
+
+def few_step_sampler(path: str | Path) -> SamplerConfig:
+    """The sampler of the few-step mode in a LoRA file of `train.kdmd`; files of other tools have
+    four Euler steps.
+
+    Raises:
+        UserError: the file is no LoRA, or its header is damaged.
+    """
+    text = read_lora(path)[1].get("few_step")
+    if text is None:
+        return FOUR_STEPS
+    try:
+        return from_dict(SamplerConfig, json.loads(text))
+    except (UserError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} has a damaged header: get it again") from None
 
 
 _KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")

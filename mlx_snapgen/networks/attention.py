@@ -6,6 +6,7 @@ at all widths, so a query head has the same kv head at every width that contains
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,6 +17,14 @@ from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth
 from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
+
+MANY_SCORES = 2**24
+"""Attention scores of a batch from which on `--save-memory` computes them again."""
+PART_SCORES = 2**22
+"""Scores of a batch that are in memory at a time then, about."""
+
+Parts = Sequence[tuple[slice, slice]]
+"""Slices of the queries, which follow one another, and of the keys that they attend to."""
 
 
 class Grid(NamedTuple):
@@ -85,6 +94,77 @@ def modulation_matrix(queries: Grid, keys: Grid) -> mx.array:
     return mx.array(np.where(distance > reach, 0, matrix), mx.float32)
 
 
+def attend_all(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    mask: mx.array | None = None,
+    modulation: mx.array | None = None,
+    save_memory: bool = False,
+) -> mx.array:
+    """`attend`, with `save_memory` and many scores by `attend_in_parts`."""
+    b, heads, n, _ = q.shape
+    if not save_memory or b * heads * n * k.shape[2] < MANY_SCORES:
+        return attend(q, k, v, mask=mask, modulation=modulation)
+    parts = [(slice(0, n), slice(0, k.shape[2]))]
+    return attend_in_parts(q, k, v, parts=parts, mask=mask, modulation=modulation)
+
+
+def attend_in_parts(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    parts: Parts,
+    mask: mx.array | None = None,
+    modulation: mx.array | None = None,
+) -> mx.array:
+    """Attention part after part, which does not keep the scores for the backward pass.
+
+    MLX keeps them on all devices. Here the backward pass computes those of a part again, and each
+    part waits for the one before, because otherwise the scores of all would exist at once. The
+    gradients are the same except for rounding. `parts` are cut to `PART_SCORES`.
+    """
+    b, heads, _, _ = q.shape
+    parts = [part for queries, keys in parts for part in _cut(queries, keys, count=b * heads)]
+
+    def one(queries: slice, keys: slice):
+        weights = None if modulation is None else modulation[queries, keys]
+        return lambda q, k, v: attend(q, k, v, mask=mask, modulation=weights)
+
+    @mx.custom_function
+    def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        out: list[mx.array] = []
+        for queries, keys in parts:
+            part = mx.depends([q[:, :, queries], k[:, :, keys], v[:, :, keys]], out[-1:])
+            out.append(one(queries, keys)(*part))
+        return mx.concatenate(out, axis=2)
+
+    @run.vjp
+    def backward(primals, cotangent, _):
+        q, k, v = primals
+        d_q: list[mx.array] = []
+        d_k, d_v = (mx.zeros(x.shape, mx.float32) for x in (k, v))
+        for queries, keys in parts:
+            part = [q[:, :, queries], k[:, :, keys], v[:, :, keys], cotangent[:, :, queries]]
+            *part, d_out = mx.depends(part, [*d_q[-1:], d_k, d_v])
+            _, grads = mx.vjp(one(queries, keys), part, [d_out])
+            d_q.append(grads[0])
+            d_k = d_k.at[:, :, keys].add(grads[1].astype(mx.float32))
+            d_v = d_v.at[:, :, keys].add(grads[2].astype(mx.float32))
+        return mx.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+    return run(q, k, v)  # pyright: ignore[reportReturnType]  no types in mlx
+
+
+def _cut(queries: slice, keys: slice, *, count: int) -> Parts:
+    """Parts of `queries` with about `PART_SCORES` scores of `count` heads."""
+    size = max(64, PART_SCORES // (count * (keys.stop - keys.start)) // 64 * 64)
+    starts = range(queries.start, queries.stop, size)
+    return [(slice(start, min(start + size, queries.stop)), keys) for start in starts]
+
+
 def neighborhood_attention(
     q: mx.array,
     k: mx.array,
@@ -94,6 +174,7 @@ def neighborhood_attention(
     num_bands: int,
     radius: int,
     modulation: mx.array | None = None,
+    save_memory: bool = False,
 ) -> mx.array:
     """Blockwise neighborhood attention, BNA (eqs. 2-3).
 
@@ -102,11 +183,26 @@ def neighborhood_attention(
 
     On Metal and CUDA all bands with a full neighborhood go into one batched call, because launches
     are expensive there; on the CPU a loop over bands is as fast and needs less memory.
+    `save_memory` is that of `attend_all`.
     """
     band = math.ceil(grid.height / num_bands) * grid.width
+    b, heads, n, _ = q.shape
+    if save_memory and b * heads * n * min(n, (2 * radius + 1) * band) >= MANY_SCORES:
+        return attend_in_parts(q, k, v, parts=bands(n, band, radius=radius), modulation=modulation)
     if modulation is None and mx.default_device().type == mx.DeviceType.gpu:
         return bands_batched(q, k, v, band=band, radius=radius)
     return bands_looped(q, k, v, band=band, radius=radius, modulation=modulation)
+
+
+def bands(tokens: int, band: int, *, radius: int) -> Parts:
+    """The bands of `band` tokens; each attends to `radius` bands on both sides."""
+    return [
+        (
+            slice(start, min(start + band, tokens)),
+            slice(max(0, start - radius * band), min(start + (radius + 1) * band, tokens)),
+        )
+        for start in range(0, tokens, band)
+    ]
 
 
 def bands_looped(
@@ -120,9 +216,7 @@ def bands_looped(
 ) -> mx.array:
     """BNA band by band; `band` is the number of tokens in a band."""
     out = []
-    for start in range(0, q.shape[2], band):
-        here = slice(start, start + band)
-        near = slice(max(0, start - radius * band), start + (radius + 1) * band)
+    for here, near in bands(q.shape[2], band, radius=radius):
         weights = None if modulation is None else modulation[here, near]
         out.append(attend(q[:, :, here], k[:, :, near], v[:, :, near], modulation=weights))
     return mx.concatenate(out, axis=2)
@@ -183,13 +277,23 @@ class SelfAttention(nn.Module):
         return self.q_norm(q, share=share), self.k_norm(k, share=share), v
 
     def __call__(
-        self, h: mx.array, grid: Grid, *, share: float = 1.0, modulate: bool = False
+        self,
+        h: mx.array,
+        grid: Grid,
+        *,
+        share: float = 1.0,
+        modulate: bool = False,
+        save_memory: bool = False,
     ) -> mx.array:
-        """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
+        """h (B, N, d) on `grid` -> the same shape.
+
+        `modulate` applies EDT's matrix; `save_memory` is that of `attend_all`.
+        """
         q, k, v = self.project(h, share)
         q, k = apply_rope(q, grid, theta=self._theta), apply_rope(k, grid, theta=self._theta)
         matrix = modulation_matrix(grid, grid) if modulate else None
-        return self.out_proj(merge_heads(attend(q, k, v, modulation=matrix)), share)
+        out = attend_all(q, k, v, modulation=matrix, save_memory=save_memory)
+        return self.out_proj(merge_heads(out), share)
 
 
 class SparseSelfAttention(SelfAttention):
@@ -219,9 +323,18 @@ class SparseSelfAttention(SelfAttention):
         return split_heads(x, dim)
 
     def __call__(
-        self, h: mx.array, grid: Grid, *, share: float = 1.0, modulate: bool = False
+        self,
+        h: mx.array,
+        grid: Grid,
+        *,
+        share: float = 1.0,
+        modulate: bool = False,
+        save_memory: bool = False,
     ) -> mx.array:
-        """h (B, N, d) on `grid` -> the same shape; `modulate` applies EDT's matrix."""
+        """h (B, N, d) on `grid` -> the same shape.
+
+        `modulate` applies EDT's matrix; `save_memory` is that of `attend_all`.
+        """
         q, k, v = self.project(h, share)
         cells = grid.halved()
         near = modulation_matrix(grid, grid) if modulate else None
@@ -230,7 +343,7 @@ class SparseSelfAttention(SelfAttention):
         v_cells = self.compress(v, grid, projection=self.v_compress, share=share)
         q, k = apply_rope(q, grid, theta=self._theta), apply_rope(k, grid, theta=self._theta)
         k_cells = apply_rope(k_cells, cells, theta=self._theta)
-        out_global = attend(q, k_cells, v_cells, modulation=far)
+        out_global = attend_all(q, k_cells, v_cells, modulation=far, save_memory=save_memory)
         out_local = neighborhood_attention(
             q,
             k,
@@ -239,6 +352,7 @@ class SparseSelfAttention(SelfAttention):
             num_bands=self._num_bands,
             radius=self._radius,
             modulation=near,
+            save_memory=save_memory,
         )
         # (B, N, heads) -> (B, heads, N, 1)
         mix = mx.sigmoid(self.mix_proj(h, share)).transpose(0, 2, 1)[..., None]
@@ -272,9 +386,24 @@ class CrossAttention(nn.Module):
         self.out_proj.weight = mx.zeros_like(self.out_proj.weight)
 
     def __call__(
-        self, h: mx.array, text: mx.array, *, mask: mx.array | None = None, share: float = 1.0
+        self,
+        h: mx.array,
+        text: mx.array,
+        *,
+        mask: mx.array | None = None,
+        share: float = 1.0,
+        save_memory: bool = False,
     ) -> mx.array:
-        """h (B, N, d), text (B, L, text_width), mask (B, L) true where a token counts."""
+        """h (B, N, d), text (B, L, text_width), mask (B, L) true where a token counts.
+
+        The output is 0 for a picture without any token that counts. `save_memory` is that of
+        `attend_all`.
+        """
+        present = None
+        if mask is not None:
+            present = mask.any(axis=1, keepdims=True)
+            # Let absent text attend to all tokens: attention to none may be NaN, also as gradient.
+            mask = (mask | ~present)[:, None, None]
         q = split_heads(self.q_proj(h, share), self._head_dim)
         k = split_heads(self.k_proj(text), self._head_dim)
         v = split_heads(self.v_proj(text), self._head_dim)
@@ -284,6 +413,7 @@ class CrossAttention(nn.Module):
         # Make the heads that share a kv head adjacent: i mod kv_heads becomes the outer axis.
         q = q.reshape(b, heads // kv_heads, kv_heads, n, head_dim).swapaxes(1, 2)
         q = q.reshape(b, heads, n, head_dim)
-        out = attend(q, k, v, mask=None if mask is None else mask[:, None, None, :])
+        out = attend_all(q, k, v, mask=mask, save_memory=save_memory)
         out = out.reshape(b, kv_heads, heads // kv_heads, n, head_dim).swapaxes(1, 2)
-        return self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), share)
+        out = self.out_proj(merge_heads(out.reshape(b, heads, n, head_dim)), share)
+        return out if present is None else mx.where(present[..., None], out, 0)

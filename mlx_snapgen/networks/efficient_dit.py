@@ -26,7 +26,12 @@ from mlx_snapgen.networks.layers import (
     sinusoids,
     space_to_depth,
 )
-from mlx_snapgen.networks.text_encoders.base import TextEncoder, TextStates, encode_states
+from mlx_snapgen.networks.text_encoders.base import (
+    Prompt,
+    TextEncoder,
+    TextStates,
+    encode_states,
+)
 
 
 class TimestepEmbedder(nn.Module):
@@ -91,14 +96,20 @@ class Block(nn.Module):
         grid: Grid,
         share: float,
         modulate_attention: bool = False,
+        save_memory: bool = False,
     ) -> mx.array:
-        """x (B, N, d) on `grid`, modulation (B, 6, d), text (B, L, text_width), mask (B, L)."""
+        """x (B, N, d) on `grid`, modulation (B, 6, d), text (B, L, text_width), mask (B, L).
+
+        `save_memory` is that of `attention.attend_all`.
+        """
         table = self.modulation(share=share) + modulation
         # six of (B, 1, d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
         h = modulate(layer_norm(x), shift_a, scale_a)
-        x = x + gate_a * self.self_attention(h, grid, share=share, modulate=modulate_attention)
-        x = x + self.cross_attention(x, text, mask=mask, share=share)
+        x = x + gate_a * self.self_attention(
+            h, grid, share=share, modulate=modulate_attention, save_memory=save_memory
+        )
+        x = x + self.cross_attention(x, text, mask=mask, share=share, save_memory=save_memory)
         h = modulate(layer_norm(x), shift_f, scale_f)
         return x + gate_f * self.ffn(h, share)
 
@@ -243,7 +254,8 @@ class EfficientDiT(nn.Module):
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """Store only the inputs of blocks; the backward pass recomputes each block.
 
-        The gradients do not change. Memory decreases; time increases by about one forward pass.
+        Many attention scores are recomputed once more, in parts (`attention.attend_in_parts`). The
+        gradients do not change. Memory decreases; time increases by about one forward pass.
         """
         self._checkpoint = enabled
 
@@ -282,7 +294,8 @@ class EfficientDiT(nn.Module):
 
         Args:
             x_t: H and W must divide by twice the patch size.
-            text: joined states (B, L, text_width) from `encode_text`.
+            text: joined states (B, L, text_width) from `encode_text`. Where no token of a picture
+                counts, cross-attention adds nothing.
             share: one of `config.widths`.
             return_features: their width is share * hidden_size.
             modulate_attention: EDT's attention modulation, in every second block of the Up stage.
@@ -306,7 +319,7 @@ class EfficientDiT(nn.Module):
         def run(block: Block, x: mx.array, grid: Grid, modulated: bool = False) -> mx.array:
             settings = {"mask": mask, "grid": grid, "share": share, "modulate_attention": modulated}
             if self._checkpoint:
-                return checkpointed(block, x, modulation, text, **settings)
+                return checkpointed(block, x, modulation, text, save_memory=True, **settings)
             return block(x, modulation, text, **settings)
 
         for block in self.down_blocks:
@@ -343,10 +356,10 @@ def count_parameters(config: TransformerConfig) -> int:
 
 
 def encode_prompts(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], *, transformer: EfficientDiT
+    prompts: Sequence[Prompt], encoders: Sequence[TextEncoder | None], *, transformer: EfficientDiT
 ) -> tuple[mx.array, mx.array]:
     """Prompts -> text (B, L, text_width) and mask (B, L), all encoders joined by the transformer.
 
-    None in `encoders` is an absent encoder.
+    None in `prompts` is absent text, None in `encoders` an absent encoder.
     """
     return transformer.encode_text(encode_states(prompts, encoders, dtype=transformer.dtype))

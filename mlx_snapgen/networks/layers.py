@@ -126,3 +126,17 @@ def depth_to_space(x: mx.array, factor: int) -> mx.array:
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, factor, factor, c // factor**2)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
+
+
+def pack(x: mx.array, patch: int) -> mx.array:
+    """(B, H, W, C) -> tokens (B, H/p * W/p, C*p*p), channels outermost."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(b, (h // patch) * (w // patch), c * patch**2)
+
+
+def unpack(tokens: mx.array, grid: tuple[int, int], *, patch: int) -> mx.array:
+    """Inverse of `pack`, for a grid of (rows, columns) of tokens."""
+    (h, w), b = grid, tokens.shape[0]
+    x = tokens.reshape(b, h, w, -1, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(b, h * patch, w * patch, -1)

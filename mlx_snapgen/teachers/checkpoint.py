@@ -10,6 +10,7 @@ from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.sampling import guide
 from mlx_snapgen.teachers.base import Condition, Teacher
 from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
@@ -23,11 +24,18 @@ class CheckpointTeacher:
             effect, so teacher, student and critic can share one set of base weights.
         text_encoders: the model's.
         few_step: name of the few-step adapter in `network`, or None when there is none.
+        unconditional: `ModelConfig.unconditional_prompt`.
     """
 
     def __init__(
-        self, network: EfficientDiT, text_encoders: Sequence[Any], *, few_step: str | None = None
+        self,
+        network: EfficientDiT,
+        text_encoders: Sequence[Any],
+        *,
+        few_step: str | None = None,
+        unconditional: Prompt = "",
     ):
+        self.unconditional = unconditional
         self.network, self.text_encoders, self.few_step = network, text_encoders, few_step
 
     @property
@@ -42,9 +50,9 @@ class CheckpointTeacher:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Teacher.encode`."""
-        return Condition(*self.read(prompts), *self.read([""]))
+        return Condition(*self.read(prompts), *self.read([self.unconditional]))
 
-    def read(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+    def read(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """Prompts -> the network's joined text (B, L, D) and mask (B, L)."""
         with active_adapters(self.network):
             return encode_prompts(prompts, self.text_encoders, transformer=self.network)
@@ -53,23 +61,32 @@ class CheckpointTeacher:
         self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
     ) -> mx.array:
         """See `Teacher.velocity`."""
-        with active_adapters(self.network):
-            if guidance_scale == 1:
-                return self.network(x_t, t, condition.text, condition.mask)
-            count = len(x_t)
-            text = mx.concatenate([mx.repeat(condition.empty_text, count, 0), condition.text])
-            mask = mx.concatenate([mx.repeat(condition.empty_mask, count, 0), condition.mask])
-            v = self.network(mx.concatenate([x_t, x_t]), mx.concatenate([t, t]), text, mask)
-        v_uncond, v_cond = mx.split(v, 2)
-        return guide(v_cond, v_uncond, guidance_scale)
+        return self.velocity_and_features(x_t, t, condition, guidance_scale=guidance_scale)[0]
 
     def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, *, few_step: bool = False
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        condition: Condition,
+        *,
+        guidance_scale: float = 1.0,
+        few_step: bool = False,
     ) -> tuple[mx.array, mx.array]:
-        """See `Teacher.velocity_and_features`."""
+        """See `Teacher.velocity_and_features`; with guidance one pass of a double batch."""
+        text, mask = condition.text, condition.mask
+        guided = guidance_scale != 1
+        if guided:
+            count = len(x_t)
+            text = mx.concatenate([mx.repeat(condition.empty_text, count, 0), text])
+            mask = mx.concatenate([mx.repeat(condition.empty_mask, count, 0), mask])
+            x_t, t = mx.concatenate([x_t, x_t]), mx.concatenate([t, t])
         names = [self.few_step] if few_step and self.few_step is not None else []
         with active_adapters(self.network, *names):
-            return self.network(x_t, t, condition.text, condition.mask, return_features=True)
+            v, features = self.network(x_t, t, text, mask, return_features=True)
+        if not guided:
+            return v, features
+        v_uncond, v_cond = mx.split(v, 2)
+        return guide(v_cond, v_uncond, guidance_scale), mx.split(features, 2)[1]
 
 
 def load_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
@@ -80,5 +97,9 @@ def load_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
     if is_teacher(folder):
         return load_flow_teacher(folder)
     components = load_pretrained(folder)
-    teacher = CheckpointTeacher(components.transformer, components.text_encoders)
+    teacher = CheckpointTeacher(
+        components.transformer,
+        components.text_encoders,
+        unconditional=components.config.unconditional_prompt,
+    )
     return teacher, components.autoencoder

@@ -103,6 +103,7 @@ def model():
             widths=(1.0, 0.5),
         ),
         text_encoders=(dataclasses.replace(TEXT, max_length=12),),
+        sampler=dataclasses.replace(MODEL.sampler, time_shift=None),
     )
     made = dataclasses.replace(make_components(config), vocabulary=None)
     sharpen(made)
@@ -160,7 +161,7 @@ def assert_close(actual, expected, tolerance):
     assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
 
 
-def transformer_inputs(model, prompt="a red apple"):
+def transformer_inputs(model, prompt: str | None = "a red apple"):
     """Of the network in MLX."""
     encoder = model.text_encoders[0]
     text, mask = encode_prompts([prompt], [encoder], transformer=model.transformer)
@@ -170,6 +171,20 @@ def transformer_inputs(model, prompt="a red apple"):
 
 def velocity_of(folder, x_t, t, text, mask, function=None):
     return np.array(packages.Packages(folder, function).velocity(x_t, t, text, mask))
+
+
+def test_absent_text_is_what_mlx_makes_of_it(export, model):
+    """In fp16 whole, and in float32 in chunks."""
+    inputs = transformer_inputs(model, None)
+    expected = model.transformer(*inputs)
+    assert float(mx.abs(expected - model.transformer(*transformer_inputs(model))).max()) > 0.05
+    for settings, tolerance in ((ExportSettings(), 1e-2), (IN_CHUNKS, 1e-4)):
+        folder = export(settings)
+        found = packages.Packages(folder)
+        assert_close(velocity_of(folder, *inputs), expected, tolerance)
+        text, mask = found.encode([None, "a red apple"])
+        assert_close(np.array(found.velocity(*inputs[:2], text[:1], mask[:1])), expected, tolerance)
+        assert mask[1].any()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -247,6 +262,9 @@ def test_the_report_tells_what_is_in_the_packages(export, model):
     report = json.loads((folder / "report.json").read_text())
     assert (report["widths"], report["height"], report["image_width"]) == ("full", 96, 64)
     assert report["not_exported"] == []
+    # The phone reads a number, that of the exported size.
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["sampler"]["time_shift"] == 1.0
     assert set(report["versions"]) == {"mlx_snapgen", "coremltools", "torch", "numpy", "python"}
     transformer = report["packages"]["Transformer"]
     counts = transformer["functions"]["main"]["operations"]

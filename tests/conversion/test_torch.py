@@ -63,14 +63,17 @@ def assert_close(actual, expected, tolerance=1e-4):
 
 
 def velocities(network, twin, height, width, seed=0):
-    """What the MLX network and its twin say of the same noise, two texts of which one is padded."""
+    """What the MLX network and its twin say of the same noise and three texts: a full one, a padded
+    one, and an absent one.
+    """
     keys = mx.random.split(mx.random.key(seed), 3)
     config = network.config
-    x_t = mx.random.normal((2, height, width, config.latent_channels), key=keys[0])
-    t = mx.array([0.21, 0.97])
+    x_t = mx.random.normal((3, height, width, config.latent_channels), key=keys[0])
+    t = mx.array([0.21, 0.97, 0.5])
     states = [
         TextStates(
-            mx.random.normal((2, n, dims), key=key), mx.arange(n)[None] < mx.array([[n], [n - 3]])
+            mx.random.normal((3, n, dims), key=key),
+            mx.arange(n)[None] < mx.array([[n], [n - 3], [0]]),
         )
         for n, dims, key in zip((5, 4), config.text_dims, keys[1:], strict=False)
     ]

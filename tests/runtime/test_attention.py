@@ -1,11 +1,14 @@
 """ASSA and its parts against plain numpy written from the paper's formulas."""
 
 import dataclasses
+import gc
 import math
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.attention import (
@@ -145,6 +148,121 @@ def test_bna_forms_have_the_same_gradients():
         np.testing.assert_allclose(np.array(looped), np.array(batched), atol=1e-5)
 
 
+def peak_of(run):
+    """Most memory in bytes that `run` takes beside what exists, and its evaluated result."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    result = run()
+    mx.eval(result)
+    return mx.get_peak_memory() - before, result
+
+
+def gradients(attention, *arrays):
+    def loss(*arrays):
+        return attention(*arrays).astype(mx.float32).square().sum()
+
+    return mx.grad(loss, argnums=tuple(range(len(arrays))))(*arrays)
+
+
+def heads_of(*shapes, dtype=mx.float32, head_dim=8):
+    keys = mx.random.split(mx.random.key(3), len(shapes))
+    return [
+        mx.random.normal((*s, head_dim), key=k).astype(dtype)
+        for s, k in zip(shapes, keys, strict=True)
+    ]
+
+
+def difference(found, expected):
+    """The largest difference, relative to the largest value of each array."""
+    return max(
+        float((mx.abs(a - b).max() / mx.abs(b).max()).item())
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("masked", [None, "mask", "modulation"])
+@pytest.mark.parametrize(("kv_heads", "queries", "keys"), [(4, 200, 200), (2, 320, 77), (1, 64, 9)])
+def test_scores_in_parts_have_the_same_gradients(monkeypatch, masked, kv_heads, queries, keys):
+    monkeypatch.setattr(attention, "MANY_SCORES", 0)
+    monkeypatch.setattr(attention, "PART_SCORES", 1)  # the fewest queries at a time: 64
+    arrays = heads_of((2, 4, queries), (2, kv_heads, keys), (2, kv_heads, keys))
+    settings = {}
+    if masked == "mask":
+        settings["mask"] = (mx.arange(keys)[None] < mx.array([[keys], [5]]))[:, None, None]
+    if masked == "modulation":
+        settings["modulation"] = mx.random.uniform(shape=(queries, keys), key=mx.random.key(0))
+
+    def run(save_memory, *arrays):
+        return attention.attend_all(*arrays, save_memory=save_memory, **settings)
+
+    np.testing.assert_allclose(
+        np.array(run(True, *arrays)), np.array(run(False, *arrays)), atol=1e-5
+    )
+    found, expected = (gradients(partial(run, save), *arrays) for save in (True, False))
+    assert all(mx.any(g) for g in expected)
+    assert difference(found, expected) < 1e-6
+    # In bfloat16 they are as near to those of float32 as the plain ones, which sum in it.
+    halves = [x.astype(mx.bfloat16) for x in arrays]
+    exact = gradients(partial(run, False), *(x.astype(mx.float32) for x in halves))
+    found, plain = (gradients(partial(run, save), *halves) for save in (True, False))
+    assert {g.dtype for g in found} == {mx.bfloat16}
+    assert difference(found, exact) < 1.2 * difference(plain, exact) < 0.2
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize(("height", "num_bands", "radius"), [(8, 4, 1), (9, 4, 1), (8, 4, 2)])
+def test_bands_in_parts_have_the_same_gradients(monkeypatch, height, num_bands, radius, modulated):
+    monkeypatch.setattr(attention, "MANY_SCORES", 0)
+    grid = Grid(height, 6)
+    arrays = heads_of((2, 4, height * 6), (2, 2, height * 6), (2, 2, height * 6))
+    modulation = attention.modulation_matrix(grid, grid) if modulated else None
+
+    def run(save_memory, *arrays):
+        return attention.neighborhood_attention(
+            *arrays,
+            grid=grid,
+            num_bands=num_bands,
+            radius=radius,
+            modulation=modulation,
+            save_memory=save_memory,
+        )
+
+    np.testing.assert_allclose(
+        np.array(run(True, *arrays)), np.array(run(False, *arrays)), atol=1e-6
+    )
+    found, expected = (gradients(partial(run, save), *arrays) for save in (True, False))
+    assert difference(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["dense", "bands"])
+def test_scores_in_parts_never_exist_at_once(form):
+    """About 20 MiB of scores in float32, and parts of 1 MiB."""
+    grid = Grid(48, 32) if form == "dense" else Grid(64, 64)
+    n = grid.height * grid.width
+    arrays = heads_of((1, 2, n), (1, 1, n), (1, 1, n))
+    mx.eval(arrays)
+
+    def run(save_memory, *arrays):
+        if form == "dense":
+            return attention.attend_all(*arrays, save_memory=save_memory)
+        return attention.neighborhood_attention(
+            *arrays, grid=grid, num_bands=16, radius=1, save_memory=save_memory
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "MANY_SCORES", 2**22)
+        patch.setattr(attention, "PART_SCORES", 2**18)
+        lean, found = peak_of(lambda: gradients(partial(run, True), *arrays))
+        plain, expected = peak_of(lambda: gradients(partial(run, False), *arrays))
+        forward = [peak_of(lambda save=save: run(save, *arrays))[0] for save in (True, False)]
+    assert difference(found, expected) < 1e-6
+    assert lean < 0.35 * plain, (lean / 2**20, plain / 2**20)
+    # The bands of the CPU are parts in any case.
+    assert form == "bands" or forward[0] < 0.5 * forward[1], forward
+
+
 def test_rope_scores_depend_on_relative_position_only():
     grid = Grid(6, 8)
     mx.random.seed(3)
@@ -188,6 +306,31 @@ def test_cross_attention_matches_numpy_and_ignores_masked_tokens():
         heads = [softmax(q[:, n] @ k[:, n % 2].T / math.sqrt(8)) @ v[:, n % 2] for n in range(8)]
         expected = numpy_linear(np.stack(heads, 1).reshape(5, 64), module.out_proj)
         np.testing.assert_allclose(out[i], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_without_text_cross_attention_is_exactly_zero(dtype):
+    module = randomize(CrossAttention(CONFIG), 0)
+    module.set_dtype(dtype)
+    keys = mx.random.split(mx.random.key(0), 2)
+    h = mx.random.normal((3, 5, 64), key=keys[0]).astype(dtype)
+    text = mx.random.normal((3, 7, 24), key=keys[1]).astype(dtype)
+    mask = mx.arange(7)[None] < mx.array([[4], [0], [7]])
+    out = module(h, text, mask=mask)
+    assert not mx.any(out[1])
+    # The other rows do not change, in any bit.
+    full = module(h, text, mask=mask | (mx.arange(3) == 1)[:, None])
+    assert mx.array_equal(out[::2], full[::2]) and mx.all(mx.abs(full).sum(axis=(1, 2)) > 1)
+
+    def loss(h, text, weights):
+        module.update(weights)
+        return module(h, text, mask=mask).square().sum()
+
+    weights = module.parameters()
+    grads = mx.grad(loss, argnums=(0, 1, 2))(h, text, weights)
+    module.update(weights)
+    assert all(mx.isfinite(g).all() for _, g in tree_flatten(grads))
+    assert not mx.any(grads[0][1]) and not mx.any(grads[1][1]) and mx.any(grads[1][0])
 
 
 def test_attention_modulation_follows_edt():

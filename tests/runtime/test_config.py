@@ -8,8 +8,10 @@ from mlx_snapgen.config import (
     TRANSFORMERS,
     AutoencoderConfig,
     ModelConfig,
+    SamplerConfig,
     TransformerConfig,
     from_dict,
+    resolution_shift,
     to_dict,
     transformer_preset,
 )
@@ -50,6 +52,36 @@ def test_unknown_key_names_the_nearest(values, hint):
 def test_impossible_networks_are_refused(options, hint):
     with pytest.raises(UserError, match=hint):
         TransformerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("side", "shift"), [(128, 1), (256, 1), (512, 5 / 3), (640, 2), (1024, 3), (2048, 3)]
+)
+def test_the_shift_by_resolution(side, shift):
+    assert resolution_shift((side // 16) ** 2) == pytest.approx(shift)
+    by_size = SamplerConfig(time_shift=None)
+    config = ModelConfig(
+        image_size=(side, side),
+        transformer=TRANSFORMERS["stickers"],
+        sampler=by_size,
+        few_step=SamplerConfig(4, time_shift=5.0),
+    )
+    assert config.time_shift(side, side) == pytest.approx(shift)
+    assert config.time_shift(side, side, few_step=True) == 5.0
+    stored = config.of_one_size()
+    assert stored.sampler.time_shift == pytest.approx(shift)
+    assert stored.few_step == config.few_step
+    read = from_dict(ModelConfig, json.loads(json.dumps(to_dict(config))))
+    assert read.sampler == by_size
+
+
+def test_older_configs_keep_their_numbers():
+    old = {"sampler": {"num_inference_steps": 8, "guidance_scale": 2.0}}
+    config = from_dict(ModelConfig, old | {"transformer": {"latent_channels": 8}})
+    assert config.time_shift(256, 256) == 3.0
+    assert config.unconditional == "empty prompt"
+    with pytest.raises(UserError, match=r"unknown unconditional 'absentt' .did you mean 'absent'"):
+        from_dict(ModelConfig, {"transformer": {"latent_channels": 8}, "unconditional": "absentt"})
 
 
 def test_parts_must_fit():

@@ -173,6 +173,23 @@ def test_padding_and_dropped_encoders_do_not_matter(network):
     assert float(mx.abs(without - expected).max()) > 1e-3
 
 
+@pytest.mark.parametrize("states_are", [100.0, float("nan")])
+def test_absent_text_adds_nothing_however_it_is_absent(network, states_are):
+    x_t, t, [first, second] = inputs()
+    masked = [TextStates(s, mx.zeros_like(m)) for s, m in (first, second)]
+    expected = run(network, x_t, t, masked)
+    filled = [TextStates(mx.full(s.shape, states_are), m) for s, m in masked]
+    for states in ([masked[0], None], [None, masked[1]], filled):
+        np.testing.assert_array_equal(np.array(run(network, x_t, t, states)), np.array(expected))
+    # One picture of a batch without text, the other as before.
+    keep = mx.array([[True], [False]])
+    half = [TextStates(s, m & keep) for s, m in (first, second)]
+    mixed, both = run(network, x_t, t, half), run(network, x_t, t, [first, second])
+    np.testing.assert_array_equal(np.array(mixed[0]), np.array(both[0]))
+    np.testing.assert_allclose(np.array(mixed[1]), np.array(expected[1]), atol=1e-5)
+    assert float(mx.abs(both[1] - expected[1]).max()) > 1e-3
+
+
 def test_a_fresh_network_predicts_zero_and_learns_from_the_first_step():
     network = EfficientDiT(CONFIG)
     x_t, t, states = inputs()

@@ -20,7 +20,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.settings import DrawSettings, ModelChoice
+from mlx_snapgen.settings import DrawSettings, ModelChoice, machine_memory
 from tests.tiny import COMMIT, write_hub_cache
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +203,40 @@ def test_bad_prompts_files(capsys, model_folder, content, message):
     assert message in fails(capsys, *arguments)
 
 
+def test_sizes_that_the_machine_cannot_hold_are_refused_before_the_model_is_loaded(
+    capsys, monkeypatch, model_folder, components
+):
+    monkeypatch.setattr("mlx_snapgen.pipeline.load_pretrained", None)
+    for height, width in ((16384, 16384), (32, 1048576 * 8), (2**40, 2**40)):
+        line = fails(
+            capsys, "a cat", "--model", str(model_folder),
+            "--height", str(height), "--width", str(width),
+        )  # fmt: skip
+        assert "choose a smaller size" in line and len(line) < 300
+    monkeypatch.setattr("mlx_snapgen.settings.machine_memory", lambda: 1 << 30)
+    settings = DrawSettings(height=1024, width=1024).resolved(components.config)
+    assert settings.height == 1024
+    with pytest.raises(UserError, match=r"takes at least 2\.3 GiB .* this machine has 1\.0"):
+        DrawSettings(height=2048, width=2048).resolved(components.config)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_memory_is_that_of_the_control_group(monkeypatch):
+    whole = machine_memory()
+    assert 2**28 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    files = {"/proc/self/cgroup": "1:name=x:/\n0::/service\n", "/sys/fs/cgroup/memory.max": "max"}
+
+    def read_text(path, *_, **__):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert machine_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    files["/sys/fs/cgroup/service/memory.max"] = "1048576\n"
+    assert machine_memory() == 1 << 20
+
+
 # --- metadata -----------------------------------------------------------------------------------
 
 
@@ -220,7 +254,8 @@ def test_config_from_image_repeats_the_picture(run):
         "4",
     )
     for name in ("a-red-apple", "a-blue-cat-1"):
-        assert main(["--config-from-image", f"{name}.png", "--output", "again.png"]) == 0
+        again = ["--config-from-image", f"{name}.png", "--output", "again.png"]
+        assert main([*again, "--trust-settings"]) == 0
         assert np.array_equal(pixels("again.png"), pixels(f"{name}.png"))
         assert read_metadata("again.png") == read_metadata(f"{name}.png")
         assert Path("again.png").read_bytes() == Path(f"{name}.png").read_bytes()
@@ -256,7 +291,7 @@ def test_pictures_of_the_first_version_are_read():
 
 def test_options_win_over_the_picture(run):
     run("a red apple", "--seed", "7", *FAST)
-    main(["a blue cat", "--config-from-image", "a-red-apple.png", "--seed", "8", "--guidance", "0"])
+    run("a blue cat", "--config-from-image", "a-red-apple.png", "--seed", "8", "--guidance", "0")
     before, after = read_metadata("a-red-apple.png"), read_metadata("a-blue-cat.png")
     changed = {key: after[key] for key in after if after[key] != before[key]}
     assert changed == {"prompt": "a blue cat", "seed": 8, "guidance_scale": 0.0}
@@ -266,7 +301,7 @@ def test_a_picture_of_other_versions_is_repeated_with_a_notice(run, capsys):
     run("a red apple", *FAST)
     old = read_metadata("a-red-apple.png") | {"mlx": "0.1", "device": "elsewhere"}
     save_picture(Image.open("a-red-apple.png"), "old.png", metadata=old)
-    main(["--config-from-image", "old.png"])
+    run("--config-from-image", "old.png")
     err = capsys.readouterr().err
     assert "made with mlx 0.1, this is" in err
     assert "made with device elsewhere" in err

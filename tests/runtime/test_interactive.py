@@ -76,6 +76,7 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
     wrong = {
         ":sede 7": "no setting ':sede' (did you mean 'seed'?); see :help",
         ":seed many": "a whole number expected, not 'many'",
+        ":size " + "9" * 5000 + "x1": "the size must be like 192x128",
         ":size big": "the size must be like 192x128 (width x height), not 'big'",
         ":width huge": "'huge' is not full, small or tiny",
         ":model /no/such/folder": "no model folder /no/such/folder",
@@ -90,6 +91,45 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
         assert words in line
     assert "a-red-apple.png" in out
     assert settings_of("a-red-apple")["seed"] == 1
+
+
+def test_a_size_that_the_machine_cannot_hold_does_not_end_the_loop(say):
+    _, err = say(":size 16384x16384", "a red apple", ":size", "a blue cat", options=["--seed", "1"])
+    assert err == (
+        "error: 16384 x 16384 is more than the 134217728 pixels that a picture can have: choose a "
+        "smaller size\n"
+    )
+    assert Path("a-blue-cat.png").exists() and not Path("a-red-apple.png").exists()
+
+
+def test_odd_lines_do_not_end_the_loop(model_folder, tmp_path):
+    """Bytes that are not UTF-8, a byte-order mark, long paths, a value with a dash, a home."""
+    lines = [
+        b"\xef\xbb\xbf:seed 7",
+        b"a caf\xe9 apple",
+        b":output " + b"a" * 300 + b".png",
+        b":output \xff/",
+        b":negative -5 cars",
+        b":output ~/pictures/",
+        b"a red apple",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_snapgen.generate", "-i", "--model", str(model_folder),
+         "--steps", "1", "--guidance", "2"],
+        input=b"\n".join(lines), cwd=tmp_path, capture_output=True, check=False,
+        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT),
+                          "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    errors = [line for line in result.stderr.decode().splitlines() if line.startswith("error")]
+    assert result.returncode == 0
+    assert errors == [
+        "error: the line has characters that are not valid UTF-8",
+        f"error: cannot use {'a' * 80}: File name too long",
+        "error: the line has characters that are not valid UTF-8",
+    ]
+    values = read_metadata(tmp_path / "pictures" / "a-red-apple.png")
+    assert (values["seed"], values["negative_prompt"]) == (7, "-5 cars")
+    assert os.listdir(tmp_path) == ["pictures"]
 
 
 def test_help_and_show_name_every_setting(say):

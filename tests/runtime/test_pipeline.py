@@ -11,12 +11,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_snapgen
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.pipeline import PromptWarning, SnapGenPipeline
 from mlx_snapgen.sampling import get_noise, get_schedule
+from mlx_snapgen.teachers.checkpoint import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,18 @@ def test_the_noise_levels_have_the_models_shift_or_the_callers(pipe, given, shif
     assert [step.sigma for step in steps] == pytest.approx(get_schedule(3, shift)[:-1])
 
 
+def test_a_shift_by_resolution_follows_the_picture_size(components, tmp_path):
+    sampler = dataclasses.replace(components.config.sampler, time_shift=None)
+    config = dataclasses.replace(components.config, sampler=sampler)
+    save_pretrained(tmp_path / "m", dataclasses.replace(components, config=config))
+    pipe = SnapGenPipeline.from_pretrained(tmp_path / "m")
+    for size, shift in ((32, 1.0), (384, 1 + 1 / 3)):
+        steps = pipe.generate("a red apple", height=size, width=size, num_inference_steps=3)
+        step = next(steps)
+        assert step.metadata["time_shift"] == pytest.approx(shift)
+        assert next(steps).sigma == pytest.approx(get_schedule(3, shift)[1])
+
+
 def test_picture_k_of_a_batch_is_the_one_its_seed_draws_alone(pipe):
     together = draw(pipe, seed=3, num_images=3)
     for k, picture in enumerate(together):
@@ -92,6 +106,39 @@ def test_guidance_zero_is_the_negative_prompt_and_one_the_prompt(pipe):
     zero = last(pipe.generate("a red apple", negative_prompt="a blue cat", guidance_scale=0))
     assert mx.allclose(only, zero, atol=1e-4)
     assert not mx.allclose(only, last(pipe.generate("a red apple", guidance_scale=1)), atol=1e-2)
+
+
+def test_unconditional_is_absent_text_for_models_that_say_so(components, tmp_path):
+    config = dataclasses.replace(components.config, unconditional="absent")
+    save_pretrained(tmp_path / "m", dataclasses.replace(components, config=config))
+    pipe = SnapGenPipeline.from_pretrained(tmp_path / "m")
+    network, masks = pipe.transformer, []
+
+    class Recording:
+        encode_text, dtype = network.encode_text, network.dtype
+
+        def __call__(self, x_t, t, text, mask, **settings):
+            masks.append(np.array(mask))
+            return network(x_t, t, text, mask, **settings)
+
+    pipe.transformer = Recording()
+    absent = last(pipe.generate("a red apple", negative_prompt="  "))
+    assert not masks[0][0].any() and masks[0][1].any()
+    named = last(pipe.generate("a red apple", negative_prompt="a blue cat"))
+    assert masks[-1].any(axis=1).all()
+    plain = SnapGenPipeline(components)
+    assert mx.array_equal(named, last(plain.generate("a red apple", negative_prompt="a blue cat")))
+    assert not mx.allclose(absent, last(plain.generate("a red apple")), atol=1e-2)
+    # Batches and teachers take the same text.
+    [batch] = draw_latents(pipe.components, ["a red apple"], seeds=[0], network=network)
+    assert mx.allclose(batch, absent[0], atol=1e-4)
+    for folder, present in ((tmp_path / "m", False), (None, True)):
+        if folder is None:
+            save_pretrained(folder := tmp_path / "plain", components)
+        condition = load_teacher(folder)[0].encode(["a red apple", "a cat"])
+        assert bool(condition.empty_mask.any()) is present
+        assert condition.empty_text.shape == (1, *condition.text.shape[1:])
+        assert condition.mask.any(axis=1).all()
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(1, 1), (1.0, 1), (0, 2), (3, 2)])

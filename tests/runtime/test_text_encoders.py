@@ -22,7 +22,12 @@ from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.networks.text_encoders.sentencepiece import (
+    SentencePieceTokenizer,
+    TransformerTextEncoder,
+)
 from mlx_snapgen.pipeline import SnapGenPipeline
+from tests.tiny import TEXT, tokenizer_bytes
 from train.objectives.elastic import TextToLatents
 
 
@@ -89,7 +94,7 @@ def test_the_command_takes_names_and_the_picture_keeps_them(model_folder, tmp_pa
     options = ["--model", str(model_folder), "--seed", "3", "--output"]
     main(["an apple", *options, str(out), "--text-encoders", "transformer-0"])
     assert read_metadata(out)["text_encoders"] == ["transformer-0"]
-    main(["--config-from-image", str(out), "--output", str(tmp_path / "b.png")])
+    main(["--config-from-image", str(out), "--trust-settings", "--output", str(tmp_path / "b.png")])
     assert read_metadata(tmp_path / "b.png")["text_encoders"] == ["transformer-0"]
     assert (tmp_path / "b.png").read_bytes() == out.read_bytes()
     main(["an apple", *options, str(tmp_path / "c.png"), "--keep-text-encoders"])
@@ -181,9 +186,12 @@ def test_trainers_build_each_kind_of_encoder_and_tokenizer(components, tmp_path)
     tokenizer = load_tokenizer(tmp_path / "merges", clip)
     assert isinstance(tokenizer, ClipTokenizer)
     assert tokenizer.max_length == clip.max_length
-    config = dataclasses.replace(components.config, text_encoders=(clip, clip))
-    trained = TextToLatents(config, [tokenizer, tokenizer])
-    assert [type(e) for e in trained.text_encoders] == [ClipTextEncoder, ClipTextEncoder]
+    assert type(new_text_encoder(clip, tokenizer)) is ClipTextEncoder
+    config = dataclasses.replace(components.config, text_encoders=(clip, TEXT))
+    own = SentencePieceTokenizer(tokenizer_bytes(), TEXT.max_length)
+    trained = TextToLatents(config, [tokenizer, own])
+    assert [type(e) for e in trained.text_encoders] == [TransformerTextEncoder]
+    assert trained.encoders == [None, trained.text_encoders[0]]
     with pytest.raises(UserError, match="has 516 tokens, its text encoder 500"):
         load_tokenizer(tmp_path / "merges", dataclasses.replace(clip, vocab_size=500))
     for other in (dataclasses.replace(clip, kind="gemma"), dataclasses.replace(clip, source="x")):

@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+Prompt = str | None
+"""None is absent text: none of its tokens counts."""
+
 
 class TextStates(NamedTuple):
     """The output of one text encoder."""
@@ -58,17 +61,24 @@ class TextEncoder(Protocol):
 
 
 def encode_states(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder | None], *, dtype: mx.Dtype
+    prompts: Sequence[Prompt], encoders: Sequence[TextEncoder | None], *, dtype: mx.Dtype
 ) -> list[TextStates | None]:
     """The states of the prompts from each encoder, cast to `dtype`; None for an absent one."""
     states: list[TextStates | None] = []
+    present = present_prompts(prompts)
     for encoder in encoders:
         if encoder is None:
             states.append(None)
         else:
-            tokens, mask = encoder.tokenize(prompts)
-            states.append(TextStates(encoder(tokens, mask).astype(dtype), mask))
+            tokens, mask = encoder.tokenize([prompt or "" for prompt in prompts])
+            # Absent text is masked after the encoder: attention over no token is undefined.
+            states.append(TextStates(encoder(tokens, mask).astype(dtype), mask & present))
     return states
+
+
+def present_prompts(prompts: Sequence[Prompt]) -> mx.array:
+    """(B, 1), false for absent text."""
+    return mx.array([[prompt is not None] for prompt in prompts])
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, *, pad: int) -> tuple[mx.array, mx.array]:

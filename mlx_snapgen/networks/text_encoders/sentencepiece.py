@@ -72,25 +72,26 @@ ACTIVATIONS = {"gelu_tanh": gelu, "gelu": nn.gelu, "quick_gelu": quick_gelu}
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP; `mlp_size` is 4 `dims` if None."""
 
-    def __init__(self, dims: int, num_heads: int, activation: str):
+    def __init__(self, dims: int, num_heads: int, activation: str, *, mlp_size: int | None = None):
         super().__init__()
+        mlp_size = mlp_size or 4 * dims
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise UserError(f"no activation '{activation}' for a text encoder, known: {known}")
+            raise UserError(f"no activation '{activation}' for an encoder, known: {known}")
         if dims % num_heads:
-            raise UserError(f"a text encoder of {dims} does not divide into {num_heads} heads")
+            raise UserError(f"an encoder of {dims} does not divide into {num_heads} heads")
         self.norm1 = nn.LayerNorm(dims)
         self.qkv_proj = nn.Linear(dims, 3 * dims)
         self.out_proj = nn.Linear(dims, dims)
         self.norm2 = nn.LayerNorm(dims)
-        self.linear1 = nn.Linear(dims, 4 * dims)
-        self.linear2 = nn.Linear(4 * dims, dims)
+        self.linear1 = nn.Linear(dims, mlp_size)
+        self.linear2 = nn.Linear(mlp_size, dims)
         self._head_dim = dims // num_heads
         self._activation = ACTIVATIONS[activation]
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         q, k, v = mx.split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
         q, k, v = (split_heads(y, self._head_dim) for y in (q, k, v))
         x = x + self.out_proj(merge_heads(attend(q, k, v, mask=mask)))
