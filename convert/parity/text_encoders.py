@@ -8,11 +8,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.parity.originals import clip, gemma, library, write_byte_tokenizer
+from convert.parity.originals import clip, clip_towers, gemma, library, write_byte_tokenizer
 from convert.parity.transformers import Pairs
 from convert.public.convert import convert
 from convert.public.source import find_source
 from mlx_snapgen.checkpoint.clip import load_clip
+from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.config import TextEncoderConfig
 
@@ -31,6 +32,30 @@ def compare_clip(folder: Path) -> Pairs:
         states = theirs(input_ids=given).last_hidden_state
     ours.apply(lambda value: value.astype(mx.float32))
     yield "states", ours(tokens, mx.ones(tokens.shape)), states
+
+
+def make_clip_towers(folder: Path) -> None:
+    _randomize(clip_towers(), 0.2).save_pretrained(folder)
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def compare_clip_towers(folder: Path) -> Pairs:
+    torch, transformers = library("torch"), library("transformers")
+    ours = load_clip_towers(folder)
+    theirs = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    size = ours.config.picture.image_size
+    shape = (3, size, size, 3)
+    pictures = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    tokens, mask = ours.text_encoder.tokenize(["a red apple", "", "two cats"])
+    given = np.array(ours.picture_encoder.preprocess(list(pictures))).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        out = theirs(
+            input_ids=torch.tensor(np.array(tokens)),
+            attention_mask=torch.tensor(np.array(mask)).long(),
+            pixel_values=torch.tensor(given),
+        )
+    yield "pictures", ours.embed_pictures(list(pictures)), out.image_embeds
+    yield "texts", ours.embed_texts(["a red apple", "", "two cats"]), out.text_embeds
 
 
 def make_gemma(folder: Path) -> None:

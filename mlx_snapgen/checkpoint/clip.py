@@ -2,7 +2,7 @@
 
 import gzip
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,27 @@ _LEFT_OUT = re.compile(
     r"|text_projection(\.weight)?|(embeddings\.)?position_ids|attn_mask"
 )
 
-_NAMES = (
+LAYER_NAMES = (
     # Hugging Face
-    (r"embeddings\.token_embedding\.", "token_embedding."),
-    (r"embeddings\.position_embedding\.weight", "position_embedding"),
     (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"layers.\1.norm\2."),
     (r"encoder\.layers\.(\d+)\.self_attn\.(q|k|v|out)_proj\.", r"layers.\1.\2_proj."),
     (r"encoder\.layers\.(\d+)\.mlp\.fc([12])\.", r"layers.\1.linear\2."),
-    (r"final_layer_norm\.", "norm."),
     # OpenCLIP, and OpenAI's and TinyCLIP's own
-    (r"positional_embedding", "position_embedding"),
     (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"layers.\1.norm\2."),
     (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"layers.\1.qkv_proj."),
     (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"layers.\1.out_proj."),
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"layers.\1.linear1."),
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"layers.\1.linear2."),
-    (r"ln_final\.", "norm."),
-    (r"token_embedding\.", "token_embedding."),
+    # both
+    (r"(?:embeddings\.)?position_embedding\.weight", "position_embedding"),
+    (r"positional_embedding", "position_embedding"),
+)
+"""Names of layers and positions, the same for both towers: pattern, ours."""
+
+_NAMES = (
+    *LAYER_NAMES,
+    (r"(?:embeddings\.)?token_embedding\.", "token_embedding."),
+    (r"(?:final_layer_norm|ln_final)\.", "norm."),
 )
 
 
@@ -57,11 +61,17 @@ def public_name(key: str) -> str | None:
     name = _PREFIX.sub("", key)
     if _LEFT_OUT.fullmatch(name):
         return None
-    for pattern, ours in _NAMES:
-        match = re.match(pattern, name)
-        if match:
-            return match.expand(ours) + name[match.end() :]
+    if (found := renamed(name, _NAMES)) is not None:
+        return found
     raise UserError(f"'{key}' belongs to no CLIP text encoder that is known here")
+
+
+def renamed(name: str, table: Iterable[tuple[str, str]]) -> str | None:
+    """Our name, by the first pattern of `table` that matches the start of `name`; None: none."""
+    for pattern, ours in table:
+        if match := re.match(pattern, name):
+            return match.expand(ours) + name[match.end() :]
+    return None
 
 
 def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -74,13 +84,18 @@ def sanitize(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         UserError: a key of another layout.
     """
     named = ((public_name(key), value) for key, value in weights.items())
-    found = {name: value for name, value in named if name is not None}
+    return joined({name: value for name, value in named if name is not None})
+
+
+def joined(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Separate projections of query, key and value as one; `UserError` if one is missing."""
+    found = dict(weights)
     for name in [name for name in found if ".q_proj." in name]:
         parts = [name.replace("q_proj", f"{x}_proj") for x in "qkv"]
         if not found.keys() >= set(parts):
             raise UserError(f"'{name}' lacks its keys or values: the checkpoint is incomplete")
-        joined = mx.concatenate([found.pop(part) for part in parts])
-        found[name.replace("q_proj", "qkv_proj")] = joined
+        qkv = mx.concatenate([found.pop(part) for part in parts])
+        found[name.replace("q_proj", "qkv_proj")] = qkv
     return found
 
 
@@ -121,23 +136,38 @@ def load_clip(folder: Path) -> ClipTextEncoder:
     Raises:
         UserError: files that are missing, damaged or of another network.
     """
-    names = ("model.safetensors", "open_clip_model.safetensors")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(
-            f"{folder} has neither {names[0]} nor {names[1]} (weights in a pickle, .bin or .pt, "
-            "are not read here: `python -m convert.from_torch` converts them)"
-        )
-    try:
-        weights = sanitize(load_weights(path))
-        mx.eval(weights)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    path, weights = read_public(folder, sanitize)
     config, tokenizer = describe(folder, weights)
     encoder = ClipTextEncoder(config, tokenizer)
     check_fit(shapes(weights), shapes(encoder.parameters()), path)
     encoder.update(tree_unflatten(list(weights.items())))
     return encoder
+
+
+def read_public(
+    folder: Path,
+    rename: Callable[[Mapping[str, mx.array]], dict[str, mx.array]],
+    *,
+    convert: str = "python -m convert.from_torch",
+) -> tuple[Path, dict[str, mx.array]]:
+    """The file of weights of a public CLIP, and its weights under our names.
+
+    Args:
+        convert: the command that converts a pickle, for the message.
+    """
+    names = ("model.safetensors", "open_clip_model.safetensors")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{folder} has neither {names[0]} nor {names[1]} (weights in a pickle, .bin or .pt, "
+            f"are not read here: `{convert}` converts them)"
+        )
+    try:
+        weights = rename(load_weights(path))
+        mx.eval(weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): get it again") from None
+    return path, weights
 
 
 def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
