@@ -1,16 +1,22 @@
-"""Write a model of the paper's sizes with random weights, to measure speed and memory with.
+"""Write a model of real size with random weights, to measure speed and memory with.
 
     python -m convert.random_model small random-small
     python -m convert.random_model full random-full --quantize 4
     python -m mlx_snapgen.generate "a red apple" --model random-small --steps 2
+    python -m convert.random_model flux2-klein random-klein --quantize 4
+    python -m convert.sample_teacher random-klein "a red apple" --output a.png --steps 1
 
-The model has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's text tower at full
-size, and a Gemma 3 with two small layers and the state width of the 4B model. Its pictures are
-noise. The command writes one weight after another, so memory does not grow with the model.
+A model of the paper's sizes has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's
+text tower at full size, and a Gemma 3 with two small layers and the state width of the 4B model.
+flux2-klein and z-image are teachers with all parts at full size; --quantize also applies to their
+language model. Pictures are noise. The command writes one weight after another, so memory does not
+grow with the model.
 """
 
+import dataclasses
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,11 +31,14 @@ from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
 from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
+    FLUX2_AUTOENCODER,
     QWEN_IMAGE_AUTOENCODER,
     TINYCLIP_19M,
     TRANSFORMERS,
+    Flux2TransformerConfig,
     ModelConfig,
     TextEncoderConfig,
+    ZImageTransformerConfig,
     to_dict,
     transformer_preset,
 )
@@ -38,6 +47,10 @@ from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.teachers.config import KLEIN, TURBO, TeacherConfig
+from mlx_snapgen.teachers.folder import CONFIG as TEACHER_CONFIG
+from mlx_snapgen.teachers.folder import FORMAT_VERSION as TEACHER_FORMAT_VERSION
+from mlx_snapgen.teachers.folder import NETWORKS, quantizable
 
 GEMMA = {
     "model_type": "gemma3_text",
@@ -54,6 +67,33 @@ GEMMA = {
     "rms_norm_eps": 1e-6,
 }
 """Gemma-3-4b-it cut to two layers, a narrow MLP and a vocabulary of bytes."""
+
+QWEN3_4B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
+FLUX_AUTOENCODER = dataclasses.replace(FLUX2_AUTOENCODER, kind="kl", latent_channels=16)
+
+TEACHERS = {
+    "flux2-klein": TeacherConfig(
+        "flux2", Flux2TransformerConfig(), FLUX2_AUTOENCODER, schedule=KLEIN, few_step=KLEIN
+    ),
+    "z-image": TeacherConfig(
+        "z-image", ZImageTransformerConfig(), FLUX_AUTOENCODER, schedule=TURBO, few_step=TURBO
+    ),
+}
+"""Distilled public models, which have a Qwen3-4B."""
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -111,11 +151,67 @@ def write_random_model(
         _write_gemma(folder / "gemma", dtype)
 
 
-def _write(
-    path: Path, module: nn.Module, *, dtype: mx.Dtype, how: dict[str, int] | None = None
+def write_random_teacher(
+    output: Path,
+    name: str,
+    *,
+    dtype: mx.Dtype = mx.bfloat16,
+    bits: int | None = None,
+    seed: int = 0,
 ) -> None:
-    """Write random weights for all parameters of a module; its own are lazy and not used."""
+    """Write a teacher's folder.
+
+    Args:
+        output: must not exist, or be an empty folder.
+        name: key of `TEACHERS`.
+        dtype: of the transformer and the language model; the autoencoder's is float32.
+        bits: of the matrices in the transformer's blocks and in the language model, quantized in
+            groups of 64; None does not quantize.
+
+    Raises:
+        UserError: mlx-lm is not installed, or an output that is not empty.
+    """
+    try:
+        from mlx_lm.models.qwen3 import Model, ModelArgs
+    except ImportError:
+        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
+    how = None if bits is None else {"bits": bits, "group_size": 64}
+    config = dataclasses.replace(TEACHERS[name], quantization=how)
+    network = NETWORKS[config.kind](config.transformer)
+    layers = {k.removesuffix(".weight") for k in quantizable(network, 64)} if how else set()
+    mx.random.seed(seed)
+    with new_folder(output) as folder:
+        values = {"format_version": TEACHER_FORMAT_VERSION} | to_dict(config)
+        (folder / TEACHER_CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        path = folder / "transformer-00001.safetensors"
+        _write(path, network, dtype=dtype, how=how, layers=layers)
+        autoencoder = make_autoencoder(config.autoencoder)
+        _write(folder / "autoencoder.safetensors", autoencoder, dtype=mx.float32)
+        text = folder / config.text_encoder
+        text.mkdir()
+        language_model = QWEN3_4B | ({} if how is None else {"quantization": how})
+        (text / "config.json").write_text(json.dumps(language_model, indent=1))
+        tower = Model(ModelArgs.from_dict(QWEN3_4B))
+        _write(text / "model.safetensors", tower, dtype=dtype, how=how)
+        write_byte_tokenizer(text)
+
+
+def _write(
+    path: Path,
+    module: nn.Module,
+    *,
+    dtype: mx.Dtype,
+    how: dict[str, int] | None = None,
+    layers: Collection[str] | None = None,
+) -> None:
+    """Write random weights for all parameters of a module; its own are lazy and not used.
+
+    Args:
+        layers: those to quantize; None for all matrices.
+    """
     quantized = set(matrices(module, how["group_size"])) if how else set()
+    if layers is not None:
+        quantized &= set(layers)
     entries = []
     for name, start in dict(tree_flatten(module.parameters())).items():
         layer = name.removesuffix(".weight")
@@ -166,7 +262,9 @@ def main() -> None:
         prog="python -m convert.random_model", description=__doc__, renamed={"--bits": "--quantize"}
     )
     parser.add_argument(
-        "preset", metavar="PRESET", help=f"size of the transformer: {', '.join(presets)}"
+        "preset",
+        metavar="PRESET",
+        help=f"size of the transformer: {', '.join(presets)}; or a teacher: {', '.join(TEACHERS)}",
     )
     add_output(parser)
     parser.add_argument(
@@ -184,7 +282,8 @@ def main() -> None:
     dtype = DTYPES[args.dtype]
     with announce("writing random weights ..."):
         bits, seed = args.quantize or None, args.seed
-        write_random_model(args.output, args.preset, dtype=dtype, bits=bits, seed=seed)
+        write = write_random_teacher if args.preset in TEACHERS else write_random_model
+        write(args.output, args.preset, dtype=dtype, bits=bits, seed=seed)
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, peak memory {peak_process_bytes() / 2**20:.0f} MiB")
 

@@ -2,6 +2,7 @@
 
 python -m convert.sample_teacher qwen-image "a red apple on a table" --output apple.png
 python -m convert.sample_teacher qwen-image "a red apple" --output apple.png --few-step
+python -m convert.sample_teacher klein "the apple is green" --output b.png --edit apple.png
 """
 
 import time
@@ -9,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.pictures import to_uint8
+from mlx_snapgen.pictures import fit_reference, from_uint8, to_uint8
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
@@ -28,8 +30,9 @@ def sample(
     autoencoder: Autoencoder,
     *,
     prompt: str,
-    height: int = 1024,
-    width: int = 1024,
+    references: Sequence[Image.Image] = (),
+    height: int | None = None,
+    width: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     few_step: bool = False,
@@ -37,18 +40,26 @@ def sample(
 ) -> Image.Image:
     """One picture of `height` x `width` pixels, by Euler steps along the teacher's velocity.
 
-    The text encoder is freed before denoising.
+    The text encoder is freed before denoising, and the transformer before decoding.
 
     Args:
+        references: pictures to edit, in RGB; see `fit_reference`.
+        height, width: None for those of the first reference, or 1024.
         num_inference_steps, guidance_scale: None for those of the teacher's schedule.
         few_step: use the few-step mode, which has no guidance.
 
     Raises:
-        UserError: a size that is not a multiple of a patch, no few-step mode, guidance in it, or a
-            picture that is not finite.
+        UserError: a size that is not a multiple of a patch, references that the teacher does not
+            take, no few-step mode, guidance in it, or a picture that is not finite.
     """
     config = teacher.config
     cell = autoencoder.config.downsampling * config.transformer.patch_size
+    if references and not teacher.can_edit:
+        raise UserError("this teacher cannot edit pictures: leave out --edit")
+    fitted = [fit_reference(picture, unit=cell) for picture in references]
+    default = fitted[0].size if fitted else (1024, 1024)
+    width = default[0] if width is None else width
+    height = default[1] if height is None else height
     if height < cell or width < cell or height % cell or width % cell:
         raise UserError(f"{height}x{width} pixels: both sides must be multiples of {cell}")
     schedule = config.few_step if few_step else config.schedule
@@ -57,24 +68,40 @@ def sample(
     scale = schedule.guidance_scale if guidance_scale is None else guidance_scale
     if few_step and scale != 1:
         raise UserError(f"the few-step mode has no guidance: leave out the scale {scale:g}")
+    if config.kind == "flux2" and schedule == config.few_step and scale != 1:
+        raise UserError(f"FLUX.2 klein has no guidance, only klein base: leave out {scale:g}")
     levels = noise_levels(
         schedule, height * width // cell**2, num_inference_steps=num_inference_steps
     )
     condition = teacher.encode([prompt])
     teacher.free_text_encoder()
+    latents = [autoencoder.encode(from_uint8(np.array(picture)[None])) for picture in fitted]
+    mx.eval(latents)
 
     def velocity(x_t: mx.array, sigma: float) -> mx.array:
         t = mx.full((1,), sigma)
         if few_step:
-            return teacher.velocity_and_features(x_t, t, condition, few_step=True)[0]
-        return teacher.velocity(x_t, t, condition, guidance_scale=scale)
+            return teacher.velocity_and_features(
+                x_t, t, condition, few_step=True, references=latents
+            )[0]
+        return teacher.velocity(x_t, t, condition, guidance_scale=scale, references=latents)
 
     h, w = (side // autoencoder.config.downsampling for side in (height, width))
     x0 = get_noise(seed, h, w, autoencoder.config.latent_channels)
     steps = denoise(velocity, x0, levels)
     for step in tqdm(steps, total=len(levels) - 1, desc="steps", leave=False, disable=None):
         x0 = step.x0
+    teacher.free_networks()
     return Image.fromarray(to_uint8(autoencoder.decode(x0))[0])
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture in RGB, turned as its EXIF data say; `UserError` if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,13 +117,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="PATH",
         help="picture to write, a .png file",
     )
-    size = "of the picture in pixels (default: 1024)"
-    add("--height", type=integer(1), default=1024, metavar="PX", help=f"height {size}")
-    add("--width", type=integer(1), default=1024, metavar="PX", help=f"width {size}")
+    size = "of the picture in pixels (default: that of the first picture to edit, or 1024)"
+    add("--height", type=integer(1), metavar="PX", help=f"height {size}")
+    add("--width", type=integer(1), metavar="PX", help=f"width {size}")
+    add(
+        "--edit",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="pictures to edit, or to take parts from; FLUX.2 klein only (default: none)",
+    )
     add_steps_and_guidance(parser)
     add("--few-step", action="store_true", help="use the few-step mode (default: off)")
     add("--seed", type=integer(0), default=0, metavar="N", help="seed of the noise (default: 0)")
     args = parser.parse_args(argv)
+    references = [read_picture(path) for path in args.edit]
     started = time.perf_counter()
     with announce("loading the teacher ..."):
         teacher, autoencoder = load_flow_teacher(args.model, lazy=True)
@@ -104,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher,
         autoencoder,
         prompt=args.prompt,
+        references=references,
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps,
@@ -112,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     path = save_picture(picture, args.output)
-    print(f"{path} (seed {args.seed}, {time.perf_counter() - started:.1f} s)")
+    seconds, peak = time.perf_counter() - started, peak_process_bytes() / 2**20
+    print(f"{path} (seed {args.seed}, {seconds:.1f} s, peak memory {peak:.0f} MiB)")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python -m convert.teacher Tongyi-MAI/Z-Image-Turbo z-image
     python -m convert.teacher Qwen/Qwen-Image qwen-image --quantize 4 \\
         --few-step-lora Qwen-Image-Lightning-4steps-V1.0.safetensors
+    python -m convert.teacher black-forest-labs/FLUX.2-klein-base-4B klein --quantize 4 \\
+        --few-step-model black-forest-labs/FLUX.2-klein-4B
 
 SOURCE is a folder in diffusers' format, or a Hugging Face repository. This command cannot resume an
 interrupted conversion, but `convert.from_torch` can: convert a large transformer with it first, and
@@ -15,12 +17,17 @@ from pathlib import Path
 from convert.options import add_output, add_quantize, parse
 from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new
+
+FILES = ("*.json", "*/*.safetensors", "*.txt", "*.jinja")
+"""Of the repository of a model. Some also have a copy of the transformer outside its folder."""
+
+FEW_STEP_FILES = ("transformer/*.json", "transformer/*.safetensors")
+"""Of the repository of a distilled model; the rest is as in the teacher's."""
 
 
 def main() -> None:
@@ -49,6 +56,13 @@ def main() -> None:
         "has one)",
     )
     parser.add_argument(
+        "--few-step-model",
+        metavar="MODEL",
+        help="distilled model whose transformer is the few-step mode: folder in diffusers' format, "
+        "Hugging Face repository, or folder of convert.from_torch with the transformer (default: "
+        "none)",
+    )
+    parser.add_argument(
         "--transformer",
         type=Path,
         metavar="FOLDER",
@@ -62,7 +76,10 @@ def main() -> None:
     )
     args = parse(parser)
     check_new(args.output)
-    source = find_model(args.source, files=QWEN_FILES)
+    source = find_model(args.source, files=FILES)
+    few_step_model = None
+    if args.few_step_model is not None:
+        few_step_model = find_model(args.few_step_model, files=FEW_STEP_FILES)
     how = {"bits": args.quantize, "group_size": args.group_size}
     with announce("converting the parts of the teacher ..."):
         convert_teacher(
@@ -70,6 +87,7 @@ def main() -> None:
             args.output,
             quantization=how if args.quantize else None,
             few_step_lora=args.few_step_lora,
+            few_step_model=few_step_model,
             text_encoder=args.text_encoder,
             transformer=args.transformer,
         )

@@ -17,18 +17,30 @@ from pathlib import Path
 
 from convert.libraries import require
 from convert.parity.autoencoders import (
+    compare_flux2_vae,
     compare_kl_vae,
     compare_qwen_image_vae,
+    make_flux2_vae,
     make_kl_vae,
     make_qwen_image_vae,
 )
 from convert.parity.originals import relative_difference
-from convert.parity.text_encoders import compare_clip, compare_gemma, make_clip, make_gemma
+from convert.parity.pipelines import compare_flux2_klein, make_flux2_klein
+from convert.parity.text_encoders import (
+    compare_clip,
+    compare_clip_towers,
+    compare_gemma,
+    make_clip,
+    make_clip_towers,
+    make_gemma,
+)
 from convert.parity.transformers import (
     Pairs,
+    compare_flux2,
     compare_lora,
     compare_qwen_image,
     compare_z_image,
+    make_flux2,
     make_lora,
     make_qwen_image,
     make_z_image,
@@ -59,6 +71,12 @@ class Port:
 
 PORTS = {
     "clip": Port("transformers CLIPTextModel", ("torch", "transformers"), make_clip, compare_clip),
+    "clip-score": Port(
+        "transformers CLIPModel",
+        ("torch", "transformers"),
+        make_clip_towers,
+        compare_clip_towers,
+    ),
     "gemma": Port(
         "transformers Gemma3TextModel",
         ("torch", "transformers", "mlx_lm"),
@@ -72,6 +90,9 @@ PORTS = {
         compare_qwen_image_vae,
     ),
     "kl-vae": Port("diffusers AutoencoderKL", ("torch", "diffusers"), make_kl_vae, compare_kl_vae),
+    "flux2-vae": Port(
+        "diffusers AutoencoderKLFlux2", ("torch", "diffusers"), make_flux2_vae, compare_flux2_vae
+    ),
     "qwen-image": Port(
         "diffusers QwenImageTransformer2DModel",
         ("torch", "diffusers"),
@@ -80,6 +101,16 @@ PORTS = {
     ),
     "z-image": Port(
         "diffusers ZImageTransformer2DModel", ("torch", "diffusers"), make_z_image, compare_z_image
+    ),
+    "flux2": Port(
+        "diffusers Flux2Transformer2DModel", ("torch", "diffusers"), make_flux2, compare_flux2
+    ),
+    "flux2-klein": Port(
+        "diffusers Flux2KleinPipeline",
+        ("torch", "diffusers", "transformers", "mlx_lm"),
+        make_flux2_klein,
+        compare_flux2_klein,
+        only_random=True,
     ),
     "lora": Port(
         "diffusers load_lora_adapter",

@@ -6,13 +6,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.parity.originals import kl_vae, library, qwen_image_vae
+from convert.parity.originals import flux2_vae, kl_vae, library, qwen_image_vae
 from convert.parity.transformers import Pairs
 from convert.public.keys.autoencoders import read_autoencoder
 
 
 def make_qwen_image_vae(folder: Path) -> None:
     qwen_image_vae().save_pretrained(folder)
+
+
+def make_flux2_vae(folder: Path) -> None:
+    flux2_vae().save_pretrained(folder)
 
 
 def make_kl_vae(folder: Path) -> None:
@@ -60,5 +64,25 @@ def compare_kl_vae(folder: Path) -> Pairs:
     with torch.no_grad():
         encoded = (theirs.encode(_channels_first(picture)).latent_dist.mode() - shift) * scale
         decoded = theirs.decode(_channels_first(latents) / scale + shift).sample
+    yield "encode", ours.encode(mx.array(picture)), encoded.permute(0, 2, 3, 1)
+    yield "decode", ours.decode(mx.array(latents)), decoded.permute(0, 2, 3, 1)
+
+
+def compare_flux2_vae(folder: Path) -> Pairs:
+    """diffusers normalizes the latents in its pipeline: patches of 2x2 as channels."""
+    diffusers, torch = library("diffusers"), library("torch")
+    theirs = diffusers.AutoencoderKLFlux2.from_pretrained(folder).float().eval()
+    pipeline, bn = diffusers.Flux2KleinPipeline, theirs.bn
+    mean = bn.running_mean.view(1, -1, 1, 1)
+    std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + theirs.config.batch_norm_eps)
+    ours = read_autoencoder(folder)
+    picture, latents = _picture_and_latents(ours.config.latent_channels)
+    picture, latents = np.tile(picture[:, :32], (1, 2, 2, 1)), np.tile(latents, (1, 2, 2, 1))
+    with torch.no_grad():
+        encoded = theirs.encode(_channels_first(picture)).latent_dist.mode()
+        encoded = (pipeline._patchify_latents(encoded) - mean) / std
+        patches = pipeline._patchify_latents(_channels_first(latents))
+        decoded = theirs.decode(pipeline._unpatchify_latents(patches * std + mean)).sample
+    encoded = pipeline._unpatchify_latents(encoded)
     yield "encode", ours.encode(mx.array(picture)), encoded.permute(0, 2, 3, 1)
     yield "decode", ours.decode(mx.array(latents)), decoded.permute(0, 2, 3, 1)

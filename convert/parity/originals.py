@@ -72,6 +72,21 @@ def clip() -> Any:
     )
 
 
+def clip_towers() -> Any:
+    """transformers' CLIPModel, with the text tower of `clip`."""
+    vision = {
+        "hidden_size": 48,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    text = clip().config.to_dict()
+    config = {"text_config": text, "vision_config": vision, "projection_dim": 40}
+    return _made("transformers", "CLIPModel", "CLIPConfig", **config)
+
+
 def gemma() -> Any:
     """transformers' Gemma3TextModel, for the tokens of `write_byte_tokenizer`."""
     return _made(
@@ -152,6 +167,37 @@ Z_IMAGE = {
 def z_image(**changes: Any) -> Any:
     """diffusers' ZImageTransformer2DModel: `Z_IMAGE` with `changes`."""
     return _made("diffusers", "ZImageTransformer2DModel", **Z_IMAGE | changes)
+
+
+FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+
+
+def flux2(**changes: Any) -> Any:
+    """diffusers' Flux2Transformer2DModel: `FLUX2` with `changes`."""
+    return _made("diffusers", "Flux2Transformer2DModel", **FLUX2 | changes)
+
+
+def flux2_vae() -> Any:
+    """diffusers' AutoencoderKLFlux2, with statistics as after training."""
+    vae = _made(
+        "diffusers",
+        "AutoencoderKLFlux2",
+        block_out_channels=(32, 32, 64, 64),
+        latent_channels=4,
+        layers_per_block=1,
+    )
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.3, 3)
+    return vae
 
 
 def _byte_tokenizer(marks: Sequence[str]) -> dict[str, Any]:
@@ -270,4 +316,26 @@ def z_image_pipeline() -> Any:
         text_encoder=fill(text_encoder),
         tokenizer=_qwen_tokenizer(chat_template=QWEN3_TEMPLATE),
         transformer=fill(z_image(cap_feat_dim=32)),
+    )
+
+
+def flux2_klein_pipeline(*, is_distilled: bool = False) -> Any:
+    """diffusers' Flux2KleinPipeline, of klein base or of klein."""
+    diffusers = library("diffusers")
+    text_encoder = _made(
+        "transformers",
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        # The pipeline takes the states of layers 9, 18 and 27.
+        **QWEN_TEXT | {"num_hidden_layers": 28},
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    return diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=fill(flux2_vae()),
+        text_encoder=fill(text_encoder),
+        tokenizer=_qwen_tokenizer(chat_template=QWEN3_TEMPLATE),
+        transformer=fill(flux2(joint_attention_dim=96)),
+        is_distilled=is_distilled,
     )

@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.parity.originals import fill, library, qwen_image, z_image
+from convert.parity.originals import fill, flux2, library, qwen_image, z_image
 from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.lora.files import load_lora
-from mlx_snapgen.networks.qwen_image import pack
+from mlx_snapgen.networks.layers import pack
 
 Pairs = Iterator[tuple[str, mx.array, Any]]
 """Outputs to compare: name, ours, and the library's, a torch tensor."""
@@ -48,6 +48,31 @@ def compare_z_image(folder: Path) -> Pairs:
         expected = theirs(pictures, 1 - torch.tensor(t), captions, return_dict=False)[0]
     expected = -torch.stack(expected)[:, :, 0].permute(0, 2, 3, 1)
     yield "velocity", ours(*map(mx.array, (x_t, t, text, mask))), expected
+
+
+def make_flux2(folder: Path) -> None:
+    fill(flux2()).save_pretrained(folder)
+
+
+def compare_flux2(folder: Path) -> Pairs:
+    """All words count in the original, so both get the first text's length."""
+    diffusers, torch = library("diffusers"), library("torch")
+    theirs = diffusers.Flux2Transformer2DModel.from_pretrained(folder).float().eval()
+    ours = _ours(folder)
+    x_t, t, text, _ = _inputs(ours.config)
+    pipeline = diffusers.Flux2KleinPipeline
+    grid = torch.empty(1, 1, SIZE[0] // 2, SIZE[1] // 2)
+    packed = torch.tensor(np.array(pack(mx.array(x_t), 2)))
+    with torch.no_grad():
+        expected = theirs(
+            packed,
+            torch.tensor(text),
+            torch.tensor(t),
+            pipeline._prepare_latent_ids(grid),
+            pipeline._prepare_text_ids(torch.tensor(text[:1])),
+            return_dict=False,
+        )[0]
+    yield "velocity", pack(ours(*map(mx.array, (x_t, t, text))), 2), expected
 
 
 LORA = "lora.safetensors"

@@ -74,8 +74,8 @@ class KeyMap(Renaming):
     """
 
     def __init__(self, network: str, *rows: Row):
-        self.network = network
-        self._rows = [
+        self.network, self.rows = network, rows
+        self._compiled = [
             (
                 row,
                 [_compiled(name) for name in _parts(row)],
@@ -85,7 +85,7 @@ class KeyMap(Renaming):
         ]
 
     def find(self, key: str) -> Place:
-        for row, public, ours in self._rows:
+        for row, public, ours in self._compiled:
             for part, (pattern, _) in enumerate(public):
                 if match := pattern.fullmatch(key):
                     name = None if ours is None else ours[1].format(*match.groups())
@@ -93,7 +93,7 @@ class KeyMap(Renaming):
         raise UserError(f"'{key}' belongs to no {self.network}")
 
     def public(self, name: str) -> tuple[str, ...]:
-        for _, public, ours in self._rows:
+        for _, public, ours in self._compiled:
             if ours and (match := ours[0].fullmatch(name)):
                 return tuple(template.format(*match.groups()) for _, template in public)
         return (name,)

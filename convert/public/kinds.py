@@ -19,11 +19,12 @@ from convert.public.keys.gemma import GEMMA_FILES, GEMMA_KEYS, gemma_config, gem
 from convert.public.keys.lora import lora_metadata, lora_name, lora_weights
 from convert.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
 from convert.public.source import Source, config_of
-from mlx_snapgen.checkpoint import clip
+from mlx_snapgen.checkpoint import clip, clip_towers
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
 from mlx_snapgen.teachers.folder import quantizable
 
@@ -107,6 +108,13 @@ def _clip(source: Source, public: Weights) -> Plan:
     return _part("text_encoder_0", to_dict(config), module, weights, files)
 
 
+def _clip_towers(source: Source, public: Weights) -> Plan:
+    weights = clip_towers.sanitize(public)
+    config, tokenizer = clip_towers.describe(source.folder, weights)
+    files = {clip_towers.TOKENIZER: tokenizer.model}
+    return _part(clip_towers.PART, to_dict(config), Clip(config, tokenizer), weights, files)
+
+
 def _teacher(source: Source, public: Weights) -> Plan:
     """A public teacher's transformer; only its blocks are quantized."""
     kind, network = make_transformer(config_of(source), source.folder / "config.json")
@@ -165,6 +173,13 @@ KINDS: dict[str, Kind] = {
         partial(_autoencoder, "kl-vae"),
         ("AutoencoderKL",),
     ),
+    "flux2-vae": Kind(
+        "FLUX.2's autoencoder, a folder in diffusers' format",
+        AUTOENCODERS["flux2-vae"].keys,
+        "statistics of the latents, which are in config.json",
+        partial(_autoencoder, "flux2-vae"),
+        ("AutoencoderKLFlux2",),
+    ),
     "taehv": Kind(
         "a tiny autoencoder such as taew2_1",
         AUTOENCODERS["taehv"].keys,
@@ -177,6 +192,12 @@ KINDS: dict[str, Kind] = {
         "not needed for the text tower's states",
         _clip,
         ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "clip", "clip_text_model"),
+    ),
+    "clip-score": Kind(
+        "both towers of a CLIP, for the measures of train.evaluate; never detected, choose it",
+        Renaming(clip_towers.public_name),
+        "no weights",
+        _clip_towers,
     ),
     "gemma": Kind(
         "a Gemma 3 as text encoder, in mlx-lm's format",
@@ -205,6 +226,13 @@ KINDS: dict[str, Kind] = {
         "",
         _teacher,
         ("ZImageTransformer2DModel",),
+    ),
+    "flux2": Kind(
+        "FLUX.2 klein's transformer, for convert.teacher",
+        TRANSFORMER_KEYS["flux2"],
+        "",
+        _teacher,
+        ("Flux2Transformer2DModel",),
     ),
     "lora": Kind(
         "a LoRA with the keys of diffusers, PEFT or kohya", Renaming(lora_name), "", _lora

@@ -16,15 +16,27 @@ from convert.public.keys.transformers import make_transformer
 from convert.public.source import find_source, read_object
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
-from mlx_snapgen.checkpoint.module import read_part
+from mlx_snapgen.checkpoint.module import Part, read_part
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.lora.files import load_lora
-from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, TURBO, Schedule, TeacherConfig
-from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
+from mlx_snapgen.teachers.config import (
+    KLEIN,
+    KLEIN_BASE,
+    LIGHTNING,
+    TRANSFORMERS,
+    TURBO,
+    Schedule,
+    TeacherConfig,
+)
+from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS, TeacherNetwork
 
-SCHEDULES = {"qwen-image": (Schedule(), LIGHTNING), "z-image": (TURBO, TURBO)}
+SCHEDULES = {
+    "qwen-image": (Schedule(), LIGHTNING),
+    "z-image": (TURBO, TURBO),
+    "flux2": (KLEIN_BASE, KLEIN),
+}
 """Kind of teacher -> its schedule, and that of its few-step mode. Z-Image-Turbo has only one."""
 
 
@@ -46,6 +58,7 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
             tokens = values["base_image_seq_len"], values["max_image_seq_len"]
         else:
             shifts, tokens = (math.log(values["shift"]),) * 2, like.tokens
+            like = dataclasses.replace(like, is_empirical=False)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder} does not describe a flow-matching schedule: {error!r}") from None
     return dataclasses.replace(
@@ -59,6 +72,7 @@ def convert_teacher(
     *,
     quantization: dict[str, int] | None = None,
     few_step_lora: Path | None = None,
+    few_step_model: Path | None = None,
     text_encoder: str | None = None,
     transformer: Path | None = None,
 ) -> None:
@@ -68,6 +82,8 @@ def convert_teacher(
         output: must not exist, or be empty.
         quantization: {"bits", "group_size"} of the transformer's blocks; None does not quantize.
         few_step_lora: .safetensors file of the few-step mode.
+        few_step_model: the distilled model whose transformer is the few-step mode, as a folder in
+            diffusers' format; or a folder of `convert.from_torch` with that transformer.
         text_encoder: folder or repository of a language model to use instead of a copy of the
             source's.
         transformer: folder of `convert.from_torch` to use instead of the source's transformer.
@@ -77,28 +93,31 @@ def convert_teacher(
     """
     check_new(output)
     given = transformer if transformer is not None else source / "transformer"
-    part = read_part(given, "transformer")
-    if part is None:
-        path = given / "config.json"
-        kind, network = make_transformer(read_object(path), path)
-    else:
+    kind, network, part = _network(given)
+    if part is not None:
         if quantization is not None:
             raise UserError(
                 f"{given} is converted already: quantize it with convert.from_torch --quantize"
             )
-        kind = part.config.pop("kind", None)
-        if kind not in NETWORKS:
-            raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
-        network = NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config))
         quantization = part.quantization
+    networks = {"transformer": (given, part)}
+    if few_step_model is not None:
+        if few_step_lora is not None:
+            raise UserError("give a LoRA or a model for the few-step mode, not both")
+        folder, part = _few_step_network(few_step_model, network)
+        if part is not None and part.quantization != quantization:
+            raise UserError(
+                f"{folder} is quantized as {part.quantization}, the teacher's transformer as "
+                f"{quantization}: convert both alike"
+            )
+        networks[FEW_STEP] = folder, part
     autoencoder = read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
         load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
-    schedule, few_step = SCHEDULES[kind]
-    schedule = read_schedule(source / "scheduler", schedule)
-    if kind == "qwen-image" and few_step_lora is None:
-        few_step = None
+    schedule, few_step = _schedules(
+        source, kind, has_few_step=few_step_lora is not None or few_step_model is not None
+    )
     config = TeacherConfig(
         kind=kind,
         transformer=network.config,
@@ -114,13 +133,14 @@ def convert_teacher(
         (partial / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
         weights = dict(tree_flatten(autoencoder.parameters()))
         mx.save_safetensors(str(partial / "autoencoder.safetensors"), weights, {"format": "mlx"})
-        if part is None:
-            converted = partial / "transformer"
-            convert(find_source(str(given)), converted, kind=kind, quantization=quantization)
-            _take(converted, partial, Path.rename)
-            shutil.rmtree(converted)
-        else:
-            _take(given, partial, shutil.copyfile)
+        for name, (folder, part) in networks.items():
+            if part is None:
+                converted = partial / "converted"
+                convert(find_source(str(folder)), converted, kind=kind, quantization=quantization)
+                _take(converted, partial, name=name, move=Path.rename)
+                shutil.rmtree(converted)
+            else:
+                _take(folder, partial, name=name, move=shutil.copyfile)
         if few_step_lora is not None:
             shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
         if text_encoder is None:
@@ -128,15 +148,57 @@ def convert_teacher(
                 _copy(source / part, partial / config.text_encoder)
 
 
-def _take(transformer: Path, folder: Path, move: Callable[[Path, Path], object]) -> None:
+def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
+    """Kind, network with random weights, and part if `convert.from_torch` wrote the folder."""
+    part = read_part(given, "transformer")
+    if part is None:
+        path = given / "config.json"
+        return *make_transformer(read_object(path), path), None
+    kind = part.config.pop("kind", None)
+    if kind not in NETWORKS:
+        raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
+    return kind, NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config)), part
+
+
+def _few_step_network(model: Path, like: TeacherNetwork) -> tuple[Path, Part | None]:
+    """Folder and part of the few-step transformer; `UserError` if it differs from `like`."""
+    converted = read_part(model, "transformer") is not None
+    folder = model if converted else model / "transformer"
+    _, network, part = _network(folder)
+    if network.config != like.config:
+        raise UserError(
+            f"{folder} is another network than the teacher's transformer: their configs differ"
+        )
+    return folder, part
+
+
+def _schedules(source: Path, kind: str, *, has_few_step: bool) -> tuple[Schedule, Schedule | None]:
+    """Schedule of the model in `source`, and of its few-step mode."""
+    schedule, few_step = SCHEDULES[kind]
+    if kind == "flux2":
+        # Only this tells klein from klein base: their networks have the same config.
+        index = source / "model_index.json"
+        is_distilled = index.is_file() and bool(read_object(index).get("is_distilled"))
+        few_step = read_schedule(source / "scheduler", few_step)
+        if is_distilled:
+            return few_step, few_step
+    elif kind == "z-image":
+        has_few_step = True
+    return read_schedule(source / "scheduler", schedule), few_step if has_few_step else None
+
+
+def _take(
+    transformer: Path, folder: Path, *, name: str, move: Callable[[Path, Path], object]
+) -> None:
     """Put the files that `convert.from_torch` wrote of a transformer into the teacher's folder."""
-    for name, new in (
-        ("transformer.safetensors", "transformer-00001.safetensors"),
-        ("report.json", "report.json"),
+    report = "report.json" if name == "transformer" else f"{name}_report.json"
+    for old, new in (
+        ("transformer.safetensors", f"{name}-00001.safetensors"),
+        ("report.json", report),
     ):
-        if not (transformer / name).is_file():
-            raise UserError(f"{transformer} is incomplete: {name} is missing")
-        move(transformer / name, folder / new)
+        if not (transformer / old).is_file():
+            raise UserError(f"{transformer} is incomplete: {old} is missing")
+        move(transformer / old, folder / new)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
@@ -81,13 +82,22 @@ def load_qwen(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the language model in {folder}: {reason}") from None
     tower: Any = model.model
-    if tower.args.hidden_size != dims:
-        raise UserError(
-            f"{folder} gives states of {tower.args.hidden_size}, the teacher takes those of {dims}"
-        )
+    layers = prompt_format.joined_layers
+    width = tower.args.hidden_size * max(1, len(layers))
+    if width != dims:
+        raise UserError(f"{folder} gives states of {width}, the teacher takes those of {dims}")
+    if layers:
+        # The last layer's output would be normalized.
+        if len(tower.layers) <= layers[-1]:
+            raise UserError(
+                f"{folder} has {len(tower.layers)} layers, this teacher's text encoder has more "
+                f"than {layers[-1]}"
+            )
+        tower.layers = tower.layers[: layers[-1]]
     if prompt_format.skipped_layers:
         tower.layers = tower.layers[: -prompt_format.skipped_layers]
         tower.norm = nn.Identity()
+    dequantize_on_cpu(tower)
     if dtype is not None:
         tower.set_dtype(dtype)
     return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)

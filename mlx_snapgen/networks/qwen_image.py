@@ -18,8 +18,10 @@ from mlx_snapgen.networks.layers import (
     gelu,
     layer_norm,
     merge_heads,
+    pack,
     sinusoids,
     split_heads,
+    unpack,
 )
 from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
 
@@ -42,20 +44,6 @@ def msrope_table(
     frequencies = axis_frequencies(axes, theta)
     angles = np.concatenate([positions[:, i : i + 1] * f for i, f in enumerate(frequencies)], -1)
     return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
-
-
-def pack(x: mx.array, patch: int) -> mx.array:
-    """(B, H, W, C) -> tokens (B, H/p * W/p, C*p*p), channels outermost."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(b, (h // patch) * (w // patch), c * patch**2)
-
-
-def unpack(tokens: mx.array, grid: tuple[int, int], *, patch: int) -> mx.array:
-    """Inverse of `pack`, for a grid of (rows, columns) of tokens."""
-    (h, w), b = grid, tokens.shape[0]
-    x = tokens.reshape(b, h, w, -1, patch, patch).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(b, h * patch, w * patch, -1)
 
 
 class TimestepEmbedder(nn.Module):

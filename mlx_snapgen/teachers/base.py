@@ -1,7 +1,7 @@
 """The interface of a teacher in distillation.
 
 A teacher is a flow model with guidance, last-layer features, and a few-step mode: a LoRA over the
-same weights.
+same weights, or other weights of the same network.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 class Condition(NamedTuple):
-    """Encoded prompts: text (B, L, D), mask (B, L), and both of the empty prompt (1, ...)."""
+    """Encoded prompts: text (B, L, D), mask (B, L), and both of the unconditional text (1, ...)."""
 
     text: mx.array
     mask: mx.array
@@ -33,11 +33,18 @@ class Teacher(Protocol):
         ...
 
     def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, *, few_step: bool = False
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        condition: Condition,
+        *,
+        guidance_scale: float = 1.0,
+        few_step: bool = False,
     ) -> tuple[mx.array, mx.array]:
-        """Velocity without guidance and last-layer features (B, N, D).
+        """Velocity as in `velocity`, and last-layer features (B, N, D) of the prompts' pass.
 
-        With `few_step` the few-step LoRA is on (xi').
+        The network runs with the prompts once for both. With `few_step` they are those of the
+        few-step mode (xi').
         """
         ...
 

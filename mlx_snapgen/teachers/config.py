@@ -7,6 +7,7 @@ from typing import Any
 from mlx_snapgen.config import (
     QWEN_IMAGE_AUTOENCODER,
     AutoencoderConfig,
+    Flux2TransformerConfig,
     QwenTransformerConfig,
     ZImageTransformerConfig,
     check_latents,
@@ -29,11 +30,27 @@ class Schedule:
     tokens: tuple[int, int] = (256, 8192)
     terminal: float = 0.0
     """The levels are stretched so that the last one before 0 has this value; 0 disables it."""
+    is_empirical: bool = False
+    """mu is FLUX.2's (`empirical_log_shift`) instead."""
 
-    def time_shift(self, num_tokens: int) -> float:
-        """Shift of the noise levels for a picture of `num_tokens` tokens."""
+    def time_shift(self, num_tokens: int, num_steps: int) -> float:
+        """Shift of the noise levels for `num_steps` steps of a picture of `num_tokens` tokens."""
+        if self.is_empirical:
+            return math.exp(empirical_log_shift(num_tokens, num_steps))
         (low, high), (few, many) = self.log_shifts, self.tokens
         return math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+
+
+def empirical_log_shift(num_tokens: int, num_steps: int) -> float:
+    """FLUX.2's mu: linear in the steps, between its values for 10 and for 200 steps.
+
+    Both are linear in the tokens. Pictures of more than 4300 tokens have the value for 200 steps.
+    """
+    ten = 1.89833333 + 8.73809524e-05 * num_tokens
+    two_hundred = 0.45666666 + 0.00016927 * num_tokens
+    if num_tokens > 4300:
+        return two_hundred
+    return two_hundred + (ten - two_hundred) * (200 - num_steps) / 190
 
 
 LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
@@ -42,9 +59,16 @@ LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)
 TURBO = Schedule(8, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
 """The few-step schedule of Z-Image-Turbo."""
 
+KLEIN_BASE = Schedule(50, guidance_scale=4.0, is_empirical=True)
+"""The schedule of FLUX.2 klein base."""
+
+KLEIN = Schedule(4, guidance_scale=1.0, is_empirical=True)
+"""The few-step schedule of FLUX.2 klein."""
+
 TRANSFORMERS: dict[str, type] = {
     "qwen-image": QwenTransformerConfig,
     "z-image": ZImageTransformerConfig,
+    "flux2": Flux2TransformerConfig,
 }
 """`TeacherConfig.kind` -> config of its transformer."""
 
@@ -58,8 +82,8 @@ class TeacherConfig:
     autoencoder: AutoencoderConfig = QWEN_IMAGE_AUTOENCODER
     schedule: Schedule = field(default_factory=lambda: Schedule(terminal=0.02))
     few_step: Schedule | None = None
-    """The schedule of the few-step mode: of the LoRA in the folder, or of the model itself if it is
-    distilled. None if there is no such mode."""
+    """The schedule of the few-step mode: of the LoRA or the second network in the folder, or of the
+    model itself if it is distilled. None if there is no such mode."""
     text_encoder: str = "text_encoder"
     """Folder (absolute, or relative to the teacher's folder) or Hugging Face repository with the
     language model and its tokenizer, in the format of Hugging Face or mlx-lm."""

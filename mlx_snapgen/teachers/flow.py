@@ -1,5 +1,6 @@
 """Public flow models as teachers."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +20,24 @@ class FlowTeacher:
     """A public network as a teacher.
 
     Args:
-        config: of the teacher. If it has a few-step mode but `network` has no adapter, the model
-            itself is distilled.
+        config: of the teacher. If it has a few-step mode, but `network` has no adapter and there is
+            no `few_step_network`, the model itself is distilled.
         network: a `VelocityNetwork`; its only adapter, if any, is the few-step one.
         prompts: its text encoder; None once it was freed.
+        few_step_network: the same network with the weights of the few-step mode.
     """
 
     def __init__(
-        self, config: TeacherConfig, network: nn.Module, *, prompts: QwenPromptEncoder | None
+        self,
+        config: TeacherConfig,
+        network: nn.Module,
+        *,
+        prompts: QwenPromptEncoder | None,
+        few_step_network: nn.Module | None = None,
     ):
         self.config, self.prompts = config, prompts
         self.network: Any = network
+        self.few_step_network: Any = few_step_network
         self._empty: tuple[mx.array, mx.array] | None = None
 
     @property
@@ -41,6 +49,11 @@ class FlowTeacher:
     def has_few_step(self) -> bool:
         """See `Teacher.has_few_step`."""
         return self.config.few_step is not None
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether the teacher takes pictures to edit."""
+        return self.config.kind == "flux2"
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Teacher.encode`."""
@@ -55,37 +68,75 @@ class FlowTeacher:
         self.prompts = None
         mx.clear_cache()
 
+    def free_networks(self) -> None:
+        """Free the memory of the transformer; only `encode` works after that."""
+        self.network = self.few_step_network = None
+        mx.clear_cache()
+
     def velocity(
-        self, x_t: mx.array, t: mx.array, condition: Condition, *, guidance_scale: float = 1.0
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        condition: Condition,
+        *,
+        guidance_scale: float = 1.0,
+        references: Sequence[mx.array] = (),
     ) -> mx.array:
         """See `Teacher.velocity`; guidance is true CFG, two passes of the network.
 
         For Qwen-Image the velocity of each patch is then rescaled to its norm without guidance (as
         in diffusers' QwenImagePipeline).
+
+        Args:
+            references: latents of pictures to edit (see `Flux2Transformer.__call__`), for a teacher
+                that `can_edit`.
         """
-        v = self._run(x_t, t, condition.text, condition.mask)
-        if guidance_scale == 1:
-            return v
-        empty = (mx.repeat(y, len(x_t), 0) for y in (condition.empty_text, condition.empty_mask))
-        guided = guide(v, self._run(x_t, t, *empty), guidance_scale)
-        if self.config.kind == "qwen-image":
-            guided = guided * length_ratio(v, guided, patch=self.config.transformer.patch_size)
-        return guided
+        v, _ = self.velocity_and_features(
+            x_t, t, condition, guidance_scale=guidance_scale, references=references
+        )
+        return v
 
     def velocity_and_features(
-        self, x_t: mx.array, t: mx.array, condition: Condition, *, few_step: bool = False
+        self,
+        x_t: mx.array,
+        t: mx.array,
+        condition: Condition,
+        *,
+        guidance_scale: float = 1.0,
+        few_step: bool = False,
+        references: Sequence[mx.array] = (),
     ) -> tuple[mx.array, mx.array]:
-        """See `Teacher.velocity_and_features`; `UserError` without a few-step mode."""
+        """See `Teacher.velocity_and_features` and `velocity`.
+
+        Raises:
+            UserError: `few_step` without a few-step mode.
+        """
         if few_step and not self.has_few_step:
             raise UserError(
-                "this teacher has no few-step mode: convert it with --few-step-lora, or do not use "
-                "that mode"
+                "this teacher has no few-step mode: convert it with --few-step-lora or "
+                "--few-step-model, or do not use that mode"
             )
-        return self._run(
-            x_t, t, condition.text, condition.mask, few_step=few_step, return_features=True
-        )
+        run = functools.partial(self._run, x_t, t, few_step=few_step, references=references)
+        v, features = run(condition.text, condition.mask, return_features=True)
+        if guidance_scale == 1:
+            return v, features
+        empty = (mx.repeat(y, len(x_t), 0) for y in (condition.empty_text, condition.empty_mask))
+        guided = guide(v, run(*empty), guidance_scale)
+        if self.config.kind == "qwen-image":
+            guided = guided * length_ratio(v, guided, patch=self.config.transformer.patch_size)
+        return guided, features
 
-    def _run(self, *arrays: mx.array, few_step: bool = False, **settings):
+    def _run(
+        self,
+        *arrays: mx.array,
+        references: Sequence[mx.array],
+        few_step: bool = False,
+        **settings: Any,
+    ):
+        if references:
+            settings["references"] = references
+        if few_step and self.few_step_network is not None:
+            return self.few_step_network(*arrays, **settings)
         weights = {name: float(few_step) for name in get_lora_weights(self.network)}
         with lora_weights(self.network, weights):
             return self.network(*arrays, **settings)
@@ -109,7 +160,7 @@ def noise_levels(
 ) -> list[float]:
     """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of `num_tokens` tokens."""
     count = num_inference_steps or schedule.num_inference_steps
-    *levels, end = get_schedule(count, schedule.time_shift(num_tokens))
+    *levels, end = get_schedule(count, schedule.time_shift(num_tokens, count))
     if schedule.terminal and levels[-1] < 1:
         stretch = (1 - schedule.terminal) / (1 - levels[-1])
         levels = [1 - (1 - level) * stretch for level in levels]

@@ -3,6 +3,7 @@
 teacher.json                 TeacherConfig, and `format_version`
 transformer-00001.safetensors, ...  the network, in as many files as it came in
 few_step.safetensors         optional: the LoRA of its few-step mode
+few_step-00001.safetensors, ...     optional: the network's weights in its few-step mode
 autoencoder.safetensors
 text_encoder/                the language model and its tokenizer, unless the config names
                              another place
@@ -17,14 +18,26 @@ import mlx.nn as nn
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
-from mlx_snapgen.checkpoint.module import Part, cast, check_version, load_stored
+from mlx_snapgen.checkpoint.module import (
+    Part,
+    cast,
+    check_version,
+    dequantize_on_cpu,
+    load_stored,
+)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.qwen_image import QwenTransformer
-from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE, QwenPromptEncoder
+from mlx_snapgen.networks.text_encoders.qwen import (
+    FLUX2_KLEIN,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    QwenPromptEncoder,
+)
 from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -32,9 +45,15 @@ from mlx_snapgen.teachers.flow import FlowTeacher
 FORMAT_VERSION = 1
 CONFIG = "teacher.json"
 
-NETWORKS = {"qwen-image": QwenTransformer, "z-image": ZImageTransformer}
-PROMPT_FORMATS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE}
+NETWORKS = {
+    "qwen-image": QwenTransformer,
+    "z-image": ZImageTransformer,
+    "flux2": Flux2Transformer,
+}
+PROMPT_FORMATS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE, "flux2": FLUX2_KLEIN}
 """`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
+
+TeacherNetwork = QwenTransformer | ZImageTransformer | Flux2Transformer
 
 
 def is_teacher(folder: Path) -> bool:
@@ -49,8 +68,8 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
     layers stay packed.
 
     Args:
-        lazy: read the transformer's weights when they are first used, so that the text encoder
-            can be freed before. Not for compiled functions.
+        lazy: read the weights of transformer and autoencoder when they are first used, so that the
+            text encoder can be freed before. Not for compiled functions.
 
     Raises:
         UserError: no teacher, or its weights are damaged, missing, unknown or misshapen.
@@ -61,11 +80,15 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
     autoencoder = make_autoencoder(config.autoencoder)
     load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
     cast(autoencoder, mx.float32)
-    if not lazy:
-        mx.eval(network.parameters())
-    mx.eval(autoencoder.parameters())
+    few_step = None
+    if any(folder.glob(f"{FEW_STEP}-*.safetensors")):
+        few_step = load_network(folder, config, dtype=dtype, name=FEW_STEP)
+    for module in (network, few_step, autoencoder):
+        if module is not None and not lazy:
+            mx.eval(module.parameters())
     prompts = load_prompts(folder, config, dtype=dtype)
-    return FlowTeacher(config, network, prompts=prompts), autoencoder
+    teacher = FlowTeacher(config, network, prompts=prompts, few_step_network=few_step)
+    return teacher, autoencoder
 
 
 def load_teacher_config(folder: Path) -> TeacherConfig:
@@ -90,19 +113,29 @@ def load_teacher_config(folder: Path) -> TeacherConfig:
 
 
 def load_network(
-    folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None = None
+    folder: Path,
+    config: TeacherConfig,
+    *,
+    dtype: mx.Dtype | None = None,
+    name: str = "transformer",
 ) -> nn.Module:
-    """The transformer, lazily, and its few-step LoRA, switched off, where there is one."""
+    """A network of the teacher, lazily.
+
+    Args:
+        name: "transformer", with its few-step LoRA, switched off, where there is one; or `FEW_STEP`
+            for the network of the few-step mode.
+    """
     network = NETWORKS[config.kind](config.transformer)
-    paths = tuple(sorted(folder.glob("transformer-*.safetensors")))
+    paths = tuple(sorted(folder.glob(f"{name}-*.safetensors")))
     if not paths:
-        raise UserError(f"{folder} is incomplete: it has no transformer-*.safetensors")
+        raise UserError(f"{folder} is incomplete: it has no {name}-*.safetensors")
     part = Part(paths, config.transformer, config.quantization)
     load_stored(network, part, packed=True)
+    dequantize_on_cpu(network)
     cast(network, dtype)
     network.freeze()
     path = folder / f"{FEW_STEP}.safetensors"
-    if path.is_file():
+    if name != FEW_STEP and path.is_file():
         load_lora(path, network, weight=0.0, name=FEW_STEP)
     return network
 
@@ -118,7 +151,7 @@ def load_prompts(
     return load_qwen(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 
-def quantizable(network: QwenTransformer | ZImageTransformer, group_size: int) -> set[str]:
+def quantizable(network: TeacherNetwork, group_size: int) -> set[str]:
     """Keys of the weights that may be stored quantized: the matrices inside the blocks."""
     return {
         key

@@ -1,5 +1,6 @@
 """Converting what public teachers are made of: transformers, Flux's autoencoder, their LoRAs."""
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -17,11 +18,12 @@ from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.networks.autoencoders.flux2 import Flux2Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
-from tests.tiny import KL_AUTOENCODER, QWEN, Z_IMAGE, randomize
+from tests.tiny import FLUX2, FLUX2_AUTOENCODER, KL_AUTOENCODER, QWEN, Z_IMAGE, randomize
 
 PUBLIC = {
     "qwen-image": (
@@ -33,6 +35,12 @@ PUBLIC = {
         {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "norm_eps": 1e-5}
         | {"rope_theta": 256.0}
         | originals.Z_IMAGE,
+    ),
+    "flux2": (
+        FLUX2,
+        {"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "mlp_ratio": 3.0}
+        | {"timestep_guidance_channels": 256, "rope_theta": 2000, "out_channels": None}
+        | originals.FLUX2,
     ),
 }
 """Kind -> our config, and diffusers'."""
@@ -76,23 +84,25 @@ def public_transformer(folder, kind, shards=2):
     return network
 
 
-def public_kl(folder):
-    """The same of Flux's autoencoder, its keys and layouts written out."""
-    autoencoder = randomize(KLAutoencoder(KL_AUTOENCODER), 2)
-    weights = {}
+def public_kl(folder, autoencoder, config, more):
+    """The same of Flux's or FLUX.2's autoencoder, its keys and layouts written out."""
+    randomize(autoencoder, 2)
+    weights = dict(more)
     for key, value in flat(autoencoder).items():
         key = key.replace("attentions.0.norm.", "attentions.0.group_norm.")
         key = key.replace("attentions.0.proj.", "attentions.0.to_out.0.")
+        key = key.removeprefix("encoder.") if "quant_conv" in key else key
+        key = key.removeprefix("decoder.") if "quant_conv" in key else key
         if value.ndim == 4:
             value = value.transpose(0, 3, 1, 2)
-        elif key.endswith("conv_shortcut.weight"):
+        elif "quant_conv.weight" in key or key.endswith("conv_shortcut.weight"):
             value = value[..., None, None]
         if "to_qkv" in key:
             for name, third in zip("qkv", mx.split(value, 3), strict=True):
                 weights[key.replace("qkv", name)] = mx.contiguous(third)
         else:
             weights[key] = mx.contiguous(value)
-    write_public(folder, KL_CONFIG, weights)
+    write_public(folder, config, weights)
     return autoencoder
 
 
@@ -118,23 +128,62 @@ def test_a_transformer_is_found_and_kept(tmp_path, kind):
         convert(find_source(str(path)), tmp_path / "b")
 
 
+def check_autoencoder(found, expected):
+    assert found.config == expected.config
+    for name, value in flat(expected).items():
+        assert mx.array_equal(flat(found)[name], value), name
+
+
 def test_fluxs_autoencoder(tmp_path):
-    expected = public_kl(tmp_path / "in")
+    expected = public_kl(tmp_path / "in", KLAutoencoder(KL_AUTOENCODER), KL_CONFIG, {})
     report = convert(find_source(str(tmp_path / "in")), tmp_path / "out")
     assert report["kind"] == "kl-vae"
     query = "encoder.mid_block.attentions.0.to_q.bias"
     assert report["keys"]["renamed"][query] == "encoder.mid_block.attentions.0.to_qkv.bias"
     for found in (load_autoencoder(tmp_path / "out"), read_autoencoder(tmp_path / "in")):
-        assert found.config == KL_AUTOENCODER
-        for name, value in flat(expected).items():
-            assert mx.array_equal(flat(found)[name], value), name
+        check_autoencoder(found, expected)
+
+
+FLUX2_CONFIG = KL_CONFIG | {
+    "_class_name": "AutoencoderKLFlux2",
+    "batch_norm_eps": 0.5,
+    "patch_size": [2, 2],
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+
+
+def test_the_autoencoder_of_flux2_has_its_statistics_in_the_config(tmp_path):
+    mean = mx.arange(16) * 0.5
+    statistics = {
+        "bn.running_mean": mean,
+        "bn.running_var": mx.full(16, 1.75),
+        "bn.num_batches_tracked": mx.array([9], mx.int64),
+    }
+    config = dataclasses.replace(
+        FLUX2_AUTOENCODER, latents_mean=tuple(mean.tolist()), latents_std=(1.5,) * 16
+    )
+    autoencoder = Flux2Autoencoder(config)
+    expected = public_kl(tmp_path / "in", autoencoder, FLUX2_CONFIG, statistics)
+    report = convert(find_source(str(tmp_path / "in")), tmp_path / "out")
+    assert report["kind"] == "flux2-vae"
+    assert set(report["keys"]["ignored"]) == set(statistics)
+    for found in (load_autoencoder(tmp_path / "out"), read_autoencoder(tmp_path / "in")):
+        check_autoencoder(found, expected)
+    public_kl(tmp_path / "less", autoencoder, FLUX2_CONFIG, {})
+    with pytest.raises(UserError, match=r"lacks bn\.running_mean"):
+        read_autoencoder(tmp_path / "less")
+    other = FLUX2_CONFIG | {"norm_num_groups": 8}
+    public_kl(tmp_path / "other", autoencoder, other, statistics)
+    with pytest.raises(UserError, match="only an AutoencoderKLFlux2 with norm_num_groups 32"):
+        read_autoencoder(tmp_path / "other")
 
 
 @pytest.fixture
 def pipeline(tmp_path):
     """A public model without a language model, and its network."""
     network = public_transformer(tmp_path / "public" / "transformer", "qwen-image")
-    public_kl(tmp_path / "public" / "vae")
+    public_kl(tmp_path / "public" / "vae", KLAutoencoder(KL_AUTOENCODER), KL_CONFIG, {})
     (tmp_path / "public" / "scheduler").mkdir()
     path = tmp_path / "public" / "scheduler" / "scheduler_config.json"
     path.write_text('{"shift": 3.0}')

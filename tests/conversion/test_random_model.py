@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -12,12 +14,22 @@ from convert import random_model
 from convert.pytorch.read_back import convert_student
 from convert.pytorch.weights import to_torch
 from convert.random_model import write_random_model
+from convert.sample_teacher import sample
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.elastic import QuantizedElasticLinear
 from mlx_snapgen.pipeline import SnapGenPipeline
-from tests.tiny import QWEN_AUTOENCODER, TRANSFORMER, require
+from mlx_snapgen.teachers.folder import load_flow_teacher
+from tests.tiny import (
+    FLUX2,
+    FLUX2_AUTOENCODER,
+    KL_AUTOENCODER,
+    QWEN_AUTOENCODER,
+    TRANSFORMER,
+    Z_IMAGE,
+    require,
+)
 
 SETTINGS = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.0}
 
@@ -78,6 +90,36 @@ def test_it_comes_back_from_pytorch_with_its_gemma(presets, tmp_path):
     gemma = load_pretrained(tmp_path / "back").text_encoders[0]
     tokens = gemma.tokenize(["a red apple"])
     assert mx.array_equal(gemma(*tokens), model.text_encoders[0](*tokens))
+
+
+@pytest.mark.parametrize(("name", "tiny"), [("flux2-klein", FLUX2), ("z-image", Z_IMAGE)])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_random_teacher_draws(monkeypatch, tmp_path, name, tiny, bits):
+    require("mlx_lm")
+    is_flux2 = name == "flux2-klein"
+    wide = {"num_heads": 4} if is_flux2 else {"hidden_size": 64, "num_heads": 4}
+    transformer = dataclasses.replace(tiny, text_dims=192 if is_flux2 else 64, **wide)
+    config = dataclasses.replace(
+        random_model.TEACHERS[name],
+        transformer=transformer,
+        autoencoder=FLUX2_AUTOENCODER if is_flux2 else KL_AUTOENCODER,
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32}
+    sizes |= {"num_key_value_heads": 1, "num_hidden_layers": 28, "vocab_size": 260}
+    monkeypatch.setitem(random_model.TEACHERS, name, config)
+    monkeypatch.setattr(random_model, "QWEN3_4B", random_model.QWEN3_4B | sizes)
+    path = tmp_path / "teacher"
+    monkeypatch.setattr(sys, "argv", ["x", name, str(path), "--quantize", str(bits or 0)])
+    random_model.main()
+    teacher, autoencoder = load_flow_teacher(path, lazy=True)
+    assert teacher.has_few_step
+    packed = {type(m) for _, m in teacher.network.named_modules()} & {nn.QuantizedLinear}
+    packed |= {type(m) for _, m in teacher.network.named_modules()} & {QuantizedElasticLinear}
+    assert bool(packed) == (bits == 4)
+    settings = {"prompt": "a red apple", "height": 32, "width": 64, "num_inference_steps": 2}
+    picture = sample(teacher, autoencoder, **settings)
+    assert picture.size == (64, 32)
+    assert np.array(picture).std() > 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -4,10 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders import layerwise
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
-from tests.tiny import QWEN_AUTOENCODER, TAEHV, randomize
+from tests.tiny import FLUX2_AUTOENCODER, QWEN_AUTOENCODER, TAEHV, randomize
 
 
 @pytest.mark.parametrize(
@@ -18,6 +20,28 @@ def test_tiled_decoding_equals_decoding_at_once(config, tile):
     latents = mx.random.normal((2, 15, 23, 4), key=mx.random.key(1))
     whole, tiled = (np.array(decoder(latents, tile=size)) for size in (None, tile))
     np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("size", [(16, 24), (10, 6)])
+def test_layers_in_tiles_equal_decoding_at_once(monkeypatch, size):
+    """Tiles smaller than the picture, with sides that they do not divide."""
+    monkeypatch.setattr(layerwise.run_level, "__kwdefaults__", {"tile": 13})
+    monkeypatch.setattr(layerwise.run_convolution, "__kwdefaults__", {"tile": 13})
+    decoder = randomize(make_autoencoder(FLUX2_AUTOENCODER), 0).decoder
+    latents = mx.random.normal((2, *size, 4), key=mx.random.key(1))
+    whole, tiled = (np.array(decoder(latents, tile=side)) for side in (None, 4))
+    np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_latents_of_flux2_are_normalized_in_patches():
+    model = make_autoencoder(FLUX2_AUTOENCODER)
+    latents = mx.random.normal((2, 4, 6, 4), key=mx.random.key(1))
+    found = model.normalize(latents)
+    # Channel 2 at the odd rows and even columns is channel 2 * 4 + 1 * 2 + 0 of the patch.
+    assert mx.allclose(found[:, 1::2, ::2, 2], (latents[:, 1::2, ::2, 2] - 1.0) / 2.0, atol=1e-6)
+    assert mx.allclose(model.denormalize(found), latents, atol=1e-5)
+    with pytest.raises(UserError, match="choose a picture size that divides by 16"):
+        model.decode(latents[:, :3])
 
 
 def test_tiles_have_no_more_margin_than_they_need():

@@ -588,9 +588,12 @@ def test_the_command_draws_with_loras_and_knows_them_again(files, model_folder, 
     assert read_metadata("styled.png")["loras"] == recorded
     assert read_metadata("plain.png")["loras"] == []
     assert not np.array_equal(np.array(Image.open("plain.png")), np.array(Image.open("styled.png")))
-    main(["--config-from-image", "styled.png", "-o", "again.png"])
+    with pytest.raises(UserError, match=r"drawn with the model .*, the LoRA .*: --trust-settings"):
+        main(["--config-from-image", "styled.png", "-o", "again.png"])
+    main(["--config-from-image", "styled.png", "-o", "again.png", "--trust-settings"])
     assert Path("again.png").read_bytes() == Path("styled.png").read_bytes()
-    main(["--config-from-image", "styled.png", "-o", "less.png", "--lora", str(files[0]), "0"])
+    main(["--config-from-image", "styled.png", "-o", "less.png", "--lora", str(files[0]), "0",
+          "--model", str(model_folder)])  # fmt: skip
     assert np.array_equal(np.array(Image.open("plain.png")), np.array(Image.open("less.png")))
 
 
@@ -626,7 +629,7 @@ def test_a_picture_without_a_word_on_loras_is_repeated(model_folder, tmp_path, m
     old = read_metadata("new.png")
     del old["loras"]
     save_picture(Image.open("new.png"), "old.png", metadata=old)
-    main(["--config-from-image", "old.png", "-o", "again.png"])
+    main(["--config-from-image", "old.png", "-o", "again.png", "--trust-settings"])
     assert np.array_equal(np.array(Image.open("again.png")), np.array(Image.open("new.png")))
     save_picture(Image.open("new.png"), "odd.png", metadata=old | {"loras": [{"path": "x"}]})
     with pytest.raises(UserError, match="no usable 'loras'"):

@@ -8,18 +8,29 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_snapgen.config import FOUR_STEPS
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
-from mlx_snapgen.teachers.config import LIGHTNING, TRANSFORMERS, Schedule
-from mlx_snapgen.teachers.flow import noise_levels
-from tests.tiny import AUTOENCODER, TEACHER, make_student, write_lightning_lora, write_teacher
+from mlx_snapgen.teachers.config import KLEIN, LIGHTNING, TRANSFORMERS, Schedule
+from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
+from tests.tiny import (
+    AUTOENCODER,
+    FLUX2,
+    TEACHER,
+    make_student,
+    randomize,
+    write_lightning_lora,
+    write_teacher,
+)
+from train.data.conditions import Conditions
 from train.data.prompts import PromptList
-from train.data.simulation import STUDENT, Simulation
+from train.data.simulation import STUDENT, Simulation, sized_prompts
+from train.loop.teacher import same_latents
 from train.objectives.distillation import Distillation
 from train.objectives.elastic import ElasticStep
-from train.objectives.kdmd import DMD, Distilled, DMDStep, critic_name, load_other_teacher
+from train.objectives.kdmd import DMD, Distilled, DMDStep, critic_name
 
 PROMPTS = ["a red car", "two cats"]
 pytestmark = pytest.mark.usefixtures("no_language_model")
@@ -62,6 +73,32 @@ def test_guidance_keeps_the_length_of_each_patch(qwen_folder, scale):
                 guided = v_empty[patch] + scale * (v[patch] - v_empty[patch])
                 guided *= np.linalg.norm(v[patch]) / np.linalg.norm(guided)
                 np.testing.assert_allclose(found[patch], guided, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["public", "checkpoint"])
+def test_guided_velocity_and_features_take_one_pass_with_the_prompts(
+    qwen_folder, model_folder, kind, monkeypatch
+):
+    teacher, _ = load_teacher(qwen_folder if kind == "public" else model_folder)
+    condition, (x_t, t) = teacher.encode(PROMPTS), inputs(4, 8)
+    given = []
+    network = type(teacher.network).__call__
+
+    def counted(self, x_t, t, text, *rest, **settings):
+        given.extend(np.array(text))
+        return network(self, x_t, t, text, *rest, **settings)
+
+    monkeypatch.setattr(type(teacher.network), "__call__", counted)
+    v, features = teacher.velocity_and_features(x_t, t, condition, guidance_scale=3.0)
+    # Two prompts and two empty ones.
+    prompts = np.array(condition.text)
+    assert len(given) == 4
+    assert sum(any(np.array_equal(row, prompt) for prompt in prompts) for row in given) == 2
+    expected = teacher.velocity(x_t, t, condition, guidance_scale=3.0)
+    np.testing.assert_array_equal(np.array(v), np.array(expected))
+    plain, of_prompts = teacher.velocity_and_features(x_t, t, condition)
+    np.testing.assert_allclose(np.array(features), np.array(of_prompts), atol=1e-4)
+    assert float(mx.abs(v - plain).max()) > 1e-3
 
 
 def test_the_few_step_lora_is_on_for_few_steps_alone(qwen_folder, tmp_path):
@@ -160,34 +197,71 @@ def test_a_folder_that_is_damaged_says_where(tmp_path):
 def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
     """Student and critic are told what the student's own encoders say, the teacher its own text."""
     own, _ = load_teacher(model_folder)
-    teacher = load_other_teacher(qwen_folder, components.config.autoencoder)
+    teacher, autoencoder = load_teacher(qwen_folder)
+    assert same_latents(autoencoder, autoencoder)
+    assert not same_latents(components.autoencoder, autoencoder), "of other weights"
     model = Distilled(own.network, (1.0,), feature_dims=teacher.feature_dims, rank=2, alpha=2.0)
     batch = Simulation(
         model.network,
-        teacher,
-        shape=(4, 4, 4),
+        dataclasses.replace(components.config, few_step=FOUR_STEPS),
+        teacher=Conditions(teacher),
+        student=Conditions(own),
         batch_size=2,
-        prompts=PromptList(PROMPTS),
+        prompts=sized_prompts(PromptList(PROMPTS), [(32, 32)], seed=0),
         share_of=lambda step: 1.0,
-        read=own.read,
     )(0)
-    text, mask = own.read(PROMPTS)
-    assert mx.array_equal(batch["student_text"], text) and mx.array_equal(
-        batch["student_mask"], mask
-    )
-    assert mx.array_equal(batch["text"], teacher.encode(PROMPTS).text)
+    for ours, (text, mask) in (
+        (("student_text", "student_mask"), own.read(PROMPTS)),
+        (("text", "mask"), teacher.encode(PROMPTS)[:2]),
+    ):
+        for k in range(2):
+            found = np.array(batch[ours[0]][k])[np.array(batch[ours[1]][k])]
+            wanted = np.array(text[k])[np.array(mask[k])]
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
     objective = DMD(teacher, 4.0, teacher.has_few_step)
     grads, metrics = objective.gradients(model, batch, mx.random.key(0), DMDStep(1.0, True))
     assert set(metrics) == {"dmd_1", "critic_1"}
     for name in (STUDENT, critic_name(1.0)):
         moved = [mx.abs(g).max() for k, g in tree_flatten(grads) if name in k.split(".")]
         assert max(moved) > 0
-    with pytest.raises(UserError, match="the student those of qwen-image"):
-        latents = dataclasses.replace(components.config.autoencoder, kind="qwen-image")
-        load_other_teacher(qwen_folder, latents)
 
 
-@pytest.mark.parametrize(("kind", "billions"), [("qwen-image", 20.43), ("z-image", 6.15)])
+def test_k_dmd_takes_a_teacher_of_two_sets_of_weights(components, model_folder, tmp_path):
+    """FLUX.2 klein base, and klein as its few-step mode, which K-DMD uses like a LoRA."""
+    config = dataclasses.replace(TEACHER, kind="flux2", transformer=FLUX2, few_step=KLEIN)
+    folder = write_teacher(tmp_path / "teacher", config)
+    few_step = randomize(folders.NETWORKS["flux2"](FLUX2), 5)
+    path = folder / "few_step-00001.safetensors"
+    mx.save_safetensors(str(path), dict(tree_flatten(few_step.parameters())))
+    teacher, _ = load_teacher(folder)
+    assert teacher.has_few_step and isinstance(teacher, FlowTeacher)
+    condition, (x_t, t) = teacher.encode(PROMPTS), inputs()
+    v, features = teacher.velocity_and_features(x_t, t, condition, few_step=True)
+    expected = few_step(x_t, t, condition.text, condition.mask, return_features=True)
+    assert mx.array_equal(v, expected[0]) and mx.array_equal(features, expected[1])
+    assert not mx.allclose(v, teacher.velocity(x_t, t, condition), rtol=1e-2)
+
+    own, _ = load_teacher(model_folder)
+    model = Distilled(own.network, (1.0,), feature_dims=teacher.feature_dims, rank=2, alpha=2.0)
+    simulation = Simulation(
+        model.network,
+        dataclasses.replace(components.config, few_step=FOUR_STEPS),
+        teacher=Conditions(teacher),
+        student=Conditions(own),
+        batch_size=2,
+        prompts=sized_prompts(PromptList(PROMPTS), [(32, 32)], seed=0),
+        share_of=lambda step: 1.0,
+    )
+    objective = DMD(teacher, 4.0, teacher.has_few_step)
+    step = DMDStep(1.0, True)
+    grads, metrics = objective.gradients(model, simulation(0), mx.random.key(0), step)
+    assert {"dmd_1", "critic_1"} < set(metrics)
+    assert all(mx.isfinite(g).all() for _, g in tree_flatten(grads))
+
+
+@pytest.mark.parametrize(
+    ("kind", "billions"), [("qwen-image", 20.43), ("z-image", 6.15), ("flux2", 3.88)]
+)
 def test_the_defaults_are_the_public_sizes(kind, billions):
     """Arrays are lazy: nothing of this is allocated."""
     network = folders.NETWORKS[kind](TRANSFORMERS[kind]())

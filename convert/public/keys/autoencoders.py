@@ -1,4 +1,4 @@
-"""Public autoencoders: Qwen-Image's, Flux's (kl) and TAEHV.
+"""Public autoencoders: Qwen-Image's, Flux's (kl), FLUX.2's and TAEHV.
 
 A new one needs its network in mlx_snapgen/networks/autoencoders/ and in `AUTOENCODERS` of
 registry.py there, its table of weights here, and an entry in `KINDS` of convert/public/kinds.py.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from convert.public.keymap import KeyMap, Row, Weights, fill, same
 from convert.public.source import PICKLES, Source, config_of, find_source
@@ -193,6 +194,57 @@ KL_KEYS = KeyMap(
 )
 
 
+# --- FLUX.2 ---------------------------------------------------------------------------------------
+
+
+def flux2_config(values: dict[str, Any], public: Weights) -> AutoencoderConfig:
+    """Our config from diffusers' config.json and the batch norm's statistics.
+
+    Raises:
+        UserError: where the two networks differ, or there are no statistics.
+    """
+    only = {
+        "norm_num_groups": NUM_GROUPS,
+        "act_fn": "silu",
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+        "in_channels": 3,
+        "out_channels": 3,
+        "patch_size": [2, 2],
+    }
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise UserError(f"only an AutoencoderKLFlux2 with {key} {value} is supported")
+    if not {"bn.running_mean", "bn.running_var"} <= set(public):
+        raise UserError("the AutoencoderKLFlux2 lacks bn.running_mean or bn.running_var")
+    mean, variance = (
+        np.array(public[f"bn.{name}"].astype(mx.float32))
+        for name in ("running_mean", "running_var")
+    )
+    std = np.sqrt(variance + np.float32(values["batch_norm_eps"]))
+    channels, count = tuple(values["block_out_channels"]), values["layers_per_block"]
+    return AutoencoderConfig(
+        kind="flux2",
+        latent_channels=values["latent_channels"],
+        encoder_channels=channels,
+        decoder_channels=tuple(values.get("decoder_block_out_channels") or channels)[::-1],
+        encoder_blocks=(count,) * len(channels),
+        decoder_blocks=(count + 1,) * len(channels),
+        latents_mean=tuple(mean.tolist()),
+        latents_std=tuple(std.tolist()),
+    )
+
+
+FLUX2_KEYS = KeyMap(
+    "AutoencoderKLFlux2",
+    Row("bn.running_mean|running_var|num_batches_tracked", None),
+    Row(f"quant_conv.{_ENDS}", f"encoder.quant_conv.{_ENDS}", kernel),
+    Row(f"post_quant_conv.{_ENDS}", f"decoder.post_quant_conv.{_ENDS}", kernel),
+    *KL_KEYS.rows,
+)
+
+
 # --- TAEHV ----------------------------------------------------------------------------------------
 
 
@@ -241,13 +293,13 @@ TAEHV_KEYS = KeyMap("TAEHV autoencoder", *_taehv_rows())
 
 
 def _described(
-    read: Callable[[dict[str, Any]], AutoencoderConfig],
+    read: Callable[[dict[str, Any], Weights], AutoencoderConfig],
 ) -> Callable[[Source, Weights], AutoencoderConfig]:
     """A `PublicAutoencoder.config` that reads config.json and names it in errors."""
 
-    def config(source: Source, _: Weights) -> AutoencoderConfig:
+    def config(source: Source, public: Weights) -> AutoencoderConfig:
         try:
-            return read(config_of(source))
+            return read(config_of(source), public)
         except (LookupError, TypeError, AttributeError) as error:
             path = source.folder / "config.json"
             raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
@@ -256,9 +308,12 @@ def _described(
 
 
 QWEN_IMAGE = PublicAutoencoder(
-    QWEN_IMAGE_KEYS, _described(qwen_image_config), "AutoencoderKLQwenImage"
+    QWEN_IMAGE_KEYS,
+    _described(lambda values, _: qwen_image_config(values)),
+    "AutoencoderKLQwenImage",
 )
-KL = PublicAutoencoder(KL_KEYS, _described(kl_config), "AutoencoderKL")
+KL = PublicAutoencoder(KL_KEYS, _described(lambda values, _: kl_config(values)), "AutoencoderKL")
+FLUX2 = PublicAutoencoder(FLUX2_KEYS, _described(flux2_config), "AutoencoderKLFlux2")
 TAEHV = PublicAutoencoder(TAEHV_KEYS, lambda source, public: taehv_config(public, source.path))
-AUTOENCODERS = {"qwen-image-vae": QWEN_IMAGE, "kl-vae": KL, "taehv": TAEHV}
+AUTOENCODERS = {"qwen-image-vae": QWEN_IMAGE, "kl-vae": KL, "flux2-vae": FLUX2, "taehv": TAEHV}
 """By kind, as in `convert.public.kinds`."""

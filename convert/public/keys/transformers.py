@@ -12,12 +12,14 @@ import mlx.nn as nn
 from convert.public.keymap import KeyMap, fill, numberless, same
 from convert.public.source import find_source, read_object
 from mlx_snapgen.checkpoint.module import shapes
-from mlx_snapgen.config import QwenTransformerConfig, ZImageTransformerConfig
+from mlx_snapgen.config import (
+    Flux2TransformerConfig,
+    QwenTransformerConfig,
+    ZImageTransformerConfig,
+)
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.qwen_image import QwenTransformer
-from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TRANSFORMERS
-from mlx_snapgen.teachers.folder import NETWORKS
+from mlx_snapgen.teachers.folder import NETWORKS, TeacherNetwork
 
 
 def read_transformer(folder: Path) -> nn.Module:
@@ -44,9 +46,7 @@ TRANSFORMER_KEYS = {kind: _keys(kind) for kind in NETWORKS}
 """By kind of teacher."""
 
 
-def make_transformer(
-    values: dict[str, Any], path: Path
-) -> tuple[str, QwenTransformer | ZImageTransformer]:
+def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, TeacherNetwork]:
     """Kind of teacher and our network with random weights, from diffusers' config.json.
 
     Args:
@@ -116,8 +116,39 @@ def z_image_transformer_config(values: dict[str, Any]) -> ZImageTransformerConfi
     )
 
 
+def flux2_transformer_config(values: dict[str, Any]) -> Flux2TransformerConfig:
+    """Our config from diffusers' config.json; `UserError` where the two networks differ."""
+    patch = 2  # of the autoencoder's latents: the pipeline makes patches, not diffusers' network
+    channels, rest = divmod(values["in_channels"], patch**2)
+    if rest:
+        raise UserError(f"{values['in_channels']} channels do not make patches of 2x2 latents")
+    only = {"patch_size": 1, "guidance_embeds": False, "eps": 1e-6}
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise UserError(f"only a FLUX.2 with {key} {value} is supported, got {values[key]}")
+    if values.get("out_channels") not in (None, values["in_channels"]):
+        raise UserError(
+            f"{values['in_channels']} channels in and {values['out_channels']} out are not of one "
+            "kind of latents"
+        )
+    return Flux2TransformerConfig(
+        num_layers=values["num_layers"],
+        num_single_layers=values["num_single_layers"],
+        num_heads=values["num_attention_heads"],
+        head_dim=values["attention_head_dim"],
+        latent_channels=channels,
+        patch_size=patch,
+        text_dims=values["joint_attention_dim"],
+        mlp_ratio=values["mlp_ratio"],
+        frequency_dim=values["timestep_guidance_channels"],
+        rope_axes=tuple(values["axes_dims_rope"]),
+        rope_theta=values["rope_theta"],
+    )
+
+
 CONFIGS = {
     "QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config),
     "ZImageTransformer2DModel": ("z-image", z_image_transformer_config),
+    "Flux2Transformer2DModel": ("flux2", flux2_transformer_config),
 }
 """diffusers' class -> kind of teacher, and the function that reads its config."""

@@ -8,6 +8,7 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.autoencoders.flux2 import Flux2Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
@@ -17,6 +18,7 @@ AUTOENCODERS = {
     "qwen-image": QwenAutoencoder,
     "taehv": TinyAutoencoder,
     "kl": KLAutoencoder,
+    "flux2": Flux2Autoencoder,
 }
 """`AutoencoderConfig.kind` -> the class."""
 

@@ -32,6 +32,11 @@ class PromptFormat(NamedTuple):
     skipped_layers: int = 0
     """Number of last layers that are not run; if there are any, the final norm is not run
     either."""
+    joined_layers: tuple[int, ...] = ()
+    """Layers, counted from 1, whose outputs are joined to one state for each token; the later ones
+    are not run. Empty: the state is the output of the last layer."""
+    is_filled: bool = False
+    """Prompts are padded to `max_length`, and the padding counts as text."""
 
 
 QWEN_IMAGE = PromptFormat(
@@ -57,6 +62,18 @@ Z_IMAGE = PromptFormat(
 """Z-Image's: Qwen3's chat template, and the states before the last layer, as in diffusers'
 ZImagePipeline."""
 
+FLUX2_KLEIN = PromptFormat(
+    model_types=("qwen3",),
+    template="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    dropped=0,
+    max_length=512,
+    empty="",
+    joined_layers=(9, 18, 27),
+    is_filled=True,
+)
+"""FLUX.2 klein's: Qwen3's chat template without thinking, and the layers, as in diffusers'
+Flux2KleinPipeline."""
+
 
 class QwenPromptEncoder:
     """Prompts -> states of a language model.
@@ -81,18 +98,46 @@ class QwenPromptEncoder:
         ]
         kept = max(len(row) - self.prompt_format.dropped for row in rows)
         length = self.prompt_format.dropped + -(-kept // PAD_TO) * PAD_TO
+        if self.prompt_format.is_filled:
+            length = most
         return padded(rows, length, pad=self._tokenizer.pad_token_id or 0)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> states (B, L, D), zero where padded, and mask (B, L); evaluated.
 
-        L is a multiple of 32.
+        L is a multiple of 32, or `max_length` if prompts are padded to that.
         """
         tokens, mask = self.tokenize(prompts)
-        states, mask = (
-            self.model(tokens)[:, self.prompt_format.dropped :],
-            mask[:, self.prompt_format.dropped :],
-        )
+        layers = self.prompt_format.joined_layers
+        if layers:
+            states = joined_states(self.model, tokens, mask=mask, layers=layers)
+        else:
+            states = self.model(tokens)
+        if self.prompt_format.is_filled:
+            mask = mx.ones_like(mask)
+        states, mask = (y[:, self.prompt_format.dropped :] for y in (states, mask))
         states = mx.where(mask[..., None], states, 0)
         mx.eval(states, mask)
         return states, mask
+
+
+def joined_states(
+    model: Any, tokens: mx.array, *, mask: mx.array, layers: Sequence[int]
+) -> mx.array:
+    """The outputs of some layers of mlx-lm's network: (B, L, len(layers) * D).
+
+    Args:
+        tokens: (B, L).
+        mask: (B, L), true where a token is no padding. Padding attends to the prompt alone, so
+            that its states are those of transformers.
+        layers: counted from 1, in ascending order.
+    """
+    h, found = model.embed_tokens(tokens), []
+    seen = mx.tri(tokens.shape[1], dtype=mx.bool_) & mask[:, None, None]
+    for i, layer in enumerate(model.layers[: layers[-1]], start=1):
+        h = layer(h, seen)
+        # Otherwise, on the CPU, the dequantized weights of several layers are in memory.
+        mx.eval(h)
+        if i in layers:
+            found.append(h)
+    return mx.concatenate(found, axis=-1)
