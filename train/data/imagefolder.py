@@ -5,7 +5,6 @@ relative to its folder, and `text`; or a `.txt` beside each picture.
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,24 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
+from train.data.decode import Size, Unusable, decode
+from train.data.readers.folder import METADATA, PictureFolderRecords
+from train.data.source import Skipped
 from train.data.streams import Stream
 
-METADATA = "metadata.jsonl"
-CAPTION_KEYS = ("text", "caption")
-# Pillow cannot read all of these: those that it cannot read are reported, not ignored.
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".heic", ".heif", ".avif", ".jp2"),
-)
 SIDES = 16  # approximate number of possible sides of a bucket; few, also for large pictures
 LONGEST = 2  # limit of a bucket's longer side, relative to the square with as many pixels
-
-Size = tuple[int, int]
-"""(height, width) in pixels."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +58,9 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
         the examples in the order of their names, and a line for each picture that is skipped.
 
     Raises:
-        UserError: no such folder, damaged metadata, or no usable picture.
+        UserError: no such folder, or no usable picture.
     """
     folder = expanded(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give one with pictures and their captions")
     captions, skipped = find_captions(folder)
     examples = []
     for path, caption in captions:
@@ -91,96 +81,30 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
 
 
 def find_captions(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    """(picture, caption) pairs in the order of their paths, and lines on those without a caption.
-
-    Raises:
-        UserError: damaged metadata.
-    """
-    found, skipped, named = [], [], set()
-    files = sorted(p for p in folder.rglob("*") if not _is_hidden(p.relative_to(folder)))
-    for metadata in (p for p in files if p.name == METADATA):
-        for path, caption in _read_metadata(metadata):
-            named.add(path)
-            if not path.is_file():
-                skipped.append(f"{path}: named in {metadata.name}, but not there")
-            elif not caption:
-                skipped.append(f"{path}: its caption is empty")
-            else:
-                found.append((path, caption))
-    for path in files:
-        if path.suffix.lower() not in SUFFIXES or path in named:
-            continue
-        text = path.with_suffix(".txt")
-        try:
-            caption = _one_line(text.read_text(encoding="utf-8-sig")) if text.is_file() else None
-        except (OSError, UnicodeDecodeError):
-            skipped.append(f"{path}: {text.name} is not readable as UTF-8")
-            continue
-        if caption:
-            found.append((path, caption))
+    """(picture, caption) pairs in the order of their paths, and a line for each one skipped."""
+    found, skipped = [], []
+    for record in PictureFolderRecords(folder).records():
+        if isinstance(record, Skipped):
+            skipped.append(f"{folder / record.key}: {record.detail or record.reason}")
+        elif caption := next(iter(record.captions.values())):
+            found.append((folder / record.place[0], caption))
         else:
-            skipped.append(f"{path}: " + ("no caption" if caption is None else "an empty caption"))
+            skipped.append(f"{folder / record.key}: an empty caption")
     return sorted(found), skipped
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _read_metadata(path: Path) -> list[tuple[Path, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name = entry["file_name"]
-            caption = next(entry[key] for key in CAPTION_KEYS if key in entry)
-            pairs.append((path.parent / name, _one_line(caption)))
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            raise UserError(
-                f"{path}, line {number}: expected "
-                '{"file_name": "cat.png", "text": "a cat"}, got ' + line[:60]
-            ) from None
-    return pairs
-
-
 def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB, rotated by its EXIF tag, transparent parts over white.
+    """A picture in RGB: see `decode`.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read here; save it as PNG") from None
-    except Exception as error:
-        # Pillow may raise an exception of any kind for a damaged file.
-        reason = _one_line(str(error)) or type(error).__name__
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit gray to 8 bits.
-        gray = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(gray.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+        return decode(path.read_bytes())[0]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Unusable as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def bucket_sizes(size: Size, unit: int) -> list[Size]:
@@ -203,7 +127,12 @@ def bucket_sizes(size: Size, unit: int) -> list[Size]:
 
 def nearest_bucket(picture: Image.Image, buckets: Sequence[Size]) -> Size:
     """The bucket whose shape is nearest to the picture's, by the ratio of their aspects."""
-    aspect = math.log(picture.width / picture.height)
+    return nearest_size((picture.height, picture.width), buckets)
+
+
+def nearest_size(size: Size, buckets: Sequence[Size]) -> Size:
+    """`nearest_bucket` of a picture of this size."""
+    aspect = math.log(size[1] / size[0])
     return min(buckets, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
 
 

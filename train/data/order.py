@@ -4,6 +4,7 @@ Nothing is stored per sample, so the order of a hundred million samples takes no
 resumed run continues it exactly.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,10 +72,7 @@ class BatchOrder:
 
     def __init__(self, counts: Sequence[int], *, batch_size: int, seed: int):
         self.counts, self.batch_size, self.seed = list(counts), batch_size, seed
-        present = [count for count in counts if count]
-        passes = min(MOST_PASSES, max(1, -(-batch_size // min(present))))
-        batches = [max(1, passes * n // batch_size) if n else 0 for n in counts]
-        self._ends = np.cumsum(batches)
+        self._ends = np.cumsum(_epoch_batches(counts, batch_size))
 
     @property
     def epoch(self) -> int:
@@ -95,6 +93,74 @@ class BatchOrder:
             shuffle = Shuffle(count, (self.seed, epoch, int(turn), bucket))
             rows[here] = shuffle(positions[here] % count)
         return bucket, rows
+
+
+class LocalOrder:
+    """As `BatchOrder`, for data that is read in parts: an epoch has one part after the other.
+
+    The parts come in random order, and so do a part's samples. A batch has samples of one part or
+    of parts that follow each other. The batches of all buckets are spread evenly over an epoch.
+
+    Args:
+        counts: samples of each bucket in each part, (parts, buckets).
+        batch_size: samples of a batch.
+        seed: of the order.
+    """
+
+    def __init__(self, counts: np.ndarray, *, batch_size: int, seed: int):
+        self.counts, self.batch_size, self.seed = counts, batch_size, seed
+        self._starts = np.cumsum(counts, axis=0) - counts
+        self._batches = _epoch_batches(counts.sum(axis=0).tolist(), batch_size)
+        self._slots = functools.lru_cache(maxsize=2)(self._slots_of)
+
+    @property
+    def epoch(self) -> int:
+        """Batches in an epoch."""
+        return sum(self._batches)
+
+    def __call__(self, number: int) -> tuple[int, np.ndarray]:
+        """See `BatchOrder`."""
+        epoch, slot = divmod(number, self.epoch)
+        buckets, places = self._slots(epoch)
+        bucket, first = int(buckets[slot]), int(places[slot])
+        positions = np.arange(first * self.batch_size, (first + 1) * self.batch_size)
+        count = int(self.counts[:, bucket].sum())
+        rows = np.empty(self.batch_size, np.int64)
+        for turn in np.unique(positions // count):
+            here = positions // count == turn
+            seed = (self.seed, epoch, int(turn))
+            rows[here] = self._rows(bucket, positions[here] % count, seed=seed)
+        return bucket, rows
+
+    def _slots_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bucket of each batch of an epoch, and its number among those of the bucket."""
+        rng = np.random.default_rng((self.seed, epoch))
+        times = [(np.arange(n) + rng.random(n)) / n for n in self._batches if n]
+        order = np.argsort(np.concatenate(times), kind="stable")
+        buckets = np.repeat(np.arange(len(self._batches)), self._batches)
+        places = np.concatenate([np.arange(n) for n in self._batches])
+        return buckets[order].astype(np.int32), places[order].astype(np.int32)
+
+    def _rows(self, bucket: int, positions: np.ndarray, *, seed: tuple[int, ...]) -> np.ndarray:
+        """Rows in a bucket of positions in one pass over it."""
+        order = np.random.default_rng(seed).permutation(len(self.counts))
+        counts = self.counts[order, bucket]
+        ends = np.cumsum(counts)
+        parts = np.searchsorted(ends, positions, side="right")
+        rows = np.empty(len(positions), np.int64)
+        for k in np.unique(parts):
+            part, here = int(order[k]), parts == k
+            shuffle = Shuffle(int(counts[k]), (*seed, bucket, part))
+            within = positions[here] - (ends[k] - counts[k])
+            rows[here] = self._starts[part, bucket] + shuffle(within)
+        return rows
+
+
+def _epoch_batches(counts: Sequence[int], batch_size: int) -> list[int]:
+    """Batches of each bucket in an epoch."""
+    present = [count for count in counts if count]
+    passes = min(MOST_PASSES, max(1, -(-batch_size // min(present))))
+    return [max(1, passes * n // batch_size) if n else 0 for n in counts]
 
 
 class MixtureOrder:

@@ -3,11 +3,12 @@
 A `RecordSource` reads the pictures of a set one after the other, in the order of its files. The
 other sources give batches, which depend only on the arguments and the source's seed, so that a
 resumed run gets the same data as an uninterrupted one. To add a source, write a class with these
-methods (`imagefolder` is an example), and choose it in a command at the top of `train/`.
+methods and open it in `open.py`. A set of pictures in another format is a `RecordSource` in
+`readers/`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -33,6 +34,11 @@ class PictureSource(Protocol):
         ...
 
 
+MAY_CHANGE = ("where", "num_nouns", "categories")
+"""Settings of sources that may differ when a run is resumed. The same files may have moved, and the
+scenes of the stickers may change; anything else that changes samples makes another run."""
+
+
 class PromptSource(Protocol):
     """Prompts without pictures."""
 
@@ -48,12 +54,15 @@ class Record:
     Attributes:
         key: unique in its set, the same in every run, such as a path relative to a folder.
         captions: name of a column -> caption.
-        read: the contents of the picture's file.
+        read: the contents of the picture's file, or with a number at most so many of its first
+            bytes; `OSError` if it cannot be read.
+        place: where the record is, as JSON values for `RecordSource.at`.
     """
 
     key: str
     captions: Mapping[str, str]
-    read: Callable[[], bytes]
+    read: Callable[..., bytes]
+    place: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,10 @@ class Skipped:
 
 
 class RecordSource(Protocol):
-    """A set of captioned pictures, read in order; memory does not grow with the set."""
+    """A set of captioned pictures, read in order; memory does not grow with the set.
+
+    The first of a record's captions is used if no column is chosen.
+    """
 
     def count(self) -> int | None:
         """Number of records, skipped ones included; None if that takes a pass over the data."""
@@ -80,6 +92,22 @@ class RecordSource(Protocol):
 
     def records(self, start: int = 0) -> Iterator[Record | Skipped]:
         """The records from number `start`, skipped ones counted."""
+        ...
+
+    def at(self, place: Sequence[Any]) -> Record | Skipped:
+        """The record at a place, in any order and from any thread.
+
+        Raises:
+            UserError: the set can only be read in order.
+        """
+        ...
+
+    def group(self, place: Sequence[Any]) -> int:
+        """Number of the part of the set that is read at once; ascending in the set's order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes and times of the set's files."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +120,7 @@ class Samples:
     """A batch of encoded pictures of one size.
 
     Attributes:
-        latents: normalized latents (B, h, w, C).
+        latents: normalized latents (B, h, w, C); a numpy array from `LatentSource.read`.
         captions: of the pictures, (B,).
         states: name of a frozen text encoder, such as "text_encoder_1" or "teacher" -> its states
             of each caption, (L, D) without padding. Empty if they are computed during training.
@@ -104,9 +132,18 @@ class Samples:
     states: dict[str, list[np.ndarray]] = field(default_factory=dict)
     other_latents: dict[str, mx.array] = field(default_factory=dict)
 
+    def to_mlx(self) -> "Samples":
+        """With MLX arrays in place of numpy arrays."""
+        others = {name: mx.array(latents) for name, latents in self.other_latents.items()}
+        return replace(self, latents=mx.array(self.latents), other_latents=others)
+
 
 class LatentSource(Protocol):
     """Batches of encoded pictures."""
+
+    def read(self, number: int, count: int) -> Samples:
+        """`samples` with numpy arrays: from any thread, without MLX."""
+        ...
 
     def samples(self, number: int, count: int) -> Samples:
         """Batch `number` of `count` samples."""

@@ -19,6 +19,8 @@ class Stream(IntEnum):
     STEP_WIDTHS = 6
     PICTURE_FOLDER = 7
     TRAJECTORIES = 8
+    CAPTIONS = 21
+    SIMULATED_SIZES = 31
 
     def generator(self, seed: int, number: int) -> np.random.Generator:
         """The random numbers of batch or step `number` in a run with this seed."""

@@ -13,7 +13,13 @@ from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
 from train.data.stickers.render import render
 from train.data.stickers.scenes import CATEGORIES, SIDE, training_scene, validation_scene
-from train.data.stickers.vocabulary import NOUNS, first_nouns, known_nouns
+from train.data.stickers.vocabulary import (
+    BACKGROUNDS,
+    COLORS,
+    NOUNS,
+    first_nouns,
+    known_nouns,
+)
 
 SIZE = (SIDE, SIDE)
 """(height, width) of the pictures in pixels."""
@@ -75,6 +81,15 @@ class Stickers:
         """See `PromptSource`."""
         return [scene.caption for scene in self.scenes(number, count)]
 
+    def words(self) -> list[str]:
+        """All words of the vocabulary, for `train.tokenizer`."""
+        names = [word for n in NOUNS for word in (n.name, n.plural, *n.synonyms)]
+        return [*names, *COLORS, *BACKGROUNDS]
+
+    def validation(self) -> "ValidationStickers":
+        """The fixed validation scenes."""
+        return ValidationStickers(self.num_nouns)
+
     def settings(self) -> dict[str, Any]:
         """See `PictureSource`."""
         categories = None if self.categories is None else list(self.categories)
@@ -121,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_num_nouns(parser: argparse.ArgumentParser, text: str) -> None:
+def add_num_nouns(parser: argparse._ActionsContainer, text: str) -> None:
     """`--num-nouns` alone; `text` is its help."""
     parser.add_argument("--num-nouns", type=integer(-(2**31), 2**31), metavar="N", help=text)
 

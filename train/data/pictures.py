@@ -1,0 +1,186 @@
+"""Pictures of a set of records, read and decoded during training."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlx_snapgen.errors import UserError
+from train.data.decode import Size, Unusable, decode
+from train.data.imagefolder import fit
+from train.data.index import Index, cached_index
+from train.data.order import BatchOrder, LocalOrder
+from train.data.selection import HELD_OUT, CaptionWeights, Filter, choose_column
+from train.data.source import Record, RecordSource, Skipped
+from train.data.streams import Stream
+
+T = TypeVar("T")
+
+MOST_DAMAGED = 100
+"""Pictures of a bucket that may be damaged one after the other."""
+
+
+def open_picture(record: Record) -> tuple[Image.Image, list[str]]:
+    """`decode` of a record's picture; `Unusable` also if its file cannot be read."""
+    try:
+        return decode(record.read())
+    except OSError as error:
+        raise Unusable("file cannot be read", error.strerror or str(error)) from None
+
+
+class RecordPictures:
+    """The pictures of a `RecordSource`, cropped to buckets: a `PictureSource` and `PromptSource`.
+
+    The set is indexed first: headers and captions are read, not the pictures. A picture that turns
+    out to be damaged later is replaced by the next one of its bucket, which is reported.
+
+    Args:
+        source: read in any order.
+        buckets: the sizes to crop to; each picture gets the one nearest in shape.
+        filter: the records to use.
+        captions: columns to choose from, with weights.
+        seed: of the order of pictures and the choice of captions.
+        share: of the pictures, kept for validation; none of a small set.
+        folder: where the index is kept for the next start, or None.
+
+    Raises:
+        UserError: no usable picture, or the set can only be read in order.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        buckets: Sequence[Size],
+        *,
+        filter: Filter | None = None,
+        captions: CaptionWeights | None = None,
+        seed: int = 0,
+        share: float = HELD_OUT,
+        folder: Path | None = None,
+    ):
+        self.source, self.sizes, self.seed = source, list(buckets), seed
+        self.filter, self.captions = filter or Filter(), dict(captions or {})
+        self.index = cached_index(
+            source,
+            buckets,
+            filter=self.filter,
+            captions=self.captions,
+            share=share,
+            folder=folder,
+        )
+        self._use(self.index, validation=False)
+
+    def _use(self, index: Index, *, validation: bool) -> None:
+        """Use the part of the pictures for validation, or the other."""
+        part = index.held == validation
+        numbers = range(len(self.sizes))
+        self.rows = [np.flatnonzero(part & (index.buckets == b)) for b in numbers]
+        self.all_rows = np.flatnonzero(part)
+        self.is_validation = validation
+        self._order = functools.lru_cache(maxsize=4)(self._order_of)
+        self._reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.all_rows)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of pictures."""
+        return len(self)
+
+    def validation(self) -> "RecordPictures | None":
+        """The pictures kept for validation; None if there are none."""
+        if self.is_validation or not self.index.held.any():
+            return None
+        other = object.__new__(RecordPictures)
+        other.__dict__.update(self.__dict__)
+        other._use(self.index, validation=True)
+        return other
+
+    def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
+        """See `PictureSource`; all pictures of a batch are of one bucket. From any thread."""
+        bucket, places = self._order(count)(number)
+        size, rows = self.sizes[bucket], self.rows[bucket]
+
+        def sample(row: int, draw: float) -> tuple[np.ndarray, str]:
+            record = self._record(row)
+            return fit(open_picture(record)[0], size), self._caption(record, draw)
+
+        pictures, captions = zip(*self._each(sample, rows, places, number=number), strict=True)
+        return np.stack(pictures), list(captions)
+
+    def prompts(self, number: int, count: int) -> list[str]:
+        """See `PromptSource`: captions, in an order of their own."""
+        rows = self.all_rows
+        _, places = BatchOrder([len(rows)], batch_size=count, seed=self.seed)(number)
+
+        def caption(row: int, draw: float) -> str:
+            return self._caption(self._record(row), draw)
+
+        return self._each(caption, rows, places, number=number)
+
+    def settings(self) -> dict[str, Any]:
+        """See `PictureSource`."""
+        return {
+            "data": "pictures",
+            "samples": self.index.digest,
+            "buckets": [list(size) for size in self.sizes],
+            "captions": self.captions,
+            "seed": self.seed,
+            "where": {**self.source.settings(), "filter": self.filter.settings()},
+        }
+
+    def _order_of(self, count: int) -> BatchOrder | LocalOrder:
+        counts = [len(rows) for rows in self.rows]
+        if not self.index.groups.any():
+            return BatchOrder(counts, batch_size=count, seed=self.seed)
+        groups = [self.index.groups[rows] for rows in self.rows]
+        parts = int(self.index.groups.max()) + 1
+        table = np.stack([np.bincount(group, minlength=parts) for group in groups], axis=1)
+        return LocalOrder(table, batch_size=count, seed=self.seed)
+
+    def _each(
+        self, read: Callable[[int, float], T], rows: np.ndarray, places: np.ndarray, *, number: int
+    ) -> list[T]:
+        """What `read` gives for the rows at these places, or for the usable ones after them."""
+        draws = Stream.CAPTIONS.generator(self.seed, number).random(len(places))
+        found: list[T] = []
+        for place, draw in zip(places.tolist(), draws.tolist(), strict=True):
+            for k in range(MOST_DAMAGED):
+                row = int(rows[(place + k) % len(rows)])
+                try:
+                    found.append(read(row, draw))
+                    break
+                except Unusable as error:
+                    self._report(row, error)
+            else:
+                raise UserError(
+                    f"{self.source.settings()['path']}: {MOST_DAMAGED} pictures in a row cannot be "
+                    "read; were files deleted or changed?"
+                )
+        return found
+
+    def _record(self, row: int) -> Record:
+        record = self.source.at(self.index.place(row))
+        if isinstance(record, Record):
+            record = self.filter.with_captions(record, self.captions)
+        if isinstance(record, Skipped):
+            raise Unusable(record.reason, record.detail)
+        return record
+
+    def _caption(self, record: Record, draw: float) -> str:
+        return record.captions[choose_column(record.captions, self.captions, draw=draw)]
+
+    def _report(self, row: int, error: Unusable) -> None:
+        """Print a line on a picture that cannot be used, once."""
+        if row not in self._reported:
+            self._reported.add(row)
+            name = ":".join(str(part) for part in self.index.place(row)[:2])
+            tqdm.write(
+                f"skipped: {name}: {error}; another picture is used instead", file=sys.stderr
+            )

@@ -1,0 +1,232 @@
+"""A folder of pictures, with subfolders.
+
+Captions come from `metadata.jsonl` files (lines of `file_name`, relative to the file's folder,
+`text` or `caption`, and any further texts), from a `.txt` beside a picture, or else from the name
+of the picture's folder and a template, as for ImageNet.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded
+from train.data.readers.captions import decode_text, one_line, text_columns
+from train.data.source import Record, Skipped
+
+METADATA = "metadata.jsonl"
+NAME = "file_name"
+# Pillow cannot read all of these: those that it cannot read are reported, not ignored.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".jxl"),
+)
+
+Entry = tuple[Any, ...] | Skipped
+
+
+class PictureFolderRecords:
+    """The pictures of a folder: a `RecordSource`. Its keys are paths relative to the folder.
+
+    A record's place is (picture,), (picture, text file) or (picture, metadata file, byte of the
+    line, number of the picture's line).
+
+    Args:
+        template: caption of pictures that have none, with {} for the name of their folder.
+
+    Raises:
+        UserError: no such folder, or a template without {}.
+    """
+
+    def __init__(self, folder: Path, *, template: str | None = None):
+        self.folder, self.template = expanded(folder), template
+        if not self.folder.is_dir():
+            raise UserError(f"no folder {folder}: give one with pictures and their captions")
+        if template is not None and template.count("{}") != 1:
+            raise UserError(f"--caption-template '{template}': put {{}} where the name belongs")
+
+    def count(self) -> int:
+        """See `RecordSource`."""
+        return sum(1 for _ in self._entries())
+
+    def records(self, start: int = 0) -> Iterator[Record | Skipped]:
+        """See `RecordSource`; those of the metadata come first."""
+        for entry in itertools.islice(self._entries(), start, None):
+            yield entry if isinstance(entry, Skipped) else self.at(entry)
+
+    def at(self, place: Sequence[Any]) -> Record | Skipped:
+        """See `RecordSource`."""
+        name = str(place[0])
+        path = os.path.join(self.folder, name)
+        key = f"{name}#{place[3]}" if len(place) == 4 and place[3] else name
+        if not os.path.isfile(path):
+            named = f"named in {place[1]}, but not there" if len(place) == 4 else ""
+            return Skipped(key, "no such file", named)
+        if os.path.splitext(name)[1].lower() not in SUFFIXES:
+            return Skipped(key, "not a picture by its name", "no picture type has this ending")
+        try:
+            captions = self._captions(place)
+        except UnicodeDecodeError:
+            return Skipped(key, "caption not in UTF-8", f"{place[1]} is not readable as UTF-8")
+        except OSError as error:
+            return Skipped(key, "caption cannot be read", f"{place[1]}: {error.strerror}")
+        except (ValueError, AttributeError, RecursionError):
+            return Skipped(key, "damaged line of metadata", f"{place[1]} has changed")
+        if captions is None:
+            return Skipped(key, "no caption")
+        if not any(captions.values()):
+            return Skipped(key, "empty caption", "an empty caption")
+        return Record(key, captions, functools.partial(_read, path), tuple(place))
+
+    def group(self, place: Sequence[Any]) -> int:
+        """See `RecordSource`; any picture can be read alone."""
+        return 0
+
+    def fingerprint(self) -> str:
+        """See `RecordSource`."""
+        state = hashlib.blake2b(digest_size=16)
+        for folder, names in self._walk(lambda _: None):
+            absolute = os.path.join(self.folder, folder)
+            for name in names:
+                try:
+                    info = os.stat(os.path.join(absolute, name))
+                except OSError:
+                    continue
+                text = f"{folder}/{name}\0{info.st_size} {info.st_mtime_ns}\0"
+                state.update(text.encode("utf-8", "surrogateescape"))
+        return state.hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """See `RecordSource`."""
+        return {"data": "folder", "path": str(self.folder), "template": self.template}
+
+    def _captions(self, place: Sequence[Any]) -> dict[str, str] | None:
+        if len(place) == 4:
+            with open(self.folder / place[1], "rb") as file:
+                file.seek(place[2])
+                values = json.loads(file.readline().decode("utf-8-sig"))
+            return text_columns({k: v for k, v in values.items() if k != NAME})
+        if len(place) == 2:
+            return {"text": decode_text(_read(os.path.join(self.folder, place[1])))}
+        name = Path(place[0]).parent.name
+        if self.template is None or not name:
+            return None
+        name = one_line(name.replace("_", " ").replace("-", " "))
+        return {"text": one_line(self.template.replace("{}", name))}
+
+    def _walk(self, failed: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+        """(relative folder, sorted names of its files); hidden ones are left out."""
+        for folder, folders, files in os.walk(self.folder, onerror=failed):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            relative = os.path.relpath(folder, self.folder)
+            names = sorted(name for name in files if not name.startswith("."))
+            yield ("" if relative == "." else relative), names
+
+    def _entries(self) -> Iterator[Entry]:
+        """The places of all records in order, and what is skipped without a look at captions."""
+        repeated = set(self._named[1:][self._named[1:] == self._named[:-1]].tolist())
+        seen: Counter[int] = Counter()
+        for entry in self._metadata():
+            if isinstance(entry, Skipped) or (name := _hash(entry[0])) not in repeated:
+                yield entry if isinstance(entry, Skipped) else (*entry, 0)
+            else:
+                yield (*entry, seen[name])
+                seen[name] += 1
+        errors: list[OSError] = []
+        for folder, names in self._walk(errors.append):
+            yield from self._unnamed(folder, names)
+            while errors:
+                error = errors.pop()
+                name = os.path.relpath(error.filename or self.folder, self.folder)
+                yield Skipped(name, "folder cannot be read", str(error.strerror))
+
+    def _unnamed(self, folder: str, names: list[str]) -> Iterator[Entry]:
+        """The entries of a folder's pictures that are not in the metadata."""
+        stems = {name: os.path.splitext(name) for name in names}
+        texts = {_stem(stem): name for name, (stem, end) in stems.items() if end.lower() == ".txt"}
+        pictures = {_stem(s) for s, end in stems.values() if end.lower() in SUFFIXES}
+        for name, (stem, end) in stems.items():
+            text = texts.get(_stem(stem))
+            if end.lower() not in SUFFIXES:
+                # Another kind of file with a caption of its name was meant as a picture.
+                captioned = text not in (None, name) and _stem(stem) not in pictures
+                if not captioned or end.lower() in (".json", ".jsonl"):
+                    continue
+            path = os.path.join(folder, name)
+            if not self._is_named(path):
+                yield (path,) if text is None else (path, os.path.join(folder, text))
+
+    def _is_named(self, path: str) -> bool:
+        if not len(self._named):
+            return False
+        place = int(np.searchsorted(self._named, _hash(path)))
+        return place < len(self._named) and int(self._named[place]) == _hash(path)
+
+    @functools.cached_property
+    def _named(self) -> np.ndarray:
+        """Sorted 64-bit hashes of the pictures in the metadata."""
+        entries = (entry for entry in self._metadata() if not isinstance(entry, Skipped))
+        return np.sort(np.fromiter((_hash(entry[0]) for entry in entries), np.uint64))
+
+    def _metadata(self) -> Iterator[tuple[str, str, int] | Skipped]:
+        """(picture, metadata file, byte of the line) of each line."""
+        for folder, names in self._walk(lambda _: None):
+            if METADATA not in names:
+                continue
+            name = os.path.join(folder, METADATA)
+            try:
+                with open(self.folder / name, "rb") as file:
+                    yield from self._lines(folder, name, file)
+            except OSError as error:
+                raise UserError(f"cannot read {self.folder / name}: {error.strerror}") from None
+
+    def _lines(self, folder: str, metadata: str, file) -> Iterator[tuple[str, str, int] | Skipped]:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            start, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.decode("utf-8-sig"))
+                picture = self._found(folder, values[NAME])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                shown = line[:60].decode("utf-8", "replace").strip()
+                yield Skipped(
+                    f"{metadata}, line {number}",
+                    "damaged line of metadata",
+                    f'expected {{"{NAME}": "cat.png", "text": "a cat"}}, got {shown}',
+                )
+            else:
+                yield picture, metadata, start
+
+    def _found(self, folder: str, name: str) -> str:
+        """The relative path of a picture, also if its accents are composed in another way."""
+        path = os.path.normpath(self.folder / folder / name)
+        if not os.path.exists(path):
+            for form in ("NFC", "NFD"):
+                if os.path.exists(other := unicodedata.normalize(form, path)):
+                    path = other
+        return os.path.relpath(path, self.folder)
+
+
+def _read(path: str, most: int = -1) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
+def _stem(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _hash(name: str) -> int:
+    data = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

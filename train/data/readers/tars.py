@@ -1,0 +1,305 @@
+"""WebDataset tars: the members of a sample follow each other and share the name before its dot.
+
+A sample has a picture (`.jpg`, `.png`, `.webp`, ...) and captions: in a `.txt`, in further texts
+such as `.short.txt` (column "short"), or in the texts of a `.json`.
+"""
+
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from mlx_snapgen.errors import UserError
+from train.data.readers.captions import decode_text, text_columns
+from train.data.readers.folder import SUFFIXES
+from train.data.source import Record, Skipped
+
+COUNTED = 2**34
+"""Bytes of tars up to which a pass over their headers counts the samples."""
+BLOCK = tarfile.BLOCKSIZE
+COMPRESSED = (".gz", ".tgz")
+
+
+class Member(NamedTuple):
+    """A file of a sample: `name` is what follows the sample's; `data` is None if not read yet."""
+
+    name: str
+    offset: int
+    size: int
+    data: bytes | None = None
+
+
+class TarRecords:
+    """The samples of WebDataset tars: a `RecordSource`. Keys are "TAR:SAMPLE".
+
+    A record's place is (number of the tar, sample, [suffix, offset, size] of each member, ...).
+
+    Args:
+        paths: .tar, .tar.gz or .tgz files, read in this order; compressed ones in order only.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+        self.names = short_names(self.paths)
+
+    def count(self) -> int | None:
+        """See `RecordSource`."""
+        sizes = [path.stat().st_size for path in self.paths]
+        if self.compressed or sum(sizes) > COUNTED:
+            return None
+        return sum(1 for path in self.paths for _ in _samples(path))
+
+    @functools.cached_property
+    def compressed(self) -> Path | None:
+        """The first compressed file."""
+        return next((path for path in self.paths if _is_compressed(path)), None)
+
+    def records(self, start: int = 0) -> Iterator[Record | Skipped]:
+        """See `RecordSource`; a damaged tar ends with one skipped record."""
+        samples = (
+            (number, sample) for number, path in enumerate(self.paths) for sample in _samples(path)
+        )
+        for number, sample in itertools.islice(samples, start, None):
+            if isinstance(sample, Skipped):
+                key = f"{self.names[number]}:{sample.key}" if sample.key else self.names[number]
+                yield Skipped(key, sample.reason, sample.detail)
+            else:
+                yield self._record(number, *sample)
+
+    def at(self, place: Sequence[Any]) -> Record | Skipped:
+        """See `RecordSource`."""
+        number, sample, *members = place
+        self._check_order()
+        return self._record(number, sample, [Member(*member) for member in members])
+
+    def group(self, place: Sequence[Any]) -> int:
+        """See `RecordSource`; any picture can be read alone."""
+        self._check_order()
+        return 0
+
+    def fingerprint(self) -> str:
+        """See `RecordSource`."""
+        return file_hash(self.paths)
+
+    def settings(self) -> dict[str, Any]:
+        """See `RecordSource`."""
+        return {"data": "tar", "path": [str(path) for path in self.paths]}
+
+    def _check_order(self) -> None:
+        if self.compressed:
+            raise UserError(
+                f"{self.compressed} can only be read in order: encode it first with "
+                "python -m train.prepare, or unpack it with gunzip"
+            )
+
+    def _record(self, number: int, sample: str, members: list[Member]) -> Record | Skipped:
+        path, key = self.paths[number], f"{self.names[number]}:{sample}"
+        picture = next((m for m in members if f".{m.name}" in SUFFIXES), None)
+        texts = [m for m in members if _is_text(m.name)]
+        if picture is None:
+            return Skipped(key, "no picture", _TOGETHER if len(members) == 1 else "")
+        if not texts:
+            return Skipped(key, "no caption", _TOGETHER if len(members) == 1 else "")
+        try:
+            captions = _captions(path, texts)
+        except _Unreadable as error:
+            return Skipped(key, str(error), f"{sample}.{error.suffix}")
+        if not any(captions.values()):
+            return Skipped(key, "empty caption")
+        place = (number, sample, *([m.name, m.offset, m.size] for m in (picture, *texts)))
+
+        def read(most: int = -1) -> bytes:
+            return _contents(path, picture, most=most)
+
+        return Record(key, captions, read, place)
+
+
+_TOGETHER = "the members of a sample must follow each other; write the tar with --sort=name"
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of files relative to the folder that has them all."""
+    if len(paths) == 1:
+        return [paths[0].name]
+    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    return [os.path.relpath(path.absolute(), folder) for path in paths]
+
+
+def file_hash(paths: Sequence[Path]) -> str:
+    """A hash of the names, sizes and times of files."""
+    infos = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    return hashlib.blake2b(json.dumps(infos).encode(), digest_size=16).hexdigest()
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSED
+
+
+def _is_text(suffix: str) -> bool:
+    return suffix in ("txt", "json") or suffix.endswith(".txt")
+
+
+class _Unreadable(Exception):
+    """A caption that cannot be read; the message is the reason."""
+
+    def __init__(self, reason: str, suffix: str):
+        super().__init__(reason)
+        self.suffix = suffix
+
+
+def _captions(path: Path, texts: Sequence[Member]) -> dict[str, str]:
+    """Captions in the members of a sample; the first is that of .txt, or else that of .json."""
+    main, others, listed = {}, {}, {}
+    for text in texts:
+        suffix = text.name
+        try:
+            data = _contents(path, text)
+            if suffix == "json":
+                listed = text_columns(json.loads(data.decode("utf-8-sig")))
+            elif suffix == "txt":
+                main["text"] = decode_text(data)
+            else:
+                others[suffix.removesuffix(".txt")] = decode_text(data)
+        except UnicodeDecodeError:
+            raise _Unreadable("caption not in UTF-8", suffix) from None
+        except (ValueError, AttributeError, RecursionError):
+            raise _Unreadable("damaged JSON", suffix) from None
+        except OSError:
+            raise _Unreadable("caption cannot be read", suffix) from None
+    ordered = (main, listed, others) if any(list(listed.values())[:1]) else (main, others, listed)
+    captions: dict[str, str] = {}
+    for part in ordered:
+        captions |= {name: text for name, text in part.items() if not captions.get(name)}
+    return captions
+
+
+def _contents(path: Path, member: Member, *, most: int = -1) -> bytes:
+    if member.data is not None:
+        return member.data if most < 0 else member.data[:most]
+    size = member.size if most < 0 else min(member.size, most)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(member.offset)
+        found = file.read(size)
+        while len(found) < size and (more := file.read(size - len(found))):
+            found += more
+    return found
+
+
+class _Damaged(Exception):
+    """A tar ends in the middle, or has something else where a member starts."""
+
+
+def _samples(path: Path) -> Iterator[tuple[str, list[Member]] | Skipped]:
+    """(name, members) of the whole samples of a tar, and if it is damaged, a line on that."""
+    sample = ""
+    members: list[Member] = []
+    ending = None
+    try:
+        with cast(IO[bytes], gzip.open(path) if _is_compressed(path) else open(path, "rb")) as file:
+            for member in _members(file, seekable=not _is_compressed(path)):
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                if not stem or not suffix:  # hidden ones too
+                    continue
+                stem = f"{folder}/{stem}" if folder else stem
+                if stem != sample and members:
+                    yield sample, members
+                if stem != sample:
+                    sample, members = stem, []
+                members.append(member._replace(name=suffix.lower()))
+    except (_Damaged, tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        ending = Skipped("", "damaged tar", " ".join(str(error).split()))
+    suffixes = [member.name for member in members]
+    complete = any(f".{s}" in SUFFIXES for s in suffixes) and any(map(_is_text, suffixes))
+    if members and (complete or ending is None):
+        yield sample, members
+    if ending is not None:
+        after = f" after the sample {sample}" if sample else ""
+        yield Skipped("", ending.reason, f"{ending.detail}{after}; get the file again")
+
+
+def _members(file: IO[bytes], *, seekable: bool) -> Iterator[Member]:
+    """The regular files of a tar.
+
+    `tarfile` itself keeps every member in memory, and ends without a word at a damaged one.
+    """
+    length = file.seek(0, io.SEEK_END) if seekable else 0
+    offset = 0
+    special: dict[str, str] = {}
+    if seekable:
+        file.seek(0)
+    while True:
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
+            raise _Damaged("it is cut off" if offset else "no tar file")
+        if not any(block):
+            return
+        name, size, kind = _header(block)
+        start, size = offset + BLOCK, int(special.get("size", size))
+        padded = -(-size // BLOCK) * BLOCK
+        offset = start + padded
+        if seekable and start + size > length:
+            raise _Damaged("it is cut off")
+        data = None
+        if not seekable or kind in _EXTENDED or name.endswith((b".txt", b".json")):
+            data = file.read(size)
+            if len(data) < size:
+                raise _Damaged("it is cut off")
+            file.read(padded - size)
+        else:
+            file.seek(offset)
+        if kind in _EXTENDED:
+            special |= _extended(kind, data or b"")
+        else:
+            path = special.get("path") or name.decode("utf-8", "surrogateescape")
+            special = {}
+            if kind in _FILES:
+                yield Member(path.removeprefix("./"), start, size, data)
+
+
+def _header(block: bytes) -> tuple[bytes, int, bytes]:
+    """Name, size and type of a member; faster than `tarfile.TarInfo.frombuf`."""
+    if sum(block) - sum(block[148:156]) + 8 * 32 != _number(block[148:156]):
+        raise _Damaged("no header of a member where one must be")
+    name = block[:100].rstrip(b"\0")
+    # The GNU format has times in place of the folder.
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].rstrip(b"\0") + b"/" + name
+    return name, _number(block[124:136]), block[156:157]
+
+
+def _number(field: bytes) -> int:
+    """A number in a header: octal digits, or binary if it is large."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        raise _Damaged("no header of a member where one must be") from None
+
+
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+
+
+def _extended(kind: bytes, data: bytes) -> dict[str, str]:
+    """The fields of an extended header: "path" and "size" matter."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    fields = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            raise _Damaged("a damaged extended header")
+        name, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        fields[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(length) :]
+    return {name: value for name, value in fields.items() if name in ("path", "size")}

@@ -1,0 +1,141 @@
+"""Options that choose the pictures to train on."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mlx_snapgen.cli.options import finite_number, integer
+from mlx_snapgen.errors import UserError
+from train.data.decode import Size
+from train.data.open import SOURCES, open_data
+from train.data.selection import HELD_OUT, Filter, parse_captions
+from train.options.common import add_number
+
+INDEX_FOLDER = "data-index"
+"""Folder in a run's folder with the indexes of its pictures."""
+MOST_SIDE = 2**14
+
+
+def add_data(
+    parser: argparse.ArgumentParser, *, required: bool = True, resolution: str = "the model's"
+) -> None:
+    """The options of `data_from`; `resolution` is what `--resolution` means by default."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data", nargs="+", required=required, metavar="SOURCE", help=f"pictures: {SOURCES}")
+    add(
+        "--weights",
+        nargs="+",
+        type=finite_number,
+        metavar="W",
+        help="share of the batches of each SOURCE, in any unit (default: in proportion to the "
+        "number of pictures)",
+    )
+    add_resolution(group, default=resolution)
+    add_selection(group)
+
+
+def add_resolution(group: argparse._ActionsContainer, *, default: str = "the model's") -> None:
+    """`--resolution`."""
+    group.add_argument(
+        "--resolution",
+        type=integer(1, MOST_SIDE),
+        metavar="PX",
+        help="pixels per side of a square picture; other shapes have about as many pixels "
+        f"(default: {default})",
+    )
+
+
+def add_selection(group: argparse._ActionsContainer, *, weights: bool = True) -> None:
+    """The options that choose captions and leave out pictures; checked by `filter_from`.
+
+    Args:
+        weights: whether `--captions` takes weights.
+    """
+    add = group.add_argument
+    how = "with weights to choose one for each sample at random" if weights else "one or more"
+    add(
+        "--captions",
+        nargs="+",
+        metavar="COLUMN[=W]" if weights else "COLUMN",
+        help=f"columns of captions, {how} (default: the first)",
+    )
+    add(
+        "--caption-template",
+        metavar="TEXT",
+        help="caption of pictures in a folder that have none, with {} for the name of their "
+        "folder, such as 'a photo of a {}' (default: leave them out)",
+    )
+    add_number(group, "--min-side", 1, "shortest side of a picture, in pixels")
+    add_number(group, "--max-aspect", 4.0, "largest ratio of a picture's sides")
+    add_number(group, "--min-caption", 1, "shortest caption, in characters")
+    add(
+        "--max-caption",
+        type=integer(1, 10**9),
+        metavar="N",
+        help="longest caption, in characters (default: no limit)",
+    )
+    add_number(
+        group,
+        "--held-out",
+        HELD_OUT,
+        "share of the pictures to keep for validation; sets of fewer than 100 pictures keep none",
+    )
+
+
+def filter_from(args: argparse.Namespace) -> Filter:
+    """The filter that the options of `add_selection` describe.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    if args.max_aspect < 1:
+        raise UserError(f"--max-aspect must be at least 1, got {args.max_aspect:g}")
+    for name in ("min_side", "min_caption"):
+        if (value := getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.max_caption is not None and args.max_caption < args.min_caption:
+        raise UserError(f"--max-caption {args.max_caption} is below --min-caption")
+    if not 0 <= args.held_out < 1:
+        raise UserError(f"--held-out must be at least 0 and below 1, got {args.held_out:g}")
+    return Filter(args.min_side, args.max_aspect, args.min_caption, args.max_caption)
+
+
+def check_data(args: argparse.Namespace, *, unit: int) -> None:
+    """`UserError` for invalid values of the options of `add_data`."""
+    filter_from(args)
+    parse_captions(args.captions or ())
+    if args.weights is not None:
+        if len(args.weights) != len(args.data or ()):
+            given, wanted = len(args.weights), len(args.data or ())
+            raise UserError(f"--weights: {given} numbers for {wanted} SOURCEs; give one for each")
+        if min(args.weights) <= 0:
+            raise UserError("--weights must be above 0")
+    if args.resolution is not None and args.resolution % unit:
+        raise UserError(f"--resolution {args.resolution}: give a multiple of {unit} pixels")
+
+
+def data_from(
+    args: argparse.Namespace, *, size: Size, unit: int, seed: int, run_dir: Path | None = None
+) -> Any:
+    """The data that the options of `add_data` choose: see `open_data`.
+
+    Args:
+        size: (height, width) if `--resolution` was not given, the model's.
+        unit: sides of pictures are multiples of this.
+        run_dir: folder of the run, where the index of the pictures is kept.
+    """
+    check_data(args, unit=unit)
+    return open_data(
+        args.data,
+        size=(args.resolution, args.resolution) if args.resolution else size,
+        unit=unit,
+        seed=seed,
+        weights=args.weights,
+        captions=parse_captions(args.captions or ()),
+        template=args.caption_template,
+        filter=filter_from(args),
+        share=args.held_out,
+        folder=None if run_dir is None else run_dir / INDEX_FOLDER,
+        resolution=args.resolution,
+    )
