@@ -1,0 +1,723 @@
+"""`train.prepare`: encoded pictures on disk, the same bytes however often it was killed."""
+
+import dataclasses
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert.sample_teacher import sample
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.draw import draw_latents
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.pictures import from_uint8, to_uint8
+from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.folder import load_flow_teacher
+from tests import tiny
+from train import prepare
+from train.data.decode import decode
+from train.data.imagefolder import bucket_sizes, fit, nearest_bucket
+from train.data.prepared import Prepared
+from train.data.shards import shard_path
+
+SIZE = 64
+EXIF_ORIENTATION = 0x0112
+
+
+def write_pictures(folder, count, *, seed=0):
+    """Noise of many shapes with captions, `folder`/000.png and so on."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        height, width = rng.integers(48, 144, 2)
+        pixels = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(pixels).resize((int(width), int(height)))
+        picture.save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "set", 40)
+
+
+def arguments(pictures, output, model, *more):
+    given = [pictures, "--output", output, "--model", model, "--resolution", SIZE, *more]
+    return [str(argument) for argument in given]
+
+
+def run(monkeypatch, *given):
+    monkeypatch.setattr(sys, "argv", ["train.prepare", *map(str, given)])
+    prepare.main()
+
+
+def contents(folder):
+    """The files that must not depend on interruptions."""
+    names = ["index.json", "skipped.jsonl", "settings.json"]
+    paths = [folder / name for name in names] + sorted(folder.glob("shards/*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of 6 records."""
+    monkeypatch.setattr("train.prepare.MOST_IN_SHARD", 6)
+
+
+@pytest.fixture(scope="session")
+def prepared(pictures, model_folder, tmp_path_factory):
+    """`pictures` in shards of 6, done without interruption."""
+    folder = tmp_path_factory.mktemp("prepared") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.prepare.MOST_IN_SHARD", 6)
+        run(patch, *arguments(pictures, folder, model_folder))
+    return folder
+
+
+def test_reading_back_equals_encoding(prepared, pictures, components):
+    data = Prepared(prepared)
+    buckets = bucket_sizes((SIZE, SIZE), 32)
+    assert data.sizes == buckets and data.num_samples == 40
+    seen = 0
+    for samples in data.batches(3):
+        for latents, caption in zip(samples.latents, samples.captions, strict=True):
+            picture, _ = decode((pictures / f"{int(caption.split()[-1]):03d}.png").read_bytes())
+            pixels = from_uint8(fit(picture, nearest_bucket(picture, buckets))[None])
+            expected = components.autoencoder.encode(pixels)[0]
+            assert latents.dtype == mx.float32
+            assert mx.allclose(latents, expected, rtol=1e-3, atol=2e-3)
+            seen += 1
+    assert seen == 40
+
+
+def test_batches_are_of_one_size_and_depend_on_number_and_seed(prepared):
+    data = Prepared(prepared, seed=1)
+    batches = [data.samples(number, 4) for number in range(12)]
+    again, other = Prepared(prepared, seed=1), Prepared(prepared, seed=2)
+    assert [again.read(number, 4).captions for number in range(11, -1, -1)] == [
+        batch.captions for batch in batches[::-1]
+    ]
+    assert [other.read(number, 4).captions for number in range(12)] != [
+        batch.captions for batch in batches
+    ]
+    assert len({batch.latents.shape for batch in batches}) > 1
+    captions = [caption for number in range(10) for caption in data.prompts(number, 4)]
+    assert len(set(captions)) == 40
+
+
+def test_settings_tell_sets_apart(prepared, model_folder, small_shards, monkeypatch, tmp_path):
+    write_pictures(tmp_path / "others", 40, seed=0)
+    (tmp_path / "others" / "001.txt").write_text("another caption")
+    run(monkeypatch, *arguments(tmp_path / "others", tmp_path / "set", model_folder))
+    one, other = Prepared(prepared), Prepared(tmp_path / "set")
+    assert one.counts == other.counts and one.settings()["data"] == "prepared"
+    assert one.settings() == Prepared(prepared).settings()
+    assert one.settings()["index"] != other.settings()["index"]
+
+
+def test_threads_read_the_same_with_few_open_files(prepared, monkeypatch):
+    monkeypatch.setattr("train.data.prepared.OPEN_SHARDS", 1)
+    before = len(os.listdir("/dev/fd"))
+    data, expected = Prepared(prepared, seed=1), Prepared(prepared, seed=1)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: data.read(number, 4), range(40)))
+    for number, samples in enumerate(found):
+        again = expected.read(number, 4)
+        assert samples.captions == again.captions
+        assert np.array_equal(samples.latents, again.latents)
+    assert len(os.listdir("/dev/fd")) <= before + 2
+
+
+def test_report_and_pictures_of_the_set(prepared):
+    report = json.loads((prepared / "report.json").read_text())
+    assert report["read"] == report["kept"] == report["training"] == 40
+    assert report["skipped"] == {} and sum(report["buckets"].values()) == 40
+    assert report["bytes"] == sum(path.stat().st_size for path in prepared.glob("shards/*"))
+    assert report["seconds"] > 0
+    for name in ("sizes.png", "sheet.png"):
+        assert Image.open(prepared / name).width > 100
+    assert len(list(prepared.glob("shards/*"))) == 7
+
+
+# --- interruptions ------------------------------------------------------------------------------
+
+KILLS = 20
+
+
+def _command(given, shard):
+    """The command in another process."""
+    sys.argv = ["train.prepare", *given]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    prepare.MOST_IN_SHARD = shard
+    prepare.main()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have imported everything, but not used MLX yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.prepare"])
+    return context
+
+
+def test_killed_at_random_moments_it_resumes_with_the_same_bytes(
+    pictures, model_folder, prepared, processes, tmp_path
+):
+    rng, stages = random.Random(0), []
+    while len(stages) < KILLS:
+        output = tmp_path / str(len(stages))
+        given = arguments(pictures, output, model_folder)
+        for shards in sorted(rng.choices(range(8), k=4)):
+            process = processes.Process(target=_command, args=(given, 6))
+            process.start()
+            while process.exitcode is None and len(list(output.glob("shards/*"))) < shards:
+                time.sleep(0.001)
+            process.join(rng.uniform(0, 0.02 if 0 < shards < 7 else 0.3))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            stages.append(len(list(output.glob("shards/*"))))
+        if not (output / "index.json").exists():
+            process = processes.Process(target=_command, args=(given, 6))
+            process.start()
+            process.join()
+        assert process.exitcode == 0
+        assert contents(output) == contents(prepared)
+        assert not list(output.rglob(".*"))
+    assert len(set(stages)) > 3
+
+
+def _dies_in_a_write(given, shard, call):
+    """The command; the process is killed at this call of a function that writes a shard."""
+    calls, original = itertools.count(1), np.ascontiguousarray
+
+    def ascontiguousarray(array):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(array)
+
+    np.ascontiguousarray = ascontiguousarray
+    _command(given, shard)
+
+
+def test_killed_while_it_writes_a_shard_it_resumes_with_the_same_bytes(
+    pictures, model_folder, prepared, processes, tmp_path
+):
+    given = arguments(pictures, tmp_path / "set", model_folder)
+    for call in (1, 25, 90):
+        process = processes.Process(target=_dies_in_a_write, args=(given, 6, call))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = processes.Process(target=_command, args=(given, 6))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert contents(tmp_path / "set") == contents(prepared)
+
+
+def test_parts_of_several_machines_equal_one_set(
+    pictures, model_folder, prepared, small_shards, monkeypatch, tmp_path, capsys
+):
+    given = arguments(pictures, tmp_path / "set", model_folder)
+    for part in (2, 3, 1):
+        assert not (tmp_path / "set" / "index.json").exists()
+        run(monkeypatch, *given, "--shard", f"{part}/3")
+    assert "part 2 of 3 is done; 5 of 7 shards" in capsys.readouterr().out
+    assert contents(tmp_path / "set") == contents(prepared)
+
+
+def test_parts_in_separate_folders_are_joined_by_copying(
+    pictures, model_folder, prepared, small_shards, monkeypatch, tmp_path
+):
+    for part in (1, 2):
+        output = tmp_path / str(part)
+        run(monkeypatch, *arguments(pictures, output, model_folder), "--shard", f"{part}/2")
+        assert not (output / "index.json").exists()
+    for path in (tmp_path / "2").glob("shards/*"):
+        shutil.copy(path, tmp_path / "1" / "shards")
+    run(monkeypatch, *arguments(pictures, tmp_path / "1", model_folder), "--shard", "1/2")
+    assert contents(tmp_path / "1") == contents(prepared)
+
+
+def test_a_full_disk_is_one_line_and_resumable(
+    pictures, model_folder, prepared, small_shards, monkeypatch, tmp_path
+):
+    given, calls = arguments(pictures, tmp_path / "set", model_folder), []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.data.shards.os.fsync", full)
+    with pytest.raises(UserError, match=r"disk of .* is full: .*run the same command again"):
+        run(monkeypatch, *given)
+    assert len(list((tmp_path / "set").glob("shards/*"))) == 2
+    run(monkeypatch, *given)
+    assert contents(tmp_path / "set") == contents(prepared)
+
+
+def test_finished_and_other_sets_are_refused(
+    pictures, model_folder, prepared, small_shards, monkeypatch, tmp_path
+):
+    with pytest.raises(UserError, match="is a complete set already"):
+        run(monkeypatch, *arguments(pictures, prepared, model_folder))
+    output = tmp_path / "set"
+    run(monkeypatch, *arguments(pictures, output, model_folder), "--shard", "1/2")
+    with pytest.raises(UserError, match="an unfinished set with other filter and batch_size"):
+        more = "--min-side", 5, "--batch-size", 4
+        run(monkeypatch, *arguments(pictures, output, model_folder, *more))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(UserError, match="mine exists already"):
+        run(monkeypatch, *arguments(pictures, tmp_path / "mine", model_folder))
+    with pytest.raises(UserError, match="set is prepared already"):
+        run(monkeypatch, *arguments(prepared, tmp_path / "again", model_folder))
+
+
+def test_a_dry_run_prints_and_writes_nothing(pictures, model_folder, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, "--dry-run"))
+    assert re.fullmatch(
+        r"40 pictures; about .* pictures/s, 0\.5 kB each: .* second.* and 2. kB of disk "
+        r"\(.* free\)\n",
+        capsys.readouterr().out,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slow_work_gets_a_hint(pictures, model_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("train.evaluation.preparation.LONG_SHARD", 0)
+    run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, "--dry-run"))
+    assert re.search(
+        r"a shard takes up to .*: give a smaller --shard-size", capsys.readouterr().err
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory on Linux only")
+def test_memory_does_not_grow_with_the_set(model_folder, processes, tmp_path):
+    write_pictures(tmp_path / "few", 10)
+    (tmp_path / "many").mkdir()
+    for i in range(600):
+        for end in ("png", "txt"):
+            os.link(tmp_path / f"few/{i % 10:03d}.{end}", tmp_path / f"many/{i:04d}.{end}")
+    more = "--workers", "2", "--resolution", "128"
+    output = tmp_path / "set"
+    given = arguments(tmp_path / "many", output, model_folder, *more)
+    process = processes.Process(target=_command, args=(given, 30))
+    process.start()
+    peaks = [0.0] * 21
+    while process.exitcode is None and not shard_path(output, 19).exists():
+        done = len(list(output.glob("shards/*")))
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        peaks[done] = max(peaks[done], pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        time.sleep(0.005)
+    process.join()
+    assert process.exitcode == 0
+    # 450 pictures of 128 px alone are 22 MB.
+    assert max(peaks[5:]) - max(peaks[:5]) < 10
+
+
+# --- text states and teachers -------------------------------------------------------------------
+
+
+def write_model(folder, components, **changes):
+    """`components` as a model folder, and what it has."""
+    changed = dataclasses.replace(components, **changes)
+    config = dataclasses.replace(
+        changed.config,
+        transformer=changed.transformer.config,
+        autoencoder=changed.autoencoder.config,
+        text_encoders=tuple(encoder.config for encoder in changed.text_encoders),
+    )
+    changed = dataclasses.replace(changed, config=config)
+    save_pretrained(folder, changed)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def clip_model(components, tmp_path_factory):
+    """A model folder with a frozen CLIP as its second text encoder."""
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    clip = tiny.make_clip(b"p i\npi c\nn u", 16, num_heads=2)
+    return folder, write_model(folder, tiny.with_text_encoder(components, clip))
+
+
+def test_text_states_equal_those_of_the_encoder(pictures, clip_model, monkeypatch, tmp_path):
+    folder, model = clip_model
+    more = "--text-states", "clip"
+    run(monkeypatch, *arguments(pictures, tmp_path / "set", folder, *more))
+    data, encoder = Prepared(tmp_path / "set"), model.text_encoders[1]
+    samples = data.samples(0, 4)
+    for caption, states in zip(samples.captions, samples.states["text_encoder_1"], strict=True):
+        tokens, mask = encoder.tokenize([caption])
+        kept = np.array(mask[0])
+        expected = np.array(encoder(tokens, mask)[0])[kept]
+        assert states.shape == expected.shape and states.dtype == np.float16
+        assert np.allclose(states, expected, rtol=2e-3, atol=2e-3)
+    tokens, mask = encoder.tokenize([""])
+    empty = np.array(encoder(tokens, mask)[0])[np.array(mask[0])]
+    assert np.allclose(data.empty_states["text_encoder_1"], empty, rtol=2e-3, atol=2e-3)
+    data.check_text_states([encoder.config for encoder in model.text_encoders])
+    with pytest.raises(UserError, match="text states of a clip text encoder that this model"):
+        data.check_text_states(tiny.MODEL.text_encoders)
+
+
+@pytest.mark.parametrize("name", ["transformer-0", "gemma"])
+def test_text_states_of_trained_or_unknown_encoders_are_refused(
+    name, pictures, model_folder, monkeypatch, tmp_path
+):
+    with pytest.raises(UserError, match=r"are trained, not frozen|no text encoder 'gemma'"):
+        more = "--text-states", name
+        run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, *more))
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_a_teacher_adds_its_text_and_its_latents(pictures, model_folder, monkeypatch, tmp_path):
+    config = dataclasses.replace(tiny.TEACHER, autoencoder=tiny.QWEN_AUTOENCODER)
+    tiny.write_teacher(tmp_path / "teacher", config)
+    more = "--teacher", tmp_path / "teacher"
+    run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, *more))
+    teacher, autoencoder = load_flow_teacher(tmp_path / "teacher")
+    data = Prepared(tmp_path / "set")
+    samples = data.samples(0, 3)
+    for i, caption in enumerate(samples.captions):
+        condition = teacher.encode([caption])
+        states = samples.states["teacher"][i]
+        assert np.allclose(states, np.array(condition.text[0])[: len(states)], atol=2e-3)
+        assert len(states) == int(condition.mask.sum())
+        picture, _ = decode((pictures / f"{int(caption.split()[-1]):03d}.png").read_bytes())
+        pixels = from_uint8(fit(picture, nearest_bucket(picture, data.sizes))[None])
+        expected = autoencoder.encode(pixels)[0]
+        assert mx.allclose(samples.other_latents["teacher"][i], expected, rtol=1e-3, atol=2e-3)
+    assert np.allclose(
+        data.empty_states["teacher"], np.array(condition.empty_text[0])[:1], atol=2e-3
+    )
+    data.check_autoencoder(autoencoder, name="teacher")
+    with pytest.raises(UserError, match="latents of another autoencoder"):
+        data.check_autoencoder(autoencoder)
+
+
+def test_a_teacher_with_the_same_autoencoder_adds_text_only(
+    pictures, model_folder, monkeypatch, tmp_path
+):
+    more = "--teacher", model_folder
+    run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, *more))
+    data, model = Prepared(tmp_path / "set"), load_pretrained(model_folder)
+    samples = data.samples(0, 2)
+    assert samples.other_latents == {}
+    text, mask = encode_prompts(
+        samples.captions, model.text_encoders, transformer=model.transformer
+    )
+    for i, states in enumerate(samples.states["teacher"]):
+        expected = np.array(text[i])[np.array(mask[i])]
+        assert states.shape == expected.shape and np.allclose(states, expected, atol=1e-2)
+
+
+# --- drawn sets ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red apple\na blue car\n# no prompt\na green cat\n")
+    return path
+
+
+def drawing(output, teacher, prompts, *more):
+    given = ["-o", output, "--draw-with", teacher, "--prompts-file", prompts, "--per-prompt", 3]
+    return [*given, "--resolution", SIZE, "--seed", 5, *more]
+
+
+def test_a_drawn_set_is_what_the_teacher_draws(
+    model_folder, components, prompts, monkeypatch, tmp_path
+):
+    output = tmp_path / "set"
+    more = "--batch-size", 2, "--steps", 3, "--guidance", 2
+    monkeypatch.setattr("train.prepare.MOST_DRAWN_BATCHES", 2)
+    run(monkeypatch, *drawing(output, model_folder, prompts, *more))
+    data = Prepared(output)
+    captions = [caption for batch in data.batches(9) for caption in batch.captions]
+    assert captions == ["a red apple"] * 3 + ["a blue car"] * 3 + ["a green cat"] * 3
+    (batch,) = data.batches(9)
+    settings = DrawSettings(height=SIZE, width=SIZE, num_inference_steps=3, guidance_scale=2)
+    expected = draw_latents(components, captions, seeds=range(5, 14), settings=settings)
+    assert mx.allclose(batch.latents, expected, rtol=1e-3, atol=5e-3)
+    data.check_autoencoder(components.autoencoder)
+    # The shards of a killed command are not drawn again.
+    before = contents(output)
+    (output / "index.json").unlink()
+    shard_path(output, 1).unlink()
+    run(monkeypatch, *drawing(output, model_folder, prompts, *more))
+    assert contents(output) == before
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_a_public_teacher_draws_for_a_model_with_another_autoencoder(
+    model_folder, components, prompts, monkeypatch, tmp_path
+):
+    config = dataclasses.replace(tiny.TEACHER, autoencoder=tiny.QWEN_AUTOENCODER)
+    tiny.write_teacher(tmp_path / "teacher", config)
+    more = "--model", model_folder, "--steps", 2
+    run(monkeypatch, *drawing(tmp_path / "set", tmp_path / "teacher", prompts, *more))
+    data = Prepared(tmp_path / "set")
+    (batch,) = data.batches(9)
+    teacher, autoencoder = load_flow_teacher(tmp_path / "teacher")
+    data.check_autoencoder(components.autoencoder)
+    data.check_autoencoder(autoencoder, name="teacher")
+    drawn = batch.other_latents["teacher"]
+    pictures = from_uint8(to_uint8(autoencoder.decode(drawn)))
+    expected = components.autoencoder.encode(pictures)
+    assert mx.abs(batch.latents - expected).max() < 0.1  # of pictures in 8 bits
+    picture = sample(
+        teacher,
+        autoencoder,
+        prompt="a blue car",
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=2,
+        seed=5 + 4,
+    )
+    assert np.abs(to_uint8(autoencoder.decode(drawn[4:5]))[0] - np.array(picture, int)).max() < 4
+
+
+# --- what is read and skipped -------------------------------------------------------------------
+
+
+def test_pictures_are_turned_filtered_and_counted(model_folder, components, monkeypatch, tmp_path):
+    source = tmp_path / "source"
+    write_pictures(source, 3)
+    tall = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 120, 3), np.uint8))
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    tall.save(source / "turned.png", exif=exif)
+    (source / "turned.txt").write_text("turned")
+    Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(source / "glass.png")
+    (source / "glass.txt").write_text("half transparent")
+    Image.new("RGB", (20, 64)).save(source / "small.png")
+    (source / "small.txt").write_text("a side of 20")
+    Image.new("RGB", (64, 400)).save(source / "long.png")
+    (source / "long.txt").write_text("a side of 400")
+    (source / "damaged.png").write_bytes((source / "000.png").read_bytes()[:100])
+    (source / "damaged.txt").write_text("the start of a picture")
+    Image.new("RGB", (64, 64)).save(source / "silent.png")
+    Image.new("RGB", (64, 64)).save(source / "long_text.png")
+    (source / "long_text.txt").write_text("word " * 50)
+    more = "--min-side", 32, "--max-caption", 40
+    run(monkeypatch, *arguments(source, tmp_path / "set", model_folder, *more))
+    report = json.loads((tmp_path / "set" / "report.json").read_text())
+    assert report["read"] == 10 and report["kept"] == 5 and report["validation"] == 0
+    assert report["skipped"] == {
+        "a side below 32 pixels": 1,
+        "aspect ratio above 4": 1,
+        "caption too long": 1,
+        "damaged picture": 1,
+        "no caption": 1,
+    }
+    assert report["changed"] == {"transparent parts over white": 1}
+    lines = (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()
+    assert {json.loads(line)["key"] for line in lines} == {
+        "small.png",
+        "long.png",
+        "damaged.png",
+        "silent.png",
+        "long_text.png",
+    }
+    found = {}
+    for batch in Prepared(tmp_path / "set").batches(1):
+        found[batch.captions[0]] = batch.latents
+    assert found["turned"].shape == (1, 16, 4, 4)
+    upright = fit(tall.transpose(Image.Transpose.ROTATE_270), (128, 32))
+    expected = components.autoencoder.encode(from_uint8(upright[None]))
+    assert mx.allclose(found["turned"], expected, rtol=1e-3, atol=2e-3)
+
+
+def test_several_captions_are_kept_and_chosen_by_weight(model_folder, monkeypatch, tmp_path):
+    source = tmp_path / "source"
+    write_pictures(source, 12)
+    lines = [
+        {"file_name": f"{i:03d}.png", "text": f"short {i}", "long": f"a long text {i}" if i else ""}
+        for i in range(12)
+    ]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    more = "--captions", "text", "long"
+    run(monkeypatch, *arguments(source, tmp_path / "set", model_folder, *more))
+    assert Prepared(tmp_path / "set").columns == ["text", "long"]
+    assert all(c.startswith("short") for c in Prepared(tmp_path / "set").prompts(0, 12))
+    data = Prepared(tmp_path / "set", captions={"text": 1, "long": 3}, seed=3)
+    captions = [caption for number in range(50) for caption in data.read(number, 4).captions]
+    assert 0.6 < sum("long" in caption for caption in captions) / 200 < 0.8
+    assert {caption for caption in captions if caption.endswith(" 0")} == {"short 0"}
+    with pytest.raises(UserError, match=r"no caption column 'lang' \(did you mean 'long'\?\)"):
+        Prepared(tmp_path / "set", captions={"lang": 1})
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_tars_and_parquet_files_give_the_latents_of_the_folder(
+    kind, pictures, prepared, model_folder, monkeypatch, tmp_path
+):
+    files = sorted(pictures.glob("*.png"))
+    for i, part in enumerate((files[:25], files[25:])):
+        path = tmp_path / f"part-{i}.{kind}"
+        if kind == "tar":
+            with tarfile.open(path, "w") as tar:
+                for file in part:
+                    tar.add(file, file.name)
+                    tar.add(file.with_suffix(".txt"), file.with_suffix(".txt").name)
+        else:
+            tiny.require("pyarrow")
+            from pyarrow import parquet, table
+
+            rows = [{"bytes": file.read_bytes(), "path": file.name} for file in part]
+            texts = [file.with_suffix(".txt").read_text() for file in part]
+            parquet.write_table(table({"image": rows, "text": texts}), path)
+    run(monkeypatch, *arguments(tmp_path / f"*.{kind}", tmp_path / "set", model_folder))
+    found, expected = (
+        {batch.captions[0]: batch.latents for batch in Prepared(folder).batches(1)}
+        for folder in (tmp_path / "set", prepared)
+    )
+    assert found.keys() == expected.keys() and len(found) == 40
+    assert all(mx.allclose(found[c], expected[c], atol=2e-3) for c in found)
+
+
+def test_a_part_is_held_out(model_folder, monkeypatch, tmp_path):
+    write_pictures(tmp_path / "source", 104)
+    more = "--held-out", 0.2
+    run(monkeypatch, *arguments(tmp_path / "source", tmp_path / "set", model_folder, *more))
+    data = Prepared(tmp_path / "set")
+    held = data.validation()
+    assert 10 < held.num_samples < 35 and data.num_samples + held.num_samples == 104
+    captions = [{c for batch in part.batches(4) for c in batch.captions} for part in (data, held)]
+    assert len(captions[0] | captions[1]) == 104 and not captions[0] & captions[1]
+    assert held.read(0, 4).captions == held.read(0, 4).captions
+
+
+def test_no_usable_picture_is_one_line(model_folder, monkeypatch, tmp_path):
+    write_pictures(tmp_path / "source", 2)
+    more = "--min-side", 1000
+    with pytest.raises(UserError, match=r"no picture can be used \(2: a side below 1000 pixels\)"):
+        run(monkeypatch, *arguments(tmp_path / "source", tmp_path / "set", model_folder, *more))
+    assert not (tmp_path / "set").exists()
+
+
+# --- bad sets and options -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "copied")
+
+
+def test_latents_of_another_model_are_refused(prepared, components):
+    Prepared(prepared).check_autoencoder(components.autoencoder)
+    other = tiny.randomize(make_autoencoder(tiny.AUTOENCODER), 99)
+    with pytest.raises(UserError, match=r"latents of another autoencoder \(convolutional, 4 ch"):
+        Prepared(prepared).check_autoencoder(other)
+    with pytest.raises(UserError, match="no latents of the teacher"):
+        Prepared(prepared).check_autoencoder(other, name="teacher")
+    mean = dataclasses.replace(tiny.AUTOENCODER, latents_mean=(0.0,) * 4)
+    same = make_autoencoder(mean)
+    same.update(components.autoencoder.parameters())
+    with pytest.raises(UserError, match="latents of another autoencoder"):
+        Prepared(prepared).check_autoencoder(same)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_shard_is_one_line(keep, copied):
+    path = shard_path(copied, 3)
+    path.write_bytes(path.read_bytes()[:keep])
+    data = Prepared(copied)
+    with pytest.raises(UserError, match=r"000003\.safetensors is damaged"):
+        list(data.batches(4))
+
+
+def test_a_shard_that_gets_shorter_while_it_is_open_is_one_line(copied):
+    data = Prepared(copied)
+    list(data.batches(4))
+    path = shard_path(copied, 3)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"000003\.safetensors is damaged"):
+        list(data.batches(4))
+
+
+def test_missing_and_unfinished_sets_are_one_line(copied, tmp_path):
+    shard_path(copied, 2).unlink()
+    with pytest.raises(UserError, match=r"incomplete, shards/000002\.safetensors is missing"):
+        Prepared(copied).check_files()
+    with pytest.raises(UserError, match=r"cannot read .*000002"):
+        list(Prepared(copied).batches(4))
+    (copied / "index.json").write_text('{"format_version": 1}')
+    with pytest.raises(UserError, match="is damaged"):
+        Prepared(copied)
+    (copied / "index.json").unlink()
+    with pytest.raises(UserError, match=r"is not complete: run its train\.prepare again"):
+        Prepared(copied)
+    with pytest.raises(UserError, match=r"is not a set that train\.prepare wrote"):
+        Prepared(tmp_path)
+
+
+def test_a_missing_shard_is_made_again(
+    pictures, model_folder, prepared, copied, small_shards, monkeypatch
+):
+    shard_path(copied, 2).unlink()
+    run(monkeypatch, *arguments(pictures, copied, model_folder))
+    assert contents(copied) == contents(prepared)
+
+
+def test_a_shard_of_another_set_is_noticed(
+    pictures, model_folder, copied, small_shards, monkeypatch, tmp_path
+):
+    other = tmp_path / "other"
+    more = "--held-out", 0.5
+    run(monkeypatch, *arguments(pictures, other, model_folder, *more, "--min-side", 3))
+    (copied / "index.json").unlink()
+    shutil.copy(shard_path(other, 1), shard_path(copied, 1))
+    with pytest.raises(UserError, match=r"000001\.safetensors belongs to another set"):
+        run(monkeypatch, *arguments(pictures, copied, model_folder))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["x", "-o", "out"], "give --model"),
+        (["-o", "out", "--model", "x"], "give a SOURCE"),
+        (["x", "-o", "out", "--model", "x", "--steps", "3"], "--steps takes --draw-with"),
+        (["x", "-o", "out", "--draw-with", "t", "--prompts-file", "f"], "takes no SOURCE"),
+        (["-o", "out", "--draw-with", "t"], "takes --prompts-file"),
+        (["x", "-o", "out", "--model", "m", "--shard", "3/2"], "give I/N such as 1/4"),
+        (["x", "-o", "out", "--model", "m", "--captions", "a=2"], "weights in training"),
+        (["x", "-o", "out", "--model", "m", "--held-out", "1"], "--held-out must be"),
+        (["tests", "-o", "tests/out", "--model", "m"], "is inside tests"),
+        (["no/such", "-o", "out", "--model", "m"], "no such file or folder"),
+        (["stickers", "-o", "out", "--model", "m"], "are rendered in training"),
+    ],
+)
+def test_bad_options_are_one_line_before_a_model_is_loaded(given, message, monkeypatch):
+    monkeypatch.setattr(prepare, "load_model", None)
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, *given)
+
+
+def test_other_resolutions_are_refused(pictures, model_folder, monkeypatch, tmp_path):
+    more = "--resolution", 72
+    with pytest.raises(UserError, match="--resolution 72: give a multiple of 32"):
+        run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, *more))

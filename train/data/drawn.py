@@ -1,0 +1,248 @@
+"""A set that a teacher draws: prompts to the samples of a prepared set, chunk by chunk."""
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.draw import draw_latents
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.pictures import from_uint8, to_uint8
+from mlx_snapgen.sampling import denoise, get_noise
+from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
+from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
+from mlx_snapgen.teachers.folder import CONFIG, is_teacher, load_flow_teacher
+from train.data.decode import Size
+from train.data.preparation import CaptionEncoder, Chunk, Encoder, half, make_samples
+from train.data.shards import Sample
+
+TEACHER = "teacher"
+"""Name of a teacher's text states and latents."""
+
+Draw = Callable[[Sequence[str], Sequence[int]], mx.array]
+"""Prompts and seeds -> latents (B, h, w, C)."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a prepared set takes from a teacher.
+
+    Attributes:
+        texts: its text states.
+        settings: its folder's name and a hash of its config, as JSON values.
+    """
+
+    texts: CaptionEncoder
+    autoencoder: Autoencoder
+    settings: dict[str, str]
+
+
+class DrawnSet:
+    """Pictures that a teacher draws.
+
+    Record i has prompt i // `per_prompt` and seed `seed` + i.
+
+    Args:
+        draw: the teacher.
+        drawn: the teacher's autoencoder.
+        encoder: of the samples; if it has another autoencoder than the teacher, pictures are
+            decoded and encoded again, and the drawn latents kept beside.
+        prompts: at least one.
+        size: (height, width) in pixels.
+        column: of the captions.
+        chunk_size: pictures of a chunk.
+
+    Attributes:
+        records: number of pictures.
+    """
+
+    def __init__(
+        self,
+        draw: Draw,
+        drawn: Autoencoder,
+        *,
+        encoder: Encoder,
+        prompts: Sequence[str],
+        per_prompt: int,
+        seed: int,
+        size: Size,
+        column: str,
+        chunk_size: int,
+    ):
+        self.draw, self.drawn, self.encoder, self.prompts = draw, drawn, encoder, prompts
+        self.per_prompt, self.seed, self.size, self.column = per_prompt, seed, size, column
+        self.chunk_size, self.autoencoder = chunk_size, encoder.autoencoder
+        self.records: int | None = len(prompts) * per_prompt
+        self._kept: dict[int, list[Sample]] = {}
+
+    def count(self) -> int:
+        """Number of pictures."""
+        return len(self.prompts) * self.per_prompt
+
+    def measure(self, chunk: int) -> tuple[list[Sample], float]:
+        """Samples of the first batch of a chunk, which are kept, and the seconds that they take."""
+        begin = chunk * self.chunk_size % self.count()
+        started = time.perf_counter()
+        self._kept[begin] = self._samples(begin, self._stop(begin))
+        return self._kept[begin], time.perf_counter() - started
+
+    def pixels(self, keys: Collection[str]) -> dict[str, np.ndarray]:
+        """There are no originals."""
+        return {}
+
+    def chunks(
+        self, wanted: Callable[[int], bool], *, start: int, progress: Callable[[int], Any]
+    ) -> Iterator[tuple[int, Chunk]]:
+        """See `PictureSet.chunks`."""
+        for chunk in range(start, -(-self.count() // self.chunk_size)):
+            if not wanted(chunk):
+                continue
+            samples: list[Sample] = []
+            first = chunk * self.chunk_size
+            last = min(first + self.chunk_size, self.count())
+            while (begin := first + len(samples)) < last:
+                kept = self._kept.pop(begin, None)
+                samples += kept or self._samples(begin, self._stop(begin))
+                progress(self._stop(begin) - begin)
+            yield chunk, Chunk(samples)
+
+    def _stop(self, begin: int) -> int:
+        """End of the batch that begins with this picture: batches do not cross chunks."""
+        chunk_end = (begin // self.chunk_size + 1) * self.chunk_size
+        return min(begin + self.encoder.batch_size, chunk_end, self.count())
+
+    def _samples(self, begin: int, end: int) -> list[Sample]:
+        numbers = range(begin, end)
+        prompts = [self.prompts[number // self.per_prompt] for number in numbers]
+        latents = self.draw(prompts, [self.seed + number for number in numbers])
+        others = {}
+        if self.encoder.others:
+            others = {TEACHER: half(latents, "drawn latents")}
+            pictures = from_uint8(to_uint8(self.drawn.decode(latents)))
+            latents = self.autoencoder.encode(pictures)
+        return make_samples(
+            [f"{number:09d}" for number in numbers],
+            [{self.column: prompt} for prompt in prompts],
+            latents=half(latents, "latents"),
+            others=others,
+            size=self.size,
+            texts=self.encoder.texts,
+        )
+
+
+def open_drawing(
+    folder: Path, *, size: Size, num_inference_steps: int | None, guidance_scale: float | None
+) -> tuple[Draw, Teacher]:
+    """A model or teacher, and a function that draws with it.
+
+    Args:
+        size: (height, width) in pixels.
+        num_inference_steps, guidance_scale: None for the teacher's own.
+
+    Raises:
+        UserError: no teacher, or one that cannot draw so.
+    """
+    if is_teacher(folder):
+        teacher, autoencoder = load_flow_teacher(folder)
+        draw = _flow_drawing(
+            teacher,
+            autoencoder,
+            size=size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
+        states = teacher_states(teacher, teacher.config.transformer.text_dims)
+        return draw, Teacher(states, autoencoder, teacher_settings(folder))
+    components = load_pretrained(folder)
+    settings = DrawSettings(
+        height=size[0],
+        width=size[1],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    ).resolved(components.config)
+    states = teacher_states(
+        CheckpointTeacher(components.transformer, components.text_encoders),
+        components.config.transformer.text_width,
+    )
+
+    def draw_with_model(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
+        return draw_latents(components, prompts, seeds=seeds, settings=settings)
+
+    return draw_with_model, Teacher(states, components.autoencoder, teacher_settings(folder))
+
+
+def _flow_drawing(
+    teacher: FlowTeacher,
+    autoencoder: Autoencoder,
+    *,
+    size: Size,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+) -> Draw:
+    factor, schedule = autoencoder.config.downsampling, teacher.config.schedule
+    cell = factor * teacher.config.transformer.patch_size
+    if size[0] % cell or size[1] % cell:
+        raise UserError(f"{size[0]}x{size[1]} pixels: both sides must be multiples of {cell}")
+    scale = schedule.guidance_scale if guidance_scale is None else guidance_scale
+    levels = noise_levels(
+        schedule, size[0] * size[1] // cell**2, num_inference_steps=num_inference_steps
+    )
+    shape = size[0] // factor, size[1] // factor, autoencoder.config.latent_channels
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
+        condition = teacher.encode(prompts)
+
+        def velocity(x_t: mx.array, sigma: float) -> mx.array:
+            t = mx.full((len(x_t),), sigma)
+            return teacher.velocity(x_t, t, condition, guidance_scale=scale)
+
+        noise = mx.concatenate([get_noise(seed, *shape) for seed in seeds])
+        *_, last = denoise(velocity, noise, levels)
+        return last.x_t
+
+    return draw
+
+
+def teacher_states(teacher: Any, dims: int) -> CaptionEncoder:
+    """The text states of a `Teacher`."""
+
+    def states(captions: Sequence[str]) -> tuple[mx.array, mx.array]:
+        condition = teacher.encode(captions)
+        return condition.text, condition.mask
+
+    def empty() -> tuple[mx.array, mx.array]:
+        condition = teacher.encode([""])
+        return condition.empty_text, condition.empty_mask
+
+    return CaptionEncoder(TEACHER, dims, states, empty)
+
+
+def open_teacher_texts(folder: Path) -> Teacher:
+    """A teacher's text states and autoencoder; the network of a public one is not read."""
+    if is_teacher(folder):
+        teacher, autoencoder = load_flow_teacher(folder, lazy=True)
+        dims, teacher.network = teacher.config.transformer.text_dims, None
+        states = teacher_states(teacher, dims)
+    else:
+        components = load_pretrained(folder)
+        autoencoder = components.autoencoder
+        states = teacher_states(
+            CheckpointTeacher(components.transformer, components.text_encoders),
+            components.config.transformer.text_width,
+        )
+    return Teacher(states, autoencoder, teacher_settings(folder))
+
+
+def teacher_settings(folder: Path) -> dict[str, str]:
+    """See `Teacher.settings`."""
+    path = folder / (CONFIG if is_teacher(folder) else "config.json")
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return {"name": folder.resolve().name, "config": digest}

@@ -1,0 +1,346 @@
+"""Prepared data: encoded pictures with captions on disk, as `train.prepare` writes them.
+
+index.json                   resolution, autoencoders, caption columns, samples of each shard
+shards/000000.safetensors    the samples of one chunk of consecutive records
+empty.safetensors            optional: the empty prompt's text states
+settings.json                of `train.prepare`, to resume it
+report.json, sizes.png, sheet.png, skipped.jsonl
+"""
+
+import bisect
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.checkpoint.module import check_version
+from mlx_snapgen.config import TextEncoderConfig, to_dict
+from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import expanded, read_json, whole_file
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.layers import flat_parameters
+from train.data.decode import Size
+from train.data.order import BatchOrder
+from train.data.shards import (
+    TRAIN,
+    VALIDATION,
+    Shard,
+    cannot_write,
+    group_name,
+    save_arrays,
+    shard_path,
+)
+from train.data.source import Samples
+from train.data.streams import Stream
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+SETTINGS = "settings.json"
+EMPTY = "empty.safetensors"
+MODEL = "model"
+"""Name of the model's own autoencoder."""
+OPEN_SHARDS = 64
+"""Shards that are open at the same time; macOS allows 256 open files by default."""
+
+
+def save_empty(folder: Path, states: Mapping[str, np.ndarray]) -> None:
+    """Write the empty prompt's states (L, D) of each text encoder; `UserError` as `write_shard`."""
+    try:
+        with whole_file(folder / EMPTY) as partial:
+            save_arrays(partial, {name: [value] for name, value in states.items()}, metadata={})
+    except OSError as error:
+        raise cannot_write(folder / EMPTY, error) from None
+
+
+def write_index(folder: Path, *, chunks: int, settings: str, values: Mapping[str, Any]) -> None:
+    """Write index.json of a complete set: after that, it can be trained on.
+
+    Args:
+        chunks: number of shards.
+        settings: as in `write_shard`.
+        values: "resolution", "autoencoders", "captions", "text_states" and "buckets".
+
+    Raises:
+        UserError: a shard is missing, damaged, or has other settings.
+    """
+    shards = []
+    for chunk in range(chunks):
+        path = shard_path(folder, chunk)
+        with Shard(path) as shard:
+            if shard.metadata.get("settings") != settings:
+                raise UserError(f"{path} belongs to another set: delete it to encode it again")
+            counts = {
+                part: [shard.count(group_name(part, (h, w))) for h, w in values["buckets"]]
+                for part in (TRAIN, VALIDATION)
+            }
+        file = str(path.relative_to(folder))
+        shards.append({"file": file, "counts": counts[TRAIN], "validation": counts[VALIDATION]})
+    # The hash of the settings is there so that runs notice other pictures.
+    index = {"format_version": FORMAT_VERSION, "settings": settings, **values, "shards": shards}
+    try:
+        with whole_file(folder / INDEX) as partial:
+            partial.write_text(json.dumps(index), encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(folder / INDEX, error) from None
+
+
+def describe_autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
+    """Config of an autoencoder, and a hash of what its latents depend on."""
+    config = to_dict(autoencoder.config)
+    state = hashlib.blake2b(digest_size=16)
+    kept = {name: config[name] for name in ("kind", "latent_channels")}
+    for name in ("latents_mean", "latents_std"):
+        kept[name] = [float(np.float32(x)) for x in config[name]]
+    state.update(json.dumps(kept, sort_keys=True).encode())
+    for name, value in sorted(flat_parameters(autoencoder.encoder).items()):
+        state.update(f"{name}{tuple(value.shape)}".encode())
+        state.update(np.array(value.astype(mx.float32)).data)
+    return {"config": config, "digest": state.hexdigest()}
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class Prepared:
+    """A prepared set: a `LatentSource`.
+
+    Only index.json is read at the start; memory is a few bytes for each shard.
+
+    Args:
+        folder: that `train.prepare` wrote.
+        captions: column -> weight, above 0; each picture of a batch gets the caption of a random
+            column among those where it has one. None: the first column.
+        seed: of the order and of the choice of captions.
+        part: "train" or "validation".
+
+    Attributes:
+        resolution: as given to `train.prepare`, in pixels.
+        columns: the caption columns of the set.
+        sizes: (height, width) in pixels of each bucket.
+        counts: samples of each bucket.
+        text_states: name of a text encoder -> its config, for which the set has states.
+        autoencoders: "model", or name in `Samples.other_latents` -> {"config", "digest"}.
+
+    Raises:
+        UserError: no prepared set, an unfinished or damaged one, or an unknown column.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        captions: Mapping[str, float] | None = None,
+        seed: int = 0,
+        part: str = TRAIN,
+    ):
+        self.folder, self.seed, self.part = expanded(folder), seed, part
+        index, self.digest = _read_index(self.folder)
+        try:
+            self.resolution: int = index["resolution"]
+            self.columns: list[str] = index["captions"]
+            self.sizes: list[Size] = [(height, width) for height, width in index["buckets"]]
+            self.text_states: dict[str, Any] = index["text_states"]
+            self.autoencoders: dict[str, Any] = index["autoencoders"]
+            self._files: list[str] = [shard["file"] for shard in index["shards"]]
+            key = "counts" if part == TRAIN else "validation"
+            counts = np.array([shard[key] for shard in index["shards"]], np.int64)
+            counts = counts.reshape(len(self._files), len(self.sizes))
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{self.folder / INDEX} is damaged: prepare the set again") from None
+        # Row of a bucket at which each shard ends.
+        self._ends = np.cumsum(counts, 0).T.copy()
+        self.counts: list[int] = counts.sum(0).tolist()
+        self.captions = self._weights(captions)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _weights(self, captions: Mapping[str, float] | None) -> dict[str, float]:
+        for column in captions or {}:
+            if column not in self.columns:
+                raise UserError(
+                    f"{self.folder} has no caption column '{column}'"
+                    f"{nearest(column, self.columns)}, only {', '.join(self.columns)}"
+                )
+        return dict(captions or {self.columns[0]: 1.0})
+
+    def validation(self) -> "Prepared | None":
+        """The held-out part; None if it is empty."""
+        part = Prepared(self.folder, captions=self.captions, seed=self.seed, part=VALIDATION)
+        return part if part.num_samples else None
+
+    def settings(self) -> dict[str, Any]:
+        """See `PictureSource`."""
+        return {
+            "data": "prepared",
+            "index": self.digest,
+            "captions": self.captions,
+            "seed": self.seed,
+            "where": {"path": str(self.folder)},
+        }
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of this part."""
+        return sum(self.counts)
+
+    @property
+    def empty_states(self) -> dict[str, np.ndarray]:
+        """The empty prompt's states (L, D) of each encoder that has them; empty if none has."""
+        path = self.folder / EMPTY
+        if not path.is_file():
+            return {}
+        with Shard(path) as shard:
+            return {name: shard.rows(name) for name in self.text_states}
+
+    # --- checks ---
+
+    def check_autoencoder(self, autoencoder: Autoencoder, *, name: str = MODEL) -> None:
+        """`UserError` unless the latents are those of this autoencoder.
+
+        Args:
+            name: "model", or the name of the other autoencoder, such as "teacher".
+        """
+        found = self.autoencoders.get(name)
+        if found is None:
+            raise UserError(f"{self.folder} has no latents of the {name}: prepare it with --{name}")
+        if found["digest"] != describe_autoencoder(autoencoder)["digest"]:
+            raise UserError(
+                f"{self.folder} has latents of another autoencoder ({found['config']['kind']}, "
+                f"{found['config']['latent_channels']} channels): prepare the pictures with "
+                "--model and this model"
+            )
+
+    def check_text_states(self, configs: Sequence[TextEncoderConfig]) -> None:
+        """`UserError` if text states are those of other text encoders than the model's."""
+        known = {f"text_encoder_{i}": to_dict(config) for i, config in enumerate(configs)}
+        for name, found in self.text_states.items():
+            if name.startswith("text_encoder_") and known.get(name) != found:
+                raise UserError(
+                    f"{self.folder} has text states of a {found['kind']} text encoder that this "
+                    "model does not have: prepare the pictures with --model and this model"
+                )
+
+    def check_files(self) -> None:
+        """`UserError` if a shard is missing."""
+        for file in self._files:
+            if not (self.folder / file).is_file():
+                raise UserError(
+                    f"{self.folder} is incomplete, {file} is missing: run train.prepare again"
+                )
+
+    # --- samples ---
+
+    def samples(self, number: int, count: int) -> Samples:
+        """See `LatentSource`; float32 latents. Errors are those of `read`."""
+        return self.read(number, count).to_mlx()
+
+    def read(self, number: int, count: int) -> Samples:
+        """See `LatentSource`; float32 latents.
+
+        Raises:
+            UserError: the part is empty, or a shard is missing or damaged.
+        """
+        bucket, rows = self.order(count)(number)
+        return self._read(bucket, rows, number=number)
+
+    def order(self, count: int) -> BatchOrder:
+        """The order of batches of `count` samples; `UserError` if the part is empty."""
+        self._not_empty()
+        return BatchOrder(self.counts, batch_size=count, seed=self.seed)
+
+    def prompts(self, number: int, count: int) -> list[str]:
+        """See `PromptSource`: captions, in an order of their own."""
+        order = BatchOrder([self._not_empty()], batch_size=count, seed=self.seed)
+        rows = order(number)[1]
+        ends = np.cumsum(self.counts)
+        buckets = np.searchsorted(ends, rows, side="right")
+        draws = Stream.CAPTIONS.generator(self.seed, number).random(count)
+        found = []
+        for bucket, row, draw in zip(buckets.tolist(), rows.tolist(), draws.tolist(), strict=True):
+            row -= int(ends[bucket - 1]) if bucket else 0
+            shard, row, group = self._place(bucket, row)
+            found.append(self._caption(shard, row, group=group, draw=draw)[1])
+        return found
+
+    def batches(self, count: int) -> Iterator[Samples]:
+        """All samples once, in their order: at most `count` of one bucket at a time."""
+        number = 0
+        for bucket, total in enumerate(self.counts):
+            for start in range(0, total, count):
+                rows = np.arange(start, min(start + count, total))
+                yield self._read(bucket, rows, number=number).to_mlx()
+                number += 1
+
+    def _not_empty(self) -> int:
+        if not self.num_samples:
+            raise UserError(f"{self.folder} has no pictures for {self.part}")
+        return self.num_samples
+
+    def _read(self, bucket: int, rows: np.ndarray, *, number: int) -> Samples:
+        draws = Stream.CAPTIONS.generator(self.seed, number).random(len(rows))
+        latents: dict[str, list[np.ndarray]] = {name: [] for name in self.autoencoders}
+        states: dict[str, list[np.ndarray]] = {name: [] for name in self.text_states}
+        captions = []
+        for row, draw in zip(rows.tolist(), draws.tolist(), strict=True):
+            shard, row, group = self._place(bucket, row)
+            for name, found in latents.items():
+                array = f"{group}/latents" + (f"/{name}" if name != MODEL else "")
+                found.append(shard.rows(array, row, row + 1))
+            column, caption = self._caption(shard, row, group=group, draw=draw)
+            captions.append(caption)
+            for name, found in states.items():
+                found.append(shard.row(f"{group}/states/{name}/{column}", row))
+        joined = {k: np.concatenate(found).astype(np.float32) for k, found in latents.items()}
+        own: Any = joined.pop(MODEL)
+        others: Any = joined
+        return Samples(own, captions, states=states, other_latents=others)
+
+    def _place(self, bucket: int, row: int) -> tuple[Shard, int, str]:
+        """Shard of a bucket's row, its row there, and the start of its arrays' names."""
+        ends = self._ends[bucket]
+        i = int(np.searchsorted(ends, row, side="right"))
+        before = int(ends[i - 1]) if i else 0
+        return self._shard(i), row - before, group_name(self.part, self.sizes[bucket])
+
+    def _caption(self, shard: Shard, row: int, *, group: str, draw: float) -> tuple[str, str]:
+        """Column and text of a sample's caption."""
+        texts = {c: shard.text(f"{group}/captions/{c}", row) for c in self.captions}
+        column = choose_column(texts, self.captions, draw=draw)
+        return column, texts[column]
+
+    def _shard(self, i: int) -> Shard:
+        with self._lock:
+            if i not in self._open:
+                self._open[i] = Shard(self.folder / self._files[i])
+            self._open.move_to_end(i)
+            while len(self._open) > OPEN_SHARDS:
+                # It is closed when no other thread reads it any more.
+                self._open.popitem(last=False)
+            return self._open[i]
+
+
+def choose_column(texts: Mapping[str, str], weights: Mapping[str, float], *, draw: float) -> str:
+    """The column that a number `draw` in [0, 1) falls on, among those whose text is not empty."""
+    columns = [column for column in weights if texts[column]] or list(weights)
+    ends = np.cumsum([weights[column] for column in columns])
+    return columns[min(bisect.bisect_right(ends, draw * ends[-1]), len(columns) - 1)]
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
+    """index.json and its hash."""
+    path = folder / INDEX
+    if not path.is_file():
+        if (folder / SETTINGS).is_file() and (folder / "shards").is_dir():
+            raise UserError(f"{folder} is not complete: run its train.prepare again to resume")
+        raise UserError(f"{folder} is not a set that train.prepare wrote: it has no {INDEX}")
+    index = read_json(path)
+    if not isinstance(index, dict) or "format_version" not in index:
+        raise UserError(f"{path} is damaged: prepare the set again")
+    check_version(path, index["format_version"], reads=FORMAT_VERSION)
+    return index, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

@@ -1,0 +1,266 @@
+"""The work of `train.prepare`: an estimate, the shards, and the description of the result."""
+
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_json, whole_file
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from train.data.preparation import Chunk
+from train.data.prepared import SETTINGS, save_empty, write_index
+from train.data.shards import Sample, cannot_write, shard_path, write_shard
+from train.evaluation.prepared_set import choose_shown, count_shards, plot_sizes, sheet
+
+LONG_SHARD = 1800
+"""Seconds."""
+RESUME = "run the same command again to resume"
+
+
+class Work(Protocol):
+    """Samples in chunks, from pictures or from a teacher."""
+
+    chunk_size: int
+    records: int | None
+    """Number of records, known after `chunks`."""
+    autoencoder: Autoencoder
+    """Of the model."""
+
+    def count(self) -> int | None:
+        """Number of records; None if it is not known."""
+        ...
+
+    def measure(self, chunk: int) -> tuple[list[Sample], float]:
+        """Samples of one batch, of this chunk if possible, and the seconds that they take."""
+        ...
+
+    def chunks(
+        self, wanted: Callable[[int], bool], *, start: int, progress: Callable[[int], Any]
+    ) -> Iterator[tuple[int, Chunk]]:
+        """(number, chunk) of each chunk that is wanted, from chunk `start`.
+
+        Args:
+            progress: called with the number of records that were just finished.
+        """
+        ...
+
+    def pixels(self, keys: Collection[str]) -> dict[str, np.ndarray]:
+        """The original pictures of these keys, if there are any."""
+        ...
+
+
+@dataclass
+class Preparation:
+    """A prepared set in the making.
+
+    Attributes:
+        folder: of the set.
+        settings: what its bytes depend on, as JSON values.
+        index: values for index.json.
+        shard: (I, N): this command does every N-th chunk, from the I-th.
+        empty_states: of each text encoder.
+    """
+
+    folder: Path
+    work: Work
+    settings: dict[str, Any]
+    index: dict[str, Any]
+    shard: tuple[int, int] = (1, 1)
+    empty_states: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """The hash of the settings, which each shard records."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def run(self, dry_run: bool = False) -> None:
+        """Do this command's part; write the index if it was the last one.
+
+        Raises:
+            UserError: the folder has something else, the disk is full, or no picture can be used.
+        """
+        self._check()
+        started = time.perf_counter()
+        self._print_estimate()
+        if dry_run:
+            return
+        self._claim()
+        self._encode()
+        assert self.work.records is not None
+        chunks = -(-self.work.records // self.work.chunk_size)
+        missing = sum(not shard_path(self.folder, chunk).is_file() for chunk in range(chunks))
+        if missing:
+            print(
+                f"part {self.shard[0]} of {self.shard[1]} is done; {missing} of {chunks} shards "
+                "are still to come from the other parts. The last part completes the set; if each "
+                "has its own folder, copy their shards/ into one and run any part again there"
+            )
+            return
+        self._describe(chunks, time.perf_counter() - started)
+
+    def _check(self) -> None:
+        """`UserError` if the folder has something else than the beginning of this set."""
+        path = self.folder / SETTINGS
+        if not path.exists():
+            if self.folder.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
+                raise UserError(f"{self.folder} exists already: choose another name or delete it")
+            return
+        then, now = read_json(path), json.loads(json.dumps(self.settings))
+        if changed := [name for name in now if then.get(name) != now[name]]:
+            raise UserError(
+                f"{self.folder} holds an unfinished set with other {' and '.join(changed)}: give "
+                "the same options to resume it, or another --output"
+            )
+
+    def _claim(self) -> None:
+        path = self.folder / SETTINGS
+        try:
+            with whole_file(path, replace=False) as partial:
+                partial.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+        except FileExistsError:
+            self._check()  # it is resumed, or another machine was faster
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def _done(self) -> set[int]:
+        """The chunks whose shards exist."""
+        return {int(path.stem) for path in shard_path(self.folder, 0).parent.glob("*.safetensors")}
+
+    def _records_done(self) -> int:
+        """Records of this part's shards that exist, about."""
+        part, parts = self.shard
+        own = [chunk for chunk in self._done() if chunk % parts == part - 1]
+        return len(own) * self.work.chunk_size
+
+    def _missing(self) -> int:
+        """The first chunk of this part whose shard does not exist; the source may be shorter."""
+        (part, parts), done = self.shard, self._done()
+        return next(chunk for chunk in itertools.count(part - 1, parts) if chunk not in done)
+
+    def _print_estimate(self) -> None:
+        with announce("measuring the first pictures ..."):
+            samples, seconds = self.work.measure(self._missing())
+            total = self.work.count()
+        if (long := self.work.chunk_size * seconds / len(samples)) > LONG_SHARD:
+            print(
+                f"a shard takes up to {_duration(long)}, which are lost if the command is killed: "
+                "give a smaller --shard-size",
+                file=sys.stderr,
+            )
+        each = sum(sample.nbytes for sample in samples) / len(samples)
+        seconds /= len(samples)
+        rate = f"about {_rate(1 / seconds)} pictures/s, {each / 1e3:.1f} kB each"
+        existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if total is None:
+            print(f"unknown number of pictures; {rate}; {free / 1e9:.1f} GB free", flush=True)
+            return
+        part, parts = self.shard
+        done = self._records_done()
+        left = max(0.0, total / parts - done)
+        these = f" (part {part} of {parts})" if parts > 1 else ""
+        print(
+            f"{total:,} pictures{these}; {rate}: {_duration(left * seconds)} and "
+            f"{_size(left * each)} of disk{' for the rest' if done else ''} "
+            f"({_size(free)} free)",
+            flush=True,
+        )
+        if left * each > free:
+            print(f"{self.folder}: this disk is too small", file=sys.stderr)
+
+    def _encode(self) -> None:
+        part, parts = self.shard[0] - 1, self.shard[1]
+        # One shard earlier, which has records: behind the end of a source its length is not known.
+        start = max(0, self._missing() - parts)
+
+        def wanted(chunk: int) -> bool:
+            return chunk % parts == part and not shard_path(self.folder, chunk).exists()
+
+        total, before = self.work.count(), self._records_done()
+        if total is not None:
+            total = -(-total // parts)
+            before = min(before, total)
+        with tqdm(
+            total=total,
+            initial=before,
+            unit=" pictures",
+            desc="encoding",
+        ) as bar:
+            try:
+                for chunk, content in self.work.chunks(wanted, start=start, progress=bar.update):
+                    self._write(chunk, content)
+            except KeyboardInterrupt:
+                bar.close()
+                print(f"{self.folder}: {RESUME}", file=sys.stderr)
+                raise
+
+    def _write(self, number: int, chunk: Chunk) -> None:
+        write_shard(
+            shard_path(self.folder, number),
+            chunk.samples,
+            held_out=self.settings["held_out"],
+            skipped=[asdict(skipped) for skipped in chunk.skipped],
+            changed=chunk.changed,
+            sizes=chunk.sizes,
+            settings=self.digest,
+        )
+
+    def _describe(self, chunks: int, seconds: float) -> None:
+        """Write what describes the set, and at last its index."""
+        folder, buckets = self.folder, [(h, w) for h, w in self.index["buckets"]]
+        try:
+            counts = count_shards(folder, chunks=chunks, buckets=buckets)
+            if not counts.total:
+                reason = counts.skipped.most_common(1)[0][0]
+                raise UserError(f"no picture can be used ({reason}): see {folder}/skipped.jsonl")
+            if counts.sides.any():
+                plot_sizes(counts, folder / "sizes.png")
+            column = self.index["captions"][0]
+            with announce("drawing sheet.png ..."), whole_file(folder / "sheet.png") as partial:
+                shown = choose_shown(folder, chunks=chunks, buckets=buckets, column=column)
+                originals = self.work.pixels({sample.key for sample in shown})
+                sheet(shown, originals, self.work.autoencoder).save(partial, format="png")
+            with whole_file(folder / "report.json") as partial:
+                report = {**counts.values(), "seconds": round(seconds, 1)}
+                partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(folder / "report.json", error) from None
+        if self.empty_states:
+            save_empty(folder, self.empty_states)
+        write_index(folder, chunks=chunks, settings=self.digest, values=self.index)
+        reasons = [f"; {n:,} skipped: {reason}" for reason, n in counts.skipped.most_common(3)]
+        print(
+            f"{folder} is complete: {counts.total:,} pictures, {_size(counts.bytes)}"
+            + "".join(reasons)
+        )
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _size(count: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

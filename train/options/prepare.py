@@ -1,0 +1,172 @@
+"""Options of `train.prepare`."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import check_writable, expanded
+from train.options.common import MOST_SEED, add_number, check_at_least
+from train.options.data import add_resolution, add_selection, filter_from
+
+SHARD_MEGABYTES = 256
+MOST_IN_SHARD = 2048
+"""Pictures in a shard, so that a command that is killed loses little work."""
+MOST_DRAWN_BATCHES = 8
+"""The same of a drawn set, in batches: drawing takes longer than encoding."""
+FLAGS_OF_DRAWING = ("prompts_file", "per_prompt", "num_inference_steps", "guidance_scale")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's options, checked; `resolution` and `workers` have their defaults."""
+    parser = Parser(
+        prog="python -m train.prepare",
+        description="Encode captioned pictures for training, once, or let a teacher draw them.\n"
+        "Run the same command again to resume.",
+        epilog=EPILOG,
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="folder of pictures with captions, .tar files of WebDataset or .parquet files; "
+        "several are read one after the other",
+    )
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write; name the folder of an unfinished set to resume it",
+    )
+    add(
+        "--model",
+        metavar="MODEL",
+        help="model whose autoencoder encodes the pictures: folder, Hugging Face repository, "
+        "stickers, an autoencoder of convert.from_torch or a run of train.autoencoder (default: "
+        "with --draw-with, the teacher)",
+    )
+    add_resolution(parser, default="256")
+    add_selection(parser, weights=False)
+    add(
+        "--text-states",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="frozen text encoders of the model whose states to store, such as gemma; without it, "
+        "training encodes the captions (default: none)",
+    )
+    add(
+        "--teacher",
+        type=Path,
+        metavar="FOLDER",
+        help="also store the text states of this teacher, for distillation, and its latents if its "
+        "autoencoder is another one (default: no teacher)",
+    )
+    add(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="do part I of N; run the other parts on other machines, with the same options and a "
+        "shared folder or one whose shards/ is copied there afterwards (default: 1/1)",
+    )
+    add(
+        "--workers",
+        type=integer(1, 1024),
+        metavar="N",
+        help="threads that decode pictures (default: the number of CPU cores, at most 16)",
+    )
+    add_number(parser, "--batch-size", 8, "pictures to encode at a time")
+    add_number(
+        parser,
+        "--shard-size",
+        SHARD_MEGABYTES,
+        "size of a shard in MB, about; a command that is killed loses the unfinished one",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the number of pictures, time and disk space, and stop (default: off)",
+    )
+    drawing = parser.add_argument_group("to let a teacher draw the pictures")
+    add = drawing.add_argument
+    add(
+        "--draw-with",
+        type=Path,
+        metavar="TEACHER",
+        help="draw the pictures with this model or teacher instead of reading SOURCE (default: "
+        "off)",
+    )
+    add(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="prompts to draw, one per line; required with --draw-with",
+    )
+    add(
+        "--per-prompt",
+        type=integer(1, 10**6),
+        metavar="N",
+        help="pictures of each prompt (default: 1)",
+    )
+    add_steps_and_guidance(drawing)
+    add_number(drawing, "--seed", 0, "seed of the first picture; the others follow", most=MOST_SEED)
+    args = parser.parse_args(argv)
+    args.output = expanded(args.output)
+    args.teacher = args.teacher and expanded(args.teacher)
+    args.draw_with = args.draw_with and expanded(args.draw_with)
+    args.resolution = args.resolution or 256
+    args.workers = args.workers or min(16, os.cpu_count() or 1)
+    _check(args)
+    args.per_prompt = args.per_prompt or 1
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    filter_from(args)
+    if weighted := [text for text in args.captions or () if "=" in text]:
+        raise UserError(f"--captions {weighted[0]}: give the columns here, weights in training")
+    check_at_least(args, 1, "batch_size", "shard_size")
+    check_at_least(args, 0, "seed")
+    if args.draw_with is None:
+        if given := [name for name in FLAGS_OF_DRAWING if getattr(args, name) is not None]:
+            names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+            option = names.get(given[0], given[0]).replace("_", "-")
+            raise UserError(f"--{option} takes --draw-with TEACHER")
+        if not args.sources:
+            raise UserError("give a SOURCE of pictures, or --draw-with TEACHER --prompts-file FILE")
+        if args.model is None:
+            raise UserError("give --model MODEL: its autoencoder encodes the pictures")
+    elif args.sources:
+        raise UserError(f"--draw-with takes no SOURCE: leave out {args.sources[0]}")
+    elif args.prompts_file is None:
+        raise UserError("--draw-with takes --prompts-file FILE with the prompts to draw")
+    elif args.teacher is not None:
+        raise UserError("--draw-with draws with one teacher: leave out --teacher")
+    if args.text_states and args.model is None:
+        raise UserError("--text-states takes --model MODEL, whose text encoders they are")
+    for source in map(expanded, args.sources):
+        if source.is_dir() and args.output.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--output {args.output} is inside {source}: write it elsewhere")
+    check_writable(args.output)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"give I/N such as 1/4, not '{text}'")
+    return int(match[1]), int(match[2])
+
+
+EPILOG = """
+Captions: a .txt file beside each picture, or a metadata.jsonl with lines
+{"file_name": "cat.png", "text": "a cat"}; in .tar files, members of one name such as 1.jpg and
+1.txt; in .parquet files, columns of text. Pictures may have any size and shape: each is cropped to
+the nearest of a few shapes. report.json, sizes.png, sheet.png and skipped.jsonl in DIR describe
+the result; train.flow --data DIR and the other training commands read it.
+"""

@@ -1,0 +1,273 @@
+"""Encode captioned pictures for training: `python -m train.prepare SOURCE... --output DIR`.
+
+The result is a prepared set (train/data/prepared.py), which training reads with `--data DIR`.
+"""
+
+import argparse
+import hashlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_snapgen.checkpoint import model as checkpoint_model
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.module import read_part
+from mlx_snapgen.checkpoint.text_encoders import chosen_encoders
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.prompts_file import read_prompts
+from mlx_snapgen.config import to_dict
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import expanded
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from train.data.drawn import TEACHER, DrawnSet, Teacher, open_drawing, open_teacher_texts
+from train.data.imagefolder import bucket_sizes
+from train.data.open import is_prepared, is_stickers, open_records
+from train.data.preparation import CaptionEncoder, Encoder, PictureSet, Reader, of_encoder
+from train.data.prepared import INDEX, MODEL, Prepared, describe_autoencoder
+from train.data.selection import LEAST_TO_HOLD_OUT
+from train.evaluation.preparation import Preparation
+from train.loop.autoencoder import load_autoencoder
+from train.loop.run import find_folder
+from train.options.data import filter_from
+from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
+
+CAPTION = "caption"
+"""Column of the captions if none is chosen."""
+TOKENS = 32
+"""Tokens of a caption, for the estimate of a shard's size."""
+
+
+def open_model(name: str) -> tuple[Autoencoder, ModelFolder | None]:
+    """The autoencoder of a model, an autoencoder's folder or a run; and the model, if it is one."""
+    folder = expanded(Path(name))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return load_autoencoder(folder, None), None
+    if folder.is_dir() and read_part(folder, "autoencoder") is not None:
+        return checkpoint_model.load_autoencoder(folder), None
+    model = ModelFolder.open(name)
+    return checkpoint_model.load_autoencoder(model), model
+
+
+def caption_encoders(
+    model: ModelFolder | None, names: list[str]
+) -> tuple[dict[str, CaptionEncoder], dict[str, Any]]:
+    """Text encoders of a model whose states are stored, and their configs, by "text_encoder_i".
+
+    Raises:
+        UserError: no such encoder, or one that training changes.
+    """
+    if not names:
+        return {}, {}
+    if model is None:
+        raise UserError("--text-states takes a model with text encoders as --model")
+    configs = model.config.text_encoders
+    chosen = [i for i, c in enumerate(chosen_encoders(configs, names)) if c]
+    for i in chosen:
+        if configs[i].kind == "transformer":
+            raise UserError("--text-states: text encoders of this kind are trained, not frozen")
+    loaded = checkpoint_model.load_text_encoders(model, names=names)
+    encoders = {
+        f"text_encoder_{i}": of_encoder(loaded[i], f"text_encoder_{i}", dims=configs[i].hidden_size)
+        for i in chosen
+    }
+    return encoders, {f"text_encoder_{i}": to_dict(configs[i]) for i in chosen}
+
+
+def chunk_size(encoder: Encoder, *, args: argparse.Namespace, columns: int) -> int:
+    """Records of a chunk, so that its shard has about the size wanted."""
+    each = sum(
+        args.resolution**2 // a.config.downsampling**2 * a.config.latent_channels
+        for a in [encoder.autoencoder, *encoder.others.values()]
+    )
+    each += sum(TOKENS * text.dims * columns for text in encoder.texts.values())
+    most = args.batch_size * MOST_DRAWN_BATCHES if args.draw_with else MOST_IN_SHARD
+    return max(1, min(most, args.shard_size * 10**6 // (2 * each)))
+
+
+@dataclass
+class Model:
+    """What encodes pictures and captions, and how index.json describes it.
+
+    Attributes:
+        unit: sides of a bucket are multiples of this, in pixels.
+    """
+
+    encoder: Encoder
+    unit: int
+    autoencoders: dict[str, Any]
+    text_states: dict[str, Any]
+
+    @property
+    def empty_states(self) -> dict[str, np.ndarray]:
+        """The text states of the empty prompt."""
+        return {name: text.of_empty() for name, text in self.encoder.texts.items()}
+
+
+def load_model(args: argparse.Namespace, teacher: Teacher | None) -> Model:
+    """The autoencoder and text encoders that the options choose.
+
+    Args:
+        teacher: text states and autoencoder of a teacher.
+    """
+    if args.model is None:
+        assert teacher is not None
+        autoencoder, model = teacher.autoencoder, None
+    else:
+        with announce(f"loading {args.model} ..."):
+            autoencoder, model = open_model(args.model)
+    if autoencoder.config.picture_channels != 3:
+        raise UserError(f"{args.model}: its autoencoder takes alpha, and pictures here have none")
+    texts, configs = caption_encoders(model, args.text_states)
+    autoencoders, others = {MODEL: describe_autoencoder(autoencoder)}, {}
+    if teacher is not None:
+        texts[TEACHER], configs[TEACHER] = teacher.texts, teacher.settings
+        described = describe_autoencoder(teacher.autoencoder)
+        if described["digest"] != autoencoders[MODEL]["digest"]:
+            autoencoders[TEACHER], others[TEACHER] = described, teacher.autoencoder
+    encoder = Encoder(autoencoder, texts=texts, others=others, batch_size=args.batch_size)
+    # Without a model: patches of 2, of which 2x2 are compressed to one.
+    unit = model.config.size_unit if model else 4 * autoencoder.config.downsampling
+    return Model(encoder, unit, autoencoders, configs)
+
+
+def prepare(args: argparse.Namespace) -> Preparation:
+    """Encode the pictures of the sources."""
+    for spec in args.sources:
+        if is_stickers(spec):
+            raise UserError("stickers are rendered in training: there is nothing to prepare")
+        if is_prepared(spec):
+            raise UserError(f"{spec} is prepared already: give the pictures that it was made of")
+    source = open_records(args.sources, template=args.caption_template, columns=args.captions or ())
+    with announce("reading the names of the files ..."):
+        files = source.fingerprint()
+        few = len(list(itertools.islice(source.records(), LEAST_TO_HOLD_OUT))) < LEAST_TO_HOLD_OUT
+    teacher = None
+    if args.teacher:
+        with announce(f"loading {args.teacher} ..."):
+            teacher = open_teacher_texts(find_folder(args.teacher))
+    model = load_model(args, teacher)
+    columns = args.captions or [CAPTION]
+    size = chunk_size(model.encoder, args=args, columns=len(columns))
+    index = describe(model, args, columns=columns)
+    buckets = [(height, width) for height, width in index["buckets"]]
+    work = PictureSet(
+        source,
+        Reader(buckets, filter_from(args), columns=columns, named=bool(args.captions)),
+        encoder=model.encoder,
+        chunk_size=size,
+        workers=args.workers,
+    )
+    settings = {
+        "sources": source.settings()["data"],
+        "files": files,
+        "filter": filter_from(args).settings(),
+        "caption_template": args.caption_template,
+    }
+    return preparation(work, args, model=model, index=index, settings=settings, few=few)
+
+
+def draw(args: argparse.Namespace) -> Preparation:
+    """Let a teacher draw the pictures."""
+    prompts = list(read_prompts(args.prompts_file))
+    size = args.resolution, args.resolution
+    with announce(f"loading {args.draw_with} ..."):
+        drawing, teacher = open_drawing(
+            find_folder(args.draw_with),
+            size=size,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+        )
+    model = load_model(args, teacher)
+    work = DrawnSet(
+        drawing,
+        teacher.autoencoder,
+        encoder=model.encoder,
+        prompts=prompts,
+        per_prompt=args.per_prompt,
+        seed=args.seed,
+        size=size,
+        column=CAPTION,
+        chunk_size=chunk_size(model.encoder, args=args, columns=1),
+    )
+    settings = {
+        "sources": "drawn",
+        "teacher": teacher.settings,
+        "prompts": hashlib.blake2b("\n".join(prompts).encode(), digest_size=8).hexdigest(),
+        "per_prompt": args.per_prompt,
+        "steps": args.num_inference_steps,
+        "guidance": args.guidance_scale,
+        "seed": args.seed,
+    }
+    index = describe(model, args, columns=[CAPTION])
+    few = work.count() < LEAST_TO_HOLD_OUT
+    return preparation(work, args, model=model, index=index, settings=settings, few=few)
+
+
+def describe(model: Model, args: argparse.Namespace, *, columns: list[str]) -> dict[str, Any]:
+    """Values for index.json; `UserError` if the model does not take the resolution."""
+    if args.resolution % model.unit:
+        raise UserError(f"--resolution {args.resolution}: give a multiple of {model.unit} pixels")
+    size = args.resolution, args.resolution
+    buckets = [size] if args.draw_with else bucket_sizes(size, model.unit)
+    return {
+        "resolution": args.resolution,
+        "autoencoders": model.autoencoders,
+        "captions": columns,
+        "text_states": model.text_states,
+        "buckets": [list(bucket) for bucket in buckets],
+    }
+
+
+def preparation(
+    work: PictureSet | DrawnSet,
+    args: argparse.Namespace,
+    *,
+    model: Model,
+    index: dict[str, Any],
+    settings: dict[str, Any],
+    few: bool,
+) -> Preparation:
+    """The work with all its settings.
+
+    Args:
+        few: too few pictures for a part for validation.
+    """
+    settings |= {
+        **index,
+        "held_out": 0.0 if few else args.held_out,
+        "records_in_shard": work.chunk_size,
+        "batch_size": args.batch_size,
+    }
+    return Preparation(
+        args.output,
+        work,
+        settings=settings,
+        index=index,
+        shard=args.shard,
+        empty_states=model.empty_states,
+    )
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a set has its index and all shards; missing ones can be made again."""
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        Prepared(folder).check_files()
+    except UserError:
+        return False
+    return True
+
+
+def main() -> None:
+    args = parse()
+    if is_complete(args.output):
+        raise UserError(f"{args.output} is a complete set already: choose another name")
+    (draw(args) if args.draw_with else prepare(args)).run(args.dry_run)
+
+
+if __name__ == "__main__":
+    run_command(main)
