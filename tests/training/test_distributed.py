@@ -71,8 +71,11 @@ def worker(folder, event=None):
     print(json.dumps({"step": run.step, "finished": finished}))
 
 
-def start(folder, *args):
-    """Both processes. Only the first has the run's folder, as on two machines."""
+def start(folder, *args, module=None):
+    """Both processes, which run `worker(*args)` of another module, or that of this one.
+
+    Only the first has the run's folder, as on two machines.
+    """
     ports = []
     for _ in range(2):
         with socket.socket() as s:
@@ -80,10 +83,11 @@ def start(folder, *args):
             ports.append(s.getsockname()[1])
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in ports]))
-    call = f"worker({', '.join(map(repr, (str(folder), *args)))})"
+    given = args if module else (str(folder), *args)
+    call = f"worker({', '.join(map(repr, given))})"
     return [
         subprocess.Popen(
-            [sys.executable, "-c", f"import train, tests.training.test_distributed as t; t.{call}"],
+            [sys.executable, "-c", f"import train, {module or __name__} as t; t.{call}"],
             cwd=ROOT,
             env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
             stdout=subprocess.PIPE,

@@ -1,8 +1,8 @@
 """Knowledge distillation: eqs. 6-8 written out in numpy, who gets a gradient, and the loop."""
 
 import dataclasses
-import json
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -11,26 +11,27 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import train.loop.trainer
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
-from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.teachers.base import Condition
-from mlx_snapgen.teachers.checkpoint import load_teacher
-from tests.tiny import STUDENT, make_student
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
+from tests.tiny import STUDENT, make_components, make_student
 from train import kd
+from train.data.conditions import Conditions
 from train.data.distillation import DistillationBatches
-from train.data.encoded import EncodedBatches
+from train.data.encoded import EncodedBatches, EncodedPictures
 from train.data.stickers.source import Stickers
-from train.export import assemble
+from train.export import trained_model
 from train.loop.checkpoint import latest_checkpoint, read_log
 from train.loop.config import TrainingConfig
+from train.loop.roles import distillation_roles
 from train.loop.run import recorded
 from train.loop.trainer import Trainer
 from train.objectives.distillation import Distillation, fit_to_teacher, teacher_targets
-from train.objectives.elastic import ElasticStep, noisy
+from train.objectives.elastic import ElasticStep, noisy, text_states
+from train.objectives.projectors import LeastSquares, fit_projectors, new_projectors
 
 WIDTHS = (1.0, 0.5, 0.375)
 PROMPTS = ["a red car", "", "an apple next to a blue cat", "a green apple"]
@@ -124,7 +125,7 @@ def written_out(student, teacher, batch, key, width, full, guidance):
 
     grads = mx.grad(pulled)(params)
     student.update(params)
-    return metrics, grads, np.array(v)
+    return metrics, dict(tree_flatten(grads)), np.array(v)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -134,17 +135,20 @@ def test_full_width_is_equation_8(parts, guidance):
     grads, metrics = gradients(student, teacher, batch, key, (), 2.0, guidance)
     expected_metrics, expected, _ = written_out(student, teacher, batch, key, 1.0, None, guidance)
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected_metrics, rel=1e-4)
-    assert_close(grads, expected)
+    assert_close(grads, expected, widths=(1.0,))
 
 
-def assert_close(grads, expected):
+def assert_close(grads, expected, widths):
+    """`grads` are those of all parameters but the projectors of other widths."""
     found = dict(tree_flatten(grads))
-    for name, value in tree_flatten(expected):
+    others = [f"projectors.{i}." for i, width in enumerate(WIDTHS) if width not in widths]
+    expected = {k: v for k, v in expected.items() if not k.startswith(tuple(others))}
+    for name, value in expected.items():
         scale = max(float(mx.abs(value).max()), 1e-2)
         np.testing.assert_allclose(
             np.array(found[name]), np.array(value), atol=2e-4 * scale, err_msg=name
         )
-    assert found.keys() == dict(tree_flatten(expected)).keys()
+    assert found.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("width", WIDTHS[1:])
@@ -159,7 +163,7 @@ def test_every_width_is_equation_8_beside_the_full_network(parts, width, monkeyp
     sub_metrics, expected, _ = written_out(*args, width, full, 1.0)
     all_metrics = full_metrics | {f"{k}_{width:g}": v for k, v in sub_metrics.items()}
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(all_metrics, rel=1e-4)
-    assert_close(grads, expected)
+    assert_close(grads, expected, widths=(1.0, width))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -170,9 +174,9 @@ def test_each_width_has_a_projector_of_its_own(parts, width):
     sub = tuple(w for w in (width,) if w != 1.0)
     grads, _ = gradients(student, teacher, batch, mx.random.key(5), sub, 1.0)
     assert grads.keys() == {"transformer", "text_encoders", "projectors"}
-    for other, projector in zip(WIDTHS, grads["projectors"], strict=True):
-        reached = all(float(mx.abs(g).max()) > 1e-6 for _, g in tree_flatten(projector))
-        assert reached == (other in (1.0, width)), other
+    trained = {other for other, given in zip(WIDTHS, grads["projectors"], strict=False) if given}
+    assert trained == {1.0, width}
+    assert all(float(mx.abs(g).max()) > 1e-6 for _, g in tree_flatten(grads["projectors"]))
     assert [p.weight.shape for p in student.projectors] == [(FEATURES, d) for d in (32, 16, 12)]
     trained = [k for k, _ in tree_flatten(student.trainable_parameters())]
     assert {k.split(".")[0] for k in trained} == {"transformer", "text_encoders", "projectors"}
@@ -184,8 +188,11 @@ def test_projectors_start_at_the_best_fit(parts):
     """No number of a projector can move without the loss of the latents it was fitted to rising."""
     student, teacher = parts
     batches = [make_batch(student, teacher, seed) for seed in range(3)]
-    fit_to_teacher(student, teacher, batches, seed=7, shift=2.0)
-    keys = mx.random.split(mx.random.key(7), len(batches))
+    fit_to_teacher(student, Distillation(teacher), batches, seed=7, shift=2.0)
+    key, keys = mx.random.key(7), []
+    for _ in batches:
+        key, now = mx.random.split(key)
+        keys.append(now)
 
     def loss():
         found = [
@@ -212,6 +219,48 @@ def test_projectors_start_at_the_best_fit(parts):
             values[0] -= step
 
 
+def test_projectors_are_fitted_as_by_lstsq():
+    """In parts of several sizes, far from zero, also where the rows do not determine the fit."""
+    rng = np.random.default_rng(0)
+    for rows, spread in ((500, 1.0), (500, 1e-3), (9, 1.0)):
+        x = 20 + spread * rng.normal(size=(rows, 12)) @ rng.normal(size=(12, 12))
+        y = x @ rng.normal(size=(12, 5)) + 3 + 0.1 * rng.normal(size=(rows, 5))
+        fit = LeastSquares()
+        for part in np.array_split(np.arange(rows), 4):
+            fit.add(x[part].astype(np.float32), y[part].astype(np.float32))
+        weight, bias = fit.solution()
+        x, y = x.astype(np.float32).astype(float), y.astype(np.float32).astype(float)
+        best = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=None)[0]
+        found, wanted = x @ weight + bias, (x - x.mean(0)) @ best + y.mean(0)
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+        if spread == 1:
+            np.testing.assert_allclose(weight, best, atol=1e-4 * np.abs(best).max())
+
+
+def test_features_are_not_kept_for_the_fit():
+    """32 batches take no more memory than 2: the rows are summed up and dropped."""
+    widths = (1.0, 0.5)
+
+    def student(batch, share):
+        return mx.random.normal((8, 64, round(32 * share)), key=batch["key"])
+
+    def teacher(batch):
+        return mx.random.normal((8, 64, 24), key=batch["key"])
+
+    def fit(count):
+        projectors = new_projectors(32, widths, feature_dims=24)
+        batches = ({"key": mx.random.key(k)} for k in range(count))
+        tracemalloc.start()
+        fit_projectors(projectors, widths, batches=batches, student=student, teacher=teacher)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    fit(1)
+    few, many = fit(2), fit(32)
+    assert many < 1.5 * few
+
+
 def test_no_gradient_goes_into_the_teacher(parts):
     student, teacher = parts
     batch, network = make_batch(student, teacher), teacher.network
@@ -231,6 +280,76 @@ def test_no_gradient_goes_into_the_teacher(parts):
     assert all(float(mx.abs(g).max()) == 0 for _, g in tree_flatten(grads))
 
 
+def test_a_teacher_with_other_latents_gives_features_alone(parts):
+    """It gets its own latents of the same pictures, with other noise at the same levels."""
+    student, teacher = parts
+    batch, key = make_batch(student, teacher), mx.random.key(8)
+    theirs = mx.random.normal((4, 4, 4, 4), key=mx.random.key(9))
+    seen = []
+    given = teacher.velocity_and_features
+    teacher.velocity_and_features = lambda x_t, t, *rest, **settings: (
+        seen.append((np.array(x_t), np.array(t))) or given(x_t, t, *rest, **settings)
+    )
+    objective = Distillation(teacher, 3.0, same_latents=False)
+    batch["teacher_latents"] = theirs
+    _, metrics = objective.gradients(student, batch, key, ElasticStep((0.5,), 2.0))
+    assert not any(name.startswith("output") for name in metrics)
+    assert {"loss", "features", "features_0.5"} < metrics.keys()
+    (x_teacher, t), *more = seen
+    assert not more
+    x_t, levels, _ = noisy(batch["latents"], key, shift=2.0)
+    np.testing.assert_array_equal(t, np.array(levels))
+    level = t[:, None, None, None]
+    eps = (x_teacher - (1 - level) * np.array(theirs)) / level
+    student_eps = (np.array(x_t) - (1 - level) * np.array(batch["latents"])) / level
+    assert abs(eps.std() - 1) < 0.1
+    assert abs(np.corrcoef(eps.ravel(), student_eps.ravel())[0, 1]) < 0.2
+    full = student.transformer(
+        x_t, levels, *student.transformer.encode_text(text_states(student, batch))
+    )
+    target = (student_eps - np.array(batch["latents"])) - np.array(full)
+    assert metrics["loss"].item() == pytest.approx(np.square(target).mean(), rel=1e-3)
+
+
+def test_a_caption_is_encoded_once_for_the_teacher(parts):
+    """Prepared states replace the text encoder; the result is the same."""
+    _, teacher = parts
+    asked, encode = [], teacher.encode
+    teacher.encode = lambda prompts: asked.extend(prompts) or encode(prompts)
+    conditions = Conditions(teacher)
+    first = conditions(PROMPTS)
+    again = conditions(PROMPTS[::-1])
+    assert asked == ["", *(p for p in PROMPTS if p)]
+    assert asked.count("") == 1
+    np.testing.assert_array_equal(np.array(first.text), np.array(again.text)[::-1])
+    stored = [np.array(first.text[k])[np.array(first.mask[k])] for k in range(4)]
+    with_states = Conditions(teacher)
+    with_states.stored = True
+    from_data = with_states(PROMPTS, {"teacher": stored})
+    for ours, theirs in zip(first, from_data, strict=True):
+        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+    # Shorter padding than the text encoder's own does not change the teacher's velocity.
+    x_t, t = mx.random.normal((4, 4, 4, 4)), mx.array([0.1, 0.4, 0.6, 0.9])
+    found = teacher.velocity(x_t, t, first, guidance_scale=3.0)
+    expected = teacher.velocity(x_t, t, encode(PROMPTS), guidance_scale=3.0)
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
+
+
+def test_absent_text_stays_absent_for_the_teacher(parts):
+    _, teacher = parts
+    absent = CheckpointTeacher(teacher.network, teacher.text_encoders, unconditional=None)
+    condition = Conditions(absent)(PROMPTS)
+    assert not condition.empty_mask.any() and not condition.mask[1].any()
+    assert all(condition.mask[k].any() for k in (0, 2, 3))
+    x_t, t = mx.random.normal((4, 4, 4, 4)), mx.array([0.1, 0.4, 0.6, 0.9])
+    found = absent.velocity(x_t, t, condition, guidance_scale=3.0)
+    expected = absent.velocity(x_t, t, absent.encode(PROMPTS), guidance_scale=3.0)
+    chosen = mx.array([0, 2, 3])
+    np.testing.assert_allclose(np.array(found[chosen]), np.array(expected[chosen]), atol=1e-4)
+    alone = absent.velocity(x_t, t, condition)
+    np.testing.assert_allclose(np.array(found[1]), np.array(alone[1]), atol=1e-5)
+
+
 def test_a_teacher_on_another_grid_is_refused(parts):
     student, teacher = parts
     batch = make_batch(student, teacher)
@@ -241,7 +360,7 @@ def test_a_teacher_on_another_grid_is_refused(parts):
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
         gradients(student, teacher, batch, mx.random.key(0), (), 1.0)
     with pytest.raises(UserError, match="16 tokens, its teacher of 4"):
-        fit_to_teacher(student, teacher, [batch], seed=0, shift=1.0)
+        fit_to_teacher(student, Distillation(teacher), [batch], seed=0, shift=1.0)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -267,6 +386,7 @@ def trainer(parts, run_dir, stop_at=None, **options):
         run_dir=run_dir,
         arguments=lambda step: ElasticStep((WIDTHS[1 + step % 2],), 1.0),
         validate=lambda t: (t.step == stop_at and t.stop()) or {},
+        roles=distillation_roles(WIDTHS),
     )
 
 
@@ -307,17 +427,13 @@ def test_a_run_resumes_bit_identical(parts, tmp_path, quick):
     assert resumed.run()
     for name, value in tree_flatten(resumed.model.parameters()):
         np.testing.assert_array_equal(expected[name], np.array(value), err_msg=name)
+    counts = {name: state["step"].item() for name, state in resumed.optimizers.state.items()}
+    assert counts == {"model": 4, "projector_1000": 4, "projector_500": 2, "projector_375": 2}
 
 
-def test_command_trains_resumes_and_starts_another_run(
-    model_folder, tokenizer_bytes, components, tmp_path, monkeypatch, quick
-):
+def test_command_trains_resumes_and_starts_another_run(model_folder, tmp_path, monkeypatch, quick):
     """From a teacher's folder to a run that flow matching and export can go on from."""
-    shapes = tmp_path / "student"
-    shapes.mkdir()
-    sizes = {"format_version": FORMAT_VERSION} | to_dict(STUDENT)
-    (shapes / "config.json").write_text(json.dumps(sizes))
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes)
+    save_pretrained(tmp_path / "student", make_components(STUDENT))
 
     def pictures(source, number, count):
         rng = np.random.default_rng((source.seed, number))
@@ -325,57 +441,43 @@ def test_command_trains_resumes_and_starts_another_run(
         return drawn, [PROMPTS[(number * count + k) % 4] for k in range(count)]
 
     monkeypatch.setattr(Stickers, "batch", pictures)
-    monkeypatch.setattr("train.data.stickers.source.PREVIEW_PROMPTS", ("a cat",))
 
     def command(run_dir, *options):
         common = ["--run-dir", str(tmp_path / run_dir), "--teacher", str(model_folder)]
-        common += ["--steps", "2", "--batch-size", "2"]
+        common += ["--steps", "2", "--batch-size", "2", "--data", "stickers", "--resolution", "32"]
+        common += ["--validation-prompts", "a cat", "--validation-pictures", "0"]
         monkeypatch.setattr(sys, "argv", ["kd", *common, *map(str, options)])
         kd.main()
 
-    own = ("--student-config", shapes, "--tokenizer", tmp_path / "tokenizer.model")
+    own = ("--model", tmp_path / "student")
     command("a", *own)
     command("a", *own)
     assert latest_checkpoint(tmp_path / "a").name == "step_2"
     command("b", *own, "--init-from", tmp_path / "a", "--model-widths", "full", "--guidance", "2")
     assert recorded(tmp_path / "a")["data"] == "stickers"
-    made = assemble(
-        tmp_path / "a",
-        model_folder,
-        tokenizer=tmp_path / "tokenizer.model",
-        source=None,
-        config=STUDENT,
-    )
-    save_pretrained(tmp_path / "made", made)
+    model = ModelFolder.open(recorded(tmp_path / "a")["model"])
+    save_pretrained(tmp_path / "made", trained_model(model, tmp_path / "a"))
     assert load_pretrained(tmp_path / "made").config.transformer.widths == WIDTHS
-    command("c", "--init-from", model_folder)
+    command("c", "--model", model_folder)
     trained = mx.load(str(latest_checkpoint(tmp_path / "c") / "ema.safetensors"))
     hidden = load_pretrained(model_folder).config.transformer.hidden_size
     assert trained["projectors.0.weight"].shape == (FEATURES, hidden)
-    with pytest.raises(UserError, match="leave out --student-config"):
-        command("d", *own, "--init-from", model_folder)
-    with pytest.raises(UserError, match="needs --tokenizer"):
-        command("d", "--student-config", shapes)
+    with pytest.raises(UserError, match="--tokenizer was removed"):
+        command("d", *own, "--tokenizer", "t.model")
 
 
-def test_the_teacher_reads_what_the_student_is_told(
-    parts, components, tokenizer_bytes, monkeypatch
-):
+def test_the_teacher_gets_the_captions_that_the_student_gets(parts, components):
     """A caption dropped for every text encoder of the student is dropped for the teacher."""
     _, teacher = parts
     black = np.zeros((4, 32, 32, 3), np.uint8)
     source = SimpleNamespace(batch=lambda *_: (black, [p or "two cars" for p in PROMPTS]))
-    asked = []
-    monkeypatch.setattr(
-        teacher, "encode", lambda prompts: asked.append(prompts) or Condition(*[mx.zeros(1)] * 4)
-    )
-    tokenizers = [SentencePieceTokenizer(tokenizer_bytes, n) for n in (9, 12)]
-    data = EncodedBatches(
-        source, components.autoencoder, tokenizers, batch_size=4, seed=0, drop_caption=0.6
-    )
-    batches = [DistillationBatches(data, teacher)(k) for k in range(8)]
+    encoded = EncodedPictures(source, components.autoencoder)
+    encoders = components.text_encoders
+    data = EncodedBatches(encoded, encoders, batch_size=4, seed=0, drop_caption=0.4)
+    distilled = DistillationBatches(data, Conditions(teacher))
+    batches = [distilled(k) for k in range(8)]
     kept = np.array([[b[f"mask_{i}"].sum(1) > 2 for i in (0, 1)] for b in batches]).any(1)
-    told = np.array([[bool(prompt) for prompt in prompts] for prompts in asked])
+    told = np.array([b["mask"].sum(1) > b["empty_mask"].sum() for b in batches])
     np.testing.assert_array_equal(told, kept)
     assert 0 < told.mean() < 1
     assert all(np.array_equal(data(k)["tokens_0"], batches[k]["tokens_0"]) for k in range(2))

@@ -1,5 +1,6 @@
 """K-DMD: who is trained when, and the student's gradient against the paper's formula."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -8,13 +9,20 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.lora.adapters import active_adapters, add_lora
-from mlx_snapgen.sampling import add_noise
+from mlx_snapgen.config import FOUR_STEPS, SamplerConfig
+from mlx_snapgen.draw import draw_latents
+from mlx_snapgen.lora.adapters import active_adapters, add_lora, set_lora_weights
+from mlx_snapgen.sampling import add_noise, get_noise
+from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
+from tests.tiny import MODEL
+from train.data.conditions import Conditions
 from train.data.prompts import PromptList
-from train.data.simulation import STUDENT_TEXT, Simulation
+from train.data.simulation import STUDENT, STUDENT_TEXT, Simulation, sized_prompts
 from train.loop.config import TrainingConfig
+from train.loop.optimizer import Role
+from train.loop.roles import kdmd_roles
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, critic_name, fit_to_few_step, sample_tau
 from train.objectives.losses import expand
@@ -30,6 +38,7 @@ def parts(model_folder):
     network = components.transformer
     mx.random.seed(0)
     add_lora(network, 2, alpha=4.0, targets=["self_attention.*_proj"], name="few_step")
+    set_lora_weights(network, {"few_step": 0.0})
     teacher = CheckpointTeacher(network, components.text_encoders, few_step="few_step")
     model = Distilled(network, WIDTHS, feature_dims=teacher.feature_dims, rank=3, alpha=3.0)
     for layer in network.modules():
@@ -120,6 +129,43 @@ def test_student_gradient_is_equation_9(parts, width):
     assert compared > 10
 
 
+@pytest.mark.parametrize("student_turn", [False, True])
+def test_critic_learns_the_velocity_at_its_samples_own_noise_level(parts, student_turn):
+    """Flow matching written out: the network gets the t that its input was noised to."""
+    model, teacher = parts
+    batch, key, width = make_batch(model, teacher), mx.random.key(5), 0.375
+    step = DMDStep(width, student_turn)
+    grads, metrics = DMD(teacher, 4.0, False).gradients(model, batch, key, step)
+    text, mask = (batch[name] for name in STUDENT_TEXT)
+    x_t, sigma, network = batch["x_t"], batch["sigma"], model.network
+    with active_adapters(network, "student"):
+        v = network(x_t, sigma, text, mask, share=width)
+    x0 = x_t - expand(sigma, x_t) * v
+    keys = mx.random.split(key, 4)
+    t = sample_tau(keys[0], 3)
+    eps = mx.random.normal(x0.shape, key=keys[1])
+    noised = (1 - expand(t, x0)) * x0 + expand(t, x0) * eps
+    params = model.trainable_parameters()
+
+    def loss(params):
+        model.update(params)
+        with active_adapters(network, critic_name(width)):
+            found = network(noised, t, text, mask, share=width)
+        return (found - (eps - x0)).square().mean()
+
+    value, expected = mx.value_and_grad(loss)(params)
+    model.update(params)
+    assert metrics["critic_0.375"].item() == pytest.approx(value.item(), rel=1e-5)
+    found, largest = dict(tree_flatten(grads)), 0.0
+    for name, wanted in tree_flatten(expected):
+        if critic_name(width) in name.split("."):
+            np.testing.assert_allclose(
+                np.array(found[name]), np.array(wanted), atol=2e-6, err_msg=name
+            )
+            largest = max(largest, mx.abs(wanted).max().item())
+    assert largest > 1e-3
+
+
 @pytest.fixture
 def uncompiled():
     """Three steps are done long before the compiler is."""
@@ -148,6 +194,59 @@ def test_training_changes_each_role_on_its_turn_only(parts, tmp_path, uncompiled
     assert changed and all(critic_name(1.0) in k.split(".") for k in changed)
 
 
+def kdmd_trainer(parts, run_dir, roles, steps=6):
+    model, teacher = parts
+    config = TrainingConfig(
+        steps=steps,
+        betas=(0.0, 0.99),
+        weight_decay=0.0,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        checkpoint_every=3,
+    )
+    return Trainer(
+        model,
+        DMD(teacher, 4.0, True),
+        batches=lambda k: make_batch(model, teacher, k),
+        config=config,
+        run_dir=run_dir,
+        arguments=lambda step: DMDStep(WIDTHS[step // 3 % 2], (step + 1) % 3 == 0),
+        roles=roles,
+        validate=lambda t: (t.step == 3 and steps != 3 and t.stop()) or {},
+    )
+
+
+def test_each_role_counts_its_own_steps(parts, tmp_path, uncompiled):
+    """Also after a resume, where another width has its turn than the last time."""
+    roles = kdmd_roles(WIDTHS)
+    owners = [
+        [role.name for role in roles if role.owns(path)]
+        for path, _ in tree_flatten(parts[0].trainable_parameters())
+    ]
+    assert all(len(names) == 1 for names in owners)
+    start = tree_map(mx.array, parts[0].trainable_parameters())
+    assert not kdmd_trainer(parts, tmp_path, roles).run()
+    parts[0].update(start)
+    resumed = kdmd_trainer(parts, tmp_path, roles)
+    assert resumed.run()
+    counts = {name: state["step"].item() for name, state in resumed.optimizers.state.items()}
+    assert counts == {
+        "student": 2,
+        "critic_1000": 3,
+        "critic_375": 3,
+        "projector_1000": 1,
+        "projector_375": 1,
+    }
+
+
+def test_runs_with_one_optimizer_for_all_roles_resume(parts, tmp_path, uncompiled):
+    assert not kdmd_trainer(parts, tmp_path, [Role("model")]).run()
+    resumed = kdmd_trainer(parts, tmp_path, kdmd_roles(WIDTHS))
+    assert resumed.run()
+    counts = {name: state["step"].item() for name, state in resumed.optimizers.state.items()}
+    assert (counts["student"], counts["critic_1000"], counts["critic_375"]) == (4, 3, 6)
+
+
 def test_critic_learns_what_the_student_draws(parts):
     model, teacher = parts
     objective = DMD(teacher, 1.0, False)
@@ -167,43 +266,104 @@ def test_critic_learns_what_the_student_draws(parts):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_backward_simulation_follows_the_student(parts):
+def simulation(parts, sampler=FOUR_STEPS, **settings):
     model, teacher = parts
-    channels = model.network.config.latent_channels
-    simulation = Simulation(
+    return Simulation(
         model.network,
-        teacher,
-        shape=(4, 4, channels),
-        batch_size=2,
-        prompts=PromptList(PROMPTS),
-        share_of=lambda step: 0.375,
+        dataclasses.replace(MODEL, few_step=sampler),
+        teacher=Conditions(teacher),
+        **{
+            "batch_size": 2,
+            "prompts": sized_prompts(PromptList(PROMPTS), [(32, 32)], seed=0),
+            "share_of": lambda step: 0.375,
+        }
+        | settings,
     )
-    batches = [simulation(n) for n in range(12)]
+
+
+@pytest.mark.parametrize("fresh_noise", [False, True])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_simulation_to_the_end_is_drawing(parts, components, fresh_noise, steps):
+    """The student meets in training what the exported model draws: same levels, same steps."""
+    model, _ = parts
+    sampler = SamplerConfig(steps, guidance_scale=1.0, time_shift=2.5, fresh_noise=fresh_noise)
+    made = simulation(parts, sampler)
+    config, seeds = made.config, [7, 8, 9]
+    drawing = dataclasses.replace(components, config=config, transformer=model.network)
+    settings = DrawSettings(height=32, width=64)
+    drawn = draw_latents(
+        drawing, PROMPTS, seeds=seeds, settings=settings, share=0.375, adapter=STUDENT
+    )
+    condition = made.teacher(PROMPTS)
+    simulated = made.path(
+        condition.text,
+        condition.mask,
+        levels=made.levels((32, 64)),
+        share=0.375,
+        noise=lambda draw: mx.concatenate([get_noise(s, 4, 8, 4, draw) for s in seeds]),
+    )
+    np.testing.assert_allclose(np.array(simulated), np.array(drawn), atol=2e-6)
+    assert float(mx.abs(simulated).max()) > 0.5
+
+
+def test_simulation_stops_at_a_step_of_drawing(parts):
+    """Also by the number of steps, the time shift and the size of the pictures."""
+    sampler = dataclasses.replace(FOUR_STEPS, num_inference_steps=2, time_shift=None)
+    sizes = [(32, 32), (32, 64), (512, 512)]
+    prompts = sized_prompts(PromptList(PROMPTS), sizes[:2], seed=0)
+    made = simulation(parts, sampler, prompts=prompts)
+    batches = [made(k) for k in range(6)]
+    assert {b["x_t"].shape for b in batches} == {(2, 4, 4, 4), (2, 4, 8, 4)}
+    assert {float(b["sigma"][0]) for b in batches} == {1.0, 0.5}
+    assert made.levels(sizes[2])[1] > 0.5, "more noise for larger pictures"
+    euler, fresh = (
+        simulation(parts),
+        simulation(parts, dataclasses.replace(FOUR_STEPS, fresh_noise=True)),
+    )
+    late = next(k for k in range(20) if float(euler(k)["sigma"][0]) == 0.5)
+    difference = np.array(euler(late)["x_t"] - fresh(late)["x_t"])
+    assert difference.std() > 0.2 * np.array(euler(late)["x_t"]).std()
+
+
+def test_backward_simulation_follows_the_student(parts):
+    model, _ = parts
+    made = simulation(parts)
+    batches = [made(n) for n in range(12)]
     levels = {float(b["sigma"][0]) for b in batches}
     assert levels == {float(mx.array(s)) for s in (1.0, 0.9, 0.75, 0.5)}
-    again = simulation(5)
+    again = made(5)
     np.testing.assert_array_equal(np.array(again["x_t"]), np.array(batches[5]["x_t"]))
     late = next(n for n, b in enumerate(batches) if b["sigma"][0] < 0.8)
     model.update(tree_map(lambda p: p * 1.5, model.trainable_parameters()))
-    assert not np.array_equal(np.array(simulation(late)["x_t"]), np.array(batches[late]["x_t"]))
+    assert not np.array_equal(np.array(made(late)["x_t"]), np.array(batches[late]["x_t"]))
 
 
-def test_processes_of_a_step_simulate_the_same_width(parts, monkeypatch):
-    model, teacher = parts
+def test_all_micro_batches_of_a_step_simulate_the_same_width(parts, monkeypatch):
     monkeypatch.setattr(mx.distributed, "init", lambda: SimpleNamespace(size=lambda: 2))
     asked = []
-    shape = (4, 4, model.network.config.latent_channels)
-    simulation = Simulation(
-        model.network,
-        teacher,
-        shape=shape,
-        batch_size=2,
-        prompts=PromptList(PROMPTS),
-        share_of=lambda step: asked.append(step) or 1.0,
-    )
-    first, second, _, _ = (simulation(number) for number in range(4))
-    assert asked == [0, 0, 1, 1]
+    made = simulation(parts, accumulate=3, share_of=lambda step: asked.append(step) or 1.0)
+    first, second, *_ = (made(number) for number in range(12))
+    assert asked == [0] * 6 + [1] * 6
     assert not mx.array_equal(first["x_t"], second["x_t"])
+
+
+@pytest.mark.parametrize("student_turn", [False, True])
+def test_recomputed_blocks_give_the_same_gradients(parts, student_turn):
+    """The backward pass runs them again, and must have the adapters of the forward pass."""
+    model, teacher = parts
+    batch, key = make_batch(model, teacher), mx.random.key(6)
+    found = []
+    for enabled in (False, True):
+        model.network.checkpoint_blocks(enabled)
+        step = DMDStep(0.375, student_turn)
+        grads, _ = DMD(teacher, 4.0, True).gradients(model, batch, key, step)
+        found.append(dict(tree_flatten(grads)))
+    assert found[0].keys() == found[1].keys()
+    assert all(max(mx.abs(g).max() for g in grads.values()) > 1e-3 for grads in found)
+    for name, value in found[0].items():
+        np.testing.assert_allclose(
+            np.array(found[1][name]), np.array(value), atol=1e-5, err_msg=name
+        )
 
 
 def test_projectors_start_at_the_best_fit(parts):

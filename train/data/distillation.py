@@ -1,17 +1,21 @@
 """Batches with a teacher's conditions."""
 
-from mlx_snapgen.teachers.base import Teacher
+from train.data.conditions import Conditions
 from train.data.encoded import EncodedBatches
 from train.data.source import Batch
 
 
 class DistillationBatches:
-    """`EncodedBatches` with the captions also encoded by the teacher: the fields of `Condition`."""
+    """`EncodedBatches` with the teacher's text of the captions: the fields of `Condition`.
 
-    def __init__(self, batches: EncodedBatches, teacher: Teacher):
-        self.batches, self.teacher = batches, teacher
+    Where no encoder of the student gets the caption, the teacher gets its unconditional text.
+    """
+
+    def __init__(self, batches: EncodedBatches, conditions: Conditions):
+        self.batches, self.conditions = batches, conditions
 
     def __call__(self, number: int) -> Batch:
         """Batch `number` of the stream."""
         batch, prompts = self.batches.with_prompts(number)
-        return batch | self.teacher.encode(prompts)._asdict()
+        states = self.batches.samples(number).states
+        return batch | self.conditions(prompts, states)._asdict()

@@ -1,15 +1,18 @@
 """Backward simulation: batches on the path of a few-step student (SnapGen++ section 3.3)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_snapgen.config import FOUR_STEPS
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.sampling import add_noise, get_schedule
-from mlx_snapgen.teachers.base import Teacher
-from train.data.source import Batch, PromptSource
+from mlx_snapgen.sampling import denoise, get_schedule, guided_velocity
+from train.data.conditions import Conditions
+from train.data.source import Batch, LatentSource, PromptSource
 from train.data.streams import Stream
 
 STUDENT = "student"
@@ -17,64 +20,153 @@ STUDENT = "student"
 STUDENT_TEXT = ("student_text", "student_mask")
 """In a batch, the joined text (B, L, D) and mask (B, L) of student and critic."""
 
+Size = tuple[int, int]
+"""(height, width) of a picture in pixels."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of pictures of one size.
+
+    Attributes:
+        states: see `Samples`.
+    """
+
+    prompts: list[str]
+    size: Size
+    states: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+
+PromptBatches = Callable[[int, int], PromptBatch]
+"""(number, count) -> batch `number` of `count` prompts."""
+
+
+def sized_prompts(source: PromptSource, sizes: Sequence[Size], *, seed: int) -> PromptBatches:
+    """The prompts of a source; each batch has one of the sizes, at random."""
+
+    def batch(number: int, count: int) -> PromptBatch:
+        rng = Stream.SIMULATED_SIZES.generator(seed, number)
+        size = sizes[int(rng.integers(len(sizes)))]
+        return PromptBatch(source.prompts(number, count), size)
+
+    return batch
+
+
+def prepared_prompts(
+    source: LatentSource, *, downsampling: int, sizes: Sequence[Size] = (), seed: int
+) -> PromptBatches:
+    """Captions of encoded pictures, with stored text states.
+
+    Args:
+        downsampling: of the autoencoder.
+        sizes: to choose from, as in `sized_prompts`; none for that of the batch's pictures.
+    """
+
+    def batch(number: int, count: int) -> PromptBatch:
+        samples = source.samples(number, count)
+        height, width = (downsampling * side for side in samples.latents.shape[1:3])
+        size = height, width
+        if sizes:
+            rng = Stream.SIMULATED_SIZES.generator(seed, number)
+            size = sizes[int(rng.integers(len(sizes)))]
+        return PromptBatch(samples.captions, size, samples.states)
+
+    return batch
+
 
 class Simulation:
     """Backward simulation: batches of x_t on the student's own path.
 
-    A batch picks a step of the schedule, runs the student up to it without gradient (predict x0,
-    add fresh noise of the next level), and stops there.
+    A batch picks a step of the schedule, and draws with the student up to it, without gradient, as
+    the model draws in its few-step mode: with the same noise levels, and with Euler steps or fresh
+    noise.
 
     Args:
         network: has the student's adapter.
-        shape: (h, w, C) of the latents.
+        config: the model's; `few_step` is the sampler of the student.
+        teacher: encodes the prompts for the teacher.
+        batch_size: prompts in a micro-batch.
+        prompts: of the batches.
         share_of: step -> the student's share of the network's width.
-        read: prompts -> the student's text and mask; None if the teacher has the student's text
-            encoders: then both use the teacher's text.
+        accumulate: micro-batches of each process in a step.
+        student: encodes the prompts for the student; None if both use the teacher's text.
     """
 
     def __init__(
         self,
         network: EfficientDiT,
-        teacher: Teacher,
+        config: ModelConfig,
         *,
-        shape: tuple[int, int, int],
+        teacher: Conditions,
         batch_size: int,
-        prompts: PromptSource,
+        prompts: PromptBatches,
         share_of: Callable[[int], float],
-        num_steps: int = FOUR_STEPS.num_inference_steps,
-        time_shift: float = FOUR_STEPS.time_shift,
+        accumulate: int = 1,
         seed: int = 0,
-        read: Callable[[Sequence[str]], tuple[mx.array, mx.array]] | None = None,
+        student: Conditions | None = None,
     ):
-        self.teacher, self.shape, self.read = teacher, shape, read
+        assert config.few_step is not None
+        self.config, self.sampler = config, config.few_step
+        self.teacher, self.student = teacher, student
         self.batch_size, self.prompts, self.share_of = batch_size, prompts, share_of
-        self.levels = get_schedule(num_steps, time_shift)
-        self.seed = seed
+        self.accumulate, self.seed = accumulate, seed
 
-        def predict(x_t, sigma, text, mask, share):
+        def velocity(x_t, sigma, text, mask, share):
             with active_adapters(network, STUDENT):
-                v = network(x_t, sigma, text, mask, share=share)
-            return x_t - sigma[:, None, None, None] * v
+                return network(x_t, sigma, text, mask, share=share)
 
-        self._predict = mx.compile(predict, inputs=network.state)
+        compiled: Any = mx.compile(velocity, inputs=network.state)
+        self._velocity = lambda *arrays, share: compiled(*arrays, share)
 
     def __call__(self, number: int) -> Batch:
         """Batch `number`, sampled with the student's current weights."""
-        # The trainer numbers batches by step, then process.
-        step = number // mx.distributed.init().size()
-        count = self.batch_size
+        # The trainer numbers batches by step, then micro-batch, then process.
+        step = number // (self.accumulate * mx.distributed.init().size())
+        batch = self.prompts(number, self.batch_size)
         rng = Stream.SIMULATION.generator(self.seed, number)
-        stop, share = int(rng.integers(len(self.levels) - 1)), self.share_of(step)
-        prompts = self.prompts.prompts(number, count)
-        condition = self.teacher.encode(prompts)
-        text, mask = self.read(prompts) if self.read else (condition.text, condition.mask)
+        levels = self.levels(batch.size)
+        stop = int(rng.integers(len(levels) - 1))
+        condition = self.teacher(batch.prompts, batch.states)
+        text, mask = condition[:2] if self.student is None else self.student(batch.prompts)[:2]
         keys = mx.random.split(mx.random.key(int(rng.integers(2**32))), stop + 1)
-        x_t = mx.random.normal((count, *self.shape), key=keys[0])
-        for i in range(stop):
-            sigma, following = (mx.full((count,), s) for s in self.levels[i : i + 2])
-            x0 = self._predict(x_t, sigma, text, mask, share)
-            eps = mx.random.normal(x0.shape, key=keys[i + 1])
-            x_t = add_noise(x0, eps, following[:, None, None, None])
-        sigma = mx.full((count,), self.levels[stop])
+        factor = self.config.autoencoder.downsampling
+        height, width = (side // factor for side in batch.size)
+        shape = len(batch.prompts), height, width, self.config.transformer.latent_channels
+
+        x_t = self.path(
+            text,
+            mask,
+            levels=levels[: stop + 1],
+            share=self.share_of(step),
+            noise=lambda draw: mx.random.normal(shape, key=keys[draw]),
+        )
+        sigma = mx.full((len(x_t),), levels[stop])
         own = dict(zip(STUDENT_TEXT, (text, mask), strict=True))
         return {"x_t": x_t, "sigma": sigma, **condition._asdict(), **own}
+
+    def levels(self, size: Size) -> list[float]:
+        """The noise levels for pictures of a size."""
+        shift = self.config.time_shift(*size, few_step=True)
+        return get_schedule(self.sampler.num_inference_steps, shift)
+
+    def path(
+        self,
+        text: mx.array,
+        mask: mx.array,
+        *,
+        levels: Sequence[float],
+        share: float,
+        noise: Callable[[int], mx.array],
+    ) -> mx.array:
+        """x_t (B, h, w, C) at the last of the noise levels.
+
+        Args:
+            text, mask: of the student.
+            noise: 0 -> the noise at the first level; 1, 2, ... -> fresh noise (see `denoise`).
+        """
+        velocity = guided_velocity(self._velocity, text, mask, share=share)
+        x_t = noise(0)
+        fresh = noise if self.sampler.fresh_noise else None
+        for step in denoise(velocity, x_t, levels, fresh):
+            x_t = step.x_t
+        return x_t

@@ -40,8 +40,9 @@ class Trajectories:
         self.batch_size, self.seed, self.share_of = batch_size, seed, share_of
         encoders, network = components.text_encoders, components.transformer
         chunks = [captions[k : k + CHUNK] for k in range(0, len(captions), CHUNK)]
-        encoded = [encode_prompts(some, encoders, transformer=network) for some in [[""], *chunks]]
-        # Row 0 is the empty prompt, for guidance.
+        # Row 0 is the unconditional text, for guidance.
+        texts = [[components.config.unconditional_prompt], *chunks]
+        encoded = [encode_prompts(some, encoders, transformer=network) for some in texts]
         self.text, self.mask = (mx.concatenate(list(x)) for x in zip(*encoded, strict=True))
         mx.eval(self.text, self.mask)
         self.states: dict[float, Batch] = {}

@@ -8,7 +8,7 @@ before it is deleted. So each `step_N` is complete, even if the process is kille
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,17 @@ def save_checkpoint(run_dir: Path, trees: Mapping[str, dict], *, state: dict, ke
     return final
 
 
-def load_checkpoint(checkpoint: Path, expected: Mapping[str, dict]) -> tuple[dict, dict]:
+def load_checkpoint(
+    checkpoint: Path,
+    expected: Mapping[str, dict],
+    *,
+    split_optimizer: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+) -> tuple[dict, dict]:
     """Read a checkpoint into memory.
 
     Args:
         expected: trees like those saved; names and shapes must agree.
+        split_optimizer: see `Optimizers.split`.
 
     Returns:
         trees by name, nested like the expected ones, and the state.
@@ -83,6 +89,7 @@ def load_checkpoint(checkpoint: Path, expected: Mapping[str, dict]) -> tuple[dic
         good = [c for c in checkpoints(checkpoint.parent) if c != checkpoint and _is_whole(c)]
         way_out = f"delete it to resume from {good[-1]}" if good else "delete it to start again"
         raise UserError(f"{checkpoint} is damaged ({_line(error)}): {way_out}") from None
+    trees["optimizer"] = split_optimizer(trees["optimizer"])
     for name, tree in trees.items():
         where, what = checkpoint / f"{name}.safetensors", "this model (use another run folder)"
         check_fit(shapes(tree), shapes(expected[name]), where, what=what)

@@ -1,14 +1,14 @@
 """Optimizers and learning rates."""
 
-import functools
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from train.loop.config import TrainingConfig
 
@@ -18,22 +18,26 @@ steps have the learning rate in every entry."""
 
 
 def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
-    """The optimizer that `config` names, with its learning-rate schedule."""
+    """The optimizer that `config` names; `set_learning_rate` before each step."""
     adamw = optim.AdamW(
-        learning_rate=learning_rate_schedule(config),
+        learning_rate=config.learning_rate,
         betas=list(config.betas),
         weight_decay=config.weight_decay,
         bias_correction=True,
     )
     if config.optimizer == "adamw":
         return adamw
-    faster = replace(
-        config,
-        learning_rate=MUON_RATE * config.learning_rate,
-        final_learning_rate=MUON_RATE * config.final_learning_rate,
-    )
-    muon = optim.Muon(learning_rate_schedule(faster), weight_decay=0.0)
+    muon = optim.Muon(MUON_RATE * config.learning_rate, weight_decay=0.0)
     return optim.MultiOptimizer([muon, adamw], [is_hidden_matrix])
+
+
+def set_learning_rate(optimizer: Any, config: TrainingConfig, step: mx.array) -> None:
+    """The learning rate of the optimizer's next step, which is step `step` of the run."""
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        factor = MUON_RATE if isinstance(part, optim.Muon) else 1
+        part.state["learning_rate"] = scheduled_rate(
+            config, step, own_step=part.step, factor=factor
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Role:
 
 
 class Optimizers:
-    """An optimizer for each role, over the parameters of one model.
+    """An optimizer and a gradient clip for each role, over the parameters of one model.
 
     A step without gradients for a role does not change its parameters and its optimizer's state.
     `state` is the optimizer's state if there is one role, else a dictionary of them by role.
@@ -64,24 +68,27 @@ class Optimizers:
         for role in self.roles:
             self._optimizers[role.name].init(self._part(parameters, role))
 
-    def update(self, model: nn.Module, gradients: dict[str, Any]) -> dict[str, mx.array]:
-        """One step of all roles that have gradients; returns their norms before the clip."""
+    def update(
+        self, model: nn.Module, gradients: dict[str, Any], *, step: mx.array
+    ) -> dict[str, mx.array]:
+        """Step `step` of the run, of all roles that have gradients.
+
+        Returns:
+            the norms of the roles' gradients before the clip.
+        """
         norms = {}
         for role in self.roles:
             part = self._part(gradients, role)
             if not part:
                 continue
+            optimizer = self._optimizers[role.name]
+            # Norms are sums, and a sum of bfloat16 stops growing at 256 times its terms.
+            part = tree_map(lambda g: g.astype(mx.float32), part)
             part, norm = optim.clip_grad_norm(part, self.config.max_grad_norm)
-            self._optimizers[role.name].update(model, part)
+            set_learning_rate(optimizer, self.config, step)
+            optimizer.update(model, part)
             norms["grad_norm" if self._single else f"grad_norm_{role.name}"] = norm
         return norms
-
-    @property
-    def count(self) -> mx.array:
-        """Steps so far, of the role with most of them."""
-        states = [optimizer.state for optimizer in self._optimizers.values()]
-        counts = [state.get("states", [state])[0]["step"].astype(mx.float32) for state in states]
-        return functools.reduce(mx.maximum, counts)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -96,6 +103,21 @@ class Optimizers:
         for name, optimizer in self._optimizers.items():
             optimizer.state = states[name]
 
+    def split(self, state: dict[str, mx.array]) -> dict[str, mx.array]:
+        """A flat state of one optimizer for all parameters, as older versions saved it, by role.
+
+        Every role gets its step count. The state of these roles is returned as it is.
+        """
+        if self._single or not {"step", "states.0.step"} & state.keys():
+            return state
+        found = {}
+        for key, value in state.items():
+            path = re.sub(r"^states\.\d+\.", "", key)
+            for role in self.roles:
+                if path in ("step", "learning_rate") or role.owns(path.rpartition(".")[0]):
+                    found[f"{role.name}.{key}"] = value
+        return found
+
     @property
     def _single(self) -> bool:
         return len(self.roles) == 1
@@ -103,7 +125,8 @@ class Optimizers:
     def _part(self, tree: dict[str, Any], role: Role) -> dict[str, Any]:
         if self._single:
             return tree
-        return dict(tree_unflatten([(k, v) for k, v in tree_flatten(tree) if role.owns(k)]))
+        mine = [(k, v) for k, v in tree_flatten(tree) if role.owns(k)]
+        return dict(tree_unflatten(mine)) if mine else {}
 
 
 def is_hidden_matrix(path: str, weight: mx.array) -> bool:
@@ -112,11 +135,25 @@ def is_hidden_matrix(path: str, weight: mx.array) -> bool:
     return weight.ndim == 2 and "modulation" not in path and any(p in path for p in inside)
 
 
-def learning_rate_schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:
-    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""
-    warmup = max(1, config.warmup_steps)
-    decay = optim.cosine_decay(
-        config.learning_rate, max(1, config.steps - warmup), config.final_learning_rate
+def scheduled_rate(
+    config: TrainingConfig, step: mx.array, *, own_step: mx.array, factor: float = 1
+) -> mx.array:
+    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`.
+
+    The cosine follows the run, so that a role that is trained in few of its steps ends at the final
+    rate, too. The warm-up counts the role's own steps: until then, its optimizer's averages are
+    inaccurate.
+
+    Args:
+        step: of the run, from 0.
+        own_step: steps of the role so far.
+        factor: of the learning rate.
+    """
+    warmup, peak = max(1, config.warmup_steps), factor * config.learning_rate
+    rise = optim.linear_schedule(peak / warmup, peak, warmup)
+    cosine = optim.cosine_decay(
+        peak, max(1, config.steps - warmup), factor * config.final_learning_rate
     )
-    rise = optim.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup)
-    return optim.join_schedules([rise, decay], [warmup])
+    rate = cosine(mx.maximum(step.astype(mx.float32) - warmup, 0))
+    lower = mx.where(step <= warmup, 1, rate / peak)
+    return mx.where(own_step < warmup, lower * rise(own_step), rate)

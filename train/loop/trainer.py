@@ -100,15 +100,15 @@ class Trainer:
             new = _cast((grads, metrics), mx.float32)
             return new if total is None else tree_map(mx.add, total, new)
 
-        def update(grads, metrics, stop: mx.array):
+        def update(grads, metrics, step: mx.array, stop: mx.array):
             """The step, from this process's sums; returns metrics and `stop`, averaged over all."""
             grads = tree_map(lambda g: g / config.accumulate, grads)
             grads = nn.average_gradients(grads, self.group)
             values = mx.stack([*(m / config.accumulate for m in metrics.values()), stop])
             values = mx.distributed.all_sum(values, group=self.group) / self.group.size()
-            norms = self.optimizers.update(model, grads)
+            norms = self.optimizers.update(model, grads, step=step)
             # A shorter average at first, so that the initial weights never dominate it.
-            count = self.optimizers.count
+            count = step.astype(mx.float32) + 1
             decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
             self._averages["ema"] = tree_map(
                 lambda a, p: decay * a + (1 - decay) * p,
@@ -239,7 +239,8 @@ class Trainer:
             total = add_gradients(total, batch, keys[share])
             mx.eval(total)
         grads, sums = total
-        metrics, stop = self._update(grads, sums, mx.array(float(self._stop)))
+        now = mx.array(self.step), mx.array(float(self._stop))
+        metrics, stop = self._update(grads, sums, *now)
         del total, grads, sums
         mx.eval(self._state, metrics, stop)
         return {name: _number(value) for name, value in metrics.items()}, _number(stop) > 0
@@ -272,7 +273,9 @@ class Trainer:
 
     def load(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`; a foreign or damaged one is a `UserError`."""
-        trees, state = load_checkpoint(checkpoint, self._trees())
+        trees, state = load_checkpoint(
+            checkpoint, self._trees(), split_optimizer=self.optimizers.split
+        )
         self._check_settings(checkpoint, state)
         self._set_trees(trees)
         self.step = int(state["step"])
@@ -288,6 +291,8 @@ class Trainer:
         self.model.update(trees["model"])
         self._averages["ema"] = trees["ema"]
         self.optimizers.state = trees["optimizer"]
+        # Otherwise an optimizer does this for the parameters that its next gradients have.
+        self.optimizers.init(self.model.trainable_parameters())
         self._state[1] = self.optimizers.state
 
     def _broadcast_state(self) -> None:

@@ -1,31 +1,35 @@
 """K-DMD: the losses of student and critic in one step (SnapGen++ eqs. 9-10)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen.config import AutoencoderConfig
-from mlx_snapgen.errors import UserError
-from mlx_snapgen.lora.adapters import active_adapters, add_lora, train_only
+from mlx_snapgen.lora.adapters import (
+    active_adapters,
+    add_lora,
+    linear_layers,
+    set_lora_weights,
+    train_only,
+)
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.sampling import add_noise, shift_time
 from mlx_snapgen.teachers.base import Teacher
-from mlx_snapgen.teachers.checkpoint import load_teacher
 from train.data.simulation import STUDENT, STUDENT_TEXT
 from train.data.source import Batch
 from train.objectives.base import Metrics, value_and_grad
 from train.objectives.distillation import condition_of, features_loss
 from train.objectives.losses import expand, per_sample
-from train.objectives.projectors import fit_projectors, new_projectors
+from train.objectives.projectors import fit_projectors, new_projectors, only_projectors
 
 TARGETS = ("*_proj", "ffn.linear*", "time.*.linear*", "long_skips.*", "*sample.linear")
+"""Layers with adapters; a network with few blocks has no long skips."""
 
 
 def critic_name(share: float) -> str:
@@ -44,14 +48,17 @@ class Distilled(nn.Module):
         feature_dims: int,
         rank: int = 64,
         alpha: float = 128.0,
-        targets: Sequence[str] = TARGETS,
     ):
         super().__init__()
         self.network, self.shares = network, tuple(shares)
+        layers = [f".{path}" for path in linear_layers(network)]
+        targets = [t for t in TARGETS if any(fnmatchcase(layer, f"*.{t}") for layer in layers)]
         trained = [STUDENT, *map(critic_name, shares)]
         for name in trained:
             add_lora(network, rank, alpha=alpha, targets=targets, name=name)
         train_only(network, *trained)
+        # On only where they are named: drawing with the student is drawing without the critics.
+        set_lora_weights(network, dict.fromkeys(trained, 0.0))
         d = network.config.hidden_size
         self.projectors = new_projectors(d, shares, feature_dims=feature_dims)
 
@@ -80,8 +87,9 @@ class DMD:
 
     The DMD gradient and its sign are in `dmd_loss`. A batch has the
     student's own noisy latents `x_t` (B, H, W, C) at levels `sigma` (B,), the prompts as the
-    teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). The critic has
-    gradients in every step, the student and the projectors on the student's turn.
+    teacher encodes them (`Condition`) and as the student does (`STUDENT_TEXT`). In every step
+    the critic of its width has gradients, on the student's turn the student and, with the few-step
+    teacher, the projector of that width.
 
     Attributes:
         guidance_scale: of the teacher.
@@ -143,18 +151,23 @@ class DMD:
 
         kept: list[tuple[str, mx.array]] = []
         losses: Metrics = {}
+        # Checkpointed blocks run again in the backward pass, with the adapters that are on then.
         if step.student_turn:
-            (_, (x0, losses)), grads = value_and_grad(model, student_loss)
-            kept = only(grads, STUDENT, *(["projectors"] if self.few_step else []))
+            with active_adapters(network, STUDENT):
+                (_, (x0, losses)), grads = value_and_grad(model, student_loss)
+            kept = only(grads, STUDENT)
+            if self.few_step:
+                kept += only_projectors(grads["projectors"], [model.shares.index(share)])
         else:
             x0 = mx.stop_gradient(student()[0])
-        (value, _), grads = value_and_grad(model, critic_loss)
+        with active_adapters(network, critic):
+            (value, _), grads = value_and_grad(model, critic_loss)
         metrics = {f"{name}_{share:g}": loss for name, loss in losses.items()}
         kept += only(grads, critic)
         return dict(tree_unflatten(kept)), metrics | {f"critic_{share:g}": value}
 
 
-def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]) -> None:
+def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Iterable[Batch]) -> None:
     """Initialize the projectors by least squares to the few-step teacher's features."""
 
     def student_features(batch: Batch, share: float) -> mx.array:
@@ -177,19 +190,6 @@ def fit_to_few_step(model: Distilled, teacher: Teacher, batches: Sequence[Batch]
         student=student_features,
         teacher=teacher_features,
     )
-
-
-def load_other_teacher(folder: Path, latents: AutoencoderConfig) -> Teacher:
-    """The teacher in `folder`; `UserError` unless it has the latents of the student."""
-    teacher, autoencoder = load_teacher(folder)
-    theirs = autoencoder.config
-    if (theirs.kind, theirs.latent_channels) != (latents.kind, latents.latent_channels):
-        raise UserError(
-            f"the teacher has the latents of {theirs.kind} ({theirs.latent_channels} channels), "
-            f"the student those of {latents.kind} ({latents.latent_channels}): distill the student "
-            "with train.kd from this teacher first"
-        )
-    return teacher
 
 
 def sample_tau(key: mx.array, count: int, *, shift: float = 3.0) -> mx.array:

@@ -1,17 +1,30 @@
 """Options of `train.kdmd`."""
 
 import argparse
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
+from mlx_snapgen.cli.prompts_file import read_prompts
+from mlx_snapgen.config import FOUR_STEPS, ModelConfig, SamplerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.settings import WIDTH_NAMES
-from train.data.stickers import source as stickers
+from mlx_snapgen.lora.files import few_step_sampler
+from mlx_snapgen.settings import MAX_STEPS, WIDTH_NAMES, check_size
+from train.data.prompts import PromptList, spread
+from train.data.simulation import PromptBatches, Size, prepared_prompts, sized_prompts
+from train.data.source import PromptSource
+from train.data.streams import Stream
 from train.loop.config import TrainingConfig
+from train.loop.teacher import prepared_parts
 from train.options.common import (
     MOST_RANK,
     add_number,
     add_output,
+    add_removed,
     add_run_dir,
     add_seed,
     check_at_least,
@@ -19,19 +32,41 @@ from train.options.common import (
     check_learning_rate,
     check_new_lora,
 )
+from train.options.data import add_data, check_data, data_from
+
+NUM_PREVIEWS = 8
+REMOVED = {
+    "--num-nouns": "give --data stickers:nouns=N",
+    "--categories": "give --data stickers:categories=NAME+NAME",
+}
 
 
 def parse() -> argparse.Namespace:
     """The command's options, checked."""
     parser = Parser(
         prog="python -m train.kdmd",
-        description="Distill a model to four steps. Run again with the same --run-dir\nto resume.",
+        description="Distill a model to few steps. Run again with the same --run-dir to resume.",
         renamed={"--widths": "--model-widths"},
     )
     add_model(parser)
     add_run_dir(parser)
     add_output(parser, ".safetensors file to write, the LoRA of the student")
+    add_data(parser, required=False)
     add = parser.add_argument
+    add(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="file of prompts to train on, one per line (default: the captions of --data)",
+    )
+    add(
+        "--sizes",
+        nargs="+",
+        type=_size,
+        metavar="HxW",
+        help="sizes of pictures in pixels, one for each batch at random (default: those of --data, "
+        "or with --prompts-file the model's)",
+    )
     add(
         "--few-step-lora",
         type=Path,
@@ -44,10 +79,30 @@ def parse() -> argparse.Namespace:
         metavar="MODEL",
         help="another teacher with the same latents and its own few-step mode (default: --model)",
     )
+    source = "that of --few-step-lora, or else"
+    add(
+        "--few-steps",
+        type=integer(1, MAX_STEPS),
+        metavar="N",
+        help=f"denoising steps of the student (default: {source} {FOUR_STEPS.num_inference_steps})",
+    )
+    add(
+        "--time-shift",
+        type=finite_number,
+        metavar="S",
+        help=f"shift of the student's noise levels (default: {source} {FOUR_STEPS.time_shift:g})",
+    )
+    add(
+        "--fresh-noise",
+        action=argparse.BooleanOptionalAction,
+        help="train and draw with new noise in each step, not with Euler steps "
+        f"(default: {source} off)",
+    )
     add_model_widths(parser, default=WIDTH_NAMES)
     add_number(parser, "--steps", 2000, "iterations; each trains the critic")
     add_number(parser, "--student-every", 5, "train the student once every N iterations")
-    add_number(parser, "--batch-size", 32, "prompts per iteration")
+    add_number(parser, "--batch-size", 32, "prompts per micro-batch in each process")
+    add_number(parser, "--accumulate", 1, "micro-batches per iteration in each process")
     add(
         "--guidance",
         type=finite_number,
@@ -57,23 +112,130 @@ def parse() -> argparse.Namespace:
     add_number(parser, "--rank", 64, "rank of the LoRAs")
     add_number(parser, "--alpha", 128.0, "multiply the LoRAs by alpha / rank")
     add_number(parser, "--learning-rate", 1e-4, "AdamW learning rate")
+    add_number(parser, "--checkpoint-every", 500, "iterations between checkpoints")
     add(
-        "--prompts-file",
-        type=Path,
-        metavar="FILE",
-        help="file of prompts to train on, one per line (default: captions of sticker scenes)",
+        "--validation-prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help=f"prompts to draw after every checkpoint (default: {NUM_PREVIEWS} of the prompts)",
+    )
+    add(
+        "--save-memory",
+        action="store_true",
+        help="recompute the blocks in the backward pass: half the memory, 1/3 more time "
+        "(default: off)",
     )
     add_seed(parser)
-    stickers.add_options(parser)
+    add_removed(parser, REMOVED)
     args = parser.parse_args()
     check_new_lora(args.output)
-    check_at_least(args, 1, "steps", "student_every", "batch_size", "rank")
+    check_at_least(args, 1, "steps", "student_every", "batch_size", "accumulate", "rank")
+    check_at_least(args, 1, "checkpoint_every")
     check_at_least(args, 0, "seed")
     check_at_most(args, MOST_RANK, "rank")
     check_learning_rate(args.learning_rate)
+    if args.time_shift is not None and args.time_shift <= 0:
+        raise UserError(f"--time-shift must be above 0, got {args.time_shift:g}")
     if args.teacher and args.few_step_lora:
         raise UserError("--teacher has its own few-step mode: leave out --few-step-lora")
+    if bool(args.data) == bool(args.prompts_file):
+        raise UserError("give either --data SOURCE... or --prompts-file FILE")
     return args
+
+
+def _size(text: str) -> Size:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size such as 256x384 expected, not '{text}'")
+    return int(match[1]), int(match[2])
+
+
+def sampler_of(args: argparse.Namespace) -> SamplerConfig:
+    """The student's sampler, in training and drawing."""
+    base = few_step_sampler(args.few_step_lora) if args.few_step_lora else FOUR_STEPS
+    given = {
+        "num_inference_steps": args.few_steps,
+        "time_shift": args.time_shift,
+        "fresh_noise": args.fresh_noise,
+    }
+    return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What to train on.
+
+    Attributes:
+        source: prompts, for previews.
+        size: of previews.
+        data: that of `--data`, or None.
+        settings: see `PictureSource`.
+    """
+
+    batches: PromptBatches
+    source: PromptSource
+    size: Size
+    data: Any
+    settings: dict[str, Any]
+
+    def previews(self) -> list[str]:
+        """Prompts to draw after every checkpoint."""
+        return spread(self.source.prompts(0, 64), NUM_PREVIEWS)
+
+
+def open_prompts(args: argparse.Namespace, config: ModelConfig) -> Prompts:
+    """The prompts of the options, with the sizes of their pictures.
+
+    Raises:
+        UserError: a size or value that is not valid, or data that cannot be opened.
+    """
+    for height, width in args.sizes or ():
+        check_size(config, height, width)
+    check_data(args, unit=config.size_unit)
+    side = args.resolution
+    size = (side, side) if side else config.image_size
+    if args.prompts_file:
+        source = PromptList(list(read_prompts(args.prompts_file)))
+        sizes = args.sizes or [size]
+        batches = sized_prompts(source, sizes, seed=args.seed)
+        return Prompts(batches, source, sizes[0], None, {"data": "prompts"})
+    data = data_from(
+        args, size=config.image_size, unit=config.size_unit, seed=args.seed, run_dir=args.run_dir
+    )
+    sizes = args.sizes or _sizes_in(data) or [size]
+    if prepared_parts(data):
+        batches = prepared_prompts(
+            data,
+            downsampling=config.autoencoder.downsampling,
+            sizes=args.sizes or (),
+            seed=args.seed,
+        )
+    else:
+        batches = sized_prompts(data, sizes, seed=args.seed)
+    return Prompts(batches, data, sizes[0], data, data.settings())
+
+
+def _sizes_in(data: Any) -> list[Size]:
+    """The sizes of the pictures of a source, the most frequent first; empty if it has one size."""
+    counts: Counter[Size] = Counter()
+    for part in getattr(data, "sources", [data]):
+        rows = getattr(part, "counts", None) or [len(rows) for rows in getattr(part, "rows", ())]
+        counts.update(dict(zip(getattr(part, "sizes", ()), rows, strict=True)))
+    return [size for size, count in counts.most_common() if count]
+
+
+def share_of(args: argparse.Namespace, shares: Sequence[float]) -> Callable[[int], float]:
+    """Step -> the share of the network's width that it trains.
+
+    It is the same for all iterations of a student step, so that the critic of this width is up to
+    date.
+    """
+
+    def share(step: int) -> float:
+        turn = step // args.student_every
+        return float(Stream.CRITIC_WIDTHS.generator(args.seed, turn).choice(shares))
+
+    return share
 
 
 def training_config(args: argparse.Namespace) -> TrainingConfig:
@@ -81,10 +243,12 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(
         steps=args.steps,
         batch_size=args.batch_size,
+        accumulate=args.accumulate,
         learning_rate=args.learning_rate,
         warmup_steps=50,
         betas=(0.0, 0.99),
         weight_decay=0.0,
         ema_decay=0.99,
         seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
     )

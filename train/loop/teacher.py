@@ -1,0 +1,85 @@
+"""The teacher of a run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.teachers.base import Teacher
+from mlx_snapgen.teachers.checkpoint import load_teacher
+from mlx_snapgen.teachers.flow import FlowTeacher
+from train.data.conditions import TEACHER, Conditions
+from train.loop.run import find_folder
+
+MOST_DIFFERENCE = 0.3
+"""Of latents of one picture by two autoencoders of the same latents, relative to their size: a tiny
+encoder is not exact."""
+SIDE = 64
+
+
+def same_latents(one: Autoencoder, other: Autoencoder) -> bool:
+    """Whether two autoencoders have the same latents; measured on a picture."""
+    if one.config.latent_channels != other.config.latent_channels:
+        return False
+    rows, columns = np.meshgrid(*[np.linspace(-1, 1, SIDE)] * 2, indexing="ij")
+    waves = np.sin(5 * columns + 3 * rows**2)
+    picture = mx.array(np.stack([rows, columns, waves], axis=-1)[None], mx.float32)
+    a, b = (np.array(encoder.encode(picture).astype(mx.float32)) for encoder in (one, other))
+    if a.shape != b.shape:
+        return False
+    return bool(np.square(a - b).mean() <= MOST_DIFFERENCE**2 * np.square(b).mean())
+
+
+def open_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
+    """A teacher and its autoencoder."""
+    with announce(f"loading {folder} ..."):
+        return load_teacher(find_folder(folder))
+
+
+def prepared_parts(source: Any) -> list[Any]:
+    """The folders of `train.prepare` that a source reads; none if it reads pictures."""
+    parts = getattr(source, "sources", [source])
+    return parts if all(hasattr(part, "check_autoencoder") for part in parts) else []
+
+
+def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
+    """The teacher's text, that of the data if it has this teacher's.
+
+    If the data has the states of all captions, a public teacher's text encoder is freed.
+
+    Args:
+        source: of the run, or None.
+        name: the teacher's, for a warning.
+    """
+    conditions = Conditions(teacher)
+    parts = prepared_parts(source)
+    with_states = [part for part in parts if TEACHER in part.text_states]
+    for part in with_states:
+        if not conditions.same_states(part.samples(0, 1)):
+            print(
+                f"{part.folder} has text states of another teacher than {name}: captions are "
+                "encoded during training",
+                file=sys.stderr,
+            )
+            return conditions
+    conditions.stored = bool(with_states)
+    if parts and with_states == parts and isinstance(teacher, FlowTeacher):
+        teacher.free_text_encoder()
+    return conditions
+
+
+def check_teacher_latents(source: Any, autoencoder: Autoencoder, *, teacher: Path) -> None:
+    """`UserError` unless prepared data also has the latents of a teacher's autoencoder."""
+    parts = prepared_parts(source)
+    for part in parts:
+        part.check_autoencoder(autoencoder, name=TEACHER)
+    if not parts:
+        raise UserError(
+            f"{teacher} has other latents than the model: encode the pictures for both with "
+            f"python -m train.prepare --teacher {teacher}, and give that folder"
+        )
