@@ -1,9 +1,8 @@
-"""Train the autoencoder on rendered sticker scenes: `python -m train.autoencoder --run-dir DIR`.
+"""Train an autoencoder on pictures: `python -m train.autoencoder --data SOURCE --run-dir DIR`.
 
-Training uses random 64 px crops (most of a scene is plain background), an L1 loss on values and on
-neighbor differences (edges), and a small KL term that keeps the latents near a unit Gaussian.
-`train.flow` measures the mean and standard deviation of the latents per channel, to normalize the
-latents for the transformer.
+Training uses random crops of 64 px, an L1 loss on values and on neighbor differences (edges), and a
+small KL term that keeps the latents near a unit Gaussian. `train.new` measures the mean and the
+standard deviation of the latents per channel, to normalize the latents for the transformer.
 
 `--decoder-only --init-from MODEL` trains the decoder of MODEL further, on noisy latents of its
 frozen encoder, which makes the decoder robust to small errors of a transformer. MODEL is a run, a
@@ -11,40 +10,71 @@ model or an autoencoder of `convert.from_torch`, of any kind. `--encoder MODEL` 
 autoencoder, for example with Qwen-Image's to train a tiny decoder of its latents.
 """
 
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 
-from mlx_snapgen.config import to_dict
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import psnr
 from train.data.crops import crops
-from train.data.source import Batch
-from train.data.stickers import source as stickers
+from train.data.mixture import Prefetched
+from train.data.source import MAY_CHANGE, Batch
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import DEFAULT, STATISTICS_SEED, config_of, load_autoencoder
 from train.loop.config import TrainingConfig
-from train.loop.run import claim, find_folder
+from train.loop.run import claim, find_folder, recorded
 from train.loop.trainer import Trainer
 from train.objectives.autoencoder import Reconstruction
-from train.options.autoencoder import parse
+from train.options.autoencoder import RESOLUTION, UNIT, parse
+from train.options.data import data_from
 
 VALIDATION_PICTURES = 48
 
 
+def side(args: argparse.Namespace) -> int:
+    """Side of a square picture in pixels."""
+    return args.resolution or RESOLUTION
+
+
+def open_source(args: argparse.Namespace, *, seed: int, run_dir: Path) -> Any:
+    """The pictures of the options."""
+    with announce("reading the data ..."):
+        size = (side(args), side(args))
+        return data_from(args, size=size, unit=UNIT, seed=seed, run_dir=run_dir)
+
+
+def sizes(latent_channels: int | None, channels: int | None) -> AutoencoderConfig:
+    """The default autoencoder with other channels; `channels` at 1/4 of a picture's side."""
+    n = channels or DEFAULT.encoder_channels[0]
+    return dataclasses.replace(
+        DEFAULT,
+        latent_channels=latent_channels or DEFAULT.latent_channels,
+        encoder_channels=(n, 2 * n),
+        decoder_channels=(2 * n, n, n // 2),
+    )
+
+
 def main() -> None:
     args = parse()
-    source = stickers.from_options(args, seed=args.seed)
-    measured = stickers.Stickers(STATISTICS_SEED, args.num_nouns)
+    source = open_source(args, seed=args.seed, run_dir=args.run_dir)
+    measured = None
+    if args.init_from or args.encoder:
+        measured = open_source(args, seed=STATISTICS_SEED, run_dir=args.run_dir)
     mx.random.seed(args.seed)
-    model = make_autoencoder(DEFAULT)
     if args.init_from:
-        start = load_autoencoder(find_folder(args.init_from), measured)
-        if start.config.kind == model.config.kind:
-            model.update(start.parameters())
-        elif args.decoder_only:
-            model = start
-        else:
-            raise UserError(f"a {start.config.kind} autoencoder is trained with --decoder-only")
+        model = load_autoencoder(find_folder(args.init_from), measured)
+        if model.config.kind != DEFAULT.kind and not args.decoder_only:
+            raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
+        if model.config.kind == DEFAULT.kind:
+            model.config = dataclasses.replace(model.config, latents_mean=(), latents_std=())
+    else:
+        model = make_autoencoder(sizes(args.latent_channels, args.channels))
     encoder = load_autoencoder(find_folder(args.encoder), measured) if args.encoder else None
     if encoder and model.config.kind == DEFAULT.kind:
         raise UserError(
@@ -56,20 +86,29 @@ def main() -> None:
             f"{args.encoder} has {encoder.config.latent_channels} latent channels, the decoder "
             f"takes {model.config.latent_channels}"
         )
+    described = to_dict(model.config)
+    if config_of(args.run_dir) == model.config:
+        # The same, also if it was recorded with fewer fields.
+        described = recorded(args.run_dir).get("autoencoder", described)
     claim(
         args.run_dir,
-        source.settings() | {"autoencoder": to_dict(model.config)},
-        may_change=("num_nouns", "categories"),
-        unrecorded={"data": "stickers", "autoencoder": to_dict(config_of(args.run_dir))},
+        source.settings()
+        | {"autoencoder": described, "specs": args.data, "resolution": side(args)},
+        may_change=(*MAY_CHANGE, "specs", "resolution"),
+        unrecorded={"data": "stickers", "autoencoder": described},
     )
-    validation, _ = stickers.ValidationStickers().batch(0, VALIDATION_PICTURES)
+    held_out = source.validation()
+    validation, _ = (held_out or source).batch(0, VALIDATION_PICTURES)
+    metric = "validation_psnr" if held_out else "psnr"
 
     def validate(trainer: Trainer) -> dict[str, float]:
         with trainer.averaged():
-            return {"validation_psnr": psnr(reconstruct(model, validation, encoder), validation)}
+            return {metric: psnr(reconstruct(model, validation, encoder), validation)}
+
+    ahead: Any = Prefetched(source)
 
     def batches(number: int) -> Batch:
-        pictures = crops(source, number, count=args.batch_size, size=args.crop, seed=args.seed)
+        pictures = crops(ahead, number, count=args.batch_size, size=args.crop, seed=args.seed)
         if encoder is None:
             return {"pictures": pictures}
         return {"pictures": pictures, "latents": encoder.encode(pictures)}

@@ -1,88 +1,77 @@
-"""Assemble trained parts into a model folder: `python -m train.export --output FOLDER ...`.
+"""Write a run's trained model as a model folder: `python -m train.export --run RUN ...`.
 
-The built-in model is such a folder, `mlx_snapgen/models/stickers`.
+The sizes, the autoencoder and the text encoders are those of the model that the run trained, as
+recorded in its folder; the weights are the averaged ones. Public text encoders stay references to
+their source. Without `--run`, `--model M --few-step-lora FILE` adds a few-step mode to a model.
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.model import FEW_STEP, Components, save_pretrained
-from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
-from mlx_snapgen.cli.options import Parser
-from mlx_snapgen.config import FOUR_STEPS, ModelConfig
-from mlx_snapgen.errors import run_command
-from mlx_snapgen.lora.files import load_lora
-from train.data.source import PictureSource
-from train.data.stickers.model import STICKERS
-from train.data.stickers.source import NOTICE, Stickers, add_num_nouns
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import MODEL_HELP, Parser
+from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.lora.files import few_step_sampler, load_lora
+from train.data.stickers.source import NOTICE
 from train.data.stickers.vocabulary import vocabulary_file
-from train.loop.autoencoder import STATISTICS_SEED, load_autoencoder
+from train.loop.assemble import save_model
 from train.loop.run import find_folder, recorded, start_from
 from train.objectives.elastic import TextToLatents
-from train.options.common import add_output, check_new
+from train.options.common import add_output, add_removed, check_new
+
+LICENSE = "LICENSE"
+REMOVED = {
+    "--autoencoder": "give --model, a folder that train.new writes from the same parts",
+    "--tokenizer": "give --model, a folder that train.new writes from the same parts",
+    "--config": "give --model, a folder that train.new writes from the same parts",
+    "--num-nouns": "the vocabulary is the one recorded in the run",
+}
 
 
-def assemble(
-    flow: Path,
-    autoencoder: Path,
-    *,
-    tokenizer: Path,
-    source: PictureSource | None,
-    config: ModelConfig,
-) -> Components:
-    """The averaged weights of two runs (or model folders) as one model.
+def find_recorded_model(run: Path, record: dict[str, Any]) -> ModelFolder:
+    """The model that a run trained; `UserError` if it is not recorded or not there."""
+    name = record.get("model")
+    if name is None:
+        raise UserError(
+            f"{run} does not record its model: write one from the same parts with python -m "
+            "train.new (--preset, --autoencoder, --tokenizer), and give it with --model"
+        )
+    try:
+        return ModelFolder.open(name)
+    except UserError as error:
+        raise UserError(f"{error}: give the model that {run} trained with --model") from None
 
-    Args:
-        flow: run of the transformer and the text encoders.
-        autoencoder: run of the autoencoder.
-        source: see `load_autoencoder`.
-        config: sizes of the model.
-    """
-    tokenizers = [load_tokenizer(tokenizer, c) for c in config.text_encoders]
-    pictures = load_autoencoder(autoencoder, source)
-    config = dataclasses.replace(config, autoencoder=pictures.config)
-    trained = TextToLatents(config, tokenizers)
-    start_from(trained, flow)
-    return Components(
-        config=config,
-        transformer=trained.transformer,
-        autoencoder=pictures,
-        text_encoders=trained.text_encoders,
-    )
+
+def trained_model(model: ModelFolder, run: Path | None) -> Components:
+    """A model with the averaged weights of a run, or its own."""
+    components = load_pretrained(model)
+    if run is not None:
+        start_from(TextToLatents.of(components), run)
+    return components
 
 
 def main() -> None:
     parser = Parser(
-        prog="python -m train.export", description=__doc__, renamed={"--bits": "--quantize"}
+        prog="python -m train.export",
+        description=__doc__,
+        renamed={"--bits": "--quantize", "--flow": "--run"},
     )
     add = parser.add_argument
     add(
-        "--flow",
+        "--run",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="run folder of train.flow or train.kd, or model folder",
+        help="run folder of train.flow or train.kd (default: none, the weights of --model)",
     )
     add(
-        "--autoencoder",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="run folder of train.autoencoder, or model folder",
-    )
-    add("--tokenizer", type=Path, required=True, metavar="FILE", help="sentencepiece .model file")
-    add(
-        "--config",
-        type=Path,
-        metavar="FOLDER",
-        help="folder with a config.json of the model's sizes (default: the stickers model's)",
+        "--model",
+        metavar="MODEL",
+        help=f"{MODEL_HELP} (default: the one that the run recorded)",
     )
     add_output(parser, "model folder to write")
-    add_num_nouns(parser, "write the first N nouns as vocabulary (default: as recorded in the run)")
     add(
         "--quantize",
         type=int,
@@ -97,31 +86,38 @@ def main() -> None:
         metavar="FILE",
         help="LoRA of train.kdmd to add as the few-step mode (default: no few-step mode)",
     )
+    add_removed(parser, REMOVED)
     args = parser.parse_args()
     check_new(args.output)
-    config = load_config(args.config) if args.config else STICKERS
-    flow = find_folder(args.flow)
+    run = find_folder(args.run) if args.run else None
+    if run and not args.model and (run / "config.json").is_file():
+        args.model, run = str(run), None
     # Runs of older versions have no record; they trained on stickers.
-    record: dict[str, Any] = {"data": "stickers"} | recorded(flow)
-    source, vocabulary, texts = None, None, {}
-    if record["data"] == "stickers":
-        num_nouns = record.get("num_nouns") if args.num_nouns is None else args.num_nouns
-        source = Stickers(STATISTICS_SEED, num_nouns)
-        vocabulary, texts = vocabulary_file(num_nouns), {"LICENSE": NOTICE}
-    components = assemble(
-        flow,
-        find_folder(args.autoencoder),
-        tokenizer=args.tokenizer,
-        source=source,
-        config=config,
-    )
-    components.vocabulary = vocabulary
+    record: dict[str, Any] = {"data": "stickers"} | recorded(run) if run else {}
+    if args.model:
+        model = ModelFolder.open(args.model)
+    elif run:
+        model = find_recorded_model(run, record)
+    else:
+        raise UserError("give --run, the folder of a run, or --model")
+    with announce(f"loading {model.path} ..."):
+        components = trained_model(model, run)
+    texts = {}
+    if record.get("data") == "stickers":
+        components.vocabulary = vocabulary_file(record.get("num_nouns"))
+        texts = {LICENSE: NOTICE}
+    else:
+        if run:
+            components.vocabulary = None
+        if (license := model.path / LICENSE).is_file():
+            texts = {LICENSE: license.read_text(encoding="utf-8")}
     if args.few_step_lora:
         load_lora(args.few_step_lora, components.transformer, weight=0.0, name=FEW_STEP)
-        components.config = dataclasses.replace(components.config, few_step=FOUR_STEPS)
-    how = {"bits": args.quantize, "group_size": 32}
-    quantize = {"transformer": how, "text_encoder_0": how} if args.quantize else None
-    save_pretrained(args.output, components, quantize=quantize, dtype=mx.bfloat16, texts=texts)
+        components.config = dataclasses.replace(
+            components.config, few_step=few_step_sampler(args.few_step_lora)
+        )
+    with announce(f"writing {args.output} ..."):
+        save_model(args.output, components, bits=args.quantize, texts=texts)
     size = sum(f.stat().st_size for f in args.output.iterdir())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 

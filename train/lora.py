@@ -103,7 +103,7 @@ def main() -> None:
     data.prior = draw_prior(components, prior_prompts) if prior_prompts else None
     trainer = Trainer(
         network,
-        FineTuning(config.sampler.time_shift, args.prior_weight),
+        FineTuning(config.time_shift(*config.image_size), args.prior_weight),
         batches=data,
         config=tuning_config(args, accumulate=args.accumulate),
         run_dir=args.run_dir,

@@ -1,63 +1,105 @@
-"""Train the built-in model's tokenizer on captions: `python -m train.tokenizer --output FILE`."""
+"""Train a tokenizer on captions: `python -m train.tokenizer --data SOURCE... --output FILE`.
+
+The result is for a text encoder that is trained with the model (`train.new --tokenizer FILE`).
+"""
 
 import io
-import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from tqdm import tqdm
 
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.text_encoders.base import normalize
-from train.data.stickers.scenes import training_scene
-from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, NOUNS
+from train.data.mixture import num_samples
 from train.options.common import add_number, add_output, check_at_least, check_new
+from train.options.data import add_data, check_data, data_from
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-&:"
+"""These are in every vocabulary, so that no English prompt has an unknown character."""
 
 
-def train_tokenizer(vocab_size: int, num_captions: int = 60_000) -> bytes:
-    """A serialized BPE model over captions of all nouns, so that a model can learn more of them
-    later.
+def read_captions(source: Any, most: int) -> Iterator[str]:
+    """At most `most` captions of a source, each picture's at most once."""
+    count = min(most, num_samples(source) or most)
+    for number in tqdm(range(count), desc="captions", leave=False):
+        yield source.prompts(number, 1)[0]
 
-    Every word of the vocabulary is added many times. So the tokens are whole words of the
-    vocabulary, and syllables of all other words. `UserError` for too few or too many pieces.
+
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int, *, words: Sequence[str] = ()
+) -> tuple[bytes, int]:
+    """A serialized BPE model, and the number of its pieces.
+
+    That is `vocab_size`, or less if the captions do not have so many different ones.
+
+    Args:
+        captions: what to train on.
+        words: those that are to be one piece if possible: each is added many times.
+
+    Raises:
+        UserError: too few pieces for the characters of the captions.
     """
-    numbers = tqdm(range(num_captions), desc="captions", leave=False)
-    captions = (training_scene(0, k).caption for k in numbers)
-    names = [w for n in NOUNS for w in (n.name, n.plural, *n.synonyms)]
-    names += [*COLORS, *BACKGROUNDS]
-    model = io.BytesIO()
+    lines = [normalize(caption) for caption in captions] + list(words) * 20
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain(map(normalize, captions), names * 20),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=1.0,
-            required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,!?'-&:",
-            num_threads=1,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            minloglevel=2,
-        )
+        return _train(lines, vocab_size), vocab_size
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"no vocabulary of {vocab_size} pieces: {reason}") from None
+        possible = re.search(r"too high.*<= (\d+)", str(error))
+        if possible is None:
+            reason = " ".join(str(error).split())
+            raise UserError(f"no vocabulary of {vocab_size} pieces: {reason}") from None
+        most = int(possible.group(1))
+        return _train(lines, most), most
+
+
+def _train(lines: Sequence[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=1.0,
+        required_chars=CHARACTERS,
+        num_threads=1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
 def main() -> None:
     parser = Parser(prog="python -m train.tokenizer", description=__doc__)
     add_output(parser, ".model file to write")
+    add_data(parser, resolution="no matter here")
     add_number(parser, "--vocab-size", 2048, "number of pieces in the vocabulary")
+    add_number(parser, "--num-captions", 60_000, "captions to train on, at most")
     args = parser.parse_args()
-    check_at_least(args, 1, "vocab_size")
+    check_at_least(args, 1, "vocab_size", "num_captions")
     check_new(args.output)
+    check_data(args, unit=1)
+    with announce("reading the data ..."):
+        source = data_from(args, size=(256, 256), unit=32, seed=0)
+    words = [w for part in getattr(source, "sources", [source]) for w in _words(part)]
+    model, size = train_tokenizer(
+        read_captions(source, args.num_captions), args.vocab_size, words=words
+    )
     with whole_file(args.output) as partial:
-        partial.write_bytes(train_tokenizer(args.vocab_size))
-    print(f"{args.output}: {args.vocab_size} pieces")
+        partial.write_bytes(model)
+    print(f"{args.output}: {size} pieces")
+
+
+def _words(source: Any) -> list[str]:
+    """The vocabulary of a source that has one."""
+    return source.words() if hasattr(source, "words") else []
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
@@ -16,9 +17,12 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
-from tests.tiny import randomize
+from mlx_snapgen.pictures import from_uint8
+from tests.tiny import randomize, tokenizer_bytes
 from train import autoencoder as command
+from train import new
 from train.loop.autoencoder import load_autoencoder
+from train.loop.checkpoint import read_log
 from train.objectives.autoencoder import Reconstruction
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
@@ -160,6 +164,7 @@ def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_pat
 
     def run(name, *options):
         argv = ["autoencoder", "--run-dir", str(tmp_path / name), *map(str, options)]
+        argv += ["--data", "stickers"]
         monkeypatch.setattr(sys, "argv", [*argv, "--steps", "1", "--batch-size", "1"])
         command.main()
 
@@ -175,3 +180,44 @@ def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_pat
     with pytest.raises(UserError, match="latents of its own"):
         run("b", "--decoder-only", "--init-from", default_model_path(), "--encoder", qwen)
     assert not (tmp_path / "b").exists()
+
+
+def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_path, monkeypatch):
+    """Pictures of any shape; the latents of the new model have mean 0 and variance 1."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        pixels = rng.integers(0, 255, (96, 64 + 64 * (k % 2), 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("noise")
+    (tmp_path / "own.model").write_bytes(tokenizer_bytes())
+    monkeypatch.setattr(command, "VALIDATION_PICTURES", 2)
+    sizes = {"hidden_size": 64, "head_dim": 8, "blocks": [1, 2, 1], "text_width": 32}
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+
+    def run(module, *options):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, options)])
+        module.main()
+
+    run_dir = tmp_path / "run"
+    given = ["--data", folder, "--run-dir", run_dir, "--resolution", 64, "--crop", 32]
+    given += ["--latent-channels", 3, "--channels", 8, "--batch-size", 2]
+    run(command, *given, "--steps", 1)
+    assert "psnr" in read_log(run_dir)[-1]
+    run(command, *given, "--steps", 2)
+    with pytest.raises(UserError, match="other autoencoder"):
+        run(command, *given, "--steps", 3, "--channels", 16)
+    with pytest.raises(UserError, match="crops of 256 pixels do not fit"):
+        run(command, *given, "--steps", 3, "--crop", 256)
+    made = ["--preset", tmp_path / "sizes.json", "--tokenizer", tmp_path / "own.model"]
+    run(new, tmp_path / "model", *made, "--autoencoder", run_dir)
+    autoencoder = load_autoencoder(tmp_path / "model", None)
+    assert autoencoder.config.encoder_channels == (8, 16)
+    latents = [
+        autoencoder.encode(from_uint8(np.asarray(Image.open(folder / f"{k}.png"))[None, :, :64]))
+        for k in range(6)
+    ]
+    values = np.concatenate([np.array(x).reshape(-1, 3) for x in latents])
+    np.testing.assert_allclose(values.mean(0), 0, atol=0.3)
+    np.testing.assert_allclose(values.std(0), 1, atol=0.3)

@@ -6,17 +6,18 @@ import sys
 import mlx.core as mx
 import pytest
 import sentencepiece
+from PIL import Image
 
 import train.loop.trainer
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.config import FOUR_STEPS, SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, get_lora_weights
-from mlx_snapgen.lora.files import load_lora, save_lora
+from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
 from mlx_snapgen.networks.layers import flat_parameters
-from tests.tiny import STUDENT
 from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, palettes, tokenizer
 from train.data.stickers.vocabulary import NOUNS
-from train.loop.checkpoint import latest_checkpoint, load_ema
+from train.loop.checkpoint import latest_checkpoint, load_ema, read_log
 from train.loop.run import claim, find_folder
 
 
@@ -40,36 +41,35 @@ def run(monkeypatch):
 
 
 @pytest.fixture
-def tiny(components, monkeypatch):
-    """The default model's sizes are those of a tiny one."""
-    config = STUDENT
-    for command in (flow, export):
-        monkeypatch.setattr(command, "STICKERS", config)
-    return config
+def flow_options(model_folder):
+    options = ["--model", model_folder, "--steps", 1, "--batch-size", 2]
+    return [*options, "--validation-prompts", "a cat", "--validation-pictures", 2]
 
 
-@pytest.fixture
-def flow_options(model_folder, tokenizer_bytes, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes)
-    options = ["--autoencoder", model_folder, "--tokenizer", tmp_path / "tokenizer.model"]
-    return [*options, "--steps", 1, "--batch-size", 2, "--num-nouns", 20]
-
-
-def test_flow_trains_and_its_run_is_exported(font, tiny, flow_options, run, tmp_path, capsys):
-    made = tmp_path / "run"
-    first = ["--run-dir", made, *flow_options, "--categories", "colors", "counting"]
+def test_flow_trains_and_its_run_is_exported(
+    font, model_folder, flow_options, run, tmp_path, capsys
+):
+    made, data = tmp_path / "run", ["--data", "stickers:nouns=20"]
+    first = ["--run-dir", made, *flow_options, "--data"]
+    first.append("stickers:nouns=20,categories=colors+counting")
     run(flow, *first, "--mask-ratio", 0.4, "--widths", "full", "small")
     assert "warning: --widths is now --model-widths" in capsys.readouterr().err
     record = json.loads((made / "settings.json").read_text())
-    assert record == {"data": "stickers", "num_nouns": 20, "categories": ["colors", "counting"]}
+    assert record == {
+        "data": "stickers",
+        "num_nouns": 20,
+        "categories": ["colors", "counting"],
+        "model": str(model_folder),
+        "model_name": "random",
+    }
     assert list((made / "samples").iterdir())
+    assert {"validation_full", "validation_small"} <= read_log(made)[-1].keys()
     # Another choice of scenes resumes the same run, and other weights start another.
-    run(flow, "--run-dir", made, *flow_options, "--steps", 2)
+    run(flow, "--run-dir", made, *flow_options, *data, "--steps", 2)
     assert latest_checkpoint(made).name == "step_2"
-    run(flow, "--run-dir", tmp_path / "second", *flow_options, "--init-from", made)
+    run(flow, "--run-dir", tmp_path / "second", *flow_options, *data, "--init-from", made)
 
-    parts = ["--flow", made, "--autoencoder", flow_options[1], "--tokenizer", flow_options[3]]
-    run(export, *parts, "--quantize", 0, "--output", tmp_path / "stickers")
+    run(export, "--run", made, "--quantize", 0, "--output", tmp_path / "stickers")
     model = load_pretrained(tmp_path / "stickers")
     assert model.vocabulary["nouns"] == [noun.name for noun in NOUNS[:20]]
     assert "Noto Color Emoji" in (tmp_path / "stickers" / "LICENSE").read_text()
@@ -78,16 +78,26 @@ def test_flow_trains_and_its_run_is_exported(font, tiny, flow_options, run, tmp_
         assert mx.allclose(value, trained[f"transformer.{name}"], atol=1e-2), name
 
     # A run on other data has neither the words nor the license of the stickers.
-    (made / "settings.json").write_text(json.dumps({"data": "folder"}))
-    run(export, *parts, "--quantize", 0, "--output", tmp_path / "other")
+    values = json.loads((made / "settings.json").read_text())
+    (made / "settings.json").write_text(json.dumps(values | {"data": "pictures"}))
+    run(export, "--flow", made, "--quantize", 0, "--output", tmp_path / "other")
+    assert "warning: --flow is now --run" in capsys.readouterr().err
     assert load_pretrained(tmp_path / "other").vocabulary is None
     assert not (tmp_path / "other" / "LICENSE").exists()
     # Older versions left no record.
     (made / "settings.json").unlink()
-    run(export, *parts, "--quantize", 0, "--num-nouns", 30, "--output", tmp_path / "old")
-    assert len(load_pretrained(tmp_path / "old").vocabulary["nouns"]) == 30
+    with pytest.raises(UserError, match=r"does not record its model.*train\.new.*--model"):
+        run(export, "--run", made, "--output", tmp_path / "old")
+    run(export, "--run", made, "--model", model_folder, "--output", tmp_path / "old")
+    assert len(load_pretrained(tmp_path / "old").vocabulary["nouns"]) == len(NOUNS)
     with pytest.raises(UserError, match="exists already"):
-        run(export, *parts, "--output", tmp_path / "old")
+        run(export, "--run", made, "--output", tmp_path / "old")
+    (made / "settings.json").write_text(json.dumps({"model": str(tmp_path / "moved")}))
+    with pytest.raises(UserError, match=r"no model folder.*moved.*with --model"):
+        run(export, "--run", made, "--output", tmp_path / "new")
+    # A model is exported as it is, with its own words.
+    run(export, "--model", model_folder, "--quantize", 0, "--output", tmp_path / "copy")
+    assert load_pretrained(tmp_path / "copy").vocabulary == load_pretrained(model_folder).vocabulary
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,12 @@ def test_flow_trains_and_its_run_is_exported(font, tiny, flow_options, run, tmp_
         (["--mask-ratio", 1], "at least 0 and below 1"),
         (["--distillation-weight", -1], "must not be negative"),
         (["--steps", 0], "--steps must be at least 1"),
-        (["--num-nouns", 3], "num_nouns is 3"),
+        (["--data", "stickers:nouns=3"], "num_nouns is 3"),
+        (["--num-nouns", 100], "--num-nouns was removed: give --data stickers:nouns=N"),
+        (["--autoencoder", "a"], "--autoencoder was removed: .* train.new"),
+        (["--accumulate", 0], "--accumulate must be at least 1"),
+        (["--model", "nowhere"], "no model folder nowhere"),
+        (["--resolution", 20], "--resolution 20: give a multiple of 32"),
         (["--init-from", "nowhere"], "no model folder nowhere"),
         (["--init-from", "~no-such-user"], "no model folder ~no-such-user"),
         (["--learning-rate", -1], "--learning-rate must lie between 0 and 1"),
@@ -106,24 +121,23 @@ def test_flow_trains_and_its_run_is_exported(font, tiny, flow_options, run, tmp_
         (["--drop-caption", 2], "--drop-caption must be at most 1"),
         (["--time-shift", 0], "--time-shift must be above 0"),
         (["--seed", 10**14], "is not between"),
-        (["--tokenizer", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_options_of_flow_are_one_line(tiny, flow_options, run, tmp_path, options, message):
+def test_wrong_options_of_flow_are_one_line(flow_options, run, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        run(flow, "--run-dir", tmp_path / "run", *flow_options, *options)
+        run(flow, "--run-dir", tmp_path / "run", *flow_options, "--data", "stickers", *options)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        (flow, ["--autoencoder", "a", "--tokenizer", "t"]),
+        (flow, ["--model", "m", "--data", "d"]),
         (kd, ["--teacher", "t"]),
         (kdmd, ["--output", "k.safetensors"]),
         (lora, ["--data", "."]),
         (palettes, ["--output", "p"]),
-        (autoencoder, []),
+        (autoencoder, ["--data", "d"]),
     ],
 )
 def test_a_run_folder_is_no_file(command, options, run, tmp_path):
@@ -140,9 +154,9 @@ def test_a_run_folder_is_no_file(command, options, run, tmp_path):
         (kdmd, ["--run-dir", "run", "--output", "{}/k.safetensors"]),
         (lora, ["--data", ".", "--output", "{}/l.safetensors"]),
         (palettes, ["--output", "{}/p"]),
-        (export, ["--flow", "f", "--autoencoder", "a", "--tokenizer", "t", "--output", "{}/m"]),
+        (export, ["--run", "r", "--output", "{}/m"]),
         (evaluate, ["--output", "{}/scores"]),
-        (tokenizer, ["--output", "{}/t.model"]),
+        (tokenizer, ["--output", "{}/t.model", "--data", "d"]),
     ],
 )
 def test_an_output_that_cannot_be_written_is_found_at_once(command, options, run, tmp_path):
@@ -151,15 +165,20 @@ def test_an_output_that_cannot_be_written_is_found_at_once(command, options, run
         run(command, *(option.replace("{}", str(tmp_path / "file")) for option in options))
 
 
+AUTOENCODER = ["--run-dir", "{}/r", "--data", "stickers"]
+TOKENIZER = ["--output", "{}/t", "--data", "stickers", "--num-captions", 50]
+
+
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        (autoencoder, ["--run-dir", "{}/r", "--crop", 60], "multiple of 8 up to 128"),
-        (autoencoder, ["--run-dir", "{}/r", "--crop", 256], "multiple of 8 up to 128"),
-        (autoencoder, ["--run-dir", "{}/r", "--kl-weight", -1], "must not be negative"),
-        (autoencoder, ["--run-dir", "{}/r", "--learning-rate", 0], "must lie between"),
-        (tokenizer, ["--output", "{}/t", "--vocab-size", 0], "--vocab-size must be at least 1"),
-        (tokenizer, ["--output", "{}/t", "--vocab-size", 2], "no vocabulary of 2 pieces"),
+        (autoencoder, [*AUTOENCODER, "--crop", 60], "multiple of 8, got 60"),
+        (autoencoder, [*AUTOENCODER, "--kl-weight", -1], "must not be negative"),
+        (autoencoder, [*AUTOENCODER, "--learning-rate", 0], "must lie between"),
+        (autoencoder, [*AUTOENCODER, "--num-nouns", 3], "--num-nouns was removed: give --data"),
+        (autoencoder, [*AUTOENCODER, "--init-from", "a", "--channels", 4], "has its own sizes"),
+        (tokenizer, [*TOKENIZER, "--vocab-size", 0], "--vocab-size must be at least 1"),
+        (tokenizer, [*TOKENIZER, "--vocab-size", 2], "no vocabulary of 2 pieces"),
         (evaluate, ["--output", "{}/e", "--model", "nowhere"], "no model folder nowhere"),
         (evaluate, ["--output", "{}/e", "--num-nouns", -1], "num_nouns is -1"),
         (evaluate, ["--output", "{}/e", "--time-shift", 0], "must be above 0"),
@@ -182,28 +201,61 @@ def test_k_dmd_writes_a_lora(font, model_folder, run, tmp_path):
     made = tmp_path / "made.safetensors"
     common = ["--model", model_folder, "--steps", 2, "--student-every", 2, "--batch-size", 2]
     common += ["--rank", 2, "--model-widths", "tiny", "--run-dir", tmp_path / "run"]
-    run(kdmd, *common, "--few-step-lora", tmp_path / "few.safetensors", "--output", made)
+    data = ["--data", "stickers:nouns=20"]
+    teacher = ["--few-step-lora", tmp_path / "few.safetensors"]
+    run(kdmd, *common, *data, *teacher, "--few-steps", 3, "--fresh-noise", "--output", made)
+    assert few_step_sampler(made) == SamplerConfig(3, 1.0, 3.0, fresh_noise=True)
+    assert few_step_sampler(tmp_path / "few.safetensors") == FOUR_STEPS
     assert latest_checkpoint(tmp_path / "run").name == "step_2"
     fresh = load_pretrained(model_folder).transformer
     load_lora(made, fresh, name="student")
     assert set(get_lora_weights(fresh)) == {"student"}
+    # The student meets other noise levels with other settings; older runs recorded none.
+    other = ["--output", tmp_path / "b.safetensors", *data, *teacher]
+    with pytest.raises(UserError, match="other few_step"):
+        run(kdmd, *common, *other)
+    settings = tmp_path / "run" / "settings.json"
+    record = json.loads(settings.read_text())
+    del record["few_step"]
+    settings.write_text(json.dumps(record))
+    run(kdmd, *common, *other, "--steps", 3)
+    assert latest_checkpoint(tmp_path / "run").name == "step_3"
+    # The settings of the student's sampler are taken over by the student of this teacher.
+    more = ["--few-step-lora", made, "--output", tmp_path / "more.safetensors"]
+    prompts = ["--prompts-file", tmp_path / "prompts.txt", "--sizes", "32x32", "32x64"]
+    prompts += ["--accumulate", 2, "--save-memory", "--run-dir", tmp_path / "second"]
+    run(kdmd, *common, *prompts, *more, "--no-fresh-noise")
+    found = few_step_sampler(tmp_path / "more.safetensors")
+    assert found == SamplerConfig(3, 1.0, 3.0, fresh_noise=False)
+    with pytest.raises(UserError, match="give either --data SOURCE"):
+        run(kdmd, *common, "--output", tmp_path / "c.safetensors")
     with pytest.raises(UserError, match="exists already"):
         run(kdmd, *common, "--output", made)
     with pytest.raises(UserError, match=r"ending in \.safetensors"):
-        run(kdmd, *common, "--output", tmp_path / "b")
-    other = ["--output", tmp_path / "b.safetensors", "--prompts-file", tmp_path / "prompts.txt"]
+        run(kdmd, *common, "--output", tmp_path / "d")
+    other = ["--output", tmp_path / "d.safetensors", "--prompts-file", tmp_path / "prompts.txt"]
     with pytest.raises(UserError, match="other data"):
         run(kdmd, *common, *other)
 
 
-def test_the_tokenizer_has_the_vocabulary_in_whole_words(run, tmp_path, monkeypatch):
-    model = tokenizer.train_tokenizer(2048, num_captions=400)
-    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda vocab_size: model)
-    run(tokenizer, "--output", tmp_path / "made.model")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
+def test_the_tokenizer_has_the_vocabulary_in_whole_words(run, tmp_path):
+    made = tmp_path / "made.model"
+    run(tokenizer, "--data", "stickers", "--num-captions", 400, "--output", made)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(made))
+    assert processor.vocab_size() == 2048
     assert len(processor.encode("apple")) == len(processor.encode("purple")) == 1
     with pytest.raises(UserError, match="exists already"):
-        run(tokenizer, "-o", tmp_path / "made.model")
+        run(tokenizer, "--data", "stickers", "-o", made)
+
+
+def test_a_tokenizer_of_few_captions_is_as_large_as_they_allow(run, tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("Zwei rote Äpfel")
+    run(tokenizer, "--data", tmp_path, "--output", tmp_path / "made.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
+    assert 0 not in processor.encode("zwei rote äpfel") + processor.encode("quick, 10!")
+    assert capsys.readouterr().out.endswith(f"made.model: {processor.vocab_size()} pieces\n")
+    assert processor.vocab_size() < 100
 
 
 def test_a_run_folder_keeps_its_settings(tmp_path):

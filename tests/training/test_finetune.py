@@ -1,5 +1,6 @@
 """Fine-tuning: the gradient, the batches, and the command from a folder to a LoRA."""
 
+import dataclasses
 import json
 import sys
 
@@ -138,10 +139,13 @@ def test_a_batch_is_its_number_and_captions_belong_to_pictures(adapted, folder):
             np.testing.assert_allclose(np.array(states), encoded[nearest], atol=1e-5)
 
 
-def test_dropped_captions_are_the_empty_prompt(adapted, folder):
+@pytest.mark.parametrize(("unconditional", "prompt"), [("empty prompt", ""), ("absent", None)])
+def test_dropped_captions_are_the_unconditional_text(adapted, folder, unconditional, prompt):
+    adapted.config = dataclasses.replace(adapted.config, unconditional=unconditional)
     prior = draw_prior(adapted, ["a car", "two cats"])
     data = pictures(adapted, folder, drop_caption=1.0, prior=prior)
-    empty = encode_captions(adapted.text_encoders, [""])
+    empty = encode_captions(adapted.text_encoders, [prompt])
+    assert bool(empty["mask_0"].any()) is (prompt is not None)
     batch = data(0)
     for part in ("", "prior_"):
         for i in range(2):
@@ -149,7 +153,8 @@ def test_dropped_captions_are_the_empty_prompt(adapted, folder):
                 want = np.broadcast_to(np.array(empty[name]), batch[part + name].shape)
                 np.testing.assert_array_equal(np.array(batch[part + name]), want)
     drops = [pictures(adapted, folder, drop_caption=0.5)(k) for k in range(8)]
-    equal = [np.array(row).sum() == 2 for b in drops for row in b["mask_0"]]
+    count = 2 if prompt is not None else 0  # tokens
+    equal = [np.array(row).sum() == count for b in drops for row in b["mask_0"]]
     assert 0 < sum(equal) < len(equal)
 
 

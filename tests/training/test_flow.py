@@ -5,6 +5,7 @@ import io
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import sentencepiece
@@ -15,11 +16,12 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from tests import tiny
-from train.data.encoded import EncodedBatches
+from train.data.encoded import EncodedBatches, EncodedPictures
 from train.data.stickers.model import STICKERS
 from train.data.stickers.source import Stickers
 from train.loop.checkpoint import read_log, save_checkpoint
 from train.loop.config import TrainingConfig
+from train.loop.optimizer import Optimizers, Role
 from train.loop.run import start_from
 from train.loop.trainer import Trainer
 from train.objectives.elastic import (
@@ -285,6 +287,22 @@ def test_balanced_sum_has_equal_parts():
     np.testing.assert_allclose(np.array(add_balanced(full, sub, third)["a"]), [8, 9], atol=1e-5)
 
 
+def test_norms_of_bfloat16_gradients_are_float32():
+    """Each part is a thousand arrays whose squares a bfloat16 sum would stop adding at 256."""
+    full = {str(i): mx.ones((1,), mx.bfloat16) for i in range(1000)}
+    sub = {name: (mx.ones if name == "0" else mx.zeros)((1,), mx.bfloat16) for name in full}
+    total = add_balanced(full, sub)
+    assert {g.dtype for g in total.values()} == {mx.bfloat16}
+    assert total["0"].item() == pytest.approx(1 + 1000**0.5, rel=4e-3)
+    optimizers = Optimizers(TrainingConfig(steps=1, max_grad_norm=1.0), [Role("model")])
+    model = nn.Module()
+    for name, value in full.items():
+        model[name] = value
+    optimizers.init(model.trainable_parameters())
+    norms = optimizers.update(model, full, step=mx.array(0))
+    assert norms["grad_norm"].item() == pytest.approx(1000**0.5, rel=1e-5)
+
+
 def test_widths_are_sampled_uniformly_and_repeatably():
     drawn = [sampled_shares((1.0, 0.5, 0.375), seed=0, step=step) for step in range(400)]
     assert drawn == [sampled_shares((1.0, 0.5, 0.375), seed=0, step=step) for step in range(400)]
@@ -325,13 +343,12 @@ def test_checkpoint_names_are_stable(model):
 
 
 def test_micro_batches_of_a_step_share_their_scenes(components, font, monkeypatch):
-    tokenizers = [e.tokenizer for e in components.text_encoders]
+    source = EncodedPictures(Stickers(0, 20), components.autoencoder)
 
     def encoded(**more):
         return EncodedBatches(
-            Stickers(0, 20),
-            components.autoencoder,
-            tokenizers,
+            source,
+            components.text_encoders,
             batch_size=2,
             seed=0,
             drop_caption=0.0,

@@ -1,28 +1,95 @@
 """Batches of encoded pictures and captions."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.text_encoders.base import TextEncoder, Tokenizer
+from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present_prompts
 from mlx_snapgen.pictures import from_uint8
 from train.data.imagefolder import PictureFolder, choose, some
-from train.data.source import Batch, PictureSource
+from train.data.mixture import num_samples
+from train.data.source import Batch, LatentSource, PictureSource, Samples
 from train.data.streams import Stream
+from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
+
+
+class EncodedPictures:
+    """A `LatentSource`: a `PictureSource` whose pictures are encoded for each batch."""
+
+    def __init__(self, source: PictureSource, autoencoder: Autoencoder):
+        self.source = source
+        self.encode = mx.compile(autoencoder.encode)
+
+    def samples(self, number: int, count: int) -> Samples:
+        """See `LatentSource`."""
+        pictures, captions = self.source.batch(number, count)
+        latents = self.encode(from_uint8(pictures))
+        mx.eval(latents)
+        return Samples(latents, captions)
+
+    def batches(self, count: int) -> Iterator[Samples]:
+        """All pictures once: at most `count` of one size at a time."""
+        total = num_samples(self.source)
+        numbers = itertools.count() if total is None else range(total)
+        waiting: dict[tuple[int, ...], list[tuple[np.ndarray, str]]] = {}
+        for number in numbers:
+            pictures, captions = self.source.batch(number, 1)
+            group = waiting.setdefault(pictures.shape, [])
+            group.append((pictures[0], captions[0]))
+            if len(group) == count:
+                yield self._encoded(waiting.pop(pictures.shape))
+        for group in waiting.values():
+            yield self._encoded(group)
+
+    def _encoded(self, group: Sequence[tuple[np.ndarray, str]]) -> Samples:
+        pictures, captions = zip(*group, strict=True)
+        latents = self.encode(from_uint8(np.stack(pictures)))
+        mx.eval(latents)
+        return Samples(latents, list(captions))
+
+    def settings(self) -> dict[str, Any]:
+        """See `PictureSource`."""
+        return self.source.settings()
+
+
+def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
+    """A `LatentSource` of the data of `open_data`; `UserError` if its latents are others.
+
+    It also has `batches`, as `Prepared` has, unless `source` is a `Mixture` of prepared sets.
+    """
+    parts = getattr(source, "sources", [source])
+    if not all(hasattr(part, "check_autoencoder") for part in parts):
+        if autoencoder.config.picture_channels != 3:
+            raise UserError("pictures have no alpha channel, which this autoencoder needs")
+        return EncodedPictures(source, autoencoder)
+    for part in parts:
+        part.check_autoencoder(autoencoder)
+        part.check_files()
+    return source
 
 
 class EncodedBatches:
-    """Batches of encoded pictures of any source, with tokenized captions.
+    """Batches of latents, with the text for a model's encoders.
+
+    A batch holds `latents` (B, h, w, C), `NAME_latents` for other latents of the source, and for
+    text encoder i `mask_i` (B, L) with `tokens_i` (B, L) if it is trained, or `states_i` (B, L, D)
+    if it is frozen.
 
     Args:
+        source: of latents and captions, and optionally states of frozen encoders.
+        encoders: the model's text encoders; None for one whose states are in the source.
         batch_size: pictures in a micro-batch.
         seed: of the dropped captions.
-        drop_caption: share of captions replaced by the empty prompt, for guidance; several encoders
-            drop captions independently.
+        drop_caption: see `kept_captions`.
+        absent: the text of a sample without caption is masked out; if false, all encoders get the
+            empty prompt. An encoder that is dropped on its own is always masked out.
         noises_per_picture: number of micro-batches of a step with the same pictures; the trainer
             adds different noise to each. This saves time, because rendering and encoding pictures
             takes a fifth of a step.
@@ -30,60 +97,100 @@ class EncodedBatches:
 
     def __init__(
         self,
-        source: PictureSource,
-        autoencoder: Autoencoder,
-        tokenizers: Sequence[Tokenizer],
+        source: LatentSource,
+        encoders: Sequence[Any],
         *,
         batch_size: int,
         seed: int,
         drop_caption: float,
+        absent: bool = False,
         noises_per_picture: int = 1,
     ):
-        self.source, self.tokenizers, self.batch_size = source, tokenizers, batch_size
+        self.source, self.encoders, self.batch_size = source, list(encoders), batch_size
+        self.seed, self.drop_caption, self.absent = seed, drop_caption, absent
         self.noises_per_picture = noises_per_picture
-        self.pictures = functools.lru_cache(maxsize=1)(self._pictures)
-        self.seed, self.drop_caption = seed, drop_caption
-        self.encode = mx.compile(autoencoder.encode)
+        self._samples = functools.lru_cache(maxsize=1)(
+            lambda number: source.samples(number, batch_size)
+        )
+        self._states = [
+            None if e is None or is_trained(e.config) else FrozenStates(e) for e in self.encoders
+        ]
 
     def __call__(self, number: int) -> Batch:
         """Batch `number` of the stream; it depends on the number alone."""
         return self.with_prompts(number)[0]
 
-    def with_prompts(self, number: int) -> tuple[Batch, list[str]]:
-        """Batch `number`, and its captions: "" where all encoders get the empty prompt."""
+    def samples(self, number: int) -> Samples:
+        """The samples of batch `number` of the stream."""
         # The trainer numbers batches by step, then micro-batch, then process.
         processes = mx.distributed.init().size()
-        step = number // (self.noises_per_picture * processes)
-        latents, captions = self.pictures(step * processes + number % processes)
-        batch = {"latents": latents}
-        rng = Stream.DROPPED_CAPTIONS.generator(self.seed, number)
-        given = [""] * self.batch_size
-        for i, tokenizer in enumerate(self.tokenizers):
-            dropped = rng.random(self.batch_size) < self.drop_caption
-            kept = ["" if d else c for d, c in zip(dropped, captions, strict=True)]
-            batch[f"tokens_{i}"], batch[f"mask_{i}"] = tokenizer(kept)
-            given = [a or b for a, b in zip(kept, given, strict=True)]
-        return batch, given
+        group = number // (self.noises_per_picture * processes)
+        return self._samples(group * processes + number % processes)
 
-    def _pictures(self, number: int) -> tuple[mx.array, list[str]]:
-        """Latents and captions of batch `number` of the source."""
-        pictures, captions = self.source.batch(number, self.batch_size)
-        latents = self.encode(from_uint8(pictures))
-        mx.eval(latents)
-        return latents, captions
+    def with_prompts(self, number: int) -> tuple[Batch, list[str]]:
+        """Batch `number`, and its captions: "" where no encoder gets the caption."""
+        samples = self.samples(number)
+        rng = Stream.DROPPED_CAPTIONS.generator(self.seed, number)
+        kept = kept_captions(
+            rng, len(samples.captions), encoders=len(self.encoders), drop=self.drop_caption
+        )
+        given = kept.max(axis=1)
+        prompts = [c if g else "" for c, g in zip(samples.captions, given, strict=True)]
+        batch = {"latents": samples.latents}
+        batch |= {f"{name}_latents": latents for name, latents in samples.other_latents.items()}
+        for i in range(len(self.encoders)):
+            shown = kept[:, i] if self.absent else kept[:, i] | ~given
+            batch[self._name(i)], batch[f"mask_{i}"] = self._text(i, prompts, shown, samples)
+        return batch, prompts
+
+    def _name(self, i: int) -> str:
+        trained = self.encoders[i] is not None and self._states[i] is None
+        return f"tokens_{i}" if trained else f"states_{i}"
+
+    def _text(
+        self, i: int, prompts: Sequence[str], shown: np.ndarray, samples: Samples
+    ) -> tuple[mx.array, mx.array]:
+        """Tokens or states of encoder i, and the mask, false everywhere in rows not `shown`."""
+        encoder, encode = self.encoders[i], self._states[i]
+        if encoder is not None and encode is None:
+            tokens, mask = encoder.tokenize(prompts)
+            return tokens, mask & mx.array(shown)[:, None]
+        stored = samples.states.get(f"text_encoder_{i}")
+        if encode is not None:
+            like = encode("") if stored is None else mx.array(stored[0])
+        elif stored is not None:
+            like = mx.array(stored[0])
+        else:
+            raise UserError(
+                f"the data has no states of text encoder {i}: prepare it for this model"
+            )
+        rows: list[mx.array | None] = []
+        for k, prompt in enumerate(prompts):
+            if not shown[k]:
+                rows.append(None)
+            elif stored is not None and prompt == samples.captions[k]:
+                rows.append(mx.array(stored[k]))
+            elif encode is not None:
+                rows.append(encode(prompt))
+            else:
+                raise UserError(
+                    f"text encoder {i} must be loaded: this model needs its states of the empty "
+                    "prompt"
+                )
+        return padded_states(rows, like, most=encoder and encoder.config.max_length)
 
 
 CHUNK = 4  # pictures encoded at a time
 
 
-def encode_captions(encoders: Sequence[TextEncoder], captions: Sequence[str]) -> Batch:
+def encode_captions(encoders: Sequence[TextEncoder], captions: Sequence[Prompt]) -> Batch:
     """`states_i` (N, L, D) and `mask_i` (N, L) of text encoder i."""
     out = {}
     for i, encoder in enumerate(encoders):
-        tokens, mask = encoder.tokenize(captions)
+        tokens, mask = encoder.tokenize([caption or "" for caption in captions])
         chunks = [slice(k, k + CHUNK) for k in range(0, len(captions), CHUNK)]
         states = mx.concatenate([encoder(tokens[chunk], mask[chunk]) for chunk in chunks])
-        out |= {f"states_{i}": states, f"mask_{i}": mask}
+        out |= {f"states_{i}": states, f"mask_{i}": mask & present_prompts(captions)}
     mx.eval(out)
     return out
 
@@ -111,7 +218,7 @@ class EncodedFolder:
 
     Args:
         prior: from `draw_prior`, or None; half a batch of them is added to every batch.
-        drop_caption: share of captions replaced by the empty prompt, for guidance.
+        drop_caption: share of captions replaced by the model's unconditional text, for guidance.
     """
 
     def __init__(
@@ -127,7 +234,7 @@ class EncodedFolder:
         self.prior: Batch | None = prior
         self.buckets: list[Batch] = []
         encoders = components.text_encoders
-        self.empty = encode_captions(encoders, [""])
+        self.empty = encode_captions(encoders, [components.config.unconditional_prompt])
         for bucket in folder.buckets:
             latents = encode_pictures(components.autoencoder, [e.pixels for e in bucket])
             captions = encode_captions(encoders, [e.caption for e in bucket])
@@ -148,7 +255,7 @@ class EncodedFolder:
         return batch
 
     def _dropped(self, rng: np.random.Generator, batch: Batch) -> Batch:
-        """The captions of a batch, some of them replaced by the empty prompt."""
+        """The captions of a batch, some of them replaced by the unconditional text."""
         dropped = mx.array((rng.random(len(batch["latents"])) < self.drop_caption).tolist())
         return {
             name: mx.where(dropped.reshape(-1, *[1] * (empty.ndim - 1)), empty, batch[name])

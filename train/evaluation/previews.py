@@ -59,7 +59,7 @@ def previews_of(
     prompts: Sequence[str],
     *,
     size: tuple[int, int],
-    time_shift: float,
+    time_shift: float | None,
     widths: Sequence[str],
 ) -> Previews:
     """Previews of a supernetwork during training, with the time shift of its training.
@@ -78,6 +78,6 @@ def previews_of(
         config=config,
         transformer=model.transformer,
         autoencoder=autoencoder,
-        text_encoders=model.text_encoders,
+        text_encoders=model.encoders,
     )
     return Previews(components, prompts, widths=widths)

@@ -9,7 +9,6 @@ from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint import model as checkpoint_model
-from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import AutoencoderConfig, from_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -31,11 +30,11 @@ def measure_latents(
     model: Autoencoder, source: PictureSource, *, count: int = 512
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of raw latents over `count` pictures."""
-    with announce("drawing pictures for the latents' statistics ..."):
-        pictures, _ = source.batch(0, count)
-    starts = tqdm(range(0, count, 16), desc="latents' statistics", unit="batch", leave=False)
-    means = [np.array(model.encoder(from_uint8(pictures[i : i + 16]))[0]) for i in starts]
-    flat = np.concatenate(means).reshape(-1, model.config.latent_channels)
+    means = []
+    for k in tqdm(range(count // 16), desc="latents' statistics", unit="batch", leave=False):
+        pictures, _ = source.batch(k, 16)
+        means.append(np.array(model.encoder(from_uint8(pictures))[0]))
+    flat = np.concatenate([x.reshape(-1, model.config.latent_channels) for x in means])
     return tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))
 
 
@@ -54,7 +53,10 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     if model.config.kind != DEFAULT.kind:
         return model  # its latents are not trained, and their statistics are in its config
     if source is None:
-        raise UserError(f"{folder} is a run: export its autoencoder, and give that folder")
+        raise UserError(
+            f"{folder} is a run of train.autoencoder: give the folder of a model with this "
+            "autoencoder, such as one that train.new writes"
+        )
     mean, std = measure_latents(model, source)
     model.config = dataclasses.replace(model.config, latents_mean=mean, latents_std=std)
     return model

@@ -8,11 +8,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.hub import BUILT_IN, find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.module import check_fit, shapes
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, whole_file
+from train.data.source import MAY_CHANGE
+from train.data.text import is_trained
 from train.loop.checkpoint import latest_checkpoint, load_ema
 from train.objectives.elastic import TextToLatents
 
@@ -54,9 +57,22 @@ def claim(
 
 
 def claim_data(run_dir: Path, source: dict[str, Any]) -> None:
-    """`claim` with the settings of a source; only its kind must not change."""
-    unrecorded = {"data": "stickers"}
-    claim(run_dir, source, may_change=set(source) - {"data"}, unrecorded=unrecorded)
+    """`claim` with the settings of a source; see `MAY_CHANGE`."""
+    claim(run_dir, source, may_change=MAY_CHANGE, unrecorded={"data": "stickers"})
+
+
+def claim_training(run_dir: Path, source: dict[str, Any], *, model: ModelFolder) -> None:
+    """`claim` with the settings of a source, see `MAY_CHANGE`, and the model for `train.export`."""
+    named = {"model": model_reference(model), "model_name": model.config.name}
+    may_change = (*MAY_CHANGE, *named)
+    claim(run_dir, source | named, may_change=may_change, unrecorded={"data": "stickers"})
+
+
+def model_reference(model: ModelFolder) -> str:
+    """What `find_model` takes to find a model again from another folder."""
+    if model.source is None:
+        return BUILT_IN
+    return str(model.path.resolve()) if model.revision is None else model.source
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
@@ -81,7 +97,7 @@ def load_trained(folder: Path) -> dict[str, Any]:
     """Weights for `TextToLatents` from a model folder, or the averaged ones of a run."""
     if (folder / "config.json").is_file():
         model = load_pretrained(folder)
-        encoders = [e.parameters() for e in model.text_encoders]
+        encoders = [e.parameters() for e in model.text_encoders if is_trained(e.config)]
         return {"transformer": model.transformer.parameters(), "text_encoders": encoders}
     trained: dict[str, Any] = dict(tree_unflatten(list(load_ema(folder).items())))
     # A run may have trained parts that no model has, such as the projectors of distillation.

@@ -2,42 +2,95 @@
 
 Every step runs the full network and one sampled sub-network on the same noisy latents
 (SnapGen++ section 3.2). Their gradients are scaled to the same norm before they are added. The
-objective defines the loss of each. The text encoders are trained too.
+objective defines the loss of each. Text encoders of kind "transformer" are trained too, all others
+are frozen.
 
 `--sub-networks 2` runs two sub-networks in a step. They cost little compared with the full network.
 With one, as in the paper, each sub-network is trained in only half of the steps.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.config import ModelConfig, resolution_shift
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
 from mlx_snapgen.sampling import add_noise, shift_time
 from train.data.source import Batch
 from train.data.streams import Stream
+from train.data.text import is_trained
 from train.objectives.base import Metrics, value_and_grad
 from train.objectives.losses import expand
 
 
-class TextToLatents(nn.Module):
-    """Transformer and text encoders, the parts that are trained together."""
+@dataclass(frozen=True)
+class _Frozen:
+    """Text encoders outside the module tree, by index."""
 
-    def __init__(self, config: ModelConfig, tokenizers: Sequence[Tokenizer]):
+    encoders: Mapping[int, Any]
+
+
+class TextToLatents(nn.Module):
+    """Transformer and trained text encoders: the parts that are trained together.
+
+    Frozen text encoders are not in the module tree, so not in checkpoints, averages and optimizer.
+
+    Args:
+        tokenizers: one for each text encoder; that of a frozen one is not used.
+        frozen: index -> text encoder that is not trained; one that is missing is None in
+            `encoders`.
+
+    Attributes:
+        text_encoders: the trained ones, in order.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizers: Sequence[Tokenizer | None],
+        *,
+        frozen: Mapping[int, Any] | None = None,
+    ):
         super().__init__()
         self.config = config
         self.transformer = EfficientDiT(config.transformer)
-        self.text_encoders = [
-            new_text_encoder(c, t) for c, t in zip(config.text_encoders, tokenizers, strict=True)
+        pairs = zip(config.text_encoders, tokenizers, strict=True)
+        self.text_encoders: list[Any] = [new_text_encoder(c, t) for c, t in pairs if is_trained(c)]
+        self._frozen = _Frozen(dict(frozen or {}))
+
+    @property
+    def encoders(self) -> list[Any]:
+        """All text encoders of the model in order; None for a frozen one that is not loaded."""
+        trained = iter(self.text_encoders)
+        return [
+            next(trained) if is_trained(c) else self._frozen.encoders.get(i)
+            for i, c in enumerate(self.config.text_encoders)
         ]
+
+    @classmethod
+    def of(cls, components: Components) -> "TextToLatents":
+        """The networks of a loaded model."""
+        model = cls(components.config, [None] * len(components.text_encoders))
+        model.adopt(components)
+        return model
+
+    def adopt(self, components: Components) -> None:
+        """Train the networks of a loaded model, whose sizes are those of `config`."""
+        self.transformer = components.transformer
+        configs = self.config.text_encoders
+        pairs = list(zip(configs, components.text_encoders, strict=True))
+        self.text_encoders = [encoder for c, encoder in pairs if is_trained(c)]
+        frozen = {i: encoder for i, (c, encoder) in enumerate(pairs) if not is_trained(c)}
+        self._frozen = _Frozen(frozen)
 
 
 class ElasticStep(NamedTuple):
@@ -45,8 +98,8 @@ class ElasticStep(NamedTuple):
 
     shares: tuple[float, ...]
     """Of the sampled sub-networks; if empty, only the full network is trained."""
-    shift: float
-    """Timestep shift of the noise levels."""
+    shift: float | None
+    """Timestep shift of the noise levels; None: by the resolution of the batch."""
 
 
 def sampled_shares(
@@ -62,15 +115,49 @@ def sampled_shares(
     return tuple(sorted(map(float, chosen), reverse=True))
 
 
-def noisy(x0: mx.array, key: mx.array, *, shift: float) -> tuple[mx.array, mx.array, mx.array]:
+def noisy(
+    x0: mx.array, key: mx.array, *, shift: float | None, patch_size: int = 2
+) -> tuple[mx.array, mx.array, mx.array]:
     """Latents x0 with noise: x_t, the noise levels t (B,), and the velocity there.
 
     t is logit-normal (SD3), then shifted.
+
+    Args:
+        shift: None: by the number of tokens, patches of `patch_size`.
     """
+    if shift is None:
+        shift = resolution_shift(x0.shape[1] * x0.shape[2] // patch_size**2)
     key_t, key_eps = mx.random.split(key)
     t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
     eps = mx.random.normal(x0.shape, key=key_eps)
     return add_noise(x0, eps, expand(t, x0)), t, eps - x0
+
+
+def encode_trained(model: TextToLatents, batch: Batch) -> list[mx.array]:
+    """States (B, L, D) of the trained text encoders; finite also where no token counts."""
+    trained = [i for i, c in enumerate(model.config.text_encoders) if is_trained(c)]
+    states = []
+    for i, encoder in zip(trained, model.text_encoders, strict=True):
+        mask = batch[f"mask_{i}"]
+        # Attention over no token at all is not a number; nothing uses the states of such a row.
+        states.append(encoder(batch[f"tokens_{i}"], mask | ~mask.any(axis=-1, keepdims=True)))
+    return states
+
+
+def text_states(
+    model: TextToLatents, batch: Batch, *, trained: Sequence[mx.array] | None = None
+) -> list[TextStates]:
+    """The states of all text encoders for a batch, for `EfficientDiT.encode_text`.
+
+    Args:
+        trained: from `encode_trained`, which None calls.
+    """
+    own = iter(encode_trained(model, batch) if trained is None else trained)
+    states = []
+    for i, config in enumerate(model.config.text_encoders):
+        found = next(own) if is_trained(config) else batch[f"states_{i}"]
+        states.append(TextStates(found.astype(model.transformer.dtype), batch[f"mask_{i}"]))
+    return states
 
 
 WidthLoss = Callable[
@@ -90,7 +177,8 @@ def elastic_gradients(
 
     Args:
         model: `TextToLatents`, or a subclass with further parts that `loss` uses.
-        batch: for text encoder i `tokens_i` and `mask_i` (B, L).
+        batch: for text encoder i `mask_i` (B, L) and, if it is trained, `tokens_i` (B, L), else
+            `states_i` (B, L, D).
         shares: of the sampled sub-networks; if empty, only the full network is trained.
 
     Returns:
@@ -98,17 +186,16 @@ def elastic_gradients(
     """
     transformer, encoders = model.transformer, model.text_encoders
     params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
-    masks = [batch[f"mask_{i}"] for i in range(len(encoders))]
     trained = [flat_parameters(encoder.trainable_parameters()) for encoder in encoders]
 
     def encode(*flat: mx.array) -> list[mx.array]:
         for encoder, leaves in zip(encoders, _chunks(flat, trained), strict=True):
             encoder.update(dict(tree_unflatten(leaves)))
-        return [e(batch[f"tokens_{i}"], masks[i]) for i, e in enumerate(encoders)]
+        return encode_trained(model, batch)
 
     def gradients(share: float, full: mx.array | None):
         def of_states(states):
-            joined = [TextStates(s, m) for s, m in zip(states, masks, strict=True)]
+            joined = text_states(model, batch, trained=states)
             return loss(*transformer.encode_text(joined), share, full)
 
         return value_and_grad(model, of_states, [states], parameters=params)
@@ -122,6 +209,8 @@ def elastic_gradients(
         sub_grads.append(grads_of_share)
         metrics |= more
     grads = add_balanced(grads, *sub_grads)
+    if not encoders:
+        return grads[0], metrics
     # The text encoders run once for all widths: pull the states' gradient through them here.
     _, text_grads = mx.vjp(encode, text_params, list(grads[1]))
     encode(*text_params)
@@ -144,10 +233,11 @@ def add_balanced(full, *subs):
     total = full
     for sub, other in zip(subs, others, strict=True):
         scale = norm / mx.maximum(other, 1e-12)
-        total = tree_map(lambda a, b, s=scale: a + s * b, total, sub)
+        total = tree_map(lambda a, b, s=scale: (a + s * b).astype(a.dtype), total, sub)
     return total
 
 
 def _norm(tree: Any) -> mx.array:
-    squares = (g.square().sum() for g in flat_parameters(tree).values())
+    # In float32: a sum of bfloat16 stops growing at 256 times its terms.
+    squares = (g.astype(mx.float32).square().sum() for g in flat_parameters(tree).values())
     return mx.sqrt(functools.reduce(mx.add, squares))

@@ -30,17 +30,16 @@ class Flow:
         """Gradients of the full network and of the step's sub-networks, balanced and added.
 
         Args:
-            batch: `latents` (B, H, W, C), and for text encoder i `tokens_i` and `mask_i` (B, L).
+            batch: `latents` (B, H, W, C), and the text as in `elastic_gradients`.
 
         Returns:
             gradients like `model.trainable_parameters()`, and the losses as metrics; those of
             masked samples have separate names.
         """
         x0 = batch["latents"]
-        x_t, t, v = noisy(x0, key, shift=step.shift)
-        keep = None
+        patch, keep = model.transformer.config.patch_size, None
+        x_t, t, v = noisy(x0, key, shift=step.shift, patch_size=patch)
         if self.mask_ratio:
-            patch = model.transformer.config.patch_size
             # A further key, so that t and the noise are the same as without masking.
             key_mask = mx.random.split(key, 3)[2]
             tokens = x0[0, ..., 0].size // patch**2

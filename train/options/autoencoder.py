@@ -3,33 +3,54 @@
 import argparse
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.errors import UserError
-from train.data.stickers import source as stickers
+from train.data.open import is_prepared
 from train.loop.autoencoder import DEFAULT
 from train.options.common import (
     add_number,
+    add_removed,
     add_run_dir,
     add_seed,
     check_at_least,
     check_learning_rate,
 )
+from train.options.data import add_data, check_data
+
+RESOLUTION = 256
+"""Of the pictures by default."""
+UNIT = 32
+"""Sides of pictures are multiples of this, so that every autoencoder can encode them."""
+REMOVED = {
+    "--num-nouns": "give --data stickers:nouns=N",
+    "--categories": "give --data stickers:categories=NAME+NAME",
+}
 
 
 def parse() -> argparse.Namespace:
     """The command's options, checked."""
     parser = Parser(
         prog="python -m train.autoencoder",
-        description="Train the autoencoder of the stickers model. Run again with the same\n"
-        "--run-dir to resume.",
+        description="Train an autoencoder on pictures. Run again with the same --run-dir to\n"
+        "resume.",
     )
     add = parser.add_argument
     add_run_dir(parser)
+    add_data(parser, resolution=str(RESOLUTION))
     add_number(parser, "--steps", 6000, "training steps")
     add_number(parser, "--batch-size", 32, "crops per step")
     add_number(parser, "--crop", 64, "side of a crop in pixels")
     add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
     add_number(parser, "--kl-weight", 1e-3, "weight of the KL term in the loss")
+    for name, what in (
+        ("latent-channels", f"channels of the latents (default: {DEFAULT.latent_channels})"),
+        (
+            "channels",
+            "channels at 1/4 of the side of a picture, twice as many at 1/8 (default: "
+            f"{DEFAULT.encoder_channels[0]})",
+        ),
+    ):
+        add(f"--{name}", type=integer(2, 2**12), metavar="N", help=what)
     add(
         "--init-from",
         type=Path,
@@ -49,14 +70,19 @@ def parse() -> argparse.Namespace:
         "of --init-from)",
     )
     add_seed(parser)
-    stickers.add_options(parser)
+    add_removed(parser, REMOVED)
     args = parser.parse_args()
     check_at_least(args, 1, "steps", "batch_size", "crop")
     check_at_least(args, 0, "seed", "kl_weight")
     check_learning_rate(args.learning_rate)
-    side, unit = min(stickers.SIZE), DEFAULT.downsampling
-    if args.crop > side or args.crop % unit:
-        raise UserError(f"--crop must be a multiple of {unit} up to {side}, got {args.crop}")
+    if args.crop % DEFAULT.downsampling:
+        raise UserError(f"--crop must be a multiple of {DEFAULT.downsampling}, got {args.crop}")
+    if args.init_from and (args.latent_channels or args.channels):
+        raise UserError("--init-from has its own sizes: omit --latent-channels and --channels")
+    check_data(args, unit=UNIT)
+    for spec in args.data:
+        if is_prepared(spec):
+            raise UserError(f"--data: {spec} holds latents; give the pictures themselves")
     if args.encoder and not args.decoder_only:
         raise UserError("--encoder needs --decoder-only, since it brings the latents")
     if args.decoder_only and not args.init_from:

@@ -1,6 +1,7 @@
 """Options and checks that several commands share."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ MOST_SEED = 10**13
 
 
 def add_number(
-    parser: argparse.ArgumentParser, name: str, default: Any, text: str, *, most: int = MOST
+    parser: argparse._ActionsContainer, name: str, default: Any, text: str, *, most: int = MOST
 ) -> None:
     """An option that takes a number of the default's type, finite and in size at most `most`."""
     parser.add_argument(
@@ -65,10 +66,23 @@ def add_number(
     )
 
 
-def add_drop_caption(parser: argparse.ArgumentParser) -> None:
-    """`--drop-caption`."""
-    what = "share of captions to replace with the empty prompt, which guidance needs"
-    add_number(parser, "--drop-caption", 0.1, what)
+def add_drop_caption(parser: argparse.ArgumentParser, *, more: str = "") -> None:
+    """`--drop-caption`; its help ends with `more`."""
+    what = "share of captions to leave out, which guidance needs"
+    add_number(parser, "--drop-caption", 0.1, what + more)
+
+
+def add_removed(parser: argparse.ArgumentParser, removed: Mapping[str, str]) -> None:
+    """Options of earlier versions: name -> what to do instead, which is the error."""
+    for name, instead in removed.items():
+        parser.add_argument(
+            name, nargs="*", action=_Removed, help=argparse.SUPPRESS, metavar=instead
+        )
+
+
+class _Removed(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UserError(f"{option_string} was removed: {self.metavar}")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

@@ -1,29 +1,47 @@
 """Options of the trainers of a supernetwork: `train.flow` and `train.kd`."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from mlx_snapgen.cli.options import Parser, add_model_widths
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.model import Components, load_pretrained
+from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.text_encoders.base import Tokenizer
-from mlx_snapgen.settings import WIDTH_NAMES, parse_width
-from train.data.encoded import EncodedBatches
-from train.data.source import PictureSource
-from train.data.stickers import source as stickers
-from train.evaluation.previews import Previews, previews_of
+from mlx_snapgen.settings import Width, check_width, held_widths
+from train.data.encoded import EncodedBatches, as_latents
+from train.data.mixture import Prefetched
+from train.data.prompts import spread
+from train.evaluation.previews import previews_of
+from train.evaluation.validation import FlowValidation, held_out_batches
 from train.loop.config import TrainingConfig
+from train.loop.trainer import Trainer
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
 from train.options.common import (
     add_drop_caption,
     add_number,
+    add_removed,
     add_run_dir,
     add_seed,
     check_at_least,
     check_at_most,
     check_learning_rate,
 )
+from train.options.data import add_data, check_data, data_from
+
+NUM_PREVIEWS = 8
+REMOVED = {
+    "--autoencoder": "the autoencoder is that of --model, a folder that train.new writes",
+    "--tokenizer": "the tokenizer is that of --model, a folder that train.new writes",
+    "--student-config": "the sizes are those of --model, a folder that train.new writes",
+    "--num-nouns": "give --data stickers:nouns=N",
+    "--categories": "give --data stickers:categories=NAME+NAME",
+}
 
 
 def new_parser(prog: str, description: str) -> Parser:
@@ -34,14 +52,19 @@ def new_parser(prog: str, description: str) -> Parser:
         renamed={"--widths": "--model-widths", "--noises-per-scene": "--noises-per-picture"},
     )
     add = parser.add_argument
+    add_model(parser, default=None)
     add_run_dir(parser)
+    add_data(parser)
     add_number(parser, "--steps", 6000, "training steps")
     add_number(parser, "--batch-size", 32, "pictures per micro-batch in each process")
+    add_number(
+        parser, "--accumulate", 1, "micro-batches of different pictures per step in each process"
+    )
     add_number(
         parser,
         "--noises-per-picture",
         1,
-        "micro-batches per step; all have the same pictures, with different noise",
+        "use the pictures of each micro-batch so many times per step, with different noise",
     )
     add_number(
         parser,
@@ -59,16 +82,31 @@ def new_parser(prog: str, description: str) -> Parser:
     )
     add_number(parser, "--warmup-steps", 200, "steps of linear warm-up")
     add_number(parser, "--ema-decay", 0.999, "decay of the averaged weights")
-    add_number(parser, "--checkpoint-every", 250, "steps between checkpoints")
-    add_drop_caption(parser)
+    add_number(
+        parser, "--checkpoint-every", 250, "steps between checkpoints, each with a validation"
+    )
+    add(
+        "--validation-prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="prompts to draw after every checkpoint (default: captions of the data)",
+    )
     add_number(
         parser,
-        "--time-shift",
-        4.0,
-        "shift of the noise levels; a higher value trains more on very noisy latents, where "
-        "the prompt matters most",
+        "--validation-pictures",
+        64,
+        "pictures kept for validation to measure the loss with after every checkpoint; 0 is off",
     )
-    add_model_widths(parser, default=WIDTH_NAMES)
+    each = "; of several text encoders, each one also misses this share on its own"
+    add_drop_caption(parser, more=each)
+    add(
+        "--time-shift",
+        type=finite_number,
+        metavar="N",
+        help="shift of the noise levels; a higher value trains more on very noisy latents, where "
+        "the prompt matters most (default: the model's)",
+    )
+    add_model_widths(parser, default=None)
     add_number(
         parser, "--sub-networks", 1, "sub-networks to train per step beside the full network"
     )
@@ -82,45 +120,73 @@ def new_parser(prog: str, description: str) -> Parser:
         "--init-from",
         type=Path,
         metavar="MODEL",
-        help="start from the weights of this run folder or model (default: random weights)",
+        help="start from the weights of this run folder or model (default: those of --model)",
     )
     add_seed(parser)
-    stickers.add_options(parser)
+    add_removed(parser, REMOVED)
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """`UserError` for invalid values."""
-    at_least_1 = ("steps", "batch_size", "noises_per_picture", "checkpoint_every", "sub_networks")
-    check_at_least(args, 1, *at_least_1)
+def check(args: argparse.Namespace) -> ModelFolder:
+    """The folder of `--model`; `UserError` for invalid values.
+
+    `model_widths` becomes the list of `Width`s to train, `time_shift` the model's.
+    """
+    at_least_1 = ("steps", "batch_size", "accumulate", "noises_per_picture", "checkpoint_every")
+    check_at_least(args, 1, *at_least_1, "sub_networks")
     check_at_least(args, 0, "seed", "drop_caption", "warmup_steps", "final_learning_rate")
-    check_at_least(args, 0, "ema_decay")
+    check_at_least(args, 0, "ema_decay", "validation_pictures")
     check_at_most(args, 1, "drop_caption", "ema_decay")
     check_learning_rate(args.learning_rate)
-    if args.time_shift <= 0:
+    if args.time_shift is not None and args.time_shift <= 0:
         raise UserError(f"--time-shift must be above 0, got {args.time_shift}")
+    folder = ModelFolder.open(args.model)
+    config = folder.config
+    check_data(args, unit=config.size_unit)
+    names = args.model_widths or [width.name for width in held_widths(config)]
+    args.model_widths = [check_width(config, name) for name in dict.fromkeys(names)]
+    if args.time_shift is None:
+        args.time_shift = config.sampler.time_shift
+    return folder
+
+
+def open_source(args: argparse.Namespace, config: ModelConfig) -> Any:
+    """The data of the options for a model: see `open_data`."""
+    with announce("reading the data ..."):
+        return data_from(
+            args,
+            size=config.image_size,
+            unit=config.size_unit,
+            seed=args.seed,
+            run_dir=args.run_dir,
+        )
+
+
+def load_model(folder: ModelFolder) -> Components:
+    """The model to train, without a few-step mode."""
+    with announce(f"loading {folder.source or 'stickers'} ..."):
+        return load_pretrained(folder)
 
 
 def shares_of(args: argparse.Namespace) -> list[float]:
     """The shares of the widths to train."""
-    return [parse_width(name).share for name in args.model_widths]
+    return [width.share for width in args.model_widths]
 
 
 def make_batches(
-    args: argparse.Namespace,
-    source: PictureSource,
-    autoencoder: Autoencoder,
-    *,
-    tokenizers: Sequence[Tokenizer],
+    args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> EncodedBatches:
-    """Batches of a source."""
+    """Batches of the data for a model, read ahead in the background."""
+    for part in getattr(source, "sources", [source]):
+        if hasattr(part, "check_text_states"):
+            part.check_text_states(model.config.text_encoders)
     return EncodedBatches(
-        source,
-        autoencoder,
-        tokenizers,
+        as_latents(Prefetched(source), autoencoder),
+        model.encoders,
         batch_size=args.batch_size,
         seed=args.seed,
         drop_caption=args.drop_caption,
+        absent=model.config.unconditional == "absent",
         noises_per_picture=args.noises_per_picture,
     )
 
@@ -136,17 +202,46 @@ def step_arguments(args: argparse.Namespace) -> Callable[[int], ElasticStep]:
     return arguments
 
 
-def make_previews(
-    args: argparse.Namespace, model: TextToLatents, autoencoder: Autoencoder
-) -> Previews:
-    """Pictures of sticker prompts after every checkpoint."""
-    return previews_of(
+def make_validation(
+    args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
+) -> Callable[[Trainer], dict[str, float]]:
+    """After every checkpoint: a sheet of pictures, and the loss on pictures kept for validation."""
+    side = args.resolution
+    widths: list[Width] = args.model_widths
+    previews = previews_of(
         model,
         autoencoder,
-        stickers.PREVIEW_PROMPTS,
-        size=stickers.SIZE,
+        args.validation_prompts or spread(source.prompts(0, 64), NUM_PREVIEWS),
+        size=(side, side) if side else model.config.image_size,
         time_shift=args.time_shift,
-        widths=args.model_widths,
+        widths=[width.name for width in widths],
+    )
+    losses = _validation_losses(args, source, autoencoder, model=model)
+
+    def validate(trainer: Trainer) -> dict[str, float]:
+        return previews(trainer) | (losses(trainer) if losses else {})
+
+    return validate
+
+
+def _validation_losses(
+    args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
+) -> FlowValidation | None:
+    held_out = source.validation() if args.validation_pictures else None
+    if held_out is None:
+        if args.validation_pictures:
+            print("no validation loss: the data keeps no pictures for it", file=sys.stderr)
+        return None
+    parts = getattr(held_out, "sources", [held_out])
+    count = -(-args.validation_pictures // len(parts))
+    with announce("encoding the pictures kept for validation ..."):
+        batches = [
+            samples
+            for part in parts
+            for samples in held_out_batches(as_latents(part, autoencoder), count)
+        ]
+    return FlowValidation(
+        model.transformer, model.encoders, batches=batches, widths=args.model_widths
     )
 
 
@@ -155,7 +250,7 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(
         steps=args.steps,
         batch_size=args.batch_size,
-        accumulate=args.noises_per_picture,
+        accumulate=args.accumulate * args.noises_per_picture,
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         final_learning_rate=args.final_learning_rate,

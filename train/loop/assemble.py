@@ -1,0 +1,196 @@
+"""New models from an autoencoder and text encoders, and trained models as folders."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_snapgen.checkpoint import clip
+from mlx_snapgen.checkpoint.hub import find_model, local_folder
+from mlx_snapgen.checkpoint.language_models import GEMMA_FILES
+from mlx_snapgen.checkpoint.model import Components, save_pretrained
+from mlx_snapgen.checkpoint.module import cast, read_part
+from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, new_text_encoder
+from mlx_snapgen.config import (
+    GEMMA_3_4B,
+    ModelConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    from_dict,
+)
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+
+DTYPE = mx.bfloat16
+"""Type that the weights of a model folder are stored in."""
+
+
+def check_converted(folder: Path) -> None:
+    """`UserError` for a folder in the format of diffusers."""
+    path, config = folder / "config.json", {}
+    pipeline = (folder / "model_index.json").is_file()
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # who reads it reports it
+    if pipeline or (isinstance(config, dict) and "_class_name" in config):
+        vae = " --subfolder vae" if pipeline else ""
+        raise UserError(
+            f"{folder} is in the format of diffusers: convert it with `python -m "
+            f"convert.from_torch {folder} --output OUT{vae}`, and give OUT"
+        )
+
+
+# --- text encoders ------------------------------------------------------------------------------
+
+
+def public_encoder(source: str) -> Any:
+    """A public text encoder, CLIP or Gemma; its config refers to its source.
+
+    Args:
+        source: folder in the public format, folder of `convert.from_torch`, or repository.
+
+    Raises:
+        UserError: no such folder or repository, or another network.
+    """
+    local = local_folder(source)
+    files = tuple(dict.fromkeys((*clip.FILES, *GEMMA_FILES)))
+    folder = find_model(source, files=files) if local is None else local.resolve()
+    if local is not None:
+        check_converted(folder)
+    reference = {
+        "source": source if local is None else str(folder),
+        # A repository's folder in the cache is named after its commit.
+        "revision": folder.name if local is None else None,
+    }
+    values = _read(folder / "config.json")
+    if str(values.get("model_type")) in ("gemma3", "gemma3_text"):
+        return load_source(folder, dataclasses.replace(_gemma_config(values), **reference))
+    part = read_part(folder, "text_encoder_0")
+    if part is not None:
+        config = from_dict(TextEncoderConfig, part.config)
+        return load_source(folder, dataclasses.replace(config, **reference))
+    encoder = clip.load_clip(folder)
+    encoder.config = dataclasses.replace(encoder.config, **reference)
+    return encoder
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _gemma_config(values: Mapping[str, Any]) -> TextEncoderConfig:
+    """Sizes of the Gemma of a config.json; those that it omits are the 4B model's."""
+    text = values.get("text_config") or values
+    sizes = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+    }
+    found = {ours: text[theirs] for ours, theirs in sizes.items() if theirs in text}
+    return dataclasses.replace(GEMMA_3_4B, **found)
+
+
+def own_encoder(tokenizer: Path, config: TextEncoderConfig) -> Any:
+    """An untrained text encoder of kind "transformer" over the tokens of a sentencepiece file."""
+    vocab_size = SentencePieceTokenizer.from_file(tokenizer, config.max_length).vocab_size
+    config = dataclasses.replace(config, vocab_size=vocab_size)
+    return new_text_encoder(config, load_tokenizer(tokenizer, config))
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def new_model(
+    transformer: TransformerConfig,
+    autoencoder: Autoencoder,
+    *,
+    text_encoders: Sequence[Any],
+    **settings: Any,
+) -> Components:
+    """An untrained model.
+
+    Args:
+        transformer: its latent channels and text widths are replaced by those of the other parts.
+        settings: other fields of `ModelConfig`.
+    """
+    transformer = dataclasses.replace(
+        transformer,
+        latent_channels=autoencoder.config.latent_channels,
+        text_dims=tuple(encoder.config.hidden_size for encoder in text_encoders),
+    )
+    config = ModelConfig(
+        transformer=transformer,
+        autoencoder=autoencoder.config,
+        text_encoders=tuple(encoder.config for encoder in text_encoders),
+        **settings,
+    )
+    if any(side % config.size_unit for side in config.image_size):
+        height, width = config.image_size
+        raise UserError(f"pictures of {height}x{width} do not divide by {config.size_unit} pixels")
+    return Components(
+        config=config,
+        transformer=EfficientDiT(transformer),
+        autoencoder=autoencoder,
+        text_encoders=list(text_encoders),
+    )
+
+
+def save_model(
+    folder: Path,
+    components: Components,
+    *,
+    bits: int = 0,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model folder in bfloat16; only the autoencoder keeps weights that this would change.
+
+    So the latents of an exported model are those that it was trained on.
+
+    Args:
+        bits: of the weights of transformer and own text encoders; 0 does not quantize.
+    """
+    how = {"bits": bits, "group_size": 32}
+    stored = components.modules()
+    quantize = {name: how for name in stored if name != "autoencoder"} if bits else None
+    autoencoder = stored.pop("autoencoder")
+    for module in stored.values():
+        cast(module, DTYPE)
+    if _fits(autoencoder, DTYPE):
+        cast(autoencoder, DTYPE)
+    save_pretrained(folder, components, quantize=quantize, texts=texts)
+
+
+def _fits(module: nn.Module, dtype: mx.Dtype) -> bool:
+    """Whether the weights keep their values in this type."""
+    return all(
+        mx.array_equal(value.astype(dtype).astype(value.dtype), value).item()
+        for value in flat_parameters(module).values()
+    )
+
+
+def count_weights(module: nn.Module) -> int:
+    """Number of weights; those of quantized layers are counted, not their packed words."""
+    packed = {
+        f"{path}.weight": 32 // layer.bits
+        for path, layer in module.named_modules()
+        if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    }
+    return sum(
+        value.size * packed.get(name, 1)
+        for name, value in flat_parameters(module).items()
+        if not name.endswith((".scales", ".biases"))
+    )

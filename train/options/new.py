@@ -1,0 +1,197 @@
+"""Options of `train.new`."""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.cli.options import Parser, integer
+from mlx_snapgen.config import (
+    TRANSFORMERS,
+    ModelConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    from_dict,
+)
+from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import check_new, expanded, read_json
+from train.data.open import open_data
+from train.data.stickers.model import STICKERS
+from train.data.text import is_trained
+from train.loop.autoencoder import STATISTICS_SEED
+from train.loop.run import recorded
+from train.options.common import add_seed, check_at_least
+
+RESOLUTION = 256
+OWN = TextEncoderConfig(max_length=64)
+SAMPLER = SamplerConfig(time_shift=None)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes and settings of a model, without its autoencoder.
+
+    Attributes:
+        own: of the text encoder that is trained with the model.
+        size: (height, width) of the pictures in pixels.
+    """
+
+    transformer: TransformerConfig
+    own: TextEncoderConfig = OWN
+    sampler: SamplerConfig = SAMPLER
+    size: tuple[int, int] = (RESOLUTION, RESOLUTION)
+    unconditional: str = "absent"
+
+
+def preset_of(model: ModelConfig) -> Preset:
+    """The sizes and settings of a model."""
+    own = [config for config in model.text_encoders if is_trained(config)]
+    return Preset(
+        model.transformer,
+        own[0] if own else OWN,
+        model.sampler,
+        model.image_size,
+        model.unconditional,
+    )
+
+
+PRESETS = {name: Preset(config) for name, config in TRANSFORMERS.items()}
+PRESETS[STICKERS.name] = preset_of(STICKERS)
+"""Values of `--preset`."""
+
+
+def parse() -> argparse.Namespace:
+    """The command's options, checked; `preset` is a `Preset`."""
+    parser = Parser(
+        prog="python -m train.new",
+        description="Write an untrained model folder: an elastic transformer with random weights,\n"
+        "an autoencoder, and text encoders.",
+    )
+    add = parser.add_argument
+    what = "model folder to write; must not exist"
+    add("out", nargs="?", type=Path, metavar="OUT", help=what)
+    add("-o", "--output", type=Path, metavar="OUT", help="another way to give OUT")
+    add(
+        "--preset",
+        required=True,
+        metavar="NAME|FILE",
+        help=f"sizes: {', '.join(PRESETS)}; a JSON file with fields of TransformerConfig; or a "
+        "model folder, whose sizes and settings are used",
+    )
+    add(
+        "--autoencoder",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="autoencoder: model folder, folder of convert.from_torch, or run folder of "
+        "train.autoencoder",
+    )
+    add(
+        "--text-encoder",
+        dest="text_encoders",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER|REPO",
+        help="public text encoders, CLIP or Gemma 3: folders or Hugging Face repositories. The "
+        "model refers to them; they are not trained (default: none)",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="sentencepiece .model file, such as train.tokenizer writes: adds a text encoder that "
+        "is trained with the model (default: no such encoder)",
+    )
+    for name, what in (
+        ("size", "hidden size"),
+        ("layers", "layers"),
+        ("length", "tokens per caption"),
+    ):
+        add(
+            f"--encoder-{name}",
+            type=integer(1, 2**16),
+            metavar="N",
+            help=f"{what} of the text encoder of --tokenizer (default: the preset's)",
+        )
+    add(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="pictures to measure the latents of a run of train.autoencoder on (default: those "
+        "that it was trained on)",
+    )
+    add(
+        "--resolution",
+        type=integer(1, 2**16),
+        metavar="PX",
+        help="height and width of the pictures that the model draws by default, in pixels "
+        f"(default: the preset's, mostly {RESOLUTION})",
+    )
+    add_seed(parser)
+    args = parser.parse_args()
+    if (args.out is None) == (args.output is None):
+        parser.error("name the output once, as OUT or with --output")
+    args.output = args.output or args.out
+    check_new(args.output)
+    check_at_least(args, 0, "seed")
+    if not (args.text_encoders or args.tokenizer):
+        raise UserError("a model needs a text encoder: give --text-encoder, --tokenizer or both")
+    args.preset = _with_sizes(args, read_preset(args.preset))
+    return args
+
+
+def statistics_source(args: argparse.Namespace, run: Path) -> Any:
+    """The pictures to measure the latents of a run of train.autoencoder on."""
+    record = recorded(run)
+    specs = args.data or record.get("specs")
+    if specs is None:
+        # Runs of older versions learned from stickers.
+        nouns = record.get("num_nouns")
+        specs = [STICKERS.name + ("" if nouns is None else f":nouns={nouns}")]
+    side = record.get("resolution", RESOLUTION)
+    return open_data(specs, size=(side, side), unit=32, seed=STATISTICS_SEED)
+
+
+def read_preset(name: str) -> Preset:
+    """The preset of a name, a file or a model folder; `UserError` for any other."""
+    path = expanded(name)
+    if name not in PRESETS and path.is_dir():
+        return preset_of(load_config(path))
+    if name not in PRESETS and path.is_file():
+        return Preset(_read_transformer(path))
+    if name not in PRESETS:
+        raise UserError(
+            f"--preset {name}: no such preset, file or model folder{nearest(name, PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def _read_transformer(path: Path) -> TransformerConfig:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f'{path} must hold fields of TransformerConfig: {{"hidden_size": ...}}')
+    try:
+        return from_dict(TransformerConfig, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
+
+
+def _with_sizes(args: argparse.Namespace, preset: Preset) -> Preset:
+    """The preset with the sizes of the options."""
+    own, size = preset.own, args.encoder_size or preset.own.hidden_size
+    if size != own.hidden_size:
+        head = own.hidden_size // own.num_heads
+        heads = next(n for n in range(max(1, size // head), 0, -1) if size % n == 0)
+        own = replace(own, hidden_size=size, num_heads=heads)
+    own = replace(
+        own,
+        num_layers=args.encoder_layers or own.num_layers,
+        max_length=args.encoder_length or own.max_length,
+    )
+    given = (args.resolution, args.resolution) if args.resolution else preset.size
+    return replace(preset, own=own, size=given)
