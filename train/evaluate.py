@@ -1,25 +1,51 @@
-"""Score a model: `python -m train.evaluate --model FOLDER --output DIR`.
+"""Measure a model: `python -m train.evaluate --model FOLDER --data DIR --output OUT`.
 
-GenEval-style accuracies: a detector of the rendered glyphs (train/evaluation/stickers/detector.py)
-finds the objects in each picture of prompts of six categories, and the rules of GenEval (arXiv
-2310.11513) decide whether the picture is correct. The table also has the upper limits of every
-score: the scores of the prompts' rendered scenes, and of these scenes after encoding and decoding.
-Flow validation loss: the error of the predicted velocity on fixed latents, fixed noise and fixed
-noise levels.
+    python -m train.evaluate --model MODEL --data PREPARED --clip openai/clip-vit-base-patch32
+    python -m train.evaluate --model MODEL --geneval evaluation_metadata.jsonl --output OUT
+    python -m train.evaluate --model MODEL --dpg prompts --output OUT
+    python -m train.evaluate --model stickers
+
+On the part of --data that is kept for validation: flow validation loss, the error of the predicted
+velocity on fixed latents, fixed noise and fixed noise levels, for each width. With --clip also CLIP
+score and CMMD of pictures that are drawn for the captions of that part. --geneval and --dpg draw
+the prompts of these benchmarks in the layout that their own scorers read; run the same command
+again to resume.
+
+Stickers, GenEval-style accuracies: a detector of the rendered glyphs
+(train/evaluation/stickers/detector.py) finds the objects in each picture of prompts of six
+categories, and the rules of GenEval (arXiv 2310.11513) decide whether the picture is correct. The
+table also has the upper limits of every score: the scores of the prompts' rendered scenes, and of
+these scenes after encoding and decoding.
 """
 
+import argparse
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
+from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import draw_settings
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.files import check_new
 from mlx_snapgen.lora.files import load_lora
-from mlx_snapgen.settings import check_width, held_widths
+from mlx_snapgen.settings import DrawSettings, Width, check_width, held_widths
+from train.data.open import open_data
+from train.data.source import Samples
 from train.data.stickers.vocabulary import known_nouns
+from train.evaluation.measures import Measurement
+from train.evaluation.prompt_lists import (
+    PromptFiles,
+    claim_folder,
+    dpg_files,
+    draw_files,
+    geneval_files,
+)
 from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
+from train.evaluation.validation import held_out_batches
+from train.options.data import data_from
 from train.options.evaluate import parse
 
 
@@ -30,23 +56,133 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
 
 
-def main() -> None:
-    args = parse()
-    if args.noun:
-        noun_prompts(args.noun, 1)  # an unknown noun is an error before the folder is created
-    if args.output:
-        check_new(args.output)
-    with announce(f"loading {args.model} ..."):
-        components = load_pretrained(args.model, few_step=True)
+def _recorded(args: argparse.Namespace, settings: DrawSettings) -> dict[str, Any]:
+    """Settings for results.json that all measures share."""
+    return {
+        "model": args.model,
+        "lora": args.lora and str(args.lora),
+        "seed": args.seed,
+        "steps": settings.num_inference_steps,
+        "guidance": settings.guidance_scale,
+        "time_shift": settings.time_shift,
+        "few_step": settings.few_step,
+        "attention_modulation": settings.attention_modulation,
+        "batch_size": args.batch_size,
+    }
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def _held_out(args: argparse.Namespace, components: Components) -> list[Samples]:
+    """The samples to measure on."""
     config = components.config
-    if args.lora:
-        load_lora(args.lora, components.transformer, name="scored", base_model=config.name)
-    names = args.model_widths or [width.name for width in held_widths(config)]
+    # Not --seed: the same pictures and captions for every model and seed.
+    source = data_from(args, size=config.image_size, unit=config.size_unit, seed=0)
+    for each in getattr(source, "sources", [source]):
+        if hasattr(each, "check_autoencoder"):
+            each.check_autoencoder(components.autoencoder)
+    part = source.validation()
+    if part is None:
+        print(
+            "warning: the data keeps no pictures for validation: measured on pictures to train on",
+            file=sys.stderr,
+        )
+        part = source
+    with announce("reading the validation part ..."):
+        return held_out_batches(
+            part,
+            args.pictures,
+            autoencoder=components.autoencoder,
+            batch_size=min(args.batch_size, args.pictures),
+        )
+
+
+def _measure(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:
+    settings = replace(draw_settings(args), height=args.height, width=args.width)
+    resolved = settings.resolved(components.config)
+    batches = _held_out(args, components)
+    clip = None
+    if args.clip:
+        with announce(f"loading {args.clip} ..."):
+            clip = load_clip_towers(args.clip)
+    measurement = Measurement(
+        components,
+        widths=widths,
+        batches=batches,
+        clip=clip,
+        settings=settings,
+        prompts=args.prompts,
+        batch_size=args.batch_size,
+        output=args.output,
+    )
+    if args.output:
+        _make_folder(args.output)
+    recorded = {"data": args.data, "clip": args.clip} | _recorded(args, resolved)
+    print(measurement.run(recorded), end="")
+    print(
+        f"{measurement.count} pictures"
+        + (", compared with decoded latents of the data" if clip is not None else "")
+        + ("" if clip is not None else "; with --clip also CLIP score and CMMD"),
+        file=sys.stderr,
+    )
+
+
+def _listed(args: argparse.Namespace) -> PromptFiles | None:
+    """The files of --geneval or --dpg."""
+    if args.geneval is not None:
+        return geneval_files(args.geneval, per_prompt=args.per_prompt, seed=args.seed)
+    return None if args.dpg is None else dpg_files(args.dpg, seed=args.seed)
+
+
+def _draw_list(
+    args: argparse.Namespace, components: Components, *, listed: PromptFiles, width: Width
+) -> None:
+    settings = replace(draw_settings(args), height=args.height, width=args.width)
+    resolved = settings.resolved(components.config)
+    if args.dpg is not None and resolved.height != resolved.width:
+        raise UserError("DPG-Bench's scorer reads squares: give --height and --width of one size")
+    recorded = _recorded(args, resolved)
+    del recorded["batch_size"]
+    size = {"height": resolved.height, "width": resolved.width, "model_width": width.name}
+    claim_folder(args.output, recorded | size)
+    draw_files(
+        components,
+        listed,
+        output=args.output,
+        settings=settings,
+        share=width.share,
+        batch_size=args.batch_size,
+    )
+    print(f"{args.output} is complete. Score it in the benchmark's own repository:")
+    print(f"  {listed.scorer.format(output=args.output, side=resolved.width)}")
+
+
+# --- stickers -----------------------------------------------------------------------------------
+
+
+def _num_nouns(args: argparse.Namespace, components: Components) -> int:
+    if args.num_nouns is not None:
+        return args.num_nouns
+    if args.data:
+        config = components.config
+        source = open_data(args.data, size=config.image_size, unit=config.size_unit, seed=0)
+        if source.num_nouns is not None:
+            return source.num_nouns
+    if not (components.vocabulary or {}).get("nouns"):
+        raise UserError(
+            "the model has no vocabulary of stickers: give --data to measure it on pictures, or "
+            "--num-nouns to score stickers"
+        )
+    return known_nouns(components)
+
+
+def _score_stickers(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:
     evaluation = Evaluation(
         components,
-        widths=[check_width(config, name) for name in names],
+        widths=widths,
         settings=draw_settings(args),
-        num_nouns=known_nouns(components) if args.num_nouns is None else args.num_nouns,
+        num_nouns=_num_nouns(args, components),
         per_category=args.per_category,
         batch_size=args.batch_size,
         output=args.output,
@@ -60,22 +196,33 @@ def main() -> None:
     if args.noun:
         print(evaluation.noun(args.noun), end="")
         return
-    settings = evaluation.settings.resolved(config)
     recorded = {
-        "model": args.model,
-        "lora": args.lora and str(args.lora),
         "num_nouns": evaluation.num_nouns,
         "per_category": args.per_category,
         "validation_scenes": args.validation_scenes,
-        "seed": args.seed,
-        "steps": settings.num_inference_steps,
-        "guidance": settings.guidance_scale,
-        "time_shift": settings.time_shift,
-        "few_step": settings.few_step,
-        "attention_modulation": settings.attention_modulation,
-        "batch_size": args.batch_size,
     }
+    recorded |= _recorded(args, evaluation.settings.resolved(components.config))
     print(evaluation.scores(recorded, validation_scenes=args.validation_scenes), end="")
+
+
+def main() -> None:
+    args = parse()
+    if args.noun:
+        noun_prompts(args.noun, 1)  # an unknown noun is an error before the folder is created
+    listed = _listed(args)
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(args.model, few_step=True)
+    config = components.config
+    if args.lora:
+        load_lora(args.lora, components.transformer, name="scored", base_model=config.name)
+    names = args.model_widths or [width.name for width in held_widths(config)]
+    widths = [check_width(config, name) for name in names]
+    if listed is not None:
+        _draw_list(args, components, listed=listed, width=widths[0])
+    elif args.is_stickers:
+        _score_stickers(args, components, widths)
+    else:
+        _measure(args, components, widths)
 
 
 if __name__ == "__main__":

@@ -329,6 +329,16 @@ def test_command_writes_table_results_and_sheets(font, model_folder, tmp_path, m
         run(monkeypatch, *arguments)
 
 
+def test_stickers_are_scored_if_they_are_the_data(font, model_folder, monkeypatch, capsys):
+    arguments = ["--model", model_folder, "--data", "stickers:nouns=100", "--model-widths", "tiny"]
+    arguments += ["--per-category", 1, "--validation-scenes", 2, "--steps", 1, "--no-ceilings"]
+    run(monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    run(monkeypatch, *arguments[:2], *arguments[4:], "--num-nouns", 100)
+    again = capsys.readouterr().out
+    assert said.splitlines()[2].split("|")[1:11] == again.splitlines()[2].split("|")[1:11]
+
+
 def test_gallery(font, model_folder, tmp_path, monkeypatch):
     arguments = ["--model", model_folder, "--output", tmp_path / "look", "--num-nouns", 100]
     run(monkeypatch, *arguments, "--gallery", "--steps", 1, "--guidance", 1)

@@ -1,7 +1,16 @@
-"""Flow validation loss: the error of the predicted velocity on fixed latents, noise and levels."""
+"""Flow validation loss: the error of the predicted velocity on fixed latents, noise and levels.
+
+The noise levels are t = (k + .5) / `NUM_LEVELS`, without time shift, so that models with different
+shifts are compared on the same levels.
+
+`flow_losses` measures the held-out part of any set, `FlowValidation` at the checkpoints of a run;
+`validation_losses` the stickers' fixed scenes.
+"""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,12 +18,220 @@ from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.sampling import add_noise, get_noise
-from train.data.source import PictureSource
+from mlx_snapgen.settings import Width
+from train.data.mixture import num_samples
+from train.data.source import PictureSource, Samples
+from train.loop.trainer import Trainer
 
 NUM_LEVELS = 8
+
+
+# --- the held-out part of a set -------------------------------------------------------------------
+
+
+def held_out_batches(
+    part: Any, count: int, *, autoencoder: Autoencoder | None = None, batch_size: int = 16
+) -> list[Samples]:
+    """Up to `count` different samples of a part for validation, all of a batch of one size.
+
+    The samples are the same in every run.
+
+    Args:
+        part: `validation()` of a source of data: a `LatentSource`, or a `PictureSource` whose
+            pictures are encoded here. The samples of a source with `batches` come in its order.
+        autoencoder: of the model; needed for a `PictureSource`.
+        batch_size: samples of a batch, at most.
+    """
+    found: list[Samples] = []
+    seen: set[tuple[int, bytes]] = set()
+    total = min(count, num_samples(part) or count)
+    with tqdm(total=total, desc="validation set", unit="picture", leave=False) as bar:
+        for samples in _in_order(part, autoencoder, count=count, batch_size=batch_size):
+            rows = []
+            for row, (caption, x) in enumerate(zip(samples.captions, samples.latents, strict=True)):
+                sample = sample_seed(caption, x), caption.encode(errors="surrogateescape")
+                if sample not in seen and len(seen) < count:
+                    seen.add(sample)
+                    rows.append(row)
+            if rows:
+                found.append(_rows(samples, rows))
+                bar.update(len(rows))
+            if len(seen) == count:
+                break
+    return found
+
+
+def _in_order(
+    part: Any, autoencoder: Autoencoder | None, *, count: int, batch_size: int
+) -> Iterator[Samples]:
+    if hasattr(part, "batches"):
+        yield from part.batches(batch_size)
+        return
+    # A batch may repeat samples, if a size has few: read more than one pass.
+    total = min(count, num_samples(part) or count)
+    for number in range(PASSES * -(-total // batch_size)):
+        if hasattr(part, "samples"):
+            yield part.samples(number, batch_size)
+        else:
+            assert autoencoder is not None
+            pictures, captions = part.batch(number, batch_size)
+            latents = autoencoder.encode(from_uint8(pictures))
+            mx.eval(latents)
+            yield Samples(latents, captions)
+
+
+PASSES = 4
+
+
+def _rows(samples: Samples, rows: Sequence[int]) -> Samples:
+    """These rows of some samples."""
+    index = mx.array(list(rows))
+    return Samples(
+        samples.latents[index],
+        [samples.captions[row] for row in rows],
+        states={name: [x[row] for row in rows] for name, x in samples.states.items()},
+        other_latents={name: x[index] for name, x in samples.other_latents.items()},
+    )
+
+
+def sample_seed(caption: str, latents: mx.array) -> int:
+    """The seed, in [0, 2^32), of a sample's noise: a hash of its caption and latents (h, w, C).
+
+    The noise does not depend on the sample's place in the set.
+    """
+    state = hashlib.blake2b(caption.encode(errors="surrogateescape"), digest_size=4)
+    state.update(np.array(latents.astype(mx.float16)).tobytes())
+    return int.from_bytes(state.digest(), "big")
+
+
+def flow_losses(
+    transformer: EfficientDiT,
+    encoders: Sequence[Any],
+    *,
+    batches: Iterable[Samples],
+    shares: Sequence[float],
+) -> dict[float, list[float]]:
+    """Mean squared error of the velocity at the noise levels (k + .5) / `NUM_LEVELS`.
+
+    It is the loss of `train.flow` on samples that were not trained on, with fixed noise: that of
+    `sample_seed`. Every sample counts the same, whatever its size.
+
+    Args:
+        encoders: the model's text encoders; None for one whose states the samples have.
+        batches: such as `held_out_batches`.
+        shares: of the widths to measure.
+
+    Returns:
+        share -> `NUM_LEVELS` losses, from the lowest noise level.
+    """
+    sums = {share: np.zeros(NUM_LEVELS) for share in shares}
+    total = 0
+    for samples in batches:
+        text, mask = transformer.encode_text(_states(samples, encoders, dtype=transformer.dtype))
+        x0 = samples.latents
+        pairs = zip(samples.captions, x0, strict=True)
+        seeds = [sample_seed(caption, latents) for caption, latents in pairs]
+        eps = mx.concatenate([get_noise(seed, *x0.shape[1:]) for seed in seeds])
+        for share in shares:
+            sums[share] += _errors(transformer, text, mask, x0=x0, eps=eps, share=share)
+        total += len(samples.captions)
+    return {share: (errors / max(total, 1)).tolist() for share, errors in sums.items()}
+
+
+def _states(
+    samples: Samples, encoders: Sequence[Any], *, dtype: mx.Dtype
+) -> list[TextStates | None]:
+    """The states of all text encoders, from the samples where they have them."""
+    stored = [samples.states.get(f"text_encoder_{i}") for i in range(len(encoders))]
+    missing = [e if rows is None else None for e, rows in zip(encoders, stored, strict=True)]
+    states = encode_states(samples.captions, missing, dtype=dtype)
+    for i, rows in enumerate(stored):
+        if rows is not None:
+            states[i] = _padded(rows, dtype)
+    return states
+
+
+def _with_frozen_states(samples: Samples, encoders: Sequence[Any]) -> Samples:
+    """The samples with the states of the encoders that are not trained, cut to their tokens."""
+    states = dict(samples.states)
+    for i, encoder in enumerate(encoders):
+        name = f"text_encoder_{i}"
+        if encoder is None or encoder.config.kind == "transformer" or name in states:
+            continue
+        (found,) = encode_states(samples.captions, [encoder], dtype=mx.float32)
+        assert found is not None
+        counts = np.array(found.mask.sum(axis=1)).tolist()
+        states[name] = [np.array(s[:n]) for s, n in zip(found.states, counts, strict=True)]
+    return replace(samples, states=states)
+
+
+def _padded(rows: Sequence[np.ndarray], dtype: mx.Dtype) -> TextStates:
+    """States (L, D) of several captions as one batch."""
+    counts = [len(row) for row in rows]
+    length = max(counts)
+    padded = [np.pad(row, [(0, length - len(row)), (0, 0)]) for row in rows]
+    mask = mx.arange(length)[None] < mx.array(counts)[:, None]
+    return TextStates(mx.array(np.stack(padded)).astype(dtype), mask)
+
+
+def _errors(
+    transformer: EfficientDiT,
+    text: mx.array,
+    mask: mx.array,
+    *,
+    x0: mx.array,
+    eps: mx.array,
+    share: float,
+) -> np.ndarray:
+    """Sum over a batch of the mean squared error of the velocity, at each noise level."""
+    sums = np.zeros(NUM_LEVELS)
+    for k in range(NUM_LEVELS):
+        sigma = (k + 0.5) / NUM_LEVELS
+        x_t = add_noise(x0, eps, sigma).astype(text.dtype)
+        v = transformer(x_t, mx.full((len(x0),), sigma), text, mask, share=share)
+        error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
+        sums[k] = error.sum().item()
+    return sums
+
+
+class FlowValidation:
+    """`validate` of a `Trainer`: the mean of `flow_losses` of each width, with averaged weights.
+
+    Args:
+        transformer, encoders: of the model that is trained.
+        batches: see `held_out_batches`; kept in memory.
+        widths: the widths to measure.
+    """
+
+    def __init__(
+        self,
+        transformer: EfficientDiT,
+        encoders: Sequence[Any],
+        *,
+        batches: Sequence[Samples],
+        widths: Sequence[Width],
+    ):
+        self.transformer, self.encoders = transformer, list(encoders)
+        self.widths = list(widths)
+        # Frozen encoders are slow, and their states stay the same.
+        self.batches = [_with_frozen_states(samples, self.encoders) for samples in batches]
+
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        """Metrics for the log: `validation_WIDTH`."""
+        shares = [width.share for width in self.widths]
+        with trainer.averaged(), announce("measuring the validation loss ..."):
+            losses = flow_losses(
+                self.transformer, self.encoders, batches=self.batches, shares=shares
+            )
+        return {f"validation_{w.name}": float(np.mean(losses[w.share])) for w in self.widths}
+
+
+# --- the stickers ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,10 +279,5 @@ def validation_losses(
             captions, components.text_encoders, transformer=components.transformer
         )
         x0, eps = data.latents[chosen], data.noise[chosen]
-        for k in range(NUM_LEVELS):
-            sigma = (k + 0.5) / NUM_LEVELS
-            x_t = add_noise(x0, eps, sigma).astype(text.dtype)
-            v = components.transformer(x_t, mx.full((len(x0),), sigma), text, mask, share=share)
-            error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
-            sums[k] += error.sum().item()
+        sums += _errors(components.transformer, text, mask, x0=x0, eps=eps, share=share)
     return (sums / len(data.captions)).tolist()

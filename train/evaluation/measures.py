@@ -1,0 +1,250 @@
+"""The evaluation of any model on the held-out pictures of a set: table, results.json, sheets.
+
+The flow validation loss needs nothing else; CLIP score and CMMD compare pictures that are drawn for
+the held-out captions with those captions and with the held-out pictures, by a CLIP that the user
+names.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.files import whole_file
+from mlx_snapgen.networks.clip import Clip
+from mlx_snapgen.pictures import contact_sheet, to_uint8
+from mlx_snapgen.settings import DrawSettings, Width
+from train.data.source import Samples
+from train.evaluation.clip_measures import clip_score, cmmd, embed_pictures, embed_texts
+from train.evaluation.validation import NUM_LEVELS, flow_losses
+
+COLUMNS = 8
+"""Pictures in a row of a sheet, at most."""
+
+HELD_OUT = "held-out pictures"
+"""Name of the row of the pictures that were not drawn."""
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """One line of the table; None is not measured.
+
+    Attributes:
+        name: a width, or `HELD_OUT`.
+        validation_losses: see `flow_losses`.
+        seconds_per_picture: of drawing, in batches.
+    """
+
+    name: str
+    validation_losses: list[float] | None = None
+    clip_score: float | None = None
+    cmmd: float | None = None
+    seconds_per_picture: float | None = None
+
+
+def table(rows: Sequence[MeasuredRow]) -> str:
+    """The rows as a markdown table; columns without a number are left out."""
+    columns = {
+        "validation loss": [r.validation_losses and np.mean(r.validation_losses) for r in rows],
+        "CLIP score": [row.clip_score for row in rows],
+        "CMMD": [row.cmmd for row in rows],
+        "s / picture": [row.seconds_per_picture for row in rows],
+    }
+    digits = {"validation loss": 4, "CLIP score": 2, "CMMD": 3, "s / picture": 2}
+    columns = {name: cells for name, cells in columns.items() if any(c is not None for c in cells)}
+    lines = [["", *columns], ["---"] + ["---:"] * len(columns)]
+    for i, row in enumerate(rows):
+        cells = [(cells[i], digits[name]) for name, cells in columns.items()]
+        lines.append([row.name, *("" if c is None else f"{c:.{d}f}" for c, d in cells)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How to measure a model.
+
+    Attributes:
+        batches: the held-out samples, all of a batch of one size.
+        clip: None measures the validation loss alone.
+        settings: of the drawings; picture i of the set has the seed `settings.seed` + i.
+        prompts: of the sheet; None: the first captions.
+        batch_size: pictures to draw at a time.
+        output: folder that gets all files; None writes none.
+    """
+
+    components: Components
+    widths: Sequence[Width]
+    batches: Sequence[Samples]
+    clip: Clip | None
+    settings: DrawSettings
+    prompts: Sequence[str] | None
+    batch_size: int
+    output: Path | None
+
+    @property
+    def count(self) -> int:
+        """Number of held-out pictures."""
+        return sum(len(samples.captions) for samples in self.batches)
+
+    def run(self, recorded: dict[str, Any]) -> str:
+        """Measure all widths; returns the table.
+
+        Args:
+            recorded: settings for results.json.
+        """
+        losses = self._losses()
+        rows = [MeasuredRow(w.name, losses[w.share]) for w in self.widths]
+        real = texts = None
+        if self.clip is not None:
+            captions = [c for samples in self.batches for c in samples.captions]
+            texts = embed_texts(self.clip, captions)
+            real = self._held_out_embeddings()
+            rows.append(MeasuredRow(HELD_OUT, clip_score=clip_score(real, texts)))
+        self._write_results(rows, recorded)
+        if self.output:
+            self._plot(losses)
+            self._sheet()
+        for i, width in enumerate(self.widths if real is not None else ()):
+            assert real is not None and texts is not None
+            drawn, seconds = self._drawn_embeddings(width)
+            rows[i] = replace(
+                rows[i],
+                clip_score=clip_score(drawn, texts),
+                cmmd=cmmd(drawn, real),
+                seconds_per_picture=seconds,
+            )
+            self._write_results(rows, recorded)
+        return table(rows)
+
+    def _losses(self) -> dict[float, list[float]]:
+        # The few-step LoRA, if the model has one, is off: the loss is that of the velocity.
+        return flow_losses(
+            self.components.transformer,
+            self.components.text_encoders,
+            batches=self._with_bar("validation loss"),
+            shares=[width.share for width in self.widths],
+        )
+
+    def _with_bar(self, text: str) -> Iterator[Samples]:
+        """The batches, with a bar that counts pictures."""
+        with tqdm(total=self.count, desc=text, unit="picture", leave=False) as bar:
+            for samples in self.batches:
+                yield samples
+                bar.update(len(samples.captions))
+
+    def _decoded(self, samples: Samples) -> np.ndarray:
+        return to_uint8(self.components.autoencoder.decode(samples.latents))
+
+    def _held_out_embeddings(self) -> np.ndarray:
+        assert self.clip is not None
+        batches = self._with_bar("CLIP: held-out pictures")
+        return np.concatenate([embed_pictures(self.clip, list(self._decoded(s))) for s in batches])
+
+    def _drawn_embeddings(self, width: Width) -> tuple[np.ndarray, float]:
+        """Embeddings of one picture for each held-out caption, and seconds per picture."""
+        assert self.clip is not None
+        found, seconds, first = [], 0.0, self.settings.seed or 0
+        with tqdm(total=self.count, desc=width.name, unit="picture", leave=False) as bar:
+            for samples in self.batches:
+                started = time.perf_counter()
+                pictures = draw_pictures(
+                    self.components,
+                    samples.captions,
+                    seeds=range(first, first + len(samples.captions)),
+                    settings=self._sized(samples),
+                    share=width.share,
+                    batch_size=self.batch_size,
+                    progress=bar.update,
+                )
+                seconds += time.perf_counter() - started
+                first += len(pictures)
+                found.append(embed_pictures(self.clip, list(pictures)))
+        return np.concatenate(found), seconds / self.count
+
+    def _sized(self, samples: Samples) -> DrawSettings:
+        """The settings for pictures of the size of some samples."""
+        factor = self.components.config.autoencoder.downsampling
+        height, width = (factor * side for side in samples.latents.shape[1:3])
+        return replace(self.settings, height=height, width=width)
+
+    # --- files ---
+
+    def _write_results(self, rows: Sequence[MeasuredRow], recorded: dict[str, Any]) -> None:
+        if self.output is None:
+            return
+        levels = [(k + 0.5) / NUM_LEVELS for k in range(NUM_LEVELS)]
+        results = {
+            "settings": recorded,
+            "pictures": self.count,
+            "held_out_pictures": "decoded latents",
+            "noise_levels": levels,
+            "rows": [asdict(row) for row in rows],
+        }
+        for name, text in (
+            ("table.md", table(rows)),
+            ("results.json", json.dumps(results, indent=1)),
+        ):
+            with whole_file(self.output / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+
+    def _plot(self, losses: dict[float, list[float]]) -> None:
+        """losses.png: the loss of each width over the noise level."""
+        try:
+            # Imported here because it is slow and optional.
+            from matplotlib.figure import Figure
+        except ImportError:
+            tqdm.write("no losses.png without matplotlib: pip install matplotlib")
+            return
+        assert self.output is not None
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        levels = [(k + 0.5) / NUM_LEVELS for k in range(NUM_LEVELS)]
+        for width in self.widths:
+            mean = np.mean(losses[width.share])
+            label = f"{width.name}, mean {mean:.4f}"
+            axes.plot(levels, losses[width.share], marker=".", label=label)
+        axes.set_xlabel("noise level t")
+        axes.set_ylabel("validation loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with whole_file(self.output / "losses.png") as partial:
+            figure.savefig(partial, format="png", dpi=80)
+
+    def _sheet(self) -> None:
+        """sheet.png: fixed prompts, one row per width; of held-out captions the pictures too."""
+        assert self.output is not None
+        rows: list[np.ndarray] = []
+        labels: list[str] = []
+        settings = self.settings
+        prompts = list(self.prompts or ())
+        if not prompts:
+            samples = self.batches[0]
+            prompts, settings = samples.captions[:COLUMNS], self._sized(samples)
+            rows.append(self._decoded(replace(samples, latents=samples.latents[:COLUMNS])))
+            labels += [f"{prompt}, {HELD_OUT}" for prompt in prompts]
+        first = self.settings.seed or 0
+        total = len(self.widths) * len(prompts)
+        with tqdm(total=total, desc="sheet", unit="picture", leave=False) as bar:
+            for width in self.widths:
+                rows.append(
+                    draw_pictures(
+                        self.components,
+                        prompts,
+                        seeds=range(first, first + len(prompts)),
+                        settings=settings,
+                        share=width.share,
+                        batch_size=self.batch_size,
+                        progress=bar.update,
+                    )
+                )
+                labels += [f"{prompt}, {width.name}" for prompt in prompts]
+        sheet = contact_sheet(list(np.concatenate(rows)), labels, columns=len(prompts))
+        with whole_file(self.output / "sheet.png") as partial:
+            sheet.save(partial, format="png")
