@@ -5,29 +5,22 @@ import math
 import re
 import secrets
 import tkinter as tk
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tkinter import filedialog, ttk
 from typing import Any
 
-from apps.desktop.settings import Settings
+from apps.desktop.settings import Settings, start_folder
 from apps.desktop.theme import Theme
 from apps.desktop.widgets import Column, Slider
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
-from mlx_snapgen.settings import WIDTH_NAMES, parse_width
+from mlx_snapgen.settings import WIDTH_NAMES, ModelChoice, parse_width
 
 DEFAULT_MODEL = "Default (stickers)"
-RATIOS = (
-    ("Square", 1, 1),
-    ("Landscape 4:3", 4, 3),
-    ("Portrait 3:4", 3, 4),
-    ("Landscape 3:2", 3, 2),
-    ("Portrait 2:3", 2, 3),
-    ("Wide 16:9", 16, 9),
-    ("Tall 9:16", 9, 16),
-)
+RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
+"""Offered shapes of pictures, width : height."""
 CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Weights in memory", "quantize", {"As stored": None, "8 bits": 8, "4 bits": 4}),
     ("Few-step mode", "few_step", {"Automatic": None, "On": True, "Off": False}),
@@ -36,15 +29,15 @@ CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 """Label, field of `ModelChoice` or `DrawSettings`, and label -> value of the choices."""
 
 
-class Form(Column):
-    """Shows `Settings` in fields and reads them.
+class Form(ttk.Notebook):
+    """Shows `Settings` in fields, on two pages, and reads them.
 
     Args:
         load: called when the user selects another model.
     """
 
     def __init__(self, master: tk.Misc, theme: Theme, *, load: Callable[[], None]):
-        super().__init__(master, width=300)
+        super().__init__(master)
         self._theme, self._load = theme, load
         self._config: ModelConfig | None = None
         self.seed, self.locked = tk.StringVar(), tk.BooleanVar()
@@ -54,16 +47,27 @@ class Form(Column):
         self.text_encoders = tk.StringVar()
         self._choices = {field: tk.StringVar() for _, field, _ in CHOICES}
         self._loras: list[tuple[str, tk.StringVar]] = []
-        self.inside.configure(padding=(14, 10))
-        self.inside.columnconfigure(0, weight=1)
+        pages = [self._page("Picture")]
         self._texts()
         self._seed()
-        self._network()
         self._picture()
-        self._lora_rows()
+        pages.append(self._page("Model"))
+        self._network()
         self._model()
+        self._lora_rows()
         self._more()
-        self.bind_wheel()
+        for page in pages:
+            page.bind_wheel()
+        self.guidance.trace_add("write", lambda *_: self._update_negative())
+
+    def _page(self, name: str) -> Column:
+        """A new page; the fields that are made next go into `self.inside`."""
+        page = Column(self, width=300)
+        page.inside.configure(padding=(14, 4))
+        page.inside.columnconfigure(0, weight=1)
+        self.inside = page.inside
+        self.add(page, text=name)
+        return page
 
     # --- reading and showing --------------------------------------------------------------------
 
@@ -72,9 +76,9 @@ class Form(Column):
         size = self.size.get().strip()
         height = width = None
         if size:
-            found = re.search(r"(\d+)\s*[x×*]\s*(\d+)\s*$", size)  # noqa: RUF001
+            found = re.search(r"(?<![0-9])([0-9]{1,9})\s*[x×*]\s*([0-9]{1,9})\s*$", size)  # noqa: RUF001
             if not found:
-                raise UserError(f"the size '{size}' is not like 192 x 128 (width x height)")
+                raise UserError(f"the size '{size[:40]}' is not like 192 x 128 (width x height)")
             width, height = int(found[1]), int(found[2])
         names = [name.strip() for name in self.text_encoders.get().split(",") if name.strip()]
         model, revision = self._model_name()
@@ -108,15 +112,16 @@ class Form(Column):
     def show(self, settings: Settings) -> None:
         """Fill all fields."""
         draw, choice = settings.draw, settings.choice
+        self.negative.configure(state="normal")
         for text, value in ((self.prompt, draw.prompt), (self.negative, draw.negative_prompt)):
-            text.delete("1.0", "end")
-            text.insert("1.0", value)
-            text.edit_reset()
+            # Undo brings back what was typed before.
+            text.edit_separator()
+            text.replace("1.0", "end", value)
+            text.edit_separator()
         self.seed.set(str(draw.seed))
         self.locked.set(settings.seed_locked)
-        revision = "" if choice.revision is None else f"@{choice.revision}"
-        self.model.set(DEFAULT_MODEL if choice.model is None else choice.model + revision)
-        self._model_field.configure(values=[DEFAULT_MODEL, *settings.recent_models])
+        self.model.set(model_label(choice))
+        self.offer_models(settings.recent_models)
         self.model_width.set(choice.model_width)
         known = draw.height is not None and draw.width is not None
         self.size.set(f"{draw.width} × {draw.height}" if known else "")  # noqa: RUF001
@@ -132,6 +137,16 @@ class Form(Column):
         self._show_loras()
         if self._config is not None:
             self._fill(self._config)
+        self._update_negative()
+
+    def offer_models(self, names: Sequence[str]) -> None:
+        """The names in the list of models, below the default."""
+        self._model_field.configure(values=[DEFAULT_MODEL, *names])
+
+    @property
+    def negative_counts(self) -> bool:
+        """Whether the negative prompt has an effect: unless guidance is off."""
+        return not self.negative.muted
 
     def adopt(self, config: ModelConfig, forget: bool) -> None:
         """Offer the widths and sizes of a loaded model; `forget` clears the previous model's."""
@@ -144,13 +159,10 @@ class Form(Column):
             button.state(["!disabled" if held else "disabled"])
         unit = config.size_unit
         area = math.prod(config.image_size)
-        sizes = []
-        for name, across, down in RATIOS:
-            width = max(unit, round((area * across / down) ** 0.5 / unit) * unit)
-            height = max(unit, round((area * down / across) ** 0.5 / unit) * unit)
-            sizes.append(f"{name}: {width} × {height}")  # noqa: RUF001
-        self._size_field.configure(values=sizes)
+        sizes = [size_label(across, down, area=area, unit=unit) for across, down in RATIOS]
+        self._size_field.configure(values=list(dict.fromkeys(sizes)))
         self._fill(config)
+        self._update_negative()
 
     def new_seed(self) -> None:
         """A random seed."""
@@ -180,15 +192,28 @@ class Form(Column):
     # --- fields ---------------------------------------------------------------------------------
 
     def _heading(self, text: str) -> None:
-        ttk.Label(self.inside, text=text, style="Heading.TLabel").grid(sticky="w", pady=(12, 4))
+        ttk.Label(self.inside, text=text, style="Heading.TLabel").grid(sticky="w", pady=(10, 4))
 
     def _texts(self) -> None:
-        self.prompt = self._text("Prompt", 4)
-        self.negative = self._text("Leave out", 2)
+        self.prompt = self._text("Prompt", 3)
+        self.negative = self._text("Negative prompt", 2)
+        self._no_effect = ttk.Label(self.inside, style="Muted.TLabel")
+        self._no_effect.grid(row=self.negative.grid_info()["row"] - 1, sticky="e", pady=(8, 0))
 
-    def _text(self, label: str, lines: int) -> tk.Text:
+    def _update_negative(self) -> None:
+        """Gray the negative prompt out where it has no effect."""
+        try:
+            scale = float(self.guidance.get().replace(",", "."))
+        except ValueError:
+            scale = None
+        self.negative.muted = scale == 1
+        self.negative.configure(state="disabled" if scale == 1 else "normal")
+        self._no_effect.configure(text="off at guidance 1" if scale == 1 else "")
+        self._theme.paint(self.negative)
+
+    def _text(self, label: str, lines: int) -> "TextField":
         self._heading(label)
-        text = tk.Text(
+        text = TextField(
             self.inside,
             height=lines,
             width=20,
@@ -211,7 +236,7 @@ class Form(Column):
         row = ttk.Frame(self.inside)
         row.grid(sticky="ew")
         row.columnconfigure(0, weight=1)
-        entry = ttk.Entry(row, textvariable=self.seed, width=12)
+        self.seed_entry = entry = ttk.Entry(row, textvariable=self.seed, width=12)
         entry.grid(row=0, column=0, sticky="ew")
         # A typed seed is kept.
         entry.bind("<Key>", lambda e: e.char.isdigit() and self.locked.set(True), add=True)
@@ -236,7 +261,7 @@ class Form(Column):
             self._widths[name] = button
 
     def _picture(self) -> None:
-        self._heading("Picture")
+        self._heading("Sampling")
         for label, variable, low, high, by in (
             ("Steps", self.steps, 1, 50, 1),
             ("Guidance", self.guidance, 1, 10, 0.5),
@@ -280,8 +305,12 @@ class Form(Column):
             self._lora_frame.configure(height=1)
 
     def _add_lora(self) -> None:
+        last = self._loras[-1][0] if self._loras else ""
         path = filedialog.askopenfilename(
-            parent=self, title="LoRA", filetypes=[("LoRA", "*.safetensors")]
+            parent=self,
+            title="LoRA",
+            initialdir=start_folder(str(Path(last).parent) if last else ""),
+            filetypes=[("LoRA", "*.safetensors")],
         )
         if path:
             self.add_lora(path)
@@ -309,13 +338,20 @@ class Form(Column):
         ).grid(sticky="w", pady=(3, 0))
 
     def _choose_folder(self) -> None:
-        folder = filedialog.askdirectory(parent=self, title="Model folder", mustexist=True)
+        model, _ = self._model_name()
+        parent = expanded(model).parent if model is not None else Path()
+        folder = filedialog.askdirectory(
+            parent=self,
+            title="Model folder",
+            initialdir=start_folder(str(parent) if parent.is_absolute() else ""),
+            mustexist=True,
+        )
         if folder:
             self.model.set(folder)
             self._load()
 
     def _more(self) -> None:
-        self._heading("More")
+        self._heading("Mode")
         for label, field, choices in CHOICES:
             row = self._row(label)
             box = ttk.Combobox(
@@ -331,11 +367,43 @@ class Form(Column):
 
     def _row(self, label: str, heading: bool = False) -> ttk.Frame:
         row = ttk.Frame(self.inside)
-        row.grid(sticky="ew", pady=(12, 4) if heading else 2)
+        row.grid(sticky="ew", pady=(10, 4) if heading else 2)
         row.columnconfigure(0, weight=1)
         style = "Heading.TLabel" if heading else "TLabel"
         ttk.Label(row, text=label, style=style).grid(row=0, column=0, sticky="w")
         return row
+
+
+class TextField(tk.Text):
+    """A text of several lines."""
+
+    muted = False
+    """Whether the theme grays it out."""
+
+
+def model_label(choice: ModelChoice) -> str:
+    """How the form names a model."""
+    if choice.model is None:
+        return DEFAULT_MODEL
+    return choice.model + ("" if choice.revision is None else f"@{choice.revision}")
+
+
+def size_label(across: int, down: int, *, area: int, unit: int) -> str:
+    """A size near a ratio, with the ratio that it has.
+
+    Args:
+        area: of the picture in pixels, about.
+        unit: sides are multiples of it.
+    """
+    width = max(unit, round((area * across / down) ** 0.5 / unit) * unit)
+    height = max(unit, round((area * down / across) ** 0.5 / unit) * unit)
+    kind = "Square" if width == height else "Landscape" if width > height else "Portrait"
+    divisor = math.gcd(width, height)
+    ratio = f" {width // divisor}:{height // divisor}"
+    if width * down != height * across and abs(width * down / (height * across) - 1) < 0.03:
+        ratio = f", about {across}:{down}"
+    shown = kind if width == height else kind + ratio
+    return f"{shown}: {width} × {height}"  # noqa: RUF001
 
 
 def _focus(widget: tk.Misc | None) -> str:

@@ -1,16 +1,21 @@
 """The latest pictures, as PNG files in a folder."""
 
+import re
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded, whole_file
 
 THUMBNAIL = 84
 """Pixels of the longer side."""
+MAX_PIXELS = 1 << 26
+"""Of a picture to show."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Entry:
     @property
     def name(self) -> str:
         """File name to save the picture as, without ending."""
-        return self.path.stem.partition("_")[2] or "snapgen"
+        return re.sub(r"^\d+-\d+_", "", self.path.stem) or "snapgen"
 
 
 class History:
@@ -28,6 +33,8 @@ class History:
 
     def __init__(self, folder: Path, limit: int = 100):
         self.folder, self.limit = folder, limit
+        self.skipped: list[str] = []
+        """Names of the files that `load` could not read."""
 
     def paths(self) -> list[Path]:
         """The newest first."""
@@ -37,9 +44,9 @@ class History:
         """All entries with their thumbnails, the newest first; damaged files are skipped."""
         for path in self.paths():
             try:
-                with Image.open(path) as image:
-                    small = thumbnail(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError):
+                small = thumbnail(open_image(path))
+            except UserError:
+                self.skipped.append(path.name)
                 continue
             yield Entry(path), small
 
@@ -57,6 +64,21 @@ class History:
     def delete(self, entry: Entry) -> None:
         """Delete a picture and its file."""
         entry.path.unlink(missing_ok=True)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The pixels of a picture, RGB; `UserError` for a file that cannot be shown."""
+    path = expanded(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
+                return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"cannot show {path.name}: {reason}") from None
 
 
 def thumbnail(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ SHORTCUTS = (
     ("New seed", "D"),
     ("Keep the seed", "L"),
     ("Open a picture's settings", "O"),
+    ("Use the picture's settings", "U"),
     ("Save the picture", "S"),
     ("Copy the picture", "Shift-C"),
     ("Show the picture's file", "R"),
@@ -46,6 +47,8 @@ def build_menus(window) -> None:
         file.add_separator()
         item(file, "Quit", command=window.close, key="Q")
 
+    if window.theme.x11:
+        _bind_usual_keys(window)
     edit = submenu("Edit")
     for text, event, key in (
         ("Undo", "<<Undo>>", "Z"),
@@ -66,6 +69,7 @@ def build_menus(window) -> None:
     item(picture, "New Seed", command=window.form.new_seed, key="D")
     item(picture, "Keep the Seed", command=lambda: locked.set(not locked.get()), key="L")
     picture.add_separator()
+    item(picture, "Use the Picture's Settings", command=window.pictures.use_settings, key="U")
     item(picture, "Copy Picture", command=window.pictures.copy, key="Shift-C")
     show = "Show in Finder" if system.MAC else "Show in Folder"
     item(picture, show, command=window.pictures.reveal, key="R")
@@ -93,7 +97,7 @@ def build_menus(window) -> None:
 
     popup = tk.Menu(window, tearoff=False)
     for text, command in (
-        ("Use Settings", lambda: window.pictures.restore(window.strip.selected)),
+        ("Use Settings", window.pictures.use_settings),
         ("Save…", window.pictures.save),
         ("Copy", window.pictures.copy),
         (show, window.pictures.reveal),
@@ -109,15 +113,19 @@ def build_menus(window) -> None:
         window.createcommand(
             "::tk::mac::OpenDocument", lambda *names: window.pictures.open_picture(Path(names[0]))
         )
-    # A text field would otherwise insert a line with these keys.
+    # A text field would otherwise insert a line.
     for widget in (window.form.prompt, window.form.negative):
-        for key, command in (
-            ("Return", window.toggle),
-            ("o", window.pictures.open),
-            ("d", window.form.new_seed),
-        ):
-            widget.bind(f"<{modifier}-{key}>", lambda _, command=command: (command(), "break")[1])
+        widget.bind(f"<{modifier}-Return>", lambda _: (window.toggle(), "break")[1])
     window.configure(menu=bar)
+
+
+def _bind_usual_keys(window) -> None:
+    """X11's text fields have the keys of Emacs; these mean something else in the menus."""
+    window.event_delete("<<LineStart>>", "<Control-Key-a>", "<Control-Lock-Key-A>")
+    window.event_add("<<SelectAll>>", "<Control-Key-a>", "<Control-Lock-Key-A>")
+    for kind in ("Text", "TEntry", "TSpinbox", "TCombobox"):
+        for letter in "do":
+            window.unbind_class(kind, f"<Control-Key-{letter}>")
 
 
 def _outside_text(widget) -> bool:

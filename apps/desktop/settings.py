@@ -29,7 +29,7 @@ class Settings:
     """Of the window, as Tk writes it."""
     recent_models: tuple[str, ...] = ()
     folder: str = ""
-    """Folder of the picture that was saved last."""
+    """Folder of the picture that was saved or opened last."""
 
     def restored(self, path: str | Path) -> "Settings":
         """These settings with those in a picture; `UserError` if it has none."""
@@ -38,6 +38,11 @@ class Settings:
             self, draw=recorded.settings, choice=recorded.choice, seed_locked=True
         )
 
+    def with_model_of(self, other: "Settings") -> "Settings":
+        """These settings with the model, revision and LoRAs of others."""
+        kept = {name: getattr(other.choice, name) for name in ("model", "revision", "loras")}
+        return dataclasses.replace(self, choice=dataclasses.replace(self.choice, **kept))
+
 
 def data_folder() -> Path:
     """Where this system keeps an application's data."""
@@ -45,6 +50,15 @@ def data_folder() -> Path:
         return Path.home() / "Library" / "Application Support" / "mlx_snapgen"
     base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(base) / "mlx_snapgen"
+
+
+def start_folder(last: str) -> str:
+    """Where a file dialog starts: the folder used last, else that of pictures, else home."""
+    home = Path.home()
+    for folder in (Path(last) if last else home / "Pictures", home / "Pictures"):
+        if folder.is_dir():
+            return str(folder)
+    return str(home)
 
 
 def load_settings(path: Path) -> tuple[Settings, str | None]:
@@ -60,7 +74,7 @@ def load_settings(path: Path) -> tuple[Settings, str | None]:
         return Settings(), None
     except OSError as error:
         return Settings(), f"cannot read {path}: {error.strerror}"
-    except ValueError:
+    except (ValueError, RecursionError):
         aside = _set_aside(path)
         return Settings(), f"the settings were damaged; the file is now {aside.name}"
     draw, choice, window = (

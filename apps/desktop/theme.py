@@ -59,6 +59,7 @@ class Theme:
         self._root = root
         self.palette = LIGHT
         self.native = root.tk.call("tk", "windowingsystem") == "aqua"
+        self.x11 = root.tk.call("tk", "windowingsystem") == "x11"
         self._fonts()
 
     def _fonts(self) -> None:
@@ -74,7 +75,7 @@ class Theme:
         dark = prefers_dark() if appearance == "system" else appearance == "dark"
         self.palette = DARK if dark else LIGHT
         if self.native:
-            style = {"system": "auto", "dark": "darkaqua", "light": "aqua"}[appearance]
+            style = {"system": "auto", "dark": "darkaqua", "light": "aqua"}.get(appearance, "auto")
             self._root.tk.call("::tk::unsupported::MacWindowStyle", "appearance", self._root, style)
             self._named_styles(ttk.Style(self._root))
         else:
@@ -93,9 +94,10 @@ class Theme:
         if isinstance(widget, tk.Tk | tk.Toplevel):
             style = {"background": window}
         elif kind == "Text":
+            muted = getattr(widget, "muted", False)
             style = {
-                "background": field,
-                "foreground": text,
+                "background": window if muted else field,
+                "foreground": p.muted if muted else text,
                 "insertbackground": text,
                 "selectbackground": p.accent,
                 "selectforeground": "#ffffff",
@@ -153,6 +155,14 @@ class Theme:
                 name, background=p.button, padding=(9, 4), anchor="center", width=-5, **flat
             )
             style.map(name, background=hover, foreground=gray, lightcolor=hover, darkcolor=hover)
+        style.configure("TNotebook", borderwidth=0, tabmargins=(14, 8, 14, 0))
+        style.configure("TNotebook.Tab", padding=(14, 5), background=p.window, borderwidth=1)
+        style.map(
+            "TNotebook.Tab",
+            background=[("selected", p.button), ("active", p.hover)],
+            lightcolor=[("selected", p.button)],
+            foreground=[("!selected", p.muted)],
+        )
         chosen = [("selected", p.accent), *hover]
         style.map(
             "Toolbutton",

@@ -83,7 +83,8 @@ class Filmstrip(ttk.Frame):
     """Thumbnails in a row, the newest first.
 
     Args:
-        choose: called with the entry that is clicked.
+        choose: called with the entry that is clicked or reached with the arrow keys.
+        use: called at a double click or Return, after `choose`.
         menu: called with (entry, x, y) on the screen at a right click.
     """
 
@@ -95,6 +96,7 @@ class Filmstrip(ttk.Frame):
         theme: Theme,
         *,
         choose: Callable[[Entry], None],
+        use: Callable[[], None],
         menu: Callable[[Entry, int, int], None],
         limit: int,
     ):
@@ -113,6 +115,8 @@ class Filmstrip(ttk.Frame):
         self._canvas.pack(fill="x", expand=True)
         bar.pack(fill="x")
         self._canvas.bind("<Button-1>", self._clicked)
+        self._canvas.bind("<Double-Button-1>", lambda e: self._at(e) is not None and use())
+        self._canvas.bind("<Return>", lambda _: use())
         for button in ("<Button-2>", "<Button-3>", "<Control-Button-1>"):
             self._canvas.bind(button, self._open_menu)
         self._canvas.bind("<Left>", lambda _: self.step(-1))
@@ -146,7 +150,7 @@ class Filmstrip(ttk.Frame):
             self._mark()
 
     def select(self, entry: Entry | None) -> None:
-        """Frame an entry without calling `choose`."""
+        """Frame an entry without calling `choose`; one that is not here frames none."""
         self.selected = entry
         self._mark()
 
@@ -179,7 +183,6 @@ class Filmstrip(ttk.Frame):
         return index if 0 <= index < len(self.entries) else None
 
     def _pick(self, index: int) -> None:
-        self.select(self.entries[index])
         x, _ = self._middle(index)
         left, right = self._canvas.canvasx(0), self._canvas.canvasx(self._canvas.winfo_width())
         if not left < x < right:

@@ -11,10 +11,9 @@ from tkinter import ttk
 
 from PIL import Image
 
-from apps.desktop import system
 from apps.desktop.dialogs import show_details, show_shortcuts
-from apps.desktop.form import Form
-from apps.desktop.history import History, thumbnail
+from apps.desktop.form import Form, model_label
+from apps.desktop.history import Entry, History, thumbnail
 from apps.desktop.menus import build_menus
 from apps.desktop.pictures import Pictures
 from apps.desktop.run import Run
@@ -55,7 +54,7 @@ class Window(tk.Tk):
     def __init__(self, data: Path):
         super().__init__(className="Mlx_snapgen")
         self.title("SnapGen")
-        self.minsize(820, 560)
+        self.minsize(640, 480)
         self._settings_path = Path(data) / "settings.json"
         self.settings, notice = load_settings(self._settings_path)
         self.history = History(Path(data) / "history", HISTORY_LIMIT)
@@ -64,6 +63,9 @@ class Window(tk.Tk):
         self.worker = Worker(self._deliver)
         self.run: Run | None = None
         self._loaded: tuple[ModelChoice, ModelConfig] | None = None
+        self._wanted = ModelChoice()
+        self._browsing = False
+        """Whether the user looks at other pictures during a job."""
         self._closing = self._asked_to_close = False
         self.theme = Theme(self)
         self._build()
@@ -102,7 +104,8 @@ class Window(tk.Tk):
         self.strip = Filmstrip(
             self,
             self.theme,
-            choose=self.pictures.restore,
+            choose=self.pictures.show,
+            use=self.pictures.use_settings,
             menu=self.pictures.show_menu,
             limit=self.history.limit,
         )
@@ -114,25 +117,28 @@ class Window(tk.Tk):
         bar.columnconfigure(0, weight=1)
         self.status = tk.StringVar()
         ttk.Label(bar, textvariable=self.status, style="Muted.TLabel").grid(
-            row=0, column=0, sticky="ew"
+            row=0, column=0, columnspan=4, sticky="ew"
         )
         self.progress = ttk.Progressbar(bar, maximum=1.0)
-        self.progress.grid(row=1, column=0, sticky="ew", pady=(4, 0), padx=(0, 6))
+        self.progress.grid(row=1, column=0, sticky="ew", padx=(0, 6))
         self._actions = []
         for column, (text, command) in enumerate(
             (
+                ("Use Settings", self.pictures.use_settings),
                 ("Save…", self.pictures.save),
                 ("Copy", self.pictures.copy),
-                ("Show in Finder" if system.MAC else "Show in folder", self.pictures.reveal),
             ),
             start=1,
         ):
             button = ttk.Button(bar, text=text, command=command)
-            button.grid(row=0, column=column, rowspan=2, padx=(6, 0))
+            button.grid(row=1, column=column, padx=(6, 0), pady=(4, 0))
             self._actions.append(button)
 
     def _place(self) -> None:
-        self.geometry("1080x760")
+        # X11 counts neither the menu bar nor the window's frame.
+        room = 0 if self.theme.native else 30
+        across = min(1080, self.winfo_screenwidth())
+        self.geometry(f"{across}x{min(760, self.winfo_screenheight() - room)}")
         if self.settings.geometry:
             try:
                 self.geometry(self.settings.geometry)
@@ -170,7 +176,10 @@ class Window(tk.Tk):
             settings = dataclasses.replace(settings, draw=draw)
         self.remember(settings)
         self.banner.hide()
-        self._start(Job(settings.choice, settings.draw))
+        draw = settings.draw
+        if not self.form.negative_counts:
+            draw = dataclasses.replace(draw, negative_prompt="")
+        self._start(Job(settings.choice, draw))
 
     def load_model(self) -> None:
         """Load the model of the form, after downloading it if necessary."""
@@ -199,17 +208,13 @@ class Window(tk.Tk):
     def _start(self, job: Job) -> None:
         number = self.worker.submit(job)
         self.run = Run(number, job.settings)
+        self._wanted, self._browsing = job.choice, False
         self.progress.configure(value=0)
         self.status.set("Starting…")
         self.update_buttons()
 
     def remember(self, settings: Settings) -> None:
         """Save the settings of the form for the next start."""
-        model, revision = settings.choice.model, settings.choice.revision
-        if model is not None:
-            name = model if revision is None else f"{model}@{revision}"
-            others = [m for m in settings.recent_models if m != name]
-            settings = dataclasses.replace(settings, recent_models=(name, *others[:7]))
         self.settings = settings
         self._save_settings()
 
@@ -262,12 +267,19 @@ class Window(tk.Tk):
         elif isinstance(event, Loaded):
             self._adopt(event, run)
         elif isinstance(event, Progress):
+            if extra is None or self._browsing:
+                return None
+            if self.strip.selected is not None:
+                self.strip.select(None)
+                self.update_buttons()
             return extra
         elif isinstance(event, Picture):
             image, scaled, entry, small = extra
             if entry is not None:
                 self.strip.add(entry, small)
-                self.strip.select(entry)
+            if self._browsing:
+                return None
+            self.strip.select(entry)
             self.update_buttons()
             return image, scaled
         elif isinstance(event, Notice):
@@ -275,9 +287,11 @@ class Window(tk.Tk):
         elif isinstance(event, Failed):
             self._end("")
             self.show_error(event.message, event.details)
+            self._leave_model(run)
         elif isinstance(event, Finished):
             drawn = run.draws and not event.cancelled
             self._end("Stopped" if event.cancelled else run.summary if drawn else "Ready")
+            self._leave_model(run)
         return None
 
     def _adopt(self, event: Loaded, run: Run) -> None:
@@ -285,11 +299,40 @@ class Window(tk.Tk):
         other = before is not None and before[1].name != event.config.name
         if before is None or before[1] != event.config:
             self.form.adopt(event.config, forget=other and not run.draws)
+        if event.choice.model is not None:
+            name = model_label(event.choice)
+            others = [m for m in self.settings.recent_models if m != name]
+            self.remember(dataclasses.replace(self.settings, recent_models=(name, *others[:7])))
+            self.form.offer_models(self.settings.recent_models)
+
+    def _leave_model(self, run: Run) -> None:
+        """Choose the former model again if the new one was not loaded."""
+        if run.between_steps:
+            return
+        loaded = ModelChoice() if self._loaded is None else self._loaded[0]
+        names = {"model": loaded.model, "revision": loaded.revision}
+        if (self._wanted.model, self._wanted.revision) == tuple(names.values()):
+            return
+        label = model_label(loaded)
+        self.form.model.set(label)
+        choice = dataclasses.replace(self.settings.choice, **names)
+        self.remember(dataclasses.replace(self.settings, choice=choice))
+        if self._loaded is None:
+            self.load_model()
+        else:
+            self.status.set(f"The model is {label} again")
 
     def _end(self, status: str) -> None:
         self.run = None
         self.status.set(status)
         self.progress.configure(value=0)
+        self.update_buttons()
+
+    def show_picture(self, image: Image.Image | None, entry: Entry | None) -> None:
+        """Show a picture, on which the commands then act."""
+        self._browsing = self.run is not None and self.run.draws
+        self.strip.select(entry)
+        self.view.show(image)
         self.update_buttons()
 
     def update_buttons(self) -> None:

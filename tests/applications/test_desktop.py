@@ -1,12 +1,16 @@
 """The window, driven as a user would in a virtual screen, with real drawing by a tiny model."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +89,7 @@ def test_settings_of_the_first_version_are_read(tmp_path):
     assert json.loads(OLD).items() <= json.loads(path.read_text(encoding="utf-8")).items()
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", "\x00\x00", '{"prompt": "a'])
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "\x00\x00", '{"prompt": "a', "[" * 100_000])
 def test_damaged_settings_are_set_aside(tmp_path, damaged):
     path = tmp_path / "settings.json"
     for number in (1, 2):
@@ -127,8 +131,24 @@ def test_history_keeps_the_newest(tmp_path):
     loaded = list(history.load())
     assert [e.name for e, _ in loaded] == ["picture-4", "picture-3", "picture-2"]
     assert all(small.size == (84, 42) for _, small in loaded)
+    assert history.skipped == ["20200101-000000000000_broken.png"]
     history.delete(entry)
     assert [e.name for e, _ in history.load()] == ["picture-3", "picture-2"]
+
+
+def test_a_picture_with_a_huge_header_is_skipped(tmp_path):
+    history = History(tmp_path / "history")
+    history.add("small", encode_png(Image.new("RGB", (8, 8))))
+    png = bytearray(encode_png(Image.new("RGB", (8, 8))))
+    png[16:24] = struct.pack(">II", 14000, 14000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    history.add("huge-14000", bytes(png))
+    history.add("huge-9000", encode_png(Image.new("1", (9000, 9000))))
+    assert [e.name for e, _ in history.load()] == ["small"]
+    assert [name.partition("_")[2] for name in history.skipped] == [
+        "huge-9000.png",
+        "huge-14000.png",
+    ]
 
 
 def test_a_run_tells_how_far_it_is():
@@ -290,8 +310,9 @@ def test_history_restores_all_settings_and_saves(window, tmp_path):
     entry = drawn(window)
     set_form(window, "something else", seed=1, num_inference_steps=7, model_width="full")
     window.update()
-    canvas = window.strip._canvas
-    canvas.event_generate("<Button-1>", x=40, y=40)
+    click(window, 0)
+    assert window.form.read(window.settings).draw.prompt == "something else"
+    window.event_generate("<Control-u>")
     window.update()
     restored = window.form.read(window.settings)
     assert replace(restored.draw, few_step=None) == before.draw
@@ -309,13 +330,248 @@ def test_history_restores_all_settings_and_saves(window, tmp_path):
     assert window.banner.message.startswith("Cannot save")
 
 
+CLICKS = itertools.count()
+
+
+def click(window, index, button=1):
+    window.strip._canvas.xview_moveto(0)
+    cell = window.strip._cell
+    # Seconds after the click before, which makes no double click.
+    clock = int(time.monotonic() * 1000) % 2**31
+    window.strip._canvas.event_generate(
+        f"<Button-{button}>", x=40 + index * cell, y=40, time=clock + next(CLICKS) * 10_000
+    )
+    window.update()
+
+
+def two_pictures(window):
+    """Draws them, the second in the place of the first; (older, newer)."""
+    for prompt in ("a red apple", "a blue car"):
+        set_form(window, prompt, num_inference_steps=1)
+        window.generate()
+        drawn(window)
+    return window.strip.entries[1], window.strip.entries[0]
+
+
+def shows(window, entry):
+    with Image.open(entry.path) as image:
+        return np.array_equal(np.array(image), np.array(window.view.image))
+
+
+def test_commands_act_on_the_picture_that_is_shown(window, monkeypatch, tmp_path):
+    older, newer = two_pictures(window)
+    monkeypatch.setattr(window.picture_menu, "tk_popup", lambda *_: None)
+    saved = tmp_path / "saved.png"
+    from apps.desktop import pictures
+
+    monkeypatch.setattr(pictures.filedialog, "asksaveasfilename", lambda **_: str(saved))
+    for entry, index, button in ((older, 1, 3), (newer, 0, 3), (older, 1, 1)):
+        click(window, index, button)
+        assert shows(window, entry)
+        window.pictures.save()
+        assert saved.read_bytes() == entry.path.read_bytes()
+
+    # A file that is not in the history.
+    other = tmp_path / "my_cat.png"
+    other.write_bytes(newer.path.read_bytes())
+    window.pictures.open_picture(other)
+    window.pictures.save()
+    assert saved.read_bytes() == other.read_bytes()
+    assert window.strip.selected.name == "my_cat"
+    monkeypatch.setattr(pictures.messagebox, "askokcancel", lambda *_, **__: True)
+    window.pictures.delete()
+    assert other.exists() and older.path.exists() and newer.path.exists()
+    assert window.banner.message == "My_cat.png is not in the history"
+
+    # An estimate is no picture yet. A picture clicked meanwhile stays.
+    set_form(window, num_inference_steps=1000)
+    window.generate()
+    wait(window, lambda: window.run.share > 0 and window.strip.selected is None, "an estimate")
+    assert all(button.instate(["disabled"]) for button in window._actions)
+    click(window, 1)
+    share = window.run.share
+    wait(window, lambda: window.run.share > share, "a further step")
+    assert shows(window, older) and window.strip.selected == older
+    window.cancel()
+    wait(window, lambda: window.run is None, "the end")
+    assert shows(window, older)
+
+
+def test_a_click_on_a_thumbnail_changes_no_field(window):
+    older, _ = two_pictures(window)
+    set_form(window, "half a pro", seed=3, seed_locked=False)
+    before = window.form.read(window.settings)
+    type_into(window.form.prompt, "m")
+    click(window, 1)
+    assert shows(window, older)
+    found = window.form.read(window.settings)
+    assert found.draw.prompt in ("half a prom", "mhalf a pro")
+    assert (found.draw.seed, found.seed_locked) == (before.draw.seed, False)
+    typed = found.draw.prompt
+    window.strip._canvas.event_generate("<Return>")
+    window.update()
+    assert window.form.read(window.settings).draw.prompt == "a red apple"
+    window.form.prompt.edit_undo()
+    assert window.form.prompt.get("1.0", "end").strip() == typed
+
+
+def test_select_all_selects_all(window):
+    set_form(window, "two words", seed=12345)
+    fields = (window.form.prompt, "two words"), (window.form.seed_entry, "12345")
+    for widget, expected in fields:
+        widget.focus_force()
+        widget.update()
+        widget.event_generate("<Control-a>")
+        widget.update()
+        assert widget.selection_get().strip() == expected
+
+
+def test_the_negative_prompt_is_grey_without_guidance(window, components):
+    set_form(window, negative_prompt="cats", guidance_scale=1.0, num_inference_steps=1)
+    window.banner.hide()
+    assert str(window.form.negative.cget("state")) == "disabled"
+    window.generate()
+    assert read_metadata(drawn(window).path)["negative_prompt"] == ""
+    assert window.banner.message == ""
+    assert window.form.read(window.settings).draw.negative_prompt == "cats"
+    window.form.guidance.set("2")
+    assert str(window.form.negative.cget("state")) == "normal"
+    window.generate()
+    assert read_metadata(drawn(window).path)["negative_prompt"] == "cats"
+
+
+@pytest.mark.parametrize(("area", "unit"), [(128**2, 32), (256**2, 16), (1024**2, 32)])
+def test_labels_of_sizes_are_true(area, unit):
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    from apps.desktop.form import RATIOS, size_label
+
+    for across, down in RATIOS:
+        label = size_label(across, down, area=area, unit=unit)
+        width, height = map(int, re.search(r": (\d+) . (\d+)$", label).groups())
+        assert width % unit == height % unit == 0
+        if ratio := re.search(r"(about )?(\d+):(\d+):", label):
+            error = width * int(ratio[3]) / (height * int(ratio[2])) - 1
+            assert abs(error) < (0.03 if ratio[1] else 1e-9), label
+        kind = label.split()[0].strip(",:")
+        assert kind == ("Square" if width == height else
+                        "Landscape" if width > height else "Portrait")  # fmt: skip
+
+
+def test_a_small_screen_shows_the_whole_form(window):
+    # The menu bar is 30 pixels high.
+    window.geometry("800x570+0+0")
+    set_form(window)
+    for page in window.form.tabs():
+        window.form.select(page)
+        for _ in range(20):
+            window.update()
+            time.sleep(0.005)
+        parts = [window]
+        while parts:
+            part = parts.pop()
+            parts += [p for p in part.winfo_children() if p.winfo_class() not in NO_PART]
+            if not part.winfo_ismapped() or part.winfo_class() in ("Tk", "Menu"):
+                continue
+            right = part.winfo_rootx() + part.winfo_width() - window.winfo_rootx()
+            bottom = part.winfo_rooty() + part.winfo_height() - window.winfo_rooty()
+            assert right <= 800 and bottom <= 570, part
+            if part.winfo_class() not in ("Canvas", "TNotebook"):
+                assert part.winfo_width() >= part.winfo_reqwidth(), part
+        column = window.form.nametowidget(page)
+        assert column.inside.winfo_reqheight() <= column._canvas.winfo_height()
+    window.form.select(0)
+
+
+NO_PART = ("Toplevel", "Menu", "TScrollbar", "TScale")
+
+
+def test_a_model_that_failed_does_not_stay_chosen(window, model_folder, data):
+    set_form(window)
+    window.load_model()
+    wait(window, lambda: window.run is None, "the model")
+    window.form.model.set("/no/such/model")
+    window.load_model()
+    wait(window, lambda: window.run is None, "the end")
+    assert window.banner.message == "No model folder /no/such/model"
+    for settings in (window.form.read(window.settings), load_settings(data / "settings.json")[0]):
+        assert settings.choice.model == str(model_folder)
+        assert settings.recent_models == (str(model_folder),)
+    window.form.model.set("/no/such/model")
+    window.generate()
+    wait(window, lambda: window.run is None, "the end")
+    assert window.form.model.get() == str(model_folder)
+    set_form(window, num_inference_steps=1)
+    window.generate()
+    drawn(window)
+
+
+def test_another_model_in_a_picture_is_asked_for(window, monkeypatch, tmp_path):
+    from apps.desktop import pictures
+
+    set_form(window, "here")
+    used = window.form.read(window.settings).choice
+    older, _ = two_pictures(window)
+    lora = {"path": "/their/style.safetensors", "weight": 0.5}
+    values = read_metadata(older.path) | {"model": "owner/other", "loras": [lora], "seed": 77}
+    path = tmp_path / "strange.png"
+    path.write_bytes(encode_png(Image.new("RGB", (8, 8)), values))
+    for answer, prompt, model, loras in (
+        (None, "here", used.model, ()),
+        (False, "a red apple", used.model, ()),
+        (True, "a red apple", "owner/other", (("/their/style.safetensors", 0.5),)),
+    ):
+        asked = []
+        monkeypatch.setattr(
+            pictures.messagebox,
+            "askyesnocancel",
+            lambda *words, answer=answer, asked=asked, **_: (asked.append(words[1]), answer)[1],
+        )
+        set_form(window, "here")
+        window.settings = replace(window.settings, choice=used)
+        window.pictures.open_picture(path)
+        found = window.form.read(window.settings)
+        assert (found.draw.prompt, found.choice.model) == (prompt, model)
+        assert found.choice.loras == loras
+        assert "owner/other, the LoRA /their/style.safetensors" in asked[0]
+        assert window.run is None
+    # The window's own pictures are used without a question.
+    monkeypatch.setattr(pictures.messagebox, "askyesnocancel", None)
+    set_form(window, model_width="full")
+    window.form.model.set("owner/another")
+    click(window, 1)
+    window.pictures.use_settings()
+    assert window.form.read(window.settings).choice == used
+
+
+def test_dialogs_start_in_the_folder_used_last(window, monkeypatch, tmp_path):
+    from apps.desktop import pictures
+
+    asked = []
+
+    def ask(**options):
+        asked.append(options["initialdir"])
+        return str(tmp_path / "last" / "x.png")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(pictures.filedialog, "asksaveasfilename", ask)
+    monkeypatch.setattr(pictures.filedialog, "askopenfilename", ask)
+    window.settings = replace(window.settings, folder="")
+    (tmp_path / "last").mkdir()
+    window.strip.select(window.strip.entries[0])
+    window.pictures.save()
+    window.pictures.open()
+    (tmp_path / "Pictures").mkdir()
+    window.settings = replace(window.settings, folder=str(tmp_path / "gone"))
+    window.pictures.save()
+    assert asked == [str(tmp_path), str(tmp_path / "last"), str(tmp_path / "Pictures")]
+
+
 def test_an_unlocked_seed_changes_and_a_typed_one_stays(window):
     set_form(window, seed=1, seed_locked=False, num_inference_steps=1)
     window.generate()
     assert read_metadata(drawn(window).path)["seed"] != 1
-    entry = next(w for w in window.form.inside.winfo_children()[5].winfo_children())
-    entry.delete(0, "end")
-    type_into(entry, "42")
+    window.form.seed_entry.delete(0, "end")
+    type_into(window.form.seed_entry, "42")
     window.generate()
     assert read_metadata(drawn(window).path)["seed"] == 42
 
@@ -324,6 +580,11 @@ def test_mistakes_are_shown_and_the_window_goes_on(window):
     for field, value, message in (
         ("steps", "many", "The number of steps must be a whole number, not 'many'"),
         ("size", "big", "The size 'big' is not like 192 x 128 (width x height)"),
+        (
+            "size",
+            "9" * 5000 + " x 1",
+            f"The size '{'9' * 40}' is not like 192 x 128 (width x height)",
+        ),
     ):
         set_form(window, num_inference_steps=1)
         getattr(window.form, field).set(value)
@@ -334,6 +595,12 @@ def test_mistakes_are_shown_and_the_window_goes_on(window):
     window.generate()
     drawn(window)
     assert "multiple of" in window.banner.message
+    set_form(window, num_inference_steps=1, height=16384, width=16384)
+    pid = window.worker.pid
+    window.generate()
+    drawn(window)
+    assert "choose a smaller size" in window.banner.message
+    assert window.worker.pid == pid
     set_form(window, num_inference_steps=1000)
     window.generate()
     wait(window, lambda: window.run.share > 0, "a step")
@@ -370,7 +637,7 @@ def test_both_appearances_and_sizes_show_every_part(window, data):
     means = {}
     for appearance in ("light", "dark"):
         window.set_appearance(appearance)
-        for size in ("820x560", "1200x850"):
+        for size in ("640x480", "1200x850"):
             window.geometry(f"{size}+10+10")
             for _ in range(20):
                 window.update()
