@@ -3,13 +3,13 @@
 import argparse
 import asyncio
 import dataclasses
-import ipaddress
 import os
+import re
 import signal
 import socket
 
 from apps.server.jobs import Jobs
-from apps.server.request import Limits
+from apps.server.request import Limits, is_loopback
 from apps.worker.messages import Failed, Job, Loaded
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import (
@@ -49,10 +49,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--api-key",
-        default=os.environ.get(KEY_VARIABLE),
+        type=_api_key,
+        default=os.environ.get(KEY_VARIABLE) or None,
         metavar="KEY",
         help="key that clients must send; required if other machines can connect to HOST "
         f"(default: ${KEY_VARIABLE})",
+    )
+    add(
+        "--url-lifetime",
+        type=integer(1),
+        default=3600,
+        metavar="S",
+        help="seconds that a picture of response_format url can be fetched (default: %(default)s)",
+    )
+    add(
+        "--step-timeout",
+        type=integer(1),
+        default=300,
+        metavar="S",
+        help="seconds that a step or loading a model may take; then the process that draws is "
+        "replaced, and its request fails (default: %(default)s)",
     )
     add = parser.add_argument_group("limits").add_argument
     count = integer(1)
@@ -89,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Serve until interrupted."""
     args = build_parser().parse_args()
-    if not args.api_key and not _is_loopback(args.host):
+    if not args.api_key and not is_loopback(args.host):
         raise UserError(
             f"other machines can connect to {args.host}: set an --api-key, or use 127.0.0.1"
         )
@@ -101,12 +117,20 @@ def main() -> int:
     return asyncio.run(_serve(args))
 
 
+def _api_key(text: str) -> str:
+    # What an Authorization header carries unchanged.
+    if not re.fullmatch("[!-~]+", text):
+        raise argparse.ArgumentTypeError("a key has letters, digits and signs of ASCII, no spaces")
+    return text
+
+
 async def _serve(args: argparse.Namespace) -> int:
     from apps.server.app import Server, create_app
     from apps.server.connection import make_server
 
     sock = _bind(args.host, args.port)
-    jobs = Jobs(args.queue, keep=len(args.model_widths))
+    jobs = Jobs(args.queue, len(args.model_widths), timeout=args.step_timeout)
+    watching = asyncio.ensure_future(jobs.watch())
     try:
         names: dict[str, ModelChoice] = {}
         configs: list[ModelConfig] = []
@@ -122,17 +146,28 @@ async def _serve(args: argparse.Namespace) -> int:
         limits = Limits(
             max_pixels=args.max_pixels, max_images=args.max_images, max_steps=args.max_steps
         )
-        routes = Server(jobs, names, config=configs[-1], limits=limits)
+        routes = Server(
+            jobs, names, config=configs[-1], limits=limits, url_lifetime=args.url_lifetime
+        )
         app = create_app(routes, args.api_key or None)
         server = make_server(app)
+
+        def end() -> None:
+            # The first signal finishes open requests, the second ends at once.
+            if server.should_exit:
+                server.force_exit = True
+                jobs.worker.kill()
+            server.should_exit = True
+
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.handle_exit, number, None)
+            loop.add_signal_handler(number, end)
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{port}/v1 serves {', '.join(names)}", flush=True)
         await server.serve(sockets=[sock])
     finally:
+        watching.cancel()
         await jobs.close()
         sock.close()
     return 0
@@ -147,15 +182,6 @@ async def _load(jobs: Jobs, choice: ModelChoice) -> ModelConfig:
             return event.config
         if isinstance(event, Failed):
             raise UserError(event.message)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bind(host: str, port: int) -> socket.socket:

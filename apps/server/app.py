@@ -7,6 +7,7 @@ import hmac
 import json
 import secrets
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -14,10 +15,10 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
-from apps.server.request import ImageRequest, Limits, RequestError, parse_request
+from apps.server.request import ImageRequest, Limits, RequestError, is_loopback, parse_request
 from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.config import ModelConfig
@@ -26,7 +27,6 @@ from mlx_snapgen.settings import ModelChoice
 MAX_BODY = 64 << 10
 BODY_SECONDS = 10.0
 """How long a client may take to send its request."""
-LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 PREFIX = "image_generation."
 
 
@@ -38,25 +38,35 @@ class Server:
         models: names that clients may use -> the model to load, the default first.
         config: the model's.
         limits: of one request.
+        url_lifetime: seconds that a picture can be fetched by its address.
     """
 
     def __init__(
-        self, jobs: Jobs, models: Mapping[str, ModelChoice], *, config: ModelConfig, limits: Limits
+        self,
+        jobs: Jobs,
+        models: Mapping[str, ModelChoice],
+        *,
+        config: ModelConfig,
+        limits: Limits,
+        url_lifetime: float = 3600,
     ):
         self.jobs, self.models, self.config, self.limits = jobs, models, config, limits
-        self._pictures = PictureStore()
+        self._pictures = PictureStore(url_lifetime)
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`."""
+        """`GET /health`; status 503 while the worker makes no progress."""
+        stalled = self.jobs.stalled
         return JSONResponse(
             {
-                "status": "ok",
+                "status": "stalled" if stalled else "ok",
                 "version": __version__,
                 "model": next(iter(self.models)),
                 "open_requests": len(self.jobs),
                 "served": self.jobs.served,
-            }
+                "worker_restarts": self.jobs.restarts,
+            },
+            503 if stalled else 200,
         )
 
     async def list_models(self, request: Request) -> Response:
@@ -67,7 +77,8 @@ class Server:
         """`GET /v1/models/{name}`."""
         name = request.path_params["name"]
         if name not in self.models:
-            raise RequestError(f"no model '{name}'", 404, param="model", code="model_not_found")
+            message = f"no model '{name[:50]}', known: {', '.join(self.models)}"
+            raise RequestError(message, 404, param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -77,7 +88,7 @@ class Server:
         """`GET /images/{token}.png`: a picture of a response of kind `url`."""
         png = self._pictures.get(request.path_params["token"])
         if png is None:
-            raise RequestError("no such picture, or no longer", 404)
+            raise RequestError("no such picture, or it has expired", 404)
         return Response(png, media_type="image/png")
 
     async def generate(self, request: Request) -> Response:
@@ -165,9 +176,14 @@ async def _read_json(request: Request) -> Any:
     except TimeoutError:
         raise RequestError("the body took too long to arrive", 408) from None
     try:
-        return json.loads(body)
+        values = json.loads(body)
     except (ValueError, RecursionError):
         raise RequestError("the body is not JSON") from None
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("the body has half of a surrogate pair: send valid Unicode") from None
+    return values
 
 
 class Gone(Exception):
@@ -228,8 +244,8 @@ class Guard:
     """Checks the key or the host of every request, and ends those whose client has disconnected.
 
     Args:
-        api_key: None allows requests whose Host is a loopback name, so that a web page cannot reach
-            the server through its own host name (DNS rebinding).
+        api_key: None allows requests whose Host and Origin are loopback names, so that a web page
+            cannot reach the server, also not through its own host name (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None):
@@ -239,19 +255,38 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        refusal = self._refusal(scope)
-        with contextlib.suppress(Gone, ClientDisconnect):
-            if refusal is not None:
-                return await refusal(scope, receive, send)
-            await self._app(scope, receive, send)
+        refusal, started = self._refusal(scope), False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            with contextlib.suppress(Gone, ClientDisconnect):
+                await (refusal or self._app)(scope, receive, send_on)
+        except asyncio.CancelledError:
+            # The server ends. The task ends here, without the traceback that uvicorn would print.
+            if not started:
+                await _refuse(RequestError("the server ends", 503))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = dict(scope["headers"])
         if self._key is None:
             host = headers.get(b"host", b"").decode("latin-1")
-            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-            if name.lower() not in LOOPBACK:
-                return _refuse(RequestError("this server is for this machine only", 403))
+            if not is_loopback(_hostname(host)):
+                message = (
+                    f"without an API key only this machine can connect, not as '{host[:80]}': use "
+                    "127.0.0.1, or start the server with --api-key"
+                )
+                return _refuse(RequestError(message, 403))
+            origin = headers.get(b"origin")
+            if origin is not None and not is_loopback(_hostname(origin.decode("latin-1"))):
+                message = (
+                    "without an API key, web pages of other machines cannot use this server: start "
+                    "it with --api-key"
+                )
+                return _refuse(RequestError(message, 403))
         elif scope["path"].startswith("/v1/"):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(key.strip(), self._key.encode())
@@ -259,6 +294,14 @@ class Guard:
                 error = RequestError("no valid API key", 401, code="invalid_api_key")
                 return _refuse(error)
         return None
+
+
+def _hostname(where: str) -> str:
+    """The host of "host:port" or "scheme://host:port"; "" if there is none."""
+    try:
+        return urllib.parse.urlsplit(where if "://" in where else f"//{where}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _refuse(error: RequestError) -> JSONResponse:
@@ -272,7 +315,12 @@ def create_app(server: Server, api_key: str | None) -> ASGIApp:
         return _refuse(error)
 
     async def unknown(request: Request, error: Any) -> Response:
-        return _refuse(RequestError(error.detail, error.status_code, headers=error.headers))
+        message, path = error.detail, request.url.path
+        if error.status_code == 404:
+            message = f"nothing at {path[:80]}: the API is under /v1, such as /v1/models"
+        elif error.status_code == 405:
+            message = f"{path[:80]} does not take {request.method}"
+        return _refuse(RequestError(message, error.status_code, headers=error.headers))
 
     routes = [
         Route("/health", server.health),

@@ -5,12 +5,15 @@ import contextlib
 import math
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 from apps.worker.client import Worker
 from apps.worker.messages import Event, Failed, Finished, Job, Loaded, Progress
 
 MAX_UNREAD = 8 << 20
 """Bytes of unread previews per client."""
+TICK = 1
+"""Seconds between two looks at the worker."""
 
 
 class Busy(Exception):
@@ -61,11 +64,16 @@ class Jobs:
     Args:
         waiting: length of the queue.
         keep: see `Worker`.
+        timeout: seconds without an event of the worker after which `watch` replaces it.
     """
 
-    def __init__(self, waiting: int, keep: int = 1):
+    def __init__(self, waiting: int, keep: int = 1, *, timeout: int = 300):
         self._loop = asyncio.get_running_loop()
         self._most = waiting + 1
+        self._timeout = timeout
+        self._quiet = 0
+        self.restarts = 0
+        """How often a hung worker was replaced."""
         self._open: dict[int, Drawing] = {}
         self._seconds = 1.0
         self.served = 0
@@ -79,6 +87,8 @@ class Jobs:
         """Queue a job; `Busy` when the queue is full."""
         if len(self._open) >= self._most:
             raise Busy(min(600, max(1, math.ceil(self._seconds * len(self._open)))))
+        if not self._open:
+            self._quiet = 0
         drawing = Drawing(self.worker.submit(job))
         self._open[drawing.number] = drawing
         return drawing
@@ -87,6 +97,23 @@ class Jobs:
         """Stop a job. It keeps its place in the queue until the worker has stopped it."""
         if not drawing.ended:
             self.worker.cancel(drawing.number)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether half of the timeout has passed without an event of an open job."""
+        return 2 * self._quiet > self._timeout
+
+    async def watch(self) -> None:
+        """Replace a worker that hangs; runs until it is canceled."""
+        while True:
+            await asyncio.sleep(TICK)
+            # Ticks are counted, not seconds: time in which this process did not run does not count.
+            self._quiet = self._quiet + TICK if self._open else 0
+            if self._quiet > self._timeout:
+                self.restarts += 1
+                self._quiet = 0
+                message = f"the drawing process made no step in {self._timeout} s (--step-timeout)"
+                await asyncio.to_thread(self.worker.replace, message)
 
     async def close(self) -> None:
         """End the worker."""
@@ -101,6 +128,7 @@ class Jobs:
         drawing = self._open.get(event.job)
         if drawing is None:
             return
+        self._quiet = 0
         if isinstance(event, Loaded):
             drawing.started = time.monotonic()
         if isinstance(event, Finished | Failed):
@@ -113,17 +141,37 @@ class Jobs:
 
 
 class PictureStore:
-    """Pictures to be fetched by address: the latest ones, at most `limit` bytes."""
+    """Pictures to be fetched by address: the latest ones, at most `limit` bytes.
 
-    def __init__(self, limit: int = 64 << 20):
-        self._limit, self._size = limit, 0
-        self._pictures: OrderedDict[str, bytes] = OrderedDict()
+    Args:
+        lifetime: seconds until a picture is forgotten.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        lifetime: float,
+        limit: int = 64 << 20,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._lifetime, self._limit, self._clock, self._size = lifetime, limit, clock, 0
+        self._pictures: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 
     def add(self, token: str, png: bytes) -> None:
-        self._pictures[token] = png
+        self._forget()
+        self._pictures[token] = self._clock() + self._lifetime, png
         self._size += len(png)
         while self._size > self._limit and len(self._pictures) > 1:
-            self._size -= len(self._pictures.popitem(last=False)[1])
+            self._drop_oldest()
 
     def get(self, token: str) -> bytes | None:
-        return self._pictures.get(token)
+        self._forget()
+        return self._pictures.get(token, (0.0, None))[1]
+
+    def _forget(self) -> None:
+        while self._pictures and next(iter(self._pictures.values()))[0] <= self._clock():
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        self._size -= len(self._pictures.popitem(last=False)[1][1])

@@ -3,6 +3,7 @@
 Extensions: `seed`, `steps`, `guidance`, `negative_prompt`, `few_step`, `attention_modulation`.
 """
 
+import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ class RequestError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
+        super().__init__(message if len(message) <= 300 else message[:299] + "…")
         self.status, self.param, self.code = status, param, code
         self.headers = dict(headers or {})
 
@@ -94,7 +95,9 @@ def parse_request(
         guidance_scale=get.number("guidance"),
         few_step=get.boolean("few_step"),
         attention_modulation=get.boolean("attention_modulation") or False,
-        seed=get.integer("seed", least=0, most=MAX_SEED - num_images + 1),
+        seed=get.integer(
+            "seed", least=0, most=MAX_SEED - num_images + 1, hint="; without it, it is random"
+        ),
         num_images=num_images,
     )
     if not settings.prompt.strip():
@@ -126,6 +129,7 @@ class _Reader:
         """`RequestError` for a value that was not read."""
         for name in self._values:
             if name not in self._known:
+                name = name[:50]
                 hint = nearest(name, self._known)
                 raise RequestError(f"unknown parameter '{name}'{hint}", param=name)
 
@@ -149,14 +153,19 @@ class _Reader:
         if value is not None and value not in known:
             status, code = (404, "model_not_found") if name == "model" else (400, None)
             listed = ", ".join(known)
-            message = f"no {name} '{value}', known: {listed}"
+            message = f"no {name} '{value[:50]}', known: {listed}"
             raise RequestError(message, status, param=name, code=code)
         return known[0] if value is None else value
 
-    def integer(self, name: str, *, least: int, most: int) -> int | None:
-        value = self._get(name, int, what="a whole number")
+    def integer(self, name: str, *, least: int, most: int, hint: str = "") -> int | None:
+        value = self._get(name, (int, float), what="a whole number")
+        if isinstance(value, float):
+            # Some clients write 1 as 1.0.
+            if not value.is_integer():
+                raise RequestError(f"{name} must be a whole number, such as 1", param=name)
+            value = int(value)
         if value is not None and not least <= value <= most:
-            raise RequestError(f"{name} must be from {least} to {most}", param=name)
+            raise RequestError(f"{name} must be from {least} to {most}{hint}", param=name)
         return value
 
     def number(self, name: str) -> float | None:
@@ -170,6 +179,16 @@ class _Reader:
         return self._get(name, bool, what="true or false")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _size(text: str | None, *, config: ModelConfig, limits: Limits) -> tuple[int, int]:
     height, width = config.image_size
     most = 4 * height * width if limits.max_pixels is None else limits.max_pixels
@@ -179,7 +198,12 @@ def _size(text: str | None, *, config: ModelConfig, limits: Limits) -> tuple[int
             raise RequestError(f"the size must be like {width}x{height}, or auto", param="size")
         width, height = int(found[1]), int(found[2])
     if width * height > most:
-        raise RequestError(f"{width}x{height} is more than the {most} pixels allowed", param="size")
+        usual = "{1}x{0}".format(*config.image_size)
+        raise RequestError(
+            f"{width}x{height} is more than the {most} pixels allowed: use auto ({usual}), or "
+            f"start the server with --max-pixels {width * height}",
+            param="size",
+        )
     try:
         check_size(config, height, width)
     except UserError as error:

@@ -35,9 +35,11 @@ class Worker:
         self._ids = itertools.count(1)
         self._lock = threading.RLock()
         self._process: Any = None
+        self._latest: Any = None
         self._connection: Any = None
         self._reader: threading.Thread | None = None
         self._open: dict[int, Job] = {}
+        self._cancelled: set[int] = set()
         self._closed = False
 
     @property
@@ -63,6 +65,7 @@ class Worker:
         """Stop a job after its current step; a job that has ended is not changed."""
         with self._lock:
             if job in self._open and self._process is not None:
+                self._cancelled.add(job)
                 with contextlib.suppress(OSError):
                     self._connection.send(Cancel(job))
 
@@ -80,6 +83,35 @@ class Worker:
         _reap(process, reader)
         for number in stopped:
             self._deliver(Finished(number, cancelled=True))
+
+    def replace(self, message: str) -> None:
+        """End a process that hangs, with the job that it draws; a new one draws the other jobs.
+
+        Args:
+            message: of the job's `Failed`.
+        """
+        with self._lock:
+            process, reader, waiting = self._process, self._reader, dict(self._open)
+            if process is None or not waiting:
+                return
+            self._process = None
+            process.kill()
+            hung = next(iter(waiting))
+            del self._open[hung], waiting[hung]
+            if waiting:
+                self._start()
+            with contextlib.suppress(OSError):
+                for number, job in waiting.items():
+                    self._connection.send((number, job))
+                for number in self._cancelled & waiting.keys():
+                    self._connection.send(Cancel(number))
+        self._deliver(Failed(hung, message, details="It was replaced by a new one."))
+        _reap(process, reader)
+
+    def kill(self) -> None:
+        """End the process at once, also one that `close` waits for."""
+        if self._latest is not None:
+            self._latest.kill()
 
     def close(self, timeout: float = 5.0) -> None:
         """End the process, by force after `timeout` seconds. Open jobs are dropped."""
@@ -105,7 +137,7 @@ class Worker:
         )
         process.start()
         theirs.close()
-        self._process, self._connection = process, ours
+        self._process, self._latest, self._connection = process, process, ours
         self._reader = threading.Thread(target=self._read, args=(process, ours), daemon=True)
         self._reader.start()
 
@@ -121,6 +153,7 @@ class Worker:
                         continue  # closed or interrupted since
                     if isinstance(event, Finished | Failed):
                         del self._open[event.job]
+                        self._cancelled.discard(event.job)
                 self._deliver(event)
         process.join()
         with self._lock:

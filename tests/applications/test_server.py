@@ -3,10 +3,13 @@
 import asyncio
 import base64
 import concurrent.futures
+import configparser
+import contextlib
 import http.client
 import io
 import json
 import os
+import plistlib
 import signal
 import socket
 import subprocess
@@ -27,8 +30,9 @@ pytest.importorskip(
 )
 pytest.importorskip("uvicorn", reason='the server extra is not installed: pip install ".[server]"')
 
+from apps.server import connection
 from apps.server.__main__ import build_parser
-from apps.server.jobs import Drawing
+from apps.server.jobs import Drawing, PictureStore
 from apps.server.request import Limits, RequestError, parse_request
 from apps.worker.messages import Finished, Progress
 from mlx_snapgen.cli.options import model_choice
@@ -39,7 +43,7 @@ GENERATIONS = "/v1/images/generations"
 PATIENCE = 120
 
 
-def start(*options):
+def start(*options, host="127.0.0.1"):
     """A server on a free port, and that port."""
     process = subprocess.Popen(
         [sys.executable, "-m", "apps.server", "--port", "0", *map(str, options)],
@@ -49,7 +53,7 @@ def start(*options):
         text=True,
     )
     line = process.stdout.readline()
-    assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+    assert line.startswith(f"http://{host}:"), line + process.stderr.read()
     return process, int(line.split(":")[2].split("/")[0])
 
 
@@ -194,7 +198,11 @@ def test_the_old_name_of_the_widths_still_works(capsys):
         ({"steps": 101}, "steps", "from 1 to 100"),
         ({"guidance": 1e999}, "guidance", "finite"),
         ({"guidance": 10**400}, "guidance", "finite"),
-        ({"seed": -1}, "seed", "from 0"),
+        ({"n": 1.5}, "n", "a whole number, such as 1"),
+        ({"size": "256x256"}, "size", r"use auto \(64x32\), or .* --max-pixels 65536"),
+        ({"seed": -1}, "seed", "from 0 to .*; without it, it is random"),
+        ({"model": "x" * 60_000}, "model", "known: random"),
+        ({"x" * 60_000: 1}, "x" * 50, "unknown parameter"),
         ({"seed": 2**63 - 1, "n": 2}, "seed", "from 0"),
         ({"few_step": True}, "few_step", "no few-step mode"),
         ({"response_format": "jpg"}, "response_format", "b64_json"),
@@ -207,8 +215,28 @@ def test_requests_that_make_no_sense(components, wrong, param, words):
     values = {"prompt": "a cat"} | wrong if isinstance(wrong, dict) else wrong
     with pytest.raises(RequestError, match=words) as error:
         parse_request(values, {"random": ModelChoice()}, config=components.config, limits=Limits())
-    assert error.value.status == 400
+    assert error.value.status == (404 if param == "model" else 400)
     assert error.value.body()["error"]["param"] == param
+    assert len(str(error.value)) <= 300
+
+
+def test_no_limit_of_the_server_is_more_than_the_machine(components):
+    values = {"prompt": "a cat", "size": "16384x16384"}
+    with pytest.raises(RequestError, match="choose a smaller size") as error:
+        parse_request(
+            values, {"random": ModelChoice()}, config=components.config,
+            limits=Limits(max_pixels=2**40),
+        )  # fmt: skip
+    assert error.value.status == 400
+
+
+def test_whole_numbers_may_be_written_with_a_point(components):
+    values = {"prompt": "a cat", "n": 2.0, "seed": 7.0}
+    settings = parse_request(
+        values, {"random": ModelChoice()}, config=components.config, limits=Limits()
+    ).job.settings
+    assert (settings.num_images, settings.seed) == (2, 7)
+    assert type(settings.num_images) is type(settings.seed) is int
 
 
 def test_parameters_of_other_models_are_ignored(components):
@@ -236,14 +264,45 @@ def test_bodies_that_are_none(port):
     assert send(b" " * (70 << 10)) == 413
     assert send(b'{"prompt": "a cat"}', "text/plain") == 415
     assert ask(port, "GET")[0] == 405
-    assert ask(port, "GET", "/nowhere")[2]["error"]["message"] == "Not Found"
+    for half in (b'{"prompt": "\\ud800"}', b'{"\\udfff": 1}', b'{"model": "\\ud800"}'):
+        assert send(half) == 400
+    message = ask(port, "GET", "/images/generations")[2]["error"]["message"]
+    assert message == "nothing at /images/generations: the API is under /v1, such as /v1/models"
     assert ask(port, prompt="a cat", steps=1, model="gpt")[0] == 404
 
 
 def test_only_this_machine_without_a_key(port):
-    status, _, answer = ask(port, "GET", "/v1/models", {"Host": "evil.example"})
-    assert (status, answer["error"]["message"]) == (403, "this server is for this machine only")
-    assert ask(port, "GET", "/v1/models", {"Host": f"localhost:{port}"})[0] == 200
+    for host in ("evil.example", "127.0.0.1.evil.example", "evil@localhost.evil", "[", "1.2.3.4"):
+        status, _, answer = ask(port, "GET", "/v1/models", {"Host": host})
+        assert status == 403
+        assert "start the server with --api-key" in answer["error"]["message"]
+    for host in (f"localhost:{port}", "LOCALHOST", "127.0.0.2:80", f"[::1]:{port}", "127.1.2.3"):
+        assert ask(port, "GET", "/v1/models", {"Host": host})[0] == 200
+    wish = {"prompt": "a cat", "steps": 1}
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example:80", "file://"):
+        status, _, answer = ask(port, headers={"Origin": origin}, **wish)
+        assert (status, answer["error"]["type"]) == (403, "invalid_request_error")
+        assert "--api-key" in answer["error"]["message"]
+    for origin in ("http://localhost:3000", f"http://127.0.0.1:{port}", "http://[::1]"):
+        assert ask(port, headers={"Origin": origin}, **wish)[0] == 200
+
+
+def test_addresses_of_pictures_expire():
+    now = 0.0
+    store = PictureStore(60, limit=25, clock=lambda: now)
+    store.add("a", bytes(10))
+    now = 30.0
+    store.add("b", bytes(10))
+    assert store.get("a") == store.get("b") == bytes(10)
+    now = 60.0
+    assert (store.get("a"), store.get("b")) == (None, bytes(10))
+    store.add("c", bytes(10))
+    store.add("d", bytes(10))
+    assert (store.get("b"), store.get("c"), store.get("d")) == (None, bytes(10), bytes(10))
+    now = 1000.0
+    assert store.get("d") is None
+    store.add("e", bytes(20))
+    assert store.get("e") == bytes(20)
 
 
 def test_a_slow_reader_misses_previews_but_never_the_picture():
@@ -312,12 +371,80 @@ def test_a_client_that_leaves_stops_the_drawing(port):
         assert idle(port)
 
 
-def test_a_worker_that_dies_is_replaced(server):
-    process, port = server
-    [task] = Path(f"/proc/{process.pid}/task/{process.pid}").glob("children")
-    children = map(int, task.read_text().split())
+def worker_of(process):
+    """Process ID of the server's worker."""
+    if sys.platform != "linux":
+        pytest.skip("reads processes from /proc")
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
     names = {p: Path(f"/proc/{p}/cmdline").read_text() for p in children}
     [worker] = [p for p, name in names.items() if "spawn_main" in name]
+    return worker
+
+
+def test_a_worker_that_hangs_is_replaced(model_folder):
+    process, port = start("--model", model_folder, "--step-timeout", 4)
+    try:
+        worker = worker_of(process)
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            hung = pool.submit(ask, port, prompt="a cat", steps=100, n=10)
+            while ask(port, "GET", "/health")[2]["open_requests"] < 1:
+                time.sleep(0.01)
+            os.kill(worker, signal.SIGSTOP)
+            waiting = [pool.submit(ask, port, prompt="a cat", steps=1, seed=k) for k in (1, 2)]
+            seen = []
+            while not (seen and seen[-1][2]["worker_restarts"]):
+                seen.append(ask(port, "GET", "/health"))
+                time.sleep(0.1)
+            stalled = [answer for answer in seen if answer[0] == 503]
+            assert stalled and {answer[2]["status"] for answer in stalled} == {"stalled"}
+            status, _, body = hung.result()
+            assert (status, body["error"]["type"]) == (500, "server_error")
+            assert "no step in 4 s" in body["error"]["message"]
+            assert [future.result()[0] for future in waiting] == [200, 200]
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+        status, _, health = ask(port, "GET", "/health")
+        assert (status, health["status"], health["open_requests"]) == (200, "ok", 0)
+        stop(process)
+    finally:
+        process.kill()
+
+
+def test_a_second_signal_ends_at_once(model_folder):
+    process, port = start("--model", model_folder)
+    try:
+        worker = worker_of(process)
+        half = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        half += b"application/json\r\nContent-Length: 100\r\n\r\n"
+        with (
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+            socket.create_connection(("127.0.0.1", port)) as client,
+        ):
+            # The server waits 10 s for the rest of this request.
+            client.sendall(half)
+            answer = pool.submit(ask, port, prompt="a cat", steps=100, n=10, size="128x64")
+            while ask(port, "GET", "/health")[2]["open_requests"] < 1:
+                time.sleep(0.01)
+            os.kill(worker, signal.SIGSTOP)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            started = time.monotonic()
+            stop(process)
+            assert time.monotonic() - started < 5
+            # An error, if the connection is not cut before it.
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                assert answer.result()[0] in (500, 503)
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    finally:
+        process.kill()
+
+
+def test_a_worker_that_dies_is_replaced(server):
+    process, port = server
+    worker = worker_of(process)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, port, prompt="a cat", steps=100, n=10)
         while ask(port, "GET", "/health")[2]["open_requests"] == 0:
@@ -372,10 +499,38 @@ def test_the_openai_client(port):
         client.images.generate(prompt="a cat", model="dall-e-2")
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has 127.0.0.1 alone")
+def test_every_loopback_address_works(model_folder):
+    process, port = start("--model", model_folder, "--host", "127.0.0.2", host="127.0.0.2")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.2", port)) as connection:
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().status == 200
+    stop(process)
+
+
+def test_the_service_files_start_the_server():
+    folder = ROOT / "apps/server/services"
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read(folder / "mlx-snapgen.service")
+    assert {"MemoryMax", "TasksMax", "LimitNOFILE", "CPUQuota"} <= unit["Service"].keys()
+    plist = plistlib.loads((folder / "mlx-snapgen.plist").read_bytes())
+    assert plist["HardResourceLimits"]["NumberOfFiles"] >= 2 * connection.CONNECTIONS
+    for command in (unit["Service"]["ExecStart"].split(), plist["ProgramArguments"]):
+        assert command[1:3] == ["-m", "apps.server"]
+        args = build_parser().parse_args(command[3:])
+        assert args.host == "127.0.0.1"
+    for patience in (unit["Service"]["TimeoutStopSec"], plist["ExitTimeOut"]):
+        assert int(patience) > connection.GRACE
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--host", "0.0.0.0"], "set an --api-key"),
+        (["--api-key", "two words"], "no spaces"),
+        (["--api-key", "schlüssel"], "no spaces"),
+        (["--api-key", ""], "no spaces"),
         (["--model", "/no/such/folder"], "no model folder /no/such/folder"),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "cannot listen on"),
     ],

@@ -31,7 +31,8 @@ PATIENCE = 60
 class Jobs:
     """Draws at once, much: what a client can be slow to read."""
 
-    served = 0
+    served = restarts = 0
+    stalled = False
 
     def __init__(self):
         self.cancelled = []

@@ -159,6 +159,23 @@ def test_a_dead_process_fails_its_jobs_and_comes_back(listener, job):
     assert isinstance(listener.result(job)[-1], Finished)
 
 
+def test_a_hung_process_is_replaced_and_the_waiting_jobs_are_drawn(listener, job):
+    hung = listener.worker.submit(drawing(job, num_inference_steps=1000))
+    listener.until(Progress)
+    cancelled, waiting = (listener.worker.submit(job) for _ in range(2))
+    listener.worker.cancel(cancelled)
+    os.kill(listener.worker.pid, signal.SIGSTOP)
+    listener.worker.replace("no step in 5 s")
+    events = listener.until(Finished, job=waiting)
+    ends = [e for e in events if isinstance(e, Finished | Failed)]
+    assert [e.job for e in ends] == [hung, cancelled, waiting]
+    assert ends[0].message == "no step in 5 s"
+    assert (ends[1].cancelled, ends[2].cancelled) == (True, False)
+    assert sum(isinstance(e, Picture) for e in events) == 1
+    listener.worker.replace("nothing to do")
+    assert isinstance(listener.result(job)[-1], Finished)
+
+
 def test_an_interrupt_stops_at_once(listener, job):
     number = listener.worker.submit(drawing(job, num_inference_steps=1000))
     listener.until(Progress)
