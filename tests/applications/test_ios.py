@@ -172,7 +172,35 @@ def test_config_keys_are_those_that_swift_reads():
     assert {"name", "sampler", "few_step", "text_encoders"} <= config.keys()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.swift")), ids=lambda path: path.name)
+def test_a_prediction_frees_its_arrays_and_a_step_can_be_sent():
+    """What `swift test` checks where swift is found."""
+    network = (SOURCES / "Network.swift").read_text(encoding="utf-8")
+    assert network.count("model.prediction(from:") == 1
+    assert network.count("predict(inputs)") == 1
+    assert "autoreleasepool { try predict(inputs) }" in network
+    generator = (SOURCES / "Generator.swift").read_text(encoding="utf-8")
+    assert "public struct Step: @unchecked Sendable {" in generator
+    assert "AsyncThrowingStream" not in generator  # its end does not wait for a prediction
+
+
+def test_swift_test_runs_in_swift_6_mode_with_stand_ins_off_apple_only():
+    package = (ROOT / "Package.swift").read_text(encoding="utf-8")
+    assert package.startswith("// swift-tools-version: 6.0\n")
+    assert "swiftLanguageModes: [.v6]" in package
+    apple, elsewhere = re.search(
+        r"#if canImport\(Darwin\)(.*)#else(.*)#endif", package, re.DOTALL
+    ).groups()
+    names = sorted(path.name for path in (ROOT / "Tests/StandIns").iterdir())
+    assert re.findall(r'"(\w+)"', apple) == []
+    assert re.findall(r'"(\w+)"', elsewhere) == names == ["CoreGraphics", "CoreML"]
+    ci = (ROOT.parents[1] / ".ci/run").read_text(encoding="utf-8")
+    assert re.search(r"if swift --version .*\n\s+swift test .*--package-path apps/ios", ci)
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.swift")) if ".build" not in path.parts]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_swift_parses(path):
     why = "parsing Swift needs a grammar: pip install tree-sitter tree-sitter-swift"
     tree_sitter = pytest.importorskip("tree_sitter", reason=why)

@@ -74,6 +74,8 @@ public struct ModelConfig: Decodable, Sendable {
     public let textEncoders: [TextEncoder]
     public let sampler: Sampling
     public let fewStep: Sampling?
+    /// "absent", or "empty prompt"; nil in older exports, which have the latter.
+    let unconditional: String?
 
     public init(json: Data) throws {
         let decoder = JSONDecoder()
@@ -86,4 +88,7 @@ public struct ModelConfig: Decodable, Sendable {
 
     /// The default sampler: that of the few-step mode, if the model has one.
     public var sampling: Sampling { fewStep ?? sampler }
+
+    /// Whether guidance without a negative prompt compares with absent text, not an empty prompt.
+    public var isUnconditionalAbsent: Bool { unconditional == "absent" }
 }

@@ -1,12 +1,20 @@
 import CoreML
+import Foundation
 
 /// One compiled component in memory; releasing the object frees the memory.
 final class Network {
     private let model: MLModel
     private let name: String
 
+    private init(_ name: String, _ model: MLModel) {
+        self.name = name
+        self.model = model
+    }
+
     /// - Parameter function: of a package with several, nil for its default one.
-    init(at url: URL, computeUnits: MLComputeUnits, function: String? = nil) async throws {
+    static func load(at url: URL, computeUnits: MLComputeUnits, function: String? = nil)
+        async throws -> sending Network
+    {
         let configuration = MLModelConfiguration()
         configuration.computeUnits = computeUnits
         if let function {
@@ -15,8 +23,8 @@ final class Network {
             }
             configuration.functionName = function
         }
-        name = url.deletingPathExtension().lastPathComponent
-        model = try await MLModel.load(contentsOf: url, configuration: configuration)
+        let model = try await MLModel.load(contentsOf: url, configuration: configuration)
+        return Network(url.deletingPathExtension().lastPathComponent, model)
     }
 
     /// Shape of an input, which is fixed in the model.
@@ -37,7 +45,13 @@ final class Network {
     }
 
     /// Run with inputs by name, flat and in row-major order, and return all outputs likewise.
+    ///
+    /// The arrays of a prediction are freed when it ends, not when the caller's thread gets to it.
     func outputs(of inputs: [String: [Float]]) throws -> [String: [Float]] {
+        try autoreleasepool { try predict(inputs) }
+    }
+
+    private func predict(_ inputs: [String: [Float]]) throws -> [String: [Float]] {
         var features: [String: MLFeatureValue] = [:]
         for (input, values) in inputs {
             features[input] = MLFeatureValue(multiArray: try array(values, for: input))

@@ -5,7 +5,7 @@ import Foundation
 /// Keys are hashed with Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as
 /// 1, 2, 3"), and uniform numbers become normal ones through the inverse error function in single
 /// precision (Giles 2010, "Approximating the erfinv function").
-public struct NoiseKey: Equatable {
+public struct NoiseKey: Equatable, Sendable {
     var high: UInt32
     var low: UInt32
 

@@ -6,13 +6,13 @@ func pixels(_ values: [Float], height: Int, width: Int) throws -> [UInt8] {
     let places = height * width
     guard values.count == 3 * places else {
         throw SnapGenError(
-            "a picture of \(width)x\(height) needs 3 colours, got \(values.count) numbers")
+            "a picture of \(width)x\(height) needs 3 colors, got \(values.count) numbers")
     }
     var bytes = [UInt8](repeating: 255, count: 4 * places)
     for place in 0..<places {
-        for colour in 0..<3 {
-            let value = min(max(values[colour * places + place], -1), 1)
-            bytes[4 * place + colour] = UInt8(((value + 1) * 127.5).rounded(.toNearestOrEven))
+        for color in 0..<3 {
+            let value = min(max(values[color * places + place], -1), 1)
+            bytes[4 * place + color] = UInt8(((value + 1) * 127.5).rounded(.toNearestOrEven))
         }
     }
     return bytes

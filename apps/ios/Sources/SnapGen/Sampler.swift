@@ -15,28 +15,41 @@ public enum Sampler {
 
     /// The sampler's state after a step: latents at the next noise level, and the estimate of the
     /// clean latents at the start of the step.
-    public struct Step {
+    public struct Step: Sendable {
         public let index: Int
         public let latents: [Float]
         public let x0: [Float]
     }
 
-    /// Go from noise to latents, calling `each` after every step; throw from it to cancel.
-    ///
-    /// - Parameters:
-    ///   - velocity: the network's velocity at latents and noise level, guidance included.
-    ///   - freshNoise: nil takes Euler steps along the flow. Otherwise each step adds new noise to
-    ///     its estimate instead: the function is called with 1, 2, ... and returns unit noise.
-    ///     Models distilled by distribution matching are trained so (DMD2 section 4.4).
-    public static func denoise(
-        noise: [Float],
-        schedule: [Double],
-        velocity: ([Float], Double) throws -> [Float],
-        freshNoise: ((Int) -> [Float])? = nil,
-        each: (Step) throws -> Void = { _ in }
-    ) throws -> [Float] {
-        var latents = noise
-        for (index, (sigma, next)) in zip(schedule, schedule.dropFirst()).enumerated() {
+    /// The way from noise to clean latents, one step at each call of `step`.
+    public struct Denoising {
+        public let schedule: [Double]
+        private let freshNoise: ((Int) -> [Float])?
+        private var latents: [Float]
+        private var index = 0
+
+        /// - Parameter freshNoise: nil takes Euler steps along the flow. Otherwise each step adds
+        ///   new noise to its estimate instead: the function is called with 1, 2, ... and returns
+        ///   unit noise. Models distilled by distribution matching are trained so (DMD2, 4.4).
+        public init(
+            noise: [Float], schedule: [Double], freshNoise: ((Int) -> [Float])? = nil
+        ) {
+            self.schedule = schedule
+            self.freshNoise = freshNoise
+            latents = noise
+        }
+
+        /// Number of steps.
+        public var count: Int { schedule.count - 1 }
+
+        /// Take a step; nil after the last one.
+        ///
+        /// - Parameter velocity: the network's at latents and noise level, guidance included.
+        public mutating func step(velocity: ([Float], Double) throws -> [Float]) rethrows
+            -> Step?
+        {
+            guard index < count else { return nil }
+            let (sigma, next) = (schedule[index], schedule[index + 1])
             let v = try velocity(latents, sigma)
             let x0 = zip(latents, v).map { $0 - Float(sigma) * $1 }
             if next == 0 {
@@ -47,9 +60,9 @@ public enum Sampler {
             } else {
                 latents = zip(latents, v).map { $0 + Float(next - sigma) * $1 }
             }
-            try each(Step(index: index, latents: latents, x0: x0))
+            index += 1
+            return Step(index: index - 1, latents: latents, x0: x0)
         }
-        return latents
     }
 
     /// Classifier-free guidance: v_uncond + scale (v_cond - v_uncond); scale 1 disables guidance.

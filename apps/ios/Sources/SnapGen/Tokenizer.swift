@@ -5,7 +5,7 @@ import Foundation
 ///
 /// Reads sentencepiece's `.model` file. Texts are arrays of scalars, because canonically equivalent
 /// texts are equal as Swift `String`s, but not for sentencepiece.
-public struct Tokenizer {
+public struct Tokenizer: Sendable {
     public let maxLength: Int
     private let pieces: [[Unicode.Scalar]: (id: Int32, score: Float)]
     private let unknown: Int32

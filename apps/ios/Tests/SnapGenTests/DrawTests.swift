@@ -1,3 +1,4 @@
+#if canImport(ImageIO)
 import CoreGraphics
 import ImageIO
 import SnapGen
@@ -27,3 +28,4 @@ final class DrawTests: XCTestCase {
         XCTAssertTrue(CGImageDestinationFinalize(output))
     }
 }
+#endif

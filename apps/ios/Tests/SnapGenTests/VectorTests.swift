@@ -116,19 +116,22 @@ final class VectorTests: XCTestCase {
     func testDenoise() throws {
         for vector in try load().denoise {
             let draw = { noise(seed: vector.seed, draw: $0, channels: 3, height: 2, width: 2) }
-            var steps: [Sampler.Step] = []
-            let last = try Sampler.denoise(
+            var denoising = Sampler.Denoising(
                 noise: draw(0),
                 schedule: Sampler.schedule(steps: vector.steps, shift: vector.shift),
-                velocity: { latents, sigma in latents.map { $0 / 2 + Float(sigma) } },
-                freshNoise: vector.freshNoise ? draw : nil,
-                each: { steps.append($0) })
+                freshNoise: vector.freshNoise ? draw : nil)
+            var steps: [Sampler.Step] = []
+            while let step = denoising.step(velocity: { latents, sigma in
+                latents.map { $0 / 2 + Float(sigma) }
+            }) {
+                steps.append(step)
+            }
             XCTAssertEqual(steps.count, vector.steps)
             for (step, (latents, x0)) in zip(steps, zip(vector.latents, vector.x0)) {
                 assertClose(step.latents, latents)
                 assertClose(step.x0, x0)
             }
-            assertClose(last, try XCTUnwrap(vector.latents.last))
+            assertClose(try XCTUnwrap(steps.last).latents, try XCTUnwrap(vector.latents.last))
         }
     }
 
@@ -143,6 +146,11 @@ final class VectorTests: XCTestCase {
         let second = TextStates(states: [5, 6], mask: [1])
         let joined = TextStates(states: [1, 2, 5, 3, 4, 6], mask: [1, 0, 1])
         XCTAssertEqual(TextStates.joined([first, second]), joined)
+    }
+
+    func testAbsentTextKeepsItsStates() {
+        let text = TextStates(states: [1, 2, 3, 4], mask: [1, 0])
+        XCTAssertEqual(text.absent, TextStates(states: [1, 2, 3, 4], mask: [0, 0]))
     }
 
     func testPixels() throws {
