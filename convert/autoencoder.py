@@ -17,7 +17,6 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from convert.options import add_output, parse
-from convert.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
@@ -27,6 +26,7 @@ from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 
 
 def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> None:

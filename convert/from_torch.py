@@ -21,15 +21,16 @@ import sys
 from pathlib import Path
 
 from convert.options import add_output, add_quantize, parse
-from convert.public.convert import DTYPES, convert
-from convert.public.kinds import KINDS, find_kind
-from convert.public.report import summary
-from convert.public.source import Source, find_source
+from convert.pickles import spooled
 from convert.pytorch.read_back import convert_student, is_student
+from convert.report import summary
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
+from mlx_snapgen.public.convert import DTYPES, convert
+from mlx_snapgen.public.kinds import KINDS, find_kind
+from mlx_snapgen.public.source import Source, find_source
 
 
 def _quantization(args: argparse.Namespace) -> dict[str, int] | None:
@@ -105,7 +106,7 @@ def main() -> None:
         return
     if args.model is not None:
         raise UserError(f"{args.source} was not written by convert.to_torch: omit --model")
-    source = find_source(args.source, args.revision, args.subfolder)
+    source = find_source(args.source, args.revision, subfolder=args.subfolder, spool=spooled)
     try:
         report = convert(
             source,

@@ -25,8 +25,6 @@ from mlx.utils import tree_flatten
 
 from convert.options import add_output, add_quantize, parse
 from convert.parity.originals import write_byte_tokenizer
-from convert.public.keys.gemma import gemma_shapes
-from convert.public.stream import Entry, lazy, write_new
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
 from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser, integer
@@ -47,6 +45,8 @@ from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.public.keys.gemma import gemma_shapes
+from mlx_snapgen.public.stream import Entry, lazy, write_new
 from mlx_snapgen.teachers.config import KLEIN, TURBO, TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG as TEACHER_CONFIG
 from mlx_snapgen.teachers.folder import FORMAT_VERSION as TEACHER_FORMAT_VERSION

@@ -15,13 +15,13 @@ give its folder as --transformer.
 from pathlib import Path
 
 from convert.options import add_output, add_quantize, parse
-from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new
+from mlx_snapgen.public.teachers import convert_teacher
 
 FILES = ("*.json", "*/*.safetensors", "*.txt", "*.jinja")
 """Of the repository of a model. Some also have a copy of the transformer outside its folder."""

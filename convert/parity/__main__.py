@@ -45,11 +45,12 @@ from convert.parity.transformers import (
     make_qwen_image,
     make_z_image,
 )
-from convert.public.kinds import find_kind
-from convert.public.source import find_source
+from convert.pickles import spooled
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.public.kinds import find_kind
+from mlx_snapgen.public.source import find_source
 
 LIMIT = 1e-3
 """A larger relative difference is an error; float32 networks are at 1e-6 to 1e-5."""
@@ -141,7 +142,7 @@ def measure(kind: str, folder: Path | None = None) -> list[tuple[str, float]]:
 
 def kind_of(source: str) -> tuple[str, Path]:
     """Kind and folder of a checkpoint; `UserError` if no library has its network."""
-    found = find_source(source)
+    found = find_source(source, spool=spooled)
     with tempfile.TemporaryDirectory() as place:
         kind = find_kind(found, found.weights(Path(place)))
     if kind not in PORTS or PORTS[kind].only_random:

@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.parity.originals import flux2_vae, kl_vae, library, qwen_image_vae
 from convert.parity.transformers import Pairs
-from convert.public.keys.autoencoders import read_autoencoder
+from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 
 
 def make_qwen_image_vae(folder: Path) -> None:

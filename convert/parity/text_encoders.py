@@ -10,12 +10,12 @@ import numpy as np
 
 from convert.parity.originals import clip, clip_towers, gemma, library, write_byte_tokenizer
 from convert.parity.transformers import Pairs
-from convert.public.convert import convert
-from convert.public.source import find_source
 from mlx_snapgen.checkpoint.clip import load_clip
 from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.source import find_source
 
 
 def make_clip(folder: Path) -> None:

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from convert.parity.originals import fill, flux2, library, qwen_image, z_image
-from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.layers import pack
+from mlx_snapgen.public.keys.transformers import read_transformer
 
 Pairs = Iterator[tuple[str, mx.array, Any]]
 """Outputs to compare: name, ours, and the library's, a torch tensor."""

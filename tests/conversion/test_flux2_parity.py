@@ -13,14 +13,14 @@ import convert.teacher
 from convert import sample_teacher
 from convert.parity.originals import flux2_klein_pipeline, relative_difference
 from convert.parity.pipelines import PROMPTS, flux2_klein_pictures, random_pictures
-from convert.public.convert import convert as convert_part
-from convert.public.source import find_source
-from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN
 from mlx_snapgen.pictures import fit_reference
+from mlx_snapgen.public.convert import convert as convert_part
+from mlx_snapgen.public.source import find_source
+from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.teachers import config as teacher_config
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE

@@ -1,5 +1,6 @@
 """Converting PyTorch weights: streaming, resuming, the account of keys, and what is refused."""
 
+import functools
 import json
 import sys
 import weakref
@@ -9,24 +10,27 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from convert import from_torch
+from convert import from_torch, pickles
 from convert.parity.originals import fill, qwen_image_vae
-from convert.public import convert as conversion
-from convert.public import stream
-from convert.public.convert import convert
-from convert.public.keys.autoencoders import read_autoencoder
-from convert.public.kinds import Plan, find_kind
-from convert.public.report import error_table, summary
-from convert.public.source import find_source
+from convert.report import error_table, summary
 from mlx_snapgen.checkpoint.clip import load_clip
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.text_encoders import load_source
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.lora.adapters import adapted_layers
 from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.public import convert as conversion
+from mlx_snapgen.public import source, stream
+from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.keys.autoencoders import read_autoencoder
+from mlx_snapgen.public.kinds import Plan, find_kind
 from tests.runtime.test_clip import MERGES, hugging_face, open_clip
-from tests.tiny import QWEN_AUTOENCODER, make_clip, require
+from tests.runtime.test_foreign_files import write_peft
+from tests.tiny import QWEN_AUTOENCODER, TRANSFORMER, make_clip, require
 
+find_source = functools.partial(source.find_source, spool=pickles.spooled)
 VOCAB_SIZE = 512 + len(MERGES.split(b"\n")) + 2
 
 
@@ -103,15 +107,13 @@ def test_open_clip_in_a_pickle(encoder, tmp_path):
 
 def test_every_torch_type_keeps_its_numbers(tmp_path):
     torch = pytest.importorskip("torch", reason="pickles are read by torch")
-    from convert.public.source import spooled
-
     values = torch.tensor([[1.5, -2.25], [0.0, 3.0]])
     state = {str(t): values.to(t) for t in (torch.float64, torch.float32, torch.float16)}
     state |= {str(t): values.to(t) for t in (torch.bfloat16, torch.int64, torch.int8, torch.bool)}
     state["scalar"] = torch.tensor(2.0, dtype=torch.bfloat16)
     state["turned"] = values.T
     torch.save(state, tmp_path / "a.bin")
-    found = mx.load(str(spooled(tmp_path / "a.bin", tmp_path / "b" / "a.safetensors")))
+    found = mx.load(str(pickles.spooled(tmp_path / "a.bin", tmp_path / "b" / "a.safetensors")))
     assert found.keys() == state.keys()
     for name, value in state.items():
         assert found[name].shape == tuple(value.shape)
@@ -122,8 +124,6 @@ def test_every_torch_type_keeps_its_numbers(tmp_path):
 def test_what_was_read_of_a_pickle_is_let_go(tmp_path, monkeypatch):
     """The pages of a LoRA of 850 MB all counted as this process's memory: it peaked at 1055 MiB."""
     torch = pytest.importorskip("torch", reason="pickles are read by torch")
-    from convert.public import source
-
     state = {f"{i}": torch.randn(64, 64) for i in range(12)}
     torch.save(state, tmp_path / "a.bin")
     load, opened = torch.load, []
@@ -135,8 +135,8 @@ def test_what_was_read_of_a_pickle_is_let_go(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(torch, "load", watched)
-    monkeypatch.setattr(source, "MAPPED_BYTES", 4 * state["0"].nbytes)
-    found = mx.load(str(source.spooled(tmp_path / "a.bin", tmp_path / "a.safetensors")))
+    monkeypatch.setattr(pickles, "MAPPED_BYTES", 4 * state["0"].nbytes)
+    found = mx.load(str(pickles.spooled(tmp_path / "a.bin", tmp_path / "a.safetensors")))
     assert len(opened) == 3
     assert found.keys() == state.keys()
     for name, value in state.items():
@@ -159,6 +159,21 @@ def test_qwen_images_autoencoder(tmp_path, form):
         assert mx.array_equal(value, expected[name]), name
 
 
+def test_a_lora_of_peft_keeps_the_alpha_beside_it(tmp_path):
+    (tmp_path / "peft").mkdir()
+    write_peft(tmp_path / "peft")
+    convert(find_source(str(tmp_path / "peft")), tmp_path / "out.safetensors", kind="lora")
+    network = EfficientDiT(TRANSFORMER)
+    load_lora(tmp_path / "out.safetensors", network, name="style")
+    assert {m.adapters["style"].alpha for m in adapted_layers(network).values()} == {16.0}
+
+
+def test_a_dead_link_among_the_weights_is_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("/nowhere/model.safetensors")
+    with pytest.raises(UserError, match="is a link to /nowhere/model"):
+        find_source(str(tmp_path))
+
+
 def test_a_lora_is_one_file_under_the_keys_of_diffusers(components, tmp_path):
     layers = dict(components.transformer.named_modules())
     layer = next(n for n, m in layers.items() if n.endswith("q_proj"))
@@ -179,7 +194,6 @@ def test_a_lora_is_one_file_under_the_keys_of_diffusers(components, tmp_path):
     name = f"transformer.{layer}"
     assert set(found) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha"}
     assert header["base_model"] == "random"
-    from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
     network = EfficientDiT(components.config.transformer)
     assert load_lora(tmp_path / "b.safetensors", network) == [layer]
@@ -441,7 +455,7 @@ def test_a_repository_is_fetched_without_its_pickles(encoder, tmp_path, monkeypa
         asked.append((repo, revision, tuple(files)))
         return tmp_path / "in"
 
-    monkeypatch.setattr("convert.public.source.find_model", fetched)
+    monkeypatch.setattr("mlx_snapgen.public.source.find_model", fetched)
     assert find_source("owner/name", "v1").files == (tmp_path / "in" / "model.safetensors",)
     assert [a[:2] for a in asked] == [("owner/name", "v1")]
     assert "*.bin" not in asked[0][2]

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.public.convert import convert
-from convert.public.source import find_source
 from mlx_snapgen.checkpoint.language_models import load_gemma
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.source import find_source
 from tests.runtime import test_gemma
 from tests.runtime.test_gemma import CONFIG, TEXT, write_gemma
 

@@ -8,12 +8,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 from convert.parity import originals
-from convert.public.convert import convert
-from convert.public.keys.autoencoders import read_autoencoder
-from convert.public.keys.lora import dotted, lora_name
-from convert.public.keys.transformers import read_transformer
-from convert.public.source import find_source
-from convert.public.teachers import convert_teacher
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
@@ -21,6 +15,12 @@ from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.autoencoders.flux2 import Flux2Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.keys.autoencoders import read_autoencoder
+from mlx_snapgen.public.keys.lora import dotted, lora_name
+from mlx_snapgen.public.keys.transformers import read_transformer
+from mlx_snapgen.public.source import find_source
+from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
 from tests.tiny import FLUX2, FLUX2_AUTOENCODER, KL_AUTOENCODER, QWEN, Z_IMAGE, randomize

@@ -3,12 +3,12 @@
 import mlx.core as mx
 import pytest
 
-from convert.public.keymap import KeyMap, Row, same
-from convert.public.kinds import KINDS
 from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.public.keymap import KeyMap, Row, same
+from mlx_snapgen.public.kinds import KINDS
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
 from tests.tiny import KL_AUTOENCODER

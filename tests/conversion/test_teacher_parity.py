@@ -13,10 +13,11 @@ from PIL import Image
 import convert.teacher
 from convert import sample_teacher
 from convert.parity.originals import qwen_image_pipeline, relative_difference, z_image_pipeline
-from convert.public.teachers import convert_teacher
+from mlx_snapgen import generate
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE
+from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers.flow import noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
@@ -189,7 +190,7 @@ def test_z_image_encodes_pictures_as_its_pipeline_does(z_image):
 
 
 def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch):
-    """convert.teacher, then convert.sample_teacher: the picture of diffusers' pipeline."""
+    """convert.teacher, then both commands that draw: the picture of diffusers' pipeline."""
     pipeline, public, *_ = qwen
     teacher, path = tmp_path / "teacher", tmp_path / "picture.png"
     monkeypatch.setattr(sys, "argv", ["teacher", str(public), "--output", str(teacher)])
@@ -209,8 +210,12 @@ def test_commands_from_a_public_folder_to_a_picture(qwen, tmp_path, monkeypatch)
     ).images[0]
     with Image.open(path) as drawn:
         difference = np.abs(np.array(drawn) - 255 * picture)
+        pixels = np.array(drawn)
     assert difference.max() < 0.6
     assert 255 * picture.std() > 20
+    path = tmp_path / "generated.png"
+    generate.main(["a red car", "--model", str(teacher), "--output", str(path), *options])
+    assert np.array_equal(np.array(Image.open(path)), pixels)
 
 
 def test_a_quantized_teacher_says_nearly_the_same(qwen, tmp_path):

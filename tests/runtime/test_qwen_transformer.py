@@ -9,10 +9,10 @@ import pytest
 
 from convert.parity import originals
 from convert.parity.originals import fill, relative_difference
-from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.layers import pack, unpack
 from mlx_snapgen.networks.qwen_image import QwenTransformer, msrope_table
+from mlx_snapgen.public.keys.transformers import read_transformer
 from tests.tiny import QWEN, randomize, require
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from convert.parity import originals
 from convert.parity.originals import fill, relative_difference
-from convert.public.keys.transformers import read_transformer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.z_image import ZImageTransformer
+from mlx_snapgen.public.keys.transformers import read_transformer
 from tests.runtime.test_qwen_transformer import to_mx
 from tests.tiny import Z_IMAGE, randomize, require
 

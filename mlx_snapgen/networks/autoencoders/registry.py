@@ -1,7 +1,7 @@
 """The kinds of autoencoders by name.
 
 A public autoencoder has a module beside this one, an entry in `AUTOENCODERS`, a table of its
-weights in convert/public/keys/autoencoders.py, and an entry in `KINDS` of convert/public/kinds.py.
+weights in public/keys/autoencoders.py, and an entry in `KINDS` of public/kinds.py.
 """
 
 from mlx_snapgen.config import AutoencoderConfig

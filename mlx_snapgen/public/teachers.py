@@ -10,23 +10,24 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from convert.public.convert import convert
-from convert.public.keys.autoencoders import read_autoencoder
-from convert.public.keys.transformers import make_transformer
-from convert.public.source import find_source, read_object
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
 from mlx_snapgen.config import from_dict, to_dict
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.files import check_new, new_folder, read_object
 from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.keys.autoencoders import read_autoencoder
+from mlx_snapgen.public.keys.transformers import make_transformer
+from mlx_snapgen.public.source import find_source
 from mlx_snapgen.teachers.config import (
     KLEIN,
     KLEIN_BASE,
     LIGHTNING,
     TRANSFORMERS,
     TURBO,
+    Z_IMAGE,
     Schedule,
     TeacherConfig,
 )
@@ -34,10 +35,10 @@ from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS, Teache
 
 SCHEDULES = {
     "qwen-image": (Schedule(), LIGHTNING),
-    "z-image": (TURBO, TURBO),
+    "z-image": (Z_IMAGE, TURBO),
     "flux2": (KLEIN_BASE, KLEIN),
 }
-"""Kind of teacher -> its schedule, and that of its few-step mode. Z-Image-Turbo has only one."""
+"""Kind of teacher -> its schedule, and that of its few-step mode or distilled version."""
 
 
 def read_schedule(folder: Path, like: Schedule) -> Schedule:
@@ -75,6 +76,8 @@ def convert_teacher(
     few_step_model: Path | None = None,
     text_encoder: str | None = None,
     transformer: Path | None = None,
+    text_part: Path | None = None,
+    move: bool = False,
 ) -> None:
     """Write the model in `source`, a folder in diffusers' format, as a teacher's folder.
 
@@ -87,6 +90,8 @@ def convert_teacher(
         text_encoder: folder or repository of a language model to use instead of a copy of the
             source's.
         transformer: folder of `convert.from_torch` to use instead of the source's transformer.
+        text_part: folder of `convert.from_torch` to copy instead of the source's text encoder.
+        move: move the files of `transformer` and `text_part` instead of copying them.
 
     Raises:
         UserError: a part is missing, unknown or does not fit; nothing is written then.
@@ -115,7 +120,7 @@ def convert_teacher(
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
         load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
-    schedule, few_step = _schedules(
+    schedule, few_step = read_schedules(
         source, kind, has_few_step=few_step_lora is not None or few_step_model is not None
     )
     config = TeacherConfig(
@@ -140,12 +145,15 @@ def convert_teacher(
                 _take(converted, partial, name=name, move=Path.rename)
                 shutil.rmtree(converted)
             else:
-                _take(folder, partial, name=name, move=shutil.copyfile)
+                _take(folder, partial, name=name, move=Path.rename if move else shutil.copyfile)
         if few_step_lora is not None:
             shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
         if text_encoder is None:
-            for part in ("tokenizer", "text_encoder"):
-                _copy(source / part, partial / config.text_encoder)
+            folders = source / "tokenizer", text_part or source / "text_encoder"
+            for folder in folders:
+                is_mine = move and folder == text_part
+                target = partial / config.text_encoder
+                _copy(folder, target, put=Path.rename if is_mine else shutil.copyfile)
 
 
 def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
@@ -172,19 +180,23 @@ def _few_step_network(model: Path, like: TeacherNetwork) -> tuple[Path, Part | N
     return folder, part
 
 
-def _schedules(source: Path, kind: str, *, has_few_step: bool) -> tuple[Schedule, Schedule | None]:
+def read_schedules(
+    source: Path, kind: str, *, has_few_step: bool
+) -> tuple[Schedule, Schedule | None]:
     """Schedule of the model in `source`, and of its few-step mode."""
     schedule, few_step = SCHEDULES[kind]
+    found = read_schedule(source / "scheduler", schedule)
+    # Networks of a model and its distilled version have the same config.
     if kind == "flux2":
-        # Only this tells klein from klein base: their networks have the same config.
         index = source / "model_index.json"
         is_distilled = index.is_file() and bool(read_object(index).get("is_distilled"))
         few_step = read_schedule(source / "scheduler", few_step)
-        if is_distilled:
-            return few_step, few_step
-    elif kind == "z-image":
-        has_few_step = True
-    return read_schedule(source / "scheduler", schedule), few_step if has_few_step else None
+    else:
+        is_distilled = kind == "z-image" and found.log_shifts != Z_IMAGE.log_shifts
+    if is_distilled:
+        few_step = read_schedule(source / "scheduler", few_step)
+        return few_step, few_step
+    return found, few_step if has_few_step else None
 
 
 def _take(
@@ -201,10 +213,10 @@ def _take(
         move(transformer / old, folder / new)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, *, put: Callable[[Path, Path], object]) -> None:
     if not source.is_dir():
         raise UserError(f"{source.parent} is incomplete: it has no folder {source.name}")
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         if any(path.match(pattern) for pattern in QWEN_FILES):
-            shutil.copyfile(path, target / path.name)
+            put(path, target / path.name)

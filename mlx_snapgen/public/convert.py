@@ -1,7 +1,6 @@
 """Convert a public checkpoint to the format here, tensor by tensor."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -14,13 +13,14 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from convert.public.keymap import check_complete
-from convert.public.kinds import KINDS, Plan, find_kind
-from convert.public.source import Source
-from convert.public.stream import Entry, lazy, write_tensors
+from mlx_snapgen.checkpoint.hub import DownloadProgress
 from mlx_snapgen.cli.notices import peak_process_bytes
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, expanded
+from mlx_snapgen.files import check_new, expanded, lock_folder, unlock_folder
+from mlx_snapgen.public.keymap import check_complete
+from mlx_snapgen.public.kinds import KINDS, Plan, find_kind
+from mlx_snapgen.public.source import Source
+from mlx_snapgen.public.stream import Entry, lazy, write_tensors
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -38,6 +38,7 @@ def convert(
     dtype: mx.Dtype | None = None,
     quantization: Mapping[str, int] | None = None,
     revision: str | None = None,
+    progress: DownloadProgress | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `source` as `out`, whole or not at all.
 
@@ -47,6 +48,7 @@ def convert(
         dtype: floating type to store; None keeps each tensor's.
         quantization: {"bits", "group_size"} of the matrices whose rows the group size divides; None
             does not quantize.
+        progress: is called with (kind, bytes done, bytes in total).
 
     Returns:
         The contents of report.json.
@@ -81,8 +83,17 @@ def convert(
         with tqdm(
             desc=kind, total=total, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
+            done = 0
+
+            def show(count: int) -> None:
+                nonlocal done
+                done += count
+                bar.update(count)
+                if progress is not None:
+                    progress(kind, min(done, total), total)
+
             notes = write_tensors(
-                made / name, entries, work / "journal", metadata=metadata, progress=bar.update
+                made / name, entries, work / "journal", metadata=metadata, progress=show
             )
         report = {
             "source": str(source.path),
@@ -119,25 +130,24 @@ def _claimed(work: Path) -> Iterator[None]:
     """Lock the work folder; it is kept for the next try unless the conversion is complete."""
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115
+        locked = lock_folder(work)
     except OSError as error:
         raise UserError(f"cannot write to {work.parent}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another conversion is writing {work}: wait for it") from None
-        try:
-            yield
-        except UserError:
-            # A checkpoint that is refused cannot be resumed.
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        except OSError as error:
-            raise UserError(
-                f"cannot write {work}: {error.strerror or error}; run the command again to resume"
-            ) from None
+    if not locked:
+        raise UserError(f"another conversion is writing {work}: wait for it")
+    try:
+        yield
         shutil.rmtree(work, ignore_errors=True)
+    except UserError:
+        # A checkpoint that is refused cannot be resumed.
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {work}: {error.strerror or error}; run the command again to resume"
+        ) from None
+    finally:
+        unlock_folder(work)
 
 
 def _identity(source: Source) -> list[Any]:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from convert.public.keymap import KeyMap, Row, numberless
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.public.keymap import KeyMap, Row, numberless
 
 GEMMA_FILES = (
     "tokenizer.json",

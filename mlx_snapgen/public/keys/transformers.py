@@ -9,8 +9,6 @@ from typing import Any
 
 import mlx.nn as nn
 
-from convert.public.keymap import KeyMap, fill, numberless, same
-from convert.public.source import find_source, read_object
 from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.config import (
     Flux2TransformerConfig,
@@ -18,6 +16,9 @@ from mlx_snapgen.config import (
     ZImageTransformerConfig,
 )
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
+from mlx_snapgen.public.keymap import KeyMap, fill, numberless, same
+from mlx_snapgen.public.source import find_source
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherNetwork
 

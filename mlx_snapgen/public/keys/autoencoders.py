@@ -1,7 +1,7 @@
 """Public autoencoders: Qwen-Image's, Flux's (kl), FLUX.2's and TAEHV.
 
 A new one needs its network in mlx_snapgen/networks/autoencoders/ and in `AUTOENCODERS` of
-registry.py there, its table of weights here, and an entry in `KINDS` of convert/public/kinds.py.
+registry.py there, its table of weights here, and an entry in `KINDS` of public/kinds.py.
 """
 
 import dataclasses
@@ -13,8 +13,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.public.keymap import KeyMap, Row, Weights, fill, same
-from convert.public.source import PICKLES, Source, config_of, find_source
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.module import read_part
 from mlx_snapgen.config import TAEW2_1, AutoencoderConfig
@@ -22,6 +20,8 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import NUM_GROUPS
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.public.keymap import KeyMap, Row, Weights, fill, same
+from mlx_snapgen.public.source import PICKLES, Source, config_of, find_source
 
 
 @dataclass(frozen=True)
@@ -316,4 +316,4 @@ KL = PublicAutoencoder(KL_KEYS, _described(lambda values, _: kl_config(values)),
 FLUX2 = PublicAutoencoder(FLUX2_KEYS, _described(flux2_config), "AutoencoderKLFlux2")
 TAEHV = PublicAutoencoder(TAEHV_KEYS, lambda source, public: taehv_config(public, source.path))
 AUTOENCODERS = {"qwen-image-vae": QWEN_IMAGE, "kl-vae": KL, "flux2-vae": FLUX2, "taehv": TAEHV}
-"""By kind, as in `convert.public.kinds`."""
+"""By kind, as in `mlx_snapgen.public.kinds`."""

@@ -4,12 +4,12 @@ import functools
 import re
 from pathlib import Path
 
-from convert.public.keymap import Weights
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
-from mlx_snapgen.lora.files import public_name, read_lora
+from mlx_snapgen.lora.files import CONFIG_KEY, config_beside, public_name, read_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.public.keymap import Weights
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS
 
@@ -55,9 +55,9 @@ def lora_weights(path: Path, public: Weights) -> Weights:
 
 def lora_metadata(path: Path) -> dict[str, str]:
     """The entries of a file's header that are needed to load it."""
-    metadata = {"format": "mlx"}
+    metadata = {"format": "mlx"} | config_beside(path)
     if path.suffix == ".safetensors":
         _, header = read_lora(path)
-        kept = ("base_model", "lora_adapter_metadata")
+        kept = ("base_model", CONFIG_KEY)
         metadata |= {name: value for name, value in header.items() if name in kept}
     return metadata

@@ -2,10 +2,11 @@
 
 A kind has the name of its network in config.json, a table of its weights, and a function that plans
 the output. Streaming, types, quantization and the report are the same for all kinds, in
-`convert.public.convert`. A new autoencoder or text encoder also needs its network under
+`mlx_snapgen.public.convert`. A new autoencoder or text encoder also needs its network under
 mlx_snapgen/networks/ (autoencoders/registry.py lists the places), and its table under keys/.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,12 +14,6 @@ from typing import Any
 
 import mlx.nn as nn
 
-from convert.public.keymap import Renaming, Weights
-from convert.public.keys.autoencoders import AUTOENCODERS
-from convert.public.keys.gemma import GEMMA_FILES, GEMMA_KEYS, gemma_config, gemma_shapes
-from convert.public.keys.lora import lora_metadata, lora_name, lora_weights
-from convert.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
-from convert.public.source import Source, config_of
 from mlx_snapgen.checkpoint import clip, clip_towers
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
 from mlx_snapgen.config import to_dict
@@ -26,6 +21,12 @@ from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
+from mlx_snapgen.public.keymap import Renaming, Weights
+from mlx_snapgen.public.keys.autoencoders import AUTOENCODERS
+from mlx_snapgen.public.keys.gemma import GEMMA_FILES, GEMMA_KEYS, gemma_config, gemma_shapes
+from mlx_snapgen.public.keys.lora import lora_metadata, lora_name, lora_weights
+from mlx_snapgen.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
+from mlx_snapgen.public.source import Source, config_of
 from mlx_snapgen.teachers.folder import quantizable
 
 Config = Callable[[dict[str, int] | None], dict[str, Any]]
@@ -153,6 +154,40 @@ def _gemma(source: Source, public: Weights) -> Plan:
     return Plan(weights, "model.safetensors", finish, gemma_shapes(config), layers, files)
 
 
+QWEN_NAME = re.compile(
+    r"(embed_tokens|norm|layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm))\."
+)
+
+
+def _qwen_name(key: str) -> str | None:
+    """mlx-lm's name of a weight of the text tower, in any known layout; None for other towers."""
+    name = key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    if name.startswith(("visual.", "vision_tower.", "lm_head.")):
+        return None
+    if not QWEN_NAME.match(name):
+        raise UserError(f"'{key}' belongs to no Qwen language model")
+    return f"model.{name}"
+
+
+def _qwen(source: Source, public: Weights) -> Plan:
+    """A folder in mlx-lm's format, without a tokenizer: the text encoder of a public model."""
+    config = config_of(source)
+    named = {_qwen_name(key): value for key, value in public.items()}
+    weights = {name: value for name, value in named.items() if name is not None}
+
+    def finish(how: dict[str, int] | None) -> dict[str, Any]:
+        return config if how is None else config | {"quantization": how}
+
+    def layers(group_size: int) -> list[str]:
+        return [
+            key.removesuffix(".weight")
+            for key, value in weights.items()
+            if value.ndim == 2 and value.shape[-1] % group_size == 0
+        ]
+
+    return Plan(weights, "model.safetensors", finish, None, layers)
+
+
 def _lora(source: Source, public: Weights) -> Plan:
     weights = lora_weights(source.path, public)
     return Plan(weights, "lora.safetensors", metadata=lora_metadata(source.files[0]))
@@ -233,6 +268,19 @@ KINDS: dict[str, Kind] = {
         "",
         _teacher,
         ("Flux2Transformer2DModel",),
+    ),
+    "qwen": Kind(
+        "a Qwen3 or Qwen2.5-VL as text encoder of a public model, in mlx-lm's format",
+        Renaming(_qwen_name),
+        "not needed for the text's states",
+        _qwen,
+        (
+            "Qwen3ForCausalLM",
+            "Qwen3Model",
+            "Qwen2_5_VLForConditionalGeneration",
+            "qwen3",
+            "qwen2_5_vl",
+        ),
     ),
     "lora": Kind(
         "a LoRA with the keys of diffusers, PEFT or kohya", Renaming(lora_name), "", _lora
