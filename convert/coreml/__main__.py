@@ -67,6 +67,8 @@ def main() -> None:
     config, palettes = load_config(folder), load_palettes(folder)
     settings = dataclasses.replace(settings, quantize=parse_bits(args.quantize, palettes))
     settings.check()
+    if settings.prompts is not None and settings.quantize is None:
+        raise UserError("--prompts-file names calibration prompts: add --quantize BITS")
     if palettes and settings.quantize is not None:
         check_palettes_fit(palettes, config, widths=settings.widths, prompts=settings.prompts)
     for width in settings.widths:

@@ -1,7 +1,6 @@
 """Exported packages run in numpy, and how far their results are from MLX's."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mlx_snapgen.checkpoint.model import fuse_few_step, load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import denoise_latents, encode_for
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
@@ -213,8 +213,8 @@ def read_report(folder: Path) -> tuple[str, str, bool]:
         UserError: no report.json, or a damaged one.
     """
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = read_object(folder / "report.json")
         width = report["widths"].split()[0]
         return width, report["precision"], report["quantization"] is not None
-    except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{folder}/report.json cannot be read ({error!r})") from None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.mil.ops import OPS
+from convert.mil.ops import OPS, Norms
 from convert.mil.program import Function, Literal, Operation, Package
 from convert.mil.weights import TensorType
 from mlx_snapgen.errors import UserError, nearest
@@ -34,6 +34,9 @@ class Interpreter:
         keep_float32: do not round to fp16 between operations.
         keep_weights: cache decompressed weights between runs, in the type of the program. False
             decompresses them at every use, for large models.
+        norms: how the means of an fp16 program are computed: "float32", "fp16 squares" (squares
+            are rounded to fp16, the sums are not) or "fp16 sums" (sums are rounded too). What is
+            over fp16's range is infinite.
 
     Raises:
         UserError: a package that cannot be read, no such function, or an unknown operation.
@@ -48,11 +51,13 @@ class Interpreter:
         function: str | None = None,
         keep_float32: bool = False,
         keep_weights: bool = True,
+        norms: Norms = "float32",
     ):
         self.package = package if isinstance(package, Package) else Package(package)
         self.function_name = self.package.default_function if function is None else function
         self._function = self.package.function(function)
         self._keep_float32, self._keep_weights = keep_float32, keep_weights
+        self._norms: Norms = norms
         for i, operation in enumerate(self._function.operations):
             if operation.type != "const" and operation.type not in OPS:
                 raise UserError(
@@ -148,6 +153,9 @@ class Interpreter:
             with np.errstate(
                 all="ignore"
             ):  # the program itself may have masks of -inf and overflow in fp16
+                if operation.type in ("layer_norm", "reduce_mean"):
+                    (kind,) = operation.outputs.values()
+                    arguments["norms"] = self._norms if kind.dtype == "fp16" else "float32"
                 made = OPS[operation.type](**arguments)
                 made = made if isinstance(made, list) else [made]
                 rounded = {

@@ -8,6 +8,7 @@ axes are arrays too. The result is an array, or a list if an operation has sever
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def _reduction(f: Callable) -> Callable:
 OPS |= {
     f"reduce_{name}": _reduction(f)
     for name, f in {
-        **{"sum": np.sum, "mean": np.mean, "max": np.max, "min": np.min, "prod": np.prod},
+        **{"sum": np.sum, "max": np.max, "min": np.min, "prod": np.prod},
         "sum_square": lambda x, **how: np.sum(x * x, **how),
         "l1_norm": lambda x, **how: np.sum(np.abs(x), **how),
         "l2_norm": lambda x, **how: np.sqrt(np.sum(x * x, **how)),
@@ -146,13 +147,34 @@ def softmax(x, axis=-1):
     return x / np.sum(x, int(axis), keepdims=True)
 
 
+Norms = Literal["float32", "fp16 squares", "fp16 sums"]
+"""How an engine computes the means of a norm; see `convert.mil.execution.Interpreter`."""
+
+
+def _mean(x, axes, norms: Norms):
+    if norms != "fp16 sums":
+        return np.mean(x, axes, keepdims=True)
+    total = np.sum(x.astype(np.float16), axes, dtype=np.float16, keepdims=True)
+    return total.astype(np.float32) / math.prod(x.shape[a] for a in axes)
+
+
 @_op
-def layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5):
+def reduce_mean(x, axes=None, keep_dims=False, norms: Norms = "float32"):
+    axes = tuple(range(x.ndim)) if axes is None else ints(axes)
+    mean = _mean(x, axes, norms)
+    return mean if keep_dims else np.squeeze(mean, axes)
+
+
+@_op
+def layer_norm(x, axes=None, gamma=None, beta=None, epsilon=1e-5, norms: Norms = "float32"):
     axes = range(x.ndim) if axes is None else ints(axes)
     axes = tuple(a % x.ndim for a in axes)
     shape = [n if i in axes else 1 for i, n in enumerate(x.shape)]
-    x = x - np.mean(x, axes, keepdims=True)
-    x = x / np.sqrt(np.mean(x * x, axes, keepdims=True) + epsilon)
+    x = x - _mean(x, axes, norms)
+    squares = x * x
+    if norms != "float32":
+        squares = squares.astype(np.float16).astype(np.float32)
+    x = x / np.sqrt(_mean(squares, axes, norms) + epsilon)
     x = x if gamma is None else x * gamma.reshape(shape)
     return x if beta is None else x + beta.reshape(shape)
 

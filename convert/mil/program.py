@@ -7,7 +7,6 @@ program as mlmodel/format/MIL.proto describes it. The few fields that matter are
 format here, so that the check of an export shares no code with the exporter.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from convert.mil.weights import DTYPES, Blob, TensorType, WeightFile, unpack
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import read_object
 
 Constant = np.ndarray | str | list | Blob
 
@@ -111,7 +111,13 @@ class _Message:
         return number in self._fields
 
     def message(self, number: int) -> "_Message":
-        return _Message(self._fields[number][-1]) if self.has(number) else _Message()
+        return _Message(self._bytes(number)) if self.has(number) else _Message()
+
+    def _bytes(self, number: int) -> Any:
+        value = self._fields[number][-1]
+        if isinstance(value, int):
+            raise ValueError(f"field {number} is a number, not a message")
+        return value
 
     def messages(self, number: int) -> list["_Message"]:
         return [_Message(value) for value in self.all(number)]
@@ -120,7 +126,7 @@ class _Message:
         return self._fields[number][-1] if self.has(number) else 0
 
     def text(self, number: int) -> str:
-        return bytes(self._fields[number][-1]).decode() if self.has(number) else ""
+        return bytes(self._bytes(number)).decode() if self.has(number) else ""
 
     def entries(self, number: int) -> dict[str, "_Message"]:
         """A map from strings to messages."""
@@ -240,7 +246,7 @@ class Package:
             self.functions = {n: _function(m) for n, m in program.entries(2).items()}
         except UserError:
             raise
-        except (OSError, ValueError, IndexError, KeyError) as error:
+        except (OSError, ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{self.model_file} is damaged ({error!r}): export it again") from None
 
     def function(self, name: str | None = None) -> Function:
@@ -273,10 +279,13 @@ def _model_file(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"no package {path}")
     try:
-        manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
+        manifest = read_object(path / "Manifest.json")
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
-        return path / "Data" / item["path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = path / "Data" / item["path"]
+        if ".." in found.parts or not found.is_relative_to(path):
+            raise ValueError(f"{item['path']} is outside of the package")
+        return found
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is no .mlpackage: its Manifest.json cannot be read ({error!r})"
         ) from None

@@ -8,6 +8,7 @@ in `convert.pytorch.layers`. Names and order of channels are those of the MLX ne
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(config, attend)
         self.ffn = FeedForward(config.hidden_size, ffn_ratio)
         self.modulation = Table(6, config.hidden_size)
+        self.norm = partial(normalized, channels=config.hidden_size, eps=1e-6)
 
     def forward(
         self,
@@ -106,10 +108,10 @@ class Block(nn.Module):
         cells: Grid | None = None,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(modulation)
-        h = normalized(x, 1e-6) * (1 + scale_a) + shift_a
+        h = self.norm(x) * (1 + scale_a) + shift_a
         x = x + gate_a * self.self_attention(h, grid, cells)
         x = x + self.cross_attention(x, text, bias, present)
-        h = normalized(x, 1e-6) * (1 + scale_f) + shift_f
+        h = self.norm(x) * (1 + scale_f) + shift_f
         return x + gate_f * self.ffn(h)
 
 
@@ -167,11 +169,12 @@ class Head(nn.Module):
         super().__init__()
         self.modulation = Table(2, config.hidden_size)
         self.linear = linear(config.hidden_size, config.patch_size**2 * config.latent_channels)
+        self.norm = partial(normalized, channels=config.hidden_size, eps=1e-6)
         self.patch = config.patch_size
 
     def forward(self, x: Tensor, embedding: Tensor, grid: Grid) -> Tensor:
         shift, scale = self.modulation(torch.cat([embedding, embedding], 1))
-        v = self.linear(normalized(x, 1e-6) * (1 + scale) + shift)
+        v = self.linear(self.norm(x) * (1 + scale) + shift)
         return F.pixel_shuffle(grid.picture(v), self.patch)
 
 

@@ -1,10 +1,11 @@
 """The folder that `convert.to_torch` writes; imports neither torch nor mlx."""
 
-import json
 from pathlib import Path
 
 from mlx_snapgen.config import ModelConfig, from_dict
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
+from mlx_snapgen.settings import parse_width
 
 FORMAT = "mlx_snapgen for PyTorch, 1"
 
@@ -23,12 +24,12 @@ def twin_files(config: ModelConfig) -> list[str]:
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
     """The config of the one width in `folder`, and its name; `UserError`: no such folder."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise KeyError("format")
-        width = values.pop("width")
+        values = read_object(folder / "config.json")
+        if values.pop("format", None) != FORMAT:
+            raise UserError(f"its format is not '{FORMAT}'")
+        width = parse_width(values.pop("width", None)).name
         return from_dict(ModelConfig, values), width
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except UserError as error:
         raise UserError(
-            f"{folder} is not a model for PyTorch ({error!r}): write it with convert.to_torch"
+            f"{folder} is not a model for PyTorch ({error}): write it with convert.to_torch"
         ) from None

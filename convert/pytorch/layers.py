@@ -3,7 +3,13 @@
 Tokens are (B, C, 1, N), channels first and the N tokens of a grid in raster order; pictures and
 latents are (B, C, H, W). Every linear layer is a 1x1 convolution, as in SnapGen++ on the phone and
 as Apple recommends for the Neural Engine.
+
+Norms divide their input by `norm_scale` before they square it. An engine may square or sum in
+float16, whose largest number is 65504, and the residual's sums of squares reach 900,000 at t = 1.
+The divisor is a power of two, so in float32 no bit of the result changes.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +20,19 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, bias=bias)
 
 
-def normalized(x: Tensor, eps: float, dim: int = 1) -> Tensor:
-    """LayerNorm over `dim` without affine parameters."""
+def norm_scale(channels: int) -> int:
+    """The power of two from sqrt(channels) on: x / scale has squares whose sum is at most x's mean
+    square.
+    """
+    return 2 ** math.ceil(math.log2(channels) / 2)
+
+
+def normalized(x: Tensor, channels: int, *, eps: float, dim: int = 1) -> Tensor:
+    """LayerNorm over the `channels` of `dim`, without affine parameters."""
+    scale = norm_scale(channels)
+    x = x * (1 / scale)
     x = x - x.mean(dim, keepdim=True)
-    return x * torch.rsqrt((x * x).mean(dim, keepdim=True) + eps)
+    return x * torch.rsqrt((x * x).mean(dim, keepdim=True) + eps / scale**2)
 
 
 class LayerNorm(nn.Module):
@@ -29,10 +44,11 @@ class LayerNorm(nn.Module):
         shape[dim] = channels
         self.weight = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape))
-        self.dim, self.eps = dim, eps
+        self.channels, self.dim, self.eps = channels, dim, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalized(x, self.eps, self.dim) * self.weight + self.bias
+        x = normalized(x, self.channels, eps=self.eps, dim=self.dim)
+        return x * self.weight + self.bias
 
 
 class RMSNorm(nn.Module):
@@ -41,9 +57,11 @@ class RMSNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.eps = eps
+        self.scale = norm_scale(channels)
+        self.eps = eps / self.scale**2
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * (1 / self.scale)
         return x * torch.rsqrt((x * x).mean(1, keepdim=True) + self.eps) * self.weight
 
 

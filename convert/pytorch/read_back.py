@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from convert.public.source import load_tensors, read_object
 from convert.pytorch.folder import FORMAT, read_config
 from convert.pytorch.weights import FOLDED, SHUFFLED, twin_name, twins
 from mlx_snapgen.checkpoint.config import load_config
@@ -25,8 +24,9 @@ from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretr
 from mlx_snapgen.checkpoint.module import Quantization, check_fit, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import new_folder
+from mlx_snapgen.files import new_folder, read_object
 from mlx_snapgen.settings import check_width, parse_width
+from mlx_snapgen.tensor_files import load_tensors
 
 
 def is_student(folder: Path) -> bool:

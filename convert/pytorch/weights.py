@@ -13,11 +13,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from convert.public.stream import Entry, write_new
 from convert.pytorch.folder import FORMAT, twin_files
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.files import new_folder
+from mlx_snapgen.public.stream import Entry, write_new
 
 Weights = dict[str, Callable[[], np.ndarray]]
 """Functions that make one weight each, so that no second copy of a network is in memory."""

@@ -63,6 +63,7 @@ def test_a_resolution_is_one_number_or_two():
         (["--height", "0"], "0 is not between 1 and"),
         (["--chunks", "0"], "0 is not between 1 and"),
         (["--prompts-file", "/dev/null"], "/dev/null has no prompts"),
+        (["--prompts-file", str(ROOT / "LICENSE")], "add --quantize BITS"),
         (["--model-width", "tiny"], "transformer.safetensors is missing"),
     ],
 )
