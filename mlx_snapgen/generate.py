@@ -14,8 +14,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_snapgen.checkpoint.config import ModelFolder, load_vocabulary
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import load_vocabulary
 from mlx_snapgen.cli.generate_options import build_parser, is_folder
 from mlx_snapgen.cli.interactive import Session
 from mlx_snapgen.cli.notices import announce, peak_process_bytes, short_warnings
@@ -23,8 +22,9 @@ from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.metadata import MAX_PIXELS, foreign, read_settings, save_picture, slug
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
-from mlx_snapgen.settings import DrawSettings, ModelChoice, check_width
+from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
 
 LABELS = {"colours": "colors", "recolourable": "nouns that take a color"}
 """Shown names of vocabulary.json's keys."""
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with short_warnings():
         settings, choice, origin = _settings(args)
         if args.vocabulary:
-            return _print_vocabulary(find_model(choice.model, revision=choice.revision), args.json)
+            return _print_vocabulary(open_model(choice).path, args.json)
         load = functools.partial(_load, origin=origin)
         draw = functools.partial(_draw, args=args)
         if args.interactive:
@@ -92,8 +92,8 @@ def _load(
     choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]
 ) -> SnapGenPipeline:
     """Load the pipeline, after a check that the model supports the width and the settings."""
-    folder = ModelFolder.open(choice.model, revision=choice.revision)
-    check_width(folder.config, choice.model_width)
+    folder = open_model(choice)
+    check_choice(folder.config, choice)
     settings.resolved(folder.config)
     dtype = None
     if origin.get("device") == mx.default_device().type.name:

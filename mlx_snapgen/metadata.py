@@ -49,7 +49,7 @@ RANGES = {
     "width": (1, 1 << 20),
     "num_inference_steps": (1, MAX_STEPS),
     "guidance_scale": (-1e6, 1e6),
-    "quantize": (2, 8),
+    "quantize": (0, 8),
 }
 """Field -> smallest and largest value in a picture."""
 MAX_PIXELS = 1 << 22
@@ -105,6 +105,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if text is None:
         raise UserError(f"{path} carries no settings: it was saved without them, or edited later")
     try:
+        # `read_settings` names the values that are out of range.
         values = json.loads(text)
     except (ValueError, RecursionError):
         values = None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,30 @@ from mlx_snapgen.checkpoint.model import (
     load_text_encoders,
     save_pretrained,
 )
-from mlx_snapgen.checkpoint.module import Quantization
+from mlx_snapgen.checkpoint.module import Quantization, on_device
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
 from mlx_snapgen.draw import denoise_latents, encode_for, in_mode
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
-from mlx_snapgen.lora.files import load_lora, read_lora
+from mlx_snapgen.lora.files import load_lora, lora_words, read_lora
 from mlx_snapgen.metadata import record_choice, record_settings
 from mlx_snapgen.networks.elastic import extract
+from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.prompt_check import check_prompts
 from mlx_snapgen.quantize.runtime import quantize_transformer
-from mlx_snapgen.sampling import get_schedule
-from mlx_snapgen.settings import DrawSettings, ModelChoice, check_width
+from mlx_snapgen.sampling import Step, denoise, get_noise, get_schedule
+from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
+from mlx_snapgen.teachers.base import Condition
+from mlx_snapgen.teachers.flow import shifted_levels
+from mlx_snapgen.teachers.folder import (
+    PROMPT_FORMATS,
+    TeacherFolder,
+    load_flow_teacher,
+    load_prompts,
+)
+from mlx_snapgen.teachers.memory import check_memory
 
 
 class PromptWarning(UserWarning):
@@ -83,12 +95,15 @@ class SnapGenPipeline:
         *,
         reload_text_encoders: Callable[[], list[Any]] | None = None,
     ):
-        self.config, self.choice = components.config, choice or ModelChoice()
+        self.config: Any = components.config
+        self.choice = choice or ModelChoice()
         self._prompts = PromptEncoder(components.text_encoders, reload_text_encoders)
         self._components = dataclasses.replace(components, text_encoders=[])
         self.transformer = components.transformer
         self.autoencoder = components.autoencoder
         self.vocabulary = components.vocabulary
+        # Of the merged LoRAs; None: any.
+        self._lora_words: list[str] | None = []
         self.dtype = self.transformer.dtype
 
     @classmethod
@@ -96,7 +111,7 @@ class SnapGenPipeline:
         cls,
         model: str | Path | ModelChoice | None = None,
         *,
-        folder: ModelFolder | None = None,
+        folder: ModelFolder | TeacherFolder | None = None,
         dtype: mx.Dtype | None = None,
         **choice: Any,
     ) -> "SnapGenPipeline":
@@ -104,7 +119,7 @@ class SnapGenPipeline:
 
         Args:
             model: folder, Hugging Face repository "owner/name", None for the built-in model, or a
-                whole `ModelChoice`.
+                whole `ModelChoice`. Public models are loaded as a `PublicPipeline`.
             folder: the open folder of `model`; None opens it.
             dtype: see `checkpoint.model.load_pretrained`.
             choice: fields of `ModelChoice`, such as `model_width="tiny"`.
@@ -115,12 +130,16 @@ class SnapGenPipeline:
         if not isinstance(model, ModelChoice):
             model = ModelChoice(None if model is None else str(model))
         chosen = dataclasses.replace(model, **choice)
-        folder = folder or ModelFolder.open(chosen.model, revision=chosen.revision)
+        folder = folder or open_model(chosen)
         # Record the commit that a branch or tag refers to now.
         chosen = dataclasses.replace(chosen, model=folder.source, revision=folder.revision)
-        share = check_width(folder.config, chosen.model_width).share
-        for path, _ in chosen.loras:
-            read_lora(path)  # a missing file is found before the model is loaded
+        share = check_choice(folder.config, chosen).share
+        if isinstance(folder, TeacherFolder):
+            chosen = dataclasses.replace(chosen, quantize=folder.quantize)
+            return PublicPipeline(folder, chosen, dtype=dtype)
+        chosen = dataclasses.replace(chosen, quantize=chosen.quantize or None)
+        # A missing file is found before the model is loaded.
+        words = [lora_words(read_lora(path)[1]) for path, _ in chosen.loras]
         components = load_pretrained(
             folder,
             dtype=dtype,
@@ -138,7 +157,9 @@ class SnapGenPipeline:
             components = _with_loras(components, chosen.loras, share=share)
         if chosen.quantize is not None:
             quantize_transformer(components.transformer, chosen.quantize)
-        return cls(components, chosen, reload_text_encoders=reload)
+        made = cls(components, chosen, reload_text_encoders=reload)
+        made._lora_words = None if None in words else [w for some in words for w in some or ()]
+        return made
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -199,8 +220,7 @@ class SnapGenPipeline:
         if not isinstance(wanted.prompt, str) or not wanted.prompt.strip():
             raise UserError("the prompt is empty: say what to draw")
         resolved = wanted.resolved(self.config)
-        for text in check_prompts(resolved, self._prompts.tokenizers, vocabulary=self.vocabulary):
-            warnings.warn(text, PromptWarning, stacklevel=2)
+        self._check(resolved)
         return self._steps(resolved)
 
     def describe(self) -> dict[str, Any]:
@@ -214,25 +234,25 @@ class SnapGenPipeline:
             **record_choice(self.choice),
         }
 
-    def _steps(self, settings: DrawSettings) -> Iterator[GenerationStep]:
-        text, mask = encode_for(
+    def _check(self, settings: DrawSettings) -> None:
+        """Warn about prompts, before anything is computed."""
+        for text in check_prompts(
             settings,
-            [settings.prompt],
-            config=self.config,
-            encode=lambda prompts: self._prompts(prompts, self.transformer),
-        )
-        self._prompts.free()
-        network = in_mode(self.transformer, settings, config=self.config)
-        assert settings.seed is not None and settings.time_shift is not None
-        sampler = settings.sampler(self.config)
-        steps, scale = sampler.num_inference_steps, sampler.guidance_scale
-        schedule = get_schedule(steps, settings.time_shift)
+            self._prompts.tokenizers,
+            vocabulary=self.vocabulary,
+            lora_words=self._lora_words,
+        ):
+            warnings.warn(text, PromptWarning, stacklevel=3)
+
+    def _steps(self, settings: DrawSettings) -> Iterator[GenerationStep]:
+        text = self._encode(settings)
+        assert settings.seed is not None
+        schedule = self._schedule(settings)
+        steps, scale = len(schedule) - 1, settings.guidance_scale
         metadata = self.describe() | record_settings(settings)
         for k in range(settings.num_images):
             seed = settings.seed + k
-            for step in denoise_latents(
-                network, text, mask, seeds=[seed], settings=settings, config=self.config
-            ):
+            for step in self._denoise(text, settings, seed=seed):
                 if not mx.isfinite(step.x_t).all().item():
                     raise UserError(
                         f"latents are not finite at step {step.index + 1} of {steps} (seed "
@@ -250,10 +270,128 @@ class SnapGenPipeline:
                     metadata=metadata | {"seed": seed},
                 )
 
+    def _encode(self, settings: DrawSettings) -> Any:
+        """The text that `_denoise` takes; the text encoders are freed if they can be loaded."""
+        text, mask = encode_for(
+            settings,
+            [settings.prompt],
+            config=self.config,
+            encode=lambda prompts: self._prompts(prompts, self.transformer),
+        )
+        self._prompts.free()
+        return text, mask
+
+    def _schedule(self, settings: DrawSettings) -> list[float]:
+        """The noise levels of a picture."""
+        assert settings.num_inference_steps is not None and settings.time_shift is not None
+        return get_schedule(settings.num_inference_steps, settings.time_shift)
+
+    def _denoise(self, text: Any, settings: DrawSettings, *, seed: int) -> Iterator[Step]:
+        """One picture, from `_encode`'s text and the noise of a seed."""
+        network = in_mode(self.transformer, settings, config=self.config)
+        yield from denoise_latents(
+            network, *text, seeds=[seed], settings=settings, config=self.config
+        )
+
     def decode(self, latents: mx.array) -> Image.Image:
         """Latents (1, h, w, C) -> RGB picture of 8h x 8w pixels."""
         x = self.autoencoder.decode(latents.astype(mx.float32))
         return Image.fromarray(to_uint8(x[0]))
+
+
+class PublicPipeline(SnapGenPipeline):
+    """A public model ready to draw.
+
+    The text encoder is freed after encoding and loaded again for the next prompt that is not in the
+    cache. The transformer is read when the first picture starts.
+
+    Args:
+        folder: the model.
+        choice: how it was loaded, for the pictures' metadata.
+        dtype: see `load_flow_teacher`.
+    """
+
+    CACHED_PROMPTS = 32
+
+    def __init__(
+        self, folder: TeacherFolder, choice: ModelChoice, *, dtype: mx.Dtype | None = None
+    ):
+        self.config, self.choice = folder.config, choice
+        self._dtype, self._folder = on_device(dtype), folder
+        self.teacher, self.autoencoder = load_flow_teacher(folder.path, lazy=True, dtype=dtype)
+        self.transformer, self.vocabulary = self.teacher.network, None
+        parameters = flat_parameters(self.transformer).values()
+        self.dtype = next(p.dtype for p in parameters if mx.issubdtype(p.dtype, mx.floating))
+        self._texts: OrderedDict[str, tuple[mx.array, mx.array]] = OrderedDict()
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoder; loaded again if it was freed."""
+        if self.teacher.prompts is None:
+            self.teacher.prompts = load_prompts(
+                self._folder.path, self._folder.config, dtype=self._dtype
+            )
+        return [self.teacher.prompts]
+
+    @property
+    def components(self) -> Components:
+        """Not for a public model."""
+        raise UserError(f"{self.config.name} is a public model: it has no components of this kind")
+
+    def save_pretrained(self, folder: str | Path, quantize: Quantization | None = None) -> None:
+        """Not for a public model, which `convert.teacher` writes."""
+        raise UserError(f"{self.config.name} is a public model: convert it with convert.teacher")
+
+    def _check(self, settings: DrawSettings) -> None:
+        """`UserError` for a picture that needs more memory than this machine has."""
+        assert settings.height is not None and settings.width is not None
+        check_memory(self._folder, settings.height, settings.width)
+
+    def _encode(self, settings: DrawSettings) -> Condition:
+        text = self._text(settings.prompt)
+        away = text
+        if settings.guidance_scale != 1:
+            empty = PROMPT_FORMATS[self._folder.config.kind].empty
+            away = self._text(settings.negative_prompt or empty)
+        while len(self._texts) > self.CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        if not self.choice.keep_text_encoders:
+            self.teacher.free_text_encoder()
+        return Condition(*text, *away)
+
+    def decode(self, latents: mx.array) -> Image.Image:
+        """See `SnapGenPipeline.decode`; first frees what the transformer left in MLX's cache."""
+        mx.clear_cache()
+        return super().decode(latents)
+
+    def _text(self, prompt: str) -> tuple[mx.array, mx.array]:
+        if prompt not in self._texts:
+            [encoder] = self.text_encoders
+            self._texts[prompt] = encoder([prompt])
+        self._texts.move_to_end(prompt)
+        return self._texts[prompt]
+
+    def _schedule(self, settings: DrawSettings) -> list[float]:
+        count, shift = settings.num_inference_steps, settings.time_shift
+        assert count is not None and shift is not None
+        mode = self._folder.config.sampler_for(count, settings.few_step)
+        return shifted_levels(mode, count, time_shift=shift)
+
+    def _denoise(self, text: Condition, settings: DrawSettings, *, seed: int) -> Iterator[Step]:
+        assert settings.height is not None and settings.width is not None
+        assert settings.guidance_scale is not None
+        scale, few_step = settings.guidance_scale, bool(settings.few_step)
+        autoencoder = self.autoencoder.config
+
+        def velocity(x_t: mx.array, sigma: float) -> mx.array:
+            v, _ = self.teacher.velocity_and_features(
+                x_t, mx.full((1,), sigma), text, guidance_scale=scale, few_step=few_step
+            )
+            return v
+
+        h, w = (side // autoencoder.downsampling for side in (settings.height, settings.width))
+        noise = get_noise(seed, h, w, autoencoder.latent_channels)
+        yield from denoise(velocity, noise, self._schedule(settings))
 
 
 def _with_loras(

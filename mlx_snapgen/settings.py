@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.config import ModelConfig, SamplerConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
 
 MAX_SEED = 2**63 - 1
@@ -48,23 +49,34 @@ def parse_width(name: str) -> Width:
     raise UserError(f"no model width '{name}'{nearest(str(name), WIDTH_NAMES)}, known: {known}")
 
 
-def held_widths(config: ModelConfig) -> tuple[Width, ...]:
+def held_widths(config: Description) -> tuple[Width, ...]:
     """The widths that the model of `config` has, the widest first."""
-    return tuple(width for width in WIDTHS if width.share in config.transformer.widths)
+    return tuple(width for width in WIDTHS if width.share in config.widths)
 
 
-def check_width(config: ModelConfig, name: str) -> Width:
+def check_width(config: Description, name: str) -> Width:
     """The width of this name; `UserError` unless the model of `config` has it."""
     width, held = parse_width(name), held_widths(config)
     if width not in held:
         names = ", ".join(width.name for width in held)
         raise UserError(
-            f"this model has no width '{name}', only {names}: choose one with model_width"
+            f"this model has no width '{name}', only {names}; choose one with --model-width or "
+            "--model-widths"
         )
     return width
 
 
-def check_size(config: ModelConfig, height: int, width: int) -> None:
+def check_choice(config: Description, choice: "ModelChoice") -> Width:
+    """The width of `choice`; `UserError` unless the model of `config` can be loaded so."""
+    width, can = check_width(config, choice.model_width), config.abilities()
+    if choice.loras and not can.loras:
+        raise UserError(f"LoRAs on {config.name} are not supported: leave out {choice.loras[0][0]}")
+    if choice.text_encoders is not None and not can.part_of_text_encoders:
+        raise UserError(f"{config.name} has one text encoder: do not choose any")
+    return width
+
+
+def check_size(config: Description, height: int, width: int) -> None:
     """`UserError` unless the network supports pictures of this size, and they fit into memory."""
     unit = config.size_unit
     for name, side in (("height", height), ("width", width)):
@@ -86,6 +98,15 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
             f"{width} x {height} takes at least {pixels * BYTES_PER_PIXEL / 2**30:.1f} GiB of "
             f"memory, and this machine has {memory / 2**30:.1f}: choose a smaller size"
         )
+
+
+def check_unicode(text: str, name: str) -> None:
+    """`UserError` for text that UTF-8 cannot hold, such as bytes of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        name = name.replace("_", " ")
+        raise UserError(f"the {name} has characters that are not valid UTF-8") from None
 
 
 def machine_memory() -> int:
@@ -115,7 +136,8 @@ class ModelChoice:
     model_width: str = "full"
     """Name of the network's width; only this sub-network stays in memory."""
     quantize: int | None = None
-    """Bits, 2 to 8, to quantize the transformer to in memory; None does not quantize."""
+    """Bits, 2 to 8, to quantize the transformer to in memory, or 0. Of a public model, 4 or 8: bits
+    of its conversion in the cache. None: 0, or for a public model by the machine's memory."""
     loras: tuple[tuple[str, float], ...] = ()
     """(file, scale) of LoRAs to merge into the weights, before width and quantization."""
     text_encoders: tuple[str, ...] | None = None
@@ -154,12 +176,14 @@ class DrawSettings:
     """Of the first picture; picture k has the seed `seed` + k. None: a random seed."""
     num_images: int = 1
 
-    def resolved(self, config: ModelConfig) -> "DrawSettings":
+    def resolved(self, config: Description) -> "DrawSettings":
         """These settings with the model's own values instead of None.
 
         Raises:
             UserError: a value that the model of `config` does not support.
         """
+        for name in ("prompt", "negative_prompt"):
+            check_unicode(getattr(self, name), name)
         mode = config.sampler_for(self.num_inference_steps, self.few_step)
         height, width = config.image_size
         height = height if self.height is None else self.height
@@ -171,21 +195,40 @@ class DrawSettings:
         if not math.isfinite(scale):
             raise UserError(f"guidance_scale must be a finite number, got {scale}")
         few_step = config.few_step is not None and mode is config.few_step
+        self._check_abilities(config, few_step=few_step, guidance_scale=scale)
+        steps = whole_number("num_inference_steps", steps, least=1, most=MAX_STEPS)
         shift = self.time_shift
-        shift = config.time_shift(height, width, few_step=few_step) if shift is None else shift
+        if shift is None:
+            shift = config.time_shift(height, width, few_step=few_step, num_inference_steps=steps)
         num_images = whole_number("num_images", self.num_images, least=1)
         seed = random_seed() if self.seed is None else self.seed
         return dataclasses.replace(
             self,
             height=height,
             width=width,
-            num_inference_steps=whole_number("num_inference_steps", steps, least=1, most=MAX_STEPS),
+            num_inference_steps=steps,
             guidance_scale=scale,
             few_step=few_step,
             time_shift=shift,
             seed=whole_number("seed", seed, least=0, most=MAX_SEED - num_images + 1),
             num_images=num_images,
         )
+
+    def _check_abilities(
+        self, config: Description, *, few_step: bool, guidance_scale: float
+    ) -> None:
+        can = config.abilities(few_step=few_step)
+        who = f"{config.name} in its few-step mode" if few_step else config.name
+        if few_step and config.abilities() == can:
+            who = config.name
+        if not can.guidance and guidance_scale != 1:
+            raise UserError(
+                f"{who} has no guidance: leave out the guidance scale {guidance_scale:g}"
+            )
+        if not can.guidance and self.negative_prompt.strip():
+            raise UserError(f"{who} takes no negative prompt: leave it out")
+        if not can.attention_modulation and self.attention_modulation:
+            raise UserError(f"{who} has no attention modulation: leave it out")
 
     def sampler(self, config: ModelConfig) -> SamplerConfig:
         """The sampler of settings that are `resolved`."""

@@ -13,7 +13,7 @@ from typing import Any
 from apps.desktop.settings import Settings, start_folder
 from apps.desktop.theme import Theme
 from apps.desktop.widgets import Column, Slider
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 from mlx_snapgen.settings import WIDTH_NAMES, ModelChoice, parse_width
@@ -39,7 +39,7 @@ class Form(ttk.Notebook):
     def __init__(self, master: tk.Misc, theme: Theme, *, load: Callable[[], None]):
         super().__init__(master)
         self._theme, self._load = theme, load
-        self._config: ModelConfig | None = None
+        self._config: Description | None = None
         self.seed, self.locked = tk.StringVar(), tk.BooleanVar()
         self.model, self.model_width = tk.StringVar(), tk.StringVar()
         self.steps, self.guidance = tk.StringVar(), tk.StringVar()
@@ -47,6 +47,7 @@ class Form(ttk.Notebook):
         self.text_encoders = tk.StringVar()
         self._choices = {field: tk.StringVar() for _, field, _ in CHOICES}
         self._loras: list[tuple[str, tk.StringVar]] = []
+        self.sliders: dict[str, Slider] = {}
         pages = [self._page("Picture")]
         self._texts()
         self._seed()
@@ -148,15 +149,20 @@ class Form(ttk.Notebook):
         """Whether the negative prompt has an effect: unless guidance is off."""
         return not self.negative.muted
 
-    def adopt(self, config: ModelConfig, forget: bool) -> None:
-        """Offer the widths and sizes of a loaded model; `forget` clears the previous model's."""
+    def adopt(self, config: Description, forget: bool) -> None:
+        """Offer what a loaded model can do; `forget` clears the previous model's numbers."""
         self._config = config
         if forget:
             for variable in (self.steps, self.guidance, self.size):
                 variable.set("")
         for name, button in self._widths.items():
-            held = parse_width(name).share in config.transformer.widths
+            held = parse_width(name).share in config.widths
             button.state(["!disabled" if held else "disabled"])
+        can = config.abilities()
+        self.sliders["Guidance"].enable(can.guidance)
+        if not can.guidance:
+            self.guidance.set("1")
+        self.lora_button.state(["!disabled" if can.loras else "disabled"])
         unit = config.size_unit
         area = math.prod(config.image_size)
         sizes = [size_label(across, down, area=area, unit=unit) for across, down in RATIOS]
@@ -168,7 +174,7 @@ class Form(ttk.Notebook):
         """A random seed."""
         self.seed.set(str(secrets.randbelow(2**32)))
 
-    def _fill(self, config: ModelConfig) -> None:
+    def _fill(self, config: Description) -> None:
         """Fill empty fields with the model's own numbers."""
         sampler = config.sampler_for(None, None)
         height, width = config.image_size
@@ -268,6 +274,7 @@ class Form(ttk.Notebook):
         ):
             slider = Slider(self.inside, label, variable=variable, low=low, high=high, by=by)
             slider.grid(sticky="ew", pady=(0, 6))
+            self.sliders[label] = slider
         row = self._row("Size")
         self._size_field = ttk.Combobox(row, textvariable=self.size, width=19)
         self._size_field.grid(row=0, column=1, sticky="e")
@@ -281,7 +288,8 @@ class Form(ttk.Notebook):
 
     def _lora_rows(self) -> None:
         row = self._row("LoRA", heading=True)
-        ttk.Button(row, text="Add…", command=self._add_lora).grid(row=0, column=1, sticky="e")
+        self.lora_button = ttk.Button(row, text="Add…", command=self._add_lora)
+        self.lora_button.grid(row=0, column=1, sticky="e")
         self._lora_frame = ttk.Frame(self.inside)
         self._lora_frame.grid(sticky="ew")
         self._lora_frame.columnconfigure(0, weight=1)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from apps.worker.messages import Downloading, Event, Loaded, Loading, Picture, Progress
+from apps.worker.messages import Converting, Downloading, Event, Loaded, Loading, Picture, Progress
 from mlx_snapgen.settings import DrawSettings
 
 
@@ -55,7 +55,8 @@ class Run:
             self.share = event.done / event.total if event.total else 0.0
             done, total = event.done / 1e6, event.total / 1e6
             left = self._left(self.share)
-            self.status = f"Downloading {event.name}: {done:.0f} of {total:.0f} MB{left}"
+            verb = "Converting" if isinstance(event, Converting) else "Downloading"
+            self.status = f"{verb} {event.name}: {done:.0f} of {total:.0f} MB{left}"
         elif isinstance(event, Loading):
             self.share, self._started = 0.0, self._clock()
             self.status = "Loading the model…"

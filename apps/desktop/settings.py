@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import parse_json, whole_file
 from mlx_snapgen.metadata import read_settings
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
@@ -67,14 +68,16 @@ def load_settings(path: Path) -> tuple[Settings, str | None]:
     A damaged file is renamed. Unknown settings, and those of the wrong type, are ignored.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
+        data = path.read_bytes()
     except FileNotFoundError:
         return Settings(), None
     except OSError as error:
         return Settings(), f"cannot read {path}: {error.strerror}"
-    except (ValueError, RecursionError):
+    try:
+        values = parse_json(data, path)
+        if not isinstance(values, dict):
+            raise UserError("not an object")
+    except UserError:
         aside = _set_aside(path)
         return Settings(), f"the settings were damaged; the file is now {aside.name}"
     draw, choice, window = (

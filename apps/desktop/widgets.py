@@ -298,6 +298,12 @@ class Slider(ttk.Frame):
         self._scale.grid(row=1, column=0, columnspan=2, sticky="ew", pady=(4, 0))
         variable.trace_add("write", self._typed)
 
+    def enable(self, is_enabled: bool) -> None:
+        """Whether the number can be changed."""
+        state = ["!disabled" if is_enabled else "disabled"]
+        self.entry.state(state)
+        self._scale.state(state)
+
     def _moved(self, value: str) -> None:
         number = round(float(value) / self._by) * self._by
         self._variable.set(f"{number:g}")

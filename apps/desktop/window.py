@@ -33,7 +33,7 @@ from apps.worker.messages import (
     Picture,
     Progress,
 )
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.settings import ModelChoice
 
@@ -62,7 +62,7 @@ class Window(tk.Tk):
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self.worker = Worker(self._deliver)
         self.run: Run | None = None
-        self._loaded: tuple[ModelChoice, ModelConfig] | None = None
+        self._loaded: tuple[ModelChoice, Description] | None = None
         self._wanted = ModelChoice()
         self._browsing = False
         """Whether the user looks at other pictures during a job."""

@@ -19,7 +19,7 @@ from mlx_snapgen.cli.options import (
     integer,
     model_choice,
 )
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.settings import ModelChoice
 
@@ -133,7 +133,7 @@ async def _serve(args: argparse.Namespace) -> int:
     watching = asyncio.ensure_future(jobs.watch())
     try:
         names: dict[str, ModelChoice] = {}
-        configs: list[ModelConfig] = []
+        configs: list[Description] = []
         base = model_choice(args)
         # The default is loaded last, so that it is the last to leave the worker's memory.
         for width in reversed(args.model_widths):
@@ -173,7 +173,7 @@ async def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _load(jobs: Jobs, choice: ModelChoice) -> ModelConfig:
+async def _load(jobs: Jobs, choice: ModelChoice) -> Description:
     """Load a model in the worker; `UserError` if that fails."""
     drawing = jobs.submit(Job(choice))
     while True:

@@ -21,7 +21,9 @@ from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.request import ImageRequest, Limits, RequestError, is_loopback, parse_request
 from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import parse_json
 from mlx_snapgen.settings import ModelChoice
 
 MAX_BODY = 64 << 10
@@ -46,7 +48,7 @@ class Server:
         jobs: Jobs,
         models: Mapping[str, ModelChoice],
         *,
-        config: ModelConfig,
+        config: Description,
         limits: Limits,
         url_lifetime: float = 3600,
     ):
@@ -176,14 +178,9 @@ async def _read_json(request: Request) -> Any:
     except TimeoutError:
         raise RequestError("the body took too long to arrive", 408) from None
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        raise RequestError("the body is not JSON") from None
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RequestError("the body has half of a surrogate pair: send valid Unicode") from None
-    return values
+        return parse_json(bytes(body), "the body")
+    except UserError as error:
+        raise RequestError(f"{error}: send valid JSON") from None
 
 
 class Gone(Exception):

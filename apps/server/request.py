@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apps.worker.messages import Job
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.settings import MAX_SEED, DrawSettings, ModelChoice, check_size
 
@@ -73,7 +73,7 @@ class ImageRequest:
 
 
 def parse_request(
-    values: Any, models: Mapping[str, ModelChoice], *, config: ModelConfig, limits: Limits
+    values: Any, models: Mapping[str, ModelChoice], *, config: Description, limits: Limits
 ) -> ImageRequest:
     """The request in decoded JSON; `RequestError` names the wrong parameter.
 
@@ -189,7 +189,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _size(text: str | None, *, config: ModelConfig, limits: Limits) -> tuple[int, int]:
+def _size(text: str | None, *, config: Description, limits: Limits) -> tuple[int, int]:
     height, width = config.image_size
     most = 4 * height * width if limits.max_pixels is None else limits.max_pixels
     if text is not None and text != "auto":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from apps.worker.messages import (
     Cancel,
+    Converting,
     Downloading,
     Event,
     Failed,
@@ -31,9 +32,10 @@ from apps.worker.messages import (
 )
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.text_encoders import download_sources
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, slug
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 
@@ -52,7 +54,7 @@ class Engine:
         self._connection, self._keep = connection, keep
         self._jobs: deque[tuple[int, Job]] = deque()
         self._cancelled: set[int] = set()
-        self._pipelines: OrderedDict[ModelChoice, tuple[SnapGenPipeline, ModelConfig]] = (
+        self._pipelines: OrderedDict[ModelChoice, tuple[SnapGenPipeline, Description]] = (
             OrderedDict()
         )
         mx.set_cache_limit(cache_limit)
@@ -114,10 +116,14 @@ class Engine:
     def _load(self, number: int, choice: ModelChoice) -> SnapGenPipeline:
         if choice not in self._pipelines:
             self._send(Loading(number))
-            folder = ModelFolder.open(
-                choice.model, revision=choice.revision, progress=self._download(number)
+            folder = open_model(
+                choice,
+                progress=self._download(number),
+                converting=self._download(number, Converting),
+                say=lambda line: self._send(Notice(number, line)),
             )
-            download_sources(folder, self._download(number))
+            if isinstance(folder, ModelFolder):
+                download_sources(folder, self._download(number))
             while len(self._pipelines) >= self._keep:
                 self._pipelines.popitem(last=False)
             mx.clear_cache()
@@ -128,14 +134,14 @@ class Engine:
         self._send(Loaded(number, choice=choice, config=config))
         return pipeline
 
-    def _download(self, number: int):
+    def _download(self, number: int, event: type[Downloading] = Downloading):
         last = 0.0
 
         def report(name: str, done: int, total: int) -> None:
             nonlocal last
             if (now := time.monotonic()) - last >= REPORT_EVERY or done == total:
                 last = now
-                self._send(Downloading(number, name, done=done, total=total))
+                self._send(event(number, name, done=done, total=total))
 
         return report
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.description import Description
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 
@@ -37,16 +37,24 @@ class Downloading(Event):
 
 
 @dataclass(frozen=True)
+class Converting(Downloading):
+    """A part of a public model is converted, once."""
+
+
+@dataclass(frozen=True)
 class Loading(Event):
     pass
 
 
 @dataclass(frozen=True)
 class Loaded(Event):
-    """The model is ready; `config` is the whole model's, with all its widths."""
+    """The model is ready; `config` is the whole model's, with all its widths.
+
+    It is a `ModelConfig`, or a `TeacherConfig` of a public model.
+    """
 
     choice: ModelChoice
-    config: ModelConfig
+    config: Description
 
 
 @dataclass(frozen=True)

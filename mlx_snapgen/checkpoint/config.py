@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, is_built_in, local_folder
+from mlx_snapgen.checkpoint.hub import (
+    DownloadProgress,
+    find_model,
+    is_built_in,
+    local_folder,
+    quiet,
+)
 from mlx_snapgen.checkpoint.module import Part, check_quantization, check_version
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError
@@ -38,18 +44,29 @@ class ModelFolder:
         A `ModelFolder` is returned unchanged.
 
         Raises:
-            UserError: also if config.json is missing, foreign or too new.
+            UserError: also if config.json is missing, foreign or too new; of a repository, before
+                the other files are fetched.
         """
         if isinstance(model, ModelFolder):
             return model
-        path = find_model(model, revision=revision, progress=progress)
-        return cls(
-            path,
-            load_config(path),
-            source=None if is_built_in(model) else str(model),
-            # A repository's folder in the cache is named after its commit.
-            revision=path.name if local_folder(model) is None else None,
-        )
+        if local_folder(model) is not None:
+            path = find_model(model, revision=revision)
+            return cls(path, load_config(path), source=None if is_built_in(model) else str(model))
+        path = find_model(model, revision=revision, files=("config.json",), progress=quiet)
+        return cls.fetch(str(model), load_config(path), commit=path.name, progress=progress)
+
+    @classmethod
+    def fetch(
+        cls, repo: str, config: ModelConfig, *, commit: str, progress: DownloadProgress | None
+    ) -> "ModelFolder":
+        """Download the rest of a repository whose config is known.
+
+        Args:
+            commit: name of the repository's folder in the cache.
+            progress: see `find_model`.
+        """
+        path = find_model(repo, revision=commit, progress=progress)
+        return cls(path, config, source=repo, revision=commit)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -90,8 +107,6 @@ def load_config(folder: Path) -> ModelConfig:
         check_quantization(config.quantization or {}, components)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
-        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
     dims = tuple(encoder.hidden_size for encoder in config.text_encoders)
     if dims != config.transformer.text_dims:
         raise UserError(

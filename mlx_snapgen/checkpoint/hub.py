@@ -1,13 +1,15 @@
 """Find a model: a folder, a Hugging Face repository, or the model that comes with the package."""
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import check_link, expanded
 
 BUILT_IN = "stickers"
 """Name of the model that comes with the package."""
@@ -17,6 +19,10 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model")
 
 DownloadProgress = Callable[[str, int, int], None]
 """Called with (repository, bytes done, bytes in total), often and from several threads."""
+
+
+def quiet(name: str, done: int, total: int) -> None:
+    """A `DownloadProgress` that shows nothing, for small files."""
 
 
 def default_model_path() -> Path:
@@ -46,6 +52,7 @@ def local_folder(model: str | Path | None) -> Path | None:
     if is_built_in(model):
         return default_model_path()
     folder = expanded(str(model))
+    check_link(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give the model's folder")
     return folder if folder.is_dir() else None
@@ -82,23 +89,110 @@ def find_model(
     return _download(repo, revision=revision, files=files, progress=progress)
 
 
-def _download(
-    repo: str, *, revision: str | None, files: Sequence[str], progress: DownloadProgress | None
+@dataclass(frozen=True)
+class Repository:
+    """What a Hugging Face repository has, without its files."""
+
+    files: dict[str, int]
+    """Name -> bytes."""
+    license: str | None
+
+
+def read_repository(repo: str, revision: str | None = None) -> Repository | None:
+    """The files of a repository at a revision; None without a network.
+
+    Raises:
+        UserError: no such repository or revision.
+    """
+    import huggingface_hub
+
+    try:
+        with _clear_errors(repo, revision):
+            info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except UserError:
+        raise
+    except Exception:  # see `_download`
+        return None
+    tags = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
+    return Repository(
+        {file.rfilename: file.size or 0 for file in info.siblings or []}, next(iter(tags), None)
+    )
+
+
+def fetch(
+    repo: str, *, revision: str, files: Sequence[str], progress: DownloadProgress | None
 ) -> Path:
+    """The folder in the cache with all of these files of a repository.
+
+    Files that are there are not downloaded again, so that an interrupted call can be resumed.
+
+    Raises:
+        UserError: a file that is missing in the repository, no access, no network, no space.
+    """
+    return _download(repo, revision=revision, files=files, progress=progress, whole=True)
+
+
+def _download(
+    repo: str,
+    *,
+    revision: str | None,
+    files: Sequence[str],
+    progress: DownloadProgress | None,
+    whole: bool = False,
+) -> Path:
+    """See `find_model`, and with `whole`, where `files` are names, `fetch`."""
     import huggingface_hub
     from huggingface_hub import errors
 
     shown = {} if progress is None else {"tqdm_class": _reporting_bar(repo, progress)}
 
     def snapshot(**kwargs: Any) -> Path:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=list(files), **shown, **kwargs
             )
         )
+        missing = [name for name in files if whole and not (folder / name).is_file()]
+        if missing and not kwargs:
+            raise UserError(f"the repository {repo} has no file {missing[0]}: it is incomplete")
+        if missing:
+            raise errors.LocalEntryNotFoundError(missing[0])
+        return folder
 
     try:
-        return snapshot()
+        with _clear_errors(repo, revision):
+            return snapshot()
+    except UserError:
+        raise
+    except Exception as error:
+        # The exceptions for a network failure differ between versions of the hub client.
+        reason = (str(error).strip().splitlines() or ["no answer"])[0]
+        try:
+            return snapshot(local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            at = f" at revision {revision}" if revision else ""
+            reason = f"{type(error).__name__}: {reason}"
+            if whole:
+                raise UserError(
+                    f"the download of {repo} stopped ({reason}): run the same command again to "
+                    "resume"
+                ) from None
+            raise UserError(
+                f"no folder {repo}, and as a Hugging Face repository{at} it is not in the cache "
+                f"and cannot be fetched: {reason}"
+            ) from None
+
+
+@contextlib.contextmanager
+def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub refuses into a `UserError`; without the client's own warnings."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     except errors.HFValidationError:
         raise UserError(f"no model folder {repo}, and no name of a repository either") from None
     except errors.RevisionNotFoundError:
@@ -112,17 +206,8 @@ def _download(
             f"{repo} is neither a folder here nor a repository on Hugging Face (a private one "
             "needs `hf auth login`)"
         ) from None
-    except Exception as error:
-        # The exceptions for a network failure differ between versions of the hub client.
-        reason = (str(error).strip().splitlines() or ["no answer"])[0]
-        try:
-            return snapshot(local_files_only=True)
-        except errors.LocalEntryNotFoundError:
-            at = f" at revision {revision}" if revision else ""
-            raise UserError(
-                f"no folder {repo}, and as a Hugging Face repository{at} it is not in the cache "
-                f"and cannot be fetched: {type(error).__name__}: {reason}"
-            ) from None
+    finally:
+        logging.set_verbosity(before)
 
 
 def _reporting_bar(repo: str, progress: DownloadProgress) -> type:

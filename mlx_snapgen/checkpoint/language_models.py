@@ -1,6 +1,5 @@
 """Public language models as text encoders, through mlx-lm."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +9,10 @@ import mlx.nn as nn
 from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
 from mlx_snapgen.networks.text_encoders.qwen import PromptFormat, QwenPromptEncoder
+from mlx_snapgen.tensor_files import read_header
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 QWEN_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
@@ -31,6 +32,8 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
             'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
         ) from None
     try:
+        read_object(folder / "config.json")
+        check_files(folder)
         model, values = cast(Any, load_model(folder, lazy=True))
         tokenizer = load_tokenizer(folder)
     except Exception as error:
@@ -64,15 +67,13 @@ def load_qwen(
         from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
+    values = read_object(folder / "config.json")
     kind = values.get("model_type")
     if kind not in prompt_format.model_types:
         known = " or ".join(prompt_format.model_types)
         raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
     try:
+        check_files(folder)
         model, _ = load_model(
             folder, lazy=True, get_model_classes=lambda config: (_Tower, _Arguments)
         )
@@ -101,6 +102,12 @@ def load_qwen(
     if dtype is not None:
         tower.set_dtype(dtype)
     return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
+
+
+def check_files(folder: Path) -> None:
+    """`UserError` if a safetensors file of the folder is damaged: mlx-lm does not look."""
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)
 
 
 class _Arguments(dict):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, add_model_choice, add_sampling, integer
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_writable
+from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import WIDTH_NAMES
 
 EXAMPLES = """
@@ -19,6 +19,7 @@ examples:
   python -m mlx_snapgen.generate --config-from-image a-purple-car.png --steps 40
   python -m mlx_snapgen.generate --prompts-file prompts.txt --output pictures/ --json
   python -m mlx_snapgen.generate --interactive --model-width tiny
+  python -m mlx_snapgen.generate "a red fox in snow" --model Tongyi-MAI/Z-Image-Turbo
 
 --width and --height set the size of the picture in pixels. --model-width selects the size of the
 network: a smaller network is faster and makes more mistakes. The command never overwrites a file:
@@ -146,6 +147,7 @@ def _model_width(text: str) -> str:
 
 
 def _picture_path(text: str) -> str:
+    expanded(text)
     if is_folder(text):
         return _writable_folder(text)
     if Path(text).suffix.lower() != ".png":
@@ -153,6 +155,7 @@ def _picture_path(text: str) -> str:
             f"'{text}' is neither a name ending in .png nor a folder ending in /"
         )
     _writable_folder(str(Path(text).parent))
+    expanded(text)
     return text
 
 

@@ -41,7 +41,7 @@ SETTINGS = {
     "width": Setting("--model-width", "model_width", "network width", WIDTH_NAMES),
     "model": Setting("--model", "model", "folder or Hugging Face repository"),
     "lora": Setting("--lora", "loras", "LoRA file, then its scale"),
-    "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("0", "4", "8")),
+    "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("none", "4", "8")),
     "output": Setting("--output", "output", "a .png file, or a folder ending in /"),
 }
 COMMANDS = (*SETTINGS, "size", "show", "help", "quit")

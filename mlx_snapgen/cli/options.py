@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import check_writable
+from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES, DrawSettings, ModelChoice
 
 
@@ -44,7 +45,16 @@ class Parser(argparse.ArgumentParser):
                 continue
             print(f"warning: {old} is now {self.renamed[old]}", file=sys.stderr)
             given[i] = self.renamed[old] + word[len(old) :]
-        return super().parse_known_args(given, namespace)
+        for i, word in enumerate(given):
+            name, _, value = word.partition("=")
+            # The shell does so only where the value is a word of its own.
+            if name.startswith("--") and (value == "~" or value.startswith("~/")):
+                given[i] = f"{name}={os.path.expanduser(value)}"
+        found, rest = super().parse_known_args(given, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, Path):
+                setattr(found, name, expanded(value))
+        return found, rest
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -70,8 +80,10 @@ def add_model(parser: argparse._ActionsContainer, *, default: str | None = "stic
     )
 
 
-def add_model_widths(parser: argparse._ActionsContainer, *, default: Sequence[str] | None) -> None:
-    """`--model-widths`; None means all that the model has."""
+def add_model_widths(
+    parser: argparse._ActionsContainer, *, default: Sequence[str] | None, more: str = ""
+) -> None:
+    """`--model-widths`; None means all that the model has. The help ends with `more`."""
     shown = "all that the model has" if default is None else " ".join(default)
     parser.add_argument(
         "--model-widths",
@@ -79,7 +91,8 @@ def add_model_widths(parser: argparse._ActionsContainer, *, default: Sequence[st
         choices=WIDTH_NAMES,
         default=default,
         metavar="NAME",
-        help=f"network widths, one or more of full, small (1/2) and tiny (3/8) (default: {shown})",
+        help=f"network widths, one or more of full, small (1/2) and tiny (3/8){more} "
+        f"(default: {shown})",
     )
 
 
@@ -91,11 +104,11 @@ def add_model_choice(parser: argparse._ActionsContainer) -> None:
     add("--revision", metavar="REV", help="branch, tag or commit of a repository (default: main)")
     add(
         "--quantize",
-        type=int,
-        choices=(0, 4, 8),
+        type=_bits,
         metavar="BITS",
-        help="quantize the transformer in memory to 4 or 8 bits per weight, which saves memory on "
-        "a GPU; 0 does not change the stored weights (default: 0)",
+        help="quantize to 4 or 8 bits per weight, or none: the transformer in memory, or, of a "
+        "public model, transformer and text encoder in the cache (default: none; of a public "
+        "model: by the machine's memory)",
     )
     add(
         "--lora",
@@ -164,8 +177,7 @@ def draw_settings(args: argparse.Namespace, base: DrawSettings | None = None) ->
 def model_choice(args: argparse.Namespace, base: ModelChoice | None = None) -> ModelChoice:
     """`base` with its fields replaced by the options that were given."""
     base = base or ModelChoice()
-    choice = dataclasses.replace(base, **_given(base, args))
-    return dataclasses.replace(choice, quantize=choice.quantize or None)
+    return dataclasses.replace(base, **_given(base, args))
 
 
 def _given(base: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -185,6 +197,14 @@ class _LoRAs(argparse.Action):
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, f"{error} (prompts go before it)") from None
         setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), pair))
+
+
+def _bits(text: str) -> int:
+    """4 or 8; 0 for none."""
+    known = {"0": 0, "none": 0, "4": 4, "8": 8}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"takes 4, 8 or none, not '{text}'")
+    return known[text]
 
 
 def integer(least: int, most: int = MAX_SEED) -> Callable[[str], int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import decode_text, expanded
 
 
 def read_prompts(path: str | Path) -> Iterator[str]:
@@ -22,24 +23,30 @@ def read_prompts(path: str | Path) -> Iterator[str]:
             prompts.
     """
     if str(path) == "-":
-        return _prompts(sys.stdin, nullcontext(), name="stdin")
+        # Text of another encoding than UTF-8 in the terminal's locale stays an error.
+        lines = getattr(sys.stdin, "buffer", sys.stdin)
+        return _prompts(lines, nullcontext(), name="stdin")
+    path = expanded(path)
     try:
-        file = open(path, encoding="utf-8-sig")  # noqa: SIM115  (closed by the generator)
+        file = open(path, "rb")  # noqa: SIM115  (closed by the generator)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return _prompts(file, file, name=str(path))
 
 
 def _prompts(lines: Any, closing: Any, *, name: str) -> Iterator[str]:
+    """Lines of bytes, or of text from a stream that has none, end at \\n only."""
     count = 0
     with closing:
         try:
-            for line in lines:
-                prompt = line.strip()
+            for number, line in enumerate(lines, 1):
+                if isinstance(line, bytes):
+                    line = decode_text(line, f"{name}, line {number}")
+                prompt = line.removeprefix("\ufeff").strip()
                 if prompt and not prompt.startswith("#"):
                     count += 1
                     yield prompt
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"cannot read {name}: {error}") from None
+        except OSError as error:
+            raise UserError(f"cannot read {name}: {error.strerror}") from None
     if not count:
         raise UserError(f"{name} has no prompts")

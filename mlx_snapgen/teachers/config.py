@@ -13,6 +13,7 @@ from mlx_snapgen.config import (
     check_latents,
     from_dict,
 )
+from mlx_snapgen.description import Abilities, choose_mode
 from mlx_snapgen.errors import UserError, nearest
 
 
@@ -59,6 +60,9 @@ LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)
 TURBO = Schedule(8, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
 """The few-step schedule of Z-Image-Turbo."""
 
+Z_IMAGE = Schedule(50, guidance_scale=4.0, log_shifts=(math.log(6), math.log(6)))
+"""The schedule of Z-Image, from which Turbo is distilled."""
+
 KLEIN_BASE = Schedule(50, guidance_scale=4.0, is_empirical=True)
 """The schedule of FLUX.2 klein base."""
 
@@ -73,9 +77,23 @@ TRANSFORMERS: dict[str, type] = {
 """`TeacherConfig.kind` -> config of its transformer."""
 
 
+NAMES = {
+    ("qwen-image", False): "Qwen-Image",
+    ("qwen-image", True): "Qwen-Image, distilled",
+    ("z-image", False): "Z-Image",
+    ("z-image", True): "Z-Image-Turbo",
+    ("flux2", False): "FLUX.2 klein base",
+    ("flux2", True): "FLUX.2 klein",
+}
+"""(`TeacherConfig.kind`, whether the model is distilled) -> its name."""
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A public flow model as a teacher: one `teacher.json`."""
+    """A public flow model, to draw with or as a teacher: one `teacher.json`.
+
+    It is a `config.Description`.
+    """
 
     kind: str = "qwen-image"
     transformer: Any = field(default_factory=QwenTransformerConfig)
@@ -93,11 +111,65 @@ class TeacherConfig:
     def __post_init__(self):
         check_latents(self.transformer.latent_channels, self.autoencoder)
 
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model itself is its few-step mode."""
+        return self.few_step == self.schedule
+
+    @property
+    def name(self) -> str:
+        """See `Description.name`."""
+        return NAMES[self.kind, self.is_distilled]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """See `Description.image_size`."""
+        return 1024, 1024
+
+    @property
+    def size_unit(self) -> int:
+        """See `Description.size_unit`."""
+        return self.autoencoder.downsampling * self.transformer.patch_size
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """See `Description.widths`."""
+        return (1.0,)
+
+    def abilities(self, *, few_step: bool = False) -> Abilities:
+        """See `Description.abilities`."""
+        return Abilities(
+            guidance=not (few_step or self.is_distilled),
+            attention_modulation=False,
+            loras=False,
+            part_of_text_encoders=False,
+            edit=self.kind == "flux2",
+        )
+
+    def sampler_for(
+        self, num_inference_steps: int | None = None, few_step: bool | None = None
+    ) -> Schedule:
+        """See `Description.sampler_for`; a distilled model has one mode."""
+        if self.is_distilled and self.few_step is not None:
+            return self.few_step
+        return choose_mode(
+            self.schedule, self.few_step, num_inference_steps=num_inference_steps, few_step=few_step
+        )
+
+    def time_shift(
+        self, height: int, width: int, *, few_step: bool = False, num_inference_steps: int = 0
+    ) -> float:
+        """See `Description.time_shift`."""
+        schedule = self.few_step if few_step and self.few_step else self.schedule
+        tokens = height // self.size_unit * (width // self.size_unit)
+        steps = num_inference_steps or schedule.num_inference_steps
+        return schedule.time_shift(tokens, steps)
+
 
 def teacher_config(values: dict[str, Any]) -> TeacherConfig:
     """`TeacherConfig` from JSON values; `UserError`: an unknown kind or key."""
     kind = values.get("kind")
-    if kind not in TRANSFORMERS:
+    if not isinstance(kind, str) or kind not in TRANSFORMERS:
         known = ", ".join(TRANSFORMERS)
         raise UserError(
             f"unknown teacher kind '{kind}'{nearest(str(kind), TRANSFORMERS)}, known: {known}"

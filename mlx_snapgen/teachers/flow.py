@@ -53,7 +53,7 @@ class FlowTeacher:
     @property
     def can_edit(self) -> bool:
         """Whether the teacher takes pictures to edit."""
-        return self.config.kind == "flux2"
+        return self.config.abilities().edit
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Teacher.encode`."""
@@ -160,7 +160,12 @@ def noise_levels(
 ) -> list[float]:
     """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of `num_tokens` tokens."""
     count = num_inference_steps or schedule.num_inference_steps
-    *levels, end = get_schedule(count, schedule.time_shift(num_tokens, count))
+    return shifted_levels(schedule, count, time_shift=schedule.time_shift(num_tokens, count))
+
+
+def shifted_levels(schedule: Schedule, count: int, *, time_shift: float) -> list[float]:
+    """`count` + 1 levels from 1 down to 0, with a given shift."""
+    *levels, end = get_schedule(count, time_shift)
     if schedule.terminal and levels[-1] < 1:
         stretch = (1 - schedule.terminal) / (1 - levels[-1])
         levels = [1 - (1 - level) * stretch for level in levels]

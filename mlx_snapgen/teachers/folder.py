@@ -9,7 +9,7 @@ text_encoder/                the language model and its tokenizer, unless the co
                              another place
 """
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,11 +21,14 @@ from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import (
     Part,
     cast,
+    check_quantization,
     check_version,
     dequantize_on_cpu,
     load_stored,
+    on_device,
 )
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -61,13 +64,30 @@ def is_teacher(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher, Autoencoder]:
+@dataclass(frozen=True)
+class TeacherFolder:
+    """A public model on disk, ready to be loaded."""
+
+    path: Path
+    config: TeacherConfig
+    source: str | None = None
+    """The folder or repository that the user named."""
+    revision: str | None = None
+    """Commit of a repository."""
+    quantize: int | None = None
+    """Bits of this conversion of `source`; None if `source` is what was converted."""
+
+
+def load_flow_teacher(
+    folder: Path, *, lazy: bool = False, dtype: mx.Dtype | None = None
+) -> tuple[FlowTeacher, Autoencoder]:
     """A public teacher and its autoencoder.
 
-    On the CPU everything is float32; on a GPU weights keep the type they are stored in. Quantized
-    layers stay packed.
+    Quantized layers stay packed.
 
     Args:
+        dtype: floating type of transformer and text encoder; None selects float32 on the CPU, and
+            the stored type on a GPU. The autoencoder is float32.
         lazy: read the weights of transformer and autoencoder when they are first used, so that the
             text encoder can be freed before. Not for compiled functions.
 
@@ -75,7 +95,7 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
         UserError: no teacher, or its weights are damaged, missing, unknown or misshapen.
     """
     config = load_teacher_config(folder)
-    dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+    dtype = on_device(dtype)
     network = load_network(folder, config, dtype=dtype)
     autoencoder = make_autoencoder(config.autoencoder)
     load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
@@ -94,22 +114,19 @@ def load_flow_teacher(folder: Path, *, lazy: bool = False) -> tuple[FlowTeacher,
 def load_teacher_config(folder: Path) -> TeacherConfig:
     """`teacher.json` of a folder; `UserError` when it is missing, foreign or too new."""
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.pop("format_version")
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{folder} is not a teacher: no {CONFIG}. python -m convert.teacher makes one"
-        ) from None
-    except (OSError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {error!r}") from None
-    check_version(folder, version, reads=FORMAT_VERSION)
+        )
+    values = read_object(path)
+    check_version(folder, values.pop("format_version", None), reads=FORMAT_VERSION)
     try:
-        return teacher_config(values)
+        config = teacher_config(values)
+        if config.quantization is not None:
+            check_quantization({"transformer": config.quantization}, ["transformer"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
-        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
+    return config
 
 
 def load_network(

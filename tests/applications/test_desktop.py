@@ -25,7 +25,7 @@ from apps.worker.messages import Downloading, Loaded, Progress
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, read_metadata
 from mlx_snapgen.settings import DrawSettings, ModelChoice
-from tests.tiny import memory
+from tests.tiny import TEACHER, memory
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120
@@ -424,6 +424,21 @@ def test_select_all_selects_all(window):
         widget.event_generate("<Control-a>")
         widget.update()
         assert widget.selection_get().strip() == expected
+
+
+def test_only_what_a_model_can_do_is_offered(window, components):
+    """A distilled public model has no guidance and takes no negative prompt and no LoRA."""
+    form = window.form
+    form.adopt(replace(TEACHER, few_step=TEACHER.schedule), forget=True)
+    assert form.guidance.get() == "1" and form.size.get() == "1024 × 1024"  # noqa: RUF001
+    assert str(form.negative.cget("state")) == "disabled"
+    assert form.sliders["Guidance"].entry.instate(["disabled"])
+    assert form.sliders["Steps"].entry.instate(["!disabled"])
+    assert form.lora_button.instate(["disabled"])
+    form.adopt(components.config, forget=True)
+    assert form.guidance.get() == "3"
+    assert form.sliders["Guidance"].entry.instate(["!disabled"])
+    assert form.lora_button.instate(["!disabled"])
 
 
 def test_the_negative_prompt_is_grey_without_guidance(window, components):

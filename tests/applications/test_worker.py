@@ -14,6 +14,7 @@ from PIL import Image
 
 from apps.worker.client import Worker
 from apps.worker.messages import (
+    Converting,
     Downloading,
     Failed,
     Finished,
@@ -28,6 +29,7 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.metadata import KEY
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
+from tests.tiny import require
 
 PATIENCE = 120
 
@@ -40,10 +42,11 @@ class Listener:
         self.worker = Worker(self.events.put, **settings)
 
     def until(self, *kinds, job=None):
-        """All events up to the first of these kinds."""
-        seen = []
+        """All events up to the first of these kinds; `queue.Empty` after `PATIENCE` seconds."""
+        seen, end = [], time.monotonic() + PATIENCE
         while not (seen and isinstance(seen[-1], kinds) and job in (None, seen[-1].job)):
-            seen.append(self.events.get(timeout=PATIENCE))
+            # A job whose cancel is ignored would send events for ever.
+            seen.append(self.events.get(timeout=max(0, end - time.monotonic())))
         return seen
 
     def result(self, job):
@@ -198,3 +201,28 @@ def test_downloads_report_bytes(monkeypatch):
     assert ("someone/model", 4, 10) in seen
     assert seen[-1] == ("someone/model", 10, 10)
     assert Downloading(1, *seen[-1]).total == 10
+
+
+def test_a_public_model_is_converted_and_drawn(tmp_path, monkeypatch):
+    """From a folder in diffusers' format; what it takes is a notice, and it cannot do all."""
+    require("mlx_lm", "torch", "diffusers", "transformers")
+    from convert.parity.originals import z_image_pipeline
+
+    folder = tmp_path / "turbo"
+    z_image_pipeline().save_pretrained(folder)
+    monkeypatch.setenv("MLX_SNAPGEN_CACHE", str(tmp_path / "cache"))
+    choice = ModelChoice(str(folder), quantize=0)
+    job = Job(choice, DrawSettings("a red car", height=32, width=48, num_inference_steps=2))
+    made = Listener()
+    events = made.result(job)
+    [notice] = [e for e in events if isinstance(e, Notice)]
+    assert notice.text.startswith("Z-Image-Turbo (") and "converting it once" in notice.text
+    assert {e.name for e in events if isinstance(e, Converting)} == {"z-image", "qwen"}
+    [loaded] = [e for e in events if isinstance(e, Loaded)]
+    assert loaded.config.name == "Z-Image-Turbo" and not loaded.config.abilities().guidance
+    [picture] = [e for e in events if isinstance(e, Picture)]
+    assert picture.size == (48, 32) and picture.metadata["model_name"] == "Z-Image-Turbo"
+    failed = made.result(drawing(job, guidance_scale=3.0))[-1]
+    assert failed.message == "Z-Image-Turbo has no guidance: leave out the guidance scale 3"
+    assert failed.details is None
+    made.worker.close()

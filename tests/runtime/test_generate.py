@@ -397,7 +397,7 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch):
         (["a", "--guidance", "nan"], "finite"),
         (["a", "--seed", "-1"], "not between 0"),
         (["a", "--num-images", "0"], "not between 1"),
-        (["a", "--quantize", "3"], "invalid choice"),
+        (["a", "--quantize", "3"], "takes 4, 8 or none"),
         (["a", "--ouput", "x.png"], "unknown option --ouput (did you mean '--output'?)"),
         (["a", "red", "apple"], "quotes"),
         (["a", "--output", "x.jpg"], "ending in .png"),
@@ -472,11 +472,12 @@ def test_a_cached_repository_draws_offline(model_folder, tmp_path):
     assert Image.open(io.BytesIO(Path(result["path"]).read_bytes())).size == (64, 32)
 
 
-def test_one_command_reads_the_config_once_and_looks_the_hub_up_once(model_folder, monkeypatch):
+def test_one_command_reads_the_config_once_and_looks_the_hub_up_twice(model_folder, monkeypatch):
     asked, opened = [], []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or model_folder
     )
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "config.json")
     recording = True
 
     def record(event, arguments):
@@ -488,7 +489,7 @@ def test_one_command_reads_the_config_once_and_looks_the_hub_up_once(model_folde
         main(["a red apple", *FAST, "--model", "someone/random", "--num-images", "2"])
     finally:
         recording = False
-    assert asked == ["someone/random"]
+    assert asked == ["someone/random"] * 2, "for its configs, then for its weights"
     assert opened == [str(model_folder / "config.json")]
 
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import pytest
 from huggingface_hub import constants
 
-from convert.public.source import find_source
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.public.source import find_source
 from tests.tiny import COMMIT
 
 FILES = ("config.json", "model.safetensors")

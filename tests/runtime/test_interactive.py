@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import select
 import subprocess
 import sys
@@ -120,16 +121,17 @@ def test_odd_lines_do_not_end_the_loop(model_folder, tmp_path):
         env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT),
                           "PYTHONIOENCODING": "utf-8:strict"},
     )  # fmt: skip
-    errors = [line for line in result.stderr.decode().splitlines() if line.startswith("error")]
+    lines = re.sub("a{9,}( ... a+.png)?", "aaa", result.stderr.decode()).splitlines()
+    errors = [line for line in lines if line.startswith("error")]
     assert result.returncode == 0
     assert errors == [
         "error: the line has characters that are not valid UTF-8",
-        f"error: cannot use {'a' * 80}: File name too long",
+        "error: cannot use aaa: File name too long",
         "error: the line has characters that are not valid UTF-8",
     ]
     values = read_metadata(tmp_path / "pictures" / "a-red-apple.png")
     assert (values["seed"], values["negative_prompt"]) == (7, "-5 cars")
-    assert os.listdir(tmp_path) == ["pictures"]
+    assert set(os.listdir(tmp_path)) - {".cache"} == {"pictures"}
 
 
 def test_help_and_show_name_every_setting(say):

@@ -210,9 +210,10 @@ def test_k_dmd_takes_another_teacher(qwen_folder, components, model_folder):
         prompts=sized_prompts(PromptList(PROMPTS), [(32, 32)], seed=0),
         share_of=lambda step: 1.0,
     )(0)
+    prompts = PromptList(PROMPTS).prompts(0, 2)
     for ours, (text, mask) in (
-        (("student_text", "student_mask"), own.read(PROMPTS)),
-        (("text", "mask"), teacher.encode(PROMPTS)[:2]),
+        (("student_text", "student_mask"), own.read(prompts)),
+        (("text", "mask"), teacher.encode(prompts)[:2]),
     ):
         for k in range(2):
             found = np.array(batch[ours[0]][k])[np.array(batch[ours[1]][k])]

@@ -1,0 +1,379 @@
+"""The first use of a public model, from a folder and from a hub: fetched, converted, resumed."""
+
+import http.server
+import json
+import re
+import shutil
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from convert.parity.originals import (
+    flux2_klein_pipeline,
+    qwen_image_pipeline,
+    z_image_pipeline,
+)
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.generate import main
+from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.public import first_use
+from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.sampling import get_noise
+from tests.tiny import COMMIT, require
+
+require("mlx_lm", "torch", "diffusers", "transformers")
+
+SIZE = {"height": 48, "width": 80, "num_inference_steps": 2, "seed": 7}
+OPTIONS = ("--height", "48", "--width", "80", "--steps", "2", "--seed", "7")
+CHUNK = 1000
+"""Bytes of a file that are sent before the connection is cut."""
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """Tiny Z-Image-Turbo in diffusers' format, and its pipeline's picture."""
+    import torch
+
+    folder, pipeline = tmp_path_factory.mktemp("public") / "turbo", z_image_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    noise = torch.tensor(np.array(get_noise(7, 6, 10, 4))).permute(0, 3, 1, 2)
+    picture = pipeline(
+        "a red car",
+        guidance_scale=0.0,
+        num_inference_steps=2,
+        height=48,
+        width=80,
+        latents=noise,
+        output_type="np",
+    ).images[0]
+    return folder, 255 * picture
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and weights of the tiny networks that can be quantized."""
+    monkeypatch.setenv("MLX_SNAPGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(first_use, "GROUP_SIZE", 32)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+class Hub:
+    """A hub of one repository, "someone/turbo", whose files are those of a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.asked, self.cut = folder, [], {}
+        self.is_gated = self.is_dying = False
+        hub = self
+
+        class Answers(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                path = self.path.split("?")[0]
+                if path.startswith("/api/models/someone/turbo"):
+                    return self.say(hub.tree() if "/tree/" in path else hub.info())
+                name = path.partition(f"/someone/turbo/resolve/{COMMIT}/")[2]
+                if not name:
+                    return self.say({}, 404, {"X-Error-Code": "RepoNotFound"})
+                if hub.is_gated and name.endswith(".safetensors"):
+                    return self.say({}, 403, {"X-Error-Code": "GatedRepo"})
+                if not (hub.folder / name).is_file():
+                    return self.say({}, 404, {"X-Error-Code": "EntryNotFound"})
+                return self.send(name)
+
+            do_HEAD = do_GET
+
+            def send(self, name):
+                data, start = (hub.folder / name).read_bytes(), 0
+                headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                if found := self.headers.get("Range"):
+                    start = int(found.removeprefix("bytes=").split("-")[0])
+                    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+                if self.command == "GET":
+                    hub.asked.append((name, start))
+                self.send_response(206 if start else 200)
+                for key, value in {**headers, "Content-Length": str(len(data) - start)}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command == "GET":
+                    body = data[start:]
+                    if hub.cut.get(name, 0) > 0:
+                        hub.cut[name] -= 1
+                        # A client that gets something tries again without end.
+                        body = body[:CHUNK] if start == 0 or not hub.is_dying else b""
+                        self.close_connection = True
+                    self.wfile.write(body)
+
+            def say(self, values, status=200, headers=None):
+                body = json.dumps(values).encode()
+                self.send_response(status)
+                for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def sizes(self):
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.folder)): path.stat().st_size for path in paths}
+
+    def info(self):
+        siblings = [{"rfilename": name, "size": size} for name, size in self.sizes().items()]
+        tags = ["license:apache-2.0"]
+        return {"id": "someone/turbo", "sha": COMMIT, "siblings": siblings, "tags": tags}
+
+    def tree(self):
+        return [
+            {"type": "file", "path": name, "size": size, "oid": COMMIT}
+            for name, size in self.sizes().items()
+        ]
+
+    def names(self):
+        return {name for name, _ in self.asked}
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def hub(public, tmp_path, monkeypatch):
+    shutil.copytree(public[0], tmp_path / "remote")
+    # Other variants and a copy of the whole model, which nobody needs.
+    for name in ("turbo.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors"):
+        (tmp_path / "remote" / name).write_bytes(b"not needed")
+    made = Hub(tmp_path / "remote")
+    url = f"http://127.0.0.1:{made.server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK // 2)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield made
+    made.close()
+
+
+def refused(model, *options):
+    with pytest.raises(UserError) as error:
+        main(["a red car", "--model", str(model), *OPTIONS, *options])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.array(picture)
+
+
+def test_a_folder_in_diffusers_format_draws_the_pipelines_picture(public, cache, capsys):
+    folder, expected = public
+    for name in ("first", "second"):
+        arguments = ["--model", str(folder), "--quantize", "none", "--output", f"{name}.png"]
+        main(["a red car", *OPTIONS, *arguments])
+        assert np.abs(pixels(f"{name}.png") - expected).max() < 0.6
+    err = capsys.readouterr().err
+    assert err.count("Z-Image-Turbo (") == 1 and "converting it once, without quantization" in err
+    assert "fetching" not in err and "of memory" in err
+    assert len([*cache.iterdir()]) == 1
+    assert read_metadata("first.png")["quantize"] == 0
+    assert read_metadata("first.png")["model"] == str(folder)
+    main(["--config-from-image", "first.png", "--trust-settings", "--output", "third.png"])
+    assert np.array_equal(pixels("third.png"), pixels("first.png"))
+
+
+def test_the_quantization_is_chosen_by_the_machines_memory(public, cache, monkeypatch, capsys):
+    folder, expected = public
+    monkeypatch.setattr(first_use, "machine_memory", lambda: 1 << 28)
+    main(["a red car", *OPTIONS, "--model", str(folder), "--output", "a.png"])
+    assert "converting it once, in 4 bits" in capsys.readouterr().err
+    [target] = cache.iterdir()
+    assert target.name.endswith("-4bit")
+    text = json.loads((target / "text_encoder" / "config.json").read_text())
+    assert text["quantization"] == {"bits": 4, "group_size": 32}
+    assert read_metadata("a.png")["quantize"] == 4
+    assert 0.6 < np.abs(pixels("a.png") - expected).mean() < 60
+    monkeypatch.setattr(first_use, "machine_memory", lambda: 1 << 40)
+    pipe = SnapGenPipeline.from_pretrained(folder)
+    assert pipe.choice.quantize == 4, "what is in the cache is used"
+    assert np.array_equal(np.array(pipe("a red car", **SIZE)[0]), pixels("a.png"))
+    pipe = SnapGenPipeline.from_pretrained(folder, quantize=8)
+    assert pipe.choice.quantize == 8 and len([*cache.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "klein", "klein-base"])
+def test_every_public_model_draws(name, tmp_path):
+    """Not quantized as convert.teacher converts it; in 8 bits nearly the same."""
+    made = {
+        "qwen-image": qwen_image_pipeline,
+        "klein": partial(flux2_klein_pipeline, is_distilled=True),
+        "klein-base": flux2_klein_pipeline,
+    }[name]()
+    made.save_pretrained(tmp_path / name)
+    convert_teacher(tmp_path / name, tmp_path / "teacher")
+    expected, whole, packed = (
+        np.array(SnapGenPipeline.from_pretrained(folder, quantize=bits)("a car", **SIZE)[0])
+        for folder, bits in (("teacher", None), (name, 0), (name, 8))
+    )
+    assert np.array_equal(whole, expected)
+    difference = np.abs(packed.astype(float) - expected)
+    assert 0 < difference.mean() < 8
+
+
+def test_an_interrupted_conversion_resumes(public, cache, monkeypatch):
+    folder, expected = public
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(first_use, "convert_teacher", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            SnapGenPipeline.from_pretrained(folder, quantize=0)
+    [parts] = cache.iterdir()
+    assert {path.name for path in parts.iterdir()} == {"transformer", "text_encoder"}
+    monkeypatch.setattr(first_use, "convert", None)
+    pipe = SnapGenPipeline.from_pretrained(folder, quantize=0)
+    assert np.abs(np.array(pipe("a red car", **SIZE)[0]) - expected).max() < 0.6
+    assert [path.name for path in cache.iterdir()] == [parts.name.removesuffix(".parts")]
+
+
+def test_only_the_needed_files_are_fetched_once(public, hub, capsys):
+    options = [*OPTIONS, "--model", "someone/turbo", "--output", "a/"]
+    main(["a red car", *options, "--quantize", "none"])
+    err = capsys.readouterr().err
+    assert "license apache-2.0): fetching 0.0 GB in " in err
+    assert np.abs(pixels("a/a-red-car.png") - public[1]).max() < 0.6
+    metadata = read_metadata("a/a-red-car.png")
+    assert (metadata["model"], metadata["revision"]) == ("someone/turbo", COMMIT)
+    unneeded = {"turbo.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors"}
+    assert hub.names() == set(hub.sizes()) - unneeded
+    assert len(hub.asked) == len(hub.names()), "every file once"
+    hub.asked.clear()
+    main(["a red car", *options])
+    assert not hub.asked
+    assert np.array_equal(pixels("a/a-red-car-1.png"), pixels("a/a-red-car.png"))
+
+
+def test_a_cached_model_draws_without_a_network(hub, monkeypatch):
+    pipe = SnapGenPipeline.from_pretrained("someone/turbo", quantize=0)
+    [expected] = pipe("a red car", **SIZE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = SnapGenPipeline.from_pretrained("someone/turbo")
+    assert np.array_equal(np.array(again("a red car", **SIZE)[0]), np.array(expected))
+
+
+def test_a_connection_cut_in_the_middle_resumes(public, hub, capsys):
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    hub.cut[name] = 2
+    pipe = SnapGenPipeline.from_pretrained("someone/turbo", quantize=0)
+    starts = [start for asked, start in hub.asked if asked == name]
+    assert starts == [0, CHUNK, 2 * CHUNK]
+    assert capsys.readouterr().err.count("\n") == 1
+    assert np.abs(np.array(pipe("a red car", **SIZE)[0]) - public[1]).max() < 0.6
+
+
+def test_a_download_that_stopped_resumes_with_the_same_command(hub, tmp_path):
+    """The hub client keeps finished files, and since its version 2 no partial ones."""
+    name = "text_encoder/model.safetensors"
+    hub.cut[name], hub.is_dying = 20, True
+    told = refused("someone/turbo", "--quantize", "none")
+    assert told.startswith("the download of someone/turbo stopped (")
+    assert told.endswith("run the same command again to resume")
+    [snapshot] = (tmp_path / "hub").glob("*/snapshots/*")
+    kept = {name for name in hub.sizes() if (snapshot / name).is_file()}
+    assert "transformer/config.json" in kept
+    hub.asked.clear()
+    hub.cut.clear()
+    main(["a red car", *OPTIONS, "--model", "someone/turbo", "--quantize", "none"])
+    assert name in hub.names() and not hub.names() & kept
+
+
+def test_what_the_hub_refuses_is_one_line(hub, tmp_path, monkeypatch):
+    assert "neither a folder here nor a repository" in refused("someone/else")
+    path = hub.folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.rename(tmp_path / "away")
+    assert "is incomplete: vae has no weights" in refused("someone/turbo")
+    (tmp_path / "away").rename(path)
+    hub.is_gated = True
+    assert refused("someone/turbo").startswith("someone/turbo is gated: ask for access")
+    hub.is_gated = False
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(first_use.shutil, "disk_usage", lambda _: usage)
+        assert "free some, or choose --quantize 4" in refused("someone/turbo", "--quantize", "none")
+    assert not [n for n in hub.names() if n.endswith(".safetensors")]
+
+
+def test_a_full_disk_is_one_line_and_the_conversion_resumes(public, cache, monkeypatch):
+    folder, expected = public
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_snapgen.public.convert.write_tensors", full)
+        told = refused(folder, "--quantize", "none")
+    assert "No space left on device; run the command again to resume" in told
+    pipe = SnapGenPipeline.from_pretrained(folder, quantize=0)
+    assert np.abs(np.array(pipe("a red car", **SIZE)[0]) - expected).max() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline, which cannot"),
+        (None, "is not a model that can be drawn with: it has neither"),
+    ],
+)
+def test_other_models_are_refused_before_any_weights(hub, change, hint):
+    path = hub.folder / "model_index.json"
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert hint in refused("someone/turbo")
+    assert hub.names() <= {"model_index.json"}
+
+
+def test_a_transformer_of_another_network_is_refused_before_any_weights(hub):
+    path = hub.folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "SD3Transformer"}))
+    assert "got SD3Transformer" in refused("someone/turbo")
+    assert not [name for name in hub.names() if name.endswith(".safetensors")]
+
+
+def test_what_does_not_fit_into_memory_is_one_line_with_what_does(public, monkeypatch):
+    pipe = SnapGenPipeline.from_pretrained(public[0], quantize=0)
+
+    def memory(count):
+        monkeypatch.setattr("mlx_snapgen.teachers.memory.machine_memory", lambda: count)
+
+    memory(4 << 30)
+    with pytest.raises(UserError, match=r"4096 x 2048 needs about 5\.\d GiB .* has 4\.0: choose"):
+        pipe.generate("a red car", height=2048, width=4096)
+    with pytest.raises(UserError, match=r"choose \d+ x \d+ pixels or the model conv") as error:
+        pipe.generate("a red car", height=2048, width=4096)
+    width, height = map(int, re.findall(r"(\d+) x (\d+) pixels", str(error.value))[0])
+    assert width > 2048 and abs(width - 2 * height) <= 32
+    pipe.generate("a red car", height=height, width=width)
+    memory(1 << 20)
+    with pytest.raises(UserError, match="choose the model converted with --quantize 4"):
+        pipe.generate("a red car", height=48, width=80)
