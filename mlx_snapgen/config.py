@@ -9,10 +9,12 @@ import dataclasses
 import json
 import math
 import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.description import Abilities, choose_mode
+from mlx_snapgen.errors import UserError, nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -333,11 +335,23 @@ class ModelConfig:
         """The prompt of the unconditional velocity: "", or None for absent text."""
         return "" if self.unconditional == "empty prompt" else None
 
-    def time_shift(self, height: int, width: int, *, few_step: bool = False) -> float:
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """See `Description.widths`."""
+        return self.transformer.widths
+
+    def abilities(self, *, few_step: bool = False) -> Abilities:
+        """See `Description.abilities`; both modes can do the same."""
+        return Abilities()
+
+    def time_shift(
+        self, height: int, width: int, *, few_step: bool = False, num_inference_steps: int = 0
+    ) -> float:
         """The shift of the noise levels of a picture of height x width pixels.
 
         Args:
             few_step: that of the few-step mode, if the model has one.
+            num_inference_steps: has no effect here, but in other models.
         """
         sampler = self.few_step if few_step and self.few_step else self.sampler
         if sampler.time_shift is not None:
@@ -356,23 +370,10 @@ class ModelConfig:
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
     ) -> SamplerConfig:
-        """`few_step` or `sampler`, depending on the arguments.
-
-        Args:
-            num_inference_steps: None, or at most twice the steps of the few-step mode, selects that
-                mode.
-            few_step: whether to use that mode; None decides by the number of steps.
-
-        Raises:
-            UserError: `few_step` is true, but the model has no such mode.
-        """
-        if few_step and self.few_step is None:
-            raise UserError("this model has no few-step mode: draw without it")
-        if self.few_step is None or few_step is False:
-            return self.sampler
-        most = 2 * self.few_step.num_inference_steps
-        few = few_step or num_inference_steps is None or num_inference_steps <= most
-        return self.few_step if few else self.sampler
+        """`few_step` or `sampler`, depending on the arguments: see `choose_mode`."""
+        return choose_mode(
+            self.sampler, self.few_step, num_inference_steps=num_inference_steps, few_step=few_step
+        )
 
 
 def check_latents(latent_channels: int, autoencoder: AutoencoderConfig) -> None:
@@ -389,24 +390,87 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Build config `cls` from JSON values; an unknown key is a `UserError` naming the nearest."""
+MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
+"""The largest number in a config, and the greatest length of a text or list."""
+MOST_LAYERS = 256
+"""Of one network. Each is built in memory before its weights are read."""
+
+
+def from_dict(cls: type, values: Any) -> Any:
+    """Build config `cls` from JSON values of unknown origin.
+
+    Raises:
+        UserError: an unknown key, with the nearest known one, or a value of another type or out of
+            range.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{cls.__name__} must be an object, not {_shown(values)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
-    return cls(**{key: _read(fields[key].type, value) for key, value in values.items()})
+    read = {key: _read(fields[key].type, value, key) for key, value in values.items()}
+    try:
+        made = cls(**read)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{cls.__name__} has values that do not fit together: {error}") from None
+    _check_layers(made)
+    return made
 
 
-def _read(kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.UnionType) and isinstance(value, dict):
-        kind = next(filter(dataclasses.is_dataclass, kind.__args__), kind)
+def _read(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the type of a dataclass's field; `UserError` names `key`."""
+    if isinstance(kind, types.UnionType):
+        if value is None and types.NoneType in kind.__args__:
+            return None
+        kind = next(k for k in kind.__args__ if k is not types.NoneType)
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         return from_dict(cast(type, kind), value)
-    if isinstance(value, list):
-        item = getattr(kind, "__args__", (None,))[0]
-        return tuple(_read(item, v) for v in value)
-    return value
+    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+    stored: Any = {tuple: list, float: (int, float)}.get(kind, kind)
+    if not isinstance(value, stored) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"'{key}' must be {_NAMES[kind]}, not {_shown(value)}")
+    value = cast(Any, value)
+    least = 0 if key.endswith(("blocks", "layers")) or key in ("band_radius", "rope_axes") else 1
+    if kind is int and not least <= value <= MOST[int]:
+        raise UserError(f"'{key}' must be {least} to {MOST[int]}, not {_shown(value)}")
+    if kind is float and not abs(value) <= MOST[float]:
+        raise UserError(f"'{key}' must be at most {MOST[float]:g}, not {_shown(value)}")
+    if kind in (str, tuple) and len(value) > MOST[kind]:
+        raise UserError(f"'{key}' is longer than {MOST[kind]}")
+    if kind is not tuple:
+        return value
+    if items[-1] is ...:
+        return tuple(_read(items[0], item, key) for item in value)
+    if len(items) != len(value):
+        raise UserError(f"'{key}' takes {len(items)} values, not {len(value)}")
+    return tuple(_read(item, v, key) for item, v in zip(items, value, strict=True))
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list",
+    dict: "an object",
+}
+
+
+def _shown(value: Any) -> str:
+    return one_line(json.dumps(value), 40)
+
+
+def _check_layers(config: Any) -> None:
+    """`UserError` for more layers than a machine has memory for their names."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name.endswith("blocks") or (f.name.startswith("num_") and "layers" in f.name):
+            counts = value if isinstance(value, tuple) else (value,)
+            if min(counts, default=0) < 0 or sum(counts) > MOST_LAYERS:
+                raise UserError(f"'{f.name}' must be 0 to {MOST_LAYERS} layers, not {value}")
 
 
 _LADDER_B = TransformerConfig(

@@ -1,12 +1,42 @@
 """Errors: one line and exit code 2 for a user's mistake, a traceback for a bug."""
 
 import difflib
+import errno
+import io
+import os
+import select
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TextIO
+
+MOST_CHARACTERS = 300
+"""Of the message of a `UserError`."""
 
 
 class UserError(Exception):
-    """A mistake of the user. The message is one line: what is wrong and what to do."""
+    """A mistake of the user. The message is one line: what is wrong and what to do.
+
+    What a file or a user gave may be quoted in full: line breaks and control characters are
+    replaced, and the middle of a long message is cut out.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message, MOST_CHARACTERS))
+
+
+def one_line(text: object, most: int) -> str:
+    """`text` in one line of at most `most` characters, with "..." for what is cut in the middle."""
+    line = str(text)
+    if len(line) > 4 * most:  # before the work on each character
+        line = f"{line[: 2 * most]} ... {line[-2 * most :]}"
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.split()))
+    if len(line) > most:
+        start = (most - 5) * 2 // 3
+        line = f"{line[:start]} ... {line[len(line) - (most - 5 - start) :]}"
+    return line
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -22,13 +52,59 @@ def _end_bars() -> None:
             bar.close()
 
 
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 0, its own code, 2 after a `UserError`, 130 after Ctrl-C."""
+    """Run a command's `main` and exit.
+
+    Exit codes: 0, its own, 2 after a `UserError`, a full disk or a file that the system refuses,
+    130 after Ctrl-C, 141 without a message if the reader of the output has gone, as with `| head`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may have bytes that are no text, and a terminal may have few characters.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main() or 0)
+        try:
+            code = main() or 0
+            sys.stdout.flush()
+        except RuntimeError:
+            # Ctrl-C also ends a compiler that mlx has started, and mlx's error may come first.
+            time.sleep(0.1)
+            raise
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # All is done: until the process has ended, no traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.exit(code)
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout):
+            raise
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         _end_bars()
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and error.filename is None:
+            raise
+        _end_bars()
+        if not is_full:
+            print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+            sys.exit(2)
+        where = f" of {Path(error.filename).parent}" if error.filename else ""
+        print(
+            f"error: the disk{where} is full: free some space and run the same command again",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         _end_bars()

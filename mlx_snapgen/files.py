@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and JSON files.
+"""Files and folders that are written whole or not at all, and readers of text and JSON.
 
 Writers: models in checkpoint/model.py (`save_pretrained`), LoRAs in lora/files.py, pictures in
 metadata.py, checkpoints of training in train/loop/checkpoint.py.
@@ -12,19 +12,39 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, one_line
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with the home folder in place of ~; "~name" stays where there is no such user."""
-    return Path(os.path.expanduser(path))
+    """A path from a user, with the home folder in place of ~; "~name" stays without such a user.
+
+    Raises:
+        UserError: the system refuses it: too long, in a folder of another user, with a null byte.
+    """
+    found = Path(os.path.expanduser(path))
+    try:
+        os.lstat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may be a file to write
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot use {found}: {reason}") from None
+    return found
+
+
+def check_link(path: Path) -> None:
+    """`UserError` for a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist")
 
 
 def check_new(folder: Path) -> None:
@@ -61,6 +81,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
             yield partial
             os.replace(partial, folder)
     except OSError as error:
+        # What is written may be read from files at the same time.
+        source = error.filename
+        if isinstance(source, str | Path) and not Path(source).is_relative_to(folder.parent):
+            raise UserError(f"cannot read {source}: {error.strerror}") from None
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
 
 
@@ -141,9 +165,179 @@ def _move_to_free(source: Path, target: Path) -> None:
         os.replace(source, target)
 
 
-def read_json(path: Path) -> Any:
-    """The values in a JSON file; `UserError` if it is missing or damaged."""
+FULL = 2**20
+"""Free bytes below which a failed write is put down to a full disk."""
+
+
+def save_tensors(path: Path, tensors: Any, header: Mapping[str, str] | None = None) -> None:
+    """`mx.save_safetensors`, with an `OSError` if the file cannot be written."""
+    import mlx.core as mx  # here, because the rest of this module does not need it
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        mx.save_safetensors(str(path), tensors, dict(header or {}))
+    except RuntimeError as error:
+        if not str(error).startswith(("[write]", "[save_safetensors]")):
+            raise
+        if shutil.disk_usage(path.parent).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise OSError(str(error)) from None
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+_locks: dict[Path, int] = {}
+
+
+def lock_folder(folder: Path, *, shared: bool = False) -> bool:
+    """Lock a folder until `unlock_folder`, or until the process ends, however it ends.
+
+    A network drive without locks counts as locked.
+
+    Args:
+        shared: several processes may have the lock, if all of them share it.
+
+    Returns:
+        False if it is locked already.
+
+    Raises:
+        OSError: no such folder.
+    """
+    folder = folder.resolve()
+    if folder in _locks:
+        return False
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return False
+    except OSError:
+        pass
+    _locks[folder] = lock
+    return True
+
+
+def has_lock(folder: Path) -> bool:
+    """Whether this process has locked a folder."""
+    return folder.resolve() in _locks
+
+
+def unlock_folder(folder: Path) -> None:
+    """Give back the lock of a folder, if this process has it."""
+    lock = _locks.pop(folder.resolve(), None)
+    if lock is not None:
+        os.close(lock)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+MOST_BYTES = 2**26
+"""Of a text file that is read at once. The largest in use is a tokenizer of 33 MB."""
+MOST_JSON = 2**22
+"""Bytes of a config; other files of JSON may be larger."""
+MOST_DEPTH = 64
+"""Of JSON."""
+MOST_INTEGER = 2**64
+"""Of JSON, in absolute value."""
+
+
+def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
+    """The contents of a file; `UserError` if it cannot be read or is larger than `most` bytes."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read {path}: {reason}") from None
+    if len(data) > most:
+        raise UserError(f"cannot read {path}: it is larger than {most // 2**20} MiB")
+    return data
+
+
+def decode_text(data: bytes, where: object) -> str:
+    """UTF-8, with or without a byte-order mark, as text; `UserError` names `where`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {where}: it is not UTF-8 (byte {error.start})") from None
+
+
+def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
+    """A UTF-8 file as text; `UserError` if it cannot be read. Lines end at \\n only."""
+    return decode_text(read_bytes(path, most=most), path)
+
+
+def read_json(path: Path, *, most: int = MOST_JSON) -> Any:
+    """The values in a JSON file of at most `most` bytes; `UserError` if it is missing or damaged.
+
+    See `parse_json`.
+    """
+    return parse_json(read_bytes(path, most=most), path)
+
+
+def read_object(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` if there is none."""
+    values = read_json(path, most=most)
+    if not isinstance(values, dict):
+        raise UserError(f"cannot read {path}: it holds no JSON object")
+    return values
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The values in a JSON text of unknown origin.
+
+    Raises:
+        UserError: names `where` the text is from. It is no UTF-8 or no JSON, is nested more than
+            `MOST_DEPTH` deep, or has a number that is infinite, not a number, or over
+            `MOST_INTEGER`, or half of a surrogate pair.
+    """
+    if isinstance(text, bytes):
+        text = decode_text(text, where)
+    try:
+        # The readers of larger files, with millions of numbers, check their values themselves.
+        is_small = len(text) <= MOST_JSON
+        values = (_DECODER if is_small and _SUSPECT.search(text) else _PLAIN).decode(text)
+        if is_small:
+            _check_depth(values)
+        escaped = not text.isascii() or "\\u" in text
+        if escaped and re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"cannot read {where}: it has half of a surrogate pair") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"cannot read {where}: {one_line(reason, 120)}") from None
+    return values
+
+
+def _integer(text: str) -> int:
+    # Python refuses to convert numbers of more than 4300 digits.
+    if len(text) > 20 or abs(int(text)) > MOST_INTEGER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"'{one_line(text, 20)}' is no finite number")
+    return number
+
+
+_SUSPECT = re.compile(r"\d{20}|[eE]\+?\d{3}|NaN|Infinity")
+"""Occurs in every JSON text with a number that is refused; without it, a faster decoder does."""
+_PLAIN = json.JSONDecoder()
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+
+
+def _check_depth(values: Any) -> None:
+    level = [values] if isinstance(values, dict | list) else []
+    for _ in range(MOST_DEPTH + 1):
+        if not level:
+            return
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, (dict, list))
+        ]
+    raise RecursionError

@@ -13,6 +13,7 @@ def check_prompts(
     tokenizers: Sequence[Any],
     *,
     vocabulary: Mapping[str, Sequence[str]] | None,
+    lora_words: Sequence[str] | None = (),
 ) -> Iterator[str]:
     """A line for each problem with the prompts.
 
@@ -20,6 +21,7 @@ def check_prompts(
         settings: resolved.
         tokenizers: one per text encoder; None is not checked.
         vocabulary: the words that the model was trained on, by category; None: no limit.
+        lora_words: more words, of the LoRAs in use; None: a LoRA may have been trained on any.
     """
     prompt, negative_prompt = settings.prompt, settings.negative_prompt
     if settings.guidance_scale == 1 and negative_prompt.strip():
@@ -31,8 +33,10 @@ def check_prompts(
             if unknown := tokenizer.unknown(text):
                 yield f"the {what} has parts that mean nothing here: {' '.join(unknown)}"
     names = _names(vocabulary or {})
-    if names and not re.search(rf"\b({'|'.join(map(re.escape, names))})\b", normalize(prompt)):
-        nouns = ", ".join((vocabulary or {})["nouns"][:5])
+    known = [*names, *(normalize(word) for word in lora_words or ())]
+    pattern = rf"\b({'|'.join(map(re.escape, known))})\b"
+    if names and lora_words is not None and not re.search(pattern, normalize(prompt)):
+        nouns = ", ".join(names[:5])
         yield f"the prompt names nothing that this model can draw (such as {nouns})"
 
 

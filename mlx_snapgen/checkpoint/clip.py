@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
-from mlx_snapgen.config import TextEncoderConfig
+from mlx_snapgen.config import TextEncoderConfig, from_dict
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_json
+from mlx_snapgen.files import MOST_BYTES, decode_text, read_json, read_text
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
 """Files to download from a public repository for `load_clip`."""
+
+WRONG_KIND = (KeyError, IndexError, ValueError, TypeError, AttributeError, ArithmeticError)
+"""Errors of values in the JSON files of other tools that have another type or structure."""
 
 _PREFIX = re.compile(r"^(module\.|_text_encoder\.|text_encoder\.|text_model\.|text\.)+")
 
@@ -112,17 +116,17 @@ def describe(
     """
     try:
         vocab_size, hidden_size = weights["token_embedding.weight"].shape
-        config = TextEncoderConfig(
-            kind="clip",
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_layers=len({k.split(".")[1] for k in weights if k.startswith("layers.")}),
-            max_length=weights["position_embedding"].shape[0],
-            **_heads_and_activation(folder, hidden_size),
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{folder} holds no CLIP text encoder: {error}") from None
-    tokenizer = ClipTokenizer(_merges(folder, vocab_size), config.max_length)
+        sizes = {
+            "kind": "clip",
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "num_layers": len({k.split(".")[1] for k in weights if k.startswith("layers.")}),
+            "max_length": weights["position_embedding"].shape[0],
+        }
+        config = from_dict(TextEncoderConfig, sizes | _heads_and_activation(folder, hidden_size))
+        tokenizer = ClipTokenizer(_merges(folder, vocab_size), config.max_length)
+    except WRONG_KIND as error:
+        raise UserError(f"{folder} holds no CLIP text encoder: {error!r}") from None
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the network {vocab_size}"
@@ -191,12 +195,16 @@ def _merges(folder: Path, vocab_size: int) -> bytes:
     """The merges that a vocabulary of this size uses, one per line."""
     lines: list[str] | None = None
     if (path := folder / "merges.txt").is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     elif (path := folder / "tokenizer.json").is_file():
-        merges = read_json(path)["model"]["merges"]
+        merges = read_json(path, most=MOST_BYTES)["model"]["merges"]
         lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     elif path := next(iter(sorted(folder.glob("bpe_simple_vocab*.txt.gz"))), None):
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:]
+        try:
+            with gzip.open(path) as file:
+                lines = decode_text(file.read(MOST_BYTES), path).split("\n")[1:]
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): get it again") from None
     if lines is None:
         raise UserError(f"{folder} has no tokenizer: neither merges.txt nor tokenizer.json")
     lines = [line for line in lines if line and not line.startswith("#version:")]

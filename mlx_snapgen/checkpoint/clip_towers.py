@@ -133,8 +133,8 @@ def describe(folder: Path, weights: Mapping[str, mx.array]) -> tuple[ClipConfig,
             **_settings(folder, hidden_size),
         )
         projection_size = len(weights["picture_projection.weight"])
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} holds no CLIP picture encoder: {error}") from None
+    except clip.WRONG_KIND as error:
+        raise UserError(f"{folder} holds no CLIP picture encoder: {error!r}") from None
     return ClipConfig(text, config, projection_size), tokenizer
 
 

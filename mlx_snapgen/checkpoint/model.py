@@ -29,6 +29,7 @@ from mlx_snapgen.checkpoint.module import (
     load_stored,
     materialize,
     matrices,
+    on_device,
     read_part,
 )
 from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, load_text_encoder
@@ -39,7 +40,7 @@ from mlx_snapgen.config import (
     to_dict,
 )
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, expanded, new_folder
+from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors
 from mlx_snapgen.lora.adapters import (
     fuse_lora,
     get_lora_weights,
@@ -144,7 +145,7 @@ def save_pretrained(
         for name, module in modules.items():
             with without_lora(module):
                 stored = _stored(module, quantize=(quantize or {}).get(name), dtype=dtype)
-            mx.save_safetensors(str(partial / f"{name}.safetensors"), stored, {"format": "mlx"})
+            save_tensors(partial / f"{name}.safetensors", stored, {"format": "mlx"})
         if adapters:
             path = partial / f"{FEW_STEP}.safetensors"
             transformer = components.transformer
@@ -201,7 +202,7 @@ def load_pretrained(
     """
     folder = ModelFolder.open(model, revision=revision)
     transformer = _load_transformer(folder, share=share, few_step=few_step, packed=packed)
-    materialize(transformer, _on_device(dtype))
+    materialize(transformer, on_device(dtype))
     config = dataclasses.replace(
         folder.config,
         transformer=transformer.config,
@@ -216,11 +217,6 @@ def load_pretrained(
     )
 
 
-def _on_device(dtype: mx.Dtype | None) -> mx.Dtype | None:
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return mx.float32 if dtype is None and on_cpu else dtype
-
-
 def load_text_encoders(
     model: Model = None, *, dtype: mx.Dtype | None = None, names: Sequence[str] | None = None
 ) -> list[Any]:
@@ -231,7 +227,7 @@ def load_text_encoders(
     for i, chosen in enumerate(chosen_encoders(configs, names)):
         if chosen:
             encoders[i] = load_text_encoder(folder, i)
-            materialize(encoders[i], _on_device(dtype))
+            materialize(encoders[i], on_device(dtype))
     return encoders
 
 

@@ -1,6 +1,5 @@
 """The weights of a module in safetensors files, optionally quantized, loaded strictly."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import check_link, read_object
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.tensor_files import load_tensors
 
 FORMAT_VERSION = 1
 
@@ -50,17 +51,22 @@ def read_part(folder: Path, name: str) -> Part | None:
         UserError: another component, or another format version.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found, version = values.get("part"), values.get("format_version")
-    except (OSError, ValueError, AttributeError):
+    if not path.is_file():
         return None
+    try:
+        values = read_object(path)
+    except UserError:
+        # Another tool's folder may have a file of this name.
+        return None
+    found, version = values.get("part"), values.get("format_version")
     if found is None:
         return None
     check_version(folder, version, hint="upgrade it, or convert again")
     if found != name or not isinstance(values.get(name), dict):
         raise UserError(f"{folder} holds a part '{found}', not '{name}'")
-    quantization = (values.get("quantization") or {}).get(name)
+    quantization = values.get("quantization") or {}
+    check_quantization(quantization, [name])
+    quantization = quantization.get(name)
     return Part((folder / f"{name}.safetensors",), values[name], quantization)
 
 
@@ -111,14 +117,10 @@ def load_stored(module: nn.Module, part: Part, *, packed: bool = False) -> None:
 
 def load_weights(path: Path) -> dict[str, mx.array]:
     """The weights in a safetensors file, lazily; `UserError` for a missing or damaged one."""
+    check_link(path)
     if not path.is_file():
         raise UserError(f"{path.parent} is incomplete: {path.name} is missing")
-    try:
-        found = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    assert isinstance(found, dict)
-    return found
+    return load_tensors(path)
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -161,9 +163,9 @@ def check_fit(
 
 
 def listed(fault: str, keys: Sequence[str]) -> str:
-    """ "<fault> a, b, c and 2 more", or "" without keys."""
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{fault} {', '.join(keys[:3])}{more}" if keys else ""
+    """ "<fault> a and 2 more", or "" without keys."""
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{fault} {keys[0]}{more}" if keys else ""
 
 
 def dequantized(weights: Mapping[str, mx.array], how: Mapping[str, int]) -> dict[str, mx.array]:
@@ -191,6 +193,12 @@ def cast(module: nn.Module, dtype: mx.Dtype | None) -> None:
         module.apply(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x)
 
 
+def on_device(dtype: mx.Dtype | None) -> mx.Dtype | None:
+    """`dtype`; None is float32 on the CPU, and the stored type on a GPU."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return mx.float32 if dtype is None and on_cpu else dtype
+
+
 def dequantize_on_cpu(module: nn.Module) -> None:
     """On the CPU, make packed layers dequantize their weights (see `QuantizedElasticLinear`)."""
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -215,11 +223,13 @@ GROUP_SIZES = (32, 64, 128)
 
 def check_quantization(quantization: Quantization, components: Collection[str]) -> None:
     """`UserError` unless MLX supports the quantization and its components are in `components`."""
+    if not isinstance(quantization, dict):
+        raise UserError(f"quantization must be an object, not {quantization!r}")
     for name, how in quantization.items():
         if name not in components:
             raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")
-        if set(how) != {"bits", "group_size"}:
-            raise UserError(f"quantization of {name} needs bits and group_size, got {dict(how)}")
+        if not isinstance(how, dict) or set(how) != {"bits", "group_size"}:
+            raise UserError(f"quantization of {name} needs bits and group_size, got {how}")
         if how["bits"] not in BITS or how["group_size"] not in GROUP_SIZES:
             raise UserError(
                 f"{name} cannot be quantized to {how['bits']} bits in groups of "

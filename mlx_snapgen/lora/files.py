@@ -7,17 +7,17 @@
 import json
 import math
 import re
+import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.config import FOUR_STEPS, SamplerConfig, from_dict, to_dict
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.files import expanded, parse_json, read_object, save_tensors, whole_file
 from mlx_snapgen.lora.adapters import (
     Adapter,
     adapted_layers,
@@ -27,6 +27,7 @@ from mlx_snapgen.lora.adapters import (
     layer_dtype,
     linear_layers,
 )
+from mlx_snapgen.tensor_files import load_tensors, read_header
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 """Prefixes of a layer's path in files; `save_lora` writes the first."""
@@ -42,13 +43,15 @@ def save_lora(
     name: str = "default",
     base_model: str | None = None,
     few_step: SamplerConfig | None = None,
+    words: Sequence[str] = (),
     dtype: mx.Dtype | None = None,
 ) -> None:
     """Write one adapter to a new .safetensors file, whole or not at all.
 
     The header has rank, alpha, name and format, `base_model`, the name of the model that the
     adapter was trained for, and `few_step`, the sampler of a few-step mode (see
-    `few_step_sampler`). The adapter's weight is not written: it is the user's choice. `dtype` is
+    `few_step_sampler`), and `words`, new words that it was trained on (see `lora_words`). The
+    adapter's weight is not written: it is the user's choice. `dtype` is
     the floating type to store; None keeps the adapter's.
 
     Raises:
@@ -76,31 +79,69 @@ def save_lora(
         header["base_model"] = base_model
     if few_step is not None:
         header["few_step"] = json.dumps(to_dict(few_step))
+    if words:
+        header["words"] = json.dumps(list(words))
     try:
         with whole_file(path, replace=False) as partial:
-            mx.save_safetensors(str(partial), tensors, header)
+            save_tensors(partial, tensors, header)
     except FileExistsError:
         raise UserError(f"{path} exists already: choose another name") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Names of the weights in a LoRA's folder: PEFT's and diffusers'."""
+PEFT_CONFIG = "adapter_config.json"
+CONFIG_KEY = "lora_adapter_metadata"
+"""Entry of the header in which diffusers keeps PEFT's config."""
+
+
+def lora_file(path: str | Path) -> Path:
+    """The file of a LoRA that is given by its file or by its folder, such as PEFT's."""
+    path = expanded(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in PEFT_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"no LoRA file {' or '.join(PEFT_FILES)} in {path}: name the file")
+    return found
+
+
+def config_beside(path: Path) -> dict[str, str]:
+    """The entry of the header for PEFT's config in the folder of the weights; {} without one."""
+    beside = path.with_name(PEFT_CONFIG)
+    if path.stem != Path(PEFT_FILES[0]).stem or not beside.is_file():
+        return {}
+    return {CONFIG_KEY: json.dumps(read_object(beside))}
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Tensors (lazy) and header of a LoRA file; `UserError` if it is not one.
+    """Tensors (lazy) and header of a LoRA's file or folder; `UserError` if it is not one.
 
-    Only safetensors are read: the pickled .pt, .bin and .ckpt can run code when opened.
+    The header includes PEFT's config in the file's folder. Only safetensors are read: the pickled
+    .pt, .bin and .ckpt can run code when opened.
     """
-    path = expanded(path)
+    path = lora_file(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
     if not path.is_file():
         raise UserError(f"no LoRA file {path}")
+    _, header = read_header(path)
+    return load_tensors(path), config_beside(path) | header
+
+
+def lora_words(header: Mapping[str, str]) -> list[str] | None:
+    """The words in the header of a LoRA of `train.lora`; None without them."""
     try:
-        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    tensors, header = loaded
-    return tensors, header
+        words = parse_json(header.get("words", "null"), "the header of the LoRA")
+    except UserError:
+        return None
+    is_good = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    return words[:MOST_WORDS] if is_good else None
+
+
+MOST_WORDS = 1000
 
 
 def few_step_sampler(path: str | Path) -> SamplerConfig:
@@ -114,9 +155,9 @@ def few_step_sampler(path: str | Path) -> SamplerConfig:
     if text is None:
         return FOUR_STEPS
     try:
-        return from_dict(SamplerConfig, json.loads(text))
-    except (UserError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} has a damaged header: get it again") from None
+        return from_dict(SamplerConfig, parse_json(text, path))
+    except UserError as error:
+        raise UserError(f"{path} has a damaged header ({error}): get it again") from None
 
 
 _KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")
@@ -131,6 +172,29 @@ def _split_key(key: str) -> tuple[str, str] | None:
     return (match[1], part) if part else None
 
 
+VARIANTS = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "a1.weight": "GLoRA",
+    "lora_mid": "LoCon with a middle matrix",
+    "lora_embedding_": "LoRA of embeddings",
+    "diff": "full difference of weights",
+    "modules_to_save": "LoRA with other weights beside it",
+}
+"""What only other kinds of adapters have in their keys -> their name."""
+
+
+def _unknown(key: str) -> str:
+    """The fault of a key that is no part of a plain LoRA."""
+    for part, name in VARIANTS.items():
+        if f".{part}" in key:
+            return f"is of a {name}, which is not supported"
+    return "is no part of a LoRA that is known here"
+
+
 def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) -> str:
     """The name that `save_lora` would give a key of any layout.
 
@@ -143,7 +207,7 @@ def public_name(key: str, dotted: Callable[[str], str | None] = lambda _: None) 
     """
     split = _split_key(key)
     if split is None:
-        raise UserError(f"'{key}' is no part of a LoRA that is known here")
+        raise UserError(f"'{key}' {_unknown(key)}")
     layer, part = split
     if flat := next((p for p in FLAT_PREFIXES if layer.startswith(p)), None):
         path = dotted(layer.removeprefix(flat))
@@ -172,10 +236,10 @@ def load_lora(
 
     Reads the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
     Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha is the layer's
-    `.alpha`, else PEFT's `lora_alpha` in the header, else the rank.
+    `.alpha`, else PEFT's `lora_alpha` in the header or beside the file, else the rank.
 
     Args:
-        path: a .safetensors file.
+        path: a .safetensors file, or the folder of one with PEFT's config.
         module: the network, at full width when it is elastic; changed in place.
         weight: the adapter's; 0 loads it switched off.
         name: the adapter's; None takes the file's.
@@ -229,7 +293,7 @@ def _by_layer(
     for key, value in tensors.items():
         name, part = _split_key(key) or (key, None)
         if part is None:
-            faults.append(f"{key} is no part of a LoRA that is known here")
+            faults.append(f"{key} {_unknown(key)}")
         elif name not in aliases:
             # The search is slow, and at most three faults are listed.
             hint = nearest(name, aliases) if len(faults) < 3 else ""
@@ -265,15 +329,34 @@ def _misfits(layer: str, parts: Mapping[str, mx.array], *, linear: nn.Module) ->
 
 
 def _alpha_of_header(path: Path, header: Mapping[str, str]) -> float | None:
-    """PEFT's `lora_alpha`, which diffusers keeps in the header, or None."""
+    """PEFT's `lora_alpha` (see `CONFIG_KEY`), or None; `UserError` for a variant of LoRA."""
     try:
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
-        config = {key.removeprefix(PREFIXES[0]): value for key, value in config.items()}
-        alpha = config.get("lora_alpha")
-        alpha = None if alpha is None else float(alpha)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} has a damaged header: get it again") from None
-    for key in ("use_dora", "use_rslora", "alpha_pattern"):
+        config = parse_json(header.get(CONFIG_KEY, "{}"), path)
+    except UserError as error:
+        raise UserError(f"{path} has a damaged header ({error}): get it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has a damaged header: get it again")
+    config = {key.removeprefix(PREFIXES[0]): value for key, value in config.items()}
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, (int, float, types.NoneType)) or isinstance(alpha, bool):
+        raise UserError(f"{path} has a damaged header: its lora_alpha is no number: get it again")
+    if (kind := config.get("peft_type")) not in (None, "LORA"):
+        raise UserError(f"{path} is an adapter of the kind '{kind}', only LORA is supported")
+    for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{path} is a LoRA with '{key}', which is not supported")
-    return alpha
+    if config.get("init_lora_weights") in CHANGE_THE_BASE:
+        raise UserError(
+            f"{path} belongs to a base that '{config['init_lora_weights']}' has changed: merge it "
+            "with PEFT, or save it again with path_initial_model_for_weight_conversion"
+        )
+    return None if alpha is None else float(alpha)
+
+
+UNSUPPORTED = (
+    *("use_dora", "use_rslora", "alpha_pattern", "modules_to_save", "layer_replication"),
+    *("lora_bias", "trainable_token_indices", "target_parameters", "use_qalora", "fan_in_fan_out"),
+)
+"""Settings of PEFT's LoRA that change what the matrices mean."""
+CHANGE_THE_BASE = ("pissa", "olora", "corda")
+"""Values of PEFT's init_lora_weights that also change the weights of the base."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 
@@ -170,7 +171,7 @@ def load_palettes(folder: Path) -> Palettes | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         hint = "upgrade it, or run train.palettes again"
         check_version(path, values["format_version"], reads=FORMAT_VERSION, hint=hint)
         of_layers = values["layers"].items()
@@ -181,10 +182,10 @@ def load_palettes(folder: Path) -> Palettes | None:
             average_bits=average,
             bits=bits,
             mse=mse,
-            prompts=list(values["prompts"]),
-            widths=list(values["widths"]),
+            prompts=[str(prompt) for prompt in values["prompts"]],
+            widths=[str(width) for width in values["widths"]],
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): run train.palettes again") from None
     if not set(bits.values()) <= {LOW, HIGH}:
         raise UserError(f"{path} has palettes of other than {LOW} and {HIGH} bits")

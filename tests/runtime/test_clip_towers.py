@@ -315,8 +315,8 @@ def test_embeddings_and_logits_equal_those_of_transformers(
 
 
 def test_converted_it_is_the_same(clip, tmp_path):
-    from convert.public.convert import convert
-    from convert.public.source import find_source
+    from mlx_snapgen.public.convert import convert
+    from mlx_snapgen.public.source import find_source
 
     folder = write_folder(tmp_path / "in", clip)
     report = convert(find_source(str(folder)), tmp_path / "out", kind="clip-score")

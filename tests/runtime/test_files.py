@@ -1,15 +1,29 @@
 """Files and folders appear whole or not at all; errors are one line."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, expanded, new_folder, whole_file
+from mlx_snapgen.files import (
+    check_new,
+    expanded,
+    has_lock,
+    lock_folder,
+    new_folder,
+    save_tensors,
+    unlock_folder,
+    whole_file,
+)
+from mlx_snapgen.lora.files import save_lora
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +136,56 @@ def test_what_another_process_is_writing_stays(empty_folder):
             other.write_text("c")
         assert (partial / "b.txt").read_text() == "b"
     assert sorted(os.listdir()) == ["a", "c.txt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(disk, components):
+    folder = disk("100k")
+    tiny.add_random_lora(network := tiny.make_components().transformer, rank=64)
+    for write in (
+        lambda: save_pretrained(folder / "model", components),
+        lambda: save_lora(folder / "style.safetensors", network, name="style"),
+    ):
+        with pytest.raises(UserError) as error:
+            write()
+        assert re.fullmatch(r"cannot write \S+: No space left on device", str(error.value))
+        assert os.listdir(folder) == []
+
+
+def test_only_errors_of_writing_are_put_down_to_the_disk(empty_folder):
+    source = empty_folder / "a.safetensors"
+    save_tensors(source, {"a": mx.zeros(1000)})
+    lazy = mx.load(str(source))
+    os.truncate(source, 500)
+    with pytest.raises(RuntimeError, match="read"):
+        save_tensors(empty_folder / "b.safetensors", lazy)
+    with pytest.raises(OSError, match="No such file"):
+        save_tensors(empty_folder / "none" / "a.safetensors", {"a": mx.zeros(2)})
+
+
+LOCK = """import sys, pathlib, mlx_snapgen.files as files
+print(files.lock_folder(pathlib.Path(sys.argv[1]), shared=sys.argv[2] == "shared"))
+"""
+
+
+def locked_by_another(folder, how):
+    """Whether another process gets the lock."""
+    command = [sys.executable, "-c", LOCK, str(folder), how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout == "True\n"
+
+
+def test_a_lock_is_held_until_it_is_given_back(empty_folder):
+    assert lock_folder(empty_folder) and has_lock(empty_folder)
+    assert not lock_folder(empty_folder)
+    assert not locked_by_another(empty_folder, "shared")
+    unlock_folder(empty_folder)
+    unlock_folder(empty_folder)
+    assert lock_folder(empty_folder, shared=True)
+    assert locked_by_another(empty_folder, "shared")
+    assert not locked_by_another(empty_folder, "alone")
+    unlock_folder(empty_folder)
+    assert locked_by_another(empty_folder, "alone")
+    assert os.listdir(empty_folder) == []
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(empty_folder):

@@ -49,7 +49,7 @@ def mlx_lm():
     return pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
 
 
-def write_gemma(folder, mlx_lm, multimodal=True, quantize=None):
+def write_gemma(folder, mlx_lm, multimodal=True, quantize=None, words=WORDS):
     """A random Gemma 3 as Google and mlx-community publish it, with a tokenizer of few words."""
     from mlx_lm.models import gemma3_text
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -77,7 +77,7 @@ def write_gemma(folder, mlx_lm, multimodal=True, quantize=None):
             weights["multi_modal_projector.mm_soft_emb_norm.weight"] = mx.zeros(3)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -442,7 +442,10 @@ A, B, ALPHA = (
         (lambda t: t.update({ALPHA: mx.array(float("nan"))}), "alpha that is not one finite"),
         (lambda t: t.update({ALPHA: mx.zeros((2,))}), "alpha that is not one finite"),
         (lambda t: t.update({f"{QUERY}.lora_A.weight": t[A]}), "is there twice"),
-        (lambda t: t.update({f"{QUERY}.dora_scale": t[A]}), "dora_scale is no part"),
+        (
+            lambda t: t.update({f"{QUERY}.dora_scale": t[A]}),
+            "dora_scale is of a DoRA",
+        ),
         (lambda t: t.update({f"{QUERY}.lora_C.weight": t[A]}), "lora_C.weight is no part"),
         (lambda t: t.update({f"x{i}.alpha": t[ALPHA] for i in range(5)}), "; and 2 more faults"),
         (lambda t: [t.clear(), t.update(x=mx.zeros(1))], "x is no part"),
@@ -483,7 +486,7 @@ def test_files_that_are_none(network, tmp_path):
         "missing.safetensors": "no LoRA file",
         "folder.safetensors": "no LoRA file",
         "x.pt": "is not a .safetensors file",
-        "short.safetensors": "is damaged",
+        "short.safetensors": "is (damaged|truncated)",
     }.items():
         with pytest.raises(UserError, match=message):
             load_lora(tmp_path / name, network)
@@ -510,10 +513,10 @@ def test_a_file_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch):
             save_lora(tmp_path / file, network, name=name)
 
     def full(*args):
-        raise RuntimeError("No space left on device")
+        raise RuntimeError("[write] Unable to write 2097246 bytes to file.")
 
     monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*Unable to write"):
         save_lora(tmp_path / "z.safetensors", network, name="style")
     assert os.listdir(tmp_path) == ["x.safetensors"]
 

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_snapgen.settings import check_unicode
+
 Prompt = str | None
 """None is absent text: none of its tokens counts."""
 
@@ -90,4 +92,5 @@ def padded(rows: Sequence[Sequence[int]], length: int, *, pad: int) -> tuple[mx.
 
 def normalize(prompt: str) -> str:
     """Lower case, composed Unicode, single spaces; also applied to training captions."""
+    check_unicode(prompt, "prompt")
     return " ".join(unicodedata.normalize("NFKC", prompt).lower().split())

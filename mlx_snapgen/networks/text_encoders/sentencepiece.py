@@ -12,6 +12,7 @@ import sentencepiece
 
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.layers import attend, gelu, merge_heads, split_heads
 from mlx_snapgen.networks.text_encoders.base import Tokenizer, normalize, padded
 
@@ -32,8 +33,8 @@ class SentencePieceTokenizer:
     def from_file(cls, path: Path, max_length: int) -> "SentencePieceTokenizer":
         """Read a sentencepiece `.model` file."""
         try:
-            return cls(path.read_bytes(), max_length)
-        except (OSError, RuntimeError) as error:
+            return cls(read_bytes(path), max_length)
+        except (UserError, RuntimeError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 
     @property

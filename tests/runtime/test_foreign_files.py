@@ -1,0 +1,294 @@
+"""Files, paths and text of unknown origin, at the places where all commands read them."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import mlx.core as mx
+import pytest
+
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.module import load_weights
+from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.prompts_file import read_prompts
+from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig, from_dict
+from mlx_snapgen.errors import MOST_CHARACTERS, UserError
+from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
+from mlx_snapgen.lora.adapters import adapted_layers
+from mlx_snapgen.lora.files import load_lora, lora_words, read_lora, save_lora
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings
+from tests.layout.graph import ROOT
+from tests.tiny import MODEL, TRANSFORMER, add_random_lora
+
+# --- JSON -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "nested too deep"),
+        (b"[" * (MOST_DEPTH + 1) + b"]" * (MOST_DEPTH + 1), "nested too deep"),
+        (b"9" * 5000, "a number of 5000 digits"),
+        (b"1" + b"0" * 55, "a number of 56 digits"),
+        (b"1e999", "no finite number"),
+        (b"NaN", "no finite number"),
+        (b'["\\ud800"]', "half of a surrogate pair"),
+        (b'"caf\xe9"', "not UTF-8"),
+        (b"{", "cannot read a.json"),
+    ],
+)
+def test_json_that_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_json(text, "a.json")
+
+
+def test_json_that_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1, 2.5, "\\ud83d\\ude00"]}')
+    assert read_json(path) == {"a": [1, 2.5, "\U0001f600"]}
+    assert isinstance(parse_json("[" * MOST_DEPTH + "]" * MOST_DEPTH, ""), list)
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, [], "ModelConfig must be an object"),
+        (ModelConfig, {"image_size": [32]}, "'image_size' takes 2 values, not 1"),
+        (ModelConfig, {"image_size": 32}, "'image_size' must be a list"),
+        (ModelConfig, {"name": 3}, "'name' must be a text"),
+        (ModelConfig, {"transformer": 3}, "TransformerConfig must be an object"),
+        (TransformerConfig, {"blocks": [1, 10**55, 1]}, "'blocks' must be 0 to"),
+        (TransformerConfig, {"blocks": [1, 10**5, 1]}, "0 to 256 layers"),
+        (TransformerConfig, {"hidden_size": True}, "must be a whole number, not true"),
+        (TransformerConfig, {"patch_size": 0}, "'patch_size' must be 1 to"),
+        (TransformerConfig, {"head_dim": 64.0}, "'head_dim' must be a whole number"),
+        (SamplerConfig, {"guidance_scale": 1e300}, "'guidance_scale' must be at most"),
+        (SamplerConfig, {"guidance_scale": float("nan")}, "'guidance_scale' must be at most"),
+        (SamplerConfig, {"time_shift": "x"}, "'time_shift' must be a number"),
+    ],
+)
+def test_values_of_a_config_have_types_and_ranges(kind, values, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(kind, values)
+
+
+def test_none_and_whole_numbers_are_good_where_they_are_meant():
+    assert from_dict(SamplerConfig, {"time_shift": None}).time_shift is None
+    assert from_dict(SamplerConfig, {"guidance_scale": 4}).guidance_scale == 4
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_a_message_is_one_short_line():
+    message = str(UserError("no file " + "x" * 5000 + "\n\x1b[2J\u2028 \ud800 end"))
+    assert len(message) <= MOST_CHARACTERS and message.isprintable()
+    assert message.startswith("no file xxx") and message.endswith("\\ud800 end")
+    assert str(UserError("short")) == "short"
+
+
+MARKED = b"\xef\xbb\xbf# a comment\r\na red apple\xe2\x80\xa8and a cat\r\n\n\xef\xbb\xbfa dog\n"
+PROMPTS = ["a red apple\u2028and a cat", "a dog"]
+READ = "from mlx_snapgen.cli.prompts_file import *; print(ascii(list(read_prompts('-'))))"
+
+
+def test_a_list_of_prompts_is_the_same_from_a_file_and_from_the_input(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(MARKED)
+    assert list(read_prompts(path)) == PROMPTS
+    done = subprocess.run(
+        [sys.executable, "-c", READ], cwd=ROOT, input=MARKED, capture_output=True, check=True
+    )
+    assert done.stdout.decode().strip() == ascii(PROMPTS)
+    path.write_bytes(b"a red apple\na caf\xe9\n")
+    with pytest.raises(UserError, match="line 2: it is not UTF-8"):
+        list(read_prompts(path))
+
+
+def test_a_prompt_of_another_encoding_is_refused():
+    with pytest.raises(UserError, match="the negative prompt has characters"):
+        DrawSettings("a cat", negative_prompt="caf\udce9").resolved(MODEL)
+
+
+# --- paths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "/".join(["y" * 200] * 30)])
+def test_a_path_that_the_system_refuses_is_one_line(path):
+    with pytest.raises(UserError, match="cannot use"):
+        expanded(path)
+    parser = Parser()
+    parser.add_argument("--output", type=Path)
+    with pytest.raises(UserError, match="cannot use"):
+        parser.parse_args([f"--output={path}"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_of_another_user_is_one_line(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match="Permission denied"):
+        expanded(tmp_path / "closed" / "a.png")
+
+
+def test_the_home_folder_is_expanded_after_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = Parser()
+    parser.add_argument("--output")
+    parser.add_argument("--text")
+    args = parser.parse_args(["--output=~/a/", "--text=~5 cats"])
+    assert (args.output, args.text) == (f"{tmp_path}/a/", "~5 cats")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    link = tmp_path / "weights.safetensors"
+    link.symlink_to("/nowhere/weights")
+    for read in (check_link, load_weights):
+        with pytest.raises(UserError, match="is a link to /nowhere/weights, which does not exist"):
+            read(link)
+
+
+def test_a_source_that_cannot_be_read_is_not_called_an_output(tmp_path):
+    message = "cannot read /nowhere/a: No such file"
+    with pytest.raises(UserError, match=message), new_folder(tmp_path / "out"):
+        Path("/nowhere/a").read_bytes()
+    assert not (tmp_path / "out").exists()
+
+
+# --- what a command prints --------------------------------------------------------------------
+
+
+def command(body):
+    """Arguments of a process whose `main` is this expression."""
+    code = f"from mlx_snapgen.errors import run_command; run_command(lambda: {body})"
+    return [sys.executable, "-c", code]
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    with subprocess.Popen(
+        command("print('x\\n' * 10**6)"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_names_of_files_are_printed_whatever_their_bytes():
+    done = subprocess.run(command("print('caf\\udce9')"), cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"caf\\udce9\n")
+
+
+def test_a_file_that_the_system_refuses_is_one_line():
+    done = subprocess.run(command("open('/nowhere/a')"), cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: /nowhere/a: No such file or directory\n")
+
+
+# --- models and LoRAs -------------------------------------------------------------------------
+
+
+def test_another_kind_of_model_is_not_downloaded(tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+
+    def download(repo, *, allow_patterns, **_):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="not an mlx_snapgen model"):
+        ModelFolder.open("owner/other-model")
+    assert asked == [["config.json"]]
+
+
+def test_words_of_a_lora_are_known(model_folder, tmp_path):
+    network = EfficientDiT(TRANSFORMER)
+    add_random_lora(network)
+    save_lora(tmp_path / "a.safetensors", network, name="style", words=["zorbo"])
+    save_lora(tmp_path / "b.safetensors", network, name="style")
+    assert lora_words(read_lora(tmp_path / "a.safetensors")[1]) == ["zorbo"]
+
+    def notices(prompt, *loras):
+        pairs = tuple((str(tmp_path / name), 1.0) for name in loras)
+        pipeline = SnapGenPipeline.from_pretrained(model_folder, loras=pairs)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            pipeline.generate(prompt)
+        return [str(w.message) for w in found if "names nothing" in str(w.message)]
+
+    assert notices("a zorbo")
+    assert not notices("a zorbo", "a.safetensors")
+    assert notices("a blorp", "a.safetensors")
+    assert not notices("a blorp", "b.safetensors")  # its words are not recorded
+
+
+# --- LoRAs of PEFT ----------------------------------------------------------------------------
+
+
+def write_peft(folder, **config):
+    """A folder as PEFT writes it: alpha is in the config alone."""
+    network = EfficientDiT(TRANSFORMER)
+    add_random_lora(network, rank=4, alpha=4.0)
+    path = folder / "adapter_model.safetensors"
+    save_lora(path, network, name="style")
+    tensors = {k: v for k, v in mx.load(str(path)).items() if not k.endswith(".alpha")}
+    mx.save_safetensors(str(path), tensors)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16} | config
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_alpha_of_peft_is_beside_the_weights(tmp_path):
+
+    path = write_peft(tmp_path)
+    for given in (path, tmp_path):
+        network = EfficientDiT(TRANSFORMER)
+        load_lora(given, network, name="style")
+        alphas = {layer.adapters["style"].alpha for layer in adapted_layers(network).values()}
+        assert alphas == {16.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"peft_type": "LOHA"}, "the kind 'LOHA'"),
+        ({"init_lora_weights": "pissa"}, "'pissa' has changed"),
+        ({"lora_alpha": "16"}, "damaged header"),
+    ],
+)
+def test_a_variant_of_peft_is_refused_by_name(config, message, tmp_path):
+
+    path = write_peft(tmp_path, **config)
+    network = EfficientDiT(TRANSFORMER)
+    for given in (path, tmp_path):
+        with pytest.raises(UserError, match=message):
+            load_lora(given, network)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_a_type_that_is_not_supported_is_named(dtype, tmp_path):
+    path = write_peft(tmp_path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    next(v for k, v in header.items() if k != "__metadata__")["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    for read in (read_lora, load_weights):
+        with pytest.raises(UserError, match=f"type {dtype}, which is not supported"):
+            read(path)
