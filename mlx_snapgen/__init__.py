@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mlx_snapgen._blas import load_openblas
+from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen._version import __version__
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPENBLAS", "SnapGenPipeline", "__version__"]
 
+make_private_cache()
 OPENBLAS = load_openblas()
 """Name of the OpenBLAS library that was loaded before mlx (Linux only), or None."""
 

@@ -1,0 +1,65 @@
+"""Kernels that MLX compiles on Linux are in a folder that no other user can write to."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.layout.graph import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="MLX has no such cache elsewhere")
+
+COMPILE = """
+import mlx.core as mx
+import mlx_snapgen, os, tempfile
+mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.ones(4)))
+print(os.environ["TMPDIR"])
+print(tempfile.gettempdir())
+print(oct(os.stat(os.environ["TMPDIR"]).st_mode)[-3:])
+"""
+
+
+def run(cache, temporary):
+    """Folder of the kernels, Python's temporary folder, and the first's mode, of a process."""
+    temporary.mkdir(exist_ok=True)
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(temporary)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def mode(path):
+    return stat.S_IMODE(os.lstat(path).st_mode)
+
+
+def test_kernels_are_compiled_into_a_private_folder(tmp_path):
+    kernels, own, _ = run(tmp_path / "cache", tmp_path / "shared")
+    assert kernels == str(tmp_path / "cache/mlx_snapgen/kernels")
+    assert mode(kernels) == mode(tmp_path / "cache/mlx_snapgen") == 0o700
+    assert list((tmp_path / "cache").glob("mlx_snapgen/kernels/mlx/*/cpu/*.so"))
+    assert own == str(tmp_path / "shared")
+    assert not list((tmp_path / "shared").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["link", "open to all", "file"])
+def test_a_folder_that_others_could_have_filled_is_not_used(kind, tmp_path):
+    place, planted = tmp_path / "cache/mlx_snapgen/kernels", tmp_path / "planted"
+    place.parent.mkdir(parents=True)
+    planted.mkdir()
+    if kind == "link":
+        place.symlink_to(planted)
+    elif kind == "file":
+        place.write_text("")
+    else:
+        place.mkdir()
+        (place / "mlx").mkdir()
+        place.chmod(0o777)
+    kernels, _, permissions = run(tmp_path / "cache", tmp_path / "shared")
+    assert kernels.startswith(str(tmp_path / "shared/mlx_snapgen-kernels-"))
+    assert permissions == "700"
+    assert not list((tmp_path / "shared").iterdir())  # deleted at the end
+    assert not list(planted.iterdir())
