@@ -1,6 +1,8 @@
 """What the tests share: above all a tiny random model in the full format."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,22 @@ def model_folder(components, tmp_path_factory):
 def no_language_model(monkeypatch):
     """Public teachers encode prompts with `tiny.Reader`."""
     monkeypatch.setattr(teacher_folder, "load_qwen", lambda *_, **__: tiny.Reader())
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Size, such as "2m" -> an empty folder on a disk of its own; only root can mount one."""
+    mounted = []
+
+    def make(size: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("only root can mount a disk, on Linux")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
