@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes exactly, and refuses what it cannot resume."""
 
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -18,16 +19,19 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+import mlx_snapgen.files
 import train.loop.checkpoint
 import train.loop.plot
 import train.loop.trainer
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import save_tensors
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from train.loop.checkpoint import checkpoints, latest_checkpoint, load_ema, read_log
-from train.loop.config import TrainingConfig
+from train.loop.checkpoint import append_log, checkpoints, latest_checkpoint, load_ema, read_log
+from train.loop.config import TrainingConfig, warmup_of
 from train.loop.optimizer import Role, scheduled_rate
+from train.loop.run import claim
 from train.loop.trainer import Trainer
 from train.objectives.base import LossObjective
 
@@ -160,9 +164,9 @@ def test_a_run_that_dies_amid_a_checkpoint_resumes_from_the_one_before(tmp_path,
     assert straight.run()
 
     def save(path, arrays):
-        if "step_12" in path and "ema" in path:
+        if "step_12" in str(path) and path.stem == "ema":
             raise MemoryError
-        mx.save_safetensors(path, arrays)
+        save_tensors(path, arrays)
 
     def delete(folder):
         (folder / "model.safetensors").unlink()
@@ -170,7 +174,9 @@ def test_a_run_that_dies_amid_a_checkpoint_resumes_from_the_one_before(tmp_path,
 
     with monkeypatch.context() as patch:
         if at == "saving":
-            patch.setattr(train.loop.checkpoint, "mx", SimpleNamespace(save_safetensors=save))
+            patch.setattr(train.loop.checkpoint, "save_tensors", save)
+            kept = SimpleNamespace(rmtree=lambda *_, **__: None)  # a killed process deletes nothing
+            patch.setattr(train.loop.checkpoint, "shutil", kept)
         else:
             patch.setattr(train.loop.checkpoint, "shutil", SimpleNamespace(rmtree=delete))
         with pytest.raises(MemoryError):
@@ -379,6 +385,144 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     process.communicate(timeout=300)
     assert process.returncode == 130
     assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("at", ["picture", "log"])
+def test_a_validation_that_a_kill_cut_off_is_made_up(tmp_path, monkeypatch, at):
+    """Killed between the checkpoint of step 8 and its validation, or before its line is logged."""
+
+    def validate(run):
+        if at == "picture" and dies and run.step == 8:
+            raise MemoryError
+        run.sample_path("cat").write_text(str(run.step))
+        return {"score": 0.5 * run.step}
+
+    def append(run_dir, entry):
+        if at == "log" and dies and "score" in entry and entry["step"] == 8:
+            raise MemoryError
+        append_log(run_dir, entry)
+
+    monkeypatch.setattr(train.loop.trainer, "append_log", append)
+    for dies in (True, False, False):  # the last does nothing
+        run = trainer(tmp_path)
+        run.validate = validate
+        if dies:
+            with pytest.raises(MemoryError):
+                run.run()
+            assert latest_checkpoint(tmp_path).name == "step_8"
+        else:
+            assert run.run()
+    scores = [(e["step"], e["score"]) for e in read_log(tmp_path) if "score" in e]
+    assert scores == [(s, 0.5 * s) for s in (4, 8, 12, 16, 20)]
+    assert len(list((tmp_path / "samples").iterdir())) == 5
+
+
+def test_a_line_of_the_log_is_the_mean_of_its_steps_also_across_a_stop(tmp_path):
+    assert trainer(tmp_path / "a", log_every=10).run()
+    assert not trainer(tmp_path / "b", log_every=10, stop_at=4).run()
+    assert trainer(tmp_path / "b", log_every=10).run()
+    one, two = ([e["loss"] for e in read_log(tmp_path / n) if "loss" in e] for n in "ab")
+    assert one == two and len(one) == 2
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    code = (
+        "import sys, pathlib, train.loop.checkpoint as c\n"
+        "c.lock_run(pathlib.Path(sys.argv[1]))\n"
+        "print('locked', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", f"import train\n{code}", str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout.readline() == "locked\n"
+    for call in (trainer(tmp_path).run, lambda: claim(tmp_path, {"data": "a"})):
+        with pytest.raises(UserError, match=r"another process trains in .*: wait for it") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    first.kill()
+    first.communicate()
+    claim(tmp_path, {"data": "a"})
+    assert trainer(tmp_path).run()
+    # Ended, the run is free for others.
+    second = subprocess.run(
+        [sys.executable, "-c", f"import train\n{code}", str(tmp_path)],
+        cwd=ROOT,
+        input="",
+        capture_output=True,
+        text=True,
+    )
+    assert second.stdout == "locked\n", second.stderr
+
+
+def test_a_drive_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(mlx_snapgen.files.fcntl, "flock", flock)
+    claim(tmp_path, {"data": "a"})
+    assert trainer(tmp_path, steps=4).run()
+
+
+def test_a_compiler_that_ctrl_c_ends_is_started_again(tmp_path, monkeypatch):
+    """On the CPU mlx starts compilers, which get the Ctrl-C of a terminal, too; then mlx fails."""
+    straight = trainer(tmp_path / "a")
+    assert straight.run()
+    evaluate, failed = mx.eval, []
+
+    def interrupted(*arrays):
+        if not failed:
+            failed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("Could not load C++ shared library")
+        evaluate(*arrays)
+
+    run = trainer(tmp_path / "b", batches=lambda k: batches(k))
+    monkeypatch.setattr(mx, "eval", interrupted)
+    assert not run.run()
+    assert failed and run.exit_code == 128 + signal.SIGINT
+    assert latest_checkpoint(tmp_path / "b").name == "step_1"
+    resumed = trainer(tmp_path / "b")
+    assert resumed.run() and resumed.exit_code == 0
+    assert_same(flat(straight), flat(resumed))
+
+
+def test_a_full_disk_ends_a_run_in_one_line_with_its_last_checkpoint(disk):
+    """Checkpoints of 2 x 4 layers do not fit a third time."""
+    folder = disk("400k")
+    run = trainer(folder / "run", hidden=1000, keep_checkpoints=0)
+    with pytest.raises(UserError) as error:
+        run.run()
+    saved = latest_checkpoint(folder / "run")
+    assert str(error.value) == (
+        f"cannot write to {folder / 'run'} (No space left on device); the last checkpoint is "
+        f"{saved}: free some space and run the same command again to resume"
+    )
+    assert not list(folder.rglob(".*"))
+    straight = trainer(folder.parent / "straight", hidden=1000)
+    assert straight.run()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
+    resumed = trainer(folder / "run", hidden=1000)
+    assert resumed.run()
+    assert_same(flat(straight), flat(resumed))
+
+
+def test_a_disk_that_turns_read_only_ends_a_run_in_one_line(disk):
+    folder = disk("4m")
+    run = trainer(folder / "run")
+    run.validate = lambda run: (
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True) and {}
+    )
+    with pytest.raises(UserError, match=r"Read-only file system\); the last .*step_4: when"):
+        run.run()
+    # The next run ends as soon as it starts.
+    with pytest.raises(UserError, match=r"Read-only file system\); the last .*step_4: when"):
+        trainer(folder / "run").run()
 
 
 def test_foreign_and_damaged_checkpoints_are_refused_in_one_line(tmp_path):
@@ -682,3 +826,7 @@ def test_the_averages_leave_the_model_after_an_error_too(tmp_path):
     for name, value in tree_flatten(made.model.parameters()):
         np.testing.assert_array_equal(value, own[name])
     assert any(not np.array_equal(own[name], value) for name, value in averages.items())
+
+
+def test_short_runs_have_a_short_warm_up():
+    assert [warmup_of(steps, 200) for steps in (1, 60, 1200, 6000)] == [1, 10, 200, 200]

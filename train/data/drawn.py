@@ -3,14 +3,14 @@
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -23,9 +23,7 @@ from mlx_snapgen.teachers.folder import CONFIG, is_teacher, load_flow_teacher
 from train.data.decode import Size
 from train.data.preparation import CaptionEncoder, Chunk, Encoder, half, make_samples
 from train.data.shards import Sample
-
-TEACHER = "teacher"
-"""Name of a teacher's text states and latents."""
+from train.data.source import TEACHER
 
 Draw = Callable[[Sequence[str], Sequence[int]], mx.array]
 """Prompts and seeds -> latents (B, h, w, C)."""
@@ -128,7 +126,7 @@ class DrawnSet:
             others = {TEACHER: half(latents, "drawn latents")}
             pictures = from_uint8(to_uint8(self.drawn.decode(latents)))
             latents = self.autoencoder.encode(pictures)
-        return make_samples(
+        samples = make_samples(
             [f"{number:09d}" for number in numbers],
             [{self.column: prompt} for prompt in prompts],
             latents=half(latents, "latents"),
@@ -136,6 +134,9 @@ class DrawnSet:
             size=self.size,
             texts=self.encoder.texts,
         )
+        # Pictures of one prompt are all for training or all for validation.
+        groups = [f"{number // self.per_prompt:09d}" for number in numbers]
+        return [replace(s, group=group) for s, group in zip(samples, groups, strict=True)]
 
 
 def open_drawing(
@@ -168,10 +169,7 @@ def open_drawing(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     ).resolved(components.config)
-    states = teacher_states(
-        CheckpointTeacher(components.transformer, components.text_encoders),
-        components.config.transformer.text_width,
-    )
+    states = model_states(components)
 
     def draw_with_model(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
         return draw_latents(components, prompts, seeds=seeds, settings=settings)
@@ -225,6 +223,16 @@ def teacher_states(teacher: Any, dims: int) -> CaptionEncoder:
     return CaptionEncoder(TEACHER, dims, states, empty)
 
 
+def model_states(components: Components) -> CaptionEncoder:
+    """The text states of a model of this project as a teacher."""
+    teacher = CheckpointTeacher(
+        components.transformer,
+        components.text_encoders,
+        unconditional=components.config.unconditional_prompt,
+    )
+    return teacher_states(teacher, components.config.transformer.text_width)
+
+
 def open_teacher_texts(folder: Path) -> Teacher:
     """A teacher's text states and autoencoder; the network of a public one is not read."""
     if is_teacher(folder):
@@ -234,10 +242,7 @@ def open_teacher_texts(folder: Path) -> Teacher:
     else:
         components = load_pretrained(folder)
         autoencoder = components.autoencoder
-        states = teacher_states(
-            CheckpointTeacher(components.transformer, components.text_encoders),
-            components.config.transformer.text_width,
-        )
+        states = model_states(components)
     return Teacher(states, autoencoder, teacher_settings(folder))
 
 

@@ -1,7 +1,6 @@
 """New models from an autoencoder and text encoders, and trained models as folders."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mlx_snapgen.config import (
     from_dict,
 )
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
@@ -38,10 +38,10 @@ def check_converted(folder: Path) -> None:
     pipeline = (folder / "model_index.json").is_file()
     if path.is_file():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return  # who reads it reports it
-    if pipeline or (isinstance(config, dict) and "_class_name" in config):
+            config = read_object(path)
+        except UserError:
+            return  # the command that reads it reports it
+    if pipeline or "_class_name" in config:
         vae = " --subfolder vae" if pipeline else ""
         raise UserError(
             f"{folder} is in the format of diffusers: convert it with `python -m "
@@ -85,15 +85,15 @@ def public_encoder(source: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _gemma_config(values: Mapping[str, Any]) -> TextEncoderConfig:
     """Sizes of the Gemma of a config.json; those that it omits are the 4B model's."""
-    text = values.get("text_config") or values
+    text = values.get("text_config")
+    text = text if isinstance(text, dict) else values
     sizes = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -101,7 +101,7 @@ def _gemma_config(values: Mapping[str, Any]) -> TextEncoderConfig:
         "num_heads": "num_attention_heads",
     }
     found = {ours: text[theirs] for ours, theirs in sizes.items() if theirs in text}
-    return dataclasses.replace(GEMMA_3_4B, **found)
+    return from_dict(TextEncoderConfig, dataclasses.asdict(GEMMA_3_4B) | found)
 
 
 def own_encoder(tokenizer: Path, config: TextEncoderConfig) -> Any:

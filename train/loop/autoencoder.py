@@ -1,7 +1,6 @@
 """The autoencoder of a run."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint import model as checkpoint_model
 from mlx_snapgen.config import AutoencoderConfig, from_dict
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import from_uint8
@@ -67,5 +67,5 @@ def config_of(run: Path) -> AutoencoderConfig:
     old = run / OLD_RECORD
     values = recorded(run).get("autoencoder")
     if values is None and old.is_file():
-        values = json.loads(old.read_text(encoding="utf-8"))
+        values = read_object(old)
     return DEFAULT if values is None else from_dict(AutoencoderConfig, values)

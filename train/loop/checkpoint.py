@@ -5,10 +5,12 @@ before it is deleted. So each `step_N` is complete, even if the process is kille
 `train.loop.trainer` for what makes a resumed run exact.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,42 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import (
+    has_lock,
+    lock_folder,
+    read_text,
+    save_tensors,
+    whole_file,
+)
 
 TREES = ("model", "ema", "optimizer")
+LOG = "log.jsonl"
+
+
+def lock_run(run_dir: Path) -> None:
+    """Lock a run's folder, see `lock_folder`; `UserError` if another process trains in it."""
+    with writing(run_dir):
+        locked = has_lock(run_dir) or lock_folder(run_dir)
+    if not locked:
+        raise UserError(
+            f"another process trains in {run_dir}: wait for it, or give another run folder"
+        )
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """`UserError` with the last checkpoint if a file of a run cannot be written in the block."""
+    try:
+        yield
+    except OSError as error:
+        saved = latest_checkpoint(run_dir)
+        last = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space and" if full else "when it can be,"
+        raise UserError(
+            f"cannot write to {run_dir} ({error.strerror or error}); {last}: {way_out} run the "
+            "same command again to resume"
+        ) from None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -48,17 +83,24 @@ def save_checkpoint(run_dir: Path, trees: Mapping[str, dict], *, state: dict, ke
     Args:
         trees: parameters by the names in `TREES`, nested as the module or optimizer has them.
         state: what else a resumed run needs, as JSON; `state["step"]` is N.
+
+    Raises:
+        OSError: it cannot be written, as when the disk is full.
     """
     final = run_dir / f"step_{state['step']}"
     partial = _partial(final)
     remove_partials(run_dir)
-    partial.mkdir(parents=True)
-    for name in TREES:
-        mx.save_safetensors(str(partial / f"{name}.safetensors"), dict(tree_flatten(trees[name])))
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    partial.rename(final)
+    try:
+        partial.mkdir(parents=True)
+        for name in TREES:
+            save_tensors(partial / f"{name}.safetensors", dict(tree_flatten(trees[name])))
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _flush(run_dir)
     for old in checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old.rename(_partial(old)))
@@ -96,15 +138,16 @@ def load_checkpoint(
     return {name: dict(tree_unflatten(list(tree.items()))) for name, tree in trees.items()}, state
 
 
-_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+_DAMAGE = (UserError, OSError, ValueError, RuntimeError, KeyError, TypeError, RecursionError)
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, dict[str, mx.array]], dict]:
-    state = json.loads((checkpoint / "state.json").read_text())
+    # Of this package, and a number in it may be NaN.
+    state = json.loads(read_text(checkpoint / "state.json"))
     if not isinstance(state["step"], int) or not isinstance(state["training"], dict):
         raise ValueError("state.json has no step or no training settings")
     trees: dict[str, Any] = {
-        name: mx.load(str(checkpoint / f"{name}.safetensors")) for name in TREES
+        name: load_weights(checkpoint / f"{name}.safetensors") for name in TREES
     }
     # Loaded arrays are lazy: read them while damage can still be reported, and the files exist.
     mx.eval(trees)
@@ -144,20 +187,32 @@ def _flush(path: Path) -> None:
 
 def append_log(run_dir: Path, entry: dict) -> None:
     """Add a line to the run's log."""
-    with open(run_dir / "log.jsonl", "a") as f:
+    with open(run_dir / LOG, "a") as f:
         f.write(json.dumps(entry) + "\n")
 
 
 def read_log(run_dir: Path) -> list[dict]:
-    """The run's log; an incomplete last line is ignored."""
-    path = run_dir / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The run's log; an incomplete last line is ignored. `UserError` for a damaged one."""
+    path = run_dir / LOG
+    lines = read_text(path).split("\n")[:-1] if path.is_file() else []
+    entries = [_entry(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [entry for entry in entries if entry]
+
+
+def _entry(line: str, where: str) -> dict:
+    # A loss that is not finite is NaN in the log, which is no JSON.
+    try:
+        values = json.loads(line) if line.strip() else {}
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or (values and not isinstance(values.get("step"), int)):
+        raise UserError(f"{where} is damaged: delete the line")
+    return values
 
 
 def rewind_log(run_dir: Path, step: int) -> None:
     """Remove entries after `step`, which a resumed run logs again."""
-    if (run_dir / "log.jsonl").is_file():
+    if (run_dir / LOG).is_file():
         kept = [json.dumps(e) + "\n" for e in read_log(run_dir) if e["step"] <= step]
-        with whole_file(run_dir / "log.jsonl") as partial:
+        with whole_file(run_dir / LOG) as partial:
             partial.write_text("".join(kept))

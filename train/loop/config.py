@@ -54,3 +54,8 @@ class TrainingConfig:
             gpu = mx.default_device().type == mx.DeviceType.gpu
             return mx.bfloat16 if gpu else mx.float32
         return getattr(mx, self.precision)
+
+
+def warmup_of(steps: int, most: int) -> int:
+    """Steps of warm-up: `most`, or a sixth of a short run."""
+    return min(most, max(1, steps // 6))

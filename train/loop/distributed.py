@@ -23,9 +23,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """In the block, the first Ctrl-C, SIGTERM or SIGHUP calls `stop`; a second ends the process."""
+    """In the block, the first Ctrl-C, SIGTERM or SIGHUP calls `stop`; a second ends the process.
 
-    def __init__(self, stop: Callable[[], None]):
+    `stop` gets the signal's number, and runs in a thread.
+    """
+
+    def __init__(self, stop: Callable[[int], None]):
         self._stop = stop
 
     def __enter__(self) -> "StopSignals":
@@ -58,7 +61,7 @@ class StopSignals:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
-            self._stop()
+            self._stop(number)
         self._receiver.close()
 
 

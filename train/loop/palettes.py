@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
+from mlx_snapgen.files import read_text
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file
 from mlx_snapgen.settings import parse_width
@@ -34,5 +35,5 @@ def save(
     check_palettes(network, palettes)
     texts = palettes_file(palettes)
     if (license := model / "LICENSE").is_file():
-        texts["LICENSE"] = license.read_text(encoding="utf-8")
+        texts["LICENSE"] = read_text(license)
     save_pretrained(output, dataclasses.replace(components, transformer=network), texts=texts)

@@ -4,10 +4,19 @@ import sys
 from pathlib import Path
 
 from mlx_snapgen.files import whole_file
-from train.loop.checkpoint import read_log
+from train.loop.checkpoint import LOG, read_log
 
+PLOT = "loss.png"
 HIDDEN = {"step", "time", "seconds_per_step"}
 _told = False
+
+
+def is_plotted(run_dir: Path) -> bool:
+    """Whether the curves are as new as the log."""
+    try:
+        return (run_dir / PLOT).stat().st_mtime_ns >= (run_dir / LOG).stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def plot_log(run_dir: Path) -> Path | None:
@@ -39,7 +48,7 @@ def plot_log(run_dir: Path) -> Path | None:
         if min(value for _, value in points) > 0:
             axes.set_yscale("log")
     rows[-1].set_xlabel("step")
-    path = run_dir / "loss.png"
+    path = run_dir / PLOT
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=80)
     return path

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.hub import BUILT_IN, find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.checkpoint.module import check_fit, shapes
+from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.files import expanded, read_object, whole_file
 from train.data.source import MAY_CHANGE
 from train.data.text import is_trained
-from train.loop.checkpoint import latest_checkpoint, load_ema
+from train.loop.checkpoint import latest_checkpoint, load_ema, lock_run, writing
 from train.objectives.elastic import TextToLatents
 
 SETTINGS = "settings.json"
@@ -27,6 +28,7 @@ def claim(
     settings: dict[str, Any],
     *,
     may_change: Collection[str] = (),
+    newer: Collection[str] = (),
     unrecorded: dict[str, Any] | None = None,
 ) -> None:
     """Record the settings of a run in its folder; a resumed run must have the same ones.
@@ -34,38 +36,71 @@ def claim(
     Args:
         settings: JSON values.
         may_change: settings that may differ when the run is resumed.
+        newer: settings that runs of older versions did not record; only then they may differ.
         unrecorded: settings of a run that has checkpoints but no record, as older versions made.
 
     Raises:
-        UserError: the folder holds a run with other settings.
+        UserError: the folder holds a run with other settings, or one that is being trained.
     """
-    path = run_dir / SETTINGS
+    path, is_main = run_dir / SETTINGS, mx.distributed.init().rank() == 0
+    if is_main:
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        lock_run(run_dir)
     if latest_checkpoint(run_dir) is not None:
         then = unrecorded if unrecorded is not None and not path.exists() else _read(path)
         if then is None:
             raise UserError(f"{run_dir} holds a run of another kind: give another --run-dir")
-        fixed = [name for name in settings if name not in may_change]
+        free = {*may_change, *(name for name in newer if name not in then)}
+        fixed = [name for name in settings if name not in free]
         if changed := [name for name in fixed if then.get(name) != settings[name]]:
             raise UserError(
                 f"{run_dir} holds a run with other {' and '.join(changed)}: give another "
                 "--run-dir, or delete it to start again"
             )
-    if mx.distributed.init().rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+    if is_main:
+        with writing(run_dir), whole_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-def claim_data(run_dir: Path, source: dict[str, Any]) -> None:
-    """`claim` with the settings of a source; see `MAY_CHANGE`."""
-    claim(run_dir, source, may_change=MAY_CHANGE, unrecorded={"data": "stickers"})
+def claim_training(
+    run_dir: Path,
+    source: dict[str, Any],
+    *,
+    model: ModelFolder,
+    trained: nn.Module,
+    sampling: dict[str, Any],
+    fixed: dict[str, Any],
+) -> None:
+    """`claim` with the settings of a source, see `MAY_CHANGE`, and those for `train.export`.
+
+    Args:
+        trained: the networks to train; those of an earlier checkpoint must have the same sizes.
+        sampling: "image_size" and "time_shift" of the exported model.
+        fixed: what else a resumed run must have in common.
+    """
+    _check_sizes(run_dir, trained)
+    used = {"model": model_reference(model), "model_name": model.config.name} | sampling
+    claim(
+        run_dir,
+        source | used | fixed,
+        may_change=(*MAY_CHANGE, *used),
+        newer=fixed,
+        unrecorded={"data": "stickers"},
+    )
 
 
-def claim_training(run_dir: Path, source: dict[str, Any], *, model: ModelFolder) -> None:
-    """`claim` with the settings of a source, see `MAY_CHANGE`, and the model for `train.export`."""
-    named = {"model": model_reference(model), "model_name": model.config.name}
-    may_change = (*MAY_CHANGE, *named)
-    claim(run_dir, source | named, may_change=may_change, unrecorded={"data": "stickers"})
+def _check_sizes(run_dir: Path, trained: nn.Module) -> None:
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        return
+    path = checkpoint / "model.safetensors"
+    try:
+        weights = load_weights(path)
+    except UserError:
+        return  # the trainer reports a damaged checkpoint
+    what = "this model (use another run folder)"
+    check_fit(shapes(weights), shapes(trained.trainable_parameters()), path, what=what)
 
 
 def model_reference(model: ModelFolder) -> str:
@@ -81,10 +116,9 @@ def recorded(run_dir: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not path.is_file():
         return None
+    return read_object(path)
 
 
 def find_folder(path: Path) -> Path:

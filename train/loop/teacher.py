@@ -13,7 +13,8 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
-from train.data.conditions import TEACHER, Conditions
+from train.data.conditions import Conditions
+from train.data.source import TEACHER
 from train.loop.run import find_folder
 
 MOST_DIFFERENCE = 0.3
@@ -60,6 +61,7 @@ def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
     parts = prepared_parts(source)
     with_states = [part for part in parts if TEACHER in part.text_states]
     for part in with_states:
+        part.wanted.add(TEACHER)
         if not conditions.same_states(part.samples(0, 1)):
             print(
                 f"{part.folder} has text states of another teacher than {name}: captions are "
@@ -78,6 +80,7 @@ def check_teacher_latents(source: Any, autoencoder: Autoencoder, *, teacher: Pat
     parts = prepared_parts(source)
     for part in parts:
         part.check_autoencoder(autoencoder, name=TEACHER)
+        part.wanted.add(TEACHER)
     if not parts:
         raise UserError(
             f"{teacher} has other latents than the model: encode the pictures for both with "

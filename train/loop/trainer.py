@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,21 +31,29 @@ from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import unlock_folder
 from mlx_snapgen.networks.layers import flat_parameters
 from train.data.source import Batch
 from train.loop.checkpoint import (
     append_log,
     latest_checkpoint,
     load_checkpoint,
+    lock_run,
+    read_log,
     remove_partials,
     rewind_log,
     save_checkpoint,
+    writing,
 )
 from train.loop.config import TrainingConfig
 from train.loop.distributed import GRACE, PeerWatch, StopSignals
 from train.loop.optimizer import Optimizers, Role
-from train.loop.plot import plot_log
+from train.loop.plot import is_plotted, plot_log
 from train.objectives.base import Objective
+
+T = TypeVar("T")
+SECONDS = "seconds_per_step"
+"""In the log: in the lines of training, not in those of a validation."""
 
 
 class Trainer:
@@ -79,7 +87,10 @@ class Trainer:
         self.run_dir, self.arguments, self.validate = Path(run_dir), arguments, validate
         self.group = mx.distributed.init()
         self.step: int = 0
-        self._stop = False
+        # Metrics since the last line of the log. They may differ from step to step, for example in
+        # elastic training.
+        self._history: dict[str, list[float]] = {}
+        self._stop, self._signal = False, 0
         self._saving = threading.Lock()
         if mx.default_device() == mx.Device(mx.cpu):
             # The CPU backend's default cache of freed buffers is too small for a training step.
@@ -149,6 +160,11 @@ class Trainer:
     def _alone(self) -> bool:
         return self.group.size() == 1
 
+    @property
+    def exit_code(self) -> int:
+        """For the command: 0, or 128 + the number of the signal that stopped the run."""
+        return 128 + self._signal if self._signal and self.step < self.config.steps else 0
+
     def stop(self) -> None:
         """End the run after the current step, in all processes; may be called from a thread."""
         self._stop = True
@@ -160,7 +176,8 @@ class Trainer:
             True when the last step was reached, False when the run was stopped (state saved).
 
         Raises:
-            UserError: the checkpoint does not fit, or a metric is not finite.
+            UserError: the checkpoint does not fit, a metric is not finite, the folder cannot be
+                written, or another process trains in it.
         """
         watch, orderly = PeerWatch(self.group, self._lost), False
         try:
@@ -175,6 +192,7 @@ class Trainer:
             raise
         finally:
             watch.close(orderly)
+            unlock_folder(self.run_dir)
         finished = self.step >= self.config.steps
         if not finished and self.is_main:
             print(f"stopped at step {self.step}; {self._resume_hint()}", file=sys.stderr)
@@ -183,19 +201,27 @@ class Trainer:
     def _resume(self) -> None:
         checkpoint = latest_checkpoint(self.run_dir)
         if self.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with writing(self.run_dir):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock_run(self.run_dir)
             remove_partials(self.run_dir)
             if checkpoint:
                 self.load(checkpoint)
-            rewind_log(self.run_dir, self.step)
+            plotted = is_plotted(self.run_dir)
+            with writing(self.run_dir):
+                rewind_log(self.run_dir, self.step)
         if not self._alone:
             self._broadcast_state()
+        if checkpoint and self.is_main and self._is_due:
+            # The process may have been killed between its checkpoint and what follows one.
+            if not (validated := self._is_validated()):
+                self._validate()
+            if not (validated and plotted):
+                self._plot()
 
     def _loop(self) -> None:
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main)
-        # Metrics may differ from step to step, for example in elastic training.
-        history: dict[str, list[float]] = {}
         started, steps = time.perf_counter(), 0
         agreed = False
         with bar:
@@ -210,14 +236,14 @@ class Trainer:
                         f"resume from {latest_checkpoint(self.run_dir)}"
                     )
                 for name, value in metrics.items():
-                    history.setdefault(name, []).append(value)
+                    self._history.setdefault(name, []).append(value)
                 if self.step % config.log_every == 0:
-                    means = {name: sum(values) / len(values) for name, values in history.items()}
+                    means = {name: sum(v) / len(v) for name, v in self._history.items()}
                     seconds = (time.perf_counter() - started) / steps
-                    history, started, steps = {}, time.perf_counter(), 0
+                    self._history, started, steps = {}, time.perf_counter(), 0
                     bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
-                    self._log(means | {"seconds_per_step": seconds})
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                    self._log(means | {SECONDS: seconds})
+                if self._is_due:
                     before = time.perf_counter()
                     self._checkpoint()
                     started += time.perf_counter() - before
@@ -235,38 +261,78 @@ class Trainer:
         total: Any = None
         for micro in range(config.accumulate):
             share = micro * processes + rank
-            batch = self.batches(self.step * count + share)
+            batch = self._again(lambda number=self.step * count + share: self.batches(number))
             total = add_gradients(total, batch, keys[share])
-            mx.eval(total)
+            self._again(functools.partial(mx.eval, total))
         grads, sums = total
         now = mx.array(self.step), mx.array(float(self._stop))
         metrics, stop = self._update(grads, sums, *now)
         del total, grads, sums
-        mx.eval(self._state, metrics, stop)
+        self._again(lambda: mx.eval(self._state, metrics, stop))
         return {name: _number(value) for name, value in metrics.items()}, _number(stop) > 0
+
+    def _again(self, call: Callable[[], T]) -> T:
+        """The result of `call`, which is called again if it fails because of Ctrl-C.
+
+        On the CPU, mlx starts compilers. Ctrl-C in a terminal also ends these, and mlx fails; what
+        it was to compute can still be computed.
+        """
+        try:
+            return call()
+        except RuntimeError:
+            time.sleep(0.1)  # the signal may be later than the error
+            if not self._signal:
+                raise
+        return call()
 
     def _checkpoint(self) -> None:
         if not self.is_main:
             return
         self.save()
-        plot_log(self.run_dir)
-        if self.validate is None:
+        self._validate()
+        self._plot()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether a checkpoint with its validation follows this step."""
+        return self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+
+    def _validate(self) -> None:
+        validate = self.validate
+        if validate is None:
             return
-        with announce(f"step {self.step}: validation and sample pictures ..."):
-            metrics = self.validate(self)
-        if metrics:
-            self._log(metrics)
+        with (
+            announce(f"step {self.step}: validation and sample pictures ..."),
+            writing(self.run_dir),
+        ):
+            metrics = self._again(lambda: validate(self))
+        # The line is also there without metrics, so that a resumed run can tell.
+        self._log(metrics)
+
+    def _is_validated(self) -> bool:
+        """Whether the log has the line of the validation after this step."""
+        lines = (entry for entry in read_log(self.run_dir) if entry["step"] == self.step)
+        return any(SECONDS not in entry for entry in lines)
+
+    def _plot(self) -> None:
+        with writing(self.run_dir):
+            plot_log(self.run_dir)
 
     def save(self) -> None:
-        """Write `step_N` whole or not at all, then prune old checkpoints."""
+        """Write `step_N` whole or not at all, then prune old checkpoints.
+
+        Raises:
+            UserError: it cannot be written, as when the disk is full.
+        """
         if not self.is_main or (self.run_dir / f"step_{self.step}").exists():
             return
         state = {
             "step": self.step,
             "training": asdict(self.config),
             "processes": self.group.size(),
+            "history": self._history,
         }
-        with self._saving:
+        with self._saving, writing(self.run_dir):
             save_checkpoint(
                 self.run_dir, self._trees(), state=state, keep=self.config.keep_checkpoints
             )
@@ -278,7 +344,7 @@ class Trainer:
         )
         self._check_settings(checkpoint, state)
         self._set_trees(trees)
-        self.step = int(state["step"])
+        self.step, self._history = int(state["step"]), state.get("history", {})
 
     def _trees(self) -> dict[str, dict]:
         return {
@@ -342,16 +408,19 @@ class Trainer:
         return folder / f"{self.step:07d}_{name}.png"
 
     def _log(self, values: dict[str, float]) -> None:
-        if self.is_main:
+        if not self.is_main:
+            return
+        with writing(self.run_dir):
             append_log(self.run_dir, {"step": self.step, "time": time.time()} | values)
 
     def _resume_hint(self) -> str:
         each = "" if self._alone else ", in every process,"
         return f"resume{each} with: {shlex.join(sys.orig_argv)}"
 
-    def _interrupt(self) -> None:
-        print("\nfinishing the step and saving; press again to abort at once", file=sys.stderr)
+    def _interrupt(self, number: int) -> None:
+        self._signal = number
         self.stop()
+        print("\nfinishing the step and saving; press again to abort at once", file=sys.stderr)
 
     def _lost(self, rank: int) -> None:
         """End this process, whose main thread may wait for the lost one forever."""
