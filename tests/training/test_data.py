@@ -21,9 +21,9 @@ from train.data.open import is_prepared, open_data, open_records
 from train.data.order import LocalOrder
 from train.data.pictures import RecordPictures
 from train.data.selection import Filter, held_out
-from train.data.source import Record, Samples
+from train.data.source import MAY_CHANGE, Record, Samples
 from train.data.stickers.source import Stickers, ValidationStickers
-from train.loop.run import claim_data
+from train.loop.run import claim
 from train.options.data import add_data, data_from
 
 BUCKETS = [(16, 32), (16, 16), (32, 16)]
@@ -165,18 +165,25 @@ def test_parquet_is_read_in_an_order_local_to_row_groups(tmp_path, monkeypatch):
     order = source._order(4)
     assert isinstance(order, LocalOrder) and 4 < len(order.counts) < 30
     reads = Counter()
-    read = source.source._read
+    read_group = source.source._read
 
-    def counted(number, group):
+    tables = []
+
+    def counted(number, group, captions_only):
         reads[group] += 1
-        return read(number, group)
+        tables.append(read_group(number, group, captions_only))
+        return tables[-1]
 
     monkeypatch.setattr(source.source, "_read", counted)
     monkeypatch.setattr(parquet, "KEPT", 200_000)
-    captions = [c for k in range(order.epoch) for c in source.batch(k, 4)[1]]
-    assert len(set(captions)) == len(captions) >= 300 - 3 * 3
-    assert set(reads) == set(range(30)) and sum(reads.values()) < 60  # 300 at random
-    assert captions != sorted(captions)
+    for read in (lambda k: source.batch(k, 4)[1], lambda k: source.prompts(k, 4)):
+        reads.clear()
+        captions = [c for k in range(order.epoch) for c in read(k)]
+        assert len(set(captions)) == len(captions) >= 300 - 3 * 3
+        assert set(reads) == set(range(30)) and sum(reads.values()) < 60  # 300 at random
+        assert captions != sorted(captions)
+    assert tables[0][0].column_names == ["image", "text", "short"]
+    assert tables[-1][0].column_names == ["text", "short"], "no pictures for the captions alone"
 
 
 def test_a_compressed_tar_is_refused_before_it_is_indexed(tmp_path):
@@ -391,27 +398,27 @@ def test_prepared_folders_of_another_resolution_are_refused(tmp_path, monkeypatc
 def test_a_resumed_run_takes_the_same_pictures_elsewhere_but_no_others(tmp_path, monkeypatch):
     write_folder(tmp_path / "f", samples())
     run = tmp_path / "run"
-    claim_data(run, open_data([str(tmp_path / "f")], **SIZE).settings())
+    claim(run, open_data([str(tmp_path / "f")], **SIZE).settings(), may_change=MAY_CHANGE)
     monkeypatch.setattr("train.loop.run.latest_checkpoint", lambda folder: folder)
     moved = tmp_path / "g"
     (tmp_path / "f").rename(moved)
-    claim_data(run, open_data([str(moved)], **SIZE).settings())
+    claim(run, open_data([str(moved)], **SIZE).settings(), may_change=MAY_CHANGE)
     for changed in ({"seed": 1}, {"size": (64, 64)}, {"captions": {"text": 2.0}}):
         with pytest.raises(UserError, match="other"):
-            claim_data(run, open_data([str(moved)], **SIZE | changed).settings())
+            claim(run, open_data([str(moved)], **SIZE | changed).settings(), may_change=MAY_CHANGE)
     (moved / "01.txt").write_text("another caption")
     with pytest.raises(UserError, match="other samples"):
-        claim_data(run, open_data([str(moved)], **SIZE).settings())
+        claim(run, open_data([str(moved)], **SIZE).settings(), may_change=MAY_CHANGE)
     with pytest.raises(UserError, match="other data"):
-        claim_data(run, Stickers().settings())
+        claim(run, Stickers().settings(), may_change=MAY_CHANGE)
     (moved / "01.txt").write_text("picture 1")
-    claim_data(run, open_data([str(moved)], **SIZE).settings())
+    claim(run, open_data([str(moved)], **SIZE).settings(), may_change=MAY_CHANGE)
 
 
 def test_the_scenes_of_stickers_may_change_when_a_run_is_resumed(tmp_path, monkeypatch):
-    claim_data(tmp_path, Stickers(num_nouns=100).settings())
+    claim(tmp_path, Stickers(num_nouns=100).settings(), may_change=MAY_CHANGE)
     monkeypatch.setattr("train.loop.run.latest_checkpoint", lambda folder: folder)
-    claim_data(tmp_path, Stickers().settings())
+    claim(tmp_path, Stickers().settings(), may_change=MAY_CHANGE)
 
 
 # --- options ------------------------------------------------------------------------------------

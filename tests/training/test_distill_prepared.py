@@ -86,6 +86,7 @@ def test_kd_on_data_of_both_models(run, prepared, pictures, student, teacher, tm
 
     common = ["--model", student, "--teacher", teacher, *COMMON, "--accumulate", 2]
     common += ["--checkpoint-every", 1, "--save-memory", "--run-dir", tmp_path / "run"]
+    common += ["--guidance", 3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlowTeacher, "encode", counted)
         run(kd, *common, "--data", prepared)
@@ -97,7 +98,9 @@ def test_kd_on_data_of_both_models(run, prepared, pictures, student, teacher, tm
     with pytest.raises(UserError, match="has other latents than the model: encode") as error:
         run(kd, *common, "--data", pictures)
     assert "\n" not in str(error.value)
-    assert "other teacher" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "other teacher" not in err
+    assert f"warning: --guidance has no effect: {teacher} has other latents" in err
     made = tmp_path / "model"
     run(export, "--run", tmp_path / "run", "--output", made)
     assert load_pretrained(made).config.transformer.widths == (1.0, 0.5, 0.375)

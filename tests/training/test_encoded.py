@@ -118,6 +118,26 @@ def test_dropped_text_is_masked_out(model):
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_sample_without_a_caption_is_as_one_that_is_dropped(model, clip, absent):
+    class Some(Fixed):
+        def samples(self, number, count):
+            found = super().samples(number, count)
+            found.captions[1] = ""
+            return found
+
+    own = model.text_encoders[0]
+    batch, prompts = batches(model.encoders, Some(), absent=absent).with_prompts(0)
+    assert prompts == [CAPTIONS[0], "", *CAPTIONS[2:4]]
+    masks = [np.array(batch[f"mask_{i}"]) for i in (0, 1)]
+    if absent:
+        assert not masks[0][1].any() and not masks[1][1].any()
+    else:
+        assert masks[0][1].sum() == len(FrozenStates(clip)(""))
+        assert np.array_equal(masks[1][1], np.array(own.tokenize([""])[1][0]))
+    assert all(mask[k].any() for mask in masks for k in (0, 2, 3))
+
+
 def test_models_with_an_empty_prompt_get_it_where_all_is_dropped(model, clip):
     own = model.text_encoders[0]
     data = batches(model.encoders, drop=0.4, absent=False)

@@ -102,6 +102,21 @@ def test_measures_on_a_folder_of_pictures(
         run(monkeypatch, *arguments)
 
 
+def test_measures_on_several_folders(model_folder, pictures, tmp_path, monkeypatch, capsys):
+    """The same pictures with any batch size."""
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    losses = []
+    for size in (1, 4):
+        arguments = ["--model", model_folder, "--data", pictures, other, *FAST]
+        arguments += ["--model-widths", "tiny", "--batch-size", size, "--pictures", 5]
+        run(monkeypatch, *arguments, "--output", tmp_path / str(size))
+        assert "5 pictures;" in capsys.readouterr().err
+        (row,) = json.loads((tmp_path / str(size) / "results.json").read_text())["rows"]
+        losses.append(row["validation_losses"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 class Held:
     """A set with a part for validation, opened instead of --data."""
 
@@ -115,9 +130,16 @@ class Held:
     def check_autoencoder(self, autoencoder):
         self.checked = autoencoder.config
 
-    def batches(self, count):
-        for k in range(0, 5, count):
-            yield Samples(mx.array(self.latents[k : k + count]), CAPTIONS[k : k + count])
+    def check_text_states(self, configs):
+        self.encoders = configs
+
+    def check_files(self):
+        pass
+
+    def batches(self, count, *, most=5):
+        for k in range(0, most, count):
+            rows = slice(k, min(k + count, most))
+            yield Samples(mx.array(self.latents[rows]), CAPTIONS[rows])
 
 
 def test_numbers_are_those_of_their_parts(model_folder, clip_folder, tmp_path, monkeypatch, capsys):
@@ -130,6 +152,7 @@ def test_numbers_are_those_of_their_parts(model_folder, clip_folder, tmp_path, m
     tiny, held_out = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     model, clip = load_pretrained(model_folder), load_clip_towers(clip_folder)
     assert part.checked == model.autoencoder.config
+    assert part.encoders == model.config.text_encoders
     batches = [*part.batches(4)][:1]
     losses = flow_losses(model.transformer, model.text_encoders, batches=batches, shares=[0.375])
     np.testing.assert_allclose(tiny["validation_losses"], losses[0.375], rtol=1e-4)

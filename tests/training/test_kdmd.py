@@ -18,6 +18,7 @@ from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from tests.tiny import MODEL
 from train.data.conditions import Conditions
+from train.data.mixture import Mixture, sizes_in
 from train.data.prompts import PromptList
 from train.data.simulation import STUDENT, STUDENT_TEXT, Simulation, sized_prompts
 from train.loop.config import TrainingConfig
@@ -90,7 +91,7 @@ def test_student_gradient_is_equation_9(parts, width):
     model, teacher = parts
     batch, key = make_batch(model, teacher), mx.random.key(2)
     step = DMDStep(width, student_turn=True)
-    found = dict(tree_flatten(DMD(teacher, 4.0, False).gradients(model, batch, key, step)[0]))
+    found = dict(tree_flatten(DMD(teacher, 4.0, False, 1.5).gradients(model, batch, key, step)[0]))
     condition = Condition(*(batch[n] for n in Condition._fields))
     x_t, sigma = batch["x_t"], batch["sigma"]
     network, params = model.network, model.trainable_parameters()
@@ -103,7 +104,7 @@ def test_student_gradient_is_equation_9(parts, width):
 
     keys = mx.random.split(key, 4)
     x0 = student(params)
-    tau = sample_tau(keys[2], 3)
+    tau = sample_tau(keys[2], 3, shift=1.5)
     x_tau = add_noise(x0, mx.random.normal(x0.shape, key=keys[3]), expand(tau, x0))
     with active_adapters(network, critic_name(width)):
         v_critic = network(x_tau, tau, condition.text, condition.mask, share=width)
@@ -129,20 +130,23 @@ def test_student_gradient_is_equation_9(parts, width):
     assert compared > 10
 
 
-@pytest.mark.parametrize("student_turn", [False, True])
-def test_critic_learns_the_velocity_at_its_samples_own_noise_level(parts, student_turn):
-    """Flow matching written out: the network gets the t that its input was noised to."""
+@pytest.mark.parametrize(("student_turn", "shift"), [(False, 3.0), (True, 1.5), (True, None)])
+def test_critic_learns_the_velocity_at_its_samples_own_noise_level(parts, student_turn, shift):
+    """Flow matching written out: the network gets the t that its input was noised to.
+
+    A shift of None is by resolution: 1 for these small latents.
+    """
     model, teacher = parts
     batch, key, width = make_batch(model, teacher), mx.random.key(5), 0.375
     step = DMDStep(width, student_turn)
-    grads, metrics = DMD(teacher, 4.0, False).gradients(model, batch, key, step)
+    grads, metrics = DMD(teacher, 4.0, False, shift).gradients(model, batch, key, step)
     text, mask = (batch[name] for name in STUDENT_TEXT)
     x_t, sigma, network = batch["x_t"], batch["sigma"], model.network
     with active_adapters(network, "student"):
         v = network(x_t, sigma, text, mask, share=width)
     x0 = x_t - expand(sigma, x_t) * v
     keys = mx.random.split(key, 4)
-    t = sample_tau(keys[0], 3)
+    t = sample_tau(keys[0], 3, shift=1.0 if shift is None else shift)
     eps = mx.random.normal(x0.shape, key=keys[1])
     noised = (1 - expand(t, x0)) * x0 + expand(t, x0) * eps
     params = model.trainable_parameters()
@@ -336,6 +340,35 @@ def test_backward_simulation_follows_the_student(parts):
     late = next(n for n, b in enumerate(batches) if b["sigma"][0] < 0.8)
     model.update(tree_map(lambda p: p * 1.5, model.trainable_parameters()))
     assert not np.array_equal(np.array(made(late)["x_t"]), np.array(batches[late]["x_t"]))
+
+
+def test_sizes_come_as_often_as_in_the_data():
+    class Pictures:
+        sizes = ((32, 32), (32, 64), (64, 32))
+        rows = (range(90), range(0), range(10))
+
+    class Prepared:
+        sizes, counts = ((16, 16), (32, 32)), [1, 1]
+
+    shares = sizes_in(Pictures())
+    assert list(shares.items()) == [((32, 32), 0.9), ((64, 32), 0.1)]
+    both = sizes_in(Mixture([Pictures(), Prepared(), object()], [1, 2, 9], seed=0))
+    assert both == {(32, 32): 1.9, (16, 16): 1, (64, 32): 0.1}
+    prompts = PromptList(PROMPTS)
+    batch = sized_prompts(prompts, list(shares), seed=0, weights=list(shares.values()))
+    found = [batch(k, 1).size for k in range(400)]
+    assert 20 <= found.count((64, 32)) <= 60
+    even = sized_prompts(prompts, list(shares), seed=0)
+    assert 160 <= [even(k, 1).size for k in range(400)].count((64, 32)) <= 240
+
+
+def test_student_steps_meet_all_prompts_of_a_list():
+    """Every fifth batch, of a list that has five batches."""
+    prompts = PromptList([str(k) for k in range(160)], seed=1)
+    student = [set(prompts.prompts(step, 32)) for step in range(4, 200, 5)]
+    assert set.union(*student) == {str(k) for k in range(160)}
+    assert all(len(batch) == 32 for batch in student)
+    assert prompts.prompts(7, 32) == PromptList(prompts.items, seed=1).prompts(7, 32)
 
 
 def test_all_micro_batches_of_a_step_simulate_the_same_width(parts, monkeypatch):

@@ -48,3 +48,25 @@ def test_mixture_has_exact_shares_and_no_gaps():
     for source, share in enumerate((700, 200, 100)):
         assert [n for s, n in met if s == source] == list(range(share))
     assert len({tuple(s for s, _ in met[k : k + 100]) for k in range(0, 1000, 100)}) == 10
+
+
+@pytest.mark.parametrize("weights", [[12, 10**6], [1 / 3, 1 / 3, 1 / 3], [0.005, 0.99, 0.005], [1]])
+def test_mixture_is_exact_for_any_weights(weights):
+    order = MixtureOrder(weights, seed=1)
+    numbers = range(0, 10**7, 99_991)  # far apart: nothing is counted up
+    for number in numbers:
+        source, place = order(number)
+        share = weights[source] / sum(weights)
+        assert abs(place - number * share) <= 100
+    met = [order(k) for k in range(2000)]
+    for source in range(len(weights)):
+        places = [place for s, place in met if s == source]
+        assert places == list(range(len(places)))
+        assert abs(len(places) - 2000 * weights[source] / sum(weights)) < 2
+
+
+def test_a_small_set_beside_a_large_one_is_rare():
+    order = MixtureOrder([12, 10**6], seed=0)
+    assert all(order(k)[0] == 1 for k in range(1000))
+    first = next(k for k in range(0, 200_000, 100) if order(k)[1] < k)
+    assert 40_000 < first < 50_000, "after half of 83,334 batches"

@@ -349,6 +349,26 @@ def test_a_fingerprint_changes_with_the_files(tmp_path):
     assert before != open_records([str(tmp_path / "f")]).fingerprint()
 
 
+@pytest.mark.parametrize("names", [["f"], ["a.tar", "b.tar"], ["f", "a.tar"]])
+def test_copies_on_another_machine_have_one_fingerprint_without_times(names, tmp_path):
+    found = []
+    for machine in ("one", "other"):
+        folder = tmp_path / machine
+        folder.mkdir()
+        write_folder(folder / "f", samples(2))
+        for name in ("a.tar", "b.tar"):
+            (folder / name).write_bytes(bytes(1024))
+        for path in folder.rglob("*.*"):
+            os.utime(path, (1, len(machine)))
+        found.append(open_records([str(folder / name) for name in names]))
+    one, other = found
+    assert one.fingerprint(times=False) == other.fingerprint(times=False)
+    assert one.fingerprint() != other.fingerprint()
+    path = tmp_path / "other" / names[-1]
+    (path / "new.png" if path.is_dir() else path).write_bytes(b"more")
+    assert one.fingerprint(times=False) != other.fingerprint(times=False)
+
+
 # --- what is used -------------------------------------------------------------------------------
 
 

@@ -1,17 +1,22 @@
 """The validation loss of the held-out part of any set."""
 
+import json
+
 import mlx_snapgen  # noqa: F401
 
 # isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import encode_states
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import FULL, TINY
+from train.data.encoded import as_latents
+from train.data.open import open_data
 from train.data.source import Samples
 from train.evaluation.validation import (
     NUM_LEVELS,
@@ -37,11 +42,12 @@ class Part:
     def __init__(self):
         self.all = [samples(CAPTIONS[:3]), samples(CAPTIONS[3:], size=(8, 4), seed=1)]
 
-    def batches(self, count):
+    def batches(self, count, *, most=99):
         for group in self.all:
-            for start in range(0, len(group.captions), count):
-                chosen = slice(start, start + count)
+            for start in range(0, min(most, len(group.captions)), count):
+                chosen = slice(start, min(start + count, most))
                 yield Samples(group.latents[chosen], group.captions[chosen])
+            most -= min(most, len(group.captions))
 
 
 def direct(components, groups, share):
@@ -119,39 +125,71 @@ def captions_of(batches):
     return [caption for samples in batches for caption in samples.captions]
 
 
-def test_a_part_of_the_held_out_samples_is_taken_in_order(components):
-    autoencoder = components.autoencoder
+def test_samples_without_a_caption_are_left_out():
+    """They are no prompts to draw, and text that is absent in training."""
+    part = Part()
+    part.all[0].captions[1] = part.all[1].captions[1] = ""
+    expected = [CAPTIONS[0], CAPTIONS[2], CAPTIONS[3]]
+    assert captions_of(held_out_batches(part, 99, batch_size=2)) == expected
+    first, *_ = held_out_batches(part, 99, batch_size=3)
+    assert mx.array_equal(first.latents, part.all[0].latents[mx.array([0, 2])])
 
-    def captions(count):
-        return captions_of(held_out_batches(Part(), count, autoencoder=autoencoder, batch_size=2))
 
-    assert captions(4) == CAPTIONS[:4] and captions(99) == CAPTIONS and captions(1) == CAPTIONS[:1]
-    (last,) = held_out_batches(Part(), 1, autoencoder=autoencoder, batch_size=2)
-    assert last.latents.shape == (1, 4, 8, 4)
+@pytest.fixture
+def folder(tmp_path):
+    """300 pictures with captions, a tenth of them wide, the first by name."""
+    for k in range(300):
+        color = (k % 256, k // 256 * 99, 7)
+        Image.new("RGB", (64, 32) if k < 30 else (32, 32), color).save(tmp_path / f"{k:03d}.png")
+    lines = [{"file_name": f"{k:03d}.png", "text": f"{k}", "long": f"long {k}"} for k in range(300)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
 
 
-def test_every_sample_of_a_shuffled_source_is_measured_once(components):
-    """Pictures are encoded; batches that repeat samples give each of them once."""
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (len(CAPTIONS), 16, 32, 3), np.uint8)
+def opened(folder, components, *, seed):
+    weights = {"text": 1.0, "long": 1.0}
+    source = open_data(
+        [str(folder)], size=(32, 32), unit=16, seed=seed, captions=weights, share=0.9
+    )
+    return as_latents(source.validation(), components.autoencoder)
 
-    class Pictures:
-        def __len__(self):
-            return len(CAPTIONS)
 
+def test_pictures_for_validation_are_those_of_all_sizes_for_every_seed(folder, components):
+    batches = held_out_batches(opened(folder, components, seed=0), 60, batch_size=8)
+    found = {caption.split()[-1]: caption for caption in captions_of(batches)}
+    assert len(found) == 60
+    wide = sum(len(s.captions) for s in batches if s.latents.shape[2] > s.latents.shape[1])
+    assert 1 <= wide <= 15
+    long = sum(caption.startswith("long") for caption in found.values())
+    assert 15 < long < 45
+    for seed, size, count in ((1, 5, 60), (0, 16, 20)):
+        again = opened(folder, components, seed=seed)
+        other = captions_of(held_out_batches(again, count, batch_size=size))
+        assert len(other) == count and set(other) <= set(found.values())
+    one = next(s for s in batches if s.latents.shape[1] == s.latents.shape[2])
+    k = int(one.captions[0].split()[-1])
+    pixels = np.full((1, 32, 32, 3), (k % 256, k // 256 * 99, 7), np.uint8)
+    expected = components.autoencoder.encode(from_uint8(pixels))
+    assert mx.allclose(one.latents[:1], expected, atol=1e-4)
+
+
+def test_damaged_pictures_are_left_out_of_validation(folder, components, capsys):
+    source = opened(folder, components, seed=0)
+    (damaged, *_) = captions_of(held_out_batches(source, 20))
+    (folder / f"{int(damaged.split()[-1]):03d}.png").write_bytes(b"no picture")
+    found = captions_of(held_out_batches(source, 20))
+    assert len(found) == 19 and damaged not in found
+
+
+def test_stickers_for_validation_are_the_first(components):
+    class Endless:
         def batch(self, number, count):
-            rows = np.random.default_rng(number).permutation(len(CAPTIONS))
-            chosen = np.resize(rows, count)
-            return pictures[chosen], [CAPTIONS[i] for i in chosen]
+            rows = range(number * count, (number + 1) * count)
+            return np.zeros((count, 16, 16, 3), np.uint8), [f"number {k}" for k in rows]
 
-    autoencoder = components.autoencoder
-    for size in (2, 8):
-        batches = held_out_batches(Pictures(), 99, autoencoder=autoencoder, batch_size=size)
-        assert sorted(captions_of(batches)) == sorted(CAPTIONS)
-    again = held_out_batches(Pictures(), 3, autoencoder=autoencoder, batch_size=8)
-    assert captions_of(again) == captions_of(batches)[:3]
-    expected = autoencoder.encode(from_uint8(pictures[CAPTIONS.index(captions_of(again)[0])][None]))
-    assert mx.allclose(again[0].latents[:1], expected, atol=1e-5)
+    source = as_latents(Endless(), components.autoencoder)
+    found = captions_of(held_out_batches(source, 5, batch_size=3))
+    assert found == [f"number {k}" for k in range(5)]
 
 
 def test_a_trainer_logs_the_mean_of_each_width_with_averaged_weights(components):
@@ -177,7 +215,7 @@ def test_a_trainer_logs_the_mean_of_each_width_with_averaged_weights(components)
             seen.append(trainer.inside)
             return components.transformer(*args, **kwargs)
 
-    batches = held_out_batches(Part(), 3, autoencoder=components.autoencoder)
+    batches = held_out_batches(Part(), 3)
     encoders = components.text_encoders
     validate = FlowValidation(Watched(), encoders, batches=batches, widths=[FULL, TINY])
     metrics = validate(trainer)
@@ -206,7 +244,7 @@ def test_frozen_encoders_encode_once(components):
             return clip(tokens, mask)
 
     encoders = [made.text_encoders[0], Counted()]
-    batches = held_out_batches(Part(), 5, autoencoder=components.autoencoder)
+    batches = held_out_batches(Part(), 5)
     validate = FlowValidation(made.transformer, encoders, batches=batches, widths=[TINY])
     assert sum(calls) == len(CAPTIONS)
     expected = measure(made, batches, TINY)[TINY.share]

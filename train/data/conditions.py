@@ -7,11 +7,9 @@ import numpy as np
 
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.teachers.base import Condition, Teacher
-from train.data.source import Samples
+from train.data.source import TEACHER, Samples
 from train.data.text import CACHE_BYTES, padded_states
 
-TEACHER = "teacher"
-"""Name of the teacher's states and latents in prepared data."""
 ROUNDING = 0.02
 """Largest difference of stored states, relative to the largest number; float16 rounds to 0.0005."""
 

@@ -14,8 +14,7 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present_prompts
 from mlx_snapgen.pictures import from_uint8
 from train.data.imagefolder import PictureFolder, choose, some
-from train.data.mixture import num_samples
-from train.data.source import Batch, LatentSource, PictureSource, Samples
+from train.data.source import Batch, LatentSource, Samples
 from train.data.streams import Stream
 from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
 
@@ -23,36 +22,30 @@ from train.data.text import FrozenStates, is_trained, kept_captions, padded_stat
 class EncodedPictures:
     """A `LatentSource`: a `PictureSource` whose pictures are encoded for each batch."""
 
-    def __init__(self, source: PictureSource, autoencoder: Autoencoder):
+    def __init__(self, source: Any, autoencoder: Autoencoder):
         self.source = source
         self.encode = mx.compile(autoencoder.encode)
 
     def samples(self, number: int, count: int) -> Samples:
         """See `LatentSource`."""
-        pictures, captions = self.source.batch(number, count)
+        return self._encoded(*self.source.batch(number, count))
+
+    def batches(self, count: int, *, most: int | None = None) -> Iterator[Samples]:
+        """See `Prepared.batches`; a source without end has the batches from its beginning."""
+        if hasattr(self.source, "batches"):
+            for pictures, captions in self.source.batches(count, most=most):
+                yield self._encoded(pictures, captions)
+            return
+        numbers = itertools.count() if most is None else range(-(-most // count))
+        for number in numbers:
+            pictures, captions = self.source.batch(number, count)
+            rest = count if most is None else min(count, most - number * count)
+            yield self._encoded(pictures[:rest], captions[:rest])
+
+    def _encoded(self, pictures: np.ndarray, captions: list[str]) -> Samples:
         latents = self.encode(from_uint8(pictures))
         mx.eval(latents)
         return Samples(latents, captions)
-
-    def batches(self, count: int) -> Iterator[Samples]:
-        """All pictures once: at most `count` of one size at a time."""
-        total = num_samples(self.source)
-        numbers = itertools.count() if total is None else range(total)
-        waiting: dict[tuple[int, ...], list[tuple[np.ndarray, str]]] = {}
-        for number in numbers:
-            pictures, captions = self.source.batch(number, 1)
-            group = waiting.setdefault(pictures.shape, [])
-            group.append((pictures[0], captions[0]))
-            if len(group) == count:
-                yield self._encoded(waiting.pop(pictures.shape))
-        for group in waiting.values():
-            yield self._encoded(group)
-
-    def _encoded(self, group: Sequence[tuple[np.ndarray, str]]) -> Samples:
-        pictures, captions = zip(*group, strict=True)
-        latents = self.encode(from_uint8(np.stack(pictures)))
-        mx.eval(latents)
-        return Samples(latents, list(captions))
 
     def settings(self) -> dict[str, Any]:
         """See `PictureSource`."""
@@ -62,7 +55,7 @@ class EncodedPictures:
 def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
     """A `LatentSource` of the data of `open_data`; `UserError` if its latents are others.
 
-    It also has `batches`, as `Prepared` has, unless `source` is a `Mixture` of prepared sets.
+    It also has `batches`, as `Prepared` has, unless `source` is a `Mixture`.
     """
     parts = getattr(source, "sources", [source])
     if not all(hasattr(part, "check_autoencoder") for part in parts):
@@ -127,6 +120,12 @@ class EncodedBatches:
         group = number // (self.noises_per_picture * processes)
         return self._samples(group * processes + number % processes)
 
+    def first_of(self, number: int) -> int:
+        """The first batch of the stream with the samples of batch `number` of the source."""
+        processes = mx.distributed.init().size()
+        group, rank = divmod(number, processes)
+        return group * self.noises_per_picture * processes + rank
+
     def with_prompts(self, number: int) -> tuple[Batch, list[str]]:
         """Batch `number`, and its captions: "" where no encoder gets the caption."""
         samples = self.samples(number)
@@ -134,6 +133,8 @@ class EncodedBatches:
         kept = kept_captions(
             rng, len(samples.captions), encoders=len(self.encoders), drop=self.drop_caption
         )
+        # A picture without a caption, as one of several columns may leave it, has absent text.
+        kept &= np.array([bool(caption) for caption in samples.captions])[:, None]
         given = kept.max(axis=1)
         prompts = [c if g else "" for c, g in zip(samples.captions, given, strict=True)]
         batch = {"latents": samples.latents}

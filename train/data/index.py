@@ -133,7 +133,8 @@ def build_index(
     flush()
     if not ends:
         text = f": {skipped.total()} skipped, such as {_line(first)}" if first else ""
-        raise UserError(f"no picture with a caption in {source.settings()['path']}{text}")
+        what = "usable picture" if filter.pictures_only else "picture with a caption"
+        raise UserError(f"no {what} in {source.settings()['path']}{text}")
     if len(ends) < LEAST_TO_HOLD_OUT or held.all():
         held[:] = False
     return Index(

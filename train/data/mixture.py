@@ -2,14 +2,16 @@
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from train.data.decode import Size
 from train.data.order import MixtureOrder
-from train.data.source import MAY_CHANGE, Samples
+from train.data.source import MAY_CHANGE, PromptBatch, Samples
 
 AHEAD = 4
 THREADS = 2
@@ -20,6 +22,20 @@ def num_samples(source: Any) -> int | None:
     if isinstance(source, Prefetched):
         return num_samples(source.source)
     return len(source) if hasattr(source, "__len__") else getattr(source, "num_samples", None)
+
+
+def sizes_in(source: Any) -> dict[Size, float]:
+    """Sizes of the pictures of a source -> their share of the batches, the most frequent first.
+
+    Empty if the pictures have one size that the source does not name.
+    """
+    shares: Counter[Size] = Counter()
+    parts = getattr(source, "sources", [source])
+    for part, weight in zip(parts, getattr(source, "weights", [1.0]), strict=True):
+        counts = getattr(part, "counts", None) or [len(rows) for rows in getattr(part, "rows", ())]
+        for size, count in zip(getattr(part, "sizes", ()), counts, strict=True):
+            shares[size] += weight * count / sum(counts)
+    return {size: share for size, share in shares.most_common() if share}
 
 
 class Mixture:
@@ -56,6 +72,11 @@ class Mixture:
         """See `LatentSource`."""
         source, place = self.order(number)
         return self.sources[source].samples(place, count)
+
+    def prompt_batch(self, number: int, count: int) -> PromptBatch:
+        """See `Prepared`."""
+        source, place = self.order(number)
+        return self.sources[source].prompt_batch(place, count)
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`."""

@@ -7,11 +7,12 @@ A SOURCE is a folder that `train.prepare` wrote, a folder of pictures, .tar file
 
 import glob
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, read_json
+from mlx_snapgen.files import expanded, read_object
 from train.data.decode import Size
 from train.data.imagefolder import bucket_sizes
 from train.data.mixture import Mixture, num_samples
@@ -20,11 +21,10 @@ from train.data.readers.folder import PictureFolderRecords
 from train.data.readers.joined import JoinedRecords
 from train.data.readers.tars import TarRecords
 from train.data.selection import HELD_OUT, CaptionWeights, Filter
+from train.data.shards import INDEX, SETTINGS, SHARDS
 from train.data.source import RecordSource
 
 STICKERS = "stickers"
-INDEX, SETTINGS, SHARDS = "index.json", "settings.json", "shards"
-"""In a folder that `train.prepare` wrote; the first is missing if it is not complete."""
 TARS = (".tar", ".tar.gz", ".tgz")
 PARQUET = (".parquet",)
 SOURCES = (
@@ -46,6 +46,7 @@ def open_data(
     share: float = HELD_OUT,
     folder: Path | None = None,
     resolution: int | None = None,
+    pictures_only: bool = False,
 ) -> Any:
     """The data of a training run.
 
@@ -62,6 +63,7 @@ def open_data(
         share: of the pictures, kept for validation; prepared folders have theirs.
         folder: where the index of pictures is kept for the next start, or None.
         resolution: that prepared folders must have, in pixels; None for any.
+        pictures_only: also use pictures without a caption, which is "".
 
     Returns:
         a `LatentSource` if all sources are folders of `train.prepare`, or else a `PictureSource`.
@@ -89,9 +91,14 @@ def open_data(
             source = _open_stickers(group[0], seed=seed)
         else:
             source = RecordPictures(
-                open_records(group, template=template, columns=list(captions or ())),
+                open_records(
+                    group,
+                    template=template,
+                    columns=list(captions or ()),
+                    pictures_only=pictures_only,
+                ),
                 bucket_sizes(size, unit),
-                filter=filter,
+                filter=replace(filter or Filter(), pictures_only=pictures_only),
                 captions=captions,
                 seed=seed,
                 share=share,
@@ -111,8 +118,10 @@ def is_prepared(spec: str) -> bool:
     if (folder / SETTINGS).is_file() and (folder / SHARDS).is_dir():
         return True
     try:
-        return (folder / INDEX).is_file() and "format_version" in read_json(folder / INDEX)
-    except (UserError, TypeError):
+        return (folder / INDEX).is_file() and "format_version" in read_object(
+            folder / INDEX, most=2**30
+        )
+    except UserError:
         return False
 
 
@@ -122,7 +131,11 @@ def is_stickers(spec: str) -> bool:
 
 
 def open_records(
-    specs: Sequence[str], *, template: str | None = None, columns: Sequence[str] = ()
+    specs: Sequence[str],
+    *,
+    template: str | None = None,
+    columns: Sequence[str] = (),
+    pictures_only: bool = False,
 ) -> RecordSource:
     """The records of folders of pictures, .tar files or .parquet files, one after the other.
 
@@ -130,20 +143,22 @@ def open_records(
         specs: the user's SOURCEs, see above.
         template: see `PictureFolderRecords`.
         columns: of captions that must be there; none for all.
+        pictures_only: also give pictures without a caption.
 
     Raises:
         UserError: no such file, or another kind of file.
     """
     groups = _together(specs)
-    sources = [_open_group(group, template=template, columns=columns) for group in groups]
+    options: dict[str, Any] = {"template": template, "columns": columns}
+    sources = [_open_group(group, **options, pictures_only=pictures_only) for group in groups]
     return sources[0] if len(sources) == 1 else JoinedRecords(sources)
 
 
 def _open_group(
-    specs: Sequence[str], *, template: str | None, columns: Sequence[str]
+    specs: Sequence[str], *, template: str | None, columns: Sequence[str], pictures_only: bool
 ) -> RecordSource:
     if expanded(specs[0]).is_dir():
-        return PictureFolderRecords(Path(specs[0]), template=template)
+        return PictureFolderRecords(Path(specs[0]), template=template, pictures_only=pictures_only)
     paths = [path for spec in specs for path in _files(spec)]
     kinds = {_kind(path.name): path for path in paths}
     if None in kinds:
@@ -151,12 +166,12 @@ def _open_group(
     if len(kinds) > 1:
         raise UserError(f"{specs[0]}: give .tar and .parquet files as two SOURCEs")
     if TARS in kinds:
-        return TarRecords(paths)
+        return TarRecords(paths, pictures_only=pictures_only)
     try:
         from train.data.readers.parquet import ParquetRecords
     except ImportError:
         raise UserError(f"{paths[0]}: install pyarrow to read it: pip install pyarrow") from None
-    return ParquetRecords(paths, columns=columns)
+    return ParquetRecords(paths, columns=columns, pictures_only=pictures_only)
 
 
 def _kind(name: str) -> tuple[str, ...] | None:

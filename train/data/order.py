@@ -5,7 +5,9 @@ resumed run continues it exactly.
 """
 
 import functools
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -13,7 +15,7 @@ ROUNDS = 4
 MOST_PASSES = 64
 """Passes over the data in an epoch, if some buckets have fewer samples than a batch."""
 MIXING_BLOCK = 100
-"""Batches in which several sources have their exact shares."""
+"""Batches in which several sources have their shares."""
 
 
 class Shuffle:
@@ -46,6 +48,16 @@ class Shuffle:
         for key in self._keys:
             left, right = right, left ^ (_mixed(right, key) & self._mask)
         return (left << self._half) | right
+
+
+def fixed_rows(count: int, most: int | None = None) -> np.ndarray:
+    """Up to `most` rows of a set of `count`, ascending: the same random ones for every seed.
+
+    The rows for a smaller number are among those for a larger one.
+    """
+    if most is None or most >= count:
+        return np.arange(count)
+    return np.sort(Shuffle(count, (0,))(np.arange(most)))
 
 
 def _mixed(x: np.ndarray, key: np.uint64) -> np.ndarray:
@@ -166,21 +178,34 @@ def _epoch_batches(counts: Sequence[int], batch_size: int) -> list[int]:
 class MixtureOrder:
     """Which of several sources a batch comes from.
 
+    Every `MIXING_BLOCK` batches have the exact shares, up to a rounding that is made up for later.
+
     Args:
-        weights: of the sources, above 0; shares of the batches, rounded to 1/100.
+        weights: of the sources, above 0; shares of the batches.
         seed: of the order.
     """
 
     def __init__(self, weights: Sequence[float], *, seed: int):
-        exact = np.array(weights, np.float64) / np.sum(weights) * MIXING_BLOCK
-        self.quotas = np.maximum(1, np.round(exact)).astype(int)
+        exact = [Fraction(weight) for weight in weights]
+        # Of the batches that the sources before leave.
+        self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
         self.seed = seed
 
     def __call__(self, number: int) -> tuple[int, int]:
         """Source of batch `number`, and the number of the batch in that source."""
-        block, place = divmod(number, int(self.quotas.sum()))
-        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        block, place = divmod(number, MIXING_BLOCK)
+        begin = self._counts(block * MIXING_BLOCK)
+        quotas = self._counts((block + 1) * MIXING_BLOCK) - begin
+        sources = np.repeat(np.arange(len(quotas)), quotas)
         order = np.random.default_rng((self.seed, block)).permutation(sources)
         source = int(order[place])
         before = int((order[:place] == source).sum())
-        return source, block * int(self.quotas[source]) + before
+        return source, int(begin[source]) + before
+
+    def _counts(self, total: int) -> np.ndarray:
+        """Batches of each source among the first `total`; none ever gets less with more."""
+        counts = []
+        for share in self._shares:
+            counts.append(math.floor(total * share + Fraction(1, 2)))
+            total -= counts[-1]
+        return np.array(counts)

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,8 @@ from mlx_snapgen.errors import UserError
 from train.data.decode import Size, Unusable, decode
 from train.data.imagefolder import fit
 from train.data.index import Index, cached_index
-from train.data.order import BatchOrder, LocalOrder
-from train.data.selection import HELD_OUT, CaptionWeights, Filter, choose_column
+from train.data.order import BatchOrder, LocalOrder, fixed_rows
+from train.data.selection import HELD_OUT, CaptionWeights, Filter, choose_column, fixed_draw
 from train.data.source import Record, RecordSource, Skipped
 from train.data.streams import Stream
 
@@ -31,6 +31,11 @@ def open_picture(record: Record) -> tuple[Image.Image, list[str]]:
         return decode(record.read())
     except OSError as error:
         raise Unusable("file cannot be read", error.strerror or str(error)) from None
+
+
+def _stacked(group: Sequence[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[str]]:
+    pictures, captions = zip(*group, strict=True)
+    return np.stack(pictures), list(captions)
 
 
 class RecordPictures:
@@ -82,7 +87,9 @@ class RecordPictures:
         self.rows = [np.flatnonzero(part & (index.buckets == b)) for b in numbers]
         self.all_rows = np.flatnonzero(part)
         self.is_validation = validation
-        self._order = functools.lru_cache(maxsize=4)(self._order_of)
+        cached = functools.lru_cache(maxsize=4)
+        self._order = cached(lambda count: self._order_of(self.rows, count))
+        self._prompt_order = cached(lambda count: self._order_of([self.all_rows], count))
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -111,16 +118,38 @@ class RecordPictures:
             record = self._record(row)
             return fit(open_picture(record)[0], size), self._caption(record, draw)
 
-        pictures, captions = zip(*self._each(sample, rows, places, number=number), strict=True)
-        return np.stack(pictures), list(captions)
+        return _stacked(self._each(sample, rows, places, number=number))
+
+    def batches(
+        self, count: int, *, most: int | None = None
+    ) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """See `Prepared.batches`; pictures and captions as in `batch`. Damaged ones are left out.
+
+        They are read in the order of the set.
+        """
+        waiting: dict[int, list[tuple[np.ndarray, str]]] = {}
+        for row in self.all_rows[fixed_rows(len(self), most)].tolist():
+            bucket = int(self.index.buckets[row])
+            try:
+                record = self._record(row)
+                pixels = fit(open_picture(record)[0], self.sizes[bucket])
+            except Unusable as error:
+                self._report(row, error)
+                continue
+            group = waiting.setdefault(bucket, [])
+            group.append((pixels, self._caption(record, fixed_draw(record.key))))
+            if len(group) == count:
+                yield _stacked(waiting.pop(bucket))
+        for bucket in sorted(waiting):
+            yield _stacked(waiting[bucket])
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`: captions, in an order of their own."""
         rows = self.all_rows
-        _, places = BatchOrder([len(rows)], batch_size=count, seed=self.seed)(number)
+        _, places = self._prompt_order(count)(number)
 
         def caption(row: int, draw: float) -> str:
-            return self._caption(self._record(row), draw)
+            return self._caption(self._record(row, captions_only=True), draw)
 
         return self._each(caption, rows, places, number=number)
 
@@ -135,11 +164,11 @@ class RecordPictures:
             "where": {**self.source.settings(), "filter": self.filter.settings()},
         }
 
-    def _order_of(self, count: int) -> BatchOrder | LocalOrder:
-        counts = [len(rows) for rows in self.rows]
+    def _order_of(self, buckets: Sequence[np.ndarray], count: int) -> BatchOrder | LocalOrder:
+        """The order of batches of `count` of the rows of some buckets."""
         if not self.index.groups.any():
-            return BatchOrder(counts, batch_size=count, seed=self.seed)
-        groups = [self.index.groups[rows] for rows in self.rows]
+            return BatchOrder(list(map(len, buckets)), batch_size=count, seed=self.seed)
+        groups = [self.index.groups[rows] for rows in buckets]
         parts = int(self.index.groups.max()) + 1
         table = np.stack([np.bincount(group, minlength=parts) for group in groups], axis=1)
         return LocalOrder(table, batch_size=count, seed=self.seed)
@@ -165,8 +194,8 @@ class RecordPictures:
                 )
         return found
 
-    def _record(self, row: int) -> Record:
-        record = self.source.at(self.index.place(row))
+    def _record(self, row: int, *, captions_only: bool = False) -> Record:
+        record = self.source.at(self.index.place(row), captions_only=captions_only)
         if isinstance(record, Record):
             record = self.filter.with_captions(record, self.captions)
         if isinstance(record, Skipped):
@@ -174,6 +203,8 @@ class RecordPictures:
         return record
 
     def _caption(self, record: Record, draw: float) -> str:
+        if not record.captions:
+            return ""
         return record.captions[choose_column(record.captions, self.captions, draw=draw)]
 
     def _report(self, row: int, error: Unusable) -> None:

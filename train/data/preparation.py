@@ -26,12 +26,13 @@ from train.data.pictures import open_picture
 from train.data.selection import Filter
 from train.data.shards import Sample
 from train.data.source import Record, RecordSource, Skipped
+from train.data.text import padded_length
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-PAD_TO = 32
-"""Tokens of a batch of captions are padded to a multiple of this."""
+ENLARGED = "enlarged to the resolution"
+"""In the report: pictures with a side below that of their bucket."""
 AHEAD = 4
 """Pictures decoded ahead, for each worker."""
 
@@ -101,11 +102,14 @@ class Reader:
         captions = dict(chosen.captions)
         if not self.named:
             captions = dict(zip(self.columns, captions.values(), strict=True))
+        bucket = nearest_bucket(picture, self.buckets)
+        if size[0] < bucket[0] or size[1] < bucket[1]:
+            changed = [*changed, ENLARGED]
         return Picture(
             record.key,
             {column: captions.get(column, "") for column in self.columns},
             size,
-            fit(picture, nearest_bucket(picture, self.buckets)),
+            fit(picture, bucket),
             changed,
         )
 
@@ -394,7 +398,7 @@ def of_encoder(encoder: TextEncoder, name: str, *, dims: int) -> CaptionEncoder:
     def states(captions: Sequence[str]) -> tuple[mx.array, mx.array]:
         tokens, mask = encoder.tokenize(captions)
         longest = int(np.array(mask).sum(1).max())
-        length = min(-(-longest // PAD_TO) * PAD_TO, tokens.shape[1])
+        length = padded_length(longest, tokens.shape[1])
         tokens, mask = tokens[:, :length], mask[:, :length]
         return encoder(tokens, mask), mask
 

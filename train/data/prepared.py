@@ -7,13 +7,12 @@ settings.json                of `train.prepare`, to resume it
 report.json, sizes.png, sheet.png, skipped.jsonl
 """
 
-import bisect
 import hashlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
@@ -22,12 +21,16 @@ import numpy as np
 from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.config import TextEncoderConfig, to_dict
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, read_json, whole_file
+from mlx_snapgen.files import expanded, read_object, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from train.data.decode import Size
-from train.data.order import BatchOrder
+from train.data.order import BatchOrder, fixed_rows
+from train.data.selection import choose_column, fixed_draw
 from train.data.shards import (
+    INDEX,
+    SETTINGS,
+    SHARDS,
     TRAIN,
     VALIDATION,
     Shard,
@@ -36,12 +39,10 @@ from train.data.shards import (
     save_arrays,
     shard_path,
 )
-from train.data.source import Samples
+from train.data.source import TEACHER, PromptBatch, Samples
 from train.data.streams import Stream
 
 FORMAT_VERSION = 1
-INDEX = "index.json"
-SETTINGS = "settings.json"
 EMPTY = "empty.safetensors"
 MODEL = "model"
 """Name of the model's own autoencoder."""
@@ -126,6 +127,8 @@ class Prepared:
         counts: samples of each bucket.
         text_states: name of a text encoder -> its config, for which the set has states.
         autoencoders: "model", or name in `Samples.other_latents` -> {"config", "digest"}.
+        wanted: names of the autoencoders and text encoders whose latents and states are read;
+            those of a teacher are not until "teacher" is added.
 
     Raises:
         UserError: no prepared set, an unfinished or damaged one, or an unknown column.
@@ -142,6 +145,7 @@ class Prepared:
         self.folder, self.seed, self.part = expanded(folder), seed, part
         index, self.digest = _read_index(self.folder)
         try:
+            _check_index(index)
             self.resolution: int = index["resolution"]
             self.columns: list[str] = index["captions"]
             self.sizes: list[Size] = [(height, width) for height, width in index["buckets"]]
@@ -151,12 +155,13 @@ class Prepared:
             key = "counts" if part == TRAIN else "validation"
             counts = np.array([shard[key] for shard in index["shards"]], np.int64)
             counts = counts.reshape(len(self._files), len(self.sizes))
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise UserError(f"{self.folder / INDEX} is damaged: prepare the set again") from None
         # Row of a bucket at which each shard ends.
         self._ends = np.cumsum(counts, 0).T.copy()
         self.counts: list[int] = counts.sum(0).tolist()
         self.captions = self._weights(captions)
+        self.wanted: set[str] = {*self.autoencoders, *self.text_states} - {TEACHER}
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -165,7 +170,8 @@ class Prepared:
             if column not in self.columns:
                 raise UserError(
                     f"{self.folder} has no caption column '{column}'"
-                    f"{nearest(column, self.columns)}, only {', '.join(self.columns)}"
+                    f"{nearest(column, self.columns)}, only {', '.join(self.columns)}: prepare "
+                    f"the pictures with --captions {column}"
                 )
         return dict(captions or {self.columns[0]: 1.0})
 
@@ -247,7 +253,17 @@ class Prepared:
             UserError: the part is empty, or a shard is missing or damaged.
         """
         bucket, rows = self.order(count)(number)
-        return self._read(bucket, rows, number=number)
+        return self._read(bucket, rows, draws=self._draws(number, count))
+
+    def prompt_batch(self, number: int, count: int) -> PromptBatch:
+        """The captions of `read`, with their text states; no latents are read."""
+        bucket, rows = self.order(count)(number)
+        captions, states, _ = self._arrays(bucket, rows, self._draws(number, count), latents=())
+        return PromptBatch(captions, self.sizes[bucket], states)
+
+    def _draws(self, number: int, count: int) -> list[float]:
+        """What chooses the captions of a batch."""
+        return Stream.CAPTIONS.generator(self.seed, number).random(count).tolist()
 
     def order(self, count: int) -> BatchOrder:
         """The order of batches of `count` samples; `UserError` if the part is empty."""
@@ -260,46 +276,73 @@ class Prepared:
         rows = order(number)[1]
         ends = np.cumsum(self.counts)
         buckets = np.searchsorted(ends, rows, side="right")
-        draws = Stream.CAPTIONS.generator(self.seed, number).random(count)
+        draws = self._draws(number, count)
         found = []
-        for bucket, row, draw in zip(buckets.tolist(), rows.tolist(), draws.tolist(), strict=True):
+        for bucket, row, draw in zip(buckets.tolist(), rows.tolist(), draws, strict=True):
             row -= int(ends[bucket - 1]) if bucket else 0
             shard, row, group = self._place(bucket, row)
             found.append(self._caption(shard, row, group=group, draw=draw)[1])
         return found
 
-    def batches(self, count: int) -> Iterator[Samples]:
-        """All samples once, in their order: at most `count` of one bucket at a time."""
-        number = 0
+    def batches(self, count: int, *, most: int | None = None) -> Iterator[Samples]:
+        """Each sample once: at most `count` of one bucket at a time.
+
+        Samples and captions are the same for every seed.
+
+        Args:
+            most: limit of the samples; they are chosen at random. None: all, in their order.
+        """
+        ends = np.cumsum(self.counts)
+        places = fixed_rows(self.num_samples, most)
         for bucket, total in enumerate(self.counts):
-            for start in range(0, total, count):
-                rows = np.arange(start, min(start + count, total))
-                yield self._read(bucket, rows, number=number).to_mlx()
-                number += 1
+            first = int(ends[bucket]) - total
+            rows = places[(places >= first) & (places < ends[bucket])] - first
+            for start in range(0, len(rows), count):
+                yield self._read(bucket, rows[start : start + count]).to_mlx()
 
     def _not_empty(self) -> int:
         if not self.num_samples:
             raise UserError(f"{self.folder} has no pictures for {self.part}")
         return self.num_samples
 
-    def _read(self, bucket: int, rows: np.ndarray, *, number: int) -> Samples:
-        draws = Stream.CAPTIONS.generator(self.seed, number).random(len(rows))
-        latents: dict[str, list[np.ndarray]] = {name: [] for name in self.autoencoders}
-        states: dict[str, list[np.ndarray]] = {name: [] for name in self.text_states}
-        captions = []
-        for row, draw in zip(rows.tolist(), draws.tolist(), strict=True):
-            shard, row, group = self._place(bucket, row)
-            for name, found in latents.items():
-                array = f"{group}/latents" + (f"/{name}" if name != MODEL else "")
-                found.append(shard.rows(array, row, row + 1))
-            column, caption = self._caption(shard, row, group=group, draw=draw)
-            captions.append(caption)
-            for name, found in states.items():
-                found.append(shard.row(f"{group}/states/{name}/{column}", row))
+    def _read(
+        self, bucket: int, rows: np.ndarray, *, draws: Sequence[float] | None = None
+    ) -> Samples:
+        names = [name for name in self.autoencoders if name in self.wanted]
+        captions, states, latents = self._arrays(bucket, rows, draws, latents=names)
         joined = {k: np.concatenate(found).astype(np.float32) for k, found in latents.items()}
         own: Any = joined.pop(MODEL)
         others: Any = joined
         return Samples(own, captions, states=states, other_latents=others)
+
+    def _arrays(
+        self,
+        bucket: int,
+        rows: np.ndarray,
+        draws: Sequence[float] | None,
+        *,
+        latents: Sequence[str],
+    ) -> tuple[list[str], dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]]:
+        """Captions, states and latents of some rows.
+
+        Args:
+            draws: choose the captions; None: each one's key does.
+            latents: names of the autoencoders.
+        """
+        found: dict[str, list[np.ndarray]] = {name: [] for name in latents}
+        states: dict[str, list[np.ndarray]] = {n: [] for n in self.text_states if n in self.wanted}
+        captions = []
+        for k, row in enumerate(rows.tolist()):
+            shard, row, group = self._place(bucket, row)
+            for name, arrays in found.items():
+                array = f"{group}/latents" + (f"/{name}" if name != MODEL else "")
+                arrays.append(shard.rows(array, row, row + 1))
+            draw = draws[k] if draws else fixed_draw(shard.text(f"{group}/keys", row))
+            column, caption = self._caption(shard, row, group=group, draw=draw)
+            captions.append(caption)
+            for name, arrays in states.items():
+                arrays.append(shard.row(f"{group}/states/{name}/{column}", row))
+        return captions, states, found
 
     def _place(self, bucket: int, row: int) -> tuple[Shard, int, str]:
         """Shard of a bucket's row, its row there, and the start of its arrays' names."""
@@ -325,22 +368,37 @@ class Prepared:
             return self._open[i]
 
 
-def choose_column(texts: Mapping[str, str], weights: Mapping[str, float], *, draw: float) -> str:
-    """The column that a number `draw` in [0, 1) falls on, among those whose text is not empty."""
-    columns = [column for column in weights if texts[column]] or list(weights)
-    ends = np.cumsum([weights[column] for column in columns])
-    return columns[min(bisect.bisect_right(ends, draw * ends[-1]), len(columns) - 1)]
+MOST_INDEX = 2**30
+"""Bytes of index.json; 9 MB for a hundred million pictures."""
+
+
+def _check_index(index: Mapping[str, Any]) -> None:
+    """`ValueError`, `LookupError` or `TypeError` for values of another type, or files elsewhere."""
+
+    def check(values: Any, kind: type) -> None:
+        if not set(map(type, values)) <= {kind}:
+            raise ValueError
+
+    check((index["resolution"], *(n for size in index["buckets"] for n in size)), int)
+    check(index["captions"], str)
+    check((index["text_states"], index["autoencoders"]), dict)
+    check((*index["text_states"].values(), *index["autoencoders"].values()), dict)
+    for shard in index["shards"]:
+        check((shard["file"],), str)
+        path = PurePosixPath(shard["file"])
+        counts = (*shard["counts"], *shard["validation"])
+        check(counts, int)
+        if path.is_absolute() or ".." in path.parts or min(counts, default=0) < 0:
+            raise ValueError
 
 
 def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
     """index.json and its hash."""
     path = folder / INDEX
     if not path.is_file():
-        if (folder / SETTINGS).is_file() and (folder / "shards").is_dir():
+        if (folder / SETTINGS).is_file() and (folder / SHARDS).is_dir():
             raise UserError(f"{folder} is not complete: run its train.prepare again to resume")
         raise UserError(f"{folder} is not a set that train.prepare wrote: it has no {INDEX}")
-    index = read_json(path)
-    if not isinstance(index, dict) or "format_version" not in index:
-        raise UserError(f"{path} is damaged: prepare the set again")
-    check_version(path, index["format_version"], reads=FORMAT_VERSION)
+    index = read_object(path, most=MOST_INDEX)
+    check_version(path, index.get("format_version"), reads=FORMAT_VERSION)
     return index, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from train.data.order import BatchOrder
+
 
 @dataclass(frozen=True)
 class PromptList:
-    """A `PromptSource` that repeats a list."""
+    """A `PromptSource` that repeats a list, each time in another random order."""
 
     items: Sequence[str]
+    seed: int = 0
 
     def prompts(self, number: int, count: int) -> list[str]:
-        """Items number * count and those that follow it."""
-        start = number * count
-        return [self.items[k % len(self.items)] for k in range(start, start + count)]
+        """See `PromptSource`."""
+        order = BatchOrder([len(self.items)], batch_size=count, seed=self.seed)
+        return [self.items[int(k)] for k in order(number)[1]]
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:

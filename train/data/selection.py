@@ -28,6 +28,14 @@ def held_out(key: str, share: float) -> bool:
     return value < share * 2**64
 
 
+def fixed_draw(key: str) -> float:
+    """The number in [0, 1) for `choose_column` where the choice must be the same in every run."""
+    data = key.encode(errors="surrogateescape")
+    # Another hash than that of `held_out`, which is small for all keys that are held out.
+    digest = hashlib.blake2b(data, digest_size=8, person=b"caption").digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
 @dataclass(frozen=True)
 class Filter:
     """The records to use; each of the others has one reason.
@@ -36,23 +44,25 @@ class Filter:
         min_side: of a picture's shorter side, in pixels.
         max_aspect: of the longer side to the shorter one.
         min_caption, max_caption: in characters; None for no limit.
+        pictures_only: a picture needs no caption.
     """
 
     min_side: int = 1
     max_aspect: float = 4.0
     min_caption: int = 1
     max_caption: int | None = None
+    pictures_only: bool = False
 
     def with_captions(self, record: Record, weights: CaptionWeights) -> Record | Skipped:
         """The record with the captions to choose from, without the others."""
         names = list(weights) or list(record.captions)[:1]
         found = {name: text for name in names if (text := record.captions.get(name))}
-        if not found:
+        if not found and not self.pictures_only:
             there = ", ".join(name for name, text in record.captions.items() if text)
             return Skipped(record.key, "no caption", f"it has: {there}" if there else "")
         long = {name: text for name, text in found.items() if len(text) >= self.min_caption}
         fitting = {k: v for k, v in long.items() if len(v) <= (self.max_caption or len(v))}
-        if not fitting:
+        if not fitting and not self.pictures_only:
             return Skipped(record.key, "caption too long" if long else "caption too short")
         return replace(record, captions=fitting)
 
@@ -67,7 +77,8 @@ class Filter:
 
     def settings(self) -> dict[str, Any]:
         """JSON values, to record."""
-        return asdict(self)
+        # Earlier versions recorded only the others.
+        return {k: v for k, v in asdict(self).items() if k != "pictures_only" or v}
 
 
 def parse_captions(columns: Sequence[str]) -> dict[str, float]:

@@ -26,10 +26,13 @@ from typing import Any
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import parse_json, whole_file
+from mlx_snapgen.tensor_files import check_entry
 from train.data.decode import Size
 from train.data.selection import held_out as is_held_out
 
+INDEX, SETTINGS, SHARDS = "index.json", "settings.json", "shards"
+"""In the folder of a set; the first is missing if the set is not complete."""
 TRAIN, VALIDATION = "train", "validation"
 
 States = Mapping[str, Mapping[str, np.ndarray]]
@@ -47,6 +50,7 @@ class Sample:
         latents: normalized latents (h, w, C) float16.
         states: float16, or bfloat16 as uint16.
         other_latents: name of another autoencoder -> its latents.
+        group: the samples of a group are held out together; "" for `key` alone.
     """
 
     key: str
@@ -55,6 +59,7 @@ class Sample:
     latents: np.ndarray
     states: States = field(default_factory=dict)
     other_latents: Mapping[str, np.ndarray] = field(default_factory=dict)
+    group: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +104,7 @@ def write_shard(
     """
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
-        part = VALIDATION if is_held_out(sample.key, held_out) else TRAIN
+        part = VALIDATION if is_held_out(sample.group or sample.key, held_out) else TRAIN
         groups.setdefault(group_name(part, sample.size), []).append(sample)
     tensors: dict[str, list[np.ndarray]] = {}
     for name in sorted(groups):
@@ -181,7 +186,7 @@ def save_arrays(
 
 def shard_path(folder: Path, chunk: int) -> Path:
     """The file of a chunk."""
-    return folder / "shards" / f"{chunk:06d}.safetensors"
+    return folder / SHARDS / f"{chunk:06d}.safetensors"
 
 
 class Shard:
@@ -205,11 +210,15 @@ class Shard:
             length = int.from_bytes(self._read(0, 8), "little")
             if not 0 < length < 2**30:
                 raise self._damaged()
-            header = json.loads(self._read(8, length))
+            header = parse_json(self._read(8, length), path)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self._entries: dict[str, Any] = header
+            for entry in header.values():
+                check_entry(entry)
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (UserError, ValueError, LookupError, TypeError, AttributeError):
             raise self._damaged() from None
         self._start = 8 + length
         if os.fstat(self._file).st_size != self._start + end:

@@ -1,7 +1,7 @@
 """Backward simulation: batches on the path of a few-step student (SnapGen++ section 3.3)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +12,8 @@ from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.sampling import denoise, get_schedule, guided_velocity
 from train.data.conditions import Conditions
-from train.data.source import Batch, LatentSource, PromptSource
+from train.data.decode import Size
+from train.data.source import Batch, PromptBatch, PromptSource
 from train.data.streams import Stream
 
 STUDENT = "student"
@@ -20,56 +21,46 @@ STUDENT = "student"
 STUDENT_TEXT = ("student_text", "student_mask")
 """In a batch, the joined text (B, L, D) and mask (B, L) of student and critic."""
 
-Size = tuple[int, int]
-"""(height, width) of a picture in pixels."""
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts of pictures of one size.
-
-    Attributes:
-        states: see `Samples`.
-    """
-
-    prompts: list[str]
-    size: Size
-    states: dict[str, list[np.ndarray]] = field(default_factory=dict)
-
-
 PromptBatches = Callable[[int, int], PromptBatch]
 """(number, count) -> batch `number` of `count` prompts."""
 
 
-def sized_prompts(source: PromptSource, sizes: Sequence[Size], *, seed: int) -> PromptBatches:
-    """The prompts of a source; each batch has one of the sizes, at random."""
+def sized_prompts(
+    source: PromptSource,
+    sizes: Sequence[Size],
+    *,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> PromptBatches:
+    """The prompts of a source; each batch has one of the sizes, at random.
+
+    Args:
+        weights: shares of the batches of each size, in any unit; None: the same for all.
+    """
+    shares = None if weights is None else np.array(weights) / sum(weights)
 
     def batch(number: int, count: int) -> PromptBatch:
         rng = Stream.SIMULATED_SIZES.generator(seed, number)
-        size = sizes[int(rng.integers(len(sizes)))]
-        return PromptBatch(source.prompts(number, count), size)
+        k = rng.integers(len(sizes)) if shares is None else rng.choice(len(sizes), p=shares)
+        return PromptBatch(source.prompts(number, count), sizes[int(k)])
 
     return batch
 
 
-def prepared_prompts(
-    source: LatentSource, *, downsampling: int, sizes: Sequence[Size] = (), seed: int
-) -> PromptBatches:
+def prepared_prompts(source: Any, *, sizes: Sequence[Size] = (), seed: int) -> PromptBatches:
     """Captions of encoded pictures, with stored text states.
 
     Args:
-        downsampling: of the autoencoder.
+        source: a `Prepared` set or a `Mixture` of them.
         sizes: to choose from, as in `sized_prompts`; none for that of the batch's pictures.
     """
 
     def batch(number: int, count: int) -> PromptBatch:
-        samples = source.samples(number, count)
-        height, width = (downsampling * side for side in samples.latents.shape[1:3])
-        size = height, width
+        found = source.prompt_batch(number, count)
         if sizes:
             rng = Stream.SIMULATED_SIZES.generator(seed, number)
-            size = sizes[int(rng.integers(len(sizes)))]
-        return PromptBatch(samples.captions, size, samples.states)
+            return replace(found, size=sizes[int(rng.integers(len(sizes)))])
+        return found
 
     return batch
 

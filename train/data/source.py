@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from train.data.decode import Size
+
 Batch = dict[str, mx.array]
 
 
@@ -94,8 +96,11 @@ class RecordSource(Protocol):
         """The records from number `start`, skipped ones counted."""
         ...
 
-    def at(self, place: Sequence[Any]) -> Record | Skipped:
+    def at(self, place: Sequence[Any], *, captions_only: bool = False) -> Record | Skipped:
         """The record at a place, in any order and from any thread.
+
+        Args:
+            captions_only: the caller does not read the picture, so that it need not be there.
 
         Raises:
             UserError: the set can only be read in order.
@@ -106,13 +111,22 @@ class RecordSource(Protocol):
         """Number of the part of the set that is read at once; ascending in the set's order."""
         ...
 
-    def fingerprint(self) -> str:
-        """A hash of the names, sizes and times of the set's files."""
+    def fingerprint(self, *, times: bool = True) -> str:
+        """A hash of the names, sizes and times of the set's files.
+
+        Args:
+            times: if false, files of the same relative names and sizes have the same hash, also in
+                another folder or on another machine.
+        """
         ...
 
     def settings(self) -> dict[str, Any]:
         """See `PictureSource`."""
         ...
+
+
+TEACHER = "teacher"
+"""Name of a teacher's text states and latents in `Samples`."""
 
 
 @dataclass
@@ -136,6 +150,19 @@ class Samples:
         """With MLX arrays in place of numpy arrays."""
         others = {name: mx.array(latents) for name, latents in self.other_latents.items()}
         return replace(self, latents=mx.array(self.latents), other_latents=others)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of pictures of one size.
+
+    Attributes:
+        states: see `Samples`.
+    """
+
+    prompts: list[str]
+    size: Size
+    states: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
 class LatentSource(Protocol):

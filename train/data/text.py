@@ -4,7 +4,8 @@ Encoders of kind "transformer" are trained with the model, so that batches hold 
 others are public, frozen encoders: batches hold their states.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -46,22 +47,52 @@ class FrozenStates:
     """
 
     def __init__(self, encoder: Any):
-        self.encoder = encoder
-        self._cached = bounded_cache(CACHE_BYTES)(self._encode)
+        self._cached = bounded_cache(CACHE_BYTES)(functools.partial(encode_caption, encoder))
 
     def __call__(self, caption: str) -> mx.array:
         """The states of a caption."""
         return self._cached(caption)
 
-    def _encode(self, caption: str) -> mx.array:
-        tokens, mask = self.encoder.tokenize([caption])
-        count = int(mask.sum().item())
-        length = padded_length(count, tokens.shape[1])
-        states = self.encoder(tokens[:, :length], mask[:, :length])[0, :count]
-        # A slice would keep the padding in memory.
-        states = mx.contiguous(mx.stop_gradient(states))
-        mx.eval(states)
-        return states
+
+def encode_caption(encoder: Any, caption: str) -> mx.array:
+    """The states (L, D) of a caption from a frozen text encoder, without padding."""
+    tokens, mask = encoder.tokenize([caption])
+    count = int(mask.sum().item())
+    length = padded_length(count, tokens.shape[1])
+    states = encoder(tokens[:, :length], mask[:, :length])[0, :count]
+    # A slice would keep the padding in memory.
+    states = mx.contiguous(mx.stop_gradient(states))
+    mx.eval(states)
+    return states
+
+
+class KnownPrompts:
+    """A `TextEncoder` of a few prompts, which takes the place of a large one to free its memory.
+
+    Its tokens are the number of the prompt.
+
+    Args:
+        encoder: frozen; not kept.
+        prompts: those that can be encoded later, beside the empty one.
+    """
+
+    def __init__(self, encoder: Any, prompts: Iterable[str]):
+        self.config: TextEncoderConfig = encoder.config
+        self.prompts = list(dict.fromkeys(["", *prompts]))
+        self._states = [encode_caption(encoder, prompt) for prompt in self.prompts]
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+        """See `TextEncoder`."""
+        numbers = [self.prompts.index(prompt) for prompt in prompts]
+        mask = self._padded(numbers)[1]
+        return mx.broadcast_to(mx.array(numbers)[:, None], mask.shape), mask
+
+    def __call__(self, tokens: mx.array, mask: mx.array) -> mx.array:
+        """See `TextEncoder`."""
+        return self._padded(tokens[:, 0].tolist())[0]
+
+    def _padded(self, numbers: Any) -> tuple[mx.array, mx.array]:
+        return padded_states([self._states[n] for n in numbers], self._states[0])
 
 
 def padded_length(count: int, most: int | None = None) -> int:

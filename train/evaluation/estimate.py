@@ -1,6 +1,5 @@
 """Time and memory of a run, measured on this machine."""
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import mlx.nn as nn
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.networks.layers import flat_parameters
-from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.settings import DrawSettings, machine_memory
 from train.data.encoded import rows
 from train.data.source import Batch
 from train.objectives.base import ShareStep
@@ -82,7 +81,7 @@ def estimate(
     trained = num_trainable(network)
     # Beside float32 gradients: averages, and two moments of the optimizer.
     memory = round(before + count(batch) * each + 16 * trained)
-    some, times = (one, count(batch) / count(one)) if memory > physical_memory() else (batch, 1)
+    some, times = (one, count(batch) / count(one)) if memory > machine_memory() else (batch, 1)
     # The first step at a width is slower than the next ones.
     step = sum(
         often * times * min(seconds(some, share) for _ in range(2))
@@ -103,8 +102,3 @@ def num_trainable(module: nn.Module) -> int:
 def _draw_one(components: Components, share: float, steps: int) -> None:
     settings = DrawSettings(num_inference_steps=steps)
     draw_pictures(components, ["a"], seeds=[0], settings=settings, share=share)
-
-
-def physical_memory() -> int:
-    """Bytes of main memory; a Mac's GPU shares it."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -16,15 +16,17 @@ from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_json, whole_file
+from mlx_snapgen.files import lock_folder, read_object, unlock_folder, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from train.data.preparation import Chunk
-from train.data.prepared import SETTINGS, save_empty, write_index
-from train.data.shards import Sample, cannot_write, shard_path, write_shard
+from train.data.preparation import ENLARGED, Chunk
+from train.data.prepared import save_empty, write_index
+from train.data.shards import SETTINGS, Sample, cannot_write, shard_path, write_shard
 from train.evaluation.prepared_set import choose_shown, count_shards, plot_sizes, sheet
 
 LONG_SHARD = 1800
 """Seconds."""
+MOST_ENLARGED = 0.1
+"""Share of enlarged pictures above which there is a warning."""
 RESUME = "run the same command again to resume"
 
 
@@ -97,6 +99,12 @@ class Preparation:
         if dry_run:
             return
         self._claim()
+        try:
+            self._complete(started)
+        finally:
+            unlock_folder(self.folder)
+
+    def _complete(self, started: float) -> None:
         self._encode()
         assert self.work.records is not None
         chunks = -(-self.work.records // self.work.chunk_size)
@@ -117,7 +125,7 @@ class Preparation:
             if self.folder.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
                 raise UserError(f"{self.folder} exists already: choose another name or delete it")
             return
-        then, now = read_json(path), json.loads(json.dumps(self.settings))
+        then, now = read_object(path), json.loads(json.dumps(self.settings))
         if changed := [name for name in now if then.get(name) != now[name]]:
             raise UserError(
                 f"{self.folder} holds an unfinished set with other {' and '.join(changed)}: give "
@@ -133,10 +141,17 @@ class Preparation:
             self._check()  # it is resumed, or another machine was faster
         except OSError as error:
             raise cannot_write(path, error) from None
+        # Several machines may do the parts of one set at the same time.
+        if not lock_folder(self.folder, shared=self.shard[1] > 1):
+            raise UserError(
+                f"another process prepares {self.folder}: wait for it, or give another --output"
+            )
 
     def _done(self) -> set[int]:
         """The chunks whose shards exist."""
-        return {int(path.stem) for path in shard_path(self.folder, 0).parent.glob("*.safetensors")}
+        paths = shard_path(self.folder, 0).parent.glob("*.safetensors")
+        # Others are hidden files, such as "._000001.safetensors" of macOS.
+        return {int(path.stem) for path in paths if path.stem.isdecimal()}
 
     def _records_done(self) -> int:
         """Records of this part's shards that exist, about."""
@@ -240,6 +255,13 @@ class Preparation:
         if self.empty_states:
             save_empty(folder, self.empty_states)
         write_index(folder, chunks=chunks, settings=self.digest, values=self.index)
+        if (enlarged := counts.changed[ENLARGED]) > MOST_ENLARGED * counts.total:
+            print(
+                f"warning: {enlarged:,} of {counts.total:,} pictures are smaller than the "
+                f"resolution and were enlarged, which makes them blurred: leave them out with "
+                f"--min-side, or prepare them at a lower --resolution",
+                file=sys.stderr,
+            )
         reasons = [f"; {n:,} skipped: {reason}" for reason, n in counts.skipped.most_common(3)]
         print(
             f"{folder} is complete: {counts.total:,} pictures, {_size(counts.bytes)}"

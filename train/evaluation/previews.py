@@ -22,6 +22,7 @@ class Previews:
         prompts: the prompts to draw.
         widths: names of the widths to draw with.
         adapter: see `mlx_snapgen.draw.draw_latents`.
+        batch_size: pictures to draw at a time.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Previews:
         *,
         widths: Sequence[str],
         adapter: str = FEW_STEP,
+        batch_size: int = 16,
     ):
+        self.batch_size = batch_size
         self.components, self.widths = components, list(widths)
         self.prompts, self.adapter = list(prompts), adapter
 
@@ -44,6 +47,7 @@ class Previews:
                     seeds=range(len(self.prompts)),
                     share=parse_width(name).share,
                     adapter=self.adapter,
+                    batch_size=self.batch_size,
                 )
                 for name in self.widths
             ]
@@ -61,6 +65,7 @@ def previews_of(
     size: tuple[int, int],
     time_shift: float | None,
     widths: Sequence[str],
+    batch_size: int = 16,
 ) -> Previews:
     """Previews of a supernetwork during training, with the time shift of its training.
 
@@ -80,4 +85,4 @@ def previews_of(
         autoencoder=autoencoder,
         text_encoders=model.encoders,
     )
-    return Previews(components, prompts, widths=widths)
+    return Previews(components, prompts, widths=widths, batch_size=batch_size)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, read_json, whole_file
+from mlx_snapgen.files import expanded, parse_json, read_object, read_text, whole_file
 from mlx_snapgen.settings import DrawSettings
 
 SETTINGS = "settings.json"
@@ -70,11 +70,11 @@ def geneval_files(path: Path, *, per_prompt: int, seed: int) -> PromptFiles:
     files, texts = [], {}
     for number, line in enumerate(_lines(path)):
         try:
-            values = json.loads(line)
+            values = parse_json(line, path)
             prompt = values["prompt"]
             if not isinstance(prompt, str) or not {"tag", "include"} <= values.keys():
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{path}, line {number + 1}: expected the keys tag, include and prompt of "
                 f"GenEval's evaluation_metadata.jsonl, got {line[:60]}"
@@ -125,11 +125,8 @@ def dpg_files(folder: Path, *, seed: int) -> PromptFiles:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file that are not empty."""
-    try:
-        text = expanded(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = read_text(expanded(path)).split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def claim_folder(output: Path, recorded: Mapping[str, Any]) -> None:
@@ -140,7 +137,7 @@ def claim_folder(output: Path, recorded: Mapping[str, Any]) -> None:
     """
     path = output / SETTINGS
     if path.is_file():
-        then = read_json(path)
+        then = read_object(path)
         if changed := [name for name in recorded if then.get(name) != recorded[name]]:
             raise UserError(
                 f"{output} has pictures with other {' and '.join(changed)}: choose another "

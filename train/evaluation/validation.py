@@ -8,7 +8,7 @@ shifts are compared on the same levels.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.pictures import from_uint8
@@ -34,58 +33,25 @@ NUM_LEVELS = 8
 # --- the held-out part of a set -------------------------------------------------------------------
 
 
-def held_out_batches(
-    part: Any, count: int, *, autoencoder: Autoencoder | None = None, batch_size: int = 16
-) -> list[Samples]:
-    """Up to `count` different samples of a part for validation, all of a batch of one size.
+def held_out_batches(source: Any, count: int, *, batch_size: int = 16) -> list[Samples]:
+    """Up to `count` samples of a part for validation, all of a batch of one size.
 
-    The samples are the same in every run.
+    The samples are the same in every run, and each size has its share of them. Those without a
+    caption are left out.
 
     Args:
-        part: `validation()` of a source of data: a `LatentSource`, or a `PictureSource` whose
-            pictures are encoded here. The samples of a source with `batches` come in its order.
-        autoencoder: of the model; needed for a `PictureSource`.
+        source: `as_latents` of `validation()` of a source of data, or of one of its parts.
         batch_size: samples of a batch, at most.
     """
     found: list[Samples] = []
-    seen: set[tuple[int, bytes]] = set()
-    total = min(count, num_samples(part) or count)
+    total = min(count, num_samples(source) or count)
     with tqdm(total=total, desc="validation set", unit="picture", leave=False) as bar:
-        for samples in _in_order(part, autoencoder, count=count, batch_size=batch_size):
-            rows = []
-            for row, (caption, x) in enumerate(zip(samples.captions, samples.latents, strict=True)):
-                sample = sample_seed(caption, x), caption.encode(errors="surrogateescape")
-                if sample not in seen and len(seen) < count:
-                    seen.add(sample)
-                    rows.append(row)
+        for samples in source.batches(batch_size, most=count):
+            bar.update(len(samples.captions))
+            rows = [row for row, caption in enumerate(samples.captions) if caption]
             if rows:
-                found.append(_rows(samples, rows))
-                bar.update(len(rows))
-            if len(seen) == count:
-                break
+                found.append(_rows(samples, rows) if len(rows) < len(samples.captions) else samples)
     return found
-
-
-def _in_order(
-    part: Any, autoencoder: Autoencoder | None, *, count: int, batch_size: int
-) -> Iterator[Samples]:
-    if hasattr(part, "batches"):
-        yield from part.batches(batch_size)
-        return
-    # A batch may repeat samples, if a size has few: read more than one pass.
-    total = min(count, num_samples(part) or count)
-    for number in range(PASSES * -(-total // batch_size)):
-        if hasattr(part, "samples"):
-            yield part.samples(number, batch_size)
-        else:
-            assert autoencoder is not None
-            pictures, captions = part.batch(number, batch_size)
-            latents = autoencoder.encode(from_uint8(pictures))
-            mx.eval(latents)
-            yield Samples(latents, captions)
-
-
-PASSES = 4
 
 
 def _rows(samples: Samples, rows: Sequence[int]) -> Samples:

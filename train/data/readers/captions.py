@@ -1,5 +1,6 @@
 """Captions in text files and JSON."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,20 @@ def one_line(text: str) -> str:
 def decode_text(data: bytes) -> str:
     """The caption in a text file; `UnicodeDecodeError` if it is not UTF-8."""
     return one_line(data.decode("utf-8-sig"))
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object with a picture's captions; `ValueError` if it is none.
+
+    Its other columns may have what is no JSON, such as NaN.
+    """
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(values, dict):
+        raise ValueError("no object")
+    return values
 
 
 def text_columns(values: Mapping[str, Any]) -> dict[str, str]:

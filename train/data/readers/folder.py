@@ -8,7 +8,6 @@ of the picture's folder and a template, as for ImageNet.
 import functools
 import hashlib
 import itertools
-import json
 import os
 import unicodedata
 from collections import Counter
@@ -20,7 +19,7 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
-from train.data.readers.captions import decode_text, one_line, text_columns
+from train.data.readers.captions import decode_text, one_line, parse_object, text_columns
 from train.data.source import Record, Skipped
 
 METADATA = "metadata.jsonl"
@@ -42,13 +41,15 @@ class PictureFolderRecords:
 
     Args:
         template: caption of pictures that have none, with {} for the name of their folder.
+        pictures_only: also give the pictures that have no caption.
 
     Raises:
         UserError: no such folder, or a template without {}.
     """
 
-    def __init__(self, folder: Path, *, template: str | None = None):
+    def __init__(self, folder: Path, *, template: str | None = None, pictures_only: bool = False):
         self.folder, self.template = expanded(folder), template
+        self.pictures_only = pictures_only
         if not self.folder.is_dir():
             raise UserError(f"no folder {folder}: give one with pictures and their captions")
         if template is not None and template.count("{}") != 1:
@@ -63,7 +64,7 @@ class PictureFolderRecords:
         for entry in itertools.islice(self._entries(), start, None):
             yield entry if isinstance(entry, Skipped) else self.at(entry)
 
-    def at(self, place: Sequence[Any]) -> Record | Skipped:
+    def at(self, place: Sequence[Any], *, captions_only: bool = False) -> Record | Skipped:
         """See `RecordSource`."""
         name = str(place[0])
         path = os.path.join(self.folder, name)
@@ -74,16 +75,16 @@ class PictureFolderRecords:
         if os.path.splitext(name)[1].lower() not in SUFFIXES:
             return Skipped(key, "not a picture by its name", "no picture type has this ending")
         try:
-            captions = self._captions(place)
+            captions = self._captions(place) or ({} if self.pictures_only else None)
         except UnicodeDecodeError:
             return Skipped(key, "caption not in UTF-8", f"{place[1]} is not readable as UTF-8")
         except OSError as error:
             return Skipped(key, "caption cannot be read", f"{place[1]}: {error.strerror}")
-        except (ValueError, AttributeError, RecursionError):
+        except ValueError:
             return Skipped(key, "damaged line of metadata", f"{place[1]} has changed")
         if captions is None:
             return Skipped(key, "no caption")
-        if not any(captions.values()):
+        if not any(captions.values()) and not self.pictures_only:
             return Skipped(key, "empty caption", "an empty caption")
         return Record(key, captions, functools.partial(_read, path), tuple(place))
 
@@ -91,7 +92,7 @@ class PictureFolderRecords:
         """See `RecordSource`; any picture can be read alone."""
         return 0
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, times: bool = True) -> str:
         """See `RecordSource`."""
         state = hashlib.blake2b(digest_size=16)
         for folder, names in self._walk(lambda _: None):
@@ -101,7 +102,8 @@ class PictureFolderRecords:
                     info = os.stat(os.path.join(absolute, name))
                 except OSError:
                     continue
-                text = f"{folder}/{name}\0{info.st_size} {info.st_mtime_ns}\0"
+                time = f" {info.st_mtime_ns}" if times else ""
+                text = f"{folder}/{name}\0{info.st_size}{time}\0"
                 state.update(text.encode("utf-8", "surrogateescape"))
         return state.hexdigest()
 
@@ -113,7 +115,7 @@ class PictureFolderRecords:
         if len(place) == 4:
             with open(self.folder / place[1], "rb") as file:
                 file.seek(place[2])
-                values = json.loads(file.readline().decode("utf-8-sig"))
+                values = parse_object(file.readline())
             return text_columns({k: v for k, v in values.items() if k != NAME})
         if len(place) == 2:
             return {"text": decode_text(_read(os.path.join(self.folder, place[1])))}
@@ -196,9 +198,9 @@ class PictureFolderRecords:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.decode("utf-8-sig"))
+                values = parse_object(line)
                 picture = self._found(folder, values[NAME])
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (KeyError, TypeError, ValueError):
                 shown = line[:60].decode("utf-8", "replace").strip()
                 yield Skipped(
                     f"{metadata}, line {number}",

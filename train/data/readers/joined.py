@@ -36,17 +36,18 @@ class JoinedRecords:
                 else:
                     yield self._own(number, record)
 
-    def at(self, place: Sequence[Any]) -> Record | Skipped:
+    def at(self, place: Sequence[Any], *, captions_only: bool = False) -> Record | Skipped:
         """See `RecordSource`."""
-        return self._own(place[0], self.sources[place[0]].at(place[1:]))
+        source = self.sources[place[0]]
+        return self._own(place[0], source.at(place[1:], captions_only=captions_only))
 
     def group(self, place: Sequence[Any]) -> int:
         """See `RecordSource`."""
         return self.sources[place[0]].group(place[1:])
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, times: bool = True) -> str:
         """See `RecordSource`."""
-        return " ".join(source.fingerprint() for source in self.sources)
+        return " ".join(source.fingerprint(times=times) for source in self.sources)
 
     def settings(self) -> dict[str, Any]:
         """See `RecordSource`."""

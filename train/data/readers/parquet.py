@@ -25,6 +25,8 @@ PART = 2**24
 """Bytes of row groups that training visits together."""
 KEPT = 2**25
 """Bytes of row groups kept in memory for training, or two of them."""
+NOT_READ = b"not read"
+"""In place of a picture of which only the captions were read."""
 LARGEST = 2**30
 """Bytes of a row group that is read at once."""
 
@@ -38,15 +40,18 @@ class ParquetRecords:
     Args:
         paths: files, in this order, all with the same columns.
         columns: of texts, to read; none for all.
+        pictures_only: also give the pictures that have no caption.
 
     Raises:
         UserError: the first file has no such columns.
     """
 
-    def __init__(self, paths: Sequence[Path], *, columns: Sequence[str] = ()):
-        self.paths, self.columns = list(paths), list(columns)
+    def __init__(
+        self, paths: Sequence[Path], *, columns: Sequence[str] = (), pictures_only: bool = False
+    ):
+        self.paths, self.columns, self.pictures_only = list(paths), list(columns), pictures_only
         self.names = short_names(self.paths)
-        self._tables: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._tables: OrderedDict[tuple[int, int, bool], Any] = OrderedDict()
         self._lock = threading.Lock()
         with _open(self.paths[0]) as file:
             self._columns(self.paths[0], file)
@@ -78,20 +83,22 @@ class ParquetRecords:
                         start = 0
                     first += rows
 
-    def at(self, place: Sequence[Any]) -> Record | Skipped:
+    def at(self, place: Sequence[Any], *, captions_only: bool = False) -> Record | Skipped:
         """See `RecordSource`; the last row groups stay in memory."""
         number, group, row = place
-        table, first, columns = self._table(number, group)
-        values = {name: table.column(name)[row].as_py() for name in columns}
+        table, first, columns = self._table(number, group, captions_only)
+        values = {name: table.column(name)[row].as_py() for name in columns[captions_only:]}
+        if captions_only:
+            values[columns[0]] = NOT_READ
         return self._record(tuple(place), first + row, values, columns=columns)
 
     def group(self, place: Sequence[Any]) -> int:
         """See `RecordSource`."""
         return int(self._layout[place[0]][0][place[1]])
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, times: bool = True) -> str:
         """See `RecordSource`."""
-        return file_hash(self.paths)
+        return file_hash(self.paths, times=times)
 
     def settings(self) -> dict[str, Any]:
         """See `RecordSource`."""
@@ -117,7 +124,7 @@ class ParquetRecords:
                 raise UserError(
                     f"{path} has no column {name}{nearest(name, texts)}; its columns: {there}"
                 )
-        if not texts:
+        if not texts and not self.pictures_only:
             raise UserError(f"{path} has no column of texts; its columns: {there}")
         chosen = list(dict.fromkeys(_base(name, texts) for name in self.columns))
         main = [name for name in FIRST if name in texts]
@@ -166,7 +173,7 @@ class ParquetRecords:
             several = value if isinstance(value, list) else [value]
             for k, text in enumerate(several, 1):
                 captions[name if k == 1 else f"{name}.{k}"] = one_line(text or "")
-        if not any(captions.values()):
+        if not any(captions.values()) and not self.pictures_only:
             return Skipped(key, "empty caption")
 
         def read(most: int = -1) -> bytes:
@@ -174,31 +181,32 @@ class ParquetRecords:
 
         return Record(key, captions, read, place)
 
-    def _table(self, number: int, group: int) -> tuple[Any, int, list[str]]:
+    def _table(self, number: int, group: int, captions_only: bool) -> tuple[Any, int, list[str]]:
         """A row group, the number of its first row in the file, and the names of its columns."""
+        key = number, group, captions_only
         with self._lock:
-            if (number, group) not in self._tables:
-                self._tables[number, group] = self._read(number, group)
+            if key not in self._tables:
+                self._tables[key] = self._read(*key)
                 while len(self._tables) > 2 and self._kept() > KEPT:
                     self._tables.popitem(last=False)
-            self._tables.move_to_end((number, group))
-            return self._tables[number, group]
+            self._tables.move_to_end(key)
+            return self._tables[key]
 
     def _kept(self) -> int:
         return sum(table.nbytes for table, _, _ in self._tables.values())
 
-    def _read(self, number: int, group: int) -> tuple[Any, int, list[str]]:
+    def _read(self, number: int, group: int, captions_only: bool) -> tuple[Any, int, list[str]]:
         path = self.paths[number]
         with _open(path) as file:
             columns = self._columns(path, file)
             size = file.metadata.row_group(group).total_byte_size
-            if size > LARGEST:
+            if size > LARGEST and not captions_only:
                 raise UserError(
                     f"{path} has row groups of {size / 1e9:.1f} GB, too large to read in random "
                     "order: encode it first with python -m train.prepare"
                 )
             try:
-                table = file.read_row_group(group, columns=columns)
+                table = file.read_row_group(group, columns=columns[captions_only:])
             except (OSError, pa.ArrowException) as error:
                 why = " ".join(str(error).split())
                 raise UserError(f"{path} is damaged: {why}") from None

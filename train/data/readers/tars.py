@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from mlx_snapgen.errors import UserError
-from train.data.readers.captions import decode_text, text_columns
+from train.data.readers.captions import decode_text, parse_object, text_columns
 from train.data.readers.folder import SUFFIXES
 from train.data.source import Record, Skipped
 
@@ -46,8 +46,8 @@ class TarRecords:
         paths: .tar, .tar.gz or .tgz files, read in this order; compressed ones in order only.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], *, pictures_only: bool = False):
+        self.paths, self.pictures_only = list(paths), pictures_only
         self.names = short_names(self.paths)
 
     def count(self) -> int | None:
@@ -74,7 +74,7 @@ class TarRecords:
             else:
                 yield self._record(number, *sample)
 
-    def at(self, place: Sequence[Any]) -> Record | Skipped:
+    def at(self, place: Sequence[Any], *, captions_only: bool = False) -> Record | Skipped:
         """See `RecordSource`."""
         number, sample, *members = place
         self._check_order()
@@ -85,9 +85,9 @@ class TarRecords:
         self._check_order()
         return 0
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, times: bool = True) -> str:
         """See `RecordSource`."""
-        return file_hash(self.paths)
+        return file_hash(self.paths, times=times)
 
     def settings(self) -> dict[str, Any]:
         """See `RecordSource`."""
@@ -106,13 +106,13 @@ class TarRecords:
         texts = [m for m in members if _is_text(m.name)]
         if picture is None:
             return Skipped(key, "no picture", _TOGETHER if len(members) == 1 else "")
-        if not texts:
+        if not texts and not self.pictures_only:
             return Skipped(key, "no caption", _TOGETHER if len(members) == 1 else "")
         try:
             captions = _captions(path, texts)
         except _Unreadable as error:
             return Skipped(key, str(error), f"{sample}.{error.suffix}")
-        if not any(captions.values()):
+        if not any(captions.values()) and not self.pictures_only:
             return Skipped(key, "empty caption")
         place = (number, sample, *([m.name, m.offset, m.size] for m in (picture, *texts)))
 
@@ -133,9 +133,14 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path.absolute(), folder) for path in paths]
 
 
-def file_hash(paths: Sequence[Path]) -> str:
-    """A hash of the names, sizes and times of files."""
-    infos = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+def file_hash(paths: Sequence[Path], *, times: bool) -> str:
+    """A hash of the names, sizes and times of files; see `RecordSource.fingerprint`."""
+    infos: list[tuple[Any, ...]]
+    if times:
+        infos = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    else:
+        names = short_names(paths)
+        infos = [(name, path.stat().st_size) for name, path in zip(names, paths, strict=True)]
     return hashlib.blake2b(json.dumps(infos).encode(), digest_size=16).hexdigest()
 
 
@@ -163,14 +168,14 @@ def _captions(path: Path, texts: Sequence[Member]) -> dict[str, str]:
         try:
             data = _contents(path, text)
             if suffix == "json":
-                listed = text_columns(json.loads(data.decode("utf-8-sig")))
+                listed = text_columns(parse_object(data))
             elif suffix == "txt":
                 main["text"] = decode_text(data)
             else:
                 others[suffix.removesuffix(".txt")] = decode_text(data)
         except UnicodeDecodeError:
             raise _Unreadable("caption not in UTF-8", suffix) from None
-        except (ValueError, AttributeError, RecursionError):
+        except ValueError:
             raise _Unreadable("damaged JSON", suffix) from None
         except OSError:
             raise _Unreadable("caption cannot be read", suffix) from None

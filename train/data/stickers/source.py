@@ -11,7 +11,6 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.options import integer
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
-from train.data.stickers.render import render
 from train.data.stickers.scenes import CATEGORIES, SIDE, training_scene, validation_scene
 from train.data.stickers.vocabulary import (
     BACKGROUNDS,
@@ -45,6 +44,8 @@ Noto Color Emoji font, Copyright 2013 Google LLC, SIL Open Font License 1.1.
 
 def draw_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[str]]:
     """Pictures, uint8 (N, 128, 128, 3), and captions of scenes."""
+    from train.data.stickers.render import render  # only what draws stickers needs the font
+
     return np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]
 
 

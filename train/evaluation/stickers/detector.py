@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train.data.stickers.render import sprite
 from train.data.stickers.vocabulary import COLORS, Noun
 
 ACCEPT = 0.96  # least score of a detection
@@ -210,6 +209,8 @@ def _colors(noun: Noun) -> tuple[str | None, ...]:
 
 def _glyph(noun: Noun, color: str | None, font: str | Path | None) -> np.ndarray:
     """A glyph in the middle of a square, (GRID, GRID, 4): color times alpha, and alpha."""
+    from train.data.stickers.render import sprite  # measures of other models need no font
+
     drawn = sprite(noun, color, DRAWN, font)
     h, w = drawn.rgb.shape[:2]
     y, x = (DRAWN - h) // 2, (DRAWN - w) // 2
