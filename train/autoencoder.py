@@ -27,7 +27,8 @@ from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import DEFAULT, STATISTICS_SEED, config_of, load_autoencoder
-from train.loop.config import TrainingConfig
+from train.loop.checkpoint import latest_checkpoint
+from train.loop.config import TrainingConfig, warmup_of
 from train.loop.run import claim, find_folder, recorded
 from train.loop.trainer import Trainer
 from train.objectives.autoencoder import Reconstruction
@@ -35,6 +36,8 @@ from train.options.autoencoder import RESOLUTION, UNIT, parse
 from train.options.data import data_from
 
 VALIDATION_PICTURES = 48
+PICTURES_ONLY = "pictures_only"
+"""Setting of runs that also use pictures without a caption."""
 
 
 def side(args: argparse.Namespace) -> int:
@@ -46,7 +49,23 @@ def open_source(args: argparse.Namespace, *, seed: int, run_dir: Path) -> Any:
     """The pictures of the options."""
     with announce("reading the data ..."):
         size = (side(args), side(args))
-        return data_from(args, size=size, unit=UNIT, seed=seed, run_dir=run_dir)
+        return data_from(
+            args,
+            size=size,
+            unit=UNIT,
+            seed=seed,
+            run_dir=run_dir,
+            pictures_only=needs_no_captions(run_dir),
+        )
+
+
+def needs_no_captions(run_dir: Path) -> bool:
+    """Whether a run uses pictures without a caption: all but those of earlier versions."""
+    found = PICTURES_ONLY in recorded(run_dir) or latest_checkpoint(run_dir) is None
+    group = mx.distributed.init()
+    # Only the first process has the folder of the run.
+    flag = mx.array(float(found and group.rank() == 0))
+    return bool(mx.distributed.all_sum(flag, group=group).item())
 
 
 def sizes(latent_channels: int | None, channels: int | None) -> AutoencoderConfig:
@@ -60,7 +79,7 @@ def sizes(latent_channels: int | None, channels: int | None) -> AutoencoderConfi
     )
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
     measured = None
@@ -86,14 +105,16 @@ def main() -> None:
             f"{args.encoder} has {encoder.config.latent_channels} latent channels, the decoder "
             f"takes {model.config.latent_channels}"
         )
+    settings = source.settings()
+    if needs_no_captions(args.run_dir):
+        settings[PICTURES_ONLY] = True
     described = to_dict(model.config)
     if config_of(args.run_dir) == model.config:
         # The same, also if it was recorded with fewer fields.
         described = recorded(args.run_dir).get("autoencoder", described)
     claim(
         args.run_dir,
-        source.settings()
-        | {"autoencoder": described, "specs": args.data, "resolution": side(args)},
+        settings | {"autoencoder": described, "specs": args.data, "resolution": side(args)},
         may_change=(*MAY_CHANGE, "specs", "resolution"),
         unrecorded={"data": "stickers", "autoencoder": described},
     )
@@ -113,21 +134,25 @@ def main() -> None:
             return {"pictures": pictures}
         return {"pictures": pictures, "latents": encoder.encode(pictures)}
 
-    Trainer(
+    trainer = Trainer(
         model,
         Reconstruction(args.kl_weight, args.decoder_only),
         batches=batches,
         config=TrainingConfig(
             steps=args.steps,
             batch_size=args.batch_size,
+            accumulate=args.accumulate,
+            checkpoint_every=args.checkpoint_every,
             learning_rate=args.learning_rate,
             weight_decay=0.0,
-            warmup_steps=300,
+            warmup_steps=warmup_of(args.steps, 300),
             seed=args.seed,
         ),
         run_dir=args.run_dir,
         validate=validate,
-    ).run()
+    )
+    trainer.run()
+    return trainer.exit_code
 
 
 if __name__ == "__main__":

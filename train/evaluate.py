@@ -31,6 +31,7 @@ from mlx_snapgen.cli.options import draw_settings
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.settings import DrawSettings, Width, check_width, held_widths
+from train.data.encoded import as_latents
 from train.data.open import open_data
 from train.data.source import Samples
 from train.data.stickers.vocabulary import known_nouns
@@ -45,6 +46,7 @@ from train.evaluation.prompt_lists import (
 from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
+from train.loop.teacher import prepared_parts
 from train.options.data import data_from
 from train.options.evaluate import parse
 
@@ -79,9 +81,6 @@ def _held_out(args: argparse.Namespace, components: Components) -> list[Samples]
     config = components.config
     # Not --seed: the same pictures and captions for every model and seed.
     source = data_from(args, size=config.image_size, unit=config.size_unit, seed=0)
-    for each in getattr(source, "sources", [source]):
-        if hasattr(each, "check_autoencoder"):
-            each.check_autoencoder(components.autoencoder)
     part = source.validation()
     if part is None:
         print(
@@ -89,13 +88,17 @@ def _held_out(args: argparse.Namespace, components: Components) -> list[Samples]
             file=sys.stderr,
         )
         part = source
+    for prepared in prepared_parts(part):
+        prepared.check_text_states(config.text_encoders)
+    sources = [as_latents(s, components.autoencoder) for s in getattr(part, "sources", [part])]
+    # As equal as possible; all in one order, so that fewer pictures are the first of more.
+    counts = [len(range(i, args.pictures, len(sources))) for i in range(len(sources))]
     with announce("reading the validation part ..."):
-        return held_out_batches(
-            part,
-            args.pictures,
-            autoencoder=components.autoencoder,
-            batch_size=min(args.batch_size, args.pictures),
-        )
+        return [
+            samples
+            for latents, count in zip(sources, counts, strict=True)
+            for samples in held_out_batches(latents, count, batch_size=args.batch_size)
+        ]
 
 
 def _measure(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:

@@ -1,8 +1,9 @@
 """Write a run's trained model as a model folder: `python -m train.export --run RUN ...`.
 
 The sizes, the autoencoder and the text encoders are those of the model that the run trained, as
-recorded in its folder; the weights are the averaged ones. Public text encoders stay references to
-their source. Without `--run`, `--model M --few-step-lora FILE` adds a few-step mode to a model.
+recorded in its folder; the weights are the averaged ones. The model draws by default at the
+resolution and time shift of the training. Public text encoders stay references to their source.
+Without `--run`, `--model M --few-step-lora FILE` adds a few-step mode to a model.
 """
 
 import dataclasses
@@ -12,15 +13,19 @@ from typing import Any
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import MODEL_HELP, Parser
+from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import read_text
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
+from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICE
 from train.data.stickers.vocabulary import vocabulary_file
 from train.loop.assemble import save_model
 from train.loop.run import find_folder, recorded, start_from
 from train.objectives.elastic import TextToLatents
 from train.options.common import add_output, add_removed, check_new
+from train.options.data import MOST_SIDE
 
 LICENSE = "LICENSE"
 REMOVED = {
@@ -43,6 +48,22 @@ def find_recorded_model(run: Path, record: dict[str, Any]) -> ModelFolder:
         return ModelFolder.open(name)
     except UserError as error:
         raise UserError(f"{error}: give the model that {run} trained with --model") from None
+
+
+def with_sampling(
+    config: ModelConfig, record: dict[str, Any], resolution: int | None
+) -> ModelConfig:
+    """The config with the default size and time shift of a run; `UserError` for a wrong size.
+
+    Args:
+        resolution: in place of the run's, in pixels, or None.
+    """
+    sides = (resolution, resolution) if resolution else record.get("image_size", config.image_size)
+    height, width = sides
+    check_size(config, height, width)
+    shift = record.get("time_shift", config.sampler.time_shift)
+    sampler = dataclasses.replace(config.sampler, time_shift=shift)
+    return dataclasses.replace(config, image_size=(height, width), sampler=sampler)
 
 
 def trained_model(model: ModelFolder, run: Path | None) -> Components:
@@ -86,6 +107,13 @@ def main() -> None:
         metavar="FILE",
         help="LoRA of train.kdmd to add as the few-step mode (default: no few-step mode)",
     )
+    add(
+        "--resolution",
+        type=integer(1, MOST_SIDE),
+        metavar="PX",
+        help="height and width of the pictures that the model draws by default, in pixels "
+        "(default: that of the run's data, or the model's)",
+    )
     add_removed(parser, REMOVED)
     args = parser.parse_args()
     check_new(args.output)
@@ -100,8 +128,12 @@ def main() -> None:
         model = find_recorded_model(run, record)
     else:
         raise UserError("give --run, the folder of a run, or --model")
+    config = with_sampling(model.config, record, args.resolution)
     with announce(f"loading {model.path} ..."):
         components = trained_model(model, run)
+    components.config = dataclasses.replace(
+        components.config, image_size=config.image_size, sampler=config.sampler
+    )
     texts = {}
     if record.get("data") == "stickers":
         components.vocabulary = vocabulary_file(record.get("num_nouns"))
@@ -110,7 +142,7 @@ def main() -> None:
         if run:
             components.vocabulary = None
         if (license := model.path / LICENSE).is_file():
-            texts = {LICENSE: license.read_text(encoding="utf-8")}
+            texts = {LICENSE: read_text(license)}
     if args.few_step_lora:
         load_lora(args.few_step_lora, components.transformer, weight=0.0, name=FEW_STEP)
         components.config = dataclasses.replace(

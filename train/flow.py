@@ -18,7 +18,7 @@ weights, at half the cost, but use different pictures.
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError, run_command
-from train.loop.run import claim_training, find_folder, start_from
+from train.loop.run import find_folder, start_from
 from train.loop.trainer import Trainer
 from train.objectives.elastic import TextToLatents
 from train.objectives.flow import Flow
@@ -26,7 +26,7 @@ from train.options import supernetwork as options
 from train.options.common import add_number, check_at_least
 
 
-def main() -> None:
+def main() -> int:
     parser = options.new_parser("python -m train.flow", "Train an elastic model on pictures.")
     add_number(
         parser,
@@ -51,15 +51,16 @@ def main() -> None:
     source = options.open_source(args, folder.config)
 
     mx.random.seed(args.seed)
-    components = options.load_model(folder)
+    components = options.load_model(args, folder, source)
     model = TextToLatents.of(components)
     autoencoder = components.autoencoder
     if start:
         start_from(model, start)
     model.transformer.checkpoint_blocks(args.save_memory)
     batches = options.make_batches(args, source, autoencoder, model=model)
-    claim_training(args.run_dir, source.settings(), model=folder)
-    Trainer(
+    options.claim_run(args, source, folder, components=components, trained=model)
+    options.print_passes(args, source)
+    trainer = Trainer(
         model,
         Flow(args.mask_ratio, args.distillation_weight),
         batches=batches,
@@ -67,7 +68,9 @@ def main() -> None:
         run_dir=args.run_dir,
         arguments=options.step_arguments(args),
         validate=options.make_validation(args, source, autoencoder, model=model),
-    ).run()
+    )
+    trainer.run()
+    return trainer.exit_code
 
 
 if __name__ == "__main__":

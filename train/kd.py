@@ -17,6 +17,7 @@ loss is L_diff + L_feat. `train.prepare --teacher` encodes the pictures for both
 for the teacher.
 """
 
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from mlx_snapgen.errors import run_command
 from train.data.distillation import DistillationBatches
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.roles import distillation_roles
-from train.loop.run import claim_training, find_folder, start_from
+from train.loop.run import find_folder, start_from
 from train.loop.teacher import check_teacher_latents, conditions_for, open_teacher, same_latents
 from train.loop.trainer import Trainer
 from train.objectives.distillation import Distillation, Student, fit_to_teacher
@@ -43,7 +44,7 @@ def make_student(components: Components, *, feature_dims: int) -> Student:
     return student
 
 
-def main() -> None:
+def main() -> int:
     parser = options.new_parser("python -m train.kd", "Distill a teacher into an elastic model.")
     parser.add_argument(
         "--teacher",
@@ -52,7 +53,9 @@ def main() -> None:
         metavar="MODEL",
         help="teacher: folder of convert.teacher, or model folder",
     )
-    add_number(parser, "--guidance", 1.0, "guidance scale of the teacher; 1 is off")
+    add_number(
+        parser, "--guidance", 1.0, "guidance scale of a teacher with the same latents; 1 is off"
+    )
     args = parser.parse_args()
     folder = options.check(args)
     start = args.init_from and find_folder(args.init_from)
@@ -60,9 +63,15 @@ def main() -> None:
 
     mx.random.seed(args.seed)
     teacher, autoencoder = open_teacher(args.teacher)
-    components = options.load_model(folder)
+    components = options.load_model(args, folder, source)
     same = same_latents(components.autoencoder, autoencoder)
     if not same:
+        if args.guidance != 1:
+            print(
+                f"warning: --guidance has no effect: {args.teacher} has other latents than the "
+                "model, which learns only its features",
+                file=sys.stderr,
+            )
         check_teacher_latents(source, autoencoder, teacher=args.teacher)
     student = make_student(components, feature_dims=teacher.feature_dims)
     if start:
@@ -72,12 +81,14 @@ def main() -> None:
     conditions = conditions_for(teacher, source, name=str(args.teacher))
     distilled = DistillationBatches(batches, conditions)
     objective = Distillation(teacher, args.guidance, same_latents=same)
-    claim_training(args.run_dir, source.settings(), model=folder)
+    options.claim_run(args, source, folder, components=components, trained=student)
+    options.print_passes(args, source)
     if latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)
-        first = (distilled(k) for k in numbers)
+        # Each with other pictures.
+        first = (distilled(batches.first_of(k)) for k in numbers)
         fit_to_teacher(student, objective, first, seed=args.seed, shift=args.time_shift)
-    Trainer(
+    trainer = Trainer(
         student,
         objective,
         batches=distilled,
@@ -86,7 +97,9 @@ def main() -> None:
         arguments=options.step_arguments(args),
         validate=options.make_validation(args, source, components.autoencoder, model=student),
         roles=distillation_roles(student.transformer.config.widths),
-    ).run()
+    )
+    trainer.run()
+    return trainer.exit_code
 
 
 if __name__ == "__main__":

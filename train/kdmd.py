@@ -24,7 +24,6 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora, save_lora
-from mlx_snapgen.settings import check_width
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from train.data.conditions import Conditions
 from train.data.simulation import STUDENT, Simulation
@@ -32,17 +31,19 @@ from train.data.source import MAY_CHANGE
 from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.roles import kdmd_roles
-from train.loop.run import claim, recorded
+from train.loop.run import claim
 from train.loop.teacher import conditions_for, open_teacher, same_latents
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
+from train.options.common import validation_batch, widths_of
 from train.options.kdmd import open_prompts, parse, sampler_of, share_of, training_config
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     folder, sampler = ModelFolder.open(args.model), sampler_of(args)
-    shares = [check_width(folder.config, name).share for name in args.model_widths]
+    widths = widths_of(args, folder.config)
+    shares = [width.share for width in widths]
     prompts = open_prompts(args, folder.config)
 
     mx.random.seed(args.seed)
@@ -84,16 +85,14 @@ def main() -> None:
         student=None if teacher is own else Conditions(own),
     )
     settings = prompts.settings | {"few_step": to_dict(sampler)}
-    # Runs of older versions did not record the sampler.
-    unknown = {"few_step"} - recorded(args.run_dir).keys()
-    may_change, unrecorded = {*MAY_CHANGE, *unknown}, {"data": "stickers"}
-    claim(args.run_dir, settings, may_change=may_change, unrecorded=unrecorded)
+    unrecorded = {"data": "stickers"}
+    claim(args.run_dir, settings, may_change=MAY_CHANGE, newer=["few_step"], unrecorded=unrecorded)
     if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)
         fit_to_few_step(model, teacher, (batches(k) for k in numbers))
     trainer = Trainer(
         model,
-        DMD(teacher, guidance, teacher.has_few_step),
+        DMD(teacher, guidance, teacher.has_few_step, sampler.time_shift),
         batches=batches,
         config=training_config(args),
         run_dir=args.run_dir,
@@ -103,8 +102,9 @@ def main() -> None:
                 components, config=dataclasses.replace(config, image_size=prompts.size)
             ),
             args.validation_prompts or prompts.previews(),
-            widths=args.model_widths,
+            widths=[width.name for width in widths],
             adapter=STUDENT,
+            batch_size=validation_batch(args),
         ),
         roles=kdmd_roles(shares),
     )
@@ -112,6 +112,7 @@ def main() -> None:
         with trainer.averaged():
             save_lora(args.output, network, name=STUDENT, base_model=config.name, few_step=sampler)
         print(args.output)
+    return trainer.exit_code
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ preservation limits forgetting (train/objectives/finetune.py).
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -15,20 +17,20 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
-from mlx_snapgen.lora.files import save_lora
-from mlx_snapgen.settings import WIDTHS, check_width, held_widths
+from mlx_snapgen.lora.files import MOST_WORDS, save_lora
+from mlx_snapgen.settings import WIDTHS, machine_memory
 from train.data.encoded import EncodedFolder
 from train.data.imagefolder import PictureFolder, bucket_sizes, describe, digest, read_folder
 from train.data.prior import draw_prior
 from train.data.prompts import spread
 from train.data.stickers.source import known_prompts
 from train.evaluation.drift import Validation
-from train.evaluation.estimate import Estimate, estimate, num_trainable, physical_memory
+from train.evaluation.estimate import Estimate, estimate, num_trainable
 from train.loop.run import claim
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
 from train.objectives.finetune import FineTuning, step_share
-from train.options.common import tuning_config
+from train.options.common import tuning_config, widths_of
 from train.options.lora import parse
 
 NAME = "default"  # of the adapter
@@ -36,23 +38,22 @@ NAME = "default"  # of the adapter
 
 def _print_estimate(args: argparse.Namespace, needed: Estimate, *, pictures: int) -> None:
     print(f"estimate: {needed.text(args.steps, pictures)}", flush=True)
-    if needed.memory > physical_memory():
+    if needed.memory > machine_memory():
         print(
-            f"this machine has {physical_memory() / 1e9:.0f} GB: give --save-memory, or a smaller "
+            f"this machine has {machine_memory() / 1e9:.0f} GB: give --save-memory, or a smaller "
             "--batch-size with --accumulate",
             file=sys.stderr,
         )
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     given = list(read_prompts(args.prior_prompts)) if args.prior_prompts else None
     mx.random.seed(args.seed)
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(args.model)
     network, config = components.transformer, components.config
-    names = args.model_widths or [width.name for width in held_widths(config)]
-    shares = [check_width(config, name).share for name in dict.fromkeys(names)]
+    shares = [width.share for width in widths_of(args, config)]
     examples, skipped = read_folder(args.data, bucket_sizes(config.image_size, config.size_unit))
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
@@ -99,7 +100,7 @@ def main() -> None:
     validations = -(-args.steps // args.checkpoint_every)
     _print_estimate(args, needed, pictures=len(prior_prompts) + validations * len(prompts))
     if args.dry_run:
-        return
+        return 0
     data.prior = draw_prior(components, prior_prompts) if prior_prompts else None
     trainer = Trainer(
         network,
@@ -112,10 +113,26 @@ def main() -> None:
     )
     if trainer.run() and trainer.is_main:
         with trainer.averaged():
-            save_lora(args.output, network, name=NAME, base_model=config.name)
+            save_lora(
+                args.output,
+                network,
+                name=NAME,
+                base_model=config.name,
+                words=caption_words(captions),
+            )
         model = "" if args.model == "stickers" else f" --model {args.model}"
         print(f"{args.output} is complete. To draw with it:")
         print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
+    return trainer.exit_code
+
+
+COMMON = {"the", "and", "with", "from", "for", "its", "this", "that", "next", "above", "below"}
+
+
+def caption_words(captions: Sequence[str]) -> list[str]:
+    """The words of captions that may name things: of three letters or more, the common left out."""
+    words = Counter(word for text in captions for word in re.findall(r"[^\W\d_]{3,}", text.lower()))
+    return sorted(word for word, _ in words.most_common(MOST_WORDS) if word not in COMMON)
 
 
 if __name__ == "__main__":

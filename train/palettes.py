@@ -45,7 +45,7 @@ from train.options.common import tuning_config
 from train.options.palettes import HELD_OUT, parse
 
 
-def main() -> None:
+def main() -> int:
     args = parse(__doc__)
     mx.random.seed(args.seed)
     folder = find_model(args.model)
@@ -102,7 +102,7 @@ def main() -> None:
         validate=Validation(network, held_out, widths=widths, previews=previews),
     )
     if not (trainer.run() and trainer.is_main):
-        return
+        return trainer.exit_code
     with trainer.averaged():
         save(args.output, components, network, palettes=palettes, model=folder)
         networks = {
@@ -115,6 +115,7 @@ def main() -> None:
     (args.run_dir / "table.md").write_text(table)
     print(table, end="")
     print(f"python -m convert.coreml {args.output} {args.output}-coreml")
+    return 0
 
 
 if __name__ == "__main__":

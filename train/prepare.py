@@ -6,6 +6,7 @@ The result is a prepared set (train/data/prepared.py), which training reads with
 import argparse
 import hashlib
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import expanded, read_object
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from train.data.drawn import TEACHER, DrawnSet, Teacher, open_drawing, open_teacher_texts
+from mlx_snapgen.teachers.folder import is_teacher
+from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts
 from train.data.imagefolder import bucket_sizes
 from train.data.open import is_prepared, is_stickers, open_records
 from train.data.preparation import CaptionEncoder, Encoder, PictureSet, Reader, of_encoder
-from train.data.prepared import INDEX, MODEL, Prepared, describe_autoencoder
+from train.data.prepared import MODEL, Prepared, describe_autoencoder
 from train.data.selection import LEAST_TO_HOLD_OUT
+from train.data.shards import INDEX, SETTINGS
+from train.data.source import TEACHER, RecordSource
 from train.evaluation.preparation import Preparation
 from train.loop.autoencoder import load_autoencoder
 from train.loop.run import find_folder
@@ -36,6 +40,10 @@ from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
 
 CAPTION = "caption"
 """Column of the captions if none is chosen."""
+RESOLUTION = 256
+"""By default, if there is only an autoencoder."""
+TEACHER_RESOLUTION = 1024
+"""Of the public models that are teachers."""
 TOKENS = 32
 """Tokens of a caption, for the estimate of a shard's size."""
 
@@ -133,6 +141,16 @@ def load_model(args: argparse.Namespace, teacher: Teacher | None) -> Model:
     return Model(encoder, unit, autoencoders, configs)
 
 
+def fingerprint(source: RecordSource, folder: Path) -> str:
+    """A hash of the files of a source, the same on all machines that have copies of them."""
+    if (path := folder / SETTINGS).is_file():
+        # Unfinished sets of earlier versions have the hash with the times of the files.
+        earlier = source.fingerprint()
+        if read_object(path).get("files") == earlier:
+            return earlier
+    return source.fingerprint(times=False)
+
+
 def prepare(args: argparse.Namespace) -> Preparation:
     """Encode the pictures of the sources."""
     for spec in args.sources:
@@ -142,8 +160,9 @@ def prepare(args: argparse.Namespace) -> Preparation:
             raise UserError(f"{spec} is prepared already: give the pictures that it was made of")
     source = open_records(args.sources, template=args.caption_template, columns=args.captions or ())
     with announce("reading the names of the files ..."):
-        files = source.fingerprint()
+        files = fingerprint(source, args.output)
         few = len(list(itertools.islice(source.records(), LEAST_TO_HOLD_OUT))) < LEAST_TO_HOLD_OUT
+    args.resolution = args.resolution or default_resolution(args)
     teacher = None
     if args.teacher:
         with announce(f"loading {args.teacher} ..."):
@@ -172,6 +191,7 @@ def prepare(args: argparse.Namespace) -> Preparation:
 def draw(args: argparse.Namespace) -> Preparation:
     """Let a teacher draw the pictures."""
     prompts = list(read_prompts(args.prompts_file))
+    args.resolution = args.resolution or default_resolution(args)
     size = args.resolution, args.resolution
     with announce(f"loading {args.draw_with} ..."):
         drawing, teacher = open_drawing(
@@ -204,6 +224,21 @@ def draw(args: argparse.Namespace) -> Preparation:
     index = describe(model, args, columns=[CAPTION])
     few = work.count() < LEAST_TO_HOLD_OUT
     return preparation(work, args, model=model, index=index, settings=settings, few=few)
+
+
+def default_resolution(args: argparse.Namespace) -> int:
+    """That of the unfinished set, or of the model or teacher that draws."""
+    if (args.output / SETTINGS).is_file():
+        return read_object(args.output / SETTINGS).get("resolution", RESOLUTION)
+    folder = find_folder(args.draw_with) if args.draw_with else expanded(Path(args.model))
+    if args.draw_with and is_teacher(folder):
+        return TEACHER_RESOLUTION
+    no_model = folder.is_dir() and not (folder / "config.json").is_file()
+    if no_model or (folder.is_dir() and read_part(folder, "autoencoder") is not None):
+        return RESOLUTION
+    config = ModelFolder.open(folder if folder.is_dir() else args.model).config
+    unit = config.size_unit
+    return max(unit, round(math.sqrt(math.prod(config.image_size)) / unit) * unit)
 
 
 def describe(model: Model, args: argparse.Namespace, *, columns: list[str]) -> dict[str, Any]:

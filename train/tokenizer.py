@@ -52,6 +52,8 @@ def train_tokenizer(
         possible = re.search(r"too high.*<= (\d+)", str(error))
         if possible is None:
             reason = " ".join(str(error).split())
+            if fewest := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+                reason = f"the captions need at least {fewest.group(1)}"
             raise UserError(f"no vocabulary of {vocab_size} pieces: {reason}") from None
         most = int(possible.group(1))
         return _train(lines, most), most
@@ -79,7 +81,7 @@ def _train(lines: Sequence[str], vocab_size: int) -> bytes:
 def main() -> None:
     parser = Parser(prog="python -m train.tokenizer", description=__doc__)
     add_output(parser, ".model file to write")
-    add_data(parser, resolution="no matter here")
+    add_data(parser, resolution="256; captions do not depend on it")
     add_number(parser, "--vocab-size", 2048, "number of pieces in the vocabulary")
     add_number(parser, "--num-captions", 60_000, "captions to train on, at most")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tarfile
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +22,9 @@ from mlx_snapgen.pictures import from_uint8
 from tests.tiny import randomize, tokenizer_bytes
 from train import autoencoder as command
 from train import new
+from train.data.open import open_data
 from train.loop.autoencoder import load_autoencoder
-from train.loop.checkpoint import read_log
+from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.objectives.autoencoder import Reconstruction
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
@@ -190,7 +192,8 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
     for k in range(6):
         pixels = rng.integers(0, 255, (96, 64 + 64 * (k % 2), 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text("noise")
+        if k % 2:  # an autoencoder needs no captions
+            (folder / f"{k}.txt").write_text("noise")
     (tmp_path / "own.model").write_bytes(tokenizer_bytes())
     monkeypatch.setattr(command, "VALIDATION_PICTURES", 2)
     sizes = {"hidden_size": 64, "head_dim": 8, "blocks": [1, 2, 1], "text_width": 32}
@@ -206,10 +209,28 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
     run(command, *given, "--steps", 1)
     assert "psnr" in read_log(run_dir)[-1]
     run(command, *given, "--steps", 2)
+    record = json.loads((run_dir / "settings.json").read_text())
+    assert record["pictures_only"]
+    more = [*given, "--run-dir", tmp_path / "many", "--accumulate", 2, "--checkpoint-every", 1]
+    numbers = []
+    with monkeypatch.context() as patch:
+        cut = command.crops
+        patch.setattr(command, "crops", lambda s, n, **o: numbers.append(n) or cut(s, n, **o))
+        run(command, *more, "--steps", 2)
+    assert numbers == [0, 1, 2, 3]
+    assert [path.name for path in checkpoints(tmp_path / "many")] == ["step_1", "step_2"]
+    # Runs of earlier versions used the pictures that have captions.
+    old = [*given, "--run-dir", tmp_path / "old"]
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "needs_no_captions", lambda run_dir: False)
+        run(command, *old, "--steps", 1)
+    run(command, *old, "--steps", 2)
+    record_of_old = json.loads((tmp_path / "old" / "settings.json").read_text())
+    assert record_of_old["samples"] != record["samples"]
     with pytest.raises(UserError, match="other autoencoder"):
         run(command, *given, "--steps", 3, "--channels", 16)
-    with pytest.raises(UserError, match="crops of 256 pixels do not fit"):
-        run(command, *given, "--steps", 3, "--crop", 256)
+    run(command, *given, "--steps", 3, "--crop", 256)  # as large as the pictures are
+    assert latest_checkpoint(run_dir).name == "step_3"
     made = ["--preset", tmp_path / "sizes.json", "--tokenizer", tmp_path / "own.model"]
     run(new, tmp_path / "model", *made, "--autoencoder", run_dir)
     autoencoder = load_autoencoder(tmp_path / "model", None)
@@ -221,3 +242,41 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
     values = np.concatenate([np.array(x).reshape(-1, 3) for x in latents])
     np.testing.assert_allclose(values.mean(0), 0, atol=0.3)
     np.testing.assert_allclose(values.std(0), 1, atol=0.3)
+
+
+def test_pictures_without_captions_are_read_from_every_kind_of_set(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for k in range(3):
+        Image.new("RGB", (64, 64), (k, 0, 0)).save(folder / f"{k}.png")
+    (folder / "0.txt").write_text("")
+    (folder / "1.txt").write_text("a caption")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    data = [(folder / f"{k}.png").read_bytes() for k in range(3)]
+    pq.write_table(pa.table({"image": data}), tmp_path / "none.parquet")
+    texts = ["", "a caption", None]
+    pq.write_table(pa.table({"image": data, "text": texts}), tmp_path / "some.parquet")
+    some = {"1": "a caption"}
+    for name, captions in {
+        "pictures": some,
+        "set.tar": some,
+        "some.parquet": some,
+        "none.parquet": {},
+    }.items():
+        options = {"size": (64, 64), "unit": 32, "seed": 0}
+        source = open_data([str(tmp_path / name)], **options, pictures_only=True)
+        assert len(source) == 3, name
+        pictures, found = source.batch(0, 3)
+        numbers = [str(value) for value in pictures[:, 0, 0, 0].tolist()]
+        assert sorted(numbers) == ["0", "1", "2"]
+        assert dict(zip(numbers, found, strict=True)) == dict.fromkeys("012", "") | captions
+        if captions:
+            assert len(open_data([str(tmp_path / name)], **options)) == 1
+        else:
+            with pytest.raises(UserError, match="no column of texts"):
+                open_data([str(tmp_path / name)], **options)

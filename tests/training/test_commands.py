@@ -1,5 +1,6 @@
 """The commands from end to end on tiny models: train, distill, export, and what a run records."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,12 +10,13 @@ import sentencepiece
 from PIL import Image
 
 import train.loop.trainer
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import FOUR_STEPS, SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, get_lora_weights
 from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
 from mlx_snapgen.networks.layers import flat_parameters
+from tests.tiny import MODEL, make_components, randomize
 from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, palettes, tokenizer
 from train.data.stickers.vocabulary import NOUNS
 from train.loop.checkpoint import latest_checkpoint, load_ema, read_log
@@ -61,9 +63,30 @@ def test_flow_trains_and_its_run_is_exported(
         "categories": ["colors", "counting"],
         "model": str(model_folder),
         "model_name": "random",
-    }
+        "image_size": list(MODEL.image_size),
+        "time_shift": MODEL.sampler.time_shift,
+        "noises_per_picture": 1,
+    } | {name: record[name] for name in ("autoencoder_digest", "tokenizer_digests")}
+    assert [len(digest) for digest in record["tokenizer_digests"]] == [32, 32]
     assert list((made / "samples").iterdir())
     assert {"validation_full", "validation_small"} <= read_log(made)[-1].keys()
+    # The same number of micro-batches, but of other pictures.
+    more = [*data, "--steps", 4, "--noises-per-picture"]
+    run(flow, "--run-dir", tmp_path / "split", *flow_options, *more, 2, "--accumulate", 2)
+    with pytest.raises(UserError, match="holds a run with other noises_per_picture"):
+        run(flow, "--run-dir", tmp_path / "split", *flow_options, *more, 1, "--accumulate", 4)
+    # A model of the same sizes.
+    other = make_components()
+    randomize(other.autoencoder, 5)
+    other.text_encoders[0].tokenizer.model += b"\xc0\x3e\x01"  # an unknown field
+    save_pretrained(tmp_path / "other-model", other)
+    more = ["--model", tmp_path / "other-model", "--steps", 2]
+    message = "holds a run with other autoencoder_digest and tokenizer_digests: give another"
+    with pytest.raises(UserError, match=message):
+        run(flow, "--run-dir", made, *flow_options, *data, *more)
+    for name in ("noises_per_picture", "autoencoder_digest", "tokenizer_digests"):
+        del record[name]  # as in runs of older versions
+    (made / "settings.json").write_text(json.dumps(record))
     # Another choice of scenes resumes the same run, and other weights start another.
     run(flow, "--run-dir", made, *flow_options, *data, "--steps", 2)
     assert latest_checkpoint(made).name == "step_2"
@@ -115,7 +138,7 @@ def test_flow_trains_and_its_run_is_exported(
         (["--init-from", "nowhere"], "no model folder nowhere"),
         (["--init-from", "~no-such-user"], "no model folder ~no-such-user"),
         (["--learning-rate", -1], "--learning-rate must lie between 0 and 1"),
-        (["--warmup-steps", -1], "--warmup-steps must not be negative"),
+        (["--warmup-steps", -1], "--warmup-steps: -1 is not between 0"),
         (["--final-learning-rate", -1], "--final-learning-rate must not be negative"),
         (["--ema-decay", 2], "--ema-decay must be at most 1"),
         (["--drop-caption", 2], "--drop-caption must be at most 1"),
@@ -179,6 +202,11 @@ TOKENIZER = ["--output", "{}/t", "--data", "stickers", "--num-captions", 50]
         (autoencoder, [*AUTOENCODER, "--init-from", "a", "--channels", 4], "has its own sizes"),
         (tokenizer, [*TOKENIZER, "--vocab-size", 0], "--vocab-size must be at least 1"),
         (tokenizer, [*TOKENIZER, "--vocab-size", 2], "no vocabulary of 2 pieces"),
+        (
+            tokenizer,
+            [*TOKENIZER, "--vocab-size", 9],
+            r"of 9 pieces: the captions need at least \d+",
+        ),
         (evaluate, ["--output", "{}/e", "--model", "nowhere"], "no model folder nowhere"),
         (evaluate, ["--output", "{}/e", "--num-nouns", -1], "num_nouns is -1"),
         (evaluate, ["--output", "{}/e", "--time-shift", 0], "must be above 0"),
@@ -271,3 +299,24 @@ def test_a_run_folder_keeps_its_settings(tmp_path):
         claim(tmp_path / "a", {"rank": 2})
     claim(tmp_path / "a", {"rank": 2}, unrecorded={"rank": 2})
     assert find_folder(tmp_path / "a") == tmp_path / "a"
+
+
+def test_k_dmd_trains_all_widths_that_a_model_has(run, tmp_path, monkeypatch):
+    """A model of --preset small or tiny has one."""
+    one = dataclasses.replace(MODEL.transformer, widths=(1.0,))
+    components = make_components(dataclasses.replace(MODEL, transformer=one))
+    save_pretrained(tmp_path / "model", components)
+    (tmp_path / "prompts.txt").write_text("a red car\ntwo cats\n")
+    options = ["--model", tmp_path / "model", "--run-dir", tmp_path / "run", "--steps", 1]
+    options += ["--prompts-file", tmp_path / "prompts.txt", "--batch-size", 2, "--rank", 2]
+    options += ["--output", tmp_path / "made.safetensors", "--time-shift", "resolution"]
+    with pytest.raises(UserError, match="no width 'tiny', only full; choose one with --model-"):
+        run(kdmd, *options, "--model-widths", "tiny")
+    with pytest.raises(UserError, match="--time-shift: it must be above 0 or resolution, got 0"):
+        run(kdmd, *options, "--time-shift", 0)
+    shifts, objective = [], kdmd.DMD
+    monkeypatch.setattr(kdmd, "DMD", lambda *of: shifts.append(of[3:]) or objective(*of))
+    run(kdmd, *options)
+    assert shifts == [(None,)]
+    assert few_step_sampler(tmp_path / "made.safetensors").time_shift is None
+    assert any("critic_1000" in name for name in load_ema(tmp_path / "run"))

@@ -1,5 +1,6 @@
 """A user's pictures through train.new, train.flow and train.export, prepared and as they are."""
 
+import gc
 import json
 import random
 import shutil
@@ -16,14 +17,20 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import train.loop.trainer
+from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
 from tests import tiny
 from tests.runtime.test_clip import MERGES, write_folder
 from tests.training.test_new import SIZES, write_autoencoder
 from train import export, flow, new, prepare
+from train.data.prepared import Prepared
+from train.evaluation.validation import flow_losses
 from train.loop.checkpoint import latest_checkpoint, load_ema, read_log
+from train.loop.trainer import Trainer
 from train.options import supernetwork
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0)}
@@ -167,6 +174,49 @@ def test_stages_start_from_the_run_before(pictures, model, run, tmp_path):
     sheets = [next((tmp_path / stage / "samples").iterdir()) for stage in ("64", "96")]
     sizes = [Image.open(path).size for path in sheets]
     assert sizes[0] != sizes[1]
+    # The size of the training is that of the exported model.
+    run(export, "--run", tmp_path / "96", "--output", tmp_path / "made")
+    assert load_config(tmp_path / "made").image_size == (96, 96)
+    run(export, "--run", tmp_path / "96", "--resolution", 32, "--output", tmp_path / "small")
+    assert load_config(tmp_path / "small").image_size == (32, 32)
+    with pytest.raises(UserError, match="multiple of 32 pixels: 33 is not"):
+        run(export, "--run", tmp_path / "96", "--resolution", 33, "--output", tmp_path / "odd")
+
+
+def test_previews_and_export_have_the_resolution_of_prepared_data(prepared, model, run, tmp_path):
+    path = tmp_path / "large" / "config.json"
+    shutil.copytree(model, path.parent)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": [96, 96]}))
+    more = ["--steps", 1, "--time-shift", 2.5, "--model-widths", "full"]
+    run(flow, *options(path.parent, tmp_path / "run", prepared, *more))
+    sheet = Image.open(next((tmp_path / "run" / "samples").iterdir()))
+    assert 64 <= sheet.width < 96
+    run(export, "--run", tmp_path / "run", "--output", tmp_path / "made")
+    made = load_config(tmp_path / "made")
+    assert (made.image_size, made.sampler.time_shift) == ((64, 64), 2.5)
+    assert load_config(path.parent).sampler.time_shift is None
+
+
+def test_validation_takes_no_more_pictures_at_a_time_than_training(
+    prepared, model, run, tmp_path, monkeypatch
+):
+    drawn, measured = [], []
+
+    def draw(components, prompts, **options):
+        drawn.append(len(prompts))
+        return draw_latents(components, prompts, **options)
+
+    def measure(*networks, batches, **options):
+        measured.extend(len(samples.captions) for samples in batches)
+        return flow_losses(*networks, batches=batches, **options)
+
+    monkeypatch.setattr("mlx_snapgen.draw.draw_latents", draw)
+    monkeypatch.setattr("train.evaluation.validation.flow_losses", measure)
+    more = ["--steps", 1, "--model-widths", "full", "--validation-pictures", 7, "--batch-size", 3]
+    more += ["--validation-prompts", "a car", "a cat", "a dog", "a hat"]
+    run(flow, *options(model, tmp_path / "run", prepared, *more))
+    assert drawn == [3, 1]
+    assert max(measured) <= 3 and sum(measured) == 7
 
 
 def test_the_time_shift_is_the_models(prepared, model, model_folder, tmp_path):
@@ -182,19 +232,44 @@ def test_the_time_shift_is_the_models(prepared, model, model_folder, tmp_path):
     assert shift(*options(model, tmp_path / "run", prepared, "--time-shift", 3)) == 3.0
 
 
+def test_the_full_width_is_always_trained(prepared, model, run, tmp_path):
+    given = options(model, tmp_path / "run", prepared, "--steps", 1, "--model-widths", "tiny")
+    run(flow, *given)
+    assert read_log(tmp_path / "run")[-1].keys() == {"step", "time", "validation_tiny"}
+    one = weights(tmp_path / "run")["model"]["transformer.head.linear.weight"]
+    before = load_pretrained(model).transformer.head.linear.weight
+    rows = slice(24, None)  # tiny has 3/8 of the 64 columns
+    assert not mx.allclose(one[:, rows], before[:, rows], rtol=0, atol=1e-9)
+    help = " ".join(supernetwork.new_parser("flow", "").format_help().split())
+    assert "every step trains full too" in help
+
+
 def test_latents_of_another_model_are_refused(prepared, model_folder, run, tmp_path):
     with pytest.raises(UserError, match="latents of another autoencoder"):
         run(flow, *options(model_folder, tmp_path / "run", prepared))
     assert not (tmp_path / "run").exists()
 
 
-def test_prepared_text_states_are_those_of_the_encoder(pictures, prepared, model, run, tmp_path):
+def test_prepared_text_states_are_those_of_the_encoder(
+    pictures, prepared, model, run, tmp_path, monkeypatch
+):
     """The same weights with stored states, but for their rounding to 16 bits."""
     given = ["--output", tmp_path / "set", "--model", model, "--resolution", 64]
     run(prepare, pictures, *given, "--held-out", 0.2, "--text-states", "clip")
     more = ["--steps", 1, "--model-widths", "full", "--validation-pictures", 0]
+    loaded, train_model = [], Trainer.run
+
+    def counted(self):
+        gc.collect()
+        loaded.append(sum(type(x) is ClipTextEncoder for x in gc.get_objects()))
+        return train_model(self)
+
+    monkeypatch.setattr(Trainer, "run", counted)
     for name, data in (("a", prepared), ("b", tmp_path / "set")):
         run(flow, *options(model, tmp_path / name, data, *more))
+    assert loaded[1] == loaded[0] - 1, "the encoder is freed"
+    sheets = [np.asarray(Image.open(tmp_path / x / "samples/0000001_previews.png")) for x in "ab"]
+    np.testing.assert_allclose(*(sheet.astype(int) for sheet in sheets), atol=2)
     one, two = (weights(tmp_path / name)["ema"] for name in ("a", "b"))
     for name, value in one.items():
         assert mx.allclose(value, two[name], atol=1e-4), name
@@ -209,9 +284,13 @@ def test_prepared_text_states_are_those_of_the_encoder(pictures, prepared, model
     (model.parent / "moved").rename(clip)
 
 
-def test_several_prepared_sets(prepared, model, run, tmp_path):
-    more = ["--weights", 3, 1, "--steps", 1, "--model-widths", "full"]
+def test_several_prepared_sets(prepared, model, run, tmp_path, capsys):
+    more = ["--weights", 3, 1, "--steps", 1, "--model-widths", "full", "--accumulate", 3]
+    more += ["--noises-per-picture", 2]
     run(flow, *options(model, tmp_path / "run", prepared, prepared, *more))
+    count = 2 * Prepared(prepared).num_samples
+    said = f"1 steps: 12 samples, {12 / count:.2g} passes over {count} pictures\n"
+    assert said in capsys.readouterr().out
     assert read_log(tmp_path / "run")[-1].keys() == {"step", "time", "validation_full"}
 
 

@@ -369,3 +369,6 @@ def test_micro_batches_of_a_step_share_their_scenes(components, font, monkeypatc
     first, second = scenes(data, (0, 2)), scenes(data, (1, 3))
     assert mx.array_equal(first[0], first[1]) and mx.array_equal(first[0], theirs[0])
     assert mx.array_equal(second[0], second[1]) and mx.array_equal(second[0], theirs[1])
+    for number, latents in enumerate(theirs):
+        assert mx.array_equal(data(data.first_of(number))["latents"], latents)
+    assert [plain.first_of(k) for k in range(6)] == list(range(6))

@@ -462,6 +462,16 @@ def test_command_trains_resumes_and_starts_another_run(model_folder, tmp_path, m
     trained = mx.load(str(latest_checkpoint(tmp_path / "c") / "ema.safetensors"))
     hidden = load_pretrained(model_folder).config.transformer.hidden_size
     assert trained["projectors.0.weight"].shape == (FEATURES, hidden)
+    fitted, fit = [], kd.fit_to_teacher
+
+    def seen(student, objective, batches, **options):
+        fitted.extend(batches)
+        fit(student, objective, fitted, **options)
+
+    monkeypatch.setattr(kd, "fit_to_teacher", seen)
+    command("e", *own, "--noises-per-picture", "8", "--steps", "1", "--model-widths", "full")
+    latents = np.concatenate([np.array(batch["latents"]) for batch in fitted])
+    assert len(np.unique(latents, axis=0)) == 16, "eight batches of different pictures"
     with pytest.raises(UserError, match="--tokenizer was removed"):
         command("d", *own, "--tokenizer", "t.model")
 

@@ -126,11 +126,16 @@ def noisy(
         shift: None: by the number of tokens, patches of `patch_size`.
     """
     if shift is None:
-        shift = resolution_shift(x0.shape[1] * x0.shape[2] // patch_size**2)
+        shift = latents_shift(x0, patch_size=patch_size)
     key_t, key_eps = mx.random.split(key)
     t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
     eps = mx.random.normal(x0.shape, key=key_eps)
     return add_noise(x0, eps, expand(t, x0)), t, eps - x0
+
+
+def latents_shift(latents: mx.array, *, patch_size: int) -> float:
+    """`resolution_shift` of latents (B, h, w, C)."""
+    return resolution_shift(latents.shape[1] * latents.shape[2] // patch_size**2)
 
 
 def encode_trained(model: TextToLatents, batch: Batch) -> list[mx.array]:

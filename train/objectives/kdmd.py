@@ -25,6 +25,7 @@ from train.data.simulation import STUDENT, STUDENT_TEXT
 from train.data.source import Batch
 from train.objectives.base import Metrics, value_and_grad
 from train.objectives.distillation import condition_of, features_loss
+from train.objectives.elastic import latents_shift
 from train.objectives.losses import expand, per_sample
 from train.objectives.projectors import fit_projectors, new_projectors, only_projectors
 
@@ -94,11 +95,14 @@ class DMD:
     Attributes:
         guidance_scale: of the teacher.
         few_step: whether the student also learns from the teacher's few-step mode.
+        shift: time shift of the noise levels tau, where critic and teacher are compared: that of
+            the student's sampler; None: by the resolution of the batch.
     """
 
     teacher: Teacher
     guidance_scale: float
     few_step: bool
+    shift: float | None = 3.0
 
     def gradients(
         self, model: Distilled, batch: Batch, key: mx.array, step: DMDStep
@@ -106,6 +110,9 @@ class DMD:
         """See `Objective`."""
         network, teacher, share = model.network, self.teacher, step.share
         x_t, sigma = batch["x_t"], batch["sigma"]
+        shift = self.shift
+        if shift is None:
+            shift = latents_shift(x_t, patch_size=network.config.patch_size)
         condition = condition_of(batch)
         text, mask = (batch[name] for name in STUDENT_TEXT)
         critic = critic_name(share)
@@ -125,13 +132,13 @@ class DMD:
                 return network(x, t, text, mask, share=share)
 
         def critic_loss() -> tuple[mx.array, None]:
-            tau = sample_tau(keys[0], len(x0))
+            tau = sample_tau(keys[0], len(x0), shift=shift)
             x_tau, eps = noised(x0, tau, keys[1])
             return per_sample(eps - x0 - critic_velocity(x_tau, tau)).mean(), None
 
         def student_loss() -> tuple[mx.array, tuple[mx.array, Metrics]]:
             x0, v, features = student()
-            tau = sample_tau(keys[2], len(x0))
+            tau = sample_tau(keys[2], len(x0), shift=shift)
             fixed = mx.stop_gradient(x0)
             x_tau, _ = noised(fixed, tau, keys[3])
             v_critic = mx.stop_gradient(critic_velocity(x_tau, tau))

@@ -38,10 +38,19 @@ def parse() -> argparse.Namespace:
     add_run_dir(parser)
     add_data(parser, resolution=str(RESOLUTION))
     add_number(parser, "--steps", 6000, "training steps")
-    add_number(parser, "--batch-size", 32, "crops per step")
-    add_number(parser, "--crop", 64, "side of a crop in pixels")
+    add_number(parser, "--batch-size", 32, "crops per micro-batch in each process")
+    add_number(parser, "--accumulate", 1, "micro-batches per step in each process")
+    add_number(
+        parser,
+        "--crop",
+        64,
+        "side of a crop in pixels, or the shorter side of a picture if that is less",
+    )
     add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
     add_number(parser, "--kl-weight", 1e-3, "weight of the KL term in the loss")
+    add_number(
+        parser, "--checkpoint-every", 500, "steps between checkpoints, each with a validation"
+    )
     for name, what in (
         ("latent-channels", f"channels of the latents (default: {DEFAULT.latent_channels})"),
         (
@@ -72,7 +81,7 @@ def parse() -> argparse.Namespace:
     add_seed(parser)
     add_removed(parser, REMOVED)
     args = parser.parse_args()
-    check_at_least(args, 1, "steps", "batch_size", "crop")
+    check_at_least(args, 1, "steps", "batch_size", "accumulate", "checkpoint_every", "crop")
     check_at_least(args, 0, "seed", "kl_weight")
     check_learning_rate(args.learning_rate)
     if args.crop % DEFAULT.downsampling:

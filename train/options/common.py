@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.cli.options import finite_number, integer
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable
+from mlx_snapgen.settings import Width, check_width, held_widths
 from train.loop.config import TrainingConfig
 
 
@@ -112,6 +114,17 @@ def check_learning_rate(rate: float) -> None:
     """`UserError` for a --learning-rate that no run can have."""
     if not 0 < rate < 1:
         raise UserError(f"--learning-rate must lie between 0 and 1, got {rate}")
+
+
+def widths_of(args: argparse.Namespace, config: ModelConfig) -> list[Width]:
+    """The widths to train; `UserError` for one that the model does not have."""
+    names = args.model_widths or [width.name for width in held_widths(config)]
+    return [check_width(config, name) for name in dict.fromkeys(names)]
+
+
+def validation_batch(args: argparse.Namespace) -> int:
+    """Pictures at a time after a checkpoint: no more than fit into the memory of a step."""
+    return min(16, args.batch_size)
 
 
 def check_new(output: Path) -> None:

@@ -115,8 +115,26 @@ def check_data(args: argparse.Namespace, *, unit: int) -> None:
         raise UserError(f"--resolution {args.resolution}: give a multiple of {unit} pixels")
 
 
+def picture_size(args: argparse.Namespace, source: Any, *, size: Size) -> Size:
+    """(height, width) of the square pictures of the data that `data_from` opened.
+
+    Args:
+        size: the model's, which data that is not prepared has without `--resolution`.
+    """
+    parts = getattr(source, "sources", [source])
+    prepared = [part.resolution for part in parts if hasattr(part, "resolution")]
+    side = args.resolution or max(prepared, default=None)
+    return (side, side) if side else size
+
+
 def data_from(
-    args: argparse.Namespace, *, size: Size, unit: int, seed: int, run_dir: Path | None = None
+    args: argparse.Namespace,
+    *,
+    size: Size,
+    unit: int,
+    seed: int,
+    run_dir: Path | None = None,
+    pictures_only: bool = False,
 ) -> Any:
     """The data that the options of `add_data` choose: see `open_data`.
 
@@ -124,6 +142,7 @@ def data_from(
         size: (height, width) if `--resolution` was not given, the model's.
         unit: sides of pictures are multiples of this.
         run_dir: folder of the run, where the index of the pictures is kept.
+        pictures_only: see `open_data`.
     """
     check_data(args, unit=unit)
     return open_data(
@@ -138,4 +157,5 @@ def data_from(
         share=args.held_out,
         folder=None if run_dir is None else run_dir / INDEX_FOLDER,
         resolution=args.resolution,
+        pictures_only=pictures_only,
     )

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import FOUR_STEPS, ModelConfig, SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import few_step_sampler
-from mlx_snapgen.settings import MAX_STEPS, WIDTH_NAMES, check_size
+from mlx_snapgen.settings import MAX_STEPS, check_size
+from train.data.decode import Size
+from train.data.mixture import sizes_in
 from train.data.prompts import PromptList, spread
-from train.data.simulation import PromptBatches, Size, prepared_prompts, sized_prompts
+from train.data.simulation import PromptBatches, prepared_prompts, sized_prompts
 from train.data.source import PromptSource
 from train.data.streams import Stream
-from train.loop.config import TrainingConfig
+from train.loop.config import TrainingConfig, warmup_of
 from train.loop.teacher import prepared_parts
 from train.options.common import (
     MOST_RANK,
@@ -35,6 +36,8 @@ from train.options.common import (
 from train.options.data import add_data, check_data, data_from
 
 NUM_PREVIEWS = 8
+BY_RESOLUTION = "resolution"
+"""Value of `--time-shift` for None, see `SamplerConfig`."""
 REMOVED = {
     "--num-nouns": "give --data stickers:nouns=N",
     "--categories": "give --data stickers:categories=NAME+NAME",
@@ -65,7 +68,7 @@ def parse() -> argparse.Namespace:
         type=_size,
         metavar="HxW",
         help="sizes of pictures in pixels, one for each batch at random (default: those of --data, "
-        "or with --prompts-file the model's)",
+        "as often as there; with --prompts-file the model's)",
     )
     add(
         "--few-step-lora",
@@ -88,9 +91,11 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--time-shift",
-        type=finite_number,
+        type=_time_shift,
         metavar="S",
-        help=f"shift of the student's noise levels (default: {source} {FOUR_STEPS.time_shift:g})",
+        help="shift of the noise levels, of the student's steps and of the DMD term: a number, or "
+        f"{BY_RESOLUTION} for 1 at 256 pixels to 3 at 1024 (default: {source} "
+        f"{FOUR_STEPS.time_shift:g})",
     )
     add(
         "--fresh-noise",
@@ -98,7 +103,7 @@ def parse() -> argparse.Namespace:
         help="train and draw with new noise in each step, not with Euler steps "
         f"(default: {source} off)",
     )
-    add_model_widths(parser, default=WIDTH_NAMES)
+    add_model_widths(parser, default=None)
     add_number(parser, "--steps", 2000, "iterations; each trains the critic")
     add_number(parser, "--student-every", 5, "train the student once every N iterations")
     add_number(parser, "--batch-size", 32, "prompts per micro-batch in each process")
@@ -134,8 +139,6 @@ def parse() -> argparse.Namespace:
     check_at_least(args, 0, "seed")
     check_at_most(args, MOST_RANK, "rank")
     check_learning_rate(args.learning_rate)
-    if args.time_shift is not None and args.time_shift <= 0:
-        raise UserError(f"--time-shift must be above 0, got {args.time_shift:g}")
     if args.teacher and args.few_step_lora:
         raise UserError("--teacher has its own few-step mode: leave out --few-step-lora")
     if bool(args.data) == bool(args.prompts_file):
@@ -150,6 +153,14 @@ def _size(text: str) -> Size:
     return int(match[1]), int(match[2])
 
 
+def _time_shift(text: str) -> float | str:
+    if text == BY_RESOLUTION:
+        return text
+    if (shift := finite_number(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"it must be above 0 or {BY_RESOLUTION}, got {text}")
+    return shift
+
+
 def sampler_of(args: argparse.Namespace) -> SamplerConfig:
     """The student's sampler, in training and drawing."""
     base = few_step_sampler(args.few_step_lora) if args.few_step_lora else FOUR_STEPS
@@ -158,7 +169,10 @@ def sampler_of(args: argparse.Namespace) -> SamplerConfig:
         "time_shift": args.time_shift,
         "fresh_noise": args.fresh_noise,
     }
-    return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+    given = {k: v for k, v in given.items() if v is not None}
+    if args.time_shift == BY_RESOLUTION:
+        given["time_shift"] = None
+    return dataclasses.replace(base, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,33 +209,21 @@ def open_prompts(args: argparse.Namespace, config: ModelConfig) -> Prompts:
     side = args.resolution
     size = (side, side) if side else config.image_size
     if args.prompts_file:
-        source = PromptList(list(read_prompts(args.prompts_file)))
+        source = PromptList(list(read_prompts(args.prompts_file)), args.seed)
         sizes = args.sizes or [size]
         batches = sized_prompts(source, sizes, seed=args.seed)
         return Prompts(batches, source, sizes[0], None, {"data": "prompts"})
     data = data_from(
         args, size=config.image_size, unit=config.size_unit, seed=args.seed, run_dir=args.run_dir
     )
-    sizes = args.sizes or _sizes_in(data) or [size]
+    shares = {} if args.sizes else sizes_in(data)
+    sizes = args.sizes or list(shares) or [size]
     if prepared_parts(data):
-        batches = prepared_prompts(
-            data,
-            downsampling=config.autoencoder.downsampling,
-            sizes=args.sizes or (),
-            seed=args.seed,
-        )
+        batches = prepared_prompts(data, sizes=args.sizes or (), seed=args.seed)
     else:
-        batches = sized_prompts(data, sizes, seed=args.seed)
+        weights = list(shares.values()) or None
+        batches = sized_prompts(data, sizes, seed=args.seed, weights=weights)
     return Prompts(batches, data, sizes[0], data, data.settings())
-
-
-def _sizes_in(data: Any) -> list[Size]:
-    """The sizes of the pictures of a source, the most frequent first; empty if it has one size."""
-    counts: Counter[Size] = Counter()
-    for part in getattr(data, "sources", [data]):
-        rows = getattr(part, "counts", None) or [len(rows) for rows in getattr(part, "rows", ())]
-        counts.update(dict(zip(getattr(part, "sizes", ()), rows, strict=True)))
-    return [size for size, count in counts.most_common() if count]
 
 
 def share_of(args: argparse.Namespace, shares: Sequence[float]) -> Callable[[int], float]:
@@ -245,7 +247,8 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
         batch_size=args.batch_size,
         accumulate=args.accumulate,
         learning_rate=args.learning_rate,
-        warmup_steps=50,
+        # It counts the student's own steps.
+        warmup_steps=warmup_of(args.steps // args.student_every, 50),
         betas=(0.0, 0.99),
         weight_decay=0.0,
         ema_decay=0.99,

@@ -152,7 +152,7 @@ def statistics_source(args: argparse.Namespace, run: Path) -> Any:
         nouns = record.get("num_nouns")
         specs = [STICKERS.name + ("" if nouns is None else f":nouns={nouns}")]
     side = record.get("resolution", RESOLUTION)
-    return open_data(specs, size=(side, side), unit=32, seed=STATISTICS_SEED)
+    return open_data(specs, size=(side, side), unit=32, seed=STATISTICS_SEED, pictures_only=True)
 
 
 def read_preset(name: str) -> Preset:
@@ -177,8 +177,6 @@ def _read_transformer(path: Path) -> TransformerConfig:
         return from_dict(TransformerConfig, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError) as error:
-        raise UserError(f"{path} has a value of the wrong kind: {error}") from None
 
 
 def _with_sizes(args: argparse.Namespace, preset: Preset) -> Preset:

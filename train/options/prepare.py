@@ -20,7 +20,7 @@ FLAGS_OF_DRAWING = ("prompts_file", "per_prompt", "num_inference_steps", "guidan
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command's options, checked; `resolution` and `workers` have their defaults."""
+    """The command's options, checked; `workers` has its default."""
     parser = Parser(
         prog="python -m train.prepare",
         description="Encode captioned pictures for training, once, or let a teacher draw them.\n"
@@ -47,10 +47,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         metavar="MODEL",
         help="model whose autoencoder encodes the pictures: folder, Hugging Face repository, "
-        "stickers, an autoencoder of convert.from_torch or a run of train.autoencoder (default: "
-        "with --draw-with, the teacher)",
+        "stickers, or an autoencoder of convert.from_torch (default: with --draw-with, the "
+        "teacher)",
     )
-    add_resolution(parser, default="256")
+    add_resolution(
+        parser,
+        default="that of the model, or with --draw-with of the teacher; 256 for an autoencoder",
+    )
     add_selection(parser, weights=False)
     add(
         "--text-states",
@@ -120,7 +123,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.output = expanded(args.output)
     args.teacher = args.teacher and expanded(args.teacher)
     args.draw_with = args.draw_with and expanded(args.draw_with)
-    args.resolution = args.resolution or 256
     args.workers = args.workers or min(16, os.cpu_count() or 1)
     _check(args)
     args.per_prompt = args.per_prompt or 1

@@ -1,28 +1,36 @@
 """Options of the trainers of a supernetwork: `train.flow` and `train.kd`."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
+from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.settings import Width, check_width, held_widths
+from mlx_snapgen.settings import Width
 from train.data.encoded import EncodedBatches, as_latents
-from train.data.mixture import Prefetched
+from train.data.mixture import Prefetched, num_samples
+from train.data.prepared import describe_autoencoder
 from train.data.prompts import spread
+from train.data.text import KnownPrompts, is_trained
 from train.evaluation.previews import previews_of
 from train.evaluation.validation import FlowValidation, held_out_batches
-from train.loop.config import TrainingConfig
+from train.loop.config import TrainingConfig, warmup_of
+from train.loop.run import claim_training
+from train.loop.teacher import prepared_parts
 from train.loop.trainer import Trainer
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
 from train.options.common import (
+    MOST,
     add_drop_caption,
     add_number,
     add_removed,
@@ -31,10 +39,13 @@ from train.options.common import (
     check_at_least,
     check_at_most,
     check_learning_rate,
+    validation_batch,
+    widths_of,
 )
-from train.options.data import add_data, check_data, data_from
+from train.options.data import add_data, check_data, data_from, picture_size
 
 NUM_PREVIEWS = 8
+WARMUP = 200
 REMOVED = {
     "--autoencoder": "the autoencoder is that of --model, a folder that train.new writes",
     "--tokenizer": "the tokenizer is that of --model, a folder that train.new writes",
@@ -80,7 +91,12 @@ def new_parser(prog: str, description: str) -> Parser:
         help="optimizer; muon needs fewer steps, but on a CPU each step takes 1/3 longer "
         "(default: %(default)s)",
     )
-    add_number(parser, "--warmup-steps", 200, "steps of linear warm-up")
+    add(
+        "--warmup-steps",
+        type=integer(0, MOST),
+        metavar="N",
+        help=f"steps of linear warm-up (default: {WARMUP}, or a sixth of --steps if that is less)",
+    )
     add_number(parser, "--ema-decay", 0.999, "decay of the averaged weights")
     add_number(
         parser, "--checkpoint-every", 250, "steps between checkpoints, each with a validation"
@@ -106,7 +122,8 @@ def new_parser(prog: str, description: str) -> Parser:
         help="shift of the noise levels; a higher value trains more on very noisy latents, where "
         "the prompt matters most (default: the model's)",
     )
-    add_model_widths(parser, default=None)
+    also = "; every step trains full too, but validation and previews are of these alone"
+    add_model_widths(parser, default=None, more=also)
     add_number(
         parser, "--sub-networks", 1, "sub-networks to train per step beside the full network"
     )
@@ -134,7 +151,7 @@ def check(args: argparse.Namespace) -> ModelFolder:
     """
     at_least_1 = ("steps", "batch_size", "accumulate", "noises_per_picture", "checkpoint_every")
     check_at_least(args, 1, *at_least_1, "sub_networks")
-    check_at_least(args, 0, "seed", "drop_caption", "warmup_steps", "final_learning_rate")
+    check_at_least(args, 0, "seed", "drop_caption", "final_learning_rate")
     check_at_least(args, 0, "ema_decay", "validation_pictures")
     check_at_most(args, 1, "drop_caption", "ema_decay")
     check_learning_rate(args.learning_rate)
@@ -143,8 +160,7 @@ def check(args: argparse.Namespace) -> ModelFolder:
     folder = ModelFolder.open(args.model)
     config = folder.config
     check_data(args, unit=config.size_unit)
-    names = args.model_widths or [width.name for width in held_widths(config)]
-    args.model_widths = [check_width(config, name) for name in dict.fromkeys(names)]
+    args.model_widths = widths_of(args, config)
     if args.time_shift is None:
         args.time_shift = config.sampler.time_shift
     return folder
@@ -162,10 +178,27 @@ def open_source(args: argparse.Namespace, config: ModelConfig) -> Any:
         )
 
 
-def load_model(folder: ModelFolder) -> Components:
-    """The model to train, without a few-step mode."""
+def load_model(args: argparse.Namespace, folder: ModelFolder, source: Any) -> Components:
+    """The model to train, without a few-step mode.
+
+    A frozen text encoder whose states are in the data is freed; the previews' prompts are kept.
+    """
+    parts = prepared_parts(source)
+    for part in parts:
+        part.check_text_states(folder.config.text_encoders)
     with announce(f"loading {folder.source or 'stickers'} ..."):
-        return load_pretrained(folder)
+        components = load_pretrained(folder)
+        encoders = components.text_encoders
+        for i in range(len(encoders)):
+            if parts and all(f"text_encoder_{i}" in part.text_states for part in parts):
+                encoders[i] = KnownPrompts(encoders[i], preview_prompts(args, source))
+    mx.clear_cache()
+    return components
+
+
+def preview_prompts(args: argparse.Namespace, source: Any) -> list[str]:
+    """The prompts to draw after every checkpoint."""
+    return args.validation_prompts or spread(source.prompts(0, 64), NUM_PREVIEWS)
 
 
 def shares_of(args: argparse.Namespace) -> list[float]:
@@ -177,9 +210,6 @@ def make_batches(
     args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> EncodedBatches:
     """Batches of the data for a model, read ahead in the background."""
-    for part in getattr(source, "sources", [source]):
-        if hasattr(part, "check_text_states"):
-            part.check_text_states(model.config.text_encoders)
     return EncodedBatches(
         as_latents(Prefetched(source), autoencoder),
         model.encoders,
@@ -189,6 +219,62 @@ def make_batches(
         absent=model.config.unconditional == "absent",
         noises_per_picture=args.noises_per_picture,
     )
+
+
+def claim_run(
+    args: argparse.Namespace,
+    source: Any,
+    folder: ModelFolder,
+    *,
+    components: Components,
+    trained: TextToLatents,
+) -> None:
+    """Record what `train.export` needs, and what must stay when the run is resumed.
+
+    Args:
+        components: the model, loaded from `folder`.
+        trained: its networks.
+    """
+    sampling = {
+        "image_size": picture_size(args, source, size=folder.config.image_size),
+        "time_shift": args.time_shift,
+    }
+    # The trainer only checks the micro-batches of a step: accumulate x noises x processes.
+    fixed = {"noises_per_picture": args.noises_per_picture} | digests(components)
+    claim_training(
+        args.run_dir,
+        source.settings(),
+        model=folder,
+        trained=trained,
+        sampling=sampling,
+        fixed=fixed,
+    )
+
+
+def print_passes(args: argparse.Namespace, source: Any) -> None:
+    """Print how often training uses each picture."""
+    group = mx.distributed.init()
+    if group.rank():
+        return
+    used = args.steps * args.batch_size * args.accumulate * group.size()
+    count = num_samples(source)
+    passes = ""
+    if count is not None:
+        number = used / count
+        shown = f"{number:.2g}" if number < 10 else f"{number:,.0f}"
+        passes = f", {shown} passes over {count:,} pictures"
+    print(f"{args.steps:,} steps: {used:,} samples{passes}")
+
+
+def digests(components: Components) -> dict[str, Any]:
+    """Hashes of what the latents and the tokens of training depend on."""
+    trained = [e for e in components.text_encoders if is_trained(e.config)]
+    return {
+        "autoencoder_digest": describe_autoencoder(components.autoencoder)["digest"],
+        "tokenizer_digests": [
+            hashlib.blake2b(e.tokenizer.model, digest_size=16).hexdigest() for e in trained
+        ],
+    }
 
 
 def step_arguments(args: argparse.Namespace) -> Callable[[int], ElasticStep]:
@@ -206,15 +292,15 @@ def make_validation(
     args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> Callable[[Trainer], dict[str, float]]:
     """After every checkpoint: a sheet of pictures, and the loss on pictures kept for validation."""
-    side = args.resolution
     widths: list[Width] = args.model_widths
     previews = previews_of(
         model,
         autoencoder,
-        args.validation_prompts or spread(source.prompts(0, 64), NUM_PREVIEWS),
-        size=(side, side) if side else model.config.image_size,
+        preview_prompts(args, source),
+        size=picture_size(args, source, size=model.config.image_size),
         time_shift=args.time_shift,
         widths=[width.name for width in widths],
+        batch_size=validation_batch(args),
     )
     losses = _validation_losses(args, source, autoencoder, model=model)
 
@@ -238,7 +324,9 @@ def _validation_losses(
         batches = [
             samples
             for part in parts
-            for samples in held_out_batches(as_latents(part, autoencoder), count)
+            for samples in held_out_batches(
+                as_latents(part, autoencoder), count, batch_size=validation_batch(args)
+            )
         ]
     return FlowValidation(
         model.transformer, model.encoders, batches=batches, widths=args.model_widths
@@ -254,7 +342,9 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         final_learning_rate=args.final_learning_rate,
-        warmup_steps=args.warmup_steps,
+        warmup_steps=(
+            warmup_of(args.steps, WARMUP) if args.warmup_steps is None else args.warmup_steps
+        ),
         ema_decay=args.ema_decay,
         checkpoint_every=args.checkpoint_every,
         seed=args.seed,
