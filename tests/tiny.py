@@ -275,6 +275,7 @@ class Reader:
     prompt_format = QWEN_IMAGE
 
     def __call__(self, prompts):
+        prompts = [prompt or " " for prompt in prompts]
         count = max(map(len, prompts))
         states = np.zeros((len(prompts), count, QWEN.text_dims), np.float32)
         for state, prompt in zip(states, prompts, strict=True):

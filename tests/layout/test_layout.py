@@ -29,14 +29,16 @@ FLOORS = {
     "mlx_snapgen": f"""
         {COMMANDS}
         pipeline
-        quantize
+        open_model
+        quantize public
         draw teachers
         checkpoint
         lora prompt_check
         networks metadata cli
-        settings
+        settings tensor_files
         config files pictures sampling
-        errors _blas _version
+        description
+        errors _blas _kernel_cache _version
     """,
     "mlx_snapgen.networks": """
         clip efficient_dit
@@ -71,8 +73,17 @@ FLOORS = {
         sensitivity runtime
         palettes
     """,
+    "mlx_snapgen.public": """
+        first_use
+        teachers
+        convert
+        kinds
+        keys
+        source keymap
+        stream
+    """,
     "mlx_snapgen.teachers": """
-        checkpoint
+        checkpoint memory
         folder
         flow
         base config
@@ -103,7 +114,8 @@ FLOORS = {
         conditions encoded selection
         imagefolder mixture prompts stickers
         readers
-        source streams order decode text
+        source
+        streams order decode text
     """,
     "train.data.readers": """
         parquet joined
@@ -141,16 +153,8 @@ FLOORS = {
         {COMMANDS}
         coreml parity
         pytorch
-        public mil
+        mil report pickles
         options libraries
-    """,
-    "convert.public": """
-        teachers
-        convert
-        kinds
-        keys
-        source
-        stream report keymap
     """,
     "convert.coreml": """
         __main__
@@ -188,6 +192,7 @@ NO_MLX = (
     "mlx_snapgen",
     "mlx_snapgen.cli.options",
     "mlx_snapgen.config",
+    "mlx_snapgen.description",
     "mlx_snapgen.errors",
     "mlx_snapgen.files",
     "mlx_snapgen.metadata",

@@ -97,7 +97,7 @@ def test_an_empty_set_is_an_error(tmp_path):
         read_folder(tmp_path, BUCKETS)
     (tmp_path / "noise.png").write_bytes(b"no picture at all")
     (tmp_path / "noise.txt").write_text("noise")
-    with pytest.raises(UserError, match=r"1 skipped, such as .*noise\.png"):
+    with pytest.raises(UserError, match="1 skipped, such as "):
         read_folder(tmp_path, BUCKETS)
 
 
