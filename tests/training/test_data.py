@@ -23,7 +23,7 @@ from train.data.pictures import RecordPictures
 from train.data.selection import Filter, held_out
 from train.data.source import MAY_CHANGE, Record, Samples
 from train.data.stickers.source import Stickers, ValidationStickers
-from train.loop.run import claim
+from train.loop.run import claim, recorded
 from train.options.data import add_data, data_from
 
 BUCKETS = [(16, 32), (16, 16), (32, 16)]
@@ -419,6 +419,7 @@ def test_the_scenes_of_stickers_may_change_when_a_run_is_resumed(tmp_path, monke
     claim(tmp_path, Stickers(num_nouns=100).settings(), may_change=MAY_CHANGE)
     monkeypatch.setattr("train.loop.run.latest_checkpoint", lambda folder: folder)
     claim(tmp_path, Stickers().settings(), may_change=MAY_CHANGE)
+    assert recorded(tmp_path)["num_nouns"] is None
 
 
 # --- options ------------------------------------------------------------------------------------
