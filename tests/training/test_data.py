@@ -157,6 +157,7 @@ def test_the_index_is_kept_until_a_file_or_setting_changes(folder, tmp_path, mon
 
 
 def test_parquet_is_read_in_an_order_local_to_row_groups(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
     from train.data.readers import parquet
 
     monkeypatch.setattr(parquet, "PART", 80_000)

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
@@ -191,7 +192,8 @@ def test_report_and_pictures_of_the_set(prepared):
     assert report["skipped"] == {} and sum(report["buckets"].values()) == 40
     assert report["bytes"] == sum(path.stat().st_size for path in prepared.glob("shards/*"))
     assert report["seconds"] > 0
-    for name in ("sizes.png", "sheet.png"):
+    plots = ["sizes.png"] * bool(find_spec("matplotlib"))
+    for name in ("sheet.png", *plots):
         assert Image.open(prepared / name).width > 100
     assert len(list(prepared.glob("shards/*"))) == 7
 
@@ -221,10 +223,14 @@ def test_killed_at_random_moments_it_resumes_with_the_same_bytes(
     pictures, model_folder, prepared, processes, tmp_path
 ):
     rng, stages = random.Random(0), []
-    while len(stages) < KILLS:
-        output = tmp_path / str(len(stages))
+    for attempt in itertools.count():
+        if len(stages) >= KILLS:
+            break
+        output = tmp_path / str(attempt)
         given = arguments(pictures, output, model_folder)
         for shards in sorted(rng.choices(range(8), k=4)):
+            if (output / "index.json").exists():
+                break  # killed when all was written
             process = processes.Process(target=_command, args=(given, 6))
             process.start()
             while process.exitcode is None and len(list(output.glob("shards/*"))) < shards:
@@ -239,7 +245,7 @@ def test_killed_at_random_moments_it_resumes_with_the_same_bytes(
             process = processes.Process(target=_command, args=(given, 6))
             process.start()
             process.join()
-        assert process.exitcode == 0
+            assert process.exitcode == 0
         assert contents(output) == contents(prepared)
         assert not list(output.rglob(".*"))
     assert any(0 < shards < 7 for shards in stages), "none was killed between two shards"

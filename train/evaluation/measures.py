@@ -6,6 +6,7 @@ names.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -200,7 +201,7 @@ class Measurement:
             # Imported here because it is slow and optional.
             from matplotlib.figure import Figure
         except ImportError:
-            tqdm.write("no losses.png without matplotlib: pip install matplotlib")
+            tqdm.write("no losses.png without matplotlib: pip install matplotlib", sys.stderr)
             return
         assert self.output is not None
         figure = Figure(figsize=(6, 4), layout="constrained")
