@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from importlib.util import find_spec
 
 import mlx_snapgen  # noqa: F401
 
@@ -92,7 +93,8 @@ def test_measures_on_a_folder_of_pictures(
     assert results["noise_levels"][0] == 0.0625
     assert [row["name"] for row in results["rows"]] == ["full", "tiny", HELD_OUT]
     assert results["settings"]["clip"] == str(clip_folder)
-    for name in ("losses.png", "sheet.png"):
+    plots = ["losses.png"] * bool(find_spec("matplotlib"))
+    for name in ("sheet.png", *plots):
         assert Image.open(output / name).width > 100
     for row in results["rows"][:2]:
         assert row["cmmd"] > 0 and 0 <= row["clip_score"] <= 100
