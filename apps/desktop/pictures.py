@@ -41,7 +41,7 @@ class Pictures:
             self._window.show_error(f"damaged or too large for the history: {names}")
 
     def show(self, entry: Entry) -> None:
-        """Show a picture; the form stays as it is. A running job then shows no estimates."""
+        """Show a picture. The form does not change, and a running job shows no previews."""
         try:
             image = open_image(entry.path)
         except UserError as error:

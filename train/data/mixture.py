@@ -104,10 +104,10 @@ class Mixture:
 
 
 class Prefetched:
-    """A source whose next batches are read in background threads; the batches stay the same.
+    """A source whose next batches are read in background threads; the batches do not change.
 
-    After a batch the ones that follow at the same distance are read. Errors of a batch are raised
-    where it is asked for. The threads end with `close`, or with the object.
+    After a batch, the threads read the batches that follow at the same distance. An error in a
+    batch is raised when the caller requests that batch. The threads end with `close`, or with the object.
 
     Args:
         source: its `batch` or `read` may run in any thread.
