@@ -107,7 +107,8 @@ class Prefetched:
     """A source whose next batches are read in background threads; the batches do not change.
 
     After a batch, the threads read the batches that follow at the same distance. An error in a
-    batch is raised when the caller requests that batch. The threads end with `close`, or with the object.
+    batch is raised when the caller requests that batch. The threads end with `close`, or with the
+    object.
 
     Args:
         source: its `batch` or `read` may run in any thread.
