@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import sys
 
 import mlx.core as mx
 import pytest
 import sentencepiece
 from PIL import Image
 
-import train.loop.trainer
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import FOUR_STEPS, SamplerConfig
 from mlx_snapgen.errors import UserError
@@ -24,22 +22,8 @@ from train.loop.run import claim, find_folder
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few steps, one preview, no curves; the compiler would take longer than the steps."""
-    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
+def few_previews(quick, monkeypatch):
     monkeypatch.setattr("train.data.stickers.source.PREVIEW_PROMPTS", ("a cat",))
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(command, *options):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, options)])
-        command.main()
-
-    return call
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """Distillation on prepared data: text states and latents of both models, commands end to end."""
 
 import dataclasses
-import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import train.loop.trainer
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
@@ -23,25 +21,7 @@ from train.data.prepared import Prepared
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.teacher import conditions_for, same_latents
 
-pytestmark = pytest.mark.usefixtures("no_language_model")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No curves, and no compiler: the steps are few."""
-    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(command, *options):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, options)])
-        command.main()
-
-    return call
+pytestmark = pytest.mark.usefixtures("no_language_model", "quick")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-import train.loop.trainer
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.draw import draw_latents
@@ -33,24 +32,9 @@ from train.loop.checkpoint import latest_checkpoint, load_ema, read_log
 from train.loop.trainer import Trainer
 from train.options import supernetwork
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0)}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(command, *options):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, options)])
-        command.main()
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import tarfile
 import mlx.core as mx
 import pytest
 
-import train.loop.trainer
 from mlx_snapgen import files
 from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.errors import run_command
@@ -16,24 +15,9 @@ from tests.training.test_prepare import write_pictures
 from train import export, flow, kdmd, prepare
 from train.loop.checkpoint import latest_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 COUNT = 6
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(train.loop.trainer, "plot_log", lambda run_dir: None)
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.fixture
-def run(monkeypatch):
-    def call(command, *options):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, options)])
-        command.main()
-
-    return call
 
 
 @pytest.fixture
