@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image
 
 from mlx_snapgen.errors import UserError
 from train.data.imagefolder import (
+    Example,
+    PictureFolder,
     bucket_sizes,
     find_captions,
     fit,
@@ -182,3 +185,10 @@ def test_pictures_are_cropped_in_the_middle_and_not_stretched():
     assert (blue.min(0) == [45, 45]).all() and (blue.max(0) == [54, 54]).all()
     small = fit(Image.new("RGB", (3, 2), "red"), (64, 128))
     assert small.shape == (64, 128, 3) and (small == [255, 0, 0]).all()
+
+
+def test_mirror_images_are_turned_left_to_right():
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    folder = PictureFolder([Example(Path("a.png"), "a", pixels)], flip=True)
+    plain, mirrored = (example.pixels for example in folder.buckets[0])
+    assert (plain == pixels).all() and (mirrored == np.fliplr(pixels)).all()

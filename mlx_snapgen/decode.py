@@ -24,12 +24,35 @@ class Unusable(Exception):
     """A picture that cannot be used.
 
     Attributes:
-        reason, detail: see `source.Skipped`.
+        reason: short; equal for all pictures with this mistake.
+        detail: what is wrong with this picture, and what to do.
     """
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(detail or reason)
         self.reason, self.detail = reason, detail
+
+
+HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+"""Brands of photos of iPhones and other cameras, behind "ftyp" in the first bytes."""
+
+
+@functools.cache
+def has_heif_reader() -> bool:
+    """Let Pillow read HEIC files with pillow-heif; False if it is not installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
+
+
+def _open(data: bytes) -> Image.Image:
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF and b"avif" not in data[8:64]
+    if is_heif and not has_heif_reader():
+        raise Unusable("HEIC without pillow-heif", "a HEIC photo: run pip install pillow-heif")
+    return Image.open(io.BytesIO(data))
 
 
 def decode(data: bytes) -> tuple[Image.Image, list[str]]:
@@ -41,10 +64,17 @@ def decode(data: bytes) -> tuple[Image.Image, list[str]]:
     Raises:
         Unusable: not a picture, damaged, or too large.
     """
+    return to_rgb(upright(data))
+
+
+def upright(picture: bytes | Image.Image) -> Image.Image:
+    """A picture in its own mode, rotated by its EXIF tag; errors as of `decode`."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        if isinstance(picture, Image.Image):
+            return ImageOps.exif_transpose(picture)
+        with _open(picture) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return ImageOps.exif_transpose(image)
     except Exception as error:
         raise _unusable(error) from None
 
@@ -55,11 +85,8 @@ def header_size(data: bytes) -> Size:
     Raises:
         Unusable: not a picture, or too large.
     """
-    size = _jpeg_size(data)
-    if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
-        return size
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             # The PNG reader's own method would decode the whole picture to find the tag.
             turned = Image.Image.getexif(image).get(ORIENTATION, 1) in (5, 6, 7, 8)
             width, height = image.size
@@ -71,26 +98,6 @@ def header_size(data: bytes) -> Size:
         raise _unusable(error) from None
 
 
-def _jpeg_size(data: bytes) -> Size | None:
-    """The size of a JPEG without EXIF, which may turn it; None of other pictures.
-
-    Most pictures of large sets are such. Pillow takes ten times as long.
-    """
-    if data[:3] != b"\xff\xd8\xff":
-        return None
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = (int.from_bytes(data[k : k + 2], "big") for k in (place + 5, place + 7))
-            return (height, width) if height and width else None
-        # 0xE1 and 0xED may hold EXIF or XMP; fill bytes and markers without a length are rare.
-        if marker in (0xE1, 0xED, 0xFF) or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or length < 2:
-            return None
-        place += 2 + length
-    return None
-
-
 def _unusable(error: Exception) -> Unusable:
     # Pillow may raise an exception of any kind for a damaged file.
     if isinstance(error, Unusable):
@@ -99,9 +106,18 @@ def _unusable(error: Exception) -> Unusable:
         text = "not a picture that can be read here; save it as PNG"
         return Unusable("not a picture that can be read", text)
     if isinstance(error, Image.DecompressionBombError):
-        return Unusable("too many pixels", " ".join(str(error).split()))
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return Unusable("too many pixels", f"more than {most} pixels: make it smaller")
     why = " ".join(str(error).split()) or type(error).__name__
     return Unusable("damaged picture", f"cannot be read ({why})")
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """An upright picture of any mode in RGB; result and errors as of `decode`."""
+    try:
+        return _to_rgb(image)
+    except Exception as error:
+        raise _unusable(error) from None
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:

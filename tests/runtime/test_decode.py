@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from train.data.decode import CONVERTED, OVER_WHITE, SCALED, Unusable, decode, header_size
+from mlx_snapgen import decode as decode_module
+from mlx_snapgen.decode import CONVERTED, OVER_WHITE, SCALED, Unusable, decode, header_size
+from tests.tiny import require
 
 # An ICC profile with the primaries of Display P3 and the curve of sRGB.
 WIDE = zlib.decompress(
@@ -114,3 +116,34 @@ def test_each_kind_of_fault_has_its_reason(monkeypatch):
     assert decode(saved(Image.new("RGB", (90, 90))))[0].size == (90, 90)
     with pytest.raises(Unusable):
         header_size(faults["too many pixels"])
+
+
+def heic(image, **options):
+    require("pillow_heif")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return saved(image, "HEIF", quality=100, **options)
+
+
+def test_photos_of_iphones_are_read():
+    left = Image.new("RGB", (64, 48), (60, 200, 60))
+    left.paste((200, 60, 60), (32, 0, 64, 48))
+    data = heic(left, icc_profile=WIDE)
+    found, notes = decode(data)
+    assert found.size == (64, 48) and notes == [CONVERTED]
+    assert header_size(data) == (48, 64)
+    assert np.abs(np.subtract(found.getpixel((4, 4)), (0, 205, 0))).max() <= 8
+    with pytest.raises(Unusable) as error:
+        decode(data[:-40])
+    assert "\n" not in error.value.detail
+
+
+def test_a_photo_of_an_iphone_names_the_package_that_reads_it(monkeypatch):
+    monkeypatch.setattr(decode_module, "has_heif_reader", lambda: False)
+    for read in (decode, header_size):
+        with pytest.raises(Unusable, match="run pip install pillow-heif"):
+            read(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))
+    # Its sequel with another codec, which Pillow may read itself.
+    with pytest.raises(Unusable, match="not a picture that can be read"):
+        decode(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(99))
