@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convert.pytorch import dc_ae
 from convert.pytorch.attention import (
     Attend,
     CrossAttention,
@@ -27,7 +28,7 @@ from convert.pytorch.attention import (
 )
 from convert.pytorch.folder import read_config, twin_files
 from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, tokens
-from convert.pytorch.parts import Decoder, TextEncoder
+from convert.pytorch.parts import Decoder, LatentDecoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
@@ -232,8 +233,7 @@ class EfficientDiT(nn.Module):
         if any(side < 1 or side % unit for side in latent_size):
             height, width = latent_size
             raise UserError(
-                f"latents of {height}x{width} do not divide by {unit}: choose a picture size "
-                f"that divides by {8 * unit}"
+                f"latents of {height}x{width} do not divide by {unit}: choose another picture size"
             )
         height, width = (side // self.config.patch_size for side in latent_size)
         weight = self.patch_embed.weight
@@ -361,7 +361,7 @@ class Model(NamedTuple):
 
     config: ModelConfig
     transformer: EfficientDiT
-    decoder: Decoder | None
+    decoder: LatentDecoder | None
     """None if the model has a public autoencoder."""
     text_encoders: list[TextEncoder | None]
     """None for a public text encoder."""
@@ -400,7 +400,8 @@ def make_networks(config: ModelConfig, attend: Attend = attend_fused) -> dict[st
         if name == "transformer":
             networks[name] = EfficientDiT(config.transformer, latent_size, attend)
         elif name == "decoder":
-            networks[name] = Decoder(config.autoencoder)
+            kind = dc_ae.Decoder if config.autoencoder.kind == "dc-ae" else Decoder
+            networks[name] = kind(config.autoencoder)
         else:
             encoder = config.text_encoders[int(name.removeprefix("text_encoder_"))]
             networks[name] = TextEncoder(encoder, attend)

@@ -17,7 +17,7 @@ def twin_files(config: ModelConfig) -> list[str]:
         for i, encoder in enumerate(config.text_encoders)
         if encoder.kind == "transformer"
     ]
-    decoder = ["decoder"] if config.autoencoder.kind == "convolutional" else []
+    decoder = ["decoder"] if config.autoencoder.kind in ("convolutional", "dc-ae") else []
     return ["transformer", *decoder, *encoders]
 
 

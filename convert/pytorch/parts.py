@@ -27,8 +27,8 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.leaky_relu(self.conv1(self.norm(x)), 0.1))
 
 
-class Decoder(nn.Module):
-    """Normalized latents (B, C, h, w) -> pictures (B, 3, f h, f w), about [-1, 1], not clipped."""
+class LatentDecoder(nn.Module):
+    """Base class of decoders, with the statistics of the latents."""
 
     mean: Tensor
     std: Tensor
@@ -36,6 +36,21 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+        mean = config.latents_mean or (0.0,) * config.latent_channels
+        std = config.latents_std or (1.0,) * config.latent_channels
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1), persistent=False)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Normalized latents -> the network's input."""
+        return latents * self.std + self.mean
+
+
+class Decoder(LatentDecoder):
+    """Normalized latents (B, C, h, w) -> pictures (B, 3, f h, f w), about [-1, 1], not clipped."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config)
         channels, self.levels = config.decoder_channels, len(config.decoder_channels)
         self.inp = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
@@ -44,13 +59,9 @@ class Decoder(nn.Module):
             if i < self.levels:
                 self.add_module(f"up{i}", linear(width, 4 * channels[i]))
         self.out = nn.Conv2d(channels[-1], 4 * config.picture_channels, 3, padding=1)
-        mean = config.latents_mean or (0.0,) * config.latent_channels
-        std = config.latents_std or (1.0,) * config.latent_channels
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.inp(latents * self.std + self.mean)
+        x = self.inp(self.denormalize(latents))
         for i in range(1, self.levels + 1):
             for block in self.get_submodule(f"blocks{i}").children():
                 x = block(x)

@@ -1,8 +1,8 @@
 """Convert a folder of `convert.to_torch` back: the inverse of `convert.pytorch.weights`.
 
-PyTorch has the transformer, the decoder of a convolutional autoencoder, and the text encoders of
-the kind "transformer", at one width. The other parts (the autoencoder's encoder, public networks,
-tokenizers) are copied from the original model.
+PyTorch has the transformer, the decoder of a convolutional autoencoder or of DC-AE, and the text
+encoders of the kind "transformer", at one width. The other parts (the autoencoder's encoder, public
+networks, tokenizers) are copied from the original model.
 """
 
 import dataclasses

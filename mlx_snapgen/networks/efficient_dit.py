@@ -11,13 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
 from mlx_snapgen.networks.layers import (
+    checkpointed,
     depth_to_space,
     flat_parameters,
     gelu,
@@ -112,35 +112,6 @@ class Block(nn.Module):
         x = x + self.cross_attention(x, text, mask=mask, share=share, save_memory=save_memory)
         h = modulate(layer_norm(x), shift_f, scale_f)
         return x + gate_f * self.ffn(h, share)
-
-
-def checkpointed(block: Block, *arrays: mx.array, **settings: Any) -> mx.array:
-    """block(*arrays, **settings), recomputed in the backward pass instead of stored.
-
-    Gradients reach `arrays` and the block's trainable parameters. `nn.utils.checkpoint` saves no
-    memory here: with lazy evaluation, the input gradients of all blocks are computed first, and
-    every block's activations are kept for its weight gradients. Here a block is recomputed only
-    when its output gradient is available, and its input gradient is passed on only when its weight
-    gradients are computed.
-    """
-    trained = flat_parameters(block.trainable_parameters())
-    names, weights = list(trained), list(trained.values())
-    count = len(arrays)
-
-    def forward(*primals: mx.array) -> mx.array:
-        block.update(tree_unflatten(list(zip(names, primals[count:], strict=True))))
-        out = block(*primals[:count], **settings)
-        block.update(tree_unflatten(list(zip(names, weights, strict=True))))
-        return out
-
-    run = mx.custom_function(forward)
-
-    @run.vjp
-    def backward(primals, cotangent, _):
-        _, grads = mx.vjp(forward, mx.depends(list(primals), [cotangent]), [cotangent])
-        return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
-
-    return run(*arrays, *weights)  # pyright: ignore[reportReturnType]  no types in mlx
 
 
 class LongSkip(nn.Module):
@@ -252,11 +223,7 @@ class EfficientDiT(nn.Module):
         return self.text[0].norm.weight.dtype
 
     def checkpoint_blocks(self, enabled: bool = True) -> None:
-        """Store only the inputs of blocks; the backward pass recomputes each block.
-
-        Many attention scores are recomputed once more, in parts (`attention.attend_in_parts`). The
-        gradients do not change. Memory decreases; time increases by about one forward pass.
-        """
+        """See `VelocityNetwork.checkpoint_blocks`."""
         self._checkpoint = enabled
 
     def encode_text(self, states: Sequence[TextStates | None]) -> tuple[mx.array, mx.array]:
@@ -319,7 +286,8 @@ class EfficientDiT(nn.Module):
         def run(block: Block, x: mx.array, grid: Grid, modulated: bool = False) -> mx.array:
             settings = {"mask": mask, "grid": grid, "share": share, "modulate_attention": modulated}
             if self._checkpoint:
-                return checkpointed(block, x, modulation, text, save_memory=True, **settings)
+                inputs = {"x": x, "modulation": modulation, "text": text}
+                return checkpointed(block, inputs, save_memory=True, **settings)
             return block(x, modulation, text, **settings)
 
         for block in self.down_blocks:

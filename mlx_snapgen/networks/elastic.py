@@ -86,7 +86,8 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
     """A quantized `ElasticLinear` of one width, because packed columns cannot be sliced.
 
     On the CPU, where MLX's quantized product is forty times slower than the dense one, each call
-    dequantizes the weight. This takes the memory of one dense matrix beside the packed weights.
+    dequantizes the weight, and so does the gradient with respect to the input. This takes the
+    memory of one dense matrix beside the packed weights.
     """
 
     def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
@@ -94,10 +95,25 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
             raise ValueError("a quantized layer has one width: extract it first, then quantize")
         if mx.default_device().type != mx.DeviceType.cpu:
             return super().__call__(x)
-        weight = mx.dequantize(
-            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
-        ).astype(x.dtype)
-        return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
+
+        def dense(after: mx.array) -> mx.array:
+            """The weight in the type of `after`, and not before that array exists."""
+            [packed] = mx.depends([self.weight], [after])
+            weight = mx.dequantize(
+                packed, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+            )
+            return weight.astype(after.dtype)
+
+        @mx.custom_function
+        def product(x: mx.array) -> mx.array:
+            weight = dense(x).T
+            return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
+
+        @product.vjp
+        def backward(_x, cotangent, _):
+            return cotangent @ dense(cotangent)
+
+        return product(x)  # pyright: ignore[reportReturnType]  no types in mlx
 
 
 class PerWidth(nn.Module):

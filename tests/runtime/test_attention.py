@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.networks import attention
+from mlx_snapgen.networks import attention, layers
 from mlx_snapgen.networks.attention import (
     CrossAttention,
     Grid,
@@ -365,3 +365,24 @@ def test_modulated_assa_weighs_attention_after_the_softmax():
     h = mx.random.normal((1, 32, 64))
     change = mx.abs(module(h, grid, modulate=True) - module(h, grid)).max().item()
     assert change > 1e-3
+
+
+@pytest.mark.parametrize("rows", [None, 1, 37])
+def test_many_scores_are_computed_in_parts(rows, monkeypatch):
+    """The same numbers and gradients; keys are shared by heads, masks have one row or many."""
+    q, k, v = (
+        mx.random.normal((2, heads, n, 8), key=mx.random.key(i))
+        for i, (heads, n) in enumerate([(4, 37), (2, 50), (2, 50)])
+    )
+    mask = None
+    if rows is not None:
+        mask = mx.random.uniform(shape=(2, 1, rows, 50), key=mx.random.key(3)) > 0.3
+
+    def run(q, k, v):
+        return attend(q, k, v, mask=mask).square().sum()
+
+    expected = attend(q, k, v, mask=mask), *mx.grad(run, argnums=(0, 1, 2))(q, k, v)
+    monkeypatch.setattr(layers, "MOST_SCORES", 4000)
+    found = attend(q, k, v, mask=mask), *mx.grad(run, argnums=(0, 1, 2))(q, k, v)
+    for a, b in zip(found, expected, strict=True):
+        assert mx.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -1,15 +1,18 @@
 """Decoders of public models: tiles, attention in pieces, inputs at the edge."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders import layerwise
+from mlx_snapgen.networks.autoencoders.dc_ae import depthwise
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
-from tests.tiny import FLUX2_AUTOENCODER, QWEN_AUTOENCODER, TAEHV, randomize
+from tests.tiny import DC_AE, FLUX2_AUTOENCODER, QWEN_AUTOENCODER, TAEHV, randomize
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,44 @@ def test_tiled_decoding_equals_decoding_at_once(config, tile):
     latents = mx.random.normal((2, 15, 23, 4), key=mx.random.key(1))
     whole, tiled = (np.array(decoder(latents, tile=size)) for size in (None, tile))
     np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("tile", [5, 9])
+def test_dc_ae_in_tiles_equals_decoding_at_once(tile):
+    decoder = randomize(make_autoencoder(DC_AE), 0).decoder
+    latents = mx.random.normal((2, 4, 5, 8), key=mx.random.key(1))
+    whole, tiled = (np.array(decoder(latents, tile=size)) for size in (None, tile))
+    assert whole.shape == (2, 128, 160, 3)
+    np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_depthwise_is_a_convolution_with_groups(side):
+    x = mx.random.normal((2, 7, 9, 6), key=mx.random.key(0))
+    weight = mx.random.normal((6, side, side, 1), key=mx.random.key(1))
+
+    def total(convolve):
+        return lambda x, weight: (convolve(x, weight) * mx.arange(6)).sum()
+
+    expected = lambda x, weight: mx.conv2d(x, weight, padding=side // 2, groups=6)  # noqa: E731
+    np.testing.assert_allclose(depthwise(x, weight), expected(x, weight), atol=1e-5)
+    found, wanted = (mx.grad(total(f), (0, 1))(x, weight) for f in (depthwise, expected))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_channels": (8, 16, 32, 64)}, "six resolutions"),
+        ({"decoder_blocks": (1, 1, 2, 1, 2, 0)}, "six resolutions"),
+        ({"encoder_channels": (8, 16, 16, 24, 64, 64)}, "64 does not divide by 24"),
+        ({"latent_channels": 12, "latents_mean": (), "latents_std": ()}, "12 latent channels"),
+    ],
+)
+def test_sizes_that_dc_ae_cannot_have(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_autoencoder(dataclasses.replace(DC_AE, **changes))
 
 
 @pytest.mark.parametrize("size", [(16, 24), (10, 6)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.config import TRANSFORMERS
+from mlx_snapgen.config import TRANSFORMERS, preset_autoencoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
@@ -118,6 +118,17 @@ def test_published_sizes():
     assert round(counts["tiny"] / 1e9, 1) == 0.3
     for name, width in ((width.name, width.share) for width in WIDTHS):
         assert TRANSFORMERS["supernetwork"].standalone(width) == TRANSFORMERS[name]
+
+
+@pytest.mark.parametrize("name", ["supernetwork", "full", "small", "tiny"])
+def test_presets_for_dc_ae_have_a_quarter_of_the_tokens(name):
+    few, many = TRANSFORMERS[f"{name}-f32"], TRANSFORMERS[name]
+    factor = preset_autoencoder(f"{name}-f32").downsampling
+    assert few.latent_channels == preset_autoencoder(f"{name}-f32").latent_channels
+    assert 4 * (1024 // factor // few.patch_size) ** 2 == (1024 // 8 // many.patch_size) ** 2
+    assert abs(count_parameters(few) / count_parameters(many) - 1) < 1e-3
+    # Bands of four rows at 1024 pixels.
+    assert 1024 // factor // few.num_bands == 1024 // 16 // many.num_bands == 4
 
 
 def test_ladder_is_the_papers():

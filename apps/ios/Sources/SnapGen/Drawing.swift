@@ -156,8 +156,9 @@ actor Drawing {
     private func decode(_ latents: [Float], with decoder: Network) throws -> CGImage {
         try Task.checkCancellation()
         let values = try decoder(["latents": latents])
-        // 8 pixels per latent, three colors.
-        return try makePicture(values, height: 8 * shape[2], width: 8 * shape[3])
+        // Three colors; how many pixels a latent covers depends on the autoencoder.
+        let side = Int(Double(values.count / (3 * shape[2] * shape[3])).squareRoot())
+        return try makePicture(values, height: side * shape[2], width: side * shape[3])
     }
 }
 

@@ -1,0 +1,71 @@
+"""The suite `peers` of the benchmark: our network beside PyTorch's, at small sizes."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from mlx_snapgen import benchmark
+from mlx_snapgen.config import TRANSFORMERS
+from mlx_snapgen.errors import UserError
+from tests.tiny import TRANSFORMER, require
+
+SMALL = dataclasses.replace(TRANSFORMER, widths=(1.0,))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    for name in ("small", "small-f32"):
+        config = dataclasses.replace(SMALL, patch_size=1 if name.endswith("f32") else 2)
+        monkeypatch.setitem(TRANSFORMERS, name, config)
+
+    def call(*options):
+        given = ["benchmark", "--repeats", "1", "--size", "64", *options]
+        monkeypatch.setattr(sys, "argv", given)
+        benchmark.main()
+        return capsys.readouterr()
+
+    return call
+
+
+def test_peers_take_turns_and_are_compared_with_the_first(run, monkeypatch):
+    require("torch", "diffusers")
+    from convert import peers
+
+    sana = {"num_layers": 1, "num_attention_heads": 2, "num_cross_attention_heads": 2}
+    sana |= {"cross_attention_head_dim": 32, "cross_attention_dim": 64, "caption_channels": 16}
+    monkeypatch.setattr(peers, "SANA", dict.fromkeys(peers.SANA, sana))
+    pixart = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    pixart |= {"cross_attention_dim": 16, "caption_channels": 16}
+    monkeypatch.setattr(peers, "PIXART", peers.PIXART | pixart)
+    out = json.loads(run("--suite", "peers", "--json").out)
+    assert list(out["presets"]) == list(benchmark.SUITES["peers"])
+    for name, found in out["presets"].items():
+        assert found["seconds"] > 0 and found["parameters"] > 1000, name
+    count = {name: found["parameters"] for name, found in out["presets"].items()}
+    assert count["small-pytorch"] == count["small"] != count["sana-0.6b"]
+    table = run("--suite", "peers", "--preset", "small-f32", "--preset", "small-f32-pytorch").out
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [
+        "small-f32",
+        "small-f32-pytorch",
+    ]
+    assert " 1.00x" in table
+
+
+def test_what_is_not_installed_is_skipped(run, monkeypatch):
+    find = benchmark.importlib.util.find_spec
+    monkeypatch.setattr(
+        benchmark.importlib.util, "find_spec", lambda n: None if n == "torch" else find(n)
+    )
+    said = run("--suite", "peers")
+    assert [line.split()[0] for line in said.out.splitlines()[2:]] == ["small-f32", "small"]
+    assert "small-pytorch is skipped: it needs torch" in said.err
+
+
+def test_bad_input_is_one_line(run):
+    with pytest.raises(UserError, match="small-f32: picture sides must be multiples of 64, got 96"):
+        run("--preset", "small-f32", "--height", "96")
+    with pytest.raises(UserError, match=r"no preset 'sana-0\.6b'"):
+        run("--preset", "sana-0.6b")
+    assert "small" in run("--preset", "small").out
