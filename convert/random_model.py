@@ -6,8 +6,9 @@
     python -m convert.random_model flux2-klein random-klein --quantize 4
     python -m convert.sample_teacher random-klein "a red apple" --output a.png --steps 1
 
-A model of the paper's sizes has the transformer of a preset, Qwen-Image's autoencoder, TinyCLIP's
-text tower at full size, and a Gemma 3 with two small layers and the state width of the 4B model.
+A model of the paper's sizes has the transformer of a preset, Qwen-Image's autoencoder (DC-AE if the
+preset is named -f32), TinyCLIP's text tower at full size, and a Gemma 3 with two small layers and
+the state width of the 4B model.
 flux2-klein and z-image are teachers with all parts at full size; --quantize also applies to their
 language model. Pictures are noise. The command writes one weight after another, so memory does not
 grow with the model.
@@ -30,13 +31,13 @@ from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
     FLUX2_AUTOENCODER,
-    QWEN_IMAGE_AUTOENCODER,
     TINYCLIP_19M,
     TRANSFORMERS,
     Flux2TransformerConfig,
     ModelConfig,
     TextEncoderConfig,
     ZImageTransformerConfig,
+    preset_autoencoder,
     to_dict,
     transformer_preset,
 )
@@ -133,7 +134,7 @@ def write_random_model(
     config = ModelConfig(
         name=f"random-{preset}",
         transformer=transformer,
-        autoencoder=QWEN_IMAGE_AUTOENCODER,
+        autoencoder=preset_autoencoder(preset),
         text_encoders=(gemma, TINYCLIP_19M),
         quantization=how and {"transformer": how},
     )

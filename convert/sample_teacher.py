@@ -11,15 +11,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.inputs import fit_reference, read_picture
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.pictures import fit_reference, from_uint8, to_uint8
+from mlx_snapgen.pictures import from_uint8, to_uint8
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
@@ -95,15 +96,6 @@ def sample(
     return Image.fromarray(to_uint8(autoencoder.decode(x0))[0])
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB, turned as its EXIF data say; `UserError` if it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m convert.sample_teacher", description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of convert.teacher")
@@ -132,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--few-step", action="store_true", help="use the few-step mode (default: off)")
     add("--seed", type=integer(0), default=0, metavar="N", help="seed of the noise (default: 0)")
     args = parser.parse_args(argv)
-    references = [read_picture(path) for path in args.edit]
+    references = [read_picture(path)[0] for path in args.edit]
     started = time.perf_counter()
     with announce("loading the teacher ..."):
         teacher, autoencoder = load_flow_teacher(args.model, lazy=True)

@@ -7,7 +7,11 @@
     python -m convert.teacher black-forest-labs/FLUX.2-klein-base-4B klein --quantize 4 \\
         --few-step-model black-forest-labs/FLUX.2-klein-4B
 
-SOURCE is a folder in diffusers' format, or a Hugging Face repository. This command cannot resume an
+    python -m convert.teacher z_image_turbo_fp8.safetensors z-image --quantize 4 \\
+        --base Tongyi-MAI/Z-Image-Turbo
+
+SOURCE is a folder in diffusers' format, a Hugging Face repository, or one .safetensors file with a
+transformer, such as ComfyUI's. This command cannot resume an
 interrupted conversion, but `convert.from_torch` can: convert a large transformer with it first, and
 give its folder as --transformer.
 """
@@ -18,13 +22,13 @@ from convert.options import add_output, add_quantize, parse
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import Parser
-from mlx_snapgen.errors import run_command
+from mlx_snapgen.cli.options import BASE_HELP, Parser
+from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
+from mlx_snapgen.open_model import describe_public
+from mlx_snapgen.public.first_use import fetch_public
 from mlx_snapgen.public.teachers import convert_teacher
-
-FILES = ("*.json", "*/*.safetensors", "*.txt", "*.jinja")
-"""Of the repository of a model. Some also have a copy of the transformer outside its folder."""
+from mlx_snapgen.teachers.folder import is_teacher
 
 FEW_STEP_FILES = ("transformer/*.json", "transformer/*.safetensors")
 """Of the repository of a distilled model; the rest is as in the teacher's."""
@@ -37,9 +41,14 @@ def main() -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder in diffusers' format, or Hugging Face repository",
+        help="folder in diffusers' format, Hugging Face repository, or .safetensors file of a "
+        "transformer",
     )
     add_output(parser)
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a repository (default: main)"
+    )
+    parser.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     add_quantize(parser, "the blocks of the transformer", bits=BITS)
     parser.add_argument(
         "--group-size",
@@ -76,7 +85,16 @@ def main() -> None:
     )
     args = parse(parser)
     check_new(args.output)
-    source = find_model(args.source, files=FILES)
+    if args.base is None and Path(args.source).is_dir():
+        # May lack the parts that other options replace.
+        source, file = find_model(args.source, revision=args.revision), None
+        if is_teacher(source):
+            raise UserError(f"{args.source} is converted already: give what it was made of")
+    else:
+        model = describe_public(args.source, revision=args.revision, base=args.base)
+        if model.file is not None and args.transformer is not None:
+            raise UserError(f"{args.source} is a transformer: leave out --transformer")
+        source, file = fetch_public(model), model.file
     few_step_model = None
     if args.few_step_model is not None:
         few_step_model = find_model(args.few_step_model, files=FEW_STEP_FILES)
@@ -88,6 +106,7 @@ def main() -> None:
             quantization=how if args.quantize else None,
             few_step_lora=args.few_step_lora,
             few_step_model=few_step_model,
+            file=file,
             text_encoder=args.text_encoder,
             transformer=args.transformer,
         )

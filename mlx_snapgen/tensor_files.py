@@ -15,7 +15,7 @@ from mlx_snapgen.files import parse_json
 
 BYTES = {
     **{"BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8},
-    **{"F16": 2, "BF16": 2, "F32": 4, "C64": 8},
+    **{"F16": 2, "BF16": 2, "F32": 4, "C64": 8, "F8_E4M3": 1},
 }
 """Bytes of an element, by the type's name in a header; those that MLX reads."""
 MOST_HEADER = 10**8
@@ -63,14 +63,21 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_tensors(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file, lazily; `UserError` for one that is damaged."""
-    read_header(path)
+    """The tensors of a safetensors file, lazily; `UserError` for one that is damaged.
+
+    Those in FP8 (E4M3) become bfloat16, which has all of its numbers.
+    """
+    header, _ = read_header(path)
     try:
         tensors = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
     assert isinstance(tensors, dict)
-    return tensors
+    # MLX has no type for FP8, and reads it as bytes.
+    return {
+        name: mx.from_fp8(value) if header[name].dtype == "F8_E4M3" and value.size else value
+        for name, value in tensors.items()
+    }
 
 
 def check_entry(entry: Any) -> None:

@@ -124,14 +124,14 @@ def describe(folder: Path, weights: Mapping[str, mx.array]) -> tuple[ClipConfig,
     try:
         hidden_size, patch_size = picture["patch_embedding.weight"].shape[:2]
         side = round((len(picture["position_embedding"]) - 1) ** 0.5)
-        config = PictureEncoderConfig(
-            hidden_size=hidden_size,
-            num_layers=len({k.split(".")[1] for k in picture if k.startswith("layers.")}),
-            mlp_size=len(picture["layers.0.linear1.weight"]),
-            patch_size=patch_size,
-            image_size=side * patch_size,
-            **_settings(folder, hidden_size),
-        )
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_layers": len({k.split(".")[1] for k in picture if k.startswith("layers.")}),
+            "mlp_size": len(picture["layers.0.linear1.weight"]),
+            "patch_size": patch_size,
+            "image_size": side * patch_size,
+        }
+        config = from_dict(PictureEncoderConfig, sizes | _settings(folder, hidden_size))
         projection_size = len(weights["picture_projection.weight"])
     except clip.WRONG_KIND as error:
         raise UserError(f"{folder} holds no CLIP picture encoder: {error!r}") from None
@@ -170,7 +170,7 @@ def _settings(folder: Path, hidden_size: int) -> dict[str, Any]:
 def _colors(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
     """Those of the two settings that are given; CLIP's own are the config's defaults."""
     named = {"mean": values.get(mean), "std": values.get(std)}
-    return {name: tuple(map(float, value)) for name, value in named.items() if value is not None}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def load_clip_towers(source: str | Path) -> Clip:

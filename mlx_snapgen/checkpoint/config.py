@@ -116,19 +116,31 @@ def load_config(folder: Path) -> ModelConfig:
     return config
 
 
-def load_vocabulary(folder: Path) -> dict[str, list[str]] | None:
-    """The words that a model can draw, by category; None if its folder has no vocabulary.json."""
+def load_vocabulary(folder: Path) -> dict[str, Any] | None:
+    """The words that a model can draw, by category; None if its folder has no vocabulary.json.
+
+    A category is a list of words, or an object of words and what they mean (see `vocabulary`).
+    """
     path = folder / "vocabulary.json"
     if not path.exists():
         return None
     vocabulary = _read_json(path)
-    good = isinstance(vocabulary, dict) and all(
-        isinstance(words, list) and all(isinstance(word, str) for word in words)
-        for words in vocabulary.values()
-    )
-    if not good:
+    if not isinstance(vocabulary, dict):
         raise UserError(f"{path} must map each category to a list of words")
+    for category, words in vocabulary.items():
+        mapped = isinstance(words, dict) and category in (*MAPPINGS, "other_words")
+        meanings = words.values() if mapped else ()
+        good = (mapped or (isinstance(words, list) and category not in MAPPINGS)) and all(
+            isinstance(word, str) and word.strip() == word != "" for word in (*words, *meanings)
+        )
+        if not good:
+            what = "map words to words" if category in MAPPINGS else "be a list of words"
+            raise UserError(f"{path}: '{category}' must {what}")
     return vocabulary
+
+
+MAPPINGS = {"emoji", "own_colours", "replaced"}
+"""Categories of vocabulary.json that are objects; "other_words" may be one."""
 
 
 def _read_json(path: Path) -> Any:

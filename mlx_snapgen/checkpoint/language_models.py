@@ -1,5 +1,8 @@
 """Public language models as text encoders, through mlx-lm."""
 
+import dataclasses
+import types
+import typing
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,7 +11,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
 from mlx_snapgen.networks.text_encoders.qwen import PromptFormat, QwenPromptEncoder
@@ -42,7 +45,10 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         raise UserError(f"cannot load Gemma from {folder}: {reason}") from None
     if values["model_type"] not in ("gemma3", "gemma3_text"):
         raise UserError(f"{folder} holds a {values['model_type']}, not a Gemma 3")
+    if tokenizer.bos_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no begin mark, bos_token")
     text = getattr(model, "language_model", model).model
+    check_arguments(text.args, folder)
     if text.args.hidden_size != config.hidden_size:
         raise UserError(
             f"{folder} gives states of {text.args.hidden_size}, the model takes those of "
@@ -83,6 +89,7 @@ def load_qwen(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the language model in {folder}: {reason}") from None
     tower: Any = model.model
+    check_arguments(tower.args, folder)
     layers = prompt_format.joined_layers
     width = tower.args.hidden_size * max(1, len(layers))
     if width != dims:
@@ -102,6 +109,27 @@ def load_qwen(
     if dtype is not None:
         tower.set_dtype(dtype)
     return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
+
+
+def check_arguments(args: Any, folder: Path) -> None:
+    """`UserError` for a setting of another type than mlx-lm takes: it does not look either."""
+    kinds = typing.get_type_hints(type(args))
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if value is not field.default and not _is_of(value, kinds[name]):
+            shown = one_line(repr(value), 40)
+            raise UserError(f"{folder / 'config.json'}: '{name}' cannot be {shown}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(kind))
+    if isinstance(value, bool):
+        return kind in (bool, Any)
+    kind = typing.get_origin(kind) or kind
+    if kind is int and isinstance(value, float):
+        return value.is_integer()
+    return kind is Any or isinstance(value, (int, float) if kind is float else kind)
 
 
 def check_files(folder: Path) -> None:

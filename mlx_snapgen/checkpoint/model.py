@@ -67,7 +67,7 @@ class Components:
     autoencoder: Autoencoder
     text_encoders: list[Any]
     """None for an encoder that is not loaded."""
-    vocabulary: dict[str, list[str]] | None = None
+    vocabulary: dict[str, Any] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules whose weights are stored in the model folder, by file name without suffix."""

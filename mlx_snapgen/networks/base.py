@@ -31,3 +31,11 @@ class VelocityNetwork(Protocol):
             v (B, H, W, C), and the features when requested, in the type of x_t.
         """
         ...
+
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """Store only the inputs of blocks; the backward pass recomputes each block.
+
+        Many attention scores are recomputed once more, in parts (`attention.attend_in_parts`). The
+        gradients do not change. Memory decreases; time increases by about one forward pass.
+        """
+        ...

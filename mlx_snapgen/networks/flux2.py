@@ -14,9 +14,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import Flux2TransformerConfig
+from mlx_snapgen.networks.attention import attend_all
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.layers import (
-    attend,
+    checkpointed,
     layer_norm,
     merge_heads,
     modulate,
@@ -123,7 +124,13 @@ class JointAttention(nn.Module):
         self._head_dim = head_dim
 
     def __call__(
-        self, picture: mx.array, text: mx.array, *, rope: Rope, mask: mx.array | None
+        self,
+        picture: mx.array,
+        text: mx.array,
+        *,
+        rope: Rope,
+        mask: mx.array | None,
+        save_memory: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d), mask (B, 1, 1, L + N) -> the same two shapes."""
 
@@ -135,7 +142,8 @@ class JointAttention(nn.Module):
         v = mx.concatenate([*heads(self.add_v_proj(text), self.to_v(picture))], axis=2)
         q = mx.concatenate([self.norm_added_q(q_text), self.norm_q(q)], axis=2)
         k = mx.concatenate([self.norm_added_k(k_text), self.norm_k(k)], axis=2)
-        out = merge_heads(attend(rotate(q, *rope), rotate(k, *rope), v, mask=mask))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        out = merge_heads(attend_all(q, k, v, mask=mask, save_memory=save_memory))
         length = text.shape[1]
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
 
@@ -157,6 +165,7 @@ class DoubleBlock(nn.Module):
         modulation: Sequence[Sequence[mx.array]],
         rope: Rope,
         mask: mx.array | None,
+        save_memory: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d) -> the same two.
 
@@ -166,7 +175,10 @@ class DoubleBlock(nn.Module):
         """
         streams = list(zip((picture, text), modulation, strict=True))
         attended = self.attn(
-            *(modulate(layer_norm(x), m[0], m[1]) for x, m in streams), rope=rope, mask=mask
+            *(modulate(layer_norm(x), m[0], m[1]) for x, m in streams),
+            rope=rope,
+            mask=mask,
+            save_memory=save_memory,
         )
         done = []
         for (x, m), out, mlp in zip(streams, attended, (self.ff, self.ff_context), strict=True):
@@ -185,12 +197,14 @@ class ParallelAttention(nn.Module):
         self.to_out = nn.Linear(dims + hidden_dims, dims, bias=False)
         self._dims, self._head_dim = dims, head_dim
 
-    def __call__(self, x: mx.array, rope: Rope, *, mask: mx.array | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, rope: Rope, *, mask: mx.array | None, save_memory: bool = False
+    ) -> mx.array:
         d = self._dims
         *qkv, hidden = mx.split(self.to_qkv_mlp_proj(x), (d, 2 * d, 3 * d), axis=-1)
         q, k, v = (split_heads(y, self._head_dim) for y in qkv)
         q, k = rotate(self.norm_q(q), *rope), rotate(self.norm_k(k), *rope)
-        out = merge_heads(attend(q, k, v, mask=mask))
+        out = merge_heads(attend_all(q, k, v, mask=mask, save_memory=save_memory))
         return self.to_out(mx.concatenate([out, swiglu(hidden)], axis=-1))
 
 
@@ -203,11 +217,18 @@ class SingleBlock(nn.Module):
         self.attn = ParallelAttention(d, hidden, head_dim=config.head_dim)
 
     def __call__(
-        self, x: mx.array, rope: Rope, *, modulation: Sequence[mx.array], mask: mx.array | None
+        self,
+        x: mx.array,
+        *,
+        modulation: Sequence[mx.array],
+        rope: Rope,
+        mask: mx.array | None,
+        save_memory: bool = False,
     ) -> mx.array:
         """x (B, L + N, d); modulation: shift, scale, gate of (B, 1, d)."""
         shift, scale, gate = modulation
-        return x + gate * self.attn(modulate(layer_norm(x), shift, scale), rope, mask=mask)
+        h = modulate(layer_norm(x), shift, scale)
+        return x + gate * self.attn(h, rope, mask=mask, save_memory=save_memory)
 
 
 class ModulatedNorm(nn.Module):
@@ -229,6 +250,7 @@ class Flux2Transformer(nn.Module):
     def __init__(self, config: Flux2TransformerConfig):
         super().__init__()
         self.config = config
+        self._checkpoint = False
         d, packed = config.hidden_size, config.latent_channels * config.patch_size**2
         self.time_guidance_embed = TimeEmbedding(config.frequency_dim, d)
         self.double_stream_modulation_img = Modulation(d, 6)
@@ -242,6 +264,10 @@ class Flux2Transformer(nn.Module):
         ]
         self.norm_out = ModulatedNorm(d)
         self.proj_out = nn.Linear(d, packed, bias=False)
+
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """See `VelocityNetwork.checkpoint_blocks`."""
+        self._checkpoint = enabled
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -282,12 +308,18 @@ class Flux2Transformer(nn.Module):
             self.double_stream_modulation_img(embedding),
             self.double_stream_modulation_txt(embedding),
         ]
+
+        def run(block: nn.Module, **inputs: Any) -> Any:
+            if self._checkpoint:
+                return checkpointed(block, inputs, rope=rope, mask=mask, save_memory=True)
+            return block(**inputs, rope=rope, mask=mask)
+
         for block in self.transformer_blocks:
-            x, h = block(x, h, modulation=double, rope=rope, mask=mask)
+            x, h = run(block, picture=x, text=h, modulation=double)
         single = self.single_stream_modulation(embedding)
         x = mx.concatenate([h, x], axis=1)
         for block in self.single_transformer_blocks:
-            x = block(x, rope, modulation=single, mask=mask)
+            x = run(block, x=x, modulation=single)
         x = x[:, length : length + count]
         v = self.proj_out(self.norm_out(x, embedding))
         v = unpack(v, grids[0], patch=config.patch_size).astype(x_t.dtype)

@@ -7,11 +7,12 @@ times faster, with an absolute error below 1e-5. Metal and CUDA use MLX's GELU.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 _C = 0.7978845608028654  # sqrt(2 / pi)
 
@@ -79,6 +80,36 @@ def flat_parameters(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree))
 
 
+def checkpointed(block: nn.Module, inputs: Mapping[str, Any], **settings: Any) -> Any:
+    """block(**inputs, **settings), recomputed in the backward pass instead of stored.
+
+    Gradients reach the arrays in `inputs`, which may be nested, and the block's trainable
+    parameters. `nn.utils.checkpoint` saves no memory here: with lazy evaluation, the input
+    gradients of all blocks are computed first, and every block's activations are kept for its
+    weight gradients. Here a block is recomputed only when its output gradient is available, and its
+    input gradient is passed on only when its weight gradients are computed.
+    """
+    arrays, trained = flat_parameters(inputs), flat_parameters(block.trainable_parameters())
+    count = len(arrays)
+
+    def forward(*primals: mx.array) -> Any:
+        given = tree_unflatten(list(zip(arrays, primals[:count], strict=True)))
+        block.update(tree_unflatten(list(zip(trained, primals[count:], strict=True))))
+        out = block(**given, **settings)
+        block.update(tree_unflatten(list(trained.items())))
+        return out
+
+    run = mx.custom_function(forward)
+
+    @run.vjp
+    def backward(primals, cotangents, _):
+        cotangents = [cotangents] if isinstance(cotangents, mx.array) else list(cotangents)
+        _, grads = mx.vjp(forward, mx.depends(list(primals), cotangents), cotangents)
+        return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
+
+    return run(*arrays.values(), *trained.values())
+
+
 def split_heads(x: mx.array, head_dim: int) -> mx.array:
     """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
     b, n, _ = x.shape
@@ -89,6 +120,10 @@ def merge_heads(x: mx.array) -> mx.array:
     """(B, heads, N, head_dim) -> (B, N, heads * head_dim)."""
     b, heads, n, head_dim = x.shape
     return x.transpose(0, 2, 1, 3).reshape(b, n, heads * head_dim)
+
+
+MOST_SCORES = 1 << 27
+"""Attention scores from which the CPU computes them in parts: 512 MiB in float32."""
 
 
 def attend(
@@ -109,9 +144,25 @@ def attend(
         k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
         weights = mx.softmax(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), axis=-1)
         return (weights * modulation.astype(q.dtype)) @ v
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if on_cpu and math.prod(q.shape[:3]) * k.shape[2] >= MOST_SCORES:
+        return _attend_by_queries(q, k, v, mask=mask)
     return mx.fast.scaled_dot_product_attention(
         q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask=mask
     )
+
+
+def _attend_by_queries(q: mx.array, k: mx.array, v: mx.array, *, mask: mx.array | None) -> mx.array:
+    """`attend` in parts, one after the other, because MLX has all scores in memory on the CPU."""
+    size = max(1, MOST_SCORES // 4 // (q.shape[0] * q.shape[1] * k.shape[2]))
+    out: list[mx.array] = []
+    for start in range(0, q.shape[2], size):
+        here = slice(start, start + size)
+        [part] = mx.depends([q[:, :, here]], out[-1:])
+        own = mask[..., here, :] if mask is not None and mask.shape[-2] > 1 else mask
+        scale = 1 / math.sqrt(q.shape[-1])
+        out.append(mx.fast.scaled_dot_product_attention(part, k, v, scale=scale, mask=own))
+    return mx.concatenate(out, axis=2)
 
 
 def space_to_depth(x: mx.array, factor: int) -> mx.array:

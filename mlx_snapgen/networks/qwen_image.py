@@ -12,9 +12,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import QwenTransformerConfig
+from mlx_snapgen.networks.attention import attend_all
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.layers import (
-    attend,
+    checkpointed,
     gelu,
     layer_norm,
     merge_heads,
@@ -107,6 +108,7 @@ class JointAttention(nn.Module):
         *,
         rope: Rope,
         mask: mx.array | None,
+        save_memory: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d), mask (B, 1, 1, L + N) -> the same two shapes."""
 
@@ -118,7 +120,8 @@ class JointAttention(nn.Module):
         v = mx.concatenate([*heads(self.add_v_proj(text), self.to_v(picture))], axis=2)
         q = mx.concatenate([self.norm_added_q(q_text), self.norm_q(q)], axis=2)
         k = mx.concatenate([self.norm_added_k(k_text), self.norm_k(k)], axis=2)
-        out = merge_heads(attend(rotate(q, *rope), rotate(k, *rope), v, mask=mask))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        out = merge_heads(attend_all(q, k, v, mask=mask, save_memory=save_memory))
         length = text.shape[1]
         return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
 
@@ -142,6 +145,7 @@ class Block(nn.Module):
         embedding: mx.array,
         rope: Rope,
         mask: mx.array | None,
+        save_memory: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d), embedding of the time (B, d) -> both streams."""
         streams = []
@@ -150,7 +154,7 @@ class Block(nn.Module):
             # shift, scale, gate of attention, then of the MLP: six of (B, 1, d)
             streams.append((x, mx.split(modulation, 6, axis=-1)))
         modulated = [layer_norm(x) * (1 + m[1]) + m[0] for x, m in streams]
-        attended = self.attn(*modulated, rope=rope, mask=mask)
+        attended = self.attn(*modulated, rope=rope, mask=mask, save_memory=save_memory)
         done = []
         for (x, m), out, mlp in zip(streams, attended, (self.img_mlp, self.txt_mlp), strict=True):
             x = x + m[2] * out
@@ -177,6 +181,7 @@ class QwenTransformer(nn.Module):
     def __init__(self, config: QwenTransformerConfig):
         super().__init__()
         self.config = config
+        self._checkpoint = False
         d, packed = config.hidden_size, config.latent_channels * config.patch_size**2
         self.img_in = nn.Linear(packed, d)
         self.txt_norm = nn.RMSNorm(config.text_dims, eps=1e-6)
@@ -185,6 +190,10 @@ class QwenTransformer(nn.Module):
         self.transformer_blocks = [Block(d, config.head_dim) for _ in range(config.num_layers)]
         self.norm_out = ModulatedNorm(d)
         self.proj_out = nn.Linear(d, packed)
+
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """See `VelocityNetwork.checkpoint_blocks`."""
+        self._checkpoint = enabled
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -216,7 +225,11 @@ class QwenTransformer(nn.Module):
             *grid, text_length=h.shape[1], axes=config.rope_axes, theta=config.rope_theta
         )
         for block in self.transformer_blocks:
-            x, h = block(x, h, embedding=embedding, rope=rope, mask=mask)
+            inputs = {"picture": x, "text": h, "embedding": embedding}
+            if self._checkpoint:
+                x, h = checkpointed(block, inputs, rope=rope, mask=mask, save_memory=True)
+            else:
+                x, h = block(**inputs, rope=rope, mask=mask)
         v = unpack(self.proj_out(self.norm_out(x, embedding)), grid, patch=patch)
         v = v.astype(x_t.dtype)
         return (v, x.astype(x_t.dtype)) if return_features else v

@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.config import ZImageTransformerConfig
+from mlx_snapgen.networks.attention import attend_all
 from mlx_snapgen.networks.layers import (
-    attend,
+    checkpointed,
     depth_to_space,
     layer_norm,
     merge_heads,
@@ -50,10 +51,13 @@ class Attention(nn.Module):
         self._head_dim = dims // num_heads
         self.norm_q, self.norm_k = (nn.RMSNorm(self._head_dim, eps=1e-5) for _ in range(2))
 
-    def __call__(self, x: mx.array, rope: Rope, *, mask: mx.array | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, rope: Rope, *, mask: mx.array | None, save_memory: bool = False
+    ) -> mx.array:
         q, k, v = (split_heads(f(x), self._head_dim) for f in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), *rope), rotate(self.norm_k(k), *rope)
-        return self.to_out[0](merge_heads(attend(q, k, v, mask=mask)))
+        out = attend_all(q, k, v, mask=mask, save_memory=save_memory)
+        return self.to_out[0](merge_heads(out))
 
 
 class FeedForward(nn.Module):
@@ -88,6 +92,7 @@ class Block(nn.Module):
         *,
         mask: mx.array | None,
         embedding: mx.array | None = None,
+        save_memory: bool = False,
     ) -> mx.array:
         """x (B, N, d), mask (B, 1, 1, N), embedding of the time (B, time_dims) if modulated."""
         scale_a = gate_a = scale_f = gate_f = 1.0
@@ -96,7 +101,8 @@ class Block(nn.Module):
             scale_a, gate_a, scale_f, gate_f = mx.split(modulation, 4, axis=-1)
             scale_a, scale_f = 1 + scale_a, 1 + scale_f
             gate_a, gate_f = mx.tanh(gate_a), mx.tanh(gate_f)
-        out = self.attention(self.attention_norm1(x) * scale_a, rope, mask=mask)
+        h = self.attention_norm1(x) * scale_a
+        out = self.attention(h, rope, mask=mask, save_memory=save_memory)
         x = x + gate_a * self.attention_norm2(out)
         return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
 
@@ -121,6 +127,7 @@ class ZImageTransformer(nn.Module):
     def __init__(self, config: ZImageTransformerConfig):
         super().__init__()
         self.config = config
+        self._checkpoint = False
         d, patch = config.hidden_size, config.patch_size
         packed, self._key = config.latent_channels * patch**2, f"{patch}-1"
         # The public keys are named after the patch size in space and in time.
@@ -135,6 +142,10 @@ class ZImageTransformer(nn.Module):
         ]
         self.x_pad_token, self.cap_pad_token = mx.zeros((1, d)), mx.zeros((1, d))
         self.layers = [Block(config) for _ in range(config.num_layers)]
+
+    def checkpoint_blocks(self, enabled: bool = True) -> None:
+        """See `VelocityNetwork.checkpoint_blocks`."""
+        self._checkpoint = enabled
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -158,7 +169,7 @@ class ZImageTransformer(nn.Module):
         cap, cap_mask, cap_lengths = self._caption(text, mask)
         cap_rope = self._rope(np.arange(1, cap.shape[1] + 1)[:, None] * np.array([1, 0, 0]))
         for block in self.context_refiner:
-            cap = block(cap, cap_rope, mask=cap_mask)
+            cap = self._run(block, {"x": cap}, rope=cap_rope, mask=cap_mask)
 
         x = space_to_depth(x_t, patch).reshape(b, grid[0] * grid[1], -1).astype(self.dtype)
         x = self.all_x_embedder[self._key](x)
@@ -167,7 +178,7 @@ class ZImageTransformer(nn.Module):
         x = mx.concatenate([x, filling], axis=1)
         rope = self._picture_rope(grid, fill, cap_lengths)
         for block in self.noise_refiner:
-            x = block(x, rope, mask=None, embedding=embedding)
+            x = self._run(block, {"x": x, "embedding": embedding}, rope=rope, mask=None)
 
         cos, sin = (
             mx.concatenate([part, mx.broadcast_to(of_cap, (b, 1, *of_cap.shape))], axis=2)
@@ -177,11 +188,18 @@ class ZImageTransformer(nn.Module):
         mask = mx.concatenate([everywhere, cap_mask], axis=-1)
         x = mx.concatenate([x, cap], axis=1)
         for block in self.layers:
-            x = block(x, (cos, sin), mask=mask, embedding=embedding)
+            x = self._run(block, {"x": x, "embedding": embedding}, rope=(cos, sin), mask=mask)
         x = x[:, :count]
         v = -self.all_final_layer[self._key](x, embedding)
         v = depth_to_space(v.reshape(b, *grid, -1), patch).astype(x_t.dtype)
         return (v, x.astype(x_t.dtype)) if return_features else v
+
+    def _run(
+        self, block: Block, inputs: dict[str, Any], *, rope: Rope, mask: mx.array | None
+    ) -> mx.array:
+        if self._checkpoint:
+            return checkpointed(block, inputs, rope=rope, mask=mask, save_memory=True)
+        return block(**inputs, rope=rope, mask=mask)
 
     def _caption(
         self, text: mx.array, mask: mx.array | None

@@ -60,7 +60,7 @@ def convert(
     check_new(out)
     work = out.parent / f".{out.name}.partial"
     with _claimed(work):
-        weights = source.weights(work / "spool")
+        weights = source.weights(work / "spool", dtype=dtype)
         kind = find_kind(source, weights, kind)
         accounts = _account(source, weights, kind)
         plan = KINDS[kind].plan(source, weights)

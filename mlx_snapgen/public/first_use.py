@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.hub import (
@@ -29,7 +30,7 @@ from mlx_snapgen.files import check_writable, read_object
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.keys.transformers import make_transformer
-from mlx_snapgen.public.source import NAMES, find_source
+from mlx_snapgen.public.source import NAMES, part_source, shard_names
 from mlx_snapgen.public.teachers import convert_teacher, read_schedules
 from mlx_snapgen.settings import machine_memory
 from mlx_snapgen.teachers.config import NAMES as MODEL_NAMES
@@ -61,6 +62,9 @@ DEFAULT_BITS = (0, 8, 4)
 """Quantizations to choose from: the first that leaves half of the machine's memory free, or the
 last."""
 
+DTYPE: mx.Dtype | None = mx.bfloat16
+"""Of the converted weights: some models are published in float32, and made for bfloat16."""
+
 Say = Callable[[str], object]
 
 
@@ -78,6 +82,8 @@ class PublicModel:
     name: str
     network: TeacherNetwork
     """With lazy random weights."""
+    file: Path | None = None
+    """File with the transformer, instead of that in the folder or repository."""
 
 
 def is_public(folder: Path) -> bool:
@@ -156,12 +162,26 @@ def open_public(
     text = sum(size for name, size in files.items() if name.startswith("text_encoder/"))
     chosen = _choose_bits(model, text) if bits is None else bits
     _describe_work(model, files, bits=chosen, license_=license_, text=text, say=say)
-    folder = model.folder
-    if model.commit is not None:
-        with _bar(model, files, progress) as shown:
-            folder = fetch(model.source, revision=model.commit, files=list(files), progress=shown)
-    _convert(folder, _target(model, chosen), kind=model.kind, bits=chosen, progress=converting)
+    folder = _fetch(model, files, progress)
+    _convert(model, folder, bits=chosen, progress=converting)
     return _opened(model, chosen)
+
+
+def fetch_public(model: PublicModel, *, progress: DownloadProgress | None = None) -> Path:
+    """The folder with all files of a model that are needed, which a repository's are fetched to.
+
+    Raises:
+        UserError: a file that is missing, no access, no network, no space.
+    """
+    sizes, _ = _sizes(model)
+    return _fetch(model, _needed_files(model, sizes), progress)
+
+
+def _fetch(model: PublicModel, files: Mapping[str, int], progress: DownloadProgress | None) -> Path:
+    if model.commit is None:
+        return model.folder
+    with _bar(model, files, progress) as shown:
+        return fetch(model.source, revision=model.commit, files=list(files), progress=shown)
 
 
 def _opened(model: PublicModel, bits: int) -> TeacherFolder:
@@ -169,7 +189,7 @@ def _opened(model: PublicModel, bits: int) -> TeacherFolder:
     return TeacherFolder(
         target,
         load_teacher_config(target),
-        source=model.source,
+        source=model.source if model.file is None else str(model.file),
         revision=model.commit,
         quantize=bits,
     )
@@ -180,14 +200,18 @@ def _target(model: PublicModel, bits: int) -> Path:
     if model.commit is not None:
         name = f"{model.source.replace('/', '--')}-{model.commit[:12]}"
     else:
-        stats = [
-            [str(path.relative_to(model.folder)), path.stat().st_size, path.stat().st_mtime_ns]
-            for path in sorted(model.folder.rglob("*"))
-            if path.is_file()
-        ]
-        identity = json.dumps([str(model.folder.resolve()), stats])
-        name = f"{model.folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        name = f"{model.folder.name}-{_identity(model.folder)}"
+    if model.file is not None:
+        name = f"{model.file.stem}-{_identity(model.file)}-{name}"
     return cache_folder() / f"{name}-{f'{bits}bit' if bits else 'whole'}"
+
+
+def _identity(path: Path) -> str:
+    """Hexadecimal digits that change with a file, or with the files of a folder."""
+    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+    stats = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    identity = json.dumps([str(path.resolve()), stats])
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -195,17 +219,22 @@ def _target(model: PublicModel, bits: int) -> Path:
 
 def _sizes(model: PublicModel) -> tuple[Mapping[str, int], str | None]:
     """Files of the whole model with their bytes, and its license if that is known."""
-    if model.commit is None:
-        folder = model.folder
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        return {str(path.relative_to(folder)): path.stat().st_size for path in paths}, None
-    found = read_repository(model.source, model.commit)
-    if found is None:
-        raise UserError(
-            f"{model.source} is not in the cache, and Hugging Face cannot be reached: try again "
-            "with a network"
-        )
-    return found.files, found.license
+    if model.commit is not None:
+        found = read_repository(model.source, model.commit)
+        if found is not None:
+            return found.files, found.license
+    folder = model.folder
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    if model.commit is not None:
+        try:
+            _needed_files(model, sizes)
+        except UserError:
+            raise UserError(
+                f"{model.source} is not in the cache, and Hugging Face cannot be reached: try "
+                "again with a network"
+            ) from None
+    return sizes, None
 
 
 def _needed_files(model: PublicModel, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -216,7 +245,8 @@ def _needed_files(model: PublicModel, sizes: Mapping[str, int]) -> dict[str, int
     """
     wanted = [*CONFIGS]
     for part in WEIGHTS:
-        wanted += _weight_files(model, part, sizes)
+        if part != "transformer" or model.file is None:
+            wanted += _weight_files(model, part, sizes)
     tokenizer = [name for name in sizes if name.startswith("tokenizer/") and name.count("/") == 1]
     if not tokenizer:
         raise UserError(f"{model.source} is incomplete: it has no folder tokenizer")
@@ -234,11 +264,7 @@ def _weight_files(model: PublicModel, part: str, sizes: Mapping[str, int]) -> li
             folder = model.folder
             if model.commit is not None:
                 folder = fetch(model.source, revision=model.commit, files=[index], progress=quiet)
-            try:
-                shards = sorted(set(read_object(folder / index)["weight_map"].values()))
-            except (KeyError, TypeError, AttributeError):
-                raise UserError(f"{model.source}: {index} is no index of shards") from None
-            return [index, *(f"{part}/{Path(name).name}" for name in shards)]
+            return [index, *(f"{part}/{name}" for name in shard_names(folder / index))]
         if (name := f"{part}/{stem}.safetensors") in sizes:
             return [name]
     raise UserError(f"{model.source} is incomplete: {part} has no weights as .safetensors")
@@ -295,7 +321,12 @@ def _describe_work(
     """Say what the first use does; `UserError` if the disk has no room for it."""
     target, count = _target(model, bits), sum(p.size for p in _arrays(model))
     fetched = sum(size for name, size in files.items() if not (model.folder / name).is_file())
-    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
+    # In 16 bits, whatever the type of the transformer's file.
+    weights = 2 * count + sum(
+        size
+        for name, size in files.items()
+        if name.endswith(".safetensors") and not name.startswith("transformer/")
+    )
     share = (bits + 32 / GROUP_SIZE) / 16 if bits else 1
     kept = int(weights * share)
     memory = _memory(model, bits, text)
@@ -329,15 +360,27 @@ def _gb(count: int) -> str:
 
 
 def _convert(
-    folder: Path, target: Path, *, kind: str, bits: int, progress: DownloadProgress | None
+    model: PublicModel, folder: Path, *, bits: int, progress: DownloadProgress | None
 ) -> None:
-    """Convert a model in diffusers' format part by part; finished parts are kept until the end."""
+    """Convert a model in diffusers' format part by part; finished parts are kept until the end.
+
+    Args:
+        folder: with the files of the model's folder or repository.
+    """
     how = {"bits": bits, "group_size": GROUP_SIZE} if bits else None
+    target = _target(model, bits)
     parts = target.with_name(f"{target.name}.parts")
-    for part, kind_ in (("transformer", kind), ("text_encoder", "qwen")):
+    for part, kind in (("transformer", model.kind), ("text_encoder", "qwen")):
         if not (parts / part).is_dir():
-            source = find_source(str(folder / part))
-            convert(source, parts / part, kind=kind_, quantization=how, progress=progress)
+            source = part_source(folder / part, model.file if part == "transformer" else None)
+            convert(
+                source,
+                parts / part,
+                kind=kind,
+                dtype=DTYPE,
+                quantization=how,
+                progress=progress,
+            )
     convert_teacher(
         folder,
         target,

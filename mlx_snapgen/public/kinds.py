@@ -215,6 +215,13 @@ KINDS: dict[str, Kind] = {
         partial(_autoencoder, "flux2-vae"),
         ("AutoencoderKLFlux2",),
     ),
+    "dc-ae": Kind(
+        "DC-AE, the autoencoder of SANA, a folder in diffusers' format",
+        AUTOENCODERS["dc-ae"].keys,
+        "",
+        partial(_autoencoder, "dc-ae"),
+        ("AutoencoderDC",),
+    ),
     "taehv": Kind(
         "a tiny autoencoder such as taew2_1",
         AUTOENCODERS["taehv"].keys,

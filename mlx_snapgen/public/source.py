@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import MOST_BYTES, check_link, expanded, read_json, read_object
+from mlx_snapgen.public.layouts import in_diffusers_names, scaled
 from mlx_snapgen.tensor_files import load_tensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -45,8 +46,14 @@ class Source:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
-    def weights(self, spool: Path) -> dict[str, mx.array]:
+    def weights(self, spool: Path, *, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
         """All tensors by key, lazy. Pickles are first copied to safetensors in the folder `spool`.
+
+        Weights in FP8 are multiplied by their scales, and the transformer in a single file gets
+        diffusers' names (see `public.layouts`).
+
+        Args:
+            dtype: of weights that are stored in FP8; None: bfloat16.
 
         Raises:
             UserError: a file that is damaged, or more than weights; a key in two files.
@@ -63,7 +70,8 @@ class Source:
             if twice := next((key for key in tensors if key in found), None):
                 raise UserError(f"{path} has '{twice}', which is also in an earlier file")
             found |= tensors
-        return found
+        found = scaled(found, dtype=dtype or mx.bfloat16, where=self.path)
+        return in_diffusers_names(found)
 
 
 def find_source(
@@ -114,6 +122,17 @@ def find_source(
     return Source(path if is_local else folder, folder, files, config, spool)
 
 
+def part_source(folder: Path, file: Path | None = None) -> Source:
+    """The checkpoint of a part of a model in diffusers' format.
+
+    Args:
+        file: has the weights instead of the folder, which then has the config alone.
+    """
+    if file is None:
+        return find_source(str(folder))
+    return Source(file, folder, (file,), read_object(folder / "config.json"))
+
+
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """The files of one checkpoint, by its index or its name."""
     for suffix in ("safetensors", *(s[1:] for s in PICKLES)):
@@ -143,15 +162,22 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     raise UserError(f"{folder} holds no weights: neither .safetensors nor {', '.join(PICKLES)}")
 
 
-def _indexed(path: Path) -> tuple[Path, ...]:
-    """The shards that an index names."""
+def shard_names(path: Path) -> list[str]:
+    """The files that an index names, in its folder; `UserError` for one that is damaged."""
     index = read_json(path, most=MOST_BYTES)
     try:
-        names = sorted(set(index["weight_map"].values()))
+        # Only file names: an index must not lead out of its folder.
+        names = sorted({Path(name).name for name in index["weight_map"].values()})
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no index of shards: it has no weight_map") from None
-    # Only file names: an index must not lead out of its folder.
-    files = tuple(path.parent / Path(name).name for name in names)
+    if wrong := next((name for name in names if not 0 < len(name.encode()) <= 255), None):
+        raise UserError(f"{path} names a file that no disk can have: {wrong}")
+    return names
+
+
+def _indexed(path: Path) -> tuple[Path, ...]:
+    """The shards that an index names."""
+    files = tuple(path.parent / name for name in shard_names(path))
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise UserError(

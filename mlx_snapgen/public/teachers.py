@@ -13,14 +13,14 @@ from mlx.utils import tree_flatten
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
-from mlx_snapgen.config import from_dict, to_dict
+from mlx_snapgen.config import checked, from_dict, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, new_folder, read_object
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.public.keys.transformers import make_transformer
-from mlx_snapgen.public.source import find_source
+from mlx_snapgen.public.source import find_source, part_source
 from mlx_snapgen.teachers.config import (
     KLEIN,
     KLEIN_BASE,
@@ -32,6 +32,7 @@ from mlx_snapgen.teachers.config import (
     TeacherConfig,
 )
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS, TeacherNetwork
+from mlx_snapgen.tensor_files import read_header
 
 SCHEDULES = {
     "qwen-image": (Schedule(), LIGHTNING),
@@ -60,11 +61,12 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
         else:
             shifts, tokens = (math.log(values["shift"]),) * 2, like.tokens
             like = dataclasses.replace(like, is_empirical=False)
+        terminal = values.get("shift_terminal") or 0.0
+        return checked(
+            dataclasses.replace(like, log_shifts=shifts, tokens=tokens, terminal=terminal)
+        )
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder} does not describe a flow-matching schedule: {error!r}") from None
-    return dataclasses.replace(
-        like, log_shifts=shifts, tokens=tokens, terminal=values.get("shift_terminal") or 0.0
-    )
 
 
 def convert_teacher(
@@ -74,6 +76,7 @@ def convert_teacher(
     quantization: dict[str, int] | None = None,
     few_step_lora: Path | None = None,
     few_step_model: Path | None = None,
+    file: Path | None = None,
     text_encoder: str | None = None,
     transformer: Path | None = None,
     text_part: Path | None = None,
@@ -87,6 +90,7 @@ def convert_teacher(
         few_step_lora: .safetensors file of the few-step mode.
         few_step_model: the distilled model whose transformer is the few-step mode, as a folder in
             diffusers' format; or a folder of `convert.from_torch` with that transformer.
+        file: has the weights of the transformer, instead of the source's folder.
         text_encoder: folder or repository of a language model to use instead of a copy of the
             source's.
         transformer: folder of `convert.from_torch` to use instead of the source's transformer.
@@ -141,19 +145,34 @@ def convert_teacher(
         for name, (folder, part) in networks.items():
             if part is None:
                 converted = partial / "converted"
-                convert(find_source(str(folder)), converted, kind=kind, quantization=quantization)
+                weights = part_source(folder, file if name == "transformer" else None)
+                convert(weights, converted, kind=kind, quantization=quantization)
                 _take(converted, partial, name=name, move=Path.rename)
                 shutil.rmtree(converted)
             else:
                 _take(folder, partial, name=name, move=Path.rename if move else shutil.copyfile)
         if few_step_lora is not None:
             shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
+        if text_encoder is None and text_part is None and is_fp8(source / "text_encoder"):
+            # mlx-lm reads no FP8.
+            text_part = partial / "converted"
+            convert(find_source(str(source / "text_encoder")), text_part, kind="qwen")
         if text_encoder is None:
             folders = source / "tokenizer", text_part or source / "text_encoder"
             for folder in folders:
-                is_mine = move and folder == text_part
+                is_mine = folder == text_part and (move or folder.parent == partial)
                 target = partial / config.text_encoder
                 _copy(folder, target, put=Path.rename if is_mine else shutil.copyfile)
+            shutil.rmtree(partial / "converted", ignore_errors=True)
+
+
+def is_fp8(folder: Path) -> bool:
+    """Whether some weights in a folder are stored in FP8."""
+    return any(
+        tensor.dtype == "F8_E4M3"
+        for path in folder.glob("*.safetensors")
+        for tensor in read_header(path)[0].values()
+    )
 
 
 def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
@@ -163,7 +182,7 @@ def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
         path = given / "config.json"
         return *make_transformer(read_object(path), path), None
     kind = part.config.pop("kind", None)
-    if kind not in NETWORKS:
+    if not isinstance(kind, str) or kind not in NETWORKS:
         raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
     return kind, NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config)), part
 

@@ -34,6 +34,15 @@ class Schedule:
     is_empirical: bool = False
     """mu is FLUX.2's (`empirical_log_shift`) instead."""
 
+    def __post_init__(self):
+        if self.tokens[0] >= self.tokens[1] or max(map(abs, self.log_shifts)) > 10:
+            raise UserError(
+                f"a schedule takes two rising numbers of tokens, not {self.tokens}, and shifts of "
+                f"at most e^10, not {self.log_shifts}"
+            )
+        if not 0 <= self.terminal < 1:
+            raise UserError(f"the last noise level must be 0 to 1, not {self.terminal}")
+
     def time_shift(self, num_tokens: int, num_steps: int) -> float:
         """Shift of the noise levels for `num_steps` steps of a picture of `num_tokens` tokens."""
         if self.is_empirical:
@@ -60,8 +69,11 @@ LIGHTNING = Schedule(4, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)
 TURBO = Schedule(8, guidance_scale=1.0, log_shifts=(math.log(3), math.log(3)))
 """The few-step schedule of Z-Image-Turbo."""
 
-Z_IMAGE = Schedule(50, guidance_scale=4.0, log_shifts=(math.log(6), math.log(6)))
-"""The schedule of Z-Image, from which Turbo is distilled."""
+Z_IMAGE = Schedule(50, guidance_scale=5.0, log_shifts=(math.log(6), math.log(6)))
+"""The schedule of Z-Image, from which Turbo is distilled: shift 6 as in its scheduler_config.json.
+
+Its model card's guidance scale of 4 is 5 here: its pipeline counts from 0.
+"""
 
 KLEIN_BASE = Schedule(50, guidance_scale=4.0, is_empirical=True)
 """The schedule of FLUX.2 klein base."""
@@ -127,6 +139,11 @@ class TeacherConfig:
         return 1024, 1024
 
     @property
+    def trained_sizes(self) -> tuple[tuple[int, int], ...]:
+        """See `Description.trained_sizes`; the public models draw many sizes."""
+        return ()
+
+    @property
     def size_unit(self) -> int:
         """See `Description.size_unit`."""
         return self.autoencoder.downsampling * self.transformer.patch_size
@@ -141,9 +158,9 @@ class TeacherConfig:
         return Abilities(
             guidance=not (few_step or self.is_distilled),
             attention_modulation=False,
-            loras=False,
             part_of_text_encoders=False,
             edit=self.kind == "flux2",
+            any_size=True,
         )
 
     def sampler_for(

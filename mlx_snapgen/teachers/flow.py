@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import get_lora_weights, lora_weights
 from mlx_snapgen.networks.layers import space_to_depth
@@ -22,7 +23,7 @@ class FlowTeacher:
     Args:
         config: of the teacher. If it has a few-step mode, but `network` has no adapter and there is
             no `few_step_network`, the model itself is distilled.
-        network: a `VelocityNetwork`; its only adapter, if any, is the few-step one.
+        network: a `VelocityNetwork`; its adapter `FEW_STEP`, if any, is the few-step mode.
         prompts: its text encoder; None once it was freed.
         few_step_network: the same network with the weights of the few-step mode.
     """
@@ -137,7 +138,8 @@ class FlowTeacher:
             settings["references"] = references
         if few_step and self.few_step_network is not None:
             return self.few_step_network(*arrays, **settings)
-        weights = {name: float(few_step) for name in get_lora_weights(self.network)}
+        known = FEW_STEP in get_lora_weights(self.network)
+        weights = {FEW_STEP: float(few_step)} if known else {}
         with lora_weights(self.network, weights):
             return self.network(*arrays, **settings)
 

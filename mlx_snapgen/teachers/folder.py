@@ -96,13 +96,8 @@ def load_flow_teacher(
     """
     config = load_teacher_config(folder)
     dtype = on_device(dtype)
-    network = load_network(folder, config, dtype=dtype)
-    autoencoder = make_autoencoder(config.autoencoder)
-    load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
-    cast(autoencoder, mx.float32)
-    few_step = None
-    if any(folder.glob(f"{FEW_STEP}-*.safetensors")):
-        few_step = load_network(folder, config, dtype=dtype, name=FEW_STEP)
+    network, few_step = load_networks(folder, config, dtype=dtype)
+    autoencoder = load_teacher_autoencoder(folder, config)
     for module in (network, few_step, autoencoder):
         if module is not None and not lazy:
             mx.eval(module.parameters())
@@ -127,6 +122,16 @@ def load_teacher_config(folder: Path) -> TeacherConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config
+
+
+def load_networks(
+    folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None
+) -> tuple[nn.Module, nn.Module | None]:
+    """The network, and that of the few-step mode if it is another one; lazily."""
+    network = load_network(folder, config, dtype=dtype)
+    if not any(folder.glob(f"{FEW_STEP}-*.safetensors")):
+        return network, None
+    return network, load_network(folder, config, dtype=dtype, name=FEW_STEP)
 
 
 def load_network(
@@ -155,6 +160,14 @@ def load_network(
     if name != FEW_STEP and path.is_file():
         load_lora(path, network, weight=0.0, name=FEW_STEP)
     return network
+
+
+def load_teacher_autoencoder(folder: Path, config: TeacherConfig) -> Autoencoder:
+    """The autoencoder, lazily, in float32."""
+    autoencoder = make_autoencoder(config.autoencoder)
+    load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
+    cast(autoencoder, mx.float32)
+    return autoencoder
 
 
 def load_prompts(

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_snapgen.checkpoint.memory import BASE_BYTES, smaller_size
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.inputs import MAX_REFERENCE, picture_size
 from mlx_snapgen.networks.layers import flat_parameters
-from mlx_snapgen.settings import BYTES_PER_PIXEL, machine_memory
+from mlx_snapgen.settings import BYTES_PER_PIXEL, DrawSettings, machine_memory
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherFolder, TeacherNetwork, quantizable
 
 GROUP_SIZE = 64
-BASE_BYTES = 1 << 28
-"""Of the process without a model."""
 DECODER_BYTES = 1 << 30
 """Of the decoder and one tile; larger pictures add `BYTES_PER_PIXEL`."""
+ENCODER_BYTES_PER_PIXEL = 8000
+"""Of a picture to start from, while it is encoded at once. FLUX.2's encoder took 1952 MiB at 512
+pixels on the CPU, in float32."""
 ACTIVATIONS = 40
 """Numbers that a block has in memory, in hidden sizes per token. FLUX.2 klein, in 4 bits at 512
 pixels on the CPU, took 4475 MiB while denoising; the estimate is 4562."""
@@ -38,13 +41,31 @@ class Sizes:
     unit: int
     """Side of a token in pixels."""
 
-    def peak(self, height: int, width: int) -> int:
-        """Peak of drawing a picture of height x width pixels."""
+    def peak(
+        self,
+        height: int,
+        width: int,
+        *,
+        low_memory: bool = False,
+        encoded: int = 0,
+        references: int = 0,
+    ) -> int:
+        """Peak of drawing a picture of height x width pixels.
+
+        Args:
+            low_memory: the transformer is freed before decoding.
+            encoded: pixels of the largest picture to start from; 0: there is none.
+            references: pixels of all pictures that the network sees besides.
+        """
         pixels = height * width
-        tokens = pixels // self.unit**2 + TEXT_TOKENS
-        denoising = self.unpacked + tokens * self.token
-        decoding = DECODER_BYTES + pixels * BYTES_PER_PIXEL
-        return BASE_BYTES + max(self.text + self.unpacked, self.network + max(denoising, decoding))
+        tokens = (pixels + references) // self.unit**2 + TEXT_TOKENS
+        kept = 0 if low_memory else self.network
+        return BASE_BYTES + max(
+            self.text + self.unpacked,
+            self.network + encoded * ENCODER_BYTES_PER_PIXEL,
+            self.network + self.unpacked + tokens * self.token,
+            kept + DECODER_BYTES + pixels * BYTES_PER_PIXEL,
+        )
 
 
 def measure(
@@ -65,7 +86,7 @@ def measure(
         text: bytes of the text encoder.
         unit: see `Sizes.unit`.
     """
-    whole, packed = _float_bytes(), quantizable(network, group_size) if bits else set()
+    whole, packed = float_bytes(), quantizable(network, group_size) if bits else set()
     values = flat_parameters(network)
     total = sum(
         _packed_bytes(value.size, bits, group_size) if key in packed else value.size * whole
@@ -84,14 +105,14 @@ def measure(
 def text_bytes(stored: int, bits: int) -> int:
     """Bytes of a language model in memory, from those of its weights in 16 bits."""
     count = stored // 2
-    return _packed_bytes(count, bits, GROUP_SIZE) if bits else count * _float_bytes()
+    return _packed_bytes(count, bits, GROUP_SIZE) if bits else count * float_bytes()
 
 
 def _packed_bytes(count: int, bits: int, group_size: int) -> int:
-    return count * bits // 8 + 2 * _float_bytes() * (count // group_size)
+    return count * bits // 8 + 2 * float_bytes() * (count // group_size)
 
 
-def _float_bytes() -> int:
+def float_bytes() -> int:
     """Bytes of a number: everything that is not packed is float32 on the CPU."""
     return 4 if mx.default_device().type == mx.DeviceType.cpu else 2
 
@@ -110,18 +131,36 @@ def measure_folder(folder: TeacherFolder) -> Sizes:
     )
 
 
-def check_memory(folder: TeacherFolder, height: int, width: int) -> None:
-    """`UserError` with what would fit, unless a picture of this size fits into this machine."""
+def check_memory(folder: TeacherFolder, settings: DrawSettings, *, low_memory: bool) -> None:
+    """`UserError` with what would fit, unless a picture of these settings fits into this machine.
+
+    Args:
+        settings: resolved.
+    """
     sizes, memory, unit = measure_folder(folder), machine_memory(), folder.config.size_unit
-    needed = sizes.peak(height, width)
+    height, width = settings.height, settings.width
+    assert height is not None and width is not None
+    edit = [min(math.prod(picture_size(source)), MAX_REFERENCE) for source in settings.edit]
+    starts = settings.image is not None
+    is_reference = settings.mask is not None and folder.config.abilities().edit
+
+    def peak(height: int, width: int, *, low_memory: bool = low_memory) -> int:
+        drawn = height * width
+        return sizes.peak(
+            height,
+            width,
+            low_memory=low_memory,
+            encoded=max([drawn * starts, *edit]),
+            references=sum(edit) + drawn * is_reference,
+        )
+
+    needed = peak(height, width)
     if needed <= memory:
         return
     choices = []
-    for share in range(99, 0, -1):
-        h, w = (math.floor(side * share / 100) // unit * unit for side in (height, width))
-        if min(h, w) >= unit and sizes.peak(h, w) <= memory:
-            choices.append(f"{w} x {h} pixels")
-            break
+    if peak(height, width, low_memory=True) <= memory:
+        choices.append("--low-memory")
+    choices += smaller_size(height, width, unit=unit, fits=lambda h, w: peak(h, w) <= memory)
     if (folder.config.quantization or {"bits": 16})["bits"] > 4:
         choices.append("the model converted with --quantize 4")
     if not choices:

@@ -1,5 +1,6 @@
 """The first use of a public model, from a folder and from a hub: fetched, converted, resumed."""
 
+import argparse
 import http.server
 import json
 import re
@@ -20,11 +21,17 @@ from convert.parity.originals import (
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public import first_use
 from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import get_noise
+from mlx_snapgen.settings import ModelChoice
 from tests.tiny import COMMIT, require
+from train import prepare
+from train.data.prepared import Prepared
+from train.loop.run import digest_files
+from train.loop.teacher import open_teacher
 
 require("mlx_lm", "torch", "diffusers", "transformers")
 
@@ -60,6 +67,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and weights of the tiny networks that can be quantized."""
     monkeypatch.setenv("MLX_SNAPGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(first_use, "GROUP_SIZE", 32)
+    monkeypatch.setattr(first_use, "DTYPE", None)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
 
@@ -377,3 +385,23 @@ def test_what_does_not_fit_into_memory_is_one_line_with_what_does(public, monkey
     memory(1 << 20)
     with pytest.raises(UserError, match="choose the model converted with --quantize 4"):
         pipe.generate("a red car", height=48, width=80)
+
+
+def test_a_teacher_is_any_public_model(public, hub, tmp_path, monkeypatch):
+    """A repository at a revision for train.kd, a folder in diffusers' format for train.prepare."""
+    chosen = argparse.Namespace(
+        teacher="someone/turbo", teacher_revision=COMMIT[:7], teacher_base=None
+    )
+    teacher, _, digest = open_teacher(chosen)
+    assert teacher.has_few_step and not list(tmp_path.glob("turbo*"))
+    converted = open_model(ModelChoice("someone/turbo", revision=COMMIT[:7])).path
+    assert digest == digest_files(converted)
+    fetched = len(hub.asked)
+    (tmp_path / "prompts.txt").write_text("a red car\na cat\n")
+    arguments = ["--draw-with", public[0], "--prompts-file", "prompts.txt", "--resolution", 32]
+    arguments += ["--steps", 1, "--output", "set"]
+    monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments)])
+    prepare.main()
+    [chunk] = Prepared(tmp_path / "set").batches(2)
+    assert chunk.latents.shape == (2, 4, 4, 4) and len(hub.asked) == fetched
+    assert sorted(chunk.captions) == ["a cat", "a red car"]

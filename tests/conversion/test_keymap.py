@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_snapgen.checkpoint.module import shapes
-from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER, TAEW2_1
+from mlx_snapgen.config import DC_AE, QWEN_IMAGE_AUTOENCODER, TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.public.keymap import KeyMap, Row, same
@@ -16,6 +16,7 @@ from tests.tiny import KL_AUTOENCODER
 MODULES = {
     "qwen-image-vae": lambda: make_autoencoder(QWEN_IMAGE_AUTOENCODER),
     "kl-vae": lambda: make_autoencoder(KL_AUTOENCODER),
+    "dc-ae": lambda: make_autoencoder(DC_AE),
     "taehv": lambda: make_autoencoder(TAEW2_1),
     "qwen-image": lambda: NETWORKS["qwen-image"](TRANSFORMERS["qwen-image"](num_layers=2)),
     "z-image": lambda: NETWORKS["z-image"](TRANSFORMERS["z-image"](num_layers=2)),
@@ -47,6 +48,7 @@ def test_wildcards_go_both_ways():
 def test_a_weight_without_all_its_parts_is_left_out():
     keys = KeyMap("toy", Row(("#.to_q", "#.to_k"), "#.qk", lambda q, k: mx.concatenate([q, k])))
     public = {"0.to_q": mx.zeros(2), "0.to_k": mx.ones(3), "1.to_k": mx.ones(3)}
+    public["2.to_q"] = mx.zeros(2)
     found = keys.weights(public)
     assert list(found) == ["0.qk"] and found["0.qk"].tolist() == [0, 0, 1, 1, 1]
     assert keys.public("1.qk") == ("1.to_q", "1.to_k")

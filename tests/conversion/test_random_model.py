@@ -46,7 +46,7 @@ def presets(monkeypatch):
         random_model.TINYCLIP_19M, vocab_size=514, hidden_size=32, num_layers=1, num_heads=2
     )
     monkeypatch.setattr(random_model, "TINYCLIP_19M", clip)
-    monkeypatch.setattr(random_model, "QWEN_IMAGE_AUTOENCODER", QWEN_AUTOENCODER)
+    monkeypatch.setattr(random_model, "preset_autoencoder", lambda name: QWEN_AUTOENCODER)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

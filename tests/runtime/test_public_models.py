@@ -104,7 +104,7 @@ def test_defaults_are_the_models_own():
         "qwen-image": (50, 4.0, False),
         "lightning": (4, 1.0, True),
         "z-image-turbo": (8, 1.0, True),
-        "z-image": (50, 4.0, False),
+        "z-image": (50, 5.0, False),
         "klein": (4, 1.0, True),
         "klein-base": (50, 4.0, False),
     }
@@ -117,7 +117,10 @@ def test_abilities_come_from_the_config_alone():
     assert not MODELS["lightning"].abilities(few_step=True).guidance
     assert [name for name, c in MODELS.items() if c.abilities().edit] == ["klein", "klein-base"]
     assert MODELS["klein-base"].abilities() == Abilities(
-        attention_modulation=False, loras=False, part_of_text_encoders=False, edit=True
+        attention_modulation=False,
+        part_of_text_encoders=False,
+        edit=True,
+        any_size=True,
     )
 
 
@@ -132,7 +135,7 @@ def test_abilities_come_from_the_config_alone():
         ("klein", ("--height", "40"), "height must be a positive multiple of 16 pixels"),
         ("klein", ("--attention-modulation",), r"FLUX\.2 klein has no attention modulation"),
         ("klein", ("--model-width", "tiny"), "no width 'tiny', only full"),
-        ("klein", ("--lora", "x.safetensors"), r"LoRAs on FLUX\.2 klein are not supported"),
+        ("klein", ("--lora", "x.safetensors"), r"no LoRA file x\.safetensors"),
         ("klein", ("--text-encoders", "clip"), "has one text encoder"),
         ("klein", ("--quantize", "4"), "convert it again with convert.teacher"),
         ("klein", ("--revision", "main"), "only a Hugging Face repository has revisions"),

@@ -142,7 +142,7 @@ def test_axes_must_fill_a_head():
         ({"_class_name": "FluxTransformer2DModel"}, "expected one of QwenImageTransformer2DModel"),
         ({"use_layer3d_rope": True}, "variant of Qwen-Image with use_layer3d_rope"),
         ({"out_channels": 7}, "do not make latents of one kind"),
-        ({"num_layers": None}, "does not describe"),
+        ({"num_layers": None}, "'num_layers' must be a whole number, not null"),
     ],
 )
 def test_other_networks_are_refused(tmp_path, values, hint):

@@ -8,6 +8,7 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
+from mlx_snapgen.networks.autoencoders.dc_ae import DCAutoencoder
 from mlx_snapgen.networks.autoencoders.flux2 import Flux2Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
@@ -19,6 +20,7 @@ AUTOENCODERS = {
     "taehv": TinyAutoencoder,
     "kl": KLAutoencoder,
     "flux2": Flux2Autoencoder,
+    "dc-ae": DCAutoencoder,
 }
 """`AutoencoderConfig.kind` -> the class."""
 

@@ -112,13 +112,22 @@ class QwenPromptEncoder:
         if layers:
             states = joined_states(self.model, tokens, mask=mask, layers=layers)
         else:
-            states = self.model(tokens)
+            states = last_states(self.model, tokens)
         if self.prompt_format.is_filled:
             mask = mx.ones_like(mask)
         states, mask = (y[:, self.prompt_format.dropped :] for y in (states, mask))
         states = mx.where(mask[..., None], states, 0)
         mx.eval(states, mask)
         return states, mask
+
+
+def last_states(model: Any, tokens: mx.array) -> mx.array:
+    """The normalized output of mlx-lm's network: (B, L, D), layer by layer as `joined_states`."""
+    h = model.embed_tokens(tokens)
+    for layer in model.layers:
+        h = layer(h, "causal")
+        mx.eval(h)
+    return model.norm(h)
 
 
 def joined_states(

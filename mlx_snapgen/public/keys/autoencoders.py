@@ -1,4 +1,4 @@
-"""Public autoencoders: Qwen-Image's, Flux's (kl), FLUX.2's and TAEHV.
+"""Public autoencoders: Qwen-Image's, Flux's (kl), FLUX.2's, DC-AE and TAEHV.
 
 A new one needs its network in mlx_snapgen/networks/autoencoders/ and in `AUTOENCODERS` of
 registry.py there, its table of weights here, and an entry in `KINDS` of public/kinds.py.
@@ -15,8 +15,9 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.module import read_part
-from mlx_snapgen.config import TAEW2_1, AutoencoderConfig
+from mlx_snapgen.config import TAEW2_1, AutoencoderConfig, checked, from_dict, whole_number
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.autoencoders import dc_ae
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import NUM_GROUPS
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -109,8 +110,9 @@ def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
             raise UserError(f"only {key} {only} is supported, got {values[key]}")
     if values["dim_mult"][0] != 1:
         raise UserError(f"only a dim_mult that starts with 1 is supported: {values['dim_mult']}")
-    channels = tuple(values["base_dim"] * m for m in values["dim_mult"])
-    count = values["num_res_blocks"]
+    base = whole_number(values["base_dim"], "base_dim")
+    channels = tuple(base * whole_number(m, "dim_mult") for m in values["dim_mult"])
+    count = whole_number(values["num_res_blocks"], "num_res_blocks")
     return AutoencoderConfig(
         kind="qwen-image",
         latent_channels=values["z_dim"],
@@ -160,7 +162,7 @@ def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
         if values.get(key, value) != value:
             raise UserError(f"only an AutoencoderKL with {key} {value} is supported")
     channels, count = tuple(values["block_out_channels"]), values["layers_per_block"]
-    latents = values["latent_channels"]
+    latents = whole_number(values["latent_channels"], "latent_channels")
     return AutoencoderConfig(
         kind="kl",
         latent_channels=latents,
@@ -245,6 +247,65 @@ FLUX2_KEYS = KeyMap(
 )
 
 
+# --- DC-AE ----------------------------------------------------------------------------------------
+
+
+def dc_ae_config(values: dict[str, Any]) -> AutoencoderConfig:
+    """Our config from diffusers' config.json; `UserError` for another network than SANA's."""
+    local, count = dc_ae.LOCAL_LEVELS, dc_ae.LEVELS
+    blocks = ["ResBlock"] * local + ["EfficientViTBlock"] * (count - local)
+    scales = [[]] * local + [[dc_ae.SCALE]] * (count - local)
+    # With diffusers' defaults, which config.json may omit.
+    only: dict[str, tuple[Any, Any]] = {
+        "in_channels": (3, 3),
+        "attention_head_dim": (dc_ae.HEAD_DIM, 32),
+        "downsample_block_type": ("conv", "pixel_unshuffle"),
+        "upsample_block_type": ("interpolate", "pixel_shuffle"),
+        "decoder_norm_types": ("rms_norm", "rms_norm"),
+        "decoder_act_fns": ("silu", "silu"),
+        "decoder_conv_act_fn": ("relu", "relu"),
+        "encoder_out_shortcut": (True, True),
+        "decoder_in_shortcut": (True, True),
+    }
+    for part in ("encoder", "decoder"):
+        only[f"{part}_block_types"] = blocks, "ResBlock"
+        only[f"{part}_qkv_multiscales"] = scales, scales
+    for key, (value, default) in only.items():
+        found = values.get(key, default)
+        if (found.lower() if key == "downsample_block_type" else found) not in (value, [value] * 6):
+            raise UserError(f"only an AutoencoderDC with {key} {value}, as in SANA, is supported")
+    latents = values["latent_channels"]
+    config = {
+        "kind": "dc-ae",
+        "latent_channels": latents,
+        "encoder_channels": values["encoder_block_out_channels"],
+        "decoder_channels": values["decoder_block_out_channels"][::-1],
+        "encoder_blocks": values["encoder_layers_per_block"],
+        "decoder_blocks": values["decoder_layers_per_block"][::-1],
+        "latents_mean": [0.0] * latents,
+        "latents_std": [1 / values["scaling_factor"]] * latents,
+    }
+    return from_dict(AutoencoderConfig, config)
+
+
+_BLOCK = "encoder|decoder.down_blocks|up_blocks.#.#"
+DC_AE_KEYS = KeyMap(
+    "AutoencoderDC",
+    same(f"encoder|decoder.conv_in|conv_out.{_ENDS}", kernel),
+    same(f"decoder.norm_out.{_ENDS}"),
+    same(f"{_BLOCK}.conv|conv1|conv2.{_ENDS}", kernel),
+    same(f"{_BLOCK}.norm.{_ENDS}"),
+    Row(
+        tuple(f"{_BLOCK}.attn.to_{x}.weight" for x in "qkv"),
+        f"{_BLOCK}.attn.to_qkv.weight",
+        _rows_joined,
+    ),
+    same(f"{_BLOCK}.attn.to_qkv_multiscale.#.proj_in|proj_out.weight", kernel),
+    same(f"{_BLOCK}.attn.to_out|norm_out.{_ENDS}"),
+    same(f"{_BLOCK}.conv_out.conv_inverted|conv_depth|conv_point|norm.{_ENDS}", kernel),
+)
+
+
 # --- TAEHV ----------------------------------------------------------------------------------------
 
 
@@ -299,8 +360,8 @@ def _described(
 
     def config(source: Source, public: Weights) -> AutoencoderConfig:
         try:
-            return read(config_of(source), public)
-        except (LookupError, TypeError, AttributeError) as error:
+            return checked(read(config_of(source), public))
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             path = source.folder / "config.json"
             raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
 
@@ -314,6 +375,17 @@ QWEN_IMAGE = PublicAutoencoder(
 )
 KL = PublicAutoencoder(KL_KEYS, _described(lambda values, _: kl_config(values)), "AutoencoderKL")
 FLUX2 = PublicAutoencoder(FLUX2_KEYS, _described(flux2_config), "AutoencoderKLFlux2")
-TAEHV = PublicAutoencoder(TAEHV_KEYS, lambda source, public: taehv_config(public, source.path))
-AUTOENCODERS = {"qwen-image-vae": QWEN_IMAGE, "kl-vae": KL, "flux2-vae": FLUX2, "taehv": TAEHV}
+DC_AE = PublicAutoencoder(
+    DC_AE_KEYS, _described(lambda values, _: dc_ae_config(values)), "AutoencoderDC"
+)
+TAEHV = PublicAutoencoder(
+    TAEHV_KEYS, lambda source, public: checked(taehv_config(public, source.path))
+)
+AUTOENCODERS = {
+    "qwen-image-vae": QWEN_IMAGE,
+    "kl-vae": KL,
+    "flux2-vae": FLUX2,
+    "dc-ae": DC_AE,
+    "taehv": TAEHV,
+}
 """By kind, as in `mlx_snapgen.public.kinds`."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
-from mlx_snapgen.lora.files import CONFIG_KEY, config_beside, public_name, read_lora
+from mlx_snapgen.lora.files import public_name, read_lora
+from mlx_snapgen.lora.peft import CONFIG_KEY, config_beside
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.public.keymap import Weights
 from mlx_snapgen.teachers.config import TRANSFORMERS

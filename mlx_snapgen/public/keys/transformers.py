@@ -14,6 +14,7 @@ from mlx_snapgen.config import (
     Flux2TransformerConfig,
     QwenTransformerConfig,
     ZImageTransformerConfig,
+    checked,
 )
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object
@@ -57,15 +58,15 @@ def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, TeacherNe
         UserError: another network, or settings that are missing or unsupported.
     """
     name = values.get("_class_name")
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise UserError(
             f"{path}: expected one of {', '.join(CONFIGS)}, got {name}: give a model in "
             "diffusers' format"
         )
     kind, read = CONFIGS[name]
     try:
-        return kind, NETWORKS[kind](read(values))
-    except (ValueError, LookupError, TypeError) as error:
+        return kind, NETWORKS[kind](checked(read(values)))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} does not describe a known transformer: {error!r}") from None
 
 
