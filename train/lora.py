@@ -1,7 +1,8 @@
 """Fine-tune a model on your own pictures: `python -m train.lora --data FOLDER`.
 
 A LoRA is trained on the pictures of a folder (train/data/imagefolder.py) at every width; prior
-preservation limits forgetting (train/objectives/finetune.py).
+preservation limits forgetting (train/objectives/finetune.py). A public model is trained on frozen
+weights, quantized or not.
 """
 
 import argparse
@@ -9,27 +10,43 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.module import on_device
 from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.errors import run_command
+from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import MOST_WORDS, save_lora
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.settings import WIDTHS, machine_memory
+from mlx_snapgen.teachers.config import NAMES
+from mlx_snapgen.teachers.folder import TeacherFolder, load_network
 from train.data.encoded import EncodedFolder
-from train.data.imagefolder import PictureFolder, bucket_sizes, describe, digest, read_folder
+from train.data.imagefolder import (
+    Example,
+    PictureFolder,
+    bucket_sizes,
+    describe,
+    digest,
+    read_folder,
+)
 from train.data.prior import draw_prior
 from train.data.prompts import spread
+from train.data.public import PublicPictures
 from train.data.stickers.source import known_prompts
 from train.evaluation.drift import Validation
 from train.evaluation.estimate import Estimate, estimate, num_trainable
+from train.evaluation.public import PublicValidation, estimate_public, training_memory
 from train.loop.run import claim
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
-from train.objectives.finetune import FineTuning, step_share
+from train.objectives.finetune import FineTuning, PublicFineTuning, step_share
 from train.options.common import tuning_config, widths_of
 from train.options.lora import parse
 
@@ -46,34 +63,119 @@ def _print_estimate(args: argparse.Namespace, needed: Estimate, *, pictures: int
         )
 
 
+CACHE_BYTES = 1 << 29
+"""Freed memory that MLX keeps while a public model is trained."""
+
+
 def main() -> int:
     args = parse()
-    given = list(read_prompts(args.prior_prompts)) if args.prior_prompts else None
-    mx.random.seed(args.seed)
     with announce(f"loading {args.model} ..."):
-        components = load_pretrained(args.model)
-    network, config = components.transformer, components.config
-    shares = [width.share for width in widths_of(args, config)]
-    examples, skipped = read_folder(args.data, bucket_sizes(config.image_size, config.size_unit))
+        folder = open_model(model_choice(args))
+    mx.random.seed(args.seed)
+    if isinstance(folder, TeacherFolder):
+        return train_public(parse(public=folder.config), folder)
+    if args.quantize is not None or args.resolution is not None:
+        raise UserError("--quantize and --resolution are for public models: leave them out")
+    return train_own(args, folder)
+
+
+def read_examples(args: argparse.Namespace, *, size: tuple[int, int], unit: int) -> list[Example]:
+    """The pictures in sizes like `size`."""
+    examples, skipped = read_folder(args.data, bucket_sizes(size, unit))
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
     print(f"{describe(examples)}, {len(skipped)} skipped")
-    settings = {
-        "pictures": digest(examples),
-        "model": args.model,
-        "rank": args.rank,
-        "alpha": args.alpha,
-        "targets": args.targets,
-    }
+    return examples
+
+
+def claim_run(args: argparse.Namespace, examples: Sequence[Example], **more: object) -> None:
+    """Record the run, unless it is a dry one."""
+    names = ("model", "revision", "base", "rank", "alpha", "targets")
+    settings = {name: getattr(args, name) for name in names} | more
     if not args.dry_run:
-        claim(args.run_dir, settings)
+        claim(args.run_dir, {"pictures": digest(examples)} | settings)
+
+
+def train_public(args: argparse.Namespace, folder: TeacherFolder) -> int:
+    """Train a LoRA of a public model."""
+    config, size = folder.config, (args.resolution, args.resolution)
+    widths_of(args, config)
+    bits = (config.quantization or {"bits": 0})["bits"]
+    if config.is_distilled:
+        print(
+            f"note: {config.name} is distilled, which training undoes: a LoRA of "
+            f"{NAMES[config.kind, False]} also works with it",
+            file=sys.stderr,
+        )
+    examples = read_examples(args, size=size, unit=config.size_unit)
+    claim_run(args, examples, resolution=args.resolution, bits=bits)
+    network: Any = load_network(folder.path, config, dtype=on_device(None))
+    add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
+    train_only(network, NAME)
+    captions = [example.caption for example in examples]
+    prompts = args.validation_prompts or spread(captions, 2)
+    memory = training_memory(
+        folder,
+        network,
+        size=size,
+        batch_size=args.batch_size,
+        texts=1 + len({*captions, *prompts}),
+    )
+    print(
+        f"training {num_trainable(network):,} parameters (rank {args.rank}) of {config.name}"
+        f"{f' in {bits} bits' if bits else ''} takes about {memory / 1e9:.1f} GB of memory",
+        flush=True,
+    )
+    if memory > machine_memory():
+        raise UserError(
+            f"this machine has {machine_memory() / 1e9:.1f} GB: choose a smaller --resolution, "
+            "--batch-size 1 with --accumulate, or --quantize 4"
+        )
+    mx.set_cache_limit(CACHE_BYTES)
+    with announce("encoding the pictures and captions ..."):
+        data = PublicPictures(
+            folder,
+            PictureFolder(examples, seed=args.seed, flip=args.flip),
+            batch_size=args.batch_size,
+            drop_caption=args.drop_caption,
+            prompts=prompts,
+        )
+    mx.eval(network.parameters())
+    network.checkpoint_blocks()
+    validation = PublicValidation(folder, network, data, prompts=prompts)
+    with announce("measuring a step ..."):
+        needed = estimate_public(validation, memory=memory, accumulate=args.accumulate)
+    _print_estimate(args, needed, pictures=-(-args.steps // args.checkpoint_every) * len(prompts))
+    if args.dry_run:
+        return 0
+    trainer = Trainer(
+        network,
+        PublicFineTuning(),
+        batches=data,
+        config=tuning_config(args, accumulate=args.accumulate),
+        run_dir=args.run_dir,
+        validate=validation,
+    )
+    mx.set_cache_limit(CACHE_BYTES)
+    return finish(args, trainer, base_model=config.name, captions=captions, with_alpha=False)
+
+
+def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
+    """Train a LoRA of a model of this project."""
+    given = list(read_prompts(args.prior_prompts)) if args.prior_prompts else None
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(folder)
+    network, config = components.transformer, components.config
+    shares = [width.share for width in widths_of(args, config)]
+    examples = read_examples(args, size=config.image_size, unit=config.size_unit)
+    claim_run(args, examples)
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
     train_only(network, NAME)
     network.checkpoint_blocks(args.save_memory)
-    folder = PictureFolder(examples, seed=args.seed, flip=args.flip)
+    pictures = PictureFolder(examples, seed=args.seed, flip=args.flip)
     with announce("encoding the pictures ..."):
         data = EncodedFolder(
-            components, folder, batch_size=args.batch_size, drop_caption=args.drop_caption
+            components, pictures, batch_size=args.batch_size, drop_caption=args.drop_caption
         )
     wanted = args.prior_pictures if args.prior_weight else 0
     prior_prompts = known_prompts(components, wanted) if given is None else given[:wanted]
@@ -111,16 +213,32 @@ def main() -> int:
         arguments=arguments,
         validate=Validation(components, data, prompts, width=trained[0].name),
     )
+    return finish(args, trainer, base_model=config.name, captions=captions)
+
+
+def finish(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    *,
+    base_model: str,
+    captions: Sequence[str],
+    with_alpha: bool = True,
+) -> int:
+    """Train, and write the LoRA; returns the exit code."""
     if trainer.run() and trainer.is_main:
         with trainer.averaged():
             save_lora(
                 args.output,
-                network,
+                trainer.model,
                 name=NAME,
-                base_model=config.name,
+                base_model=base_model,
                 words=caption_words(captions),
+                with_alpha=with_alpha,
             )
         model = "" if args.model == "stickers" else f" --model {args.model}"
+        for name in ("revision", "base"):
+            if (value := getattr(args, name)) is not None:
+                model += f" --{name} {value}"
         print(f"{args.output} is complete. To draw with it:")
         print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
     return trainer.exit_code

@@ -57,10 +57,14 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.adapters: dict[str, Adapter] = {}
 
+    # Networks read their dtype from a layer's bias or weight.
     @property
     def bias(self) -> mx.array:
-        # The timestep embedding reads its dtype from a layer's bias.
         return self.linear.bias
+
+    @property
+    def weight(self) -> mx.array:
+        return self.linear.weight
 
     def active(self) -> list[Adapter]:
         """The adapters that are on."""

@@ -4,10 +4,10 @@
 `transformer.<layer>.lora_B.weight` and a scalar `transformer.<layer>.alpha`.
 """
 
+import itertools
 import json
 import math
 import re
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import FOUR_STEPS, SamplerConfig, from_dict, to_dict
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, parse_json, read_object, save_tensors, whole_file
+from mlx_snapgen.files import expanded, parse_json, save_tensors, whole_file
 from mlx_snapgen.lora.adapters import (
     Adapter,
     adapted_layers,
@@ -27,13 +27,18 @@ from mlx_snapgen.lora.adapters import (
     layer_dtype,
     linear_layers,
 )
+from mlx_snapgen.lora.layouts import Place, original_names
+from mlx_snapgen.lora.peft import PEFT_FILES, config_beside, peft_alphas, peft_config
 from mlx_snapgen.tensor_files import load_tensors, read_header
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 """Prefixes of a layer's path in files; `save_lora` writes the first."""
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Prefixes of kohya's flat names, where underscores replace the dots of a path."""
-PARTS = {"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"}
+PARTS = {
+    **{"lora_A": "a", "lora_B": "b", "lora_down": "a", "lora_up": "b"},
+    **{"lora.down": "a", "lora.up": "b"},
+}
 
 
 def save_lora(
@@ -45,6 +50,7 @@ def save_lora(
     few_step: SamplerConfig | None = None,
     words: Sequence[str] = (),
     dtype: mx.Dtype | None = None,
+    with_alpha: bool = True,
 ) -> None:
     """Write one adapter to a new .safetensors file, whole or not at all.
 
@@ -52,7 +58,8 @@ def save_lora(
     adapter was trained for, and `few_step`, the sampler of a few-step mode (see
     `few_step_sampler`), and `words`, new words that it was trained on (see `lora_words`). The
     adapter's weight is not written: it is the user's choice. `dtype` is
-    the floating type to store; None keeps the adapter's.
+    the floating type to store; None keeps the adapter's. Without alpha, B is scaled instead:
+    diffusers refuses alphas beside the keys of FLUX.2, and takes them wrongly for Z-Image.
 
     Raises:
         UserError: no such adapter, a file that exists, or one that cannot be written.
@@ -66,9 +73,11 @@ def save_lora(
     tensors = {}
     for layer, adapter in found.items():
         key = PREFIXES[0] + layer.removeprefix(PREFIXES[0])
-        for part, matrix in (("lora_A", adapter.a), ("lora_B", adapter.b)):
+        b = adapter.b if with_alpha else adapter.b * (adapter.alpha / adapter.rank)
+        for part, matrix in (("lora_A", adapter.a), ("lora_B", b)):
             tensors[f"{key}.{part}.weight"] = matrix if dtype is None else matrix.astype(dtype)
-        tensors[f"{key}.alpha"] = mx.array(adapter.alpha, mx.float32)
+        if with_alpha:
+            tensors[f"{key}.alpha"] = mx.array(adapter.alpha, mx.float32)
     header = {
         "format": "mlx",
         "name": name,
@@ -90,13 +99,6 @@ def save_lora(
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""Names of the weights in a LoRA's folder: PEFT's and diffusers'."""
-PEFT_CONFIG = "adapter_config.json"
-CONFIG_KEY = "lora_adapter_metadata"
-"""Entry of the header in which diffusers keeps PEFT's config."""
-
-
 def lora_file(path: str | Path) -> Path:
     """The file of a LoRA that is given by its file or by its folder, such as PEFT's."""
     path = expanded(path)
@@ -108,14 +110,6 @@ def lora_file(path: str | Path) -> Path:
     return found
 
 
-def config_beside(path: Path) -> dict[str, str]:
-    """The entry of the header for PEFT's config in the folder of the weights; {} without one."""
-    beside = path.with_name(PEFT_CONFIG)
-    if path.stem != Path(PEFT_FILES[0]).stem or not beside.is_file():
-        return {}
-    return {CONFIG_KEY: json.dumps(read_object(beside))}
-
-
 def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Tensors (lazy) and header of a LoRA's file or folder; `UserError` if it is not one.
 
@@ -123,10 +117,10 @@ def read_lora(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     .pt, .bin and .ckpt can run code when opened.
     """
     path = lora_file(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
     if not path.is_file():
         raise UserError(f"no LoRA file {path}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is not a .safetensors file, the only kind of LoRA that is read")
     _, header = read_header(path)
     return load_tensors(path), config_beside(path) | header
 
@@ -160,7 +154,7 @@ def few_step_sampler(path: str | Path) -> SamplerConfig:
         raise UserError(f"{path} has a damaged header ({error}): get it again") from None
 
 
-_KEY = re.compile(r"(.+?)\.(?:(lora_\w+)(?:\.[\w-]+)?\.weight|(alpha))")
+_KEY = re.compile(r"(.+?)\.(?:(lora_\w+|lora\.down|lora\.up)(?:\.[\w-]+)?\.weight|(alpha))")
 
 
 def _split_key(key: str) -> tuple[str, str] | None:
@@ -235,8 +229,9 @@ def load_lora(
     """Add the adapter in a file to the layers of `module`.
 
     Reads the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
-    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix. alpha is the layer's
-    `.alpha`, else PEFT's `lora_alpha` in the header or beside the file, else the rank.
+    Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix, and the layers' names
+    in diffusers or in the original layout (`layouts`). alpha is the layer's `.alpha`, else that of
+    PEFT's config in the header or beside the file, else the rank.
 
     Args:
         path: a .safetensors file, or the folder of one with PEFT's config.
@@ -261,13 +256,16 @@ def load_lora(
     if name is None:
         name = re.sub(r"^[^a-zA-Z]+", "", re.sub(r"[^\w-]", "_", path.stem, flags=re.A)) or "lora"
     layers = linear_layers(module)
-    default_alpha = _alpha_of_header(path, header)
+    config = peft_config(path, header)
+    by_layer = _by_layer(tensors, layers, path=path)
+    alphas = peft_alphas(
+        path, config, {layer: len(parts["a"]) for layer, parts in by_layer.items()}
+    )
     adapters = {}
-    for layer, parts in _by_layer(tensors, layers, path=path).items():
+    for layer, parts in by_layer.items():
         dtype = mx.float32 if trainable else layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
-        alpha = float(parts["alpha"]) if "alpha" in parts else default_alpha
-        alpha = a.shape[0] if alpha is None else alpha
+        alpha = float(parts["alpha"]) if "alpha" in parts else alphas[layer]
         adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight))
     made_for = header.get("base_model")
     if base_model and made_for and base_model != made_for:
@@ -285,11 +283,11 @@ def _by_layer(
     tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module], *, path: Path
 ) -> dict[str, dict[str, mx.array]]:
     """Layer path -> its "a", "b" and optional "alpha", all checked against the layer."""
-    aliases = {prefix + layer: layer for prefix in PREFIXES for layer in layers}
-    aliases |= {p + layer.replace(".", "_"): layer for p in FLAT_PREFIXES for layer in layers}
-    aliases |= {layer: layer for layer in layers}
+    names = original_names(layers) | {layer: Place((layer,)) for layer in layers}
+    aliases = {p + name.replace(".", "_"): names[name] for p in FLAT_PREFIXES for name in names}
+    aliases |= {prefix + name: names[name] for prefix in ("", *PREFIXES) for name in names}
     found: dict[str, dict[str, mx.array]] = {}
-    faults = []
+    faults, joined = [], []
     for key, value in tensors.items():
         name, part = _split_key(key) or (key, None)
         if part is None:
@@ -298,10 +296,30 @@ def _by_layer(
             # The search is slow, and at most three faults are listed.
             hint = nearest(name, aliases) if len(faults) < 3 else ""
             faults.append(f"{name} is no layer{hint}")
-        elif part in found.setdefault(aliases[name], {}):
+        elif len(aliases[name].layers) > 1:
+            joined.append((key, aliases[name], part, value))
+        elif part in found.setdefault(aliases[name].layers[0], {}):
             faults.append(f"{key} is there twice")
         else:
-            found[aliases[name]][part] = value
+            found[aliases[name].layers[0]][part] = _swapped(value, aliases[name], part)
+    strangers = [split[0] for key in tensors if (split := _split_key(key))]
+    if strangers and aliases.keys().isdisjoint(strangers):
+        raise UserError(f"{path} is of another model: {strangers[0]} is no layer of this one")
+    # Some files have the joined layer beside its parts, which are the same.
+    single = set(found)
+    for key, place, part, value in joined:
+        if single.issuperset(place.layers):
+            continue
+        rows = [layer_dims(layers[layer])[0] for layer in place.layers]
+        if part == "b" and (value.ndim != 2 or len(value) != sum(rows)):
+            faults.append(f"{key} is {value.shape}, not of {sum(rows)} rows")
+            continue
+        ends = list(itertools.accumulate(rows[:-1]))
+        values = mx.split(value, ends) if part == "b" else [value] * len(rows)
+        for layer, own in zip(place.layers, values, strict=True):
+            if part in found.setdefault(layer, {}):
+                faults.append(f"{key} is there twice")
+            found[layer][part] = own
     for layer, parts in found.items():
         faults += _misfits(layer, parts, linear=layers[layer])
     if faults or not found:
@@ -309,6 +327,13 @@ def _by_layer(
         listed = "; ".join(faults[:3]) or "it is empty"
         raise UserError(f"{path} does not fit this network: {listed}{more}")
     return found
+
+
+def _swapped(value: mx.array, place: Place, part: str) -> mx.array:
+    """The rows of B in our order."""
+    if part != "b" or not place.is_swapped or value.ndim != 2 or len(value) % 2:
+        return value
+    return mx.concatenate([*mx.split(value, 2)][::-1])
 
 
 def _misfits(layer: str, parts: Mapping[str, mx.array], *, linear: nn.Module) -> Iterator[str]:
@@ -326,37 +351,3 @@ def _misfits(layer: str, parts: Mapping[str, mx.array], *, linear: nn.Module) ->
     alpha = parts.get("alpha", mx.array(1.0))
     if alpha.size != 1 or not math.isfinite(float(alpha)):
         yield f"{layer} has an alpha that is not one finite number"
-
-
-def _alpha_of_header(path: Path, header: Mapping[str, str]) -> float | None:
-    """PEFT's `lora_alpha` (see `CONFIG_KEY`), or None; `UserError` for a variant of LoRA."""
-    try:
-        config = parse_json(header.get(CONFIG_KEY, "{}"), path)
-    except UserError as error:
-        raise UserError(f"{path} has a damaged header ({error}): get it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} has a damaged header: get it again")
-    config = {key.removeprefix(PREFIXES[0]): value for key, value in config.items()}
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, (int, float, types.NoneType)) or isinstance(alpha, bool):
-        raise UserError(f"{path} has a damaged header: its lora_alpha is no number: get it again")
-    if (kind := config.get("peft_type")) not in (None, "LORA"):
-        raise UserError(f"{path} is an adapter of the kind '{kind}', only LORA is supported")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise UserError(f"{path} is a LoRA with '{key}', which is not supported")
-    if config.get("init_lora_weights") in CHANGE_THE_BASE:
-        raise UserError(
-            f"{path} belongs to a base that '{config['init_lora_weights']}' has changed: merge it "
-            "with PEFT, or save it again with path_initial_model_for_weight_conversion"
-        )
-    return None if alpha is None else float(alpha)
-
-
-UNSUPPORTED = (
-    *("use_dora", "use_rslora", "alpha_pattern", "modules_to_save", "layer_replication"),
-    *("lora_bias", "trainable_token_indices", "target_parameters", "use_qalora", "fan_in_fan_out"),
-)
-"""Settings of PEFT's LoRA that change what the matrices mean."""
-CHANGE_THE_BASE = ("pissa", "olora", "corda")
-"""Values of PEFT's init_lora_weights that also change the weights of the base."""

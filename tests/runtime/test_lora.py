@@ -464,7 +464,8 @@ def test_files_that_do_not_fit_change_nothing(network, tmp_path, edit, message):
     ("metadata", "message"),
     [
         ('{"transformer.use_dora": true}', "'use_dora', which is not supported"),
-        ('{"transformer.alpha_pattern": {"x": 1}}', "'alpha_pattern'"),
+        ('{"transformer.alpha_pattern": {"x": 1}}', "alpha for 'x', which is none"),
+        ('{"transformer.alpha_pattern": {"q_proj": "x"}}', "lora_alpha is no number"),
         ("[]", "damaged header"),
         ("{", "damaged header"),
     ],
@@ -608,7 +609,7 @@ def test_the_command_draws_with_loras_and_knows_them_again(files, model_folder, 
         (["--lora", "x.safetensors", "1", "a cat"], "'a cat' follows a file and its scale"),
         (["a cat", "--lora", "x.safetensors", "nan"], "a finite number expected"),
         (["a cat", "--lora", "x.safetensors"], "no LoRA file x.safetensors"),
-        (["a cat", "--lora", "x.pt"], "is not a .safetensors file"),
+        (["a cat", "--lora", "x.pt"], "no LoRA file x.pt"),
     ],
 )
 def test_mistakes_with_loras_are_one_line(

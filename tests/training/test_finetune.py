@@ -17,6 +17,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.sampling import add_noise
 from train.data.encoded import EncodedFolder, encode_captions
 from train.data.imagefolder import PictureFolder, bucket_sizes, read_folder
 from train.data.prior import draw_prior
@@ -137,6 +138,18 @@ def test_a_batch_is_its_number_and_captions_belong_to_pictures(adapted, folder):
                 ).max(),
             )
             np.testing.assert_allclose(np.array(states), encoded[nearest], atol=1e-5)
+
+
+def test_the_validation_loss_is_that_of_levels_spread_over_the_path(adapted, folder):
+    data, errors = pictures(adapted, folder), []
+    for bucket in data.buckets:
+        x0 = bucket["latents"]
+        eps = mx.random.normal(x0.shape, key=mx.random.key(0))
+        for level in (0.125, 0.375, 0.625, 0.875):
+            t = mx.full((len(x0),), level)
+            v = velocity(adapted.transformer, bucket, add_noise(x0, eps, level), t=t, share=1.0)
+            errors += np.square(np.array(v - (eps - x0))).mean((1, 2, 3)).tolist()
+    assert Validation(adapted, data, []).loss() == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 @pytest.mark.parametrize(("unconditional", "prompt"), [("empty prompt", ""), ("absent", None)])

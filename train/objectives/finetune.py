@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -53,6 +54,23 @@ class FineTuning(LossObjective[EfficientDiT, ShareStep]):
         change = change - mx.stop_gradient(before)
         metrics[f"prior_{share:g}"] = per_sample(change).mean()
         return diffusion + self.prior_weight * metrics[f"prior_{share:g}"], metrics
+
+
+@dataclass(frozen=True)
+class PublicFineTuning(LossObjective[nn.Module, None]):
+    """The velocity loss of a public model on pictures. An `Objective`.
+
+    A batch holds `latents` (B, H, W, C), `text` (B, L, D) and `mask` (B, L).
+    """
+
+    def loss(
+        self, model: nn.Module, batch: Batch, key: mx.array, step: None
+    ) -> tuple[mx.array, Metrics]:
+        """See `LossObjective`. The noise levels follow the resolution."""
+        x_t, t, v = noisy(batch["latents"], key, shift=None)
+        found = model(x_t, t, batch["text"], batch["mask"])
+        loss = per_sample(found - v).mean()
+        return loss, {"loss": loss}
 
 
 def velocity(

@@ -3,9 +3,18 @@
 import argparse
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
+from mlx_snapgen.cli.options import (
+    Parser,
+    add_model,
+    add_model_source,
+    add_model_widths,
+    finite_number,
+    integer,
+)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
+from mlx_snapgen.settings import check_size
+from mlx_snapgen.teachers.config import TeacherConfig
 from train.options.common import (
     MOST_RANK,
     add_drop_caption,
@@ -21,10 +30,26 @@ from train.options.common import (
 
 TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
 """Layers that get an adapter."""
+PUBLIC_TARGETS = {
+    "flux2": ("attn.*", "ff.*", "ff_context.*"),
+    "qwen-image": ("attn.*", "img_mlp.*", "txt_mlp.*"),
+    "z-image": ("attention.to_*", "feed_forward.w*"),
+}
+"""By the kind of a public model: attention and feed-forward."""
+OWN = {"steps": 400, "batch_size": 8, "checkpoint_every": 100, "learning_rate": 1e-3}
+PUBLIC = {"steps": 1000, "batch_size": 1, "checkpoint_every": 250, "learning_rate": 1e-4}
+"""Defaults for a model of this project and for a public one."""
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command's options, checked; `output`, `run_dir` and `alpha` have their defaults."""
+def parse(
+    argv: list[str] | None = None, *, public: TeacherConfig | None = None
+) -> argparse.Namespace:
+    """The command's options, checked; `output`, `run_dir` and `alpha` have their defaults.
+
+    Args:
+        public: the public model that `--model` is, if it is one: the defaults are others then.
+    """
+    targets = TARGETS if public is None else PUBLIC_TARGETS[public.kind]
     parser = Parser(
         prog="python -m train.lora",
         description="Fine-tune a model on a folder of pictures with captions. The result is a\n"
@@ -42,9 +67,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of pictures with captions",
     )
     add_model(parser)
+    add_model_source(parser, quantize="train on 4 or 8 bits per weight of a public model, or none")
     add_output(parser, "LoRA file to write (default: FOLDER.safetensors)", required=False)
     add_run_dir(parser, default="runs/FOLDER")
-    add_tuning(parser, steps=400, batch_size=8, checkpoint_every=100)
+    add_tuning(parser, **(OWN if public is None else PUBLIC))
     add_number(parser, "--accumulate", 1, "batches per training step")
     add(
         "--save-memory",
@@ -61,17 +87,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--targets",
         nargs="+",
-        default=list(TARGETS),
+        default=list(targets),
         metavar="PATTERN",
-        help=f"name patterns of the layers to train (default: {' '.join(TARGETS)})",
+        help=f"name patterns of the layers to train (default: {' '.join(targets)})",
     )
     add_model_widths(parser, default=None)
     add("--flip", action="store_true", help="also train on mirror images (default: off)")
-    add_drop_caption(parser)
+    # A distilled model draws without guidance.
+    add_drop_caption(parser, default=0.0 if public and public.is_distilled else 0.1)
     add_number(
         parser,
         "--prior-weight",
-        4.0,
+        4.0 if public is None else 0.0,
         "weight of prior preservation, which limits forgetting; 0 is off",
     )
     add_number(
@@ -94,6 +121,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="prompts to draw at each checkpoint (default: 4 captions and 2 prior prompts)",
     )
     add(
+        "--resolution",
+        type=integer(1),
+        metavar="PX",
+        help="side in pixels of square pictures; others have about as many pixels; only for public "
+        "models (default: 512)",
+    )
+    add(
         "--dry-run",
         action="store_true",
         help="print the estimate of time and memory, and stop (default: off)",
@@ -110,6 +144,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.drop_caption < 1:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
     check_new_lora(args.output)
+    if public is not None:
+        args.resolution = args.resolution or 512
+        check_size(public, args.resolution, args.resolution)
+        if args.prior_weight or args.prior_prompts:
+            raise UserError("a public model is trained without prior preservation: leave it out")
     return args
 
 
@@ -119,4 +158,9 @@ with lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one t
 the same new word for the thing in every caption. Also describe the rest of the picture: you can
 then change it in a prompt. Pictures may have any size and shape: the command crops each to the
 nearest of a few shapes.
+
+Public models (Z-Image, FLUX.2 klein, Qwen-Image) have other defaults: --steps 1000, --batch-size 1,
+--checkpoint-every 250, --learning-rate 0.0001, the layers of attention and feed-forward as
+--targets, --prior-weight 0 and, if the model is distilled, --drop-caption 0. They are always
+trained with --save-memory.
 """
