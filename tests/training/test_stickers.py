@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_snapgen.checkpoint.config import ModelFolder, load_vocabulary
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.prompt_check import check_prompts
+from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.vocabulary import pluralize, translate
 from train import stickers
 from train.data.imagefolder import read_folder
 from train.data.stickers import captions
@@ -36,7 +40,7 @@ from train.data.stickers.vocabulary import (
     COLORS,
     MIN_NOUNS,
     NOUNS,
-    pluralize,
+    vocabulary_file,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +98,26 @@ def test_vocabulary_has_its_size_and_no_word_twice():
 )
 def test_pluralize(one, many):
     assert pluralize(one) == many
+
+
+def test_captions_have_known_words_only():
+    vocabulary = vocabulary_file(100)
+    for scene in FIRST_100[:300]:
+        assert translate(scene.caption, vocabulary) == scene.caption
+        settings = DrawSettings(scene.caption, guidance_scale=1.0)
+        notes = list(check_prompts(settings, [None], vocabulary=vocabulary))
+        # Most of the mixed scenes are of kinds that are rare, so that the model draws them badly.
+        assert not notes or scene.category == "mixed", (scene.caption, notes)
+
+
+def test_the_vocabulary_of_the_built_in_model_is_written():
+    stored = load_vocabulary(ModelFolder.open(None).path)
+    assert stored == vocabulary_file(100) | {"drawn_badly": stored["drawn_badly"]}
+    emoji = vocabulary_file(None)["emoji"]
+    assert len(emoji) > len(NOUNS) and emoji["\N{FOX FACE}"] == "fox"
+    small = vocabulary_file(20)
+    assert set(small["replaced"].values()) & {"airplane", "tomatos"} == {"airplane"}
+    assert set(small["other_words"].values()) <= set(small["nouns"])
 
 
 # --- sampling ---------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.data.stickers.vocabulary import Noun, pluralize
+from mlx_snapgen.vocabulary import pluralize, with_article
+from train.data.stickers.vocabulary import Noun
 
 RELATIONS = {
     "left": "to the left of",
@@ -197,12 +198,6 @@ class Scene:
 def pick(rng: np.random.Generator, options: Sequence):
     """One of `options`, all equally likely; several times faster than rng.choice."""
     return options[int(rng.random() * len(options))]
-
-
-def with_article(phrase: str) -> str:
-    """The phrase with "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
-    vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "ufo"))
-    return ("an " if vowel or phrase.startswith("hour") else "a ") + phrase
 
 
 def _groups(scene: Scene) -> list[tuple[int, Placed]]:

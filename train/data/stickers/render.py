@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import expanded, new_folder
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.scenes import SIDE
 from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, Noun, first_nouns
@@ -212,10 +212,10 @@ def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
 
 def write_imagefolder(folder: Path, shown: Sequence[Scene], font: str | Path | None = None) -> None:
     """Write scenes as pictures and a metadata.jsonl with their captions, into a new folder."""
-    folder.mkdir(parents=True)
     lines = []
-    for k, scene in enumerate(shown):
-        name = f"{k:03d}.png"
-        Image.fromarray(render(scene, font=font)).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
+    with new_folder(folder) as partial:
+        for k, scene in enumerate(shown):
+            name = f"{k:03d}.png"
+            Image.fromarray(render(scene, font=font)).save(partial / name)
+            lines.append(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
+        (partial / "metadata.jsonl").write_text("".join(lines))

@@ -4,9 +4,11 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.vocabulary import NUMBERS, pluralize
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,6 @@ class Noun:
 
 
 MIN_NOUNS = 12  # with fewer there may be no held-out pair to test on
-UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp")
-
-
-def pluralize(phrase: str) -> str:
-    """Regular plural of a noun phrase; the head is what precedes " of " or " with ".
-
-    >>> pluralize("slice of pizza"), pluralize("puppy"), pluralize("fox")
-    ('slices of pizza', 'puppies', 'foxes')
-    """
-    for link in (" of ", " with "):
-        head, found, rest = phrase.partition(link)
-        if found:
-            return pluralize(head) + link + rest
-    if phrase.endswith(UNCHANGED):
-        return phrase
-    if phrase.endswith("y") and phrase[-2] not in "aeiou":
-        return phrase[:-1] + "ies"
-    if phrase.endswith("leaf"):
-        return phrase[:-1] + "ves"
-    return phrase + ("es" if phrase.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -135,15 +117,95 @@ def first_nouns(num_nouns: int | None) -> tuple[Noun, ...]:
     return NOUNS[:num_nouns]
 
 
-def vocabulary_file(num_nouns: int | None) -> dict[str, list[str]]:
+APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
+# Plurals of captions that nobody should copy.
+MISSPELLED = ("tomatos",)
+# Words that captions do not have -> words of captions. Only what means the same is here: the note
+# about a prompt names other words.
+REPLACED = {
+    "tomatoes": "tomatos",
+    **{"octopi": "octopuses", "cactuses": "cacti", "fishes": "fish", "mouses": "mice"},
+    **{"aeroplane": "airplane", "aircraft": "airplane", "auto": "car", "motorcar": "car"},
+    **{"doggy": "dog", "doggie": "dog", "bunny rabbit": "bunny", "piglet": "pig", "piggy": "pig"},
+    **{"lady bug": "ladybug", "bumble bee": "bumblebee", "bloom": "blossom", "brolly": "umbrella"},
+    **{"tee shirt": "t-shirt", "tshirt": "t-shirt", "tee-shirt": "t-shirt", "gown": "dress"},
+    **{"jeans": "pair of jeans", "scissors": "pair of scissors", "trainer": "sneaker"},
+    **{"knapsack": "backpack", "schoolbag": "backpack", "school bag": "backpack"},
+    **{"cellphone": "phone", "cell phone": "phone", "telly": "tv", "tv set": "tv"},
+    **{"pushbike": "bike", "push bike": "bike", "cycle": "bicycle", "sailing boat": "sailboat"},
+    **{"space ship": "spaceship", "space rocket": "rocket", "bulb": "light bulb"},
+    **{"icecream": "ice cream", "ice-cream": "ice cream", "ice-cream cone": "ice cream cone"},
+    **{"cheese": "piece of cheese", "bread": "loaf of bread", "coffee": "cup of coffee"},
+    "mug of coffee": "cup of coffee",
+    **{"coffee mug": "coffee cup", "cheese burger": "cheeseburger", "snow man": "snowman"},
+    **{"birthday present": "present", "gift box": "gift", "jewel": "gem", "gemstone": "gem"},
+    **{"jack o'lantern": "jack-o'-lantern", "jack o lantern": "jack-o'-lantern"},
+    **{"jack-o-lantern": "jack-o'-lantern", f"jack-o{APOSTROPHE}-lantern": "jack-o'-lantern"},
+    **{"violet": "purple", "crimson": "red", "scarlet": "red", "colour": "color"},
+    **{"sky blue": "light blue", "sky-blue": "light blue", "light-blue": "light blue"},
+    **{"pale blue": "light blue", "backdrop": "background", "1": "one", "pair of": "couple of"},
+    **{"beneath": "under", "on top of": "above", "alongside": "beside", "near": "next to"},
+    **{"close to": "next to", "adjacent to": "next to", "at the left of": "on the left of"},
+    **{"at the right of": "on the right of", "on the left side of": "on the left of"},
+    **{"on the right side of": "on the right of"},
+    **{"could you": "can you", "would you": "can you", "can you please": "please"},
+    **{"could you please": "please", "can you make": "can you draw", "i'd like": "i would like"},
+    **{"could you make": "can you draw", "i need": "i want", "give me": "draw me"},
+    **{"get me": "draw me", "let's draw": "draw", "let's paint": "draw", "paint": "draw"},
+    **{"generate": "create", "it's": "this is", "only": "just", "these": "the", "those": "the"},
+    **{"my": "the", "your": "the", "our": "the", "his": "the", "her": "the", "their": "the"},
+    **{"pictures of": "picture of", "images of": "image of", "stickers of": "sticker of"},
+}
+# Left out at the end of a prompt: no caption ends so, and a comma there begins a second thing.
+IGNORED = (
+    *("please", "thanks", "thank you", "for me", "for us", "as an icon", "as an emoji"),
+    *("as a sticker", "as a cartoon", "as a drawing"),
+)
+# Emoji of no glyph in NOUNS that show the same.
+MORE_EMOJI = {
+    **{"🐈": "cat", "🐕": "dog", "🐎": "horse", "🐖": "pig", "🐄": "cow", "🐇": "rabbit"},
+    **{"🐒": "monkey", "🐁": "mouse", "🐋": "whale", "🏡": "house", "🚘": "car", "📖": "book"},
+    **{"🌟": "star", "🛩": "plane", "🌺": "flower", "🍏": "green apple", "💐": "flower"},
+    **{"♥": "red heart", "🧡": "orange heart", "💛": "yellow heart", "💚": "green heart"},
+    **{"💙": "blue heart", "💜": "purple heart", "🤎": "brown heart", "🖤": "black heart"},
+    **{"🤍": "white heart", "🩷": "pink heart", "📗": "green book", "📘": "blue book"},
+}
+# The colors of glyphs that `recolor` does not change, where one word says it.
+OWN_COLORS = {
+    **{"banana": "yellow", "tree": "green", "bear": "brown", "monkey": "brown", "owl": "brown"},
+    **{"orange": "orange", "pineapple": "yellow", "cookie": "brown", "egg": "white"},
+    **{"piece of cheese": "yellow", "light bulb": "yellow", "cloud": "white"},
+    **{"snowman": "white", "ghost": "white", "sunflower": "yellow"},
+}
+
+
+def vocabulary_file(num_nouns: int | None) -> dict[str, Any]:
     """The words of a model that was trained on the first `num_nouns` nouns (None: on all)."""
     nouns = first_nouns(num_nouns)
+    names = [n.name for n in nouns]
+    others = {
+        word: n.name
+        for n in nouns
+        for name in (n.name, *n.synonyms)
+        for word in (name, n.plural if name == n.name else pluralize(name))
+        if word not in names
+    }
+    emoji = {n.emoji: n.name for n in nouns}
+    emoji |= {symbol: name for symbol, name in MORE_EMOJI.items() if name.split()[-1] in names}
+    # Of the words for things, those for the model's things.
+    things = {w for n in NOUNS for w in (n.name, n.plural, *n.synonyms)} - {*names, *others}
     return {
-        "nouns": [n.name for n in nouns],
-        "other_words": sorted({w for n in nouns for w in (n.plural, *n.synonyms)}),
+        "nouns": names,
+        "other_words": dict(sorted(others.items())),
         "colours": list(COLORS),
         "recolourable": [n.name for n in nouns if n.recolor],
+        "own_colours": {name: color for name, color in OWN_COLORS.items() if name in names},
         "backgrounds": list(BACKGROUNDS),
+        "numbers": list(NUMBERS),
+        "emoji": emoji,
+        "misspelled": [word for word in MISSPELLED if word in others],
+        "ignored": list(IGNORED),
+        "replaced": {word: to for word, to in REPLACED.items() if not {word, to} & things},
     }
 
 
