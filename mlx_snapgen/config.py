@@ -1,8 +1,9 @@
 """Configs of models and networks, as frozen dataclasses. Does not import mlx.
 
-Presets `full`, `small` and `tiny` are the paper's three widths as stand-alone models,
-`supernetwork` holds all three, `ladder-a` to `ladder-d` are the paper's ablation (at the small
-width), and `stickers` is the default model of this package.
+Presets `full`, `small` and `tiny` are the paper's three widths as stand-alone models, and
+`supernetwork` holds all three; with -f32 in their names they take the latents of DC-AE. `ladder-a`
+to `ladder-d` are the paper's ablation (at the small width), and `stickers` is the default model of
+this package.
 """
 
 import dataclasses
@@ -58,21 +59,27 @@ class TransformerConfig:
             raise UserError(f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}")
         if len(self.blocks) != 3 or len(self.ffn_ratio) != 3:
             raise UserError("blocks and ffn_ratio take three numbers: Down, Middle, Up")
+        if not all(1 / self.hidden_size <= ratio <= 100 for ratio in self.ffn_ratio):
+            raise UserError(f"ffn_ratio takes numbers up to 100, not {self.ffn_ratio}")
         if bool(self.blocks[1]) != bool(self.blocks[2]) or not self.blocks[0]:
             raise UserError(f"blocks must be (n, 0, 0) or three positive numbers: {self.blocks}")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"{self.num_heads} heads do not divide by {self.num_kv_heads} kv heads")
+            raise UserError(
+                f"{self.num_heads} heads (hidden_size / head_dim) do not divide by "
+                f"num_kv_heads, {self.num_kv_heads}"
+            )
         for width in self.widths:
             heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
             if heads % 1 or (self.num_kv_heads > 1 and kv_heads % 1):
                 raise UserError(
-                    f"width {width} cuts through a head: {heads} query and {kv_heads} kv heads "
-                    f"of {self.head_dim}"
+                    f"width {width:g} cuts through a head: {heads:g} heads (hidden_size / head_dim "
+                    f"x width) and {kv_heads:g} of num_kv_heads must be whole numbers; or omit "
+                    "this width from widths"
                 )
             if heads % self.num_cross_kv_heads and heads > self.num_cross_kv_heads:
                 raise UserError(
-                    f"width {width}: {heads:g} heads do not divide by {self.num_cross_kv_heads} "
-                    "cross-attention kv heads"
+                    f"width {width:g}: {heads:g} heads (hidden_size / head_dim x width) do not "
+                    f"divide by num_cross_kv_heads, {self.num_cross_kv_heads}"
                 )
 
     @property
@@ -106,7 +113,7 @@ class AutoencoderConfig:
     default model's, has an encoder with channels at 1/4 and 1/8 of the picture's side, and a
     decoder with channels at 1/8, 1/4 and 1/2; each further level doubles the factor. The kinds
     "qwen-image", "taehv", "kl" and "flux2" have channels at 1, 1/2, 1/4 and 1/8, and in reverse
-    order in the decoder.
+    order in the decoder; "dc-ae" has them at 1, 1/2 and so on to 1/32.
     """
 
     kind: str = "convolutional"
@@ -125,11 +132,17 @@ class AutoencoderConfig:
     @property
     def downsampling(self) -> int:
         """Side of a picture in pixels, divided by the side of its latents."""
+        if self.kind == "dc-ae":
+            return 32
         return 2 ** (len(self.encoder_channels) + 1) if self.kind == "convolutional" else 8
 
     def __post_init__(self):
         if self.kind == "convolutional":
             self._check_levels()
+        elif self.kind in ("kl", "flux2"):
+            sizes = (*self.encoder_channels, *self.decoder_channels)
+            if any(size % 32 for size in sizes):
+                raise UserError(f"channels of the kind {self.kind} divide by 32, not {sizes}")
         each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
         count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):
@@ -181,6 +194,18 @@ FLUX2_AUTOENCODER = AutoencoderConfig(
 )
 """FLUX.2's, without its statistics of the latents, which its checkpoint contains."""
 
+DC_AE = AutoencoderConfig(
+    kind="dc-ae",
+    latent_channels=32,
+    encoder_channels=(128, 256, 512, 512, 1024, 1024),
+    decoder_channels=(1024, 1024, 512, 512, 256, 128),
+    encoder_blocks=(2, 2, 2, 3, 3, 3),
+    decoder_blocks=(3, 3, 3, 3, 3, 3),
+    latents_mean=(0.0,) * 32,
+    latents_std=(1 / 0.41407,) * 32,
+)
+"""SANA's deep compression autoencoder (arXiv 2410.10629)."""
+
 TAEW2_1 = AutoencoderConfig(
     kind="taehv",
     latent_channels=16,
@@ -229,8 +254,8 @@ class PictureEncoderConfig:
     """Side of the square pictures in pixels."""
     activation: str = "quick_gelu"
     """"gelu" (exact) or "quick_gelu" (OpenAI's CLIP)."""
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     """Of the colors of the training pictures in [0, 1]."""
 
 
@@ -303,6 +328,9 @@ class ModelConfig:
     name: str = ""
     image_size: tuple[int, int] = (1024, 1024)
     """Default (height, width) in pixels."""
+    trained_sizes: tuple[tuple[int, int], ...] = ()
+    """(height, width) in pixels of all pictures that it was trained on; other sizes are drawn at
+    the nearest (see `settings.trained_size`). Empty: not known, any size is drawn."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_encoders: tuple[TextEncoderConfig, ...] = ()
@@ -365,7 +393,7 @@ class ModelConfig:
             self.few_step, time_shift=self.time_shift(*self.image_size, few_step=True)
         )
         sampler = dataclasses.replace(self.sampler, time_shift=self.time_shift(*self.image_size))
-        return dataclasses.replace(self, sampler=sampler, few_step=few_step)
+        return dataclasses.replace(self, trained_sizes=(), sampler=sampler, few_step=few_step)
 
     def sampler_for(
         self, num_inference_steps: int | None = None, few_step: bool | None = None
@@ -416,6 +444,16 @@ def from_dict(cls: type, values: Any) -> Any:
         raise UserError(f"{cls.__name__} has values that do not fit together: {error}") from None
     _check_layers(made)
     return made
+
+
+def checked(config: Any) -> Any:
+    """A config made of values of unknown origin; `UserError` as from `from_dict`."""
+    return from_dict(type(config), to_dict(config))
+
+
+def whole_number(value: Any, key: str) -> int:
+    """A size of unknown origin, before it multiplies; `UserError` as from `from_dict`."""
+    return _read(int, value, key)
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:
@@ -504,7 +542,22 @@ TRANSFORMERS: dict[str, TransformerConfig] = {
         text_width=256,
     ),
 }
-"""Transformer presets by name."""
+TRANSFORMERS |= {
+    f"{name}-f32": dataclasses.replace(
+        TRANSFORMERS[name], patch_size=1, num_bands=8, latent_channels=32
+    )
+    for name in ("supernetwork", "full", "small", "tiny")
+}
+"""Transformer presets by name.
+
+Those named -f32 take the latents of DC-AE, one token for each: a quarter of the others' tokens. As
+there, a band has four rows of tokens at 1024 pixels.
+"""
+
+
+def preset_autoencoder(name: str) -> AutoencoderConfig:
+    """The public autoencoder whose latents the named transformer preset takes."""
+    return DC_AE if name.endswith("-f32") else QWEN_IMAGE_AUTOENCODER
 
 
 def transformer_preset(name: str) -> TransformerConfig:

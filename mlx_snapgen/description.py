@@ -47,11 +47,12 @@ class Abilities:
     guidance: bool = True
     """Guidance and negative prompts."""
     attention_modulation: bool = True
-    loras: bool = True
     part_of_text_encoders: bool = True
     """Whether it draws with some of its text encoders alone."""
     edit: bool = False
     """Whether it takes pictures to edit."""
+    any_size: bool = False
+    """Whether it draws all sizes well, not its default alone."""
 
 
 class Description(Protocol):
@@ -62,6 +63,11 @@ class Description(Protocol):
     @property
     def image_size(self) -> tuple[int, int]:
         """Default (height, width) in pixels."""
+        ...
+
+    @property
+    def trained_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of all pictures it was trained on; empty: not known."""
         ...
 
     @property

@@ -1,21 +1,88 @@
 """Prompts to latents and pictures: the sampling loop of single pictures and of batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.inputs import fitted_mask, fitted_picture, fitted_reference, picture_name
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
-from mlx_snapgen.sampling import Step, denoise, get_noise, get_schedule, guided_velocity
+from mlx_snapgen.sampling import (
+    Start,
+    Step,
+    denoise,
+    get_noise,
+    get_schedule,
+    guided_velocity,
+)
 from mlx_snapgen.settings import DrawSettings
 
 Encode = Callable[[Sequence[Prompt]], tuple[mx.array, mx.array]]
 """Prompts -> text (B, L, D) and mask (B, L); None is absent text."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures that a drawing starts from, read and fitted."""
+
+    image: Image.Image | None = None
+    """RGB, in the size of the drawing."""
+    redrawn: np.ndarray | None = None
+    """Pixels to redraw (H, W); None: all."""
+    references: tuple[Image.Image, ...] = ()
+    """Pictures to edit, RGB."""
+    notices: tuple[str, ...] = ()
+    """What had to be changed in them."""
+
+    def over(self, drawn: Image.Image) -> Image.Image:
+        """A drawn picture with the pixels that were not to be redrawn as they were."""
+        if self.image is None or self.redrawn is None:
+            return drawn
+        kept = np.asarray(self.image.convert(drawn.mode))
+        return Image.fromarray(np.where(self.redrawn[:, :, None], np.asarray(drawn), kept))
+
+    def latent_mask(self, factor: int) -> mx.array | None:
+        """(1, H/f, W/f, 1): 1 where any of the f x f pixels is redrawn, else 0; None: all are."""
+        if self.redrawn is None:
+            return None
+        height, width = (side // factor for side in self.redrawn.shape)
+        cells = mx.array(self.redrawn).reshape(1, height, factor, width, factor, 1)
+        return cells.any(axis=(2, 4)).astype(mx.float32)
+
+
+def read_inputs(settings: DrawSettings, *, unit: int) -> Inputs:
+    """The pictures of resolved settings.
+
+    Args:
+        unit: sides of pictures to edit are multiples of this.
+
+    Raises:
+        UserError: a file is missing, damaged or not a picture, or the mask selects nothing.
+    """
+    assert settings.height is not None and settings.width is not None
+    size = settings.height, settings.width
+    fitted = [(source, fitted_reference(source, unit=unit)) for source in settings.edit]
+    if settings.image is not None:
+        first = fitted_picture(settings.image, size, how=settings.fit)
+        fitted.insert(0, (settings.image, first))
+    notices = [
+        f"{picture_name(source) or 'the picture'}: {', '.join(changes)}"
+        for source, (_, changes) in fitted
+        if changes
+    ]
+    redrawn = None
+    if settings.mask is not None:
+        redrawn = fitted_mask(settings.mask, size, how=settings.fit)
+    pictures = [picture for _, (picture, _) in fitted]
+    image = pictures.pop(0) if settings.image is not None else None
+    return Inputs(image, redrawn, references=tuple(pictures), notices=tuple(notices))
 
 
 def encode_for(
@@ -46,6 +113,7 @@ def denoise_latents(
     settings: DrawSettings,
     config: ModelConfig,
     share: float = 1.0,
+    start: Start | None = None,
 ) -> Iterator[Step]:
     """Go from the seeds' noise to latents (B, h, w, C), yielding after every step.
 
@@ -56,6 +124,7 @@ def denoise_latents(
         settings: resolved.
         config: the model's.
         share: of the network's hidden dimensions.
+        start: see `sampling.denoise`.
     """
     assert settings.height is not None and settings.width is not None
     assert settings.time_shift is not None
@@ -74,7 +143,8 @@ def denoise_latents(
         return mx.concatenate([get_noise(seed, *shape, draw) for seed in seeds])
 
     schedule = get_schedule(sampler.num_inference_steps, settings.time_shift)
-    yield from denoise(velocity, noise(0), schedule, noise if sampler.fresh_noise else None)
+    fresh_noise = noise if sampler.fresh_noise else None
+    yield from denoise(velocity, noise(0), schedule, fresh_noise, start=start)
 
 
 def in_mode(

@@ -100,7 +100,13 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         OSError: it cannot be written, or the parent is not a folder.
     """
     with _beside(path) as partial:
-        yield partial
+        try:
+            yield partial
+        except OSError as error:
+            # A write that fails does not name its file.
+            if error.filename is None and error.errno is not None:
+                error.filename = str(path)
+            raise
         if replace:
             os.replace(partial, path)
         else:
@@ -180,7 +186,7 @@ def save_tensors(path: Path, tensors: Any, header: Mapping[str, str] | None = No
             raise
         if shutil.disk_usage(path.parent).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-        raise OSError(str(error)) from None
+        raise OSError(errno.EIO, str(error)) from None
 
 
 # --- locks --------------------------------------------------------------------------------------

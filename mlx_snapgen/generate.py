@@ -21,13 +21,20 @@ from mlx_snapgen.cli.notices import announce, peak_process_bytes, short_warnings
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.metadata import MAX_PIXELS, foreign, read_settings, save_picture, slug
+from mlx_snapgen.metadata import (
+    MAX_PIXELS,
+    PICTURES,
+    find_pictures,
+    foreign,
+    read_settings,
+    save_picture,
+    slug,
+)
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
+from mlx_snapgen.vocabulary import listed
 
-LABELS = {"colours": "colors", "recolourable": "nouns that take a color"}
-"""Shown names of vocabulary.json's keys."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -38,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("give either a prompt or --prompts-file, not both")
     if args.interactive and (args.prompts_file is not None or args.json):
         raise UserError("--interactive cannot be combined with --prompts-file or --json")
-    with short_warnings():
+    if args.cache_limit is not None:
+        mx.set_cache_limit(args.cache_limit)
+    with short_warnings(name_prompts=args.prompts_file is not None):
         settings, choice, origin = _settings(args)
         if args.vocabulary:
             return _print_vocabulary(open_model(choice).path, args.json)
@@ -75,9 +84,10 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
         return draw_settings(args), model_choice(args), {}
     sized = args.height is not None and args.width is not None
     most = None if sized else MAX_PIXELS
-    settings, choice, origin = read_settings(args.config_from_image, max_pixels=most)
+    recorded = read_settings(args.config_from_image, max_pixels=most)
+    choice, origin = recorded.choice, recorded.values
     if args.model is not None:
-        choice = dataclasses.replace(choice, revision=None)
+        choice = dataclasses.replace(choice, revision=None, base=None)
     choice = model_choice(args, choice)
     others = foreign(choice, model_choice(args))
     if others and not args.trust_settings:
@@ -85,6 +95,11 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
             f"{args.config_from_image} was drawn with {others}: --trust-settings uses that, "
             "--model and --lora choose others"
         )
+    given = [name for name in PICTURES if getattr(args, name) is not None]
+    settings = find_pictures(recorded, args.config_from_image, given=given)
+    if args.height is not None or args.width is not None:
+        # Only the size in the picture was drawn before.
+        settings = dataclasses.replace(settings, force_size=False)
     return draw_settings(args, settings), choice, origin
 
 
@@ -118,12 +133,13 @@ def _draw(
     *,
     output: str | None,
     args: argparse.Namespace,
-) -> None:
-    """Draw, save and report all pictures of one prompt."""
+) -> Path:
+    """Draw, save and report all pictures of one prompt; returns the last one's file."""
     name, steps = slug(settings.prompt), pipeline.generate(settings)
     target = Path(output or ".") / f"{name}.png"
     if output is not None and not is_folder(output):
         target = Path(output)
+    path = target
     for k in range(settings.num_images):
         started, count = time.perf_counter(), f"{k + 1}/{settings.num_images}"
         # A terminal shows a progress bar instead.
@@ -134,6 +150,7 @@ def _draw(
             )
         seconds = time.perf_counter() - started
         _report(step, path, seconds=seconds, per_step=per_step, as_json=args.json)
+    return path
 
 
 def _last_step(
@@ -153,7 +170,7 @@ def _last_step(
             bar.update()
             if folder is not None:
                 file = f"{name}-seed-{step.seed}-step-{step.index + 1:02d}.png"
-                save_picture(step.preview(), Path(folder) / file)
+                save_picture(step.decode(step.x0), Path(folder) / file)
             if step.final:
                 return step, per_step
     raise AssertionError("every picture has a final step")
@@ -185,9 +202,10 @@ def _print_vocabulary(folder: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps(vocabulary, ensure_ascii=False))
     else:
-        for category, words in vocabulary.items():
-            label = LABELS.get(category, category.replace("_", " "))
-            print(f"{label} ({len(words)}): {', '.join(words)}\n")
+        for title, words in listed(vocabulary).items():
+            print(f"{title} ({len(words)}): {', '.join(words)}\n")
+        if vocabulary.get("backgrounds"):
+            print("If the prompt names no background, it is mostly white, with some seeds a color.")
     return 0
 
 

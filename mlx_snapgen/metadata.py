@@ -13,14 +13,15 @@ import re
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.inputs import describe_picture, picture_hash
 from mlx_snapgen.settings import (
     MAX_SEED,
     MAX_STEPS,
@@ -50,6 +51,7 @@ RANGES = {
     "num_inference_steps": (1, MAX_STEPS),
     "guidance_scale": (-1e6, 1e6),
     "quantize": (0, 8),
+    "strength": (0, 1),
 }
 """Field -> smallest and largest value in a picture."""
 MAX_PIXELS = 1 << 22
@@ -57,7 +59,10 @@ MAX_PIXELS = 1 << 22
 MAX_PROMPT, MAX_NAME, MAX_NAMES = 10_000, 1000, 64
 """Characters of prompts, characters of other texts, and LoRAs or text encoders in a picture."""
 
-OLDER = {"few_step": False}
+PICTURES = {"image", "mask", "edit"}
+"""Fields that are pictures: recorded by name and hash."""
+
+OLDER = {"few_step": False, "force_size": True}
 """Values of missing fields whose default is not the behavior of older versions."""
 
 
@@ -71,16 +76,27 @@ class Recorded(NamedTuple):
 
 
 def record_settings(settings: DrawSettings) -> dict[str, Any]:
-    """The metadata of resolved settings. Each picture has its own seed, so there is no count."""
-    values = dataclasses.asdict(settings)
+    """The metadata of resolved settings. Each picture has its own seed, so there is no count.
+
+    Of pictures to start from, it has the name and the hash.
+    """
+    values = dict(vars(settings))
     del values["num_images"]
+    pictures = {name: values.pop(name) for name in ("image", "mask", "edit")}
+    if settings.image is None:
+        del values["strength"], values["fit"]
+    for name, value in pictures.items():
+        if name == "edit" and value:
+            values[name] = [describe_picture(source) for source in value]
+        elif name != "edit" and value is not None:
+            values[name] = describe_picture(value)
     return values
 
 
 def record_choice(choice: ModelChoice) -> dict[str, Any]:
     """The metadata of a model: everything that affects pictures."""
     values = dataclasses.asdict(choice)
-    del values["keep_text_encoders"]
+    del values["keep_text_encoders"], values["low_memory"]
     values["loras"] = [{"path": str(path), "weight": float(w)} for path, w in choice.loras]
     values["text_encoders"] = choice.text_encoders and list(choice.text_encoders)
     return values
@@ -97,6 +113,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             text = _text(file) if kind == "PNG" else None
     except FileNotFoundError:
         raise UserError(f"no picture {path}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a readable picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path} is not a readable picture: {reason}") from None
@@ -153,7 +171,8 @@ def _text(file: BinaryIO) -> str | None:
 def read_settings(path: str | Path, *, max_pixels: int | None = MAX_PIXELS) -> Recorded:
     """The settings in a picture's metadata.
 
-    The picture may be a stranger's: see `foreign` before you load the model that it names.
+    The picture may be a stranger's: see `foreign` before you load the model that it names. The
+    settings name pictures to start from without their folders: see `find_pictures`.
 
     Args:
         max_pixels: most pixels that the settings may ask for; None: any number.
@@ -167,6 +186,10 @@ def read_settings(path: str | Path, *, max_pixels: int | None = MAX_PIXELS) -> R
     values.pop("time_shift", None)
     with contextlib.suppress(TypeError, LookupError):
         values["loras"] = [[lora["path"], lora["weight"]] for lora in values["loras"]]
+    for name in PICTURES & values.keys():
+        value = values[name]
+        several = isinstance(value, list)
+        values[name] = [_name(one) for one in value] if several else _name(value)
     settings, choice = (read_fields(kind, values) for kind in (DrawSettings, ModelChoice))
     fields = {f.name for kind in (DrawSettings, ModelChoice) for f in dataclasses.fields(kind)}
     for name in (*REQUIRED, *values):
@@ -183,6 +206,54 @@ def read_settings(path: str | Path, *, max_pixels: int | None = MAX_PIXELS) -> R
     return Recorded(DrawSettings(**settings), ModelChoice(**choice), metadata)
 
 
+def _name(value: Any) -> Any:
+    """The name in the metadata of a picture, "" for none; None: it is damaged."""
+    if not isinstance(value, dict) or not isinstance(value.get("sha256"), str):
+        return None
+    return value.get("name") or ""
+
+
+def find_pictures(
+    recorded: Recorded, path: str | Path, *, given: Collection[str] = ()
+) -> DrawSettings:
+    """The recorded settings with the files of the pictures to start from.
+
+    A file is looked for beside the PNG at `path` and in the current folder, by its name and hash.
+
+    Args:
+        given: fields of which the user gives other pictures.
+
+    Raises:
+        UserError: a picture was not found; names the option for it.
+    """
+    options = {"image": "--image FILE STRENGTH", "mask": "--mask FILE", "edit": "--edit FILE ..."}
+    settings = recorded.settings
+    for name, option in options.items():
+        value = recorded.values.get(name)
+        if name in given or value is None:
+            continue
+        found = [
+            _find_picture(one, Path(path).parent, option=option, png=path)
+            for one in (value if isinstance(value, list) else [value])
+        ]
+        picture = tuple(found) if name == "edit" else found[0]
+        settings = dataclasses.replace(settings, **{name: picture})
+    return settings
+
+
+def _find_picture(value: Mapping[str, Any], folder: Path, *, option: str, png: str | Path) -> str:
+    name, others = str(value.get("name") or ""), False
+    for place in (folder, Path()) if name else ():
+        if (place / name).is_file():
+            if picture_hash(place / name) == value["sha256"]:
+                return str(place / name)
+            others = True
+    what = f"from {name}" if name else "from a picture that was never a file"
+    why = "which has changed since" if others else "which is not here"
+    why = f", {why}" if name else ""
+    raise UserError(f"{png} was drawn {what}{why}: give it with {option}")
+
+
 def _in_range(name: str, value: Any) -> bool:
     """Whether a setting of the right type has a value that can be used; None can."""
     if name in RANGES and value is not None:
@@ -193,6 +264,8 @@ def _in_range(name: str, value: Any) -> bool:
     if name in ("prompt", "negative_prompt"):
         return len(value or "") <= MAX_PROMPT and _is_unicode(value or "")
     names = value if isinstance(value, tuple) else (value,)
+    if name in PICTURES and any(text != Path(text or "").name for text in names):
+        return value is None
     if name == "loras":
         if not all(abs(weight) <= 1e6 for _, weight in value or ()):
             return False
@@ -216,6 +289,8 @@ def foreign(recorded: ModelChoice, used: ModelChoice) -> str:
     parts = []
     if recorded.model != used.model:
         parts.append(f"the model {recorded.model or 'stickers'}")
+    if recorded.base is not None and recorded.base != used.base:
+        parts.append(f"the base {recorded.base}")
     if recorded.revision is not None and recorded.revision != used.revision:
         parts.append(f"revision {recorded.revision[:12]}")
     files = [path for path, _ in used.loras]
@@ -274,7 +349,12 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 def slug(prompt: str) -> str:
     """A file name made of a prompt: "A red apple!" -> "a-red-apple"."""
-    words = "-".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).lower()))
+    text = unicodedata.normalize("NFKC", prompt)
+    # An emoji has a name: "red apple".
+    text = "".join(
+        f" {unicodedata.name(c, '')} " if unicodedata.category(c) == "So" else c for c in text
+    )
+    words = "-".join(re.findall(r"\w+", text.lower()))
     # Names are limited in bytes, and a letter may have several.
     short = words.encode()[:80].decode(errors="ignore").strip("-_")
     return short or "snapgen"

@@ -1,5 +1,6 @@
 """Open a model of any kind: one of ours, or a public one."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,14 @@ from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, local_folder, quiet
 from mlx_snapgen.checkpoint.language_models import QWEN_FILES
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.public.first_use import INDEX, describe, is_public, open_public
+from mlx_snapgen.files import expanded
+from mlx_snapgen.lora.adapters import remove_lora
+from mlx_snapgen.lora.files import load_lora, read_lora
+from mlx_snapgen.public.first_use import INDEX, PublicModel, describe, is_public, open_public
+from mlx_snapgen.public.layouts import kind_of
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.folder import CONFIG, TeacherFolder, is_teacher, load_teacher_config
+from mlx_snapgen.tensor_files import read_header
 
 DESCRIPTIONS = ("config.json", CONFIG, INDEX)
 """Files by which a repository is recognized."""
@@ -26,7 +32,8 @@ def open_model(
 ) -> ModelFolder | TeacherFolder:
     """Find the model of `choice` and read its config; a public model is fetched and converted.
 
-    A repository is recognized by its configs before any weights are fetched.
+    A repository is recognized by its configs before any weights are fetched. So is a LoRA that is
+    missing, or does not fit a public model.
 
     Args:
         progress: see `find_model`.
@@ -36,32 +43,29 @@ def open_model(
         UserError: no such model, a damaged config, a model that cannot be drawn with, or a stored
             model that cannot be quantized.
     """
-    local = local_folder(choice.model)
-    if local is not None:
-        find_model(choice.model, revision=choice.revision)  # a folder has no revisions
-        return _open(choice, local) or (
-            open_public(
-                describe(str(choice.model), local, None),
-                bits=choice.quantize,
-                converting=converting,
-                say=say,
-            )
-            if is_public(local)
-            else ModelFolder.open(choice.model)
+    for path, _ in choice.loras:
+        read_lora(path)
+    if choice.base is not None or is_file(choice.model):
+        model = _with_fitting_loras(
+            describe_file(choice.model or "stickers", base=choice.base, revision=choice.revision),
+            choice,
         )
-    name = str(choice.model)
-    folder = find_model(name, revision=choice.revision, files=DESCRIPTIONS, progress=quiet)
-    commit = folder.name
-    if is_teacher(folder):
-        folder = find_model(name, revision=commit, files=TEACHER_FILES, progress=progress)
-        found = _open(choice, folder, commit)
-        assert found is not None
-        return found
-    if is_public(folder):
-        model = describe(name, folder, commit)
         return open_public(
             model, bits=choice.quantize, progress=progress, converting=converting, say=say
         )
+    folder, commit = _described(choice.model, choice.revision)
+    name = str(choice.model)
+    if is_teacher(folder):
+        if commit is not None:
+            folder = find_model(name, revision=commit, files=TEACHER_FILES, progress=progress)
+        return _open(choice, folder, commit)
+    if is_public(folder):
+        model = _with_fitting_loras(describe(name, folder, commit), choice)
+        return open_public(
+            model, bits=choice.quantize, progress=progress, converting=converting, say=say
+        )
+    if commit is None:
+        return ModelFolder.open(choice.model)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name} is not a model that can be drawn with: it has neither the config.json of this "
@@ -70,10 +74,80 @@ def open_model(
     return ModelFolder.fetch(name, load_config(folder), commit=commit, progress=progress)
 
 
-def _open(choice: ModelChoice, folder: Path, commit: str | None = None) -> TeacherFolder | None:
-    """The folder that `convert.teacher` wrote; None for any other."""
-    if not is_teacher(folder):
-        return None
+BASES = {
+    "z-image": "Tongyi-MAI/Z-Image-Turbo or Tongyi-MAI/Z-Image",
+    "qwen-image": "Qwen/Qwen-Image",
+    "flux2": "black-forest-labs/FLUX.2-klein-4B or black-forest-labs/FLUX.2-klein-base-4B",
+}
+"""Kind of a public model -> repositories that a single file can have its other parts from."""
+
+
+def is_file(model: str | None) -> bool:
+    """Whether a model is the name of one file, there or not."""
+    return str(model).endswith(".safetensors")
+
+
+def _described(model: str | None, revision: str | None) -> tuple[Path, str | None]:
+    """Folder of a model's configs, and the commit if it is of a repository."""
+    folder = find_model(model, revision=revision, files=DESCRIPTIONS, progress=quiet)
+    return folder, folder.name if local_folder(model) is None else None
+
+
+def describe_public(model: str, *, revision: str | None, base: str | None) -> PublicModel:
+    """A public model in diffusers' format, or one file of it; see `describe_file`.
+
+    Raises:
+        UserError: another model, from its configs alone.
+    """
+    if base is not None or is_file(model):
+        return describe_file(model, base=base, revision=revision)
+    folder, commit = _described(model, revision)
+    if not is_public(folder):
+        raise UserError(f"{model} is not in diffusers' format: it has no {INDEX}")
+    return describe(model, folder, commit)
+
+
+def describe_file(file: str, *, base: str | None, revision: str | None) -> PublicModel:
+    """The public model whose transformer is one file, and whose other parts are those of `base`.
+
+    Args:
+        base: folder in diffusers' format, or repository.
+        revision: of the repository.
+
+    Raises:
+        UserError: no such file, a file of something else, or no `base`.
+    """
+    path = expanded(file)
+    if path.suffix != ".safetensors" or not path.is_file():
+        what = "--base takes a model that is one .safetensors file, not" if base else "no file"
+        raise UserError(f"{what} {file}")
+    kind = kind_of(read_header(path)[0])
+    if kind is None:
+        raise UserError(f"{file} is no transformer of a public model that can be drawn with")
+    if base is None:
+        raise UserError(
+            f"{file} is a transformer alone: choose the model with the other parts, --base "
+            f"{BASES[kind]}"
+        )
+    folder, commit = _described(base, revision)
+    if not is_public(folder):
+        raise UserError(f"{base} is not in diffusers' format: choose --base {BASES[kind]}")
+    model = describe(base, folder, commit)
+    if model.kind != kind:
+        raise UserError(f"{file} is not of {model.name}'s kind: choose --base {BASES[kind]}")
+    return dataclasses.replace(model, file=path)
+
+
+def _with_fitting_loras(model: PublicModel, choice: ModelChoice) -> PublicModel:
+    """`model`; `UserError` if a LoRA of `choice` does not fit its network."""
+    for path, _ in choice.loras:
+        load_lora(path, model.network, name="fitting")
+        remove_lora(model.network)
+    return model
+
+
+def _open(choice: ModelChoice, folder: Path, commit: str | None) -> TeacherFolder:
+    """The folder that `convert.teacher` wrote."""
     config = load_teacher_config(folder)
     stored = (config.quantization or {"bits": 0})["bits"]
     if choice.quantize not in (None, stored):

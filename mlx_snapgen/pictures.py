@@ -29,30 +29,6 @@ def from_uint8(pictures: np.ndarray) -> mx.array:
     return mx.array(pictures).astype(mx.float32) / 127.5 - 1
 
 
-def fit_reference(picture: Image.Image, *, unit: int, max_pixels: int = 2**20) -> Image.Image:
-    """A picture to edit in a size that FLUX.2 takes, as in diffusers' Flux2KleinPipeline.
-
-    A picture of more than `max_pixels` is made smaller. Its sides are then cut around the center to
-    multiples of `unit`.
-
-    Raises:
-        UserError: a side is shorter than 64 pixels, or 8 times shorter than the other one.
-    """
-    width, height = picture.size
-    if min(width, height) < 64 or max(width, height) > 8 * min(width, height):
-        raise UserError(
-            f"a picture of {height}x{width} pixels cannot be edited: both sides must be at least "
-            "64 pixels, and one at most 8 times the other"
-        )
-    if width * height > max_pixels:
-        scale = math.sqrt(max_pixels / (width * height))
-        size = int(width * scale), int(height * scale)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    kept = [side // unit * unit for side in picture.size]
-    left, top = ((side - cut) // 2 for side, cut in zip(picture.size, kept, strict=True))
-    return picture.crop((left, top, left + kept[0], top + kept[1]))
-
-
 def decibels(mean_squared_error: float, peak: float) -> float:
     """Peak signal-to-noise ratio in dB; infinite if the error is 0."""
     if mean_squared_error == 0:
@@ -71,7 +47,7 @@ def contact_sheet(
     """Pictures (H, W, 3) of one size in rows of `columns`, each over its caption."""
     (height, width), margin, line = pictures[0].shape[:2], 6, 11
     chars = max(width // 6, 8)
-    wrapped = [textwrap.wrap(text, chars)[:4] for text in captions]
+    wrapped = [textwrap.wrap(text, chars, max_lines=4, placeholder="...") for text in captions]
     lines = max(len(text) for text in wrapped)
     cell_width, cell_height = width + margin, height + margin + line * lines
     rows = -(-len(pictures) // columns)

@@ -26,6 +26,18 @@ class Step:
     """The estimate of the clean latents at the start of the step."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """A picture that sampling starts from, instead of noise alone."""
+
+    x0: mx.array
+    """Its latents (1, H, W, C)."""
+    strength: float
+    """See `cut_schedule`."""
+    redrawn: mx.array | None = None
+    """(1, H, W, 1): 1 where the picture is redrawn, 0 where it stays; None redraws all of it."""
+
+
 def shift_time(t, shift: float):
     """Timestep shift of SD3: shift t / (1 + (shift - 1) t); arrays or numbers in [0, 1]."""
     return shift * t / (1 + (shift - 1) * t)
@@ -34,6 +46,15 @@ def shift_time(t, shift: float):
 def get_schedule(num_steps: int, shift: float = 1.0) -> list[float]:
     """`num_steps + 1` noise levels from 1 down to 0, e.g. 1, .9, .75, .5, 0 for 4 at shift 3."""
     return [shift_time(1 - i / num_steps, shift) for i in range(num_steps + 1)]
+
+
+def cut_schedule(schedule: Sequence[float], strength: float) -> list[float]:
+    """The last part of a schedule, for a picture that is redrawn with a strength in (0, 1].
+
+    Of N steps, about strength * N remain, as in `get_timesteps` of diffusers' pipelines.
+    """
+    count = len(schedule) - 1
+    return [*schedule[int(count - min(count * strength, count)) :]]
 
 
 def get_noise(seed: int, height: int, width: int, channels: int, draw: int = 0) -> mx.array:
@@ -60,6 +81,11 @@ def estimate_x0(x_t: mx.array, v: mx.array, sigma: float) -> mx.array:
 def euler_step(x_t: mx.array, v: mx.array, sigma: float, next_sigma: float) -> mx.array:
     """One Euler step along the flow from `sigma` to `next_sigma`."""
     return x_t + (next_sigma - sigma) * v
+
+
+def blend(redrawn: mx.array, kept: mx.array, mask: mx.array) -> mx.array:
+    """`redrawn` where the mask is 1 and `kept` where it is 0; the mask broadcasts."""
+    return (1 - mask) * kept + mask * redrawn
 
 
 def guide(v_cond: mx.array, v_uncond: mx.array, guidance_scale: float) -> mx.array:
@@ -104,6 +130,8 @@ def denoise(
     noise: mx.array,
     schedule: Sequence[float],
     fresh_noise: Callable[[int], mx.array] | None = None,
+    *,
+    start: Start | None = None,
 ) -> Iterator[Step]:
     """Go from noise to latents, yielding after every step.
 
@@ -111,20 +139,29 @@ def denoise(
 
     Args:
         velocity: the guided velocity.
-        noise: latents (B, H, W, C) at noise level `schedule[0]`.
+        noise: latents (B, H, W, C): unit noise, or another state at noise level `schedule[0]`.
         schedule: falling noise levels, as from `get_schedule`.
         fresh_noise: None takes Euler steps along the flow. Otherwise each step adds new noise to
             its estimate instead: the function is called with 1, 2, ... and returns unit noise like
             `noise`. Models distilled to few steps by distribution matching are trained so (DMD2
             section 4.4).
+        start: begins with its latents and unit noise at the start of its part of the schedule.
+            Where it stays, these latents replace the result of every step, with noise at its level.
     """
-    x_t = noise
+    x_t, eps = noise, noise
+    if start is not None:
+        schedule = cut_schedule(schedule, start.strength)
+        x_t = add_noise(start.x0, eps, schedule[0])
     for i, (sigma, next_sigma) in enumerate(itertools.pairwise(schedule)):
         v = velocity(x_t, sigma)
         x0 = estimate_x0(x_t, v, sigma)
         if fresh_noise is None:
             x_t = euler_step(x_t, v, sigma, next_sigma)
         else:
-            x_t = x0 if next_sigma == 0 else add_noise(x0, fresh_noise(i + 1), next_sigma)
+            eps = fresh_noise(i + 1) if next_sigma else eps
+            x_t = add_noise(x0, eps, next_sigma) if next_sigma else x0
+        if start is not None and start.redrawn is not None:
+            x_t = blend(x_t, add_noise(start.x0, eps, next_sigma), start.redrawn)
+            x0 = blend(x0, start.x0, start.redrawn)
         mx.eval(x_t, x0)
         yield Step(i, x_t, x0=x0)

@@ -16,6 +16,7 @@ from typing import Any
 from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.inputs import FITS, Source, check_reference, nearest_size, picture_size
 
 MAX_SEED = 2**63 - 1
 MOST_PIXELS = 1 << 27
@@ -24,6 +25,8 @@ BYTES_PER_PIXEL = 600
 """Memory that drawing takes at least. Measured at 2048 x 2048: 715 with the default model, and 670
 with Qwen-Image's decoder alone."""
 MAX_STEPS = 1000
+STRENGTH, MASKED_STRENGTH = 0.6, 1.0
+"""Default `DrawSettings.strength`, without and with a mask."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,8 @@ def check_width(config: Description, name: str) -> Width:
 
 def check_choice(config: Description, choice: "ModelChoice") -> Width:
     """The width of `choice`; `UserError` unless the model of `config` can be loaded so."""
-    width, can = check_width(config, choice.model_width), config.abilities()
-    if choice.loras and not can.loras:
-        raise UserError(f"LoRAs on {config.name} are not supported: leave out {choice.loras[0][0]}")
-    if choice.text_encoders is not None and not can.part_of_text_encoders:
+    width = check_width(config, choice.model_width)
+    if choice.text_encoders is not None and not config.abilities().part_of_text_encoders:
         raise UserError(f"{config.name} has one text encoder: do not choose any")
     return width
 
@@ -98,6 +99,26 @@ def check_size(config: Description, height: int, width: int) -> None:
             f"{width} x {height} takes at least {pixels * BYTES_PER_PIXEL / 2**30:.1f} GiB of "
             f"memory, and this machine has {memory / 2**30:.1f}: choose a smaller size"
         )
+
+
+def trained_sizes(config: Description) -> tuple[tuple[int, int], ...]:
+    """The (height, width) that the model draws well, its default first; empty: not known."""
+    return config.trained_sizes and tuple(dict.fromkeys((config.image_size, *config.trained_sizes)))
+
+
+def trained_size(config: Description, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) of `trained_sizes` nearest in shape, then in area.
+
+    Unchanged if these are not known, or if it is no size.
+    """
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        return height, width
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        h, w = size
+        return abs(math.log(h * width / (w * height))), abs(math.log(h * w / (height * width)))
+
+    return min(trained_sizes(config), key=distance, default=(height, width))
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -133,18 +154,25 @@ class ModelChoice:
     """Folder, Hugging Face repository "owner/name", or None for the built-in model."""
     revision: str | None = None
     """Branch, tag or commit of a repository."""
+    base: str | None = None
+    """If `model` is one file with a transformer, the public model with the other parts: folder in
+    diffusers' format, or repository, which then `revision` is of."""
     model_width: str = "full"
     """Name of the network's width; only this sub-network stays in memory."""
     quantize: int | None = None
     """Bits, 2 to 8, to quantize the transformer to in memory, or 0. Of a public model, 4 or 8: bits
     of its conversion in the cache. None: 0, or for a public model by the machine's memory."""
     loras: tuple[tuple[str, float], ...] = ()
-    """(file, scale) of LoRAs to merge into the weights, before width and quantization."""
+    """(file, scale) of LoRAs to merge into the weights, before width and quantization; those of a
+    public model are added to its layers."""
     text_encoders: tuple[str, ...] | None = None
     """Names of those to load, such as ("clip",); None loads all."""
     keep_text_encoders: bool = False
     """Keep them in memory while denoising. Otherwise they are freed first, and loaded again for
     the next prompt that is not in the cache."""
+    low_memory: bool = False
+    """Also free the transformer of a public model before decoding, and read it again for the next
+    picture; and keep no freed memory while drawing."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +189,9 @@ class DrawSettings:
     """What to keep out of the picture; no effect at a guidance scale of 1."""
     height: int | None = None
     width: int | None = None
-    """Of the picture in pixels."""
+    """Of the picture in pixels. A model that was trained on certain sizes draws the nearest."""
+    force_size: bool = False
+    """Draw exactly this height and width, also if the model was not trained on it."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     """1 disables guidance and takes half the time."""
@@ -175,6 +205,19 @@ class DrawSettings:
     seed: int | None = 0
     """Of the first picture; picture k has the seed `seed` + k. None: a random seed."""
     num_images: int = 1
+    image: Source | None = None
+    """Picture to start from: a file, or a picture in memory. It is fitted to height x width; None
+    for these is a size of its aspect ratio, if the model can draw all sizes."""
+    strength: float | None = None
+    """How much of `image` is redrawn: above 0, where nothing changes, to 1, where nothing is kept.
+    About this share of the steps is run. None: 0.6, or 1 with a mask."""
+    mask: Source | None = None
+    """Which parts of `image` to redraw, in a picture of its size: the transparent ones or, if there
+    are none, the white ones. No other pixel changes."""
+    edit: tuple[Source, ...] = ()
+    """Pictures that the prompt is about, for a model that can edit."""
+    fit: str = "crop"
+    """How `image` and `mask` get another aspect ratio: one of `inputs.FITS`."""
 
     def resolved(self, config: Description) -> "DrawSettings":
         """These settings with the model's own values instead of None.
@@ -185,9 +228,10 @@ class DrawSettings:
         for name in ("prompt", "negative_prompt"):
             check_unicode(getattr(self, name), name)
         mode = config.sampler_for(self.num_inference_steps, self.few_step)
-        height, width = config.image_size
-        height = height if self.height is None else self.height
-        width = width if self.width is None else self.width
+        strength = self._check_pictures(config)
+        height, width = self._size(config)
+        if not self.force_size:
+            height, width = trained_size(config, height, width)
         check_size(config, height, width)
         steps = self.num_inference_steps
         steps = mode.num_inference_steps if steps is None else steps
@@ -212,7 +256,53 @@ class DrawSettings:
             time_shift=shift,
             seed=whole_number("seed", seed, least=0, most=MAX_SEED - num_images + 1),
             num_images=num_images,
+            strength=strength,
         )
+
+    def _check_pictures(self, config: Description) -> float | None:
+        """The strength; `UserError` for pictures that cannot be used so."""
+        if self.fit not in FITS:
+            known = ", ".join(FITS)
+            raise UserError(f"fit must be one of {known}, got {self.fit!r}")
+        if self.edit and not config.abilities().edit:
+            raise UserError(f"{config.name} cannot edit pictures: use a FLUX.2 klein model")
+        for source in self.edit:
+            check_reference(*picture_size(source))
+        if self.image is None:
+            for name in ("strength", "mask"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"a {name} needs the picture that it is for: give an image too")
+            return None
+        size = picture_size(self.image)
+        if self.mask is not None and (other := picture_size(self.mask)) != size:
+            raise UserError(
+                f"the mask has {other[1]}x{other[0]} pixels and the picture {size[1]}x{size[0]}: "
+                "both must have the same size"
+            )
+        strength = self.strength
+        if strength is None:
+            strength = STRENGTH if self.mask is None else MASKED_STRENGTH
+        if not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise UserError(f"strength must be above 0 and at most 1, got {strength!r}")
+        return float(strength)
+
+    def _size(self, config: Description) -> tuple[int, int]:
+        """Height and width in pixels: as chosen, else from the first input, or the model's own."""
+        height, width, own = self.height, self.width, config.image_size
+        first = self.image if self.image is not None else next(iter(self.edit), None)
+        if first is not None and height is None and width is None and config.trained_sizes:
+            return trained_size(config, *picture_size(first))
+        if first is None or not config.abilities().any_size:
+            return own[0] if height is None else height, own[1] if width is None else width
+        (high, wide), unit = picture_size(first), config.size_unit
+        if height is None and width is None:
+            return nearest_size((high, wide), pixels=own[0] * own[1], unit=unit)
+        if height is None and width is not None:
+            height = max(1, round(width * high / wide / unit)) * unit
+        elif width is None and height is not None:
+            width = max(1, round(height * wide / high / unit)) * unit
+        assert height is not None and width is not None
+        return height, width
 
     def _check_abilities(
         self, config: Description, *, few_step: bool, guidance_scale: float

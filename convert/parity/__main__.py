@@ -17,14 +17,27 @@ from pathlib import Path
 
 from convert.libraries import require
 from convert.parity.autoencoders import (
+    compare_dc_ae,
     compare_flux2_vae,
     compare_kl_vae,
     compare_qwen_image_vae,
+    make_dc_ae,
     make_flux2_vae,
     make_kl_vae,
     make_qwen_image_vae,
 )
 from convert.parity.originals import relative_difference
+from convert.parity.pictures import (
+    compare_klein_edit,
+    compare_klein_inpaint,
+    compare_qwen_img2img,
+    compare_qwen_inpaint,
+    compare_z_image_img2img,
+    compare_z_image_inpaint,
+    make_kleins,
+    make_whole_qwen_image,
+    make_z_images,
+)
 from convert.parity.pipelines import compare_flux2_klein, make_flux2_klein
 from convert.parity.text_encoders import (
     compare_clip,
@@ -70,6 +83,9 @@ class Port:
     """The comparison needs more than a checkpoint."""
 
 
+PIPELINES = ("torch", "diffusers", "transformers", "mlx_lm")
+"""Packages for a whole pipeline."""
+
 PORTS = {
     "clip": Port("transformers CLIPTextModel", ("torch", "transformers"), make_clip, compare_clip),
     "clip-score": Port(
@@ -94,6 +110,7 @@ PORTS = {
     "flux2-vae": Port(
         "diffusers AutoencoderKLFlux2", ("torch", "diffusers"), make_flux2_vae, compare_flux2_vae
     ),
+    "dc-ae": Port("diffusers AutoencoderDC", ("torch", "diffusers"), make_dc_ae, compare_dc_ae),
     "qwen-image": Port(
         "diffusers QwenImageTransformer2DModel",
         ("torch", "diffusers"),
@@ -108,9 +125,51 @@ PORTS = {
     ),
     "flux2-klein": Port(
         "diffusers Flux2KleinPipeline",
-        ("torch", "diffusers", "transformers", "mlx_lm"),
+        PIPELINES,
         make_flux2_klein,
         compare_flux2_klein,
+        only_random=True,
+    ),
+    "z-image-img2img": Port(
+        "diffusers ZImageImg2ImgPipeline",
+        PIPELINES,
+        make_z_images,
+        compare_z_image_img2img,
+        only_random=True,
+    ),
+    "z-image-inpaint": Port(
+        "diffusers ZImageInpaintPipeline",
+        PIPELINES,
+        make_z_images,
+        compare_z_image_inpaint,
+        only_random=True,
+    ),
+    "qwen-img2img": Port(
+        "diffusers QwenImageImg2ImgPipeline",
+        PIPELINES,
+        make_whole_qwen_image,
+        compare_qwen_img2img,
+        only_random=True,
+    ),
+    "qwen-inpaint": Port(
+        "diffusers QwenImageInpaintPipeline",
+        PIPELINES,
+        make_whole_qwen_image,
+        compare_qwen_inpaint,
+        only_random=True,
+    ),
+    "klein-edit": Port(
+        "diffusers Flux2KleinPipeline",
+        PIPELINES,
+        make_kleins,
+        compare_klein_edit,
+        only_random=True,
+    ),
+    "klein-inpaint": Port(
+        "diffusers Flux2KleinInpaintPipeline",
+        PIPELINES,
+        make_kleins,
+        compare_klein_inpaint,
         only_random=True,
     ),
     "lora": Port(

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.parity.originals import flux2_vae, kl_vae, library, qwen_image_vae
+from convert.parity.originals import dc_ae, fill, flux2_vae, kl_vae, library, qwen_image_vae
 from convert.parity.transformers import Pairs
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 
@@ -21,6 +21,11 @@ def make_flux2_vae(folder: Path) -> None:
 
 def make_kl_vae(folder: Path) -> None:
     kl_vae().save_pretrained(folder)
+
+
+def make_dc_ae(folder: Path) -> None:
+    # Its own are too small for the attention to have an effect.
+    fill(dc_ae()).save_pretrained(folder)
 
 
 def compare_qwen_image_vae(folder: Path) -> Pairs:
@@ -86,3 +91,21 @@ def compare_flux2_vae(folder: Path) -> Pairs:
     encoded = pipeline._unpatchify_latents(encoded)
     yield "encode", ours.encode(mx.array(picture)), encoded.permute(0, 2, 3, 1)
     yield "decode", ours.decode(mx.array(latents)), decoded.permute(0, 2, 3, 1)
+
+
+def compare_dc_ae(folder: Path) -> Pairs:
+    diffusers, torch = library("diffusers"), library("torch")
+    theirs = diffusers.AutoencoderDC.from_pretrained(folder).float().eval()
+    scale, ours = theirs.config.scaling_factor, read_autoencoder(folder)
+    rng = np.random.default_rng(0)
+    # With fewer pixels than a head has channels, the original computes another product first.
+    for height, width in ((64, 96), (256, 192)):
+        picture = rng.uniform(-1, 1, (1, height, width, 3)).astype(np.float32)
+        shape = (1, height // 32, width // 32, ours.config.latent_channels)
+        latents = rng.normal(size=shape).astype(np.float32)
+        with torch.no_grad():
+            encoded = theirs.encode(_channels_first(picture)).latent * scale
+            decoded = theirs.decode(_channels_first(latents) / scale).sample
+        size = f"{height}x{width}"
+        yield f"encode {size}", ours.encode(mx.array(picture)), encoded.permute(0, 2, 3, 1)
+        yield f"decode {size}", ours.decode(mx.array(latents)), decoded.permute(0, 2, 3, 1)

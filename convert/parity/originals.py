@@ -25,8 +25,9 @@ def relative_difference(found: Any, expected: Any) -> float:
     """
 
     def array(value: Any) -> np.ndarray:
-        value = value.astype(mx.float32) if isinstance(value, mx.array) else value
-        return np.array(value.float() if hasattr(value, "float") else value)
+        if hasattr(value, "detach"):
+            return value.detach().float().numpy()
+        return np.array(value.astype(mx.float32) if isinstance(value, mx.array) else value)
 
     a, b = array(found), array(expected)
     if a.shape != b.shape:
@@ -200,6 +201,25 @@ def flux2_vae() -> Any:
     return vae
 
 
+def dc_ae() -> Any:
+    """diffusers' AutoencoderDC, as in SANA."""
+    blocks = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+    return _made(
+        "diffusers",
+        "AutoencoderDC",
+        latent_channels=8,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 16, 16, 32, 64, 64),
+        decoder_block_out_channels=(8, 16, 32, 32, 64, 64),
+        encoder_layers_per_block=(1, 2, 1, 1, 1, 2),
+        decoder_layers_per_block=(1, 2, 1, 2, 1, 1),
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+
+
 def _byte_tokenizer(marks: Sequence[str]) -> dict[str, Any]:
     """Content of a tokenizer.json whose tokens are the marks and all bytes."""
     vocabulary = {symbol: i for i, symbol in enumerate([*marks, *byte_symbols()])}
@@ -298,8 +318,8 @@ def qwen_image_pipeline() -> Any:
     )
 
 
-def z_image_pipeline() -> Any:
-    """diffusers' ZImagePipeline."""
+def z_image_pipeline(*, shift: float = 3.0) -> Any:
+    """diffusers' ZImagePipeline, of Z-Image-Turbo; of Z-Image with a shift of 6."""
     diffusers = library("diffusers")
     rope = {"rope_type": "default", "rope_theta": 1e6}
     text_encoder = _made(
@@ -311,7 +331,7 @@ def z_image_pipeline() -> Any:
         rope_parameters=rope,
     )
     return diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=fill(kl_vae()),
         text_encoder=fill(text_encoder),
         tokenizer=_qwen_tokenizer(chat_template=QWEN3_TEMPLATE),

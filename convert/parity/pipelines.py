@@ -10,9 +10,10 @@ from PIL import Image
 
 from convert.parity.originals import flux2_klein_pipeline, library
 from convert.parity.transformers import Pairs
+from mlx_snapgen.inputs import fit_reference
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import pack, unpack
-from mlx_snapgen.pictures import fit_reference, from_uint8
+from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import denoise
 from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels

@@ -4,7 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_model_choice, add_sampling, integer
+from mlx_snapgen.cli.options import (
+    Parser,
+    add_cache_limit,
+    add_model_choice,
+    add_pictures,
+    add_sampling,
+    integer,
+)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import WIDTH_NAMES
@@ -16,6 +23,8 @@ examples:
   python -m mlx_snapgen.generate "a purple car" --model-width tiny --steps 12 --guidance 3
   python -m mlx_snapgen.generate "two owls" --negative-prompt "a yellow background"
   python -m mlx_snapgen.generate "a purple car" --lora crayons.safetensors 0.8
+  python -m mlx_snapgen.generate "a green car" --image a-purple-car.png 0.6
+  python -m mlx_snapgen.generate "a green car" --image a-purple-car.png --mask car.png
   python -m mlx_snapgen.generate --config-from-image a-purple-car.png --steps 40
   python -m mlx_snapgen.generate --prompts-file prompts.txt --output pictures/ --json
   python -m mlx_snapgen.generate --interactive --model-width tiny
@@ -50,6 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--height", type=_pixels, metavar="PX", help="height in pixels (default: the model's)")
     add("--width", type=_pixels, metavar="PX", help="width in pixels (default: the model's)")
+    add(
+        "--force-size",
+        action="store_true",
+        default=None,
+        help="draw exactly this height and width, also if the model was not trained on it "
+        "(default: off, the nearest size that it was trained on)",
+    )
     add("--seed", type=integer(0), metavar="N", help="seed of the noise (default: random)")
     add(
         "--num-images",
@@ -59,8 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="number of pictures; each gets the next seed (default: 1)",
     )
     add_sampling(picture)
+    add_pictures(parser.add_argument_group("pictures to start from"))
     model = parser.add_argument_group("model")
     add_model_choice(model)
+    add_cache_limit(model, default="MLX's own, or 0 with --low-memory")
     model.add_argument(
         "--model-width",
         type=_model_width,
@@ -96,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--vocabulary",
         action="store_true",
-        help="print the words that the model can draw, and exit (default: off)",
+        help="print the words that the model understands, and exit (default: off)",
     )
     add(
         "-o",

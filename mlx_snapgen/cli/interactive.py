@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 from mlx_snapgen.cli.generate_options import build_parser
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.inputs import FITS
 from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, ModelChoice
+from mlx_snapgen.vocabulary import nouns
 
 readline: ModuleType | None
 try:
@@ -39,9 +42,18 @@ SETTINGS = {
     "steps": Setting("--steps", "num_inference_steps", "denoising steps"),
     "guidance": Setting("--guidance", "guidance_scale", "guidance scale; 1 is off"),
     "width": Setting("--model-width", "model_width", "network width", WIDTH_NAMES),
-    "model": Setting("--model", "model", "folder or Hugging Face repository"),
+    "model": Setting(
+        "--model", "model", "folder, Hugging Face repository, or FILE.safetensors and its base"
+    ),
     "lora": Setting("--lora", "loras", "LoRA file, then its scale"),
     "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("none", "4", "8")),
+    "image": Setting(
+        "--image", "image", "picture to start from, then its strength; last is the last one drawn"
+    ),
+    "strength": Setting("--image", "strength", "how much of the picture is redrawn, up to 1"),
+    "mask": Setting("--mask", "mask", "picture that is transparent or white where to redraw"),
+    "edit": Setting("--edit", "edit", "pictures that the prompt is about, or last"),
+    "fit": Setting("--fit", "fit", "how pictures get another aspect ratio", FITS),
     "output": Setting("--output", "output", "a .png file, or a folder ending in /"),
 }
 COMMANDS = (*SETTINGS, "size", "show", "help", "quit")
@@ -55,7 +67,9 @@ Load = Callable[[ModelChoice, DrawSettings], Any]
 class Draw(Protocol):
     """Draws with a pipeline."""
 
-    def __call__(self, pipeline: Any, settings: DrawSettings, *, output: str | None) -> None: ...
+    def __call__(self, pipeline: Any, settings: DrawSettings, *, output: str | None) -> Any:
+        """Returns the file of the last picture."""
+        ...
 
 
 class Session:
@@ -78,6 +92,7 @@ class Session:
     ):
         self._settings, self._choice, self._output = settings, choice, output
         self._load, self._draw = load, draw
+        self._last: Any = None
         self._pipeline: Any = load(choice, settings)
         self._quiet = not sys.stdin.isatty()
 
@@ -123,7 +138,7 @@ class Session:
             if self._pipeline is None:
                 self._pipeline = self._load(self._choice, self._settings)
             settings = dataclasses.replace(self._settings, prompt=line)
-            self._draw(self._pipeline, settings, output=self._output)
+            self._last = self._draw(self._pipeline, settings, output=self._output)
 
     def complete(self, text: str, before: str) -> list[str]:
         """Completions of `text`, the last word of a line after `before`."""
@@ -134,7 +149,10 @@ class Session:
             known = setting.values if setting is not None else ()
         else:
             vocabulary = getattr(self._pipeline, "vocabulary", None) or {}
-            known = sorted({word for words in vocabulary.values() for word in words})
+            # Not the words that are replaced, left out or drawn badly.
+            known = {*nouns(vocabulary)} - {*vocabulary.get("misspelled", ())}
+            known |= {*vocabulary.get("colours", ()), *vocabulary.get("backgrounds", ())}
+            known = sorted(known)
         return [word for word in known if word.startswith(text)] if text or before else []
 
     def _command(self, name: str, value: str) -> None:
@@ -167,24 +185,28 @@ class Session:
     def _set(self, setting: Setting, value: str) -> None:
         if setting.dest in ("loras", "model", "output"):
             value = os.path.expanduser(value)
-        # A LoRA's file and scale are two arguments; a negative prompt is one, also if it starts
-        # with a dash.
-        words = value.split() if setting.dest == "loras" else []
-        given = [setting.option, *words] if words else [f"{setting.option}={value}"]
-        given = given if value else []
+        words = self._words(setting, value) if value else []
         try:
-            args = build_parser().parse_args(given)
+            args = build_parser().parse_args(words)
         except OSError as error:
             raise UserError(f"cannot use {value[:80]}: {error.strerror}") from None
         if setting.dest == "output":
             self._output = args.output
         elif hasattr(self._settings, setting.dest):
-            value = getattr(draw_settings(args), setting.dest)
-            self._settings = dataclasses.replace(self._settings, **{setting.dest: value})
+            names = [setting.dest]
+            if setting.dest == "image":
+                # Without a picture, it has neither strength nor mask.
+                names += ["strength"] if value else ["strength", "mask"]
+            values = {name: getattr(draw_settings(args), name) for name in names}
+            self._settings = dataclasses.replace(self._settings, **values)
         else:
-            value = getattr(model_choice(args), setting.dest)
-            before = self._choice
+            before, given = self._choice, model_choice(args)
+            value = getattr(given, setting.dest)
             self._choice = dataclasses.replace(before, **{setting.dest: value})
+            is_file = str(given.model).endswith(".safetensors")
+            if setting.dest == "model" and (given.base is not None or not is_file):
+                # Only another file keeps the base, and the revision, which is of the base then.
+                self._choice = dataclasses.replace(self._choice, revision=None, base=given.base)
             self._pipeline = None
             try:
                 self._pipeline = self._load(self._choice, self._settings)
@@ -192,6 +214,29 @@ class Session:
                 # The next prompt loads the previous model again.
                 self._choice = before
                 raise
+
+    def _words(self, setting: Setting, value: str) -> list[str]:
+        """The arguments of the command that stand for a line's value."""
+        if setting.dest == "strength":
+            if self._settings.image is None:
+                raise UserError("choose the picture first, such as :image photo.jpg 0.6")
+            return ["--image", str(self._settings.image), value]
+        if setting.dest in ("image", "mask", "edit"):
+            try:
+                # As the shell does, also what a terminal inserts for a file dropped on it.
+                words = shlex.split(value)
+            except ValueError as error:
+                raise UserError(f"cannot read {value[:80]}: {error}") from None
+            if "last" in words and self._last is None:
+                raise UserError("no picture was drawn yet: give a file")
+            return [setting.option, *(str(self._last) if w == "last" else w for w in words)]
+        file, found, base = value.partition(".safetensors ")
+        if setting.dest == "model" and found:
+            return [f"--model={file}{found.strip()}", f"--base={base.strip()}"]
+        # A LoRA's file and scale are two arguments; a negative prompt is one, also if it starts
+        # with a dash.
+        words = value.split() if setting.dest == "loras" else []
+        return [setting.option, *words] if words else [f"{setting.option}={value}"]
 
 
 def history_path() -> Path:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from mlx_snapgen.errors import MOST_CHARACTERS, one_line
+
 PATIENCE = 1.5
 """Seconds before `announce` prints."""
 
@@ -27,11 +29,22 @@ def announce(text: str, *, enabled: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def short_warnings() -> Iterator[None]:
-    """Print each warning as one line."""
+def short_warnings(*, name_prompts: bool = True) -> Iterator[None]:
+    """Print each warning as one line; one that is not about a prompt once.
+
+    Args:
+        name_prompts: whether a warning about a prompt names it.
+    """
+    shown: set[str] = set()
 
     def show(message, category, filename, lineno, file=None, line=None):
-        tqdm.write(f"note: {message}", file=sys.stderr)
+        text = str(message)
+        problem = getattr(message, "problem", None)
+        if problem is None and text in shown:
+            return
+        shown.add(text)
+        text = text if name_prompts else problem or text
+        tqdm.write(f"note: {one_line(text, MOST_CHARACTERS)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

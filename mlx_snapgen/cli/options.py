@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_writable, expanded
+from mlx_snapgen.inputs import FITS, picture_size
 from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES, DrawSettings, ModelChoice
 
 
@@ -61,22 +63,33 @@ class Parser(argparse.ArgumentParser):
             first = message.split()[2]
             if first.startswith("-"):
                 message = f"unknown option {first}{nearest(first, self._option_string_actions)}"
+            elif re.fullmatch(r"[0-9]*\.?[0-9]+", first):
+                message = f"unexpected '{first}': a number goes right after its option or file"
             else:
                 message = f"unexpected '{first}': put the whole prompt in quotes"
         raise UserError(f"{message}; see --help")
 
 
 MODEL_HELP = "model: folder, Hugging Face repository, or stickers for the built-in one"
+BASE_HELP = (
+    "of one .safetensors file with a transformer, such as ComfyUI's: the model whose text encoder, "
+    "autoencoder and settings it uses, a folder in diffusers' format or a Hugging Face repository "
+    "(default: none)"
+)
 
 
-def add_model(parser: argparse._ActionsContainer, *, default: str | None = "stickers") -> None:
+def add_model(
+    parser: argparse._ActionsContainer, *, default: str | None = "stickers", several: bool = False
+) -> None:
     """`--model`, for `checkpoint.hub.find_model`; required without a default."""
+    more = "; several may be given, the first is the default one" if several else ""
     parser.add_argument(
         "--model",
+        nargs="+" if several else None,
         default=default,
         required=default is None,
         metavar="MODEL",
-        help=MODEL_HELP + (f" (default: {default})" if default else ""),
+        help=MODEL_HELP + more + (f" (default: {default})" if default else ""),
     )
 
 
@@ -96,28 +109,40 @@ def add_model_widths(
     )
 
 
-def add_model_choice(parser: argparse._ActionsContainer) -> None:
-    """The fields of `settings.ModelChoice` except the width; None if an option was not given."""
-    add_model(parser)
-    parser.set_defaults(model=None)
+def add_model_source(parser: argparse._ActionsContainer, *, quantize: str) -> None:
+    """`--revision`, `--base` and `--quantize`, whose help starts with `quantize`."""
     add = parser.add_argument
     add("--revision", metavar="REV", help="branch, tag or commit of a repository (default: main)")
+    add("--base", metavar="MODEL", help=BASE_HELP)
     add(
         "--quantize",
-        type=_bits,
+        type=parse_bits,
         metavar="BITS",
-        help="quantize to 4 or 8 bits per weight, or none: the transformer in memory, or, of a "
-        "public model, transformer and text encoder in the cache (default: none; of a public "
-        "model: by the machine's memory)",
+        help=f"{quantize} (default: none; of a public model: by the machine's memory)",
     )
+
+
+def add_model_choice(parser: argparse._ActionsContainer, *, several: bool = False) -> None:
+    """The fields of `settings.ModelChoice` except the width; None if an option was not given.
+
+    With `several`, `model` is a list.
+    """
+    add_model(parser, several=several)
+    parser.set_defaults(model=None)
+    add_model_source(
+        parser,
+        quantize="quantize to 4 or 8 bits per weight, or none: the transformer in memory, or, of a "
+        "public model, transformer and text encoder in the cache",
+    )
+    add = parser.add_argument
     add(
         "--lora",
         dest="loras",
         action=_LoRAs,
         nargs="+",
         metavar=("PATH", "SCALE"),
-        help="merge the LoRA in this .safetensors file; SCALE is its strength, 1 if not given; "
-        "repeat the option to merge several (default: no LoRA)",
+        help="draw with the LoRA in this .safetensors file or folder; SCALE is its strength, 1 if "
+        "not given; repeat the option for several (default: no LoRA)",
     )
     add(
         "--text-encoders",
@@ -131,6 +156,31 @@ def add_model_choice(parser: argparse._ActionsContainer) -> None:
         help="keep the text encoders in memory while drawing: faster with several prompts, needs "
         "more memory (default: off)",
     )
+    add(
+        "--low-memory",
+        action="store_true",
+        help="free a public model's transformer before decoding and read it again for the next "
+        "picture, and return freed memory to the system at once: slower (default: off)",
+    )
+
+
+def add_cache_limit(parser: argparse._ActionsContainer, *, default: str) -> None:
+    """`--cache-limit`, as bytes; None if not given."""
+    parser.add_argument(
+        "--cache-limit",
+        type=_gigabytes,
+        metavar="GB",
+        help="freed memory that MLX keeps for reuse, at most; 0 keeps none and is slower "
+        f"(default: {default})",
+    )
+
+
+def _gigabytes(text: str) -> int:
+    """Bytes."""
+    number = finite_number(text)
+    if not 0 <= number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} GB is not between 0 and 1000000")
+    return int(number * 1e9)
 
 
 def add_steps_and_guidance(parser: argparse._ActionsContainer) -> None:
@@ -168,6 +218,41 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_pictures(parser: argparse._ActionsContainer) -> None:
+    """The fields of `settings.DrawSettings` that name pictures to start from; None if not given."""
+    add = parser.add_argument
+    add(
+        "--image",
+        action=_Image,
+        nargs="+",
+        metavar=("FILE", "STRENGTH"),
+        help="picture to start from; STRENGTH is how much of it is redrawn, from above 0 (almost "
+        "nothing) to 1 (everything), 0.6 if not given, with --mask 1 (default: none)",
+    )
+    parser.set_defaults(strength=None)
+    add(
+        "--mask",
+        type=_picture,
+        metavar="FILE",
+        help="redraw only parts of --image: where this picture of the same size is transparent or, "
+        "if it is nowhere transparent, white (default: everywhere)",
+    )
+    add(
+        "--edit",
+        nargs="+",
+        type=_picture,
+        action=_Pictures,
+        metavar="FILE",
+        help="pictures that the prompt is about, for FLUX.2 klein (default: none)",
+    )
+    add(
+        "--fit",
+        choices=FITS,
+        help="how --image and --mask get another aspect ratio: crop cuts them, pad adds white "
+        "bars, stretch distorts them (default: crop)",
+    )
+
+
 def draw_settings(args: argparse.Namespace, base: DrawSettings | None = None) -> DrawSettings:
     """`base` with its fields replaced by the options that were given; None: a random seed."""
     base = base or DrawSettings(seed=None)
@@ -185,21 +270,60 @@ def _given(base: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+class _Image(argparse.Action):
+    """`--image FILE [STRENGTH]` -> `image` and `strength`."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        path, strength = _path_and_number(self, values, what="strength", default=None)
+        try:
+            _picture(path)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        if strength is not None and not 0 < strength <= 1:
+            raise argparse.ArgumentError(
+                self, f"the strength must be above 0 and at most 1, not {strength:g}"
+            )
+        namespace.image, namespace.strength = path, strength
+
+
+class _Pictures(argparse.Action):
+    """`--edit FILE ...` -> a tuple."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *values))
+
+
 class _LoRAs(argparse.Action):
     """`--lora PATH [SCALE]`, any number of times -> ((path, scale), ...)."""
 
     def __call__(self, parser, namespace, values: Any, option_string=None):
-        path, *scales = values
-        try:
-            if len(scales) > 1:
-                raise argparse.ArgumentTypeError(f"'{scales[1]}' follows a file and its scale")
-            pair = path, finite_number(scales[0]) if scales else 1.0
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, f"{error} (prompts go before it)") from None
+        pair = _path_and_number(self, values, what="scale", default=1.0)
         setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), pair))
 
 
-def _bits(text: str) -> int:
+def _path_and_number(
+    action: argparse.Action, values: Sequence[str], *, what: str, default: float | None
+) -> tuple[str, float | None]:
+    """PATH [NUMBER]; `what` is the number."""
+    path, *numbers = values
+    try:
+        if len(numbers) > 1:
+            raise argparse.ArgumentTypeError(f"'{numbers[1]}' follows a file and its {what}")
+        return path, finite_number(numbers[0]) if numbers else default
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentError(action, f"{error} (prompts go before it)") from None
+
+
+def _picture(text: str) -> str:
+    """The name of a file that is a picture."""
+    try:
+        picture_size(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parse_bits(text: str) -> int:
     """4 or 8; 0 for none."""
     known = {"0": 0, "none": 0, "4": 4, "8": 8}
     if text not in known:
@@ -215,6 +339,8 @@ def integer(least: int, most: int = MAX_SEED) -> Callable[[str], int]:
             number = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"a whole number expected, not '{text}'") from None
+        if number < least and most == MAX_SEED:
+            raise argparse.ArgumentTypeError(f"{number} is below {least}")
         if not least <= number <= most:
             raise argparse.ArgumentTypeError(f"{number} is not between {least} and {most}")
         return number

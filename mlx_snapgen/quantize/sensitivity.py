@@ -144,7 +144,7 @@ def sliced_size(layer: nn.Module, share: float) -> int:
     return (layer.sliced(share) if isinstance(layer, ElasticLinear) else layer)["weight"].size
 
 
-def calibration_prompts(vocabulary: Mapping[str, Sequence[str]] | None) -> list[str]:
+def calibration_prompts(vocabulary: Mapping[str, Any] | None) -> list[str]:
     """Calibration prompts, made from the model's vocabulary if it has one."""
     words = vocabulary or {}
     if not (nouns := words.get("nouns")):

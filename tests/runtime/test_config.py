@@ -46,7 +46,7 @@ def test_unknown_key_names_the_nearest(values, hint):
         ({"widths": (1.0, 0.3)}, "cuts through a head"),
         ({"head_dim": 6, "hidden_size": 60}, "divide by 4"),
         ({"blocks": (3, 0, 2)}, "three positive numbers"),
-        ({"num_kv_heads": 7}, "do not divide by 7 kv heads"),
+        ({"num_kv_heads": 7}, "do not divide by num_kv_heads, 7"),
     ],
 )
 def test_impossible_networks_are_refused(options, hint):

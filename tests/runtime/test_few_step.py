@@ -279,3 +279,14 @@ def test_the_mode_may_be_an_adapter_of_another_name(folder):
     assert np.allclose(drawn["student", False], drawn[FEW_STEP, False])
     assert not np.allclose(drawn["student", True], drawn["student", False])
     assert not np.allclose(drawn["student", True], drawn[FEW_STEP, True])
+
+
+def test_pictures_do_not_depend_on_the_batch(components):
+    prompts, seeds = ["a red apple", "a blue car", "a cat"], (5, 6, 7)
+    settings = DrawSettings(num_inference_steps=1, guidance_scale=1)
+    together, alone = (
+        draw_pictures(components, prompts, seeds=seeds, settings=settings, batch_size=size)
+        for size in (3, 1)
+    )
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    assert (together[0] != together[1]).any()

@@ -160,6 +160,7 @@ def test_only_slow_work_is_announced(monkeypatch, capsys):
         ("../../etc/passwd", "etc-passwd"),
         ("ein Käse", "ein-käse"),
         ("???", "snapgen"),
+        ("two \N{DOG FACE}\N{DOG FACE}", "two-dog-face-dog-face"),
         ("蘋" * 100, "蘋" * 26),
         ("a " * 100, "-".join("a" * 40)),
     ],
@@ -279,6 +280,7 @@ def test_pictures_of_the_first_version_are_read():
         num_inference_steps=6,
         guidance_scale=2.0,
         few_step=False,
+        force_size=True,
         seed=4,
     )
     assert choice == ModelChoice(model_width="tiny", quantize=8)
@@ -395,8 +397,9 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch):
         (["a", "--steps", "0"], "not between 1 and"),
         (["a", "--steps", "few"], "a whole number expected, not 'few'"),
         (["a", "--guidance", "nan"], "finite"),
-        (["a", "--seed", "-1"], "not between 0"),
-        (["a", "--num-images", "0"], "not between 1"),
+        (["a", "--seed", "1", ".6"], "'.6': a number goes right after"),
+        (["a", "--seed", "-1"], "-1 is below 0"),
+        (["a", "--num-images", "0"], "0 is below 1"),
         (["a", "--quantize", "3"], "takes 4, 8 or none"),
         (["a", "--ouput", "x.png"], "unknown option --ouput (did you mean '--output'?)"),
         (["a", "red", "apple"], "quotes"),

@@ -145,7 +145,14 @@ def test_help_and_show_name_every_setting(say):
 def test_the_model_is_loaded_once_unless_it_changes():
     class Pipeline:
         def __init__(self):
-            self.vocabulary = {"nouns": ["apple", "ice cream cone"], "colours": ["amber"]}
+            self.vocabulary = {
+                "nouns": ["apple", "ice cream cone"],
+                "other_words": {"apples": "apple", "apels": "apple"},
+                "colours": ["amber"],
+                "misspelled": ["apels"],
+                "replaced": {"aapple": "apple"},
+                "ignored": ["again"],
+            }
 
     loads, drawn = [], []
     session = Session(
@@ -164,9 +171,9 @@ def test_the_model_is_loaded_once_unless_it_changes():
     ]
     session.take(":width small")
     assert loads[1:] == [ModelChoice("here", model_width="small")]
-    assert session.complete(":s", "") == [":seed", ":steps", ":size", ":show"]
+    assert session.complete(":s", "") == [":seed", ":steps", ":strength", ":size", ":show"]
     assert session.complete("t", ":width ") == ["tiny"]
-    assert session.complete("a", "a red ") == ["amber", "apple"]
+    assert session.complete("a", "a red ") == ["amber", "apple", "apples"]
     assert session.complete("", "") == []
 
 

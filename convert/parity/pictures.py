@@ -1,0 +1,191 @@
+"""Drawings that start from pictures against diffusers' pipelines, for `convert.parity`.
+
+Unlike `pipelines`, this compares whole `PublicPipeline`s, from files to pictures.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from convert.parity.originals import (
+    flux2_klein_pipeline,
+    library,
+    qwen_image_pipeline,
+    z_image_pipeline,
+)
+from convert.parity.transformers import Pairs
+from mlx_snapgen.networks.layers import pack
+from mlx_snapgen.pipeline import PictureWarning, SnapGenPipeline
+from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.sampling import get_noise
+from mlx_snapgen.settings import DrawSettings
+
+PROMPT = "two cats: \u00e4, on a table that is green"
+SIZE = (48, 80)
+"""Height and width in pixels of the drawing and the picture that it starts from."""
+REFERENCES = ((90, 75), (64, 130))
+"""Of the pictures to edit; they are cut to 80x64 and 64x128."""
+SEED = 5
+
+
+def make_z_images(folder: Path) -> None:
+    """Z-Image-Turbo and Z-Image, and pictures."""
+    _make(folder, turbo=z_image_pipeline(), base=z_image_pipeline(shift=6.0))
+
+
+def make_whole_qwen_image(folder: Path) -> None:
+    """Qwen-Image, and pictures."""
+    _make(folder, base=qwen_image_pipeline())
+
+
+def make_kleins(folder: Path) -> None:
+    """klein and klein base, and pictures."""
+    pipelines = [flux2_klein_pipeline(is_distilled=is_distilled) for is_distilled in (True, False)]
+    _make(folder, turbo=pipelines[0], base=pipelines[1])
+
+
+def _make(folder: Path, **pipelines: Any) -> None:
+    rng = np.random.default_rng(0)
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(folder / name)
+    for k, size in enumerate((SIZE, *REFERENCES)):
+        pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    # Its edges are those of patches of latents. Of a patch that is cut, the pipelines look at some
+    # pixels only, while here a cell of latents is redrawn for any of its pixels.
+    mask = np.zeros(SIZE, np.uint8)
+    mask[16:, 32:64] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+
+
+def compare_z_image_img2img(folder: Path) -> Pairs:
+    return _compare(folder, "ZImageImg2ImgPipeline", masked=False)
+
+
+def compare_z_image_inpaint(folder: Path) -> Pairs:
+    return _compare(folder, "ZImageInpaintPipeline", masked=True)
+
+
+def compare_qwen_img2img(folder: Path) -> Pairs:
+    return _compare(folder, "QwenImageImg2ImgPipeline", masked=False)
+
+
+def compare_qwen_inpaint(folder: Path) -> Pairs:
+    return _compare(folder, "QwenImageInpaintPipeline", masked=True)
+
+
+def compare_klein_inpaint(folder: Path) -> Pairs:
+    """Also with a second picture that the network sees."""
+    name = "Flux2KleinInpaintPipeline"
+    yield from _compare(folder, name, masked=True)
+    reference = str(folder / "1.png")
+    settings = _settings(folder, masked=True, num_inference_steps=2, strength=0.9)
+    ours, theirs = _pipelines(folder, "turbo", name)
+    yield "edited", *_drawn(ours, theirs, settings, edit=(reference,))
+
+
+def compare_klein_edit(folder: Path) -> Pairs:
+    for name, count, scale in (("turbo", 1, 1.0), ("base", 2, 4.0)):
+        ours, theirs = _pipelines(folder, name, "Flux2KleinPipeline")
+        height, width = SIZE
+        settings = DrawSettings(
+            PROMPT, height=height, width=width, seed=SEED, num_inference_steps=3
+        )
+        edit = tuple(str(folder / f"{k + 1}.png") for k in range(count))
+        drawn = _drawn(ours, theirs, settings, edit=edit, guidance_scale=scale)
+        yield f"{count} edited", *drawn
+
+
+def _compare(folder: Path, name: str, *, masked: bool) -> Pairs:
+    """With strengths that divide the steps and that do not, without and with guidance."""
+    few = "turbo" if (folder / "turbo").is_dir() else "base"
+    whole = 1.0 if masked else 0.5
+    for model, steps, strength, scale in ((few, 4, 0.6, 1.0), ("base", 3, whole, 3.5)):
+        ours, theirs = _pipelines(folder, model, name)
+        settings = _settings(folder, masked=masked, num_inference_steps=steps, strength=strength)
+        what = "guided" if scale > 1 else f"{strength:g} of {steps}"
+        yield what, *_drawn(ours, theirs, settings, guidance_scale=scale)
+
+
+def _settings(folder: Path, *, masked: bool, **settings: Any) -> DrawSettings:
+    mask = str(folder / "mask.png") if masked else None
+    return DrawSettings(PROMPT, image=str(folder / "0.png"), mask=mask, seed=SEED, **settings)
+
+
+def _pipelines(folder: Path, model: str, name: str) -> tuple[SnapGenPipeline, Any]:
+    """Ours, and diffusers' of a class."""
+    here = folder / f"{model}-here"
+    if not here.exists():
+        convert_teacher(folder / model, here)
+    diffusers = library("diffusers")
+    diffusers.utils.logging.disable_progress_bar()
+    theirs = getattr(diffusers, name).from_pretrained(folder / model)
+    theirs.set_progress_bar_config(disable=True)
+    return SnapGenPipeline.from_pretrained(here), theirs
+
+
+def _drawn(
+    ours: SnapGenPipeline, theirs: Any, settings: DrawSettings, **more: Any
+) -> tuple[mx.array, Any]:
+    """Pictures (1, H, W, 3) in [0, 1], before what must not change is pasted: ours, and theirs."""
+    height, width = SIZE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PictureWarning)
+        *_, last = ours.generate(settings, height=height, width=width, **more)
+    found = mx.clip(ours.autoencoder.decode(last.x0) / 2 + 0.5, 0, 1)
+    values, kind = last.metadata, ours.config.kind
+    given = {
+        "prompt": PROMPT,
+        "height": height,
+        "width": width,
+        "num_inference_steps": values["num_inference_steps"],
+        "guidance_scale": values["guidance_scale"],
+    }
+    if kind == "z-image":
+        given["guidance_scale"] -= 1
+    if kind == "qwen-image":
+        # The other scale is for models that are distilled for it.
+        given["true_cfg_scale"] = given.pop("guidance_scale")
+        given["negative_prompt"] = " " if given["true_cfg_scale"] > 1 else None
+    edit = [Image.open(path) for path in more.get("edit", ())]
+    if settings.image is not None:
+        given |= {"image": Image.open(str(settings.image)), "strength": settings.strength}
+    elif edit:
+        given["image"] = edit
+    if settings.mask is not None:
+        given["mask_image"] = Image.open(str(settings.mask))
+        if edit:
+            given["image_reference"] = edit[0]
+    channels = ours.config.autoencoder.latent_channels
+    noise = get_noise(SEED, height // 8, width // 8, channels)
+    if kind == "flux2":
+        noise = pack(noise, 2).reshape(1, height // 16, width // 16, 4 * channels)
+    with _random_numbers(theirs, np.array(noise).transpose(0, 3, 1, 2)):
+        drawn = theirs(**given, output_type="pt").images
+    return found, drawn.permute(0, 2, 3, 1)
+
+
+@contextlib.contextmanager
+def _random_numbers(pipeline: Any, noise: np.ndarray) -> Iterator[None]:
+    """The noise (1, C, h, w) of a pipeline, and the mean of its encoder instead of a sample."""
+    module, torch = sys.modules[type(pipeline).__module__], library("torch")
+
+    def randn_tensor(shape: Any, **_: Any) -> Any:
+        return torch.tensor(noise).reshape(shape)
+
+    def retrieve_latents(output: Any, **_: Any) -> Any:
+        return output.latent_dist.mode()
+
+    replaced: dict[str, Any] = {"randn_tensor": randn_tensor}
+    if hasattr(module, "retrieve_latents"):
+        replaced["retrieve_latents"] = retrieve_latents
+    with mock.patch.multiple(module, **replaced):
+        yield
