@@ -1,5 +1,6 @@
-"""The server: `python -m apps.server`, OpenAI's images API for one loaded model.
+"""The server: `python -m apps.server`, OpenAI's images API.
 
-HTTP, checks of requests, the queue and responses run in the server's process, without mlx (`app`,
-`request`, `jobs`). The model runs in the worker process (`apps.worker.engine`).
+HTTP, checks of requests, forms with pictures, the queue and responses run in the server's process,
+without mlx (`app`, `request`, `uploads`, `jobs`). The models run in the worker process
+(`apps.worker.engine`).
 """

@@ -7,15 +7,22 @@ import os
 import re
 import signal
 import socket
+import sys
+
+from tqdm import tqdm
 
 from apps.server.jobs import Jobs
+from apps.server.models import Served, name_models
 from apps.server.request import Limits, is_loopback
-from apps.worker.messages import Failed, Job, Loaded
+from apps.worker.client import CACHE_LIMIT
+from apps.worker.messages import Downloading, Failed, Job, Notice, Opened
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import (
     Parser,
+    add_cache_limit,
     add_model_choice,
     add_model_widths,
+    finite_number,
     integer,
     model_choice,
 )
@@ -30,14 +37,40 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(
         prog="python -m apps.server",
-        description="Serve OpenAI's images API. The server draws one picture at a "
-        "time. It keeps all --model-widths in memory; a request without a model uses the first.",
+        description="Serve OpenAI's images API. The server draws one picture at a time. It loads "
+        "the first model at the start and the others when a request names them. If they do not fit "
+        "into memory together, it frees the least recently used.",
         renamed={"--model-width": "--model-widths"},
         formatter_class=argparse.HelpFormatter,
     )
     model = parser.add_argument_group("model")
-    add_model_choice(model)
-    add_model_widths(model, default=["full"])
+    add_model_choice(model, several=True)
+    add_model_widths(model, default=["full"], more="; a model without one of them has the others")
+    model.add_argument(
+        "--alias",
+        dest="aliases",
+        type=_alias,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name for a model, such as gpt-image-1=stickers; repeat the option to give "
+        "several (default: none)",
+    )
+    model.add_argument(
+        "--unload-after",
+        type=_positive,
+        metavar="MINUTES",
+        help="free a model that nobody has used for so long; the next request loads it again "
+        "(default: never)",
+    )
+    model.add_argument(
+        "--memory",
+        type=_positive,
+        metavar="GB",
+        help="memory that all loaded models may take together with the picture that is drawn "
+        "(default: three quarters of this machine's)",
+    )
+    add_cache_limit(model, default="1.07, or 0 with --low-memory")
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add(
@@ -54,6 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="key that clients must send; required if other machines can connect to HOST "
         f"(default: ${KEY_VARIABLE})",
+    )
+    add(
+        "--allow-origin",
+        dest="origins",
+        type=_origin,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="let web pages of this origin, such as https://example.com, use the server from a "
+        "browser; repeat the option to allow several (default: only pages of this machine)",
     )
     add(
         "--url-lifetime",
@@ -90,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=count,
         default=10,
         metavar="N",
-        help="most pictures per request (default: %(default)s)",
+        help="most pictures per request, drawn or sent (default: %(default)s)",
     )
     add(
         "--max-steps",
@@ -109,7 +152,10 @@ def main() -> int:
         raise UserError(
             f"other machines can connect to {args.host}: set an --api-key, or use 127.0.0.1"
         )
+    if len(args.model or []) > 1 and (args.revision or args.loras or args.text_encoders):
+        raise UserError("--revision, --lora and --text-encoders are for one --model: give one")
     try:
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -124,32 +170,54 @@ def _api_key(text: str) -> str:
     return text
 
 
+def _origin(text: str) -> str:
+    """An origin as browsers write it in the header of this name."""
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/?#@\s,*]+)/?", text, re.IGNORECASE)
+    if not (found and text.isascii()):
+        raise argparse.ArgumentTypeError(f"takes an origin like https://example.com, not '{text}'")
+    scheme, host = found[1].lower(), found[2].lower()
+    usual = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return f"{scheme}://{host.removesuffix(usual)}"
+
+
+def _alias(text: str) -> tuple[str, str]:
+    name, _, model = text.partition("=")
+    if not (name and model and name.isprintable()):
+        raise argparse.ArgumentTypeError(f"takes NAME=MODEL, not '{text}'")
+    return name, model
+
+
+def _positive(text: str) -> float:
+    number = finite_number(text)
+    if not 0 < number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1e6")
+    return number
+
+
 async def _serve(args: argparse.Namespace) -> int:
     from apps.server.app import Server, create_app
     from apps.server.connection import make_server
 
     sock = _bind(args.host, args.port)
-    jobs = Jobs(args.queue, len(args.model_widths), timeout=args.step_timeout)
+    jobs = Jobs(
+        args.queue,
+        timeout=args.step_timeout,
+        keep=len(args.model or [None]) * len(args.model_widths),
+        memory=None if args.memory is None else int(args.memory * 1e9),
+        unload_after=None if args.unload_after is None else args.unload_after * 60,
+        cache_limit=CACHE_LIMIT if args.cache_limit is None else args.cache_limit,
+    )
     watching = asyncio.ensure_future(jobs.watch())
     try:
-        names: dict[str, ModelChoice] = {}
-        configs: list[Description] = []
-        base = model_choice(args)
-        # The default is loaded last, so that it is the last to leave the worker's memory.
-        for width in reversed(args.model_widths):
-            choice = dataclasses.replace(base, model_width=width)
-            with announce(f"loading {choice.model or 'stickers'} ({width}) ..."):
-                configs.append(await _load(jobs, choice))
-            model = configs[-1].name
-            name = model if width == "full" else f"{model}-{width}"
-            names = {name: choice} | names
+        models = await _open_models(jobs, args)
+        default = next(iter(models))
+        with announce(f"loading {default} ..."):
+            await _open(jobs, Job(models[default].choice))
         limits = Limits(
             max_pixels=args.max_pixels, max_images=args.max_images, max_steps=args.max_steps
         )
-        routes = Server(
-            jobs, names, config=configs[-1], limits=limits, url_lifetime=args.url_lifetime
-        )
-        app = create_app(routes, args.api_key or None)
+        routes = Server(jobs, models, limits=limits, url_lifetime=args.url_lifetime)
+        app = create_app(routes, args.api_key or None, origins=args.origins)
         server = make_server(app)
 
         def end() -> None:
@@ -164,7 +232,7 @@ async def _serve(args: argparse.Namespace) -> int:
             loop.add_signal_handler(number, end)
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{port}/v1 serves {', '.join(names)}", flush=True)
+        print(f"http://{shown}:{port}/v1 serves {', '.join(models)}", flush=True)
         await server.serve(sockets=[sock])
     finally:
         watching.cancel()
@@ -173,15 +241,29 @@ async def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _load(jobs: Jobs, choice: ModelChoice) -> Description:
-    """Load a model in the worker; `UserError` if that fails."""
-    drawing = jobs.submit(Job(choice))
-    while True:
-        event = await drawing.get()
-        if isinstance(event, Loaded):
-            return event.config
-        if isinstance(event, Failed):
-            raise UserError(event.message)
+async def _open_models(jobs: Jobs, args: argparse.Namespace) -> dict[str, Served]:
+    """The models of the command line, by name; one that is not on this machine is fetched."""
+    base, opened = model_choice(args), list[tuple[ModelChoice, Description]]()
+    for given in args.model or [None]:
+        choice = dataclasses.replace(base, model=given)
+        with announce(f"opening {given or 'stickers'} ..."):
+            opened.append((choice, await _open(jobs, Job(choice, load=False))))
+    return name_models(opened, widths=args.model_widths, aliases=args.aliases)
+
+
+async def _open(jobs: Jobs, job: Job) -> Description:
+    """Open or load a model in the worker; `UserError` if that fails."""
+    drawing = jobs.submit(job)
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=None, delay=1) as bar:
+        while not isinstance(event := await drawing.get(), Opened):
+            if isinstance(event, Downloading):
+                bar.desc, bar.total = event.name, event.total or None
+                bar.update(event.done - bar.n)
+            elif isinstance(event, Notice):
+                tqdm.write(event.text, file=sys.stderr)
+            elif isinstance(event, Failed):
+                raise UserError(event.message)
+    return event.config
 
 
 def _bind(host: str, port: int) -> socket.socket:

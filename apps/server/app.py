@@ -5,31 +5,42 @@ import base64
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
-from apps.server.request import ImageRequest, Limits, RequestError, is_loopback, parse_request
+from apps.server.models import Served
+from apps.server.request import (
+    BACKGROUNDS,
+    FORMATS,
+    ImageRequest,
+    Limits,
+    RequestError,
+    is_loopback,
+    parse_form,
+    parse_request,
+)
+from apps.server.uploads import Uploads
 from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import parse_json
-from mlx_snapgen.settings import ModelChoice
 
 MAX_BODY = 64 << 10
 BODY_SECONDS = 10.0
 """How long a client may take to send its request."""
-PREFIX = "image_generation."
 
 
 class Server:
@@ -37,8 +48,7 @@ class Server:
 
     Args:
         jobs: the queue.
-        models: names that clients may use -> the model to load, the default first.
-        config: the model's.
+        models: by the names that clients may use, the default first.
         limits: of one request.
         url_lifetime: seconds that a picture can be fetched by its address.
     """
@@ -46,14 +56,15 @@ class Server:
     def __init__(
         self,
         jobs: Jobs,
-        models: Mapping[str, ModelChoice],
+        models: Mapping[str, Served],
         *,
-        config: Description,
         limits: Limits,
         url_lifetime: float = 3600,
     ):
-        self.jobs, self.models, self.config, self.limits = jobs, models, config, limits
+        self.jobs, self.models, self.limits = jobs, models, limits
         self._pictures = PictureStore(url_lifetime)
+        # One more than allowed, which `parse_form` refuses by name, and a mask.
+        self._uploads = Uploads(limits.max_images + 2)
         self._created = int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -84,83 +95,156 @@ class Server:
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "mlx_snapgen"}
+        model = self.models[name]
+        config = model.config
+        usual, few_step = config.sampler_for(few_step=False), config.few_step
+        # The default first.
+        modes = [usual] if few_step is None or few_step == usual else [few_step, usual]
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "mlx_snapgen",
+            "root": model.name,
+            "size": "{1}x{0}".format(*config.image_size),
+            "any_size": config.abilities().any_size,
+            "size_multiple_of": config.size_unit,
+            "max_pixels": self.limits.pixels(config),
+            "output_formats": list(FORMATS),
+            "background": list(BACKGROUNDS),
+            "modes": [
+                {
+                    "few_step": mode == few_step,
+                    "steps": mode.num_inference_steps,
+                    "guidance": mode.guidance_scale,
+                    "abilities": _abilities(config, mode == few_step),
+                }
+                for mode in modes
+            ],
+        }
 
     async def picture(self, request: Request) -> Response:
-        """`GET /images/{token}.png`: a picture of a response of kind `url`."""
-        png = self._pictures.get(request.path_params["token"])
-        if png is None:
+        """`GET /images/{token}.{kind}`: a picture of a response of kind `url`."""
+        token, kind = (request.path_params[name] for name in ("token", "kind"))
+        data = self._pictures.get(f"{token}.{kind}")
+        if data is None:
             raise RequestError("no such picture, or it has expired", 404)
-        return Response(png, media_type="image/png")
+        return Response(data, media_type=f"image/{kind}")
 
     async def generate(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
         values = await _read_json(request)
-        wanted = parse_request(values, self.models, config=self.config, limits=self.limits)
+        wanted = parse_request(values, self.models, self.limits)
+        with contextlib.ExitStack() as ending:
+            return await self._draw(request, wanted, ending=ending, name="image_generation")
+
+    async def edit(self, request: Request) -> Response:
+        """`POST /v1/images/edits`."""
+        return await self._draw_form(request, is_variation=False)
+
+    async def vary(self, request: Request) -> Response:
+        """`POST /v1/images/variations`."""
+        return await self._draw_form(request, is_variation=True)
+
+    async def _draw_form(self, request: Request, *, is_variation: bool) -> Response:
+        with contextlib.ExitStack() as ending:
+            form = await self._uploads.read(request, ending)
+            # It reads files.
+            wanted = await asyncio.to_thread(
+                parse_form, form, self.models, self.limits, is_variation=is_variation
+            )
+            name = "image_variation" if is_variation else "image_edit"
+            return await self._draw(request, wanted, ending=ending, name=name)
+
+    async def _draw(
+        self, request: Request, wanted: ImageRequest, *, ending: contextlib.ExitStack, name: str
+    ) -> Response:
+        """Draw what is wanted.
+
+        Args:
+            ending: what is to be done when the request has ended.
+            name: of the events of a stream.
+        """
         try:
             drawing = self.jobs.submit(wanted.job)
         except Busy as busy:
             headers = {"Retry-After": str(busy.retry_after)}
             raise RequestError(str(busy), 429, code="queue_full", headers=headers) from None
+        ending.callback(self.jobs.cancel, drawing)
         if wanted.stream:
-            return _Stream(self.jobs, drawing, events=self._events(wanted, drawing))
-        try:
-            return await _unless_gone(
-                request.receive, self._answer(request, wanted, drawing=drawing)
-            )
-        finally:
-            self.jobs.cancel(drawing)
+            return _Stream(self._events(wanted, drawing, name=name), ending.pop_all())
+        return await _unless_gone(request.receive, self._answer(request, wanted, drawing=drawing))
 
     async def _answer(
         self, request: Request, wanted: ImageRequest, *, drawing: Drawing
     ) -> Response:
-        data, notices = [], []
+        data, notices, shape = [], [], {}
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
-                raise _failure(event)
+                raise _failure(wanted, event)
             if isinstance(event, Notice):
-                notices.append(event.text)
+                notices.append(wanted.form.without_paths(event.text))
             elif isinstance(event, Picture):
+                shape = _shape(wanted, event)
                 if wanted.as_url:
-                    token = secrets.token_urlsafe(16)
-                    self._pictures.add(token, event.png)
-                    shown = {"url": str(request.url_for("picture", token=token))}
+                    token, kind = secrets.token_urlsafe(16), shape["output_format"]
+                    self._pictures.add(f"{token}.{kind}", event.file)
+                    shown = {"url": str(request.url_for("picture", token=token, kind=kind))}
                 else:
-                    shown = {"b64_json": base64.b64encode(event.png).decode()}
+                    shown = {"b64_json": base64.b64encode(event.file).decode()}
                 data.append(shown | {"seed": event.metadata["seed"]})
-        body = {"created": int(time.time()), "data": data, **_format(wanted)}
+        body = {"created": int(time.time()), "data": data, **shape}
         return JSONResponse(body | ({"notices": notices} if notices else {}))
 
-    async def _events(self, wanted: ImageRequest, drawing: Drawing) -> AsyncIterator[bytes]:
+    async def _events(
+        self, wanted: ImageRequest, drawing: Drawing, *, name: str
+    ) -> AsyncIterator[bytes]:
         """Server-sent events, named as in OpenAI's image streaming."""
         partial = 0
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
-                raise _failure(event)
-            extra = {"created_at": int(time.time()), "quality": "auto", **_format(wanted)}
-            if isinstance(event, Progress) and event.preview is not None:
+                raise _failure(wanted, event)
+            if not isinstance(event, Progress | Picture):
+                continue
+            extra = {"created_at": int(time.time()), "quality": "auto", **_shape(wanted, event)}
+            if isinstance(event, Picture):
+                partial = 0
+                extra |= {"seed": event.metadata["seed"], "image": event.image}
+                yield _event(f"{name}.completed", event.file, **extra)
+            elif event.preview is not None:
                 extra |= {"partial_image_index": partial, "step": event.index + 1}
                 extra |= {"steps": event.num_steps, "seed": event.seed, "image": event.image}
                 partial += 1
-                yield _event("partial_image", event.preview, **extra)
-            elif isinstance(event, Picture):
-                partial = 0
-                extra |= {"seed": event.metadata["seed"], "image": event.image}
-                yield _event("completed", event.png, **extra)
+                yield _event(f"{name}.partial_image", event.preview, **extra)
 
 
-def _format(wanted: ImageRequest) -> dict[str, str]:
-    size = "{}x{}".format(*wanted.size)
-    return {"size": size, "output_format": "png", "background": "opaque"}
+def _abilities(config: Description, few_step: bool) -> dict[str, bool]:
+    can = config.abilities(few_step=few_step)
+    return {
+        "guidance": can.guidance,
+        "negative_prompt": can.guidance,
+        "attention_modulation": can.attention_modulation,
+        "image": True,
+        "mask": True,
+        "reference_images": can.edit,
+    }
 
 
-def _event(name: str, png: bytes, **extra: Any) -> bytes:
-    data = {"type": PREFIX + name, "b64_json": base64.b64encode(png).decode(), **extra}
-    return f"event: {PREFIX}{name}\ndata: {json.dumps(data)}\n\n".encode()
+def _shape(wanted: ImageRequest, event: Progress | Picture) -> dict[str, str]:
+    assert wanted.job.file_format is not None
+    size = "{}x{}".format(*event.size)
+    kind = wanted.job.file_format.kind
+    return {"size": size, "output_format": kind, "background": "opaque"}
 
 
-def _failure(event: Failed) -> RequestError:
-    return RequestError(event.message, 400 if event.details is None else 500)
+def _event(name: str, file: bytes, **extra: Any) -> bytes:
+    data = {"type": name, "b64_json": base64.b64encode(file).decode(), **extra}
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _failure(wanted: ImageRequest, event: Failed) -> RequestError:
+    message = wanted.form.without_paths(event.message)
+    return RequestError(message, 400 if event.details is None else 500)
 
 
 async def _read_json(request: Request) -> Any:
@@ -207,18 +291,20 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 class _Stream(Response):
-    """Sends each event at once. A failure before the first one is an ordinary error response."""
+    """Sends each event at once. A failure before the first one is an ordinary error response.
 
-    def __init__(self, jobs: Jobs, drawing: Drawing, *, events: AsyncIterator[bytes]):
+    Args:
+        ending: closed when the response has ended.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], ending: contextlib.ExitStack):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._jobs, self._drawing, self._events = jobs, drawing, events
+        self._events, self._ending = events, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with self._ending:
             await _unless_gone(receive, self._send_all(scope, receive, send))
-        finally:
-            self._jobs.cancel(self._drawing)
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -243,20 +329,24 @@ class Guard:
     Args:
         api_key: None allows requests whose Host and Origin are loopback names, so that a web page
             cannot reach the server, also not through its own host name (DNS rebinding).
+        origins: of web pages that may use the server all the same, and read its responses (CORS).
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
-        self._app, self._key = app, api_key
+    def __init__(self, app: ASGIApp, api_key: str | None, *, origins: Collection[str]):
+        self._app, self._key, self._origins = app, api_key, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        refusal, started = self._refusal(scope), False
+        headers = Headers(scope=scope)
+        refusal, started = self._refusal(scope, headers), False
 
         async def send_on(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.start" and self._origins:
+                message = {**message, "headers": [*message["headers"], *self._cors(headers)]}
             await send(message)
 
         try:
@@ -265,32 +355,62 @@ class Guard:
         except asyncio.CancelledError:
             # The server ends. The task ends here, without the traceback that uvicorn would print.
             if not started:
-                await _refuse(RequestError("the server ends", 503))(scope, receive, send)
+                await _refuse(RequestError("the server ends", 503))(scope, receive, send_on)
 
-    def _refusal(self, scope: Scope) -> ASGIApp | None:
-        headers = dict(scope["headers"])
+    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        found = [(b"vary", b"Origin")]
+        if (origin := headers.get("origin")) in self._origins:
+            found.append((b"access-control-allow-origin", origin.encode()))
+            found.append((b"access-control-expose-headers", b"Retry-After"))
+        return found
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
+        """What to answer instead of the application; None if the request may pass."""
+        origin = headers.get("origin")
+        is_preflight = (
+            scope["method"] == "OPTIONS"
+            and origin in self._origins
+            and "access-control-request-method" in headers
+        )
         if self._key is None:
-            host = headers.get(b"host", b"").decode("latin-1")
+            host = headers.get("host", "")
             if not is_loopback(_hostname(host)):
                 message = (
                     f"without an API key only this machine can connect, not as '{host[:80]}': use "
                     "127.0.0.1, or start the server with --api-key"
                 )
                 return _refuse(RequestError(message, 403))
-            origin = headers.get(b"origin")
-            if origin is not None and not is_loopback(_hostname(origin.decode("latin-1"))):
+            if not (origin is None or origin in self._origins or is_loopback(_hostname(origin))):
                 message = (
                     "without an API key, web pages of other machines cannot use this server: start "
-                    "it with --api-key"
+                    "it with --api-key or --allow-origin"
                 )
                 return _refuse(RequestError(message, 403))
-        elif scope["path"].startswith("/v1/"):
-            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-            right = hmac.compare_digest(key.strip(), self._key.encode())
-            if kind.lower() != b"bearer" or not right:
+        if is_preflight:
+            # A browser sends it without the key.
+            return _preflight(headers)
+        if self._key is not None and scope["path"].startswith("/v1/"):
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode())
+            if kind.lower() != "bearer" or not right:
                 error = RequestError("no valid API key", 401, code="invalid_api_key")
                 return _refuse(error)
         return None
+
+
+def _preflight(headers: Headers) -> Response:
+    """The answer to a browser that asks whether a page may send a request (CORS)."""
+    asked = headers.get("access-control-request-headers", "")
+    # Clients add headers of their own, so all are allowed.
+    allowed = asked if re.fullmatch(r"[\w\-, ]{1,2000}", asked, re.ASCII) else "Authorization"
+    found = {
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": allowed,
+        "Access-Control-Max-Age": "600",
+    }
+    if headers.get("access-control-request-private-network") == "true":
+        found["Access-Control-Allow-Private-Network"] = "true"
+    return Response(status_code=204, headers=found)
 
 
 def _hostname(where: str) -> str:
@@ -305,8 +425,11 @@ def _refuse(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-def create_app(server: Server, api_key: str | None) -> ASGIApp:
-    """The application; pictures by `url` need no key, because their addresses cannot be guessed."""
+def create_app(server: Server, api_key: str | None, *, origins: Collection[str] = ()) -> ASGIApp:
+    """The application; arguments are those of `Guard`.
+
+    Pictures by `url` need no key, because their addresses cannot be guessed.
+    """
 
     async def refuse(request: Request, error: Any) -> Response:
         return _refuse(error)
@@ -322,13 +445,16 @@ def create_app(server: Server, api_key: str | None) -> ASGIApp:
     routes = [
         Route("/health", server.health),
         Route("/v1/models", server.list_models),
-        Route("/v1/models/{name}", server.get_model),
+        Route("/v1/models/{name:path}", server.get_model),
         Route("/v1/images/generations", server.generate, methods=["POST"]),
-        Route("/images/{token}.png", server.picture, name="picture"),
+        Route("/v1/images/edits", server.edit, methods=["POST"]),
+        Route("/v1/images/variations", server.vary, methods=["POST"]),
+        Route("/images/{token}.{kind}", server.picture, name="picture"),
     ]
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         RequestError: refuse,
         404: unknown,
         405: unknown,
     }
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), api_key)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    return Guard(app, api_key, origins=origins)

@@ -6,6 +6,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import Any
 
 from apps.worker.client import Worker
 from apps.worker.messages import Event, Failed, Finished, Job, Loaded, Progress
@@ -63,11 +64,11 @@ class Jobs:
 
     Args:
         waiting: length of the queue.
-        keep: see `Worker`.
         timeout: seconds without an event of the worker after which `watch` replaces it.
+        worker: arguments of `Worker`.
     """
 
-    def __init__(self, waiting: int, keep: int = 1, *, timeout: int = 300):
+    def __init__(self, waiting: int, *, timeout: int = 300, **worker: Any):
         self._loop = asyncio.get_running_loop()
         self._most = waiting + 1
         self._timeout = timeout
@@ -77,7 +78,7 @@ class Jobs:
         self._open: dict[int, Drawing] = {}
         self._seconds = 1.0
         self.served = 0
-        self.worker = Worker(self._deliver, keep=keep)
+        self.worker = Worker(self._deliver, **worker)
 
     def __len__(self) -> int:
         """Jobs drawn or waiting."""
@@ -158,16 +159,16 @@ class PictureStore:
         self._lifetime, self._limit, self._clock, self._size = lifetime, limit, clock, 0
         self._pictures: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
 
-    def add(self, token: str, png: bytes) -> None:
+    def add(self, name: str, data: bytes) -> None:
         self._forget()
-        self._pictures[token] = self._clock() + self._lifetime, png
-        self._size += len(png)
+        self._pictures[name] = self._clock() + self._lifetime, data
+        self._size += len(data)
         while self._size > self._limit and len(self._pictures) > 1:
             self._drop_oldest()
 
-    def get(self, token: str) -> bytes | None:
+    def get(self, name: str) -> bytes | None:
         self._forget()
-        return self._pictures.get(token, (0.0, None))[1]
+        return self._pictures.get(name, (0.0, None))[1]
 
     def _forget(self) -> None:
         while self._pictures and next(iter(self._pictures.values()))[0] <= self._clock():

@@ -1,22 +1,33 @@
-"""Requests to OpenAI's `images/generations`, checked, with the parameters of diffusion models.
+"""Requests to OpenAI's images API, checked, with the parameters of diffusion models.
 
-Extensions: `seed`, `steps`, `guidance`, `negative_prompt`, `few_step`, `attention_modulation`.
+Extensions: `seed`, `steps`, `guidance`, `negative_prompt`, `few_step`, `attention_modulation`; with
+pictures also `strength` and `fit`.
 """
 
+import contextlib
 import ipaddress
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from apps.worker.messages import Job
+from apps.server.models import Served
+from apps.worker.messages import FileFormat, Job
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.settings import MAX_SEED, DrawSettings, ModelChoice, check_size
+from mlx_snapgen.files import parse_json
+from mlx_snapgen.inputs import FITS, picture_size
+from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.settings import MAX_SEED, DrawSettings, check_size, trained_size
 
-IGNORED = {"background", "moderation", "output_compression", "quality", "style", "user"}
+IGNORED = {"input_fidelity", "moderation", "quality", "safety_identifier", "style", "user"}
 """Parameters of OpenAI's models without effect here."""
+MAX_INPUT = 1 << 26
+"""Pixels of a picture that a client sends."""
+FORMATS = ("png", "jpeg", "webp")
+BACKGROUNDS = ("auto", "opaque")
 
 
 class RequestError(Exception):
@@ -62,35 +73,130 @@ class Limits:
     max_prompt: int = 4000
     """Characters."""
 
+    def pixels(self, config: Description) -> int:
+        """Most height x width of a picture of a model."""
+        height, width = config.image_size
+        return 4 * height * width if self.max_pixels is None else self.max_pixels
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form with pictures, whose files are there until the request has ended."""
+
+    values: Mapping[str, str]
+    images: tuple[Path, ...]
+    mask: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All pictures."""
+        return self.images if self.mask is None else (*self.images, self.mask)
+
+    def without_paths(self, text: str) -> str:
+        """A text for the client, with the names of its pictures instead of their paths."""
+        for path in self.files:
+            text = text.replace(str(path), path.name)
+        return text
+
+
+NO_FORM = Form({}, ())
+
 
 @dataclass(frozen=True)
 class ImageRequest:
     job: Job
-    size: tuple[int, int]
-    """(width, height)."""
     as_url: bool
     stream: bool
+    form: Form
 
 
-def parse_request(
-    values: Any, models: Mapping[str, ModelChoice], *, config: Description, limits: Limits
-) -> ImageRequest:
+def parse_request(values: Any, models: Mapping[str, Served], limits: Limits) -> ImageRequest:
     """The request in decoded JSON; `RequestError` names the wrong parameter.
 
     Args:
-        models: names that clients may use, the default first.
-        config: the model's.
+        models: by the names that clients may use, the default first.
     """
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
     get = _Reader({name: value for name, value in values.items() if value is not None})
+    model = models[get.choice("model", list(models))]
+    width, height = _size(get.text("size", 20), model.config, limits)
+    prompt = get.text("prompt", limits.max_prompt) or ""
+    _check_prompt(prompt)
+    settings = DrawSettings(prompt, height=height, width=width)
+    return _request(get, model, limits, settings=settings)
+
+
+def parse_form(
+    form: Form, models: Mapping[str, Served], limits: Limits, *, is_variation: bool = False
+) -> ImageRequest:
+    """The request in a form with pictures, whose headers are read; errors are those of
+    `parse_request`.
+
+    Args:
+        is_variation: whether the prompt may be missing. Then it is the one in the metadata of the
+            picture, or empty.
+    """
+    get = _Reader({name: value for name, value in form.values.items() if value}, is_form=True)
+    model = models[get.choice("model", list(models))]
+    config = model.config
+    width = height = None
+    if (size := get.text("size", 20)) not in (None, "auto"):
+        width, height = _size(size, config, limits)
+    if not form.images:
+        raise RequestError("there is no picture: send it as image", param="image")
+    if len(form.images) > limits.max_images:
+        message = f"there are more than {limits.max_images} pictures"
+        raise RequestError(message, param="image")
+    prompt = get.text("prompt", limits.max_prompt) or ""
+    if not is_variation:
+        _check_prompt(prompt)
+    elif not prompt:
+        prompt = _recorded_prompt(form.images[0], limits)
+    pictures = _pictures(get, form, model, is_variation=is_variation)
+    settings = DrawSettings(prompt, height=height, width=width, **pictures)
+    try:
+        for path in form.files:
+            height, width = picture_size(path)
+            if height * width > MAX_INPUT:
+                raise UserError(f"{path}: {width}x{height} is more than {MAX_INPUT} pixels")
+        resolved = settings.resolved(config)
+    except UserError as error:
+        raise RequestError(form.without_paths(str(error)), param="image") from None
+    assert resolved.height is not None and resolved.width is not None
+    _check_pixels(resolved.height, resolved.width, config, limits=limits)
+    return _request(get, model, limits, settings=settings, form=form)
+
+
+def _pictures(get: "_Reader", form: Form, model: Served, *, is_variation: bool) -> dict[str, Any]:
+    """The fields of `DrawSettings` about pictures.
+
+    A model that can edit takes them as references, unless it is to redraw a part of the first one.
+    """
+    strength, fit = get.number("strength"), get.choice("fit", list(FITS))
+    first, more, can_edit = form.images[0], form.images[1:], model.config.abilities().edit
+    if is_variation and (more or form.mask):
+        raise RequestError("a variation takes one picture and no mask", param="image")
+    if more and not can_edit:
+        raise RequestError(f"{model.name} takes one picture at a time", param="image")
+    if can_edit and not is_variation and form.mask is None and strength is None:
+        return {"edit": form.images, "fit": fit}
+    return {"image": first, "mask": form.mask, "strength": strength, "edit": more, "fit": fit}
+
+
+def _request(
+    get: "_Reader",
+    model: Served,
+    limits: Limits,
+    *,
+    settings: DrawSettings,
+    form: Form = NO_FORM,
+) -> ImageRequest:
+    """The request, with what all endpoints have in common."""
     num_images = get.integer("n", least=1, most=limits.max_images) or 1
-    width, height = _size(get.text("size", 20), config=config, limits=limits)
-    settings = DrawSettings(
-        prompt=get.text("prompt", limits.max_prompt) or "",
+    settings = replace(
+        settings,
         negative_prompt=get.text("negative_prompt", limits.max_prompt) or "",
-        height=height,
-        width=width,
         num_inference_steps=get.integer("steps", least=1, most=limits.max_steps),
         guidance_scale=get.number("guidance"),
         few_step=get.boolean("few_step"),
@@ -100,29 +206,46 @@ def parse_request(
         ),
         num_images=num_images,
     )
-    if not settings.prompt.strip():
-        raise RequestError("the prompt is empty: say what to draw", param="prompt")
     try:
-        config.sampler_for(settings.num_inference_steps, settings.few_step)
+        model.config.sampler_for(settings.num_inference_steps, settings.few_step)
     except UserError as error:
         raise RequestError(str(error), param="few_step") from None
-    model = get.choice("model", list(models))
-    get.choice("output_format", ["png"])
+    file_format = _file_format(get)
+    if get.choice("background", [*BACKGROUNDS, "transparent"]) == "transparent":
+        raise RequestError(
+            f"{model.name} draws opaque pictures only: use background auto or opaque",
+            param="background",
+        )
     stream = get.boolean("stream") or False
     as_url = get.choice("response_format", ["b64_json", "url"]) == "url"
     if stream and as_url:
         raise RequestError("a stream carries b64_json, not url", param="response_format")
     partial = get.integer("partial_images", least=0, most=limits.max_steps)
     get.check_all_read()
-    job = Job(models[model], settings, previews=partial if stream else 0, png_previews=True)
-    return ImageRequest(job, (width, height), as_url=as_url, stream=stream)
+    previews = partial if stream else 0
+    job = Job(model.choice, settings, previews=previews, file_format=file_format)
+    return ImageRequest(job, as_url=as_url, stream=stream, form=form)
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise RequestError("the prompt is empty: say what to draw", param="prompt")
+
+
+def _recorded_prompt(path: Path, limits: Limits) -> str:
+    """The prompt in a picture's metadata, "" if it has none."""
+    with contextlib.suppress(UserError):
+        prompt = read_metadata(path).get("prompt")
+        if isinstance(prompt, str) and len(prompt) <= limits.max_prompt:
+            return prompt
+    return ""
 
 
 class _Reader:
-    """Values by name and type."""
+    """Values by name and type; those of a form are texts."""
 
-    def __init__(self, values: dict[str, Any]):
-        self._values = values
+    def __init__(self, values: Mapping[str, Any], *, is_form: bool = False):
+        self._values, self._is_form = values, is_form
         self._known = set(IGNORED)
 
     def check_all_read(self) -> None:
@@ -136,6 +259,9 @@ class _Reader:
     def _get(self, name: str, kinds: type | tuple[type, ...], *, what: str) -> Any:
         self._known.add(name)
         value = self._values.get(name)
+        if self._is_form and value is not None and kinds is not str:
+            with contextlib.suppress(UserError):
+                value = parse_json(value, name)
         wrong_bool = isinstance(value, bool) and kinds is not bool
         if value is not None and (wrong_bool or not isinstance(value, kinds)):
             raise RequestError(f"{name} must be {what}", param=name)
@@ -179,6 +305,17 @@ class _Reader:
         return self._get(name, bool, what="true or false")
 
 
+def _file_format(get: _Reader) -> FileFormat:
+    kind = get.choice("output_format", list(FORMATS))
+    quality = get.integer("output_compression", least=0, most=100)
+    if kind == "png" and quality not in (None, 100):
+        raise RequestError(
+            "output_compression is for jpeg and webp: a PNG loses nothing",
+            param="output_compression",
+        )
+    return FileFormat(kind, 100 if quality is None else quality)
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine."""
     if host.lower() == "localhost":
@@ -189,14 +326,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _size(text: str | None, *, config: Description, limits: Limits) -> tuple[int, int]:
+def _size(text: str | None, config: Description, limits: Limits) -> tuple[int, int]:
     height, width = config.image_size
-    most = 4 * height * width if limits.max_pixels is None else limits.max_pixels
     if text is not None and text != "auto":
         found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
         if not found:
             raise RequestError(f"the size must be like {width}x{height}, or auto", param="size")
-        width, height = int(found[1]), int(found[2])
+        # OpenAI's sizes are larger than those of a small model.
+        height, width = trained_size(config, int(found[2]), int(found[1]))
+    _check_pixels(height, width, config, limits=limits)
+    try:
+        check_size(config, height, width)
+    except UserError as error:
+        raise RequestError(str(error), param="size") from None
+    return width, height
+
+
+def _check_pixels(height: int, width: int, config: Description, *, limits: Limits) -> None:
+    most = limits.pixels(config)
     if width * height > most:
         usual = "{1}x{0}".format(*config.image_size)
         raise RequestError(
@@ -204,8 +351,3 @@ def _size(text: str | None, *, config: Description, limits: Limits) -> tuple[int
             f"start the server with --max-pixels {width * height}",
             param="size",
         )
-    try:
-        check_size(config, height, width)
-    except UserError as error:
-        raise RequestError(str(error), param="size") from None
-    return width, height

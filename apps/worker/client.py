@@ -24,14 +24,25 @@ class Worker:
     Args:
         deliver: called with each `Event`, in a separate thread. Every job submitted gets exactly
             one `Finished` or `Failed`, also when the process dies.
-        keep: number of loaded pipelines that stay in memory; the latest ones are kept.
+        keep: number of loaded models that stay in memory; the latest ones are kept.
+        memory: bytes that they may take together with the next picture; beyond, the least recently
+            used are freed. None: three quarters of this machine's memory.
+        unload_after: seconds after which a model that nobody uses is freed; None: never.
         cache_limit: see `CACHE_LIMIT`.
     """
 
     def __init__(
-        self, deliver: Callable[[Event], None], *, keep: int = 1, cache_limit: int = CACHE_LIMIT
+        self,
+        deliver: Callable[[Event], None],
+        *,
+        keep: int = 1,
+        memory: int | None = None,
+        unload_after: float | None = None,
+        cache_limit: int = CACHE_LIMIT,
     ):
-        self._deliver, self._keep, self._cache_limit = deliver, keep, cache_limit
+        self._deliver = deliver
+        self._settings = {"keep": keep, "memory": memory, "unload_after": unload_after}
+        self._settings["cache_limit"] = cache_limit
         self._ids = itertools.count(1)
         self._lock = threading.RLock()
         self._process: Any = None
@@ -132,7 +143,7 @@ class Worker:
         process = context.Process(
             target=_serve,
             args=(theirs,),
-            kwargs={"keep": self._keep, "cache_limit": self._cache_limit},
+            kwargs=self._settings,
             daemon=True,
         )
         process.start()
@@ -184,7 +195,7 @@ def _reap(process: Any, reader: threading.Thread | None) -> None:
         reader.join(2)
 
 
-def _serve(connection: Any, *, keep: int, cache_limit: int) -> None:
+def _serve(connection: Any, **settings: Any) -> None:
     from apps.worker.engine import serve
 
-    serve(connection, keep=keep, cache_limit=cache_limit)
+    serve(connection, **settings)

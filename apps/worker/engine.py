@@ -1,19 +1,23 @@
 """The worker process: loads models and draws; a job can be canceled between two steps."""
 
+import gc
+import io
 import signal
 import threading
 import time
 import traceback
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx_snapgen  # noqa: F401  (before mlx)
 
 # isort: split
 import mlx.core as mx
+from PIL import Image
 from tqdm import tqdm
 
 from apps.worker.messages import (
@@ -22,22 +26,32 @@ from apps.worker.messages import (
     Downloading,
     Event,
     Failed,
+    FileFormat,
     Finished,
     Job,
     Loaded,
     Loading,
     Notice,
+    Opened,
     Picture,
     Progress,
 )
 from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.memory import BASE_BYTES
 from mlx_snapgen.checkpoint.text_encoders import download_sources
-from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.inputs import MAX_REFERENCE
 from mlx_snapgen.metadata import encode_png, slug
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.settings import DrawSettings, ModelChoice
+from mlx_snapgen.settings import (
+    BYTES_PER_PIXEL,
+    DrawSettings,
+    ModelChoice,
+    machine_memory,
+)
+from mlx_snapgen.teachers.folder import TeacherFolder
+from mlx_snapgen.teachers.memory import measure_folder
 
 REPORT_EVERY = 0.1
 """Seconds between two reports of a download."""
@@ -47,16 +61,39 @@ class Stop(Exception):
     """The caller ends the process, or has ended."""
 
 
-class Engine:
-    """Runs the jobs that come over `connection`, one after the other."""
+@dataclass
+class _Model:
+    """A model in memory."""
 
-    def __init__(self, connection: Any, *, keep: int, cache_limit: int):
-        self._connection, self._keep = connection, keep
+    folder: ModelFolder | TeacherFolder
+    pipeline: SnapGenPipeline
+    bytes: int = 0
+    """After its latest job."""
+    used: float = 0.0
+    """When that ended, in seconds."""
+
+
+class Engine:
+    """Runs the jobs that come over `connection`, one after the other.
+
+    Its other arguments are those of `Worker`.
+    """
+
+    def __init__(
+        self,
+        connection: Any,
+        *,
+        keep: int,
+        memory: int | None,
+        unload_after: float | None,
+        cache_limit: int,
+    ):
+        self._connection, self._keep, self._unload_after = connection, keep, unload_after
+        self._memory = machine_memory() * 3 // 4 if memory is None else memory
         self._jobs: deque[tuple[int, Job]] = deque()
         self._cancelled: set[int] = set()
-        self._pipelines: OrderedDict[ModelChoice, tuple[SnapGenPipeline, Description]] = (
-            OrderedDict()
-        )
+        # The least recently used first.
+        self._models: OrderedDict[ModelChoice, _Model] = OrderedDict()
         mx.set_cache_limit(cache_limit)
 
     def run(self) -> None:
@@ -68,9 +105,16 @@ class Engine:
             self._run_job(number, job)
             self._cancelled.discard(number)
             mx.clear_cache()
+            if latest := self._models.get(job.choice):
+                others = sum(model.bytes for model in self._models.values()) - latest.bytes
+                latest.bytes = max(0, mx.get_active_memory() - others)
+                latest.used = time.monotonic()
 
     def _receive(self) -> None:
+        """Wait for a message; meanwhile free the models that nobody uses."""
         try:
+            while not self._connection.poll(self._until_unload()):
+                self._free_oldest()
             message = self._connection.recv()
         except (EOFError, OSError):
             raise Stop from None
@@ -80,6 +124,18 @@ class Engine:
             self._cancelled.add(message.job)
         else:
             self._jobs.append(message)
+
+    def _until_unload(self) -> float | None:
+        """Seconds until the next model is to be freed; None if there is none."""
+        if self._unload_after is None or not self._models:
+            return None
+        oldest = next(iter(self._models.values()))
+        return max(0.0, oldest.used + self._unload_after - time.monotonic())
+
+    def _free_oldest(self) -> None:
+        self._models.popitem(last=False)
+        gc.collect()
+        mx.clear_cache()
 
     def _is_cancelled(self, number: int) -> bool:
         while self._connection.poll():
@@ -95,10 +151,12 @@ class Engine:
     def _run_job(self, number: int, job: Job) -> None:
         try:
             with self._notices(number):
-                if self._is_cancelled(number):
-                    finished = False
-                else:
-                    pipeline = self._load(number, job.choice)
+                finished = not self._is_cancelled(number)
+                if finished and job.settings is None and not job.load:
+                    folder = self._open(number, job.choice)
+                    self._send(Opened(number, choice=job.choice, config=folder.config))
+                elif finished:
+                    pipeline = self._load(number, job)
                     finished = job.settings is None or self._draw(
                         number, job, settings=job.settings, pipeline=pipeline
                     )
@@ -108,31 +166,53 @@ class Engine:
         except UserError as error:
             self._send(Failed(number, str(error)))
         except Exception as error:
-            # Possibly out of memory: free the pipelines, which can be loaded again.
-            self._pipelines.clear()
+            # Possibly out of memory: free the models, which can be loaded again.
+            self._models.clear()
             message = f"{type(error).__name__}: {error}"
             self._send(Failed(number, message, details=traceback.format_exc()))
 
-    def _load(self, number: int, choice: ModelChoice) -> SnapGenPipeline:
-        if choice not in self._pipelines:
+    def _open(self, number: int, choice: ModelChoice) -> ModelFolder | TeacherFolder:
+        """The model on this machine: fetched and, if it is a public one, converted."""
+        folder = open_model(
+            choice,
+            progress=self._download(number),
+            converting=self._download(number, Converting),
+            say=lambda line: self._send(Notice(number, line)),
+        )
+        if isinstance(folder, ModelFolder):
+            download_sources(folder, self._download(number))
+        return folder
+
+    def _load(self, number: int, job: Job) -> SnapGenPipeline:
+        choice = job.choice
+        if loaded := self._models.get(choice):
+            self._models.move_to_end(choice)
+            self._make_room(job, loaded.folder, kept=1)
+        else:
             self._send(Loading(number))
-            folder = open_model(
-                choice,
-                progress=self._download(number),
-                converting=self._download(number, Converting),
-                say=lambda line: self._send(Notice(number, line)),
-            )
-            if isinstance(folder, ModelFolder):
-                download_sources(folder, self._download(number))
-            while len(self._pipelines) >= self._keep:
-                self._pipelines.popitem(last=False)
-            mx.clear_cache()
-            pipeline = SnapGenPipeline.from_pretrained(choice, folder=folder)
-            self._pipelines[choice] = pipeline, folder.config
-        self._pipelines.move_to_end(choice)
-        pipeline, config = self._pipelines[choice]
-        self._send(Loaded(number, choice=choice, config=config))
-        return pipeline
+            folder = self._open(number, choice)
+            self._make_room(job, folder, kept=0)
+            loaded = _Model(folder, SnapGenPipeline.from_pretrained(choice, folder=folder))
+            self._models[choice] = loaded
+        self._send(Loaded(number, choice=choice, config=loaded.folder.config))
+        return loaded.pipeline
+
+    def _make_room(self, job: Job, folder: ModelFolder | TeacherFolder, *, kept: int) -> None:
+        """Free the least recently used models that a job leaves no memory for.
+
+        Args:
+            folder: of the job's model.
+            kept: how many of the latest models stay: 1 if the job's is loaded already.
+        """
+        mx.clear_cache()
+        if len(self._models) == kept:
+            return
+        needed = _needed(folder, job.settings or DrawSettings())
+        while others := list(self._models.values())[: len(self._models) - kept]:
+            enough = sum(model.bytes for model in others) + needed <= self._memory
+            if enough and len(others) < self._keep:
+                return
+            self._free_oldest()
 
     def _download(self, number: int, event: type[Downloading] = Downloading):
         last = 0.0
@@ -156,7 +236,8 @@ class Engine:
             preview = None
             if not step.final and _has_preview(step.index, step.num_steps, previews=job.previews):
                 picture = step.preview()
-                preview = encode_png(picture) if job.png_previews else picture.tobytes()
+                form = job.file_format
+                preview = picture.tobytes() if form is None else _encode(picture, form)
             self._send(
                 Progress(
                     number,
@@ -176,7 +257,7 @@ class Engine:
                         image=step.image,
                         size=picture.size,
                         rgb=picture.tobytes(),
-                        png=encode_png(picture, step.metadata),
+                        file=_encode(picture, job.file_format or FileFormat(), step.metadata),
                         name=slug(settings.prompt),
                         metadata=step.metadata,
                         seconds=time.perf_counter() - started,
@@ -188,12 +269,27 @@ class Engine:
     @contextmanager
     def _notices(self, number: int) -> Iterator[None]:
         def show(message, category, filename, lineno, file=None, line=None):
-            self._send(Notice(number, str(message)))
+            # A job has one prompt: a note need not name it.
+            self._send(Notice(number, getattr(message, "problem", None) or str(message)))
 
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = show
             yield
+
+
+def _needed(folder: ModelFolder | TeacherFolder, settings: DrawSettings) -> int:
+    """Estimate of the bytes that drawing takes, with the model."""
+    height, width = folder.config.image_size
+    height, width = settings.height or height, settings.width or width
+    if isinstance(folder, TeacherFolder):
+        references = MAX_REFERENCE * len(settings.edit)
+        encoded = max(height * width * (settings.image is not None), min(references, MAX_REFERENCE))
+        sizes = measure_folder(folder)
+        return sizes.peak(height, width, encoded=encoded, references=references)
+    # On the CPU, 16 bits become 32.
+    stored = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
+    return BASE_BYTES + 2 * stored + height * width * BYTES_PER_PIXEL
 
 
 def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
@@ -205,13 +301,25 @@ def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
     return any(index == (k + 1) * before // (count + 1) for k in range(count))
 
 
-def serve(connection: Any, *, keep: int, cache_limit: int) -> None:
-    """Entry of the process. It ignores Ctrl-C, which the caller handles."""
+def _encode(
+    picture: Image.Image, form: FileFormat, metadata: Mapping[str, Any] | None = None
+) -> bytes:
+    """A picture as the bytes of a file."""
+    if form.kind == "png":
+        return encode_png(picture, metadata)
+    buffer = io.BytesIO()
+    picture.save(buffer, form.kind, quality=form.quality)
+    return buffer.getvalue()
+
+
+def serve(connection: Any, **settings: Any) -> None:
+    """Entry of the process, with the arguments of `Engine`. It ignores Ctrl-C, which the caller
+    handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # tqdm's own lock is a system semaphore, which would remain when this process is interrupted.
     tqdm.set_lock(threading.RLock())
     try:
-        Engine(connection, keep=keep, cache_limit=cache_limit).run()
+        Engine(connection, **settings).run()
     except Stop:
         pass
     except KeyboardInterrupt:

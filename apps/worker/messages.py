@@ -8,17 +8,30 @@ from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 
 @dataclass(frozen=True)
+class FileFormat:
+    """A format of picture files."""
+
+    kind: str = "png"
+    """png, jpeg or webp. A PNG has the settings as metadata."""
+    quality: int = 100
+    """Of JPEG and WebP, 0 to 100."""
+
+
+@dataclass(frozen=True)
 class Job:
     """Pictures to draw."""
 
     choice: ModelChoice
     """Equal choices share a loaded pipeline."""
     settings: DrawSettings | None = None
-    """None: only load the model."""
+    """None: only load the model, or open it."""
+    load: bool = True
+    """Without settings: false only reads the model's config. A model that is not on this machine is
+    fetched before, and a public one converted."""
     previews: int | None = None
     """Previews per picture, spread over its steps; None shows every step, 0 none."""
-    png_previews: bool = False
-    """Previews as PNG files instead of pixels."""
+    file_format: FileFormat | None = None
+    """Of the pictures and the previews; None: PNG, with previews as pixels."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,19 @@ class Loading(Event):
 
 
 @dataclass(frozen=True)
-class Loaded(Event):
-    """The model is ready; `config` is the whole model's, with all its widths.
+class Opened(Event):
+    """The model is on this machine; `config` is the whole model's, with all its widths.
 
     It is a `ModelConfig`, or a `TeacherConfig` of a public model.
     """
 
     choice: ModelChoice
     config: Description
+
+
+@dataclass(frozen=True)
+class Loaded(Opened):
+    """The model is ready to draw."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ class Progress(Event):
     size: tuple[int, int]
     """(width, height) in pixels."""
     preview: bytes | None
-    """The x0 estimate as RGB bytes, or PNG with `Job.png_previews`."""
+    """The x0 estimate as RGB bytes, or as a file of `Job.file_format`."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +99,8 @@ class Picture(Event):
     image: int
     size: tuple[int, int]
     rgb: bytes
-    png: bytes
-    """The file, with `metadata` in it."""
+    file: bytes
+    """In `Job.file_format`; a PNG has `metadata` in it."""
     name: str
     """A file name without ending, made of the prompt."""
     metadata: dict[str, Any]

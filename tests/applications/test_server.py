@@ -5,8 +5,10 @@ import base64
 import concurrent.futures
 import configparser
 import contextlib
+import dataclasses
 import http.client
 import io
+import itertools
 import json
 import os
 import plistlib
@@ -16,53 +18,43 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.pipeline import SnapGenPipeline
+from tests.applications.serving import (
+    GENERATIONS,
+    NO_SERVER,
+    PATIENCE,
+    ROOT,
+    ask,
+    opened,
+    start,
+    stop,
+)
 from tests.tiny import memory
 
-pytest.importorskip(
-    "starlette", reason='the server extra is not installed: pip install ".[server]"'
-)
-pytest.importorskip("uvicorn", reason='the server extra is not installed: pip install ".[server]"')
+pytest.importorskip("starlette", reason=NO_SERVER)
+pytest.importorskip("uvicorn", reason=NO_SERVER)
+pytest.importorskip("python_multipart", reason=NO_SERVER)
+
+from starlette.datastructures import Headers
 
 from apps.server import connection
 from apps.server.__main__ import build_parser
-from apps.server.jobs import Drawing, PictureStore
+from apps.server.app import Server, create_app
+from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
+from apps.server.models import Served, name_models
 from apps.server.request import Limits, RequestError, parse_request
-from apps.worker.messages import Finished, Progress
+from apps.worker.messages import Finished, Job, Progress
 from mlx_snapgen.cli.options import model_choice
 from mlx_snapgen.settings import ModelChoice
-
-ROOT = Path(__file__).parents[2]
-GENERATIONS = "/v1/images/generations"
-PATIENCE = 120
-
-
-def start(*options, host="127.0.0.1"):
-    """A server on a free port, and that port."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "apps.server", "--port", "0", *map(str, options)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    line = process.stdout.readline()
-    assert line.startswith(f"http://{host}:"), line + process.stderr.read()
-    return process, int(line.split(":")[2].split("/")[0])
-
-
-def stop(process):
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err, err
-    return out
+from mlx_snapgen.teachers.config import TeacherConfig
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +67,6 @@ def server(model_folder):
 @pytest.fixture
 def port(server):
     return server[1]
-
-
-def ask(port, method="POST", path=GENERATIONS, headers=None, **body):
-    """(status, headers, decoded JSON or bytes)."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    kind = {"Content-Type": "application/json"}
-    connection.request(method, path, json.dumps(body) if body else None, kind | (headers or {}))
-    response = connection.getresponse()
-    data = response.read()
-    connection.close()
-    is_json = response.headers.get_content_type() == "application/json"
-    return response.status, response.headers, json.loads(data) if is_json else data
 
 
 def patiently(port, **body):
@@ -110,8 +90,10 @@ def idle(port):
     return False
 
 
-def opened(b64):
-    return Image.open(io.BytesIO(base64.b64decode(b64)))
+def parse(values, config, **limits):
+    """`parse_request` by a server with one model."""
+    model = Served("random", ModelChoice(), config)
+    return parse_request(values, {"random": model}, Limits(**limits))
 
 
 # --- protocol -----------------------------------------------------------------------------------
@@ -152,6 +134,26 @@ def test_pictures_by_url(port):
     assert ask(port, "GET", "/images/unknown.png")[0] == 404
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_formats(port, kind):
+    wish = {"prompt": "a cat", "seed": 2, "steps": 2, "output_format": kind}
+    small, large = (
+        ask(port, output_compression=quality, **wish)[2]["data"][0] for quality in (5, 100)
+    )
+    assert len(small["b64_json"]) < len(large["b64_json"])
+    answer = ask(port, response_format="url", background="opaque", **wish)[2]
+    assert (answer["output_format"], answer["background"]) == (kind, "opaque")
+    url = answer["data"][0]["url"]
+    assert url.endswith(f".{kind}")
+    _, headers, data = ask(port, "GET", url.removeprefix(f"http://127.0.0.1:{port}"))
+    assert headers["Content-Type"] == f"image/{kind}"
+    assert data == base64.b64decode(large["b64_json"])
+    _, _, data = ask(port, stream=True, **wish)
+    events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: ")]
+    assert [e["output_format"] for e in events] == [kind, kind]
+    assert {opened(e["b64_json"]).format for e in events} == {kind.upper()}
+
+
 def test_a_stream_shows_every_step_and_ends_with_the_picture(port):
     wish = {"prompt": "a cat", "seed": 4, "steps": 4}
     _, headers, data = ask(port, stream=True, **wish)
@@ -175,10 +177,59 @@ def test_notices_come_along(port):
 
 
 def test_the_old_name_of_the_widths_still_works(capsys):
-    args = build_parser().parse_args(["--model-width", "full", "tiny", "--lora", "a.safetensors"])
+    args = build_parser().parse_args(
+        ["--model-width", "full", "tiny", "--lora", "a.safetensors", "--cache-limit", "0.5"]
+    )
+    assert args.cache_limit == 500_000_000
     assert args.model_widths == ["full", "tiny"]
     assert model_choice(args) == ModelChoice(loras=(("a.safetensors", 1.0),))
     assert capsys.readouterr().err == "warning: --model-width is now --model-widths\n"
+
+
+def named(configs, widths=("full",), aliases=(), **choice):
+    """`name_models` of configs whose models are a, b, ..."""
+    opened = [
+        (ModelChoice(name, **choice), config) for name, config in zip("abc", configs, strict=False)
+    ]
+    found = name_models(opened, widths=widths, aliases=aliases)
+    return {name: (model.choice.model, model.choice.model_width) for name, model in found.items()}
+
+
+def test_names_of_models(components):
+    ours, other = components.config, TeacherConfig()
+    assert named([ours, other], ("full", "tiny"), [("gpt-image-1", "random-tiny")]) == {
+        "random": ("a", "full"),
+        "random-tiny": ("a", "tiny"),
+        "Qwen-Image": ("b", "full"),
+        "gpt-image-1": ("a", "tiny"),
+    }
+    assert list(named([ours, ours, other])) == ["a", "b", "Qwen-Image"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"widths": ["tiny"]}, "no width 'tiny', only full"),
+        ({"aliases": [("x", "y")]}, "--alias x=y: no such model, known: Qwen-Image"),
+        ({"aliases": [("Qwen-Image", "Qwen-Image")]}, "the name Qwen-Image is taken"),
+    ],
+)
+def test_names_that_make_no_sense(wrong, words):
+    with pytest.raises(UserError, match=words):
+        named([TeacherConfig()], **wrong)
+    with pytest.raises(UserError, match="two models have the name a: give each --model once"):
+        choice = ModelChoice("a"), TeacherConfig()
+        name_models([choice, choice], widths=["full"], aliases=[])
+
+
+def test_what_a_model_can_is_listed(port):
+    [full, tiny] = ask(port, "GET", "/v1/models")[2]["data"]
+    assert (full["id"], tiny["id"], tiny["root"]) == ("random", "random-tiny", "random-tiny")
+    assert (full["size"], full["size_multiple_of"], full["max_pixels"]) == ("64x32", 32, 8192)
+    assert full["output_formats"] == ["png", "jpeg", "webp"]
+    [mode] = full["modes"]
+    assert (mode["few_step"], mode["steps"], mode["guidance"]) == (False, 2, 3.0)
+    assert mode["abilities"]["negative_prompt"] is True
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -205,6 +256,10 @@ def test_the_old_name_of_the_widths_still_works(capsys):
         ({"x" * 60_000: 1}, "x" * 50, "unknown parameter"),
         ({"seed": 2**63 - 1, "n": 2}, "seed", "from 0"),
         ({"few_step": True}, "few_step", "no few-step mode"),
+        ({"output_format": "gif"}, "output_format", "known: png, jpeg, webp"),
+        ({"output_compression": 50}, "output_compression", "a PNG loses nothing"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "to 100"),
+        ({"background": "transparent"}, "background", "draws opaque pictures only"),
         ({"response_format": "jpg"}, "response_format", "b64_json"),
         ({"stream": True, "response_format": "url"}, "response_format", "stream"),
         ({"guidence": 2}, "guidence", "did you mean 'guidance'"),
@@ -214,7 +269,7 @@ def test_the_old_name_of_the_widths_still_works(capsys):
 def test_requests_that_make_no_sense(components, wrong, param, words):
     values = {"prompt": "a cat"} | wrong if isinstance(wrong, dict) else wrong
     with pytest.raises(RequestError, match=words) as error:
-        parse_request(values, {"random": ModelChoice()}, config=components.config, limits=Limits())
+        parse(values, components.config)
     assert error.value.status == (404 if param == "model" else 400)
     assert error.value.body()["error"]["param"] == param
     assert len(str(error.value)) <= 300
@@ -223,28 +278,44 @@ def test_requests_that_make_no_sense(components, wrong, param, words):
 def test_no_limit_of_the_server_is_more_than_the_machine(components):
     values = {"prompt": "a cat", "size": "16384x16384"}
     with pytest.raises(RequestError, match="choose a smaller size") as error:
-        parse_request(
-            values, {"random": ModelChoice()}, config=components.config,
-            limits=Limits(max_pixels=2**40),
-        )  # fmt: skip
+        parse(values, components.config, max_pixels=2**40)
     assert error.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [
+        ("1024x1024", (64, 64)),
+        ("1024x1536", (64, 96)),
+        ("1536x1024", (64, 32)),
+        ("33x32", (64, 64)),
+        ("auto", (64, 32)),
+    ],
+)
+def test_the_size_is_the_nearest_of_the_training(components, size, drawn):
+    config = dataclasses.replace(components.config, trained_sizes=((64, 64), (96, 64)))
+    models = {"random": Served("random", ModelChoice(), config)}
+    wish = parse_request({"prompt": "a cat", "size": size}, models, Limits())
+    assert drawn == (wish.job.settings.width, wish.job.settings.height)
+
+
+def test_the_limit_of_pixels_is_one_of_their_number(components):
+    height, width = components.config.image_size
+    wish = {"prompt": "a red apple", "size": f"{4 * width}x{height}"}
+    settings = parse(wish, components.config).job.settings
+    assert (settings.width, settings.height) == (4 * width, height)
 
 
 def test_whole_numbers_may_be_written_with_a_point(components):
     values = {"prompt": "a cat", "n": 2.0, "seed": 7.0}
-    settings = parse_request(
-        values, {"random": ModelChoice()}, config=components.config, limits=Limits()
-    ).job.settings
+    settings = parse(values, components.config).job.settings
     assert (settings.num_images, settings.seed) == (2, 7)
     assert type(settings.num_images) is type(settings.seed) is int
 
 
 def test_parameters_of_other_models_are_ignored(components):
     values = {"prompt": "a cat", "quality": "high", "style": None, "user": "me", "size": "auto"}
-    wish = parse_request(
-        values, {"random": ModelChoice()}, config=components.config, limits=Limits()
-    )
-    settings = wish.job.settings
+    settings = parse(values, components.config).job.settings
     assert (settings.width, settings.height, settings.num_images) == (64, 32, 1)
 
 
@@ -285,6 +356,90 @@ def test_only_this_machine_without_a_key(port):
         assert "--api-key" in answer["error"]["message"]
     for origin in ("http://localhost:3000", f"http://127.0.0.1:{port}", "http://[::1]"):
         assert ask(port, headers={"Origin": origin}, **wish)[0] == 200
+
+
+PAGE = "https://chat.example"
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_pages_of_an_allowed_origin(components, key):
+    """A browser's preflight needs no key, and its page may read every answer."""
+    models = {"random": Served("random", ModelChoice(), components.config)}
+    app = create_app(Server(None, models, limits=Limits()), key, origins=[PAGE])
+
+    def send(method, path, **headers):
+        sent = []
+
+        async def receive():
+            return {"type": "http.request"}
+
+        async def collect(message):
+            sent.append(message)
+
+        headers = {"Host": "127.0.0.1:8000"} | headers
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": b"",
+            "headers": raw,
+        }
+        asyncio.run(app(scope, receive, collect))
+        return sent[0]["status"], Headers(raw=sent[0]["headers"])
+
+    asks = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    status, headers = send("OPTIONS", GENERATIONS, Origin=PAGE, **asks)
+    assert status == 204
+    assert headers["Access-Control-Allow-Origin"] == PAGE
+    assert headers["Access-Control-Allow-Methods"] == "GET, POST"
+    assert headers["Access-Control-Allow-Headers"] == asks["Access-Control-Request-Headers"]
+    assert headers["Access-Control-Allow-Private-Network"] == "true"
+    assert headers["Vary"] == "Origin"
+    right = {"Authorization": f"Bearer {key}"} if key else {}
+    for sent, expected in ((right, 200), ({"Authorization": "Bearer no"}, 401 if key else 200)):
+        status, headers = send("GET", "/v1/models", Origin=PAGE, **sent)
+        assert status == expected
+        assert headers["Access-Control-Allow-Origin"] == PAGE
+    for origin in ("https://evil.example", "null", f"{PAGE}.evil", "http://chat.example", ""):
+        status, headers = send("GET", "/v1/models", Origin=origin, **right)
+        assert status == (200 if key else 403)
+        assert "Access-Control-Allow-Origin" not in headers
+        assert headers["Vary"] == "Origin"
+        status, headers = send("OPTIONS", GENERATIONS, Origin=origin, **asks)
+        assert status == (401 if key else 403)
+        assert "Access-Control-Allow-Headers" not in headers
+    # Nor through a host name of its own (DNS rebinding).
+    status, _ = send("OPTIONS", GENERATIONS, Origin=PAGE, Host="evil.example", **asks)
+    assert status == (204 if key else 403)
+
+
+def test_origins_are_those_of_browsers():
+    parser = build_parser()
+    urls = ["https://Chat.Example:443/", "http://a.b:8080", "app://obsidian.md"]
+    args = parser.parse_args([word for url in urls for word in ("--allow-origin", url)])
+    assert args.origins == [PAGE, "http://a.b:8080", "app://obsidian.md"]
+    for wrong in ("*", "chat.example", "https://a/b", "https://*.a", "https://a@b", "https://ä.de"):
+        with pytest.raises(UserError, match="takes an origin like https://"):
+            parser.parse_args(["--allow-origin", wrong])
+
+
+def test_the_queue_has_its_length_beside_the_job_that_is_drawn():
+    async def fill():
+        jobs = Jobs(waiting=1)
+        numbers = itertools.count()
+        jobs.worker = SimpleNamespace(submit=lambda job: next(numbers))
+        for _ in range(2):
+            jobs.submit(Job(ModelChoice()))
+        with pytest.raises(Busy, match="too many requests wait"):
+            jobs.submit(Job(ModelChoice()))
+        assert len(jobs) == 2
+
+    asyncio.run(fill())
 
 
 def test_addresses_of_pictures_expire():
@@ -532,6 +687,9 @@ def test_the_service_files_start_the_server():
         (["--api-key", "schlüssel"], "no spaces"),
         (["--api-key", ""], "no spaces"),
         (["--model", "/no/such/folder"], "no model folder /no/such/folder"),
+        (["--model", "a", "b", "--revision", "main"], "are for one --model"),
+        (["--alias", "gpt-image-1"], "takes NAME=MODEL, not 'gpt-image-1'"),
+        (["--unload-after", "0"], "not above 0"),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "cannot listen on"),
     ],
 )

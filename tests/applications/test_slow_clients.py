@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-pytest.importorskip(
-    "starlette", reason='the server extra is not installed: pip install ".[server]"'
-)
-pytest.importorskip("uvicorn", reason='the server extra is not installed: pip install ".[server]"')
+from tests.applications.serving import KIND, NO_SERVER, encoded
 
-from apps.server import app, connection
+pytest.importorskip("starlette", reason=NO_SERVER)
+pytest.importorskip("uvicorn", reason=NO_SERVER)
+pytest.importorskip("python_multipart", reason=NO_SERVER)
+
+from apps.server import app, connection, uploads
 from apps.server.jobs import Drawing
+from apps.server.models import Served
 from apps.server.request import Limits
 from apps.worker.messages import Finished, Picture, Progress
 from mlx_snapgen.settings import ModelChoice
@@ -22,6 +24,8 @@ from mlx_snapgen.settings import ModelChoice
 HEAD = (
     b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 )
+FORM = HEAD.replace(b"generations", b"edits").replace(b"application/json", KIND.encode())
+FORM += b"Content-Length: 1000\r\n\r\n" + encoded(("image", bytes(200)))[:150]
 BODY = json.dumps({"prompt": "a cat", "stream": True}).encode()
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 PREVIEWS, PREVIEW = 6, bytes(1 << 20)
@@ -55,6 +59,7 @@ class Jobs:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
     monkeypatch.setattr(app, "BODY_SECONDS", 0.6)
+    monkeypatch.setattr(uploads, "FORM_SECONDS", 0.6)
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.6)
     monkeypatch.setattr(connection, "SEND_SECONDS", 0.6)
     monkeypatch.setattr(connection, "TICK", 0.1)
@@ -64,7 +69,8 @@ def short_patience(monkeypatch):
 async def serving(config):
     """(port, jobs, uvicorn's server)."""
     jobs = Jobs()
-    routes = app.Server(jobs, {"random": ModelChoice()}, config=config, limits=Limits())
+    models = {"random": Served("random", ModelChoice(), config)}
+    routes = app.Server(jobs, models, limits=Limits())
     server = connection.make_server(app.create_app(routes, None))
     sock = socket.create_server(("127.0.0.1", 0), backlog=512)
     running = asyncio.ensure_future(server.serve(sockets=[sock]))
@@ -112,6 +118,7 @@ def test_bytes_now_and_then_do_not_keep_a_connection(components):
         "silent": (b"", b""),
         "head": (b"", HEAD + b"X: " + b"y" * 1000),
         "body": (HEAD + b"Content-Length: 1000\r\n\r\n", endless),
+        "form": (FORM, endless),
         "unasked": (get, endless),
     }
 
@@ -129,6 +136,7 @@ def test_bytes_now_and_then_do_not_keep_a_connection(components):
     answers = dict(zip(slow, (answer for answer, _ in ended), strict=True))
     assert answers["silent"] == answers["head"] == b""
     assert answers["body"].startswith(b"HTTP/1.1 408 ")
+    assert answers["form"].startswith(b"HTTP/1.1 408 ")
     assert answers["unasked"].startswith(b"HTTP/1.1 200 ")
     assert all(status == 200 for status, _ in statuses)
     assert max(seconds for _, seconds in statuses) < 0.5 * PATIENCE

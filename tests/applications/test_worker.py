@@ -6,6 +6,7 @@ import queue
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from apps.worker.client import Worker
+from apps.worker.engine import Engine, Stop
 from apps.worker.messages import (
     Converting,
     Downloading,
@@ -22,10 +24,12 @@ from apps.worker.messages import (
     Loaded,
     Loading,
     Notice,
+    Opened,
     Picture,
     Progress,
 )
 from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.metadata import KEY
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
@@ -101,7 +105,7 @@ def test_it_draws_what_the_pipeline_draws_and_shows_every_step(listener, job, mo
         *(p.tobytes() for p in seen[3:5]),
         None,
     ]
-    with Image.open(io.BytesIO(pictures[1].png)) as image:
+    with Image.open(io.BytesIO(pictures[1].file)) as image:
         assert np.array_equal(np.array(image), np.array(expected[1]))
         assert '"seed": 4' in image.info[KEY]
     assert pictures[0].name == "a-red-apple"
@@ -149,7 +153,8 @@ def test_mistakes_are_messages_and_bugs_have_details(listener, job):
     assert "Traceback" in failed.details
     events = listener.result(drawing(job, prompt="zzz"))
     assert [type(e) for e in events[:2]] == [Loading, Loaded]  # a bug gives the memory back
-    assert any(isinstance(e, Notice) for e in events)
+    notices = [e.text for e in events if isinstance(e, Notice)]
+    assert notices and not any(text.startswith('"zzz"') for text in notices)
 
 
 def test_a_dead_process_fails_its_jobs_and_comes_back(listener, job):
@@ -185,6 +190,45 @@ def test_an_interrupt_stops_at_once(listener, job):
     listener.worker.interrupt()
     assert listener.until(Finished)[-1] == Finished(number, cancelled=True)
     assert isinstance(listener.result(job)[-1], Finished)
+
+
+@pytest.fixture
+def second_folder(components, tmp_path):
+    save_pretrained(tmp_path / "second", components)
+    return tmp_path / "second"
+
+
+def loads(listener, job, *folders):
+    """Which of the models had to be loaded, in this order."""
+    jobs = [replace(job, choice=ModelChoice(str(folder))) for folder in folders]
+    return [any(isinstance(e, Loading) for e in listener.result(job)) for job in jobs]
+
+
+def test_models_are_loaded_on_demand_and_freed_when_memory_asks(job, model_folder, second_folder):
+    a, b = model_folder, second_folder
+    made = Listener(keep=2)
+    assert loads(made, job, a, b, a, b) == [True, True, False, False]
+    made.worker.close()
+    made = Listener(keep=2, memory=1)
+    assert loads(made, job, a, a, b, b, a) == [True, False, True, False, True]
+    made.worker.close()
+    made = Listener(keep=1)
+    assert loads(made, job, a, b, b, a) == [True, True, False, True]
+    made.worker.close()
+
+
+def test_an_idle_model_is_freed(job, model_folder):
+    made = Listener(unload_after=0.5)
+    assert loads(made, job, model_folder, model_folder) == [True, False]
+    time.sleep(1)
+    assert loads(made, job, model_folder) == [True]
+    made.worker.close()
+
+
+def test_a_model_can_be_opened_alone(listener, job, model_folder):
+    events = listener.result(Job(job.choice, load=False))
+    assert [type(e) for e in events] == [Opened, Finished]
+    assert events[0].config.image_size == (32, 64)
 
 
 def test_downloads_report_bytes(monkeypatch):
@@ -226,3 +270,19 @@ def test_a_public_model_is_converted_and_drawn(tmp_path, monkeypatch):
     assert failed.message == "Z-Image-Turbo has no guidance: leave out the guidance scale 3"
     assert failed.details is None
     made.worker.close()
+
+
+def test_the_models_used_last_stay_in_memory(model_folder):
+    """In this process; the messages come from a list."""
+    choices = [
+        ModelChoice(model=str(model_folder), model_width=w) for w in ("full", "small", "tiny")
+    ]
+    jobs = [Job(choices[k]) for k in (0, 1, 0, 2, 0, 1)]
+    messages, sent = [*enumerate(jobs), None], []
+    # A message is there if the engine waits for one, but none interrupts a job.
+    connection = SimpleNamespace(
+        recv=lambda: messages.pop(0), poll=lambda *seconds: bool(seconds), send=sent.append
+    )
+    with pytest.raises(Stop):
+        Engine(connection, keep=2, memory=None, unload_after=None, cache_limit=1 << 30).run()
+    assert [event.job for event in sent if isinstance(event, Loading)] == [0, 1, 3, 5]

@@ -78,11 +78,13 @@ def test_the_check_finds(line):
 
 def test_the_numbers_and_files_in_the_text_are_true():
     pytest.importorskip("starlette", reason="the server extra is not installed")
-    from apps.server import app
+    from apps.server import app, uploads
     from mlx_snapgen import metadata
 
     assert f"{app.MAX_BODY >> 10} KiB of JSON" in TEXT
     assert f"within {app.BODY_SECONDS:.0f} s" in TEXT
+    assert f"{uploads.MAX_FORM >> 20} MiB within {uploads.FORM_SECONDS:.0f} s" in TEXT
+    assert f"{uploads.MAX_STORED >> 20} MiB together" in TEXT
     assert f"At most {metadata.MAX_TEXT >> 20} MiB" in TEXT
     assert f"over {metadata.MAX_PIXELS >> 20} megapixels" in TEXT
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
