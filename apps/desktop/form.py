@@ -10,13 +10,23 @@ from pathlib import Path
 from tkinter import filedialog, ttk
 from typing import Any
 
+from apps.desktop.inputs import Inputs
 from apps.desktop.settings import Settings, start_folder
+from apps.desktop.start_page import StartPage, shortened
 from apps.desktop.theme import Theme
 from apps.desktop.widgets import Column, Slider
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
-from mlx_snapgen.settings import WIDTH_NAMES, ModelChoice, parse_width
+from mlx_snapgen.inputs import nearest_size
+from mlx_snapgen.settings import (
+    WIDTH_NAMES,
+    DrawSettings,
+    ModelChoice,
+    parse_width,
+    trained_size,
+    trained_sizes,
+)
 
 DEFAULT_MODEL = "Default (stickers)"
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
@@ -30,16 +40,29 @@ CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 class Form(ttk.Notebook):
-    """Shows `Settings` in fields, on two pages, and reads them.
+    """Shows `Settings` in fields, on three pages, and reads them.
 
     Args:
         load: called when the user selects another model.
+        inputs, paint, paste, tell: see `StartPage`.
     """
 
-    def __init__(self, master: tk.Misc, theme: Theme, *, load: Callable[[], None]):
+    def __init__(
+        self,
+        master: tk.Misc,
+        theme: Theme,
+        *,
+        load: Callable[[], None],
+        inputs: Inputs,
+        paint: Callable[[], None],
+        paste: Callable[[], None],
+        tell: Callable[[str], None],
+    ):
         super().__init__(master)
         self._theme, self._load = theme, load
         self._config: Description | None = None
+        self._first: str | None = None
+        """The picture that gave the size its aspect ratio."""
         self.seed, self.locked = tk.StringVar(), tk.BooleanVar()
         self.model, self.model_width = tk.StringVar(), tk.StringVar()
         self.steps, self.guidance = tk.StringVar(), tk.StringVar()
@@ -52,6 +75,17 @@ class Form(ttk.Notebook):
         self._texts()
         self._seed()
         self._picture()
+        pages.append(self._page("Start from"))
+        self.start = StartPage(
+            self.inside,
+            theme,
+            inputs=inputs,
+            paint=paint,
+            paste=paste,
+            tell=tell,
+            changed=self._picture_chosen,
+        )
+        self.start.grid(sticky="ew")
         pages.append(self._page("Model"))
         self._network()
         self._model()
@@ -74,13 +108,7 @@ class Form(ttk.Notebook):
 
     def read(self, base: Settings) -> Settings:
         """`base` with the values of the form; `UserError` names a wrong field."""
-        size = self.size.get().strip()
-        height = width = None
-        if size:
-            found = re.search(r"(?<![0-9])([0-9]{1,9})\s*[x×*]\s*([0-9]{1,9})\s*$", size)  # noqa: RUF001
-            if not found:
-                raise UserError(f"the size '{size[:40]}' is not like 192 x 128 (width x height)")
-            width, height = int(found[1]), int(found[2])
+        height, width = self._size()
         names = [name.strip() for name in self.text_encoders.get().split(",") if name.strip()]
         model, revision = self._model_name()
         values = {field: choices[self._choices[field].get()] for _, field, choices in CHOICES}
@@ -90,6 +118,8 @@ class Form(ttk.Notebook):
             "seed": _number("seed", self.seed.get(), kind=int) or 0,
             "height": height,
             "width": width,
+            "force_size": base.draw.force_size
+            and (height, width) == (base.draw.height, base.draw.width),
             "num_inference_steps": _number(
                 "number of steps", self.steps.get(), kind=int, optional=True
             ),
@@ -97,6 +127,7 @@ class Form(ttk.Notebook):
             "num_images": _number("number of pictures", self.num_images.get(), kind=int),
             "model": model,
             "revision": revision,
+            "base": base.choice.base if model == base.choice.model else None,
             "model_width": self.model_width.get(),
             "loras": tuple(
                 (path, _number("LoRA's scale", scale.get(), kind=float))
@@ -104,6 +135,8 @@ class Form(ttk.Notebook):
             ),
             "text_encoders": tuple(names) or None,
         }
+        values |= self.start.read()
+        values["strength"] = _number("strength", values["strength"], kind=float, optional=True)
         draw, choice = (
             dataclasses.replace(part, **{k: v for k, v in values.items() if k in vars(part)})
             for part in (base.draw, base.choice)
@@ -136,6 +169,9 @@ class Form(ttk.Notebook):
         self.text_encoders.set(", ".join(choice.text_encoders or ()))
         self._loras = [(path, tk.StringVar(value=f"{w:g}")) for path, w in choice.loras]
         self._show_loras()
+        self.start.show(draw, settings.folder)
+        self._first = next(iter(self.start.paths), None)
+        self._update_start()
         if self._config is not None:
             self._fill(self._config)
         self._update_negative()
@@ -144,10 +180,23 @@ class Form(ttk.Notebook):
         """The names in the list of models, below the default."""
         self._model_field.configure(values=[DEFAULT_MODEL, *names])
 
-    @property
-    def negative_counts(self) -> bool:
-        """Whether the negative prompt has an effect: unless guidance is off."""
-        return not self.negative.muted
+    def effective(self, draw: DrawSettings) -> DrawSettings:
+        """`draw` without what has no effect on the chosen model."""
+        if self.negative.muted:
+            draw = dataclasses.replace(draw, negative_prompt="")
+        if not self.start.can_edit:
+            draw = dataclasses.replace(draw, edit=())
+        return draw
+
+    def start_from(self, path: str) -> None:
+        """Start from a picture, in its aspect ratio if the model draws all sizes; show its page."""
+        if self.start.set_picture(path):
+            self.select(1)
+
+    def edit_picture(self, path: str) -> None:
+        """Add a picture to edit and show its page."""
+        if self.start.add_edit(path):
+            self.select(1)
 
     def adopt(self, config: Description, forget: bool) -> None:
         """Offer what a loaded model can do; `forget` clears the previous model's numbers."""
@@ -162,13 +211,48 @@ class Form(ttk.Notebook):
         self.sliders["Guidance"].enable(can.guidance)
         if not can.guidance:
             self.guidance.set("1")
-        self.lora_button.state(["!disabled" if can.loras else "disabled"])
-        unit = config.size_unit
-        area = math.prod(config.image_size)
-        sizes = [size_label(across, down, area=area, unit=unit) for across, down in RATIOS]
-        self._size_field.configure(values=list(dict.fromkeys(sizes)))
+        self.start.offer_edit(can.edit)
         self._fill(config)
+        if forget:
+            self._take_ratio()
         self._update_negative()
+        self._update_start()
+
+    def _update_start(self) -> None:
+        """Offer sizes, the one like the picture to start from first, and mark its page."""
+        started = self.start.image is not None or (self.start.can_edit and self.start.edit)
+        self.tab(1, text="Start from ●" if started else "Start from")
+        if self._config is None:
+            return
+        sizes = [size_label(width, height) for height, width in offered_sizes(self._config)]
+        if (first := self.start.first_size) is not None:
+            height, width = like_picture(
+                self._config, first, pixels=math.prod(self._config.image_size)
+            )
+            sizes.insert(0, f"Like the picture: {width} × {height}")  # noqa: RUF001
+        self._size_field.configure(values=sizes)
+
+    def _picture_chosen(self) -> None:
+        """Choose the size that is like a new picture, if the model draws several sizes well."""
+        before, self._first = self._first, next(iter(self.start.paths), None)
+        self._update_start()
+        if before != self._first:
+            self._take_ratio()
+
+    def _take_ratio(self) -> None:
+        """Choose the size that is like the picture, if possible with as many pixels as before."""
+        config, first = self._config, self.start.first_size
+        if config is None or first is None:
+            return
+        if not (config.trained_sizes or config.abilities().any_size):
+            return
+        try:
+            chosen = self._size()
+        except UserError:
+            chosen = None, None
+        pixels = math.prod(side or own for side, own in zip(chosen, config.image_size, strict=True))
+        height, width = like_picture(config, first, pixels=pixels)
+        self.size.set(f"{width} × {height}")  # noqa: RUF001
 
     def new_seed(self) -> None:
         """A random seed."""
@@ -185,6 +269,16 @@ class Form(ttk.Notebook):
         ):
             if not variable.get().strip():
                 variable.set(value)
+
+    def _size(self) -> tuple[int, int] | tuple[None, None]:
+        """The (height, width) of the form, if any."""
+        size = self.size.get().strip()
+        if not size:
+            return None, None
+        found = re.search(r"(?<![0-9])([0-9]{1,9})\s*[x×*]\s*([0-9]{1,9})\s*$", size)  # noqa: RUF001
+        if not found:
+            raise UserError(f"the size '{size[:40]}' is not like 192 x 128 (width x height)")
+        return int(found[2]), int(found[1])
 
     def _model_name(self) -> tuple[str | None, str | None]:
         name = self.model.get().strip()
@@ -288,8 +382,7 @@ class Form(ttk.Notebook):
 
     def _lora_rows(self) -> None:
         row = self._row("LoRA", heading=True)
-        self.lora_button = ttk.Button(row, text="Add…", command=self._add_lora)
-        self.lora_button.grid(row=0, column=1, sticky="e")
+        ttk.Button(row, text="Add…", command=self._add_lora).grid(row=0, column=1, sticky="e")
         self._lora_frame = ttk.Frame(self.inside)
         self._lora_frame.grid(sticky="ew")
         self._lora_frame.columnconfigure(0, weight=1)
@@ -298,7 +391,7 @@ class Form(ttk.Notebook):
         for child in self._lora_frame.winfo_children():
             child.destroy()
         for i, (path, scale) in enumerate(self._loras):
-            name = ttk.Label(self._lora_frame, text=_shortened(Path(path).stem, 20))
+            name = ttk.Label(self._lora_frame, text=shortened(Path(path).stem, 20))
             name.grid(row=i, column=0, sticky="w")
             ttk.Spinbox(
                 self._lora_frame, textvariable=scale, from_=0, to=2, increment=0.1, width=5
@@ -396,20 +489,37 @@ def model_label(choice: ModelChoice) -> str:
     return choice.model + ("" if choice.revision is None else f"@{choice.revision}")
 
 
-def size_label(across: int, down: int, *, area: int, unit: int) -> str:
-    """A size near a ratio, with the ratio that it has.
+def offered_sizes(config: Description) -> list[tuple[int, int]]:
+    """The (height, width) that a model was trained on, or of `RATIOS` with its default area."""
+    area, unit = math.prod(config.image_size), config.size_unit
+
+    def side(ratio: float) -> int:
+        return max(unit, round((area * ratio) ** 0.5 / unit) * unit)
+
+    sizes = [(side(down / across), side(across / down)) for across, down in RATIOS]
+    return list(dict.fromkeys(trained_sizes(config) or sizes))
+
+
+def like_picture(config: Description, size: tuple[int, int], *, pixels: int) -> tuple[int, int]:
+    """The (height, width) with about a picture's aspect ratio that a model draws.
 
     Args:
-        area: of the picture in pixels, about.
-        unit: sides are multiples of it.
+        size: (height, width) of the picture.
+        pixels: wanted, unless the model was trained on certain sizes.
     """
-    width = max(unit, round((area * across / down) ** 0.5 / unit) * unit)
-    height = max(unit, round((area * down / across) ** 0.5 / unit) * unit)
+    if config.trained_sizes:
+        return trained_size(config, *size)
+    return nearest_size(size, pixels=pixels, unit=config.size_unit)
+
+
+def size_label(width: int, height: int) -> str:
+    """A size, with the ratio that it has."""
     kind = "Square" if width == height else "Landscape" if width > height else "Portrait"
     divisor = math.gcd(width, height)
     ratio = f" {width // divisor}:{height // divisor}"
-    if width * down != height * across and abs(width * down / (height * across) - 1) < 0.03:
-        ratio = f", about {across}:{down}"
+    for across, down in RATIOS:
+        if width * down != height * across and abs(width * down / (height * across) - 1) < 0.03:
+            ratio = f", about {across}:{down}"
     shown = kind if width == height else kind + ratio
     return f"{shown}: {width} × {height}"  # noqa: RUF001
 
@@ -422,10 +532,6 @@ def _focus(widget: tk.Misc | None) -> str:
 
 def _key(choices: dict, value) -> str:
     return next((key for key, v in choices.items() if v == value), next(iter(choices)))
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _number(name: str, text: str, *, kind: type, optional: bool = False):

@@ -12,10 +12,20 @@ SHORTCUTS = (
     ("Keep the seed", "L"),
     ("Open a picture's settings", "O"),
     ("Use the picture's settings", "U"),
+    ("Start from the picture", "I"),
+    ("Start from the clipboard's picture", "Shift-V"),
     ("Save the picture", "S"),
     ("Copy the picture", "Shift-C"),
     ("Show the picture's file", "R"),
 )
+
+EDIT = "Edit This Picture"
+
+
+def update_popup(window) -> None:
+    """Enable what the model can do with a picture."""
+    state = "normal" if window.form.start.can_edit else "disabled"
+    window.picture_menu.entryconfigure(EDIT, state=state)
 
 
 def build_menus(window) -> None:
@@ -70,6 +80,8 @@ def build_menus(window) -> None:
     item(picture, "Keep the Seed", command=lambda: locked.set(not locked.get()), key="L")
     picture.add_separator()
     item(picture, "Use the Picture's Settings", command=window.pictures.use_settings, key="U")
+    item(picture, "Start from the Picture", command=window.pictures.use_picture, key="I")
+    item(picture, "Start from the Clipboard", command=window.pictures.paste, key="Shift-V")
     item(picture, "Copy Picture", command=window.pictures.copy, key="Shift-C")
     show = "Show in Finder" if system.MAC else "Show in Folder"
     item(picture, show, command=window.pictures.reveal, key="R")
@@ -95,9 +107,11 @@ def build_menus(window) -> None:
     help_menu = submenu("Help")
     item(help_menu, "Keyboard Shortcuts", command=window.show_shortcuts)
 
-    popup = tk.Menu(window, tearoff=False)
+    popup = tk.Menu(window, tearoff=False, postcommand=lambda: update_popup(window))
     for text, command in (
         ("Use Settings", window.pictures.use_settings),
+        ("Use This Picture", window.pictures.use_picture),
+        (EDIT, window.pictures.edit_picture),
         ("Save…", window.pictures.save),
         ("Copy", window.pictures.copy),
         (show, window.pictures.reveal),
@@ -124,7 +138,7 @@ def _bind_usual_keys(window) -> None:
     window.event_delete("<<LineStart>>", "<Control-Key-a>", "<Control-Lock-Key-A>")
     window.event_add("<<SelectAll>>", "<Control-Key-a>", "<Control-Lock-Key-A>")
     for kind in ("Text", "TEntry", "TSpinbox", "TCombobox"):
-        for letter in "do":
+        for letter in "doi":
             window.unbind_class(kind, f"<Control-Key-{letter}>")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import tkinter as tk
 from pathlib import Path
 from tkinter import filedialog, messagebox
 
@@ -59,13 +60,82 @@ class Pictures:
         if self._restore_settings(path):
             self.show(Entry(expanded(path)))
 
+    def use_picture(self) -> None:
+        """Start from the shown picture."""
+        if (path := self._kept_copy()) is not None:
+            self._window.form.start_from(path)
+
+    def edit_picture(self) -> None:
+        """Add the shown picture to the pictures to edit, for a model that can edit."""
+        if self._window.form.start.can_edit and (path := self._kept_copy()) is not None:
+            self._window.form.edit_picture(path)
+
+    def _kept_copy(self) -> str | None:
+        """The file of the shown picture, as a copy if the history may delete it."""
+        entry = self._window.strip.selected
+        if entry is None:
+            return None
+        if entry not in self._window.strip.entries:
+            return str(entry.path)
+        try:
+            return self._window.inputs.keep_file(entry.path, entry.name)
+        except UserError as error:
+            self._window.show_error(str(error))
+            return None
+
+    def paste(self) -> None:
+        """Start from the picture on the clipboard."""
+        window = self._window
+        try:
+            # xclip would wait for an answer of this window, which waits for xclip.
+            pasted = None if self._owns_clipboard() else system.pasted_picture()
+            if pasted is None:
+                raise UserError("the clipboard has no picture: copy one first")
+            if not isinstance(pasted, Path):
+                pasted = Path(window.inputs.keep_picture(pasted, "pasted"))
+        except UserError as error:
+            window.show_error(str(error))
+        else:
+            window.form.start_from(str(pasted))
+
+    def _owns_clipboard(self) -> bool:
+        """Whether the clipboard has text that was copied in a Tk window, such as this one."""
+        if not self._window.theme.x11:
+            return False
+        try:
+            return "TK_APPLICATION" in self._window.clipboard_get(type="TARGETS").split()
+        except tk.TclError:
+            return False
+
+    def paint_mask(self) -> None:
+        """Paint the mask of the picture to start from, in the place of the shown picture."""
+        start = self._window.form.start
+        if start.picture is None:
+            return
+        painter = self._window.painter
+        if painter.is_open:
+            self.stop_painting()
+        else:
+            painter.open(start.picture, start.redrawn)
+
+    def stop_painting(self) -> None:
+        """Use the mask that is being painted, if any."""
+        painter = self._window.painter
+        changed = painter.changed
+        painter.close()
+        if changed:
+            try:
+                self._window.form.start.keep_mask(painter.mask)
+            except UserError as error:
+                self._window.show_error(str(error))
+
     def _restore_settings(self, path: Path) -> bool:
         try:
             settings = self._window.form.read(self._window.settings)
         except UserError:
             settings = self._window.settings
         try:
-            restored = settings.restored(path)
+            restored, notice = settings.restored(path, self._window.inputs)
         except UserError as error:
             self._window.show_error(str(error))
             return False
@@ -83,8 +153,11 @@ class Pictures:
             restored = restored if answer else restored.with_model_of(settings)
         settings = restored
         self._window.banner.hide()
+        self.stop_painting()
         self._window.form.show(settings)
         self._window.remember(settings)
+        if notice:
+            self._window.show_error(notice)
         return True
 
     def open(self) -> None:

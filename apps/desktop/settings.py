@@ -4,16 +4,20 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from apps.desktop.inputs import Inputs
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import parse_json, whole_file
+from mlx_snapgen.files import expanded, parse_json, whole_file
 from mlx_snapgen.metadata import read_settings
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 FIRST = DrawSettings("a red apple to the left of a blue car")
 """Content of the form at the first start."""
+MAX_INPUTS = 50
+"""Most `Settings.recent_inputs`."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,29 @@ class Settings:
     recent_models: tuple[str, ...] = ()
     folder: str = ""
     """Folder of the picture that was saved or opened last."""
+    recent_inputs: tuple[str, ...] = ()
+    """Files that pictures were drawn from, the latest first."""
 
-    def restored(self, path: str | Path) -> "Settings":
-        """These settings with those in a picture; `UserError` if it has none."""
+    def restored(self, path: Path, inputs: Inputs) -> tuple["Settings", str]:
+        """These settings with those in a picture, and a notice of missing files, or "".
+
+        `UserError` if the picture has no settings.
+        """
         recorded = read_settings(path)
-        return dataclasses.replace(
-            self, draw=recorded.settings, choice=recorded.choice, seed_locked=True
-        )
+        known = [str(source) for source in (self.draw.image, self.draw.mask, *self.draw.edit)]
+        draw, notice = inputs.found(recorded, expanded(path), known=[*known, *self.recent_inputs])
+        restored = dataclasses.replace(self, draw=draw, choice=recorded.choice, seed_locked=True)
+        return restored, notice
+
+    def with_inputs(self, paths: Sequence[str]) -> "Settings":
+        """These settings with more `recent_inputs`."""
+        recent = dict.fromkeys([*paths, *self.recent_inputs])
+        return dataclasses.replace(self, recent_inputs=tuple(recent)[:MAX_INPUTS])
 
     def with_model_of(self, other: "Settings") -> "Settings":
-        """These settings with the model, revision and LoRAs of others."""
-        kept = {name: getattr(other.choice, name) for name in ("model", "revision", "loras")}
+        """These settings with the model, revision, base and LoRAs of others."""
+        names = ("model", "revision", "base", "loras")
+        kept = {name: getattr(other.choice, name) for name in names}
         return dataclasses.replace(self, choice=dataclasses.replace(self.choice, **kept))
 
 

@@ -163,7 +163,7 @@ class Theme:
             lightcolor=[("selected", p.button)],
             foreground=[("!selected", p.muted)],
         )
-        chosen = [("selected", p.accent), *hover]
+        chosen = [("disabled", p.window), ("selected", p.accent), *hover]
         style.map(
             "Toolbutton",
             background=chosen,
@@ -183,6 +183,7 @@ class Theme:
             padding=(9, 7),
         )
         style.map("Accent.TButton", background=accent, lightcolor=accent, darkcolor=accent)
+        style.configure("Small.Accent.TButton", padding=(9, 4))
         for name in ("TEntry", "TSpinbox", "TCombobox"):
             style.configure(name, padding=4, lightcolor=p.field, darkcolor=p.field)
             style.map(

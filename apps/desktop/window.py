@@ -11,10 +11,13 @@ from tkinter import ttk
 
 from PIL import Image
 
+from apps.desktop import system
 from apps.desktop.dialogs import show_details, show_shortcuts
 from apps.desktop.form import Form, model_label
 from apps.desktop.history import Entry, History, thumbnail
+from apps.desktop.inputs import Inputs
 from apps.desktop.menus import build_menus
+from apps.desktop.painter import MaskPainter
 from apps.desktop.pictures import Pictures
 from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
@@ -51,6 +54,8 @@ class Window(tk.Tk):
         data: folder of settings and history.
     """
 
+    picture_menu: tk.Menu
+
     def __init__(self, data: Path):
         super().__init__(className="Mlx_snapgen")
         self.title("SnapGen")
@@ -58,6 +63,7 @@ class Window(tk.Tk):
         self._settings_path = Path(data) / "settings.json"
         self.settings, notice = load_settings(self._settings_path)
         self.history = History(Path(data) / "history", HISTORY_LIMIT)
+        self.inputs = Inputs(Path(data) / "inputs")
         self.pictures = Pictures(self)
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self.worker = Worker(self._deliver)
@@ -90,13 +96,29 @@ class Window(tk.Tk):
         side = ttk.Frame(self)
         side.grid(row=0, column=0, rowspan=4, sticky="ns")
         side.rowconfigure(0, weight=1)
-        self.form = Form(side, self.theme, load=self.load_model)
+        self.form = Form(
+            side,
+            self.theme,
+            load=self.load_model,
+            inputs=self.inputs,
+            paint=self.pictures.paint_mask,
+            paste=self.pictures.paste,
+            tell=self.show_error,
+        )
         self.form.grid(row=0, column=0, sticky="nsew")
         self.go = ttk.Button(side, text="Generate", style="Accent.TButton", command=self.toggle)
         self.go.grid(row=1, column=0, sticky="ew", padx=14, pady=12)
         key = "⌘↩" if self.theme.native else "Ctrl+Return"
         self.view = PictureView(self, f"Describe a picture,\nthen press {key}.", theme=self.theme)
         self.view.grid(row=0, column=1, sticky="nsew")
+        for button in ("<Button-2>", "<Button-3>", "<Control-Button-1>"):
+            self.view.bind(button, self._open_menu)
+        self.painter = MaskPainter(self, self.theme, done=self.pictures.stop_painting)
+        self.painter.grid(row=0, column=1, sticky="nsew")
+        self.painter.grid_remove()
+        if system.accept_drops(self, lambda path: self.form.start_from(str(path))):
+            self.form.start.accepts_drops = True
+        self.form.start.bind("<<Changed>>", lambda _: self.painter.close())
         self.banner = Banner(self, lambda text, details: show_details(self, text, details=details))
         self.banner.grid(row=1, column=1, sticky="ew")
         self.banner.hide()
@@ -163,9 +185,10 @@ class Window(tk.Tk):
         """Draw with the settings of the form."""
         if self.run is not None and self.run.draws:
             return
+        self.pictures.stop_painting()
         try:
             settings = self.form.read(self.settings)
-            if not settings.draw.prompt:
+            if not settings.draw.prompt and settings.draw.image is None:
                 raise UserError("the prompt is empty: say what to draw")
         except UserError as error:
             self.show_error(str(error))
@@ -174,12 +197,9 @@ class Window(tk.Tk):
             self.form.new_seed()
             draw = dataclasses.replace(settings.draw, seed=int(self.form.seed.get()))
             settings = dataclasses.replace(settings, draw=draw)
-        self.remember(settings)
+        self.remember(settings.with_inputs(self.form.start.paths))
         self.banner.hide()
-        draw = settings.draw
-        if not self.form.negative_counts:
-            draw = dataclasses.replace(draw, negative_prompt="")
-        self._start(Job(settings.choice, draw))
+        self._start(Job(settings.choice, self.form.effective(settings.draw)))
 
     def load_model(self) -> None:
         """Load the model of the form, after downloading it if necessary."""
@@ -229,7 +249,7 @@ class Window(tk.Tk):
         elif isinstance(event, Picture):
             image = Image.frombytes("RGB", event.size, event.rgb)
             try:
-                entry = self.history.add(event.name, event.png)
+                entry = self.history.add(event.name, event.file)
             except OSError as error:
                 # The picture is still shown.
                 self._events.put((Notice(event.job, f"cannot save pictures: {error}"), None))
@@ -299,7 +319,8 @@ class Window(tk.Tk):
         other = before is not None and before[1].name != event.config.name
         if before is None or before[1] != event.config:
             self.form.adopt(event.config, forget=other and not run.draws)
-        if event.choice.model is not None:
+        # The list names no base, without which one file is no model.
+        if event.choice.model is not None and event.choice.base is None:
             name = model_label(event.choice)
             others = [m for m in self.settings.recent_models if m != name]
             self.remember(dataclasses.replace(self.settings, recent_models=(name, *others[:7])))
@@ -310,8 +331,8 @@ class Window(tk.Tk):
         if run.between_steps:
             return
         loaded = ModelChoice() if self._loaded is None else self._loaded[0]
-        names = {"model": loaded.model, "revision": loaded.revision}
-        if (self._wanted.model, self._wanted.revision) == tuple(names.values()):
+        names = {name: getattr(loaded, name) for name in ("model", "revision", "base")}
+        if all(getattr(self._wanted, name) == value for name, value in names.items()):
             return
         label = model_label(loaded)
         self.form.model.set(label)
@@ -331,9 +352,15 @@ class Window(tk.Tk):
     def show_picture(self, image: Image.Image | None, entry: Entry | None) -> None:
         """Show a picture, on which the commands then act."""
         self._browsing = self.run is not None and self.run.draws
+        self.pictures.stop_painting()
         self.strip.select(entry)
         self.view.show(image)
         self.update_buttons()
+
+    def _open_menu(self, event: tk.Event) -> str:
+        if self.strip.selected is not None:
+            self.picture_menu.tk_popup(event.x_root, event.y_root)
+        return "break"
 
     def update_buttons(self) -> None:
         """Enable the buttons of the possible actions."""
@@ -372,6 +399,7 @@ class Window(tk.Tk):
         if self._closing:
             return
         self._closing = True
+        self.pictures.stop_painting()
         # Wrong fields are not saved.
         with contextlib.suppress(UserError):
             self.settings = self.form.read(self.settings)

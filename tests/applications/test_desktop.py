@@ -1,10 +1,9 @@
 """The window, driven as a user would in a virtual screen, with real drawing by a tiny model."""
 
-import itertools
 import json
+import math
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -13,6 +12,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +25,20 @@ from apps.worker.messages import Downloading, Loaded, Progress
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, read_metadata
 from mlx_snapgen.settings import DrawSettings, ModelChoice
+from tests.applications.windows import (
+    PATIENCE,
+    assert_fits,
+    click,
+    drawn,
+    set_form,
+    shows,
+    two_pictures,
+    type_into,
+    wait,
+)
 from tests.tiny import TEACHER, memory
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120
 
 # --- without a screen ---------------------------------------------------------------------------
 
@@ -171,82 +181,6 @@ def test_a_run_tells_how_far_it_is():
 # --- in a virtual screen ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def screen():
-    """An X server of our own, as the environment."""
-    pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    if sys.platform == "darwin":
-        pytest.skip("a Mac has no virtual screen")
-    if shutil.which("Xvfb") is None:
-        pytest.skip("Xvfb is not installed (apt install xvfb)")
-    reading, writing = os.pipe()
-    server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(writing), "-screen", "0", "1280x900x24", "-nolisten", "tcp"],
-        pass_fds=[writing],
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        number = pipe.readline().strip()
-    if not number:
-        pytest.skip("Xvfb does not start")
-    yield {"DISPLAY": f":{number}"}
-    server.terminate()
-    server.wait()
-
-
-def wait(window, condition, what):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        window.update()
-        time.sleep(0.002)
-        assert time.monotonic() < end, f"{what} did not come; {window.status.get()!r}"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def window(screen, model_folder, data):
-    from apps.desktop.window import Window
-
-    choice = ModelChoice(str(model_folder), model_width="tiny")
-    start = Settings(draw=DrawSettings(), choice=choice, appearance="light")
-    save_settings(data / "settings.json", start)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DISPLAY", screen["DISPLAY"])
-        window = Window(data)
-        wait(window, lambda: window.run is None, "the model")
-        # No window manager hands out the focus here.
-        window.focus_force()
-        yield window
-        pid = window.worker.pid
-        window.close()
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-
-
-def type_into(widget, text):
-    widget.focus_force()
-    widget.update()
-    for letter in text:
-        widget.event_generate("<Key>", keysym="space" if letter == " " else letter)
-    widget.update()
-
-
-def set_form(window, prompt="a red apple", seed_locked=False, model_width="tiny", **values):
-    choice = ModelChoice(window.settings.choice.model, model_width=model_width)
-    draw = DrawSettings(prompt, **values)
-    window.form.show(Settings(draw=draw, choice=choice, seed_locked=seed_locked))
-
-
-def drawn(window):
-    wait(window, lambda: window.run is None, "the end")
-    return window.strip.entries[0]
-
-
 def test_typing_and_generating_shows_previews_and_keeps_the_picture(window, monkeypatch):
     shown = []
     real = window.view.show
@@ -330,34 +264,6 @@ def test_history_restores_all_settings_and_saves(window, tmp_path):
     assert window.banner.message.startswith("Cannot save")
 
 
-CLICKS = itertools.count()
-
-
-def click(window, index, button=1):
-    window.strip._canvas.xview_moveto(0)
-    cell = window.strip._cell
-    # Seconds after the click before, which makes no double click.
-    clock = int(time.monotonic() * 1000) % 2**31
-    window.strip._canvas.event_generate(
-        f"<Button-{button}>", x=40 + index * cell, y=40, time=clock + next(CLICKS) * 10_000
-    )
-    window.update()
-
-
-def two_pictures(window):
-    """Draws them, the second in the place of the first; (older, newer)."""
-    for prompt in ("a red apple", "a blue car"):
-        set_form(window, prompt, num_inference_steps=1)
-        window.generate()
-        drawn(window)
-    return window.strip.entries[1], window.strip.entries[0]
-
-
-def shows(window, entry):
-    with Image.open(entry.path) as image:
-        return np.array_equal(np.array(image), np.array(window.view.image))
-
-
 def test_commands_act_on_the_picture_that_is_shown(window, monkeypatch, tmp_path):
     older, newer = two_pictures(window)
     monkeypatch.setattr(window.picture_menu, "tk_popup", lambda *_: None)
@@ -427,18 +333,16 @@ def test_select_all_selects_all(window):
 
 
 def test_only_what_a_model_can_do_is_offered(window, components):
-    """A distilled public model has no guidance and takes no negative prompt and no LoRA."""
+    """A distilled public model has no guidance and takes no negative prompt."""
     form = window.form
     form.adopt(replace(TEACHER, few_step=TEACHER.schedule), forget=True)
     assert form.guidance.get() == "1" and form.size.get() == "1024 × 1024"  # noqa: RUF001
     assert str(form.negative.cget("state")) == "disabled"
     assert form.sliders["Guidance"].entry.instate(["disabled"])
     assert form.sliders["Steps"].entry.instate(["!disabled"])
-    assert form.lora_button.instate(["disabled"])
     form.adopt(components.config, forget=True)
     assert form.guidance.get() == "3"
     assert form.sliders["Guidance"].entry.instate(["!disabled"])
-    assert form.lora_button.instate(["!disabled"])
 
 
 def test_the_negative_prompt_is_grey_without_guidance(window, components):
@@ -458,10 +362,12 @@ def test_the_negative_prompt_is_grey_without_guidance(window, components):
 @pytest.mark.parametrize(("area", "unit"), [(128**2, 32), (256**2, 16), (1024**2, 32)])
 def test_labels_of_sizes_are_true(area, unit):
     pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    from apps.desktop.form import RATIOS, size_label
+    from apps.desktop.form import offered_sizes, size_label
 
-    for across, down in RATIOS:
-        label = size_label(across, down, area=area, unit=unit)
+    side = math.isqrt(area)
+    config = SimpleNamespace(image_size=(side, side), size_unit=unit, trained_sizes=())
+    for height, width in offered_sizes(config):
+        label = size_label(width, height)
         width, height = map(int, re.search(r": (\d+) . (\d+)$", label).groups())
         assert width % unit == height % unit == 0
         if ratio := re.search(r"(about )?(\d+):(\d+):", label):
@@ -470,6 +376,23 @@ def test_labels_of_sizes_are_true(area, unit):
         kind = label.split()[0].strip(",:")
         assert kind == ("Square" if width == height else
                         "Landscape" if width > height else "Portrait")  # fmt: skip
+
+
+def test_only_the_sizes_of_the_training_are_offered():
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    from apps.desktop.form import offered_sizes, size_label
+
+    config = SimpleNamespace(
+        image_size=(256, 256), size_unit=32, trained_sizes=((256, 256), (192, 320), (384, 256))
+    )
+    labels = [size_label(width, height) for height, width in offered_sizes(config)]
+    names = ("Square", "Landscape 5:3", "Portrait 2:3")
+    assert [label.partition(": ")[0] for label in labels] == list(names)
+    assert [re.findall(r"\d{3}", label) for label in labels] == [
+        ["256", "256"],
+        ["320", "192"],
+        ["256", "384"],
+    ]
 
 
 def test_a_small_screen_shows_the_whole_form(window):
@@ -481,23 +404,8 @@ def test_a_small_screen_shows_the_whole_form(window):
         for _ in range(20):
             window.update()
             time.sleep(0.005)
-        parts = [window]
-        while parts:
-            part = parts.pop()
-            parts += [p for p in part.winfo_children() if p.winfo_class() not in NO_PART]
-            if not part.winfo_ismapped() or part.winfo_class() in ("Tk", "Menu"):
-                continue
-            right = part.winfo_rootx() + part.winfo_width() - window.winfo_rootx()
-            bottom = part.winfo_rooty() + part.winfo_height() - window.winfo_rooty()
-            assert right <= 800 and bottom <= 570, part
-            if part.winfo_class() not in ("Canvas", "TNotebook"):
-                assert part.winfo_width() >= part.winfo_reqwidth(), part
-        column = window.form.nametowidget(page)
-        assert column.inside.winfo_reqheight() <= column._canvas.winfo_height()
+        assert_fits(window, page)
     window.form.select(0)
-
-
-NO_PART = ("Toplevel", "Menu", "TScrollbar", "TScale")
 
 
 def test_a_model_that_failed_does_not_stay_chosen(window, model_folder, data):
