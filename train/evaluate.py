@@ -27,15 +27,18 @@ from typing import Any
 from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import draw_settings
+from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.settings import DrawSettings, Width, check_width, held_widths
+from mlx_snapgen.teachers.folder import TeacherFolder, load_flow_teacher
 from train.data.encoded import as_latents
 from train.data.open import open_data
 from train.data.source import Samples
 from train.data.stickers.vocabulary import known_nouns
 from train.evaluation.measures import Measurement
+from train.evaluation.models import MeasuredModel, OwnModel, PublicModel
 from train.evaluation.prompt_lists import (
     PromptFiles,
     claim_folder,
@@ -62,6 +65,7 @@ def _recorded(args: argparse.Namespace, settings: DrawSettings) -> dict[str, Any
     """Settings for results.json that all measures share."""
     return {
         "model": args.model,
+        **{name: getattr(args, name) for name in ("revision", "base", "quantize")},
         "lora": args.lora and str(args.lora),
         "seed": args.seed,
         "steps": settings.num_inference_steps,
@@ -76,9 +80,14 @@ def _recorded(args: argparse.Namespace, settings: DrawSettings) -> dict[str, Any
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def _held_out(args: argparse.Namespace, components: Components) -> list[Samples]:
+def _sized(args: argparse.Namespace) -> DrawSettings:
+    """The settings with exactly the size of --height and --width."""
+    return replace(draw_settings(args), height=args.height, width=args.width, force_size=True)
+
+
+def _held_out(args: argparse.Namespace, model: MeasuredModel) -> list[Samples]:
     """The samples to measure on."""
-    config = components.config
+    config = model.config
     # Not --seed: the same pictures and captions for every model and seed.
     source = data_from(args, size=config.image_size, unit=config.size_unit, seed=0)
     part = source.validation()
@@ -88,9 +97,9 @@ def _held_out(args: argparse.Namespace, components: Components) -> list[Samples]
             file=sys.stderr,
         )
         part = source
-    for prepared in prepared_parts(part):
+    for prepared in prepared_parts(part) if isinstance(model, OwnModel) else ():
         prepared.check_text_states(config.text_encoders)
-    sources = [as_latents(s, components.autoencoder) for s in getattr(part, "sources", [part])]
+    sources = [as_latents(s, model.autoencoder) for s in getattr(part, "sources", [part])]
     # As equal as possible; all in one order, so that fewer pictures are the first of more.
     counts = [len(range(i, args.pictures, len(sources))) for i in range(len(sources))]
     with announce("reading the validation part ..."):
@@ -101,16 +110,16 @@ def _held_out(args: argparse.Namespace, components: Components) -> list[Samples]
         ]
 
 
-def _measure(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:
-    settings = replace(draw_settings(args), height=args.height, width=args.width)
-    resolved = settings.resolved(components.config)
-    batches = _held_out(args, components)
+def _measure(args: argparse.Namespace, model: MeasuredModel, widths: list[Width]) -> None:
+    settings = _sized(args)
+    resolved = settings.resolved(model.config)
+    batches = _held_out(args, model)
     clip = None
     if args.clip:
         with announce(f"loading {args.clip} ..."):
             clip = load_clip_towers(args.clip)
     measurement = Measurement(
-        components,
+        model,
         widths=widths,
         batches=batches,
         clip=clip,
@@ -126,7 +135,8 @@ def _measure(args: argparse.Namespace, components: Components, widths: list[Widt
     print(
         f"{measurement.count} pictures"
         + (", compared with decoded latents of the data" if clip is not None else "")
-        + ("" if clip is not None else "; with --clip also CLIP score and CMMD"),
+        + ("" if clip is not None else "; with --clip also CLIP score and CMMD")
+        + (f"; see {args.output}" if args.output else ""),
         file=sys.stderr,
     )
 
@@ -139,10 +149,10 @@ def _listed(args: argparse.Namespace) -> PromptFiles | None:
 
 
 def _draw_list(
-    args: argparse.Namespace, components: Components, *, listed: PromptFiles, width: Width
+    args: argparse.Namespace, model: MeasuredModel, *, listed: PromptFiles, width: Width
 ) -> None:
-    settings = replace(draw_settings(args), height=args.height, width=args.width)
-    resolved = settings.resolved(components.config)
+    settings = _sized(args)
+    resolved = settings.resolved(model.config)
     if args.dpg is not None and resolved.height != resolved.width:
         raise UserError("DPG-Bench's scorer reads squares: give --height and --width of one size")
     recorded = _recorded(args, resolved)
@@ -150,7 +160,7 @@ def _draw_list(
     size = {"height": resolved.height, "width": resolved.width, "model_width": width.name}
     claim_folder(args.output, recorded | size)
     draw_files(
-        components,
+        model,
         listed,
         output=args.output,
         settings=settings,
@@ -213,19 +223,44 @@ def main() -> None:
     if args.noun:
         noun_prompts(args.noun, 1)  # an unknown noun is an error before the folder is created
     listed = _listed(args)
-    with announce(f"loading {args.model} ..."):
-        components = load_pretrained(args.model, few_step=True)
-    config = components.config
-    if args.lora:
-        load_lora(args.lora, components.transformer, name="scored", base_model=config.name)
+    model = _load(args)
+    config = model.config
     names = args.model_widths or [width.name for width in held_widths(config)]
     widths = [check_width(config, name) for name in names]
     if listed is not None:
-        _draw_list(args, components, listed=listed, width=widths[0])
-    elif args.is_stickers:
-        _score_stickers(args, components, widths)
+        _draw_list(args, model, listed=listed, width=widths[0])
+    elif not args.is_stickers:
+        _measure(args, model, widths)
+    elif isinstance(model, OwnModel):
+        _score_stickers(args, model.components, widths)
     else:
-        _measure(args, components, widths)
+        raise UserError(
+            f"{config.name} is no model of stickers: give --data, --geneval or --dpg to measure it"
+        )
+
+
+def _load(args: argparse.Namespace) -> MeasuredModel:
+    """The model to measure; sets `batch_size` if it was not given."""
+    choice = model_choice(args)
+    folder = open_model(choice)
+    # The commit of a branch, as in pictures.
+    args.revision = folder.revision
+    if isinstance(folder, TeacherFolder):
+        args.batch_size = args.batch_size or 1
+        args.quantize = folder.quantize
+        if args.lora:
+            raise UserError(f"LoRAs on {folder.config.name} cannot be measured: leave out --lora")
+        with announce(f"loading {folder.config.name} ..."):
+            return PublicModel(*load_flow_teacher(folder.path))
+    args.batch_size = args.batch_size or 16
+    if choice.quantize:
+        raise UserError("--quantize is for public models: leave it out")
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(folder, few_step=True)
+    if args.lora:
+        name = components.config.name
+        load_lora(args.lora, components.transformer, name="scored", base_model=name)
+    return OwnModel(components)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ for the teacher.
 """
 
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from train.loop.teacher import check_teacher_latents, conditions_for, open_teach
 from train.loop.trainer import Trainer
 from train.objectives.distillation import Distillation, Student, fit_to_teacher
 from train.options import supernetwork as options
-from train.options.common import add_number
+from train.options.common import TEACHER_HELP, add_number, add_teacher_source
 
 
 def make_student(components: Components, *, feature_dims: int) -> Student:
@@ -47,12 +46,9 @@ def make_student(components: Components, *, feature_dims: int) -> Student:
 def main() -> int:
     parser = options.new_parser("python -m train.kd", "Distill a teacher into an elastic model.")
     parser.add_argument(
-        "--teacher",
-        type=Path,
-        required=True,
-        metavar="MODEL",
-        help="teacher: folder of convert.teacher, or model folder",
+        "--teacher", required=True, metavar="MODEL", help=f"teacher: {TEACHER_HELP}"
     )
+    add_teacher_source(parser)
     add_number(
         parser, "--guidance", 1.0, "guidance scale of a teacher with the same latents; 1 is off"
     )
@@ -62,7 +58,7 @@ def main() -> int:
     source = options.open_source(args, folder.config)
 
     mx.random.seed(args.seed)
-    teacher, autoencoder = open_teacher(args.teacher)
+    teacher, autoencoder, teacher_digest = open_teacher(args)
     components = options.load_model(args, folder, source)
     same = same_latents(components.autoencoder, autoencoder)
     if not same:
@@ -81,7 +77,14 @@ def main() -> int:
     conditions = conditions_for(teacher, source, name=str(args.teacher))
     distilled = DistillationBatches(batches, conditions)
     objective = Distillation(teacher, args.guidance, same_latents=same)
-    options.claim_run(args, source, folder, components=components, trained=student)
+    options.claim_run(
+        args,
+        source,
+        folder,
+        components=components,
+        trained=student,
+        fixed={"teacher_digest": teacher_digest},
+    )
     options.print_passes(args, source)
     if latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)

@@ -31,7 +31,7 @@ from train.data.source import MAY_CHANGE
 from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.roles import kdmd_roles
-from train.loop.run import claim
+from train.loop.run import claim, digest_model
 from train.loop.teacher import conditions_for, open_teacher, same_latents
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
@@ -59,9 +59,9 @@ def main() -> int:
         few_step=FEW_STEP if args.few_step_lora else None,
         unconditional=config.unconditional_prompt,
     )
-    teacher = own
+    teacher, weights = own, {"model_digest": digest_model(folder)}
     if args.teacher:
-        teacher, autoencoder = open_teacher(args.teacher)
+        teacher, autoencoder, weights["teacher_digest"] = open_teacher(args)
         if not same_latents(components.autoencoder, autoencoder):
             raise UserError(
                 f"{args.teacher} has other latents than {args.model}: distill the model with "
@@ -84,9 +84,14 @@ def main() -> int:
         seed=args.seed,
         student=None if teacher is own else Conditions(own),
     )
-    settings = prompts.settings | {"few_step": to_dict(sampler)}
-    unrecorded = {"data": "stickers"}
-    claim(args.run_dir, settings, may_change=MAY_CHANGE, newer=["few_step"], unrecorded=unrecorded)
+    newer = {"few_step": to_dict(sampler), **weights}
+    claim(
+        args.run_dir,
+        prompts.settings | newer,
+        may_change=MAY_CHANGE,
+        newer=newer,
+        unrecorded={"data": "stickers"},
+    )
     if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)
         fit_to_few_step(model, teacher, (batches(k) for k in numbers))

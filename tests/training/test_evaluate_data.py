@@ -1,9 +1,12 @@
 """`train.evaluate` on pictures, and on the prompts of GenEval and DPG-Bench."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import shutil
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import mlx_snapgen  # noqa: F401
 
@@ -18,14 +21,20 @@ from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.pictures import to_uint8
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.config import LIGHTNING
+from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
 from tests.runtime.test_clip_towers import make_towers, some_pictures, write_folder
+from tests.tiny import TEACHER, write_lightning_lora, write_teacher
 from train import evaluate
 from train.data.source import Samples
 from train.data.stickers import render
+from train.evaluation import measures
 from train.evaluation.clip_measures import clip_score, cmmd, embed_pictures, embed_texts
 from train.evaluation.measures import HELD_OUT, MeasuredRow, table
-from train.evaluation.validation import flow_losses
+from train.evaluation.validation import flow_losses, sample_seed
 
 CAPTIONS = ["a red apple", "a blue car", "a cat", "an ice cream cone", "a green cat"]
 
@@ -81,6 +90,9 @@ def test_measures_on_a_folder_of_pictures(
     model_folder, pictures, clip_folder, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "out"
+    # Each batch takes a second.
+    clock = SimpleNamespace(perf_counter=functools.partial(next, itertools.count()))
+    monkeypatch.setattr(measures, "time", clock)
     arguments = ["--model", model_folder, "--data", pictures, "--clip", clip_folder, *FAST]
     arguments += ["--model-widths", "full", "tiny", "--batch-size", 2, "--output", output]
     run(monkeypatch, *arguments)
@@ -98,7 +110,8 @@ def test_measures_on_a_folder_of_pictures(
         assert Image.open(output / name).width > 100
     for row in results["rows"][:2]:
         assert row["cmmd"] > 0 and 0 <= row["clip_score"] <= 100
-        assert len(row["validation_losses"]) == 8 and row["seconds_per_picture"] > 0
+        assert len(row["validation_losses"]) == 8
+        assert row["seconds_per_picture"] == pytest.approx(3 / 5)
     assert results["rows"][2]["clip_score"] > 0
     with pytest.raises(UserError, match="exists"):
         run(monkeypatch, *arguments)
@@ -198,13 +211,70 @@ def test_geneval_and_dpg_are_drawn_and_resumed(model_folder, tmp_path, monkeypat
         run(monkeypatch, *arguments, "--output", output, "--seed", 3)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "1.txt").write_text("a cat")
-    arguments = ["--model", model_folder, *FAST, "--dpg", tmp_path / "prompts"]
+    # The size of the options is drawn, also by a model that was trained on another one.
+    trained = shutil.copytree(model_folder, tmp_path / "trained")
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"trained_sizes": [[32, 64]]}))
+    arguments = ["--model", trained, *FAST, "--dpg", tmp_path / "prompts"]
     with pytest.raises(UserError, match="reads squares"):
         run(monkeypatch, *arguments, "--output", tmp_path / "dpg")
     assert not (tmp_path / "dpg").exists()
     run(monkeypatch, *arguments, "--output", tmp_path / "dpg", "--height", 32, "--width", 32)
     assert Image.open(tmp_path / "dpg" / "images" / "1.png").size == (64, 64)
     assert "images 32" in capsys.readouterr().out
+
+
+def test_a_public_model_is_measured(clip_folder, no_language_model, tmp_path, monkeypatch, capsys):
+    """Its losses are those of its velocity; its pictures those of `SnapGenPipeline`."""
+    config = dataclasses.replace(TEACHER, few_step=LIGHTNING)
+    folder = write_teacher(tmp_path / "teacher", config)
+    write_lightning_lora(folder / "few_step.safetensors", load_network(folder, TEACHER))
+    part = Held()
+    monkeypatch.setattr(evaluate, "data_from", lambda *_, **__: part)
+    arguments = ["--model", folder, "--data", "x", "--clip", clip_folder, "--steps", 2]
+    arguments += ["--seed", 7, "--pictures", 3]
+    run(monkeypatch, *arguments, "--output", tmp_path / "out")
+    row, held_out = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    teacher, autoencoder = load_flow_teacher(folder)
+    assert part.checked == autoencoder.config
+    sums = np.zeros(8)
+    for samples in part.batches(1, most=3):
+        condition = teacher.encode(samples.captions)
+        x0, seed = samples.latents, sample_seed(samples.captions[0], samples.latents[0])
+        eps = get_noise(seed, *x0.shape[1:])
+        for k in range(8):
+            t = (k + 0.5) / 8
+            v = teacher.velocity((1 - t) * x0 + t * eps, mx.array([t]), condition)
+            sums[k] += (v - (eps - x0)).square().mean().item() / 3
+    np.testing.assert_allclose(row["validation_losses"], sums, rtol=1e-4)
+    pipe = SnapGenPipeline.from_pretrained(folder)
+    height, width = (8 * side for side in x0.shape[1:3])
+    size = {"height": height, "width": width, "num_inference_steps": 2}
+    drawn = [np.array(pipe(CAPTIONS[i], seed=7 + i, **size)[0]) for i in range(3)]
+    clip = load_clip_towers(clip_folder)
+    found = clip_score(embed_pictures(clip, drawn), embed_texts(clip, CAPTIONS[:3]))
+    assert row["clip_score"] == pytest.approx(found, rel=1e-3) and held_out["clip_score"] > 0
+    assert "3 pictures" in capsys.readouterr().err
+    line = {"tag": "colors", "include": [], "prompt": "a red car"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    arguments = ["--geneval", tmp_path / "metadata.jsonl", "--per-prompt", 2, "--batch-size", 2]
+    arguments += ["--guidance", 3, "--no-few-step"]
+    arguments += ["--height", 32, "--width", 48, "--steps", 2]
+    run(monkeypatch, "--model", folder, *arguments, "--output", tmp_path / "list")
+    settings = {"height": 32, "width": 48, "num_inference_steps": 2, "guidance_scale": 3.0}
+    for seed in range(2):
+        expected = pipe("a red car", seed=seed, few_step=False, **settings)[0]
+        with Image.open(tmp_path / "list" / "00000" / "samples" / f"{seed:04}.png") as picture:
+            difference = np.array(picture).astype(int) - np.array(expected)
+        assert np.abs(difference).max() <= 1
+    settings = json.loads((tmp_path / "list" / "settings.json").read_text())
+    assert settings["model"] == str(folder) and settings["few_step"] is False
+    for more, message in (
+        ([], "is no model of stickers: give --data"),
+        (["--data", "x", "--lora", "a.safetensors"], "cannot be measured: leave out --lora"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, "--model", folder, *more)
 
 
 @pytest.mark.parametrize(
@@ -234,11 +304,11 @@ def test_mistakes_are_said_before_a_model_is_loaded(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_of_no_stickers_needs_data(components, tmp_path, monkeypatch):
+def test_a_model_of_no_stickers_needs_data(components, model_folder, monkeypatch):
     plain = dataclasses.replace(components, vocabulary=None)
     monkeypatch.setattr(evaluate, "load_pretrained", lambda *_, **__: plain)
     with pytest.raises(UserError, match="give --data to measure it on pictures"):
-        run(monkeypatch, "--model", "m")
+        run(monkeypatch, "--model", model_folder)
 
 
 def test_a_prepared_set_is_measured_on_its_held_out_part(

@@ -7,6 +7,14 @@ import pytest
 from mlx_snapgen.sampling import add_noise
 from train.objectives.distillation import features_loss, logit_normal_density, timestep_aware
 from train.objectives.kdmd import dmd_loss, sample_tau
+from train.objectives.losses import expand, per_sample
+
+
+def test_losses_are_per_sample_over_all_other_axes():
+    error = mx.random.normal((3, 2, 5, 4), key=mx.random.key(0))
+    expected = [np.square(row).mean() for row in np.array(error)]
+    np.testing.assert_allclose(np.array(per_sample(error)), expected, rtol=1e-5)
+    assert expand(mx.arange(3), error).shape == (3, 1, 1, 1)
 
 
 def gaussian_velocity(x, t, mean, std):

@@ -15,6 +15,7 @@ from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.settings import DrawSettings
 from train.evaluation import prompt_lists
+from train.evaluation.models import OwnModel
 from train.evaluation.prompt_lists import claim_folder, dpg_files, draw_files, geneval_files
 
 SETTINGS = DrawSettings(num_inference_steps=1, guidance_scale=1.0)
@@ -67,7 +68,10 @@ def test_geneval_is_what_its_scorer_reads(components, metadata, tmp_path):
     listed = geneval_files(metadata, per_prompt=3, seed=5)
     output = tmp_path / "out"
     claim_folder(output, {"model": "m"})
-    assert draw_files(components, listed, output=output, settings=SETTINGS, batch_size=4) == 6
+    assert (
+        draw_files(OwnModel(components), listed, output=output, settings=SETTINGS, batch_size=4)
+        == 6
+    )
     found = geneval_scorer(output)
     assert [values for values, _ in found] == LINES
     for values, pictures in found:
@@ -84,7 +88,10 @@ def test_dpg_is_what_its_scorer_reads(components, prompts, tmp_path):
     listed = dpg_files(prompts, seed=2)
     settings = DrawSettings(height=32, width=32, num_inference_steps=1, guidance_scale=1.0)
     output = tmp_path / "out"
-    assert draw_files(components, listed, output=output, settings=settings, batch_size=3) == 2
+    assert (
+        draw_files(OwnModel(components), listed, output=output, settings=settings, batch_size=3)
+        == 2
+    )
     names = os.listdir(output / "images")
     assert {name.split(".")[0] for name in names} == {"1", "COCOval2014000000000042"}
     texts = {"1.png": "a red apple", "COCOval2014000000000042.png": "a cat and a car"}
@@ -103,7 +110,7 @@ def test_dpg_is_what_its_scorer_reads(components, prompts, tmp_path):
 def test_an_interrupted_list_is_resumed(components, metadata, tmp_path, monkeypatch):
     listed = geneval_files(metadata, per_prompt=2, seed=0)
     whole, output = tmp_path / "whole", tmp_path / "out"
-    draw_files(components, listed, output=whole, settings=SETTINGS, batch_size=1)
+    draw_files(OwnModel(components), listed, output=whole, settings=SETTINGS, batch_size=1)
     save, saved = prompt_lists._save, []
 
     def stop(path, pictures):
@@ -114,10 +121,13 @@ def test_an_interrupted_list_is_resumed(components, metadata, tmp_path, monkeypa
 
     monkeypatch.setattr(prompt_lists, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
-        draw_files(components, listed, output=output, settings=SETTINGS, batch_size=1)
+        draw_files(OwnModel(components), listed, output=output, settings=SETTINGS, batch_size=1)
     monkeypatch.setattr(prompt_lists, "_save", save)
     times = {path: path.stat().st_mtime_ns for path in saved}
-    assert draw_files(components, listed, output=output, settings=SETTINGS, batch_size=1) == 1
+    assert (
+        draw_files(OwnModel(components), listed, output=output, settings=SETTINGS, batch_size=1)
+        == 1
+    )
     assert {path: path.stat().st_mtime_ns for path in saved} == times
     for path in whole.rglob("*.*"):
         assert (output / path.relative_to(whole)).read_bytes() == path.read_bytes()

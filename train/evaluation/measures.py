@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.pictures import contact_sheet, to_uint8
 from mlx_snapgen.settings import DrawSettings, Width
 from train.data.source import Samples
 from train.evaluation.clip_measures import clip_score, cmmd, embed_pictures, embed_texts
-from train.evaluation.validation import NUM_LEVELS, flow_losses
+from train.evaluation.models import MeasuredModel
+from train.evaluation.validation import NUM_LEVELS
 
 COLUMNS = 8
 """Pictures in a row of a sheet, at most."""
@@ -80,7 +79,7 @@ class Measurement:
         output: folder that gets all files; None writes none.
     """
 
-    components: Components
+    model: MeasuredModel
     widths: Sequence[Width]
     batches: Sequence[Samples]
     clip: Clip | None
@@ -125,13 +124,8 @@ class Measurement:
         return table(rows)
 
     def _losses(self) -> dict[float, list[float]]:
-        # The few-step LoRA, if the model has one, is off: the loss is that of the velocity.
-        return flow_losses(
-            self.components.transformer,
-            self.components.text_encoders,
-            batches=self._with_bar("validation loss"),
-            shares=[width.share for width in self.widths],
-        )
+        shares = [width.share for width in self.widths]
+        return self.model.losses(self._with_bar("validation loss"), shares)
 
     def _with_bar(self, text: str) -> Iterator[Samples]:
         """The batches, with a bar that counts pictures."""
@@ -141,7 +135,7 @@ class Measurement:
                 bar.update(len(samples.captions))
 
     def _decoded(self, samples: Samples) -> np.ndarray:
-        return to_uint8(self.components.autoencoder.decode(samples.latents))
+        return to_uint8(self.model.autoencoder.decode(samples.latents))
 
     def _held_out_embeddings(self) -> np.ndarray:
         assert self.clip is not None
@@ -155,8 +149,7 @@ class Measurement:
         with tqdm(total=self.count, desc=width.name, unit="picture", leave=False) as bar:
             for samples in self.batches:
                 started = time.perf_counter()
-                pictures = draw_pictures(
-                    self.components,
+                pictures = self.model.draw(
                     samples.captions,
                     seeds=range(first, first + len(samples.captions)),
                     settings=self._sized(samples),
@@ -171,9 +164,9 @@ class Measurement:
 
     def _sized(self, samples: Samples) -> DrawSettings:
         """The settings for pictures of the size of some samples."""
-        factor = self.components.config.autoencoder.downsampling
+        factor = self.model.config.autoencoder.downsampling
         height, width = (factor * side for side in samples.latents.shape[1:3])
-        return replace(self.settings, height=height, width=width)
+        return replace(self.settings, height=height, width=width, force_size=True)
 
     # --- files ---
 
@@ -226,17 +219,17 @@ class Measurement:
         settings = self.settings
         prompts = list(self.prompts or ())
         if not prompts:
-            samples = self.batches[0]
+            # Of the widest shape there may be few.
+            samples = max(self.batches, key=lambda batch: len(batch.captions))
             prompts, settings = samples.captions[:COLUMNS], self._sized(samples)
             rows.append(self._decoded(replace(samples, latents=samples.latents[:COLUMNS])))
-            labels += [f"{prompt}, {HELD_OUT}" for prompt in prompts]
+            labels += [f"{HELD_OUT}: {prompt}" for prompt in prompts]
         first = self.settings.seed or 0
         total = len(self.widths) * len(prompts)
         with tqdm(total=total, desc="sheet", unit="picture", leave=False) as bar:
             for width in self.widths:
                 rows.append(
-                    draw_pictures(
-                        self.components,
+                    self.model.draw(
                         prompts,
                         seeds=range(first, first + len(prompts)),
                         settings=settings,
@@ -245,7 +238,7 @@ class Measurement:
                         progress=bar.update,
                     )
                 )
-                labels += [f"{prompt}, {width.name}" for prompt in prompts]
+                labels += [f"{width.name}: {prompt}" for prompt in prompts]
         sheet = contact_sheet(list(np.concatenate(rows)), labels, columns=len(prompts))
         with whole_file(self.output / "sheet.png") as partial:
             sheet.save(partial, format="png")

@@ -159,6 +159,12 @@ class Preparation:
         own = [chunk for chunk in self._done() if chunk % parts == part - 1]
         return len(own) * self.work.chunk_size
 
+    def _records_of_part(self, total: int) -> int:
+        """Records of this part's chunks, of a set of `total`; none if it has too few chunks."""
+        (part, parts), size = self.shard, self.work.chunk_size
+        starts = range((part - 1) * size, total, parts * size)
+        return sum(min(size, total - start) for start in starts)
+
     def _missing(self) -> int:
         """The first chunk of this part whose shard does not exist; the source may be shorter."""
         (part, parts), done = self.shard, self._done()
@@ -184,8 +190,9 @@ class Preparation:
             return
         part, parts = self.shard
         done = self._records_done()
-        left = max(0.0, total / parts - done)
-        these = f" (part {part} of {parts})" if parts > 1 else ""
+        own = self._records_of_part(total)
+        left = max(0, own - done)
+        these = f" ({own:,} in part {part} of {parts})" if parts > 1 else ""
         print(
             f"{total:,} pictures{these}; {rate}: {_duration(left * seconds)} and "
             f"{_size(left * each)} of disk{' for the rest' if done else ''} "
@@ -205,7 +212,7 @@ class Preparation:
 
         total, before = self.work.count(), self._records_done()
         if total is not None:
-            total = -(-total // parts)
+            total = self._records_of_part(total)
             before = min(before, total)
         with tqdm(
             total=total,

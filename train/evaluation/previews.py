@@ -7,6 +7,7 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import contact_sheet
 from mlx_snapgen.settings import parse_width
@@ -51,9 +52,10 @@ class Previews:
                 )
                 for name in self.widths
             ]
-        labels = [f"{prompt}, {name}" for name in self.widths for prompt in self.prompts]
+        labels = [f"{name}: {prompt}" for name in self.widths for prompt in self.prompts]
         sheet = contact_sheet(list(np.concatenate(rows)), labels, columns=len(self.prompts))
-        sheet.save(trainer.sample_path("previews"))
+        with whole_file(trainer.sample_path("previews")) as partial:
+            sheet.save(partial, "PNG")
         return {}
 
 

@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, parse_json, read_object, read_text, whole_file
 from mlx_snapgen.settings import DrawSettings
+from train.evaluation.models import MeasuredModel
 
 SETTINGS = "settings.json"
 
@@ -157,7 +156,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def draw_files(
-    components: Components,
+    model: MeasuredModel,
     listed: PromptFiles,
     *,
     output: Path,
@@ -177,8 +176,7 @@ def draw_files(
     total, left = (sum(len(f.seeds) for f in files) for files in (listed.files, missing))
     with tqdm(total=total, initial=total - left, desc="drawing", unit="picture") as bar:
         for files in _batches(missing, batch_size):
-            pictures = draw_pictures(
-                components,
+            pictures = model.draw(
                 [file.prompt for file in files for _ in file.seeds],
                 seeds=[seed for file in files for seed in file.seeds],
                 settings=settings,

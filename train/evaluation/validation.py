@@ -8,8 +8,9 @@ shifts are compared on the same levels.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.sampling import add_noise, get_noise
 from mlx_snapgen.settings import Width
+from mlx_snapgen.teachers.base import Teacher
 from train.data.mixture import num_samples
 from train.data.source import PictureSource, Samples
 from train.loop.trainer import Trainer
@@ -100,13 +102,29 @@ def flow_losses(
     for samples in batches:
         text, mask = transformer.encode_text(_states(samples, encoders, dtype=transformer.dtype))
         x0 = samples.latents
-        pairs = zip(samples.captions, x0, strict=True)
-        seeds = [sample_seed(caption, latents) for caption, latents in pairs]
-        eps = mx.concatenate([get_noise(seed, *x0.shape[1:]) for seed in seeds])
+        eps = _noise(samples)
         for share in shares:
-            sums[share] += _errors(transformer, text, mask, x0=x0, eps=eps, share=share)
+            velocity = _velocity(transformer, text, mask, share=share)
+            sums[share] += _errors(velocity, x0, eps=eps)
         total += len(samples.captions)
     return {share: (errors / max(total, 1)).tolist() for share, errors in sums.items()}
+
+
+def teacher_losses(teacher: Teacher, batches: Iterable[Samples]) -> list[float]:
+    """`flow_losses` of a teacher, without guidance."""
+    sums, total = np.zeros(NUM_LEVELS), 0
+    for samples in batches:
+        velocity = partial(teacher.velocity, condition=teacher.encode(samples.captions))
+        sums += _errors(velocity, samples.latents, eps=_noise(samples))
+        total += len(samples.captions)
+    return (sums / max(total, 1)).tolist()
+
+
+def _noise(samples: Samples) -> mx.array:
+    """The samples' fixed noise, shaped like their latents."""
+    pairs = zip(samples.captions, samples.latents, strict=True)
+    seeds = [sample_seed(caption, latents) for caption, latents in pairs]
+    return mx.concatenate([get_noise(seed, *samples.latents.shape[1:]) for seed in seeds])
 
 
 def _states(
@@ -145,21 +163,22 @@ def _padded(rows: Sequence[np.ndarray], dtype: mx.Dtype) -> TextStates:
     return TextStates(mx.array(np.stack(padded)).astype(dtype), mask)
 
 
-def _errors(
-    transformer: EfficientDiT,
-    text: mx.array,
-    mask: mx.array,
-    *,
-    x0: mx.array,
-    eps: mx.array,
-    share: float,
-) -> np.ndarray:
+Velocity = Callable[[mx.array, mx.array], mx.array]
+"""x_t and t (B,) -> v."""
+
+
+def _velocity(
+    transformer: EfficientDiT, text: mx.array, mask: mx.array, *, share: float
+) -> Velocity:
+    return lambda x_t, t: transformer(x_t.astype(text.dtype), t, text, mask, share=share)
+
+
+def _errors(velocity: Velocity, x0: mx.array, *, eps: mx.array) -> np.ndarray:
     """Sum over a batch of the mean squared error of the velocity, at each noise level."""
     sums = np.zeros(NUM_LEVELS)
     for k in range(NUM_LEVELS):
         sigma = (k + 0.5) / NUM_LEVELS
-        x_t = add_noise(x0, eps, sigma).astype(text.dtype)
-        v = transformer(x_t, mx.full((len(x0),), sigma), text, mask, share=share)
+        v = velocity(add_noise(x0, eps, sigma), mx.full((len(x0),), sigma))
         error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
         sums[k] = error.sum().item()
     return sums
@@ -244,6 +263,6 @@ def validation_losses(
         text, mask = encode_prompts(
             captions, components.text_encoders, transformer=components.transformer
         )
-        x0, eps = data.latents[chosen], data.noise[chosen]
-        sums += _errors(components.transformer, text, mask, x0=x0, eps=eps, share=share)
+        velocity = _velocity(components.transformer, text, mask, share=share)
+        sums += _errors(velocity, data.latents[chosen], eps=data.noise[chosen])
     return (sums / len(data.captions)).tolist()

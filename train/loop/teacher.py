@@ -1,5 +1,6 @@
 """The teacher of a run."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.open_model import open_model
+from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
 from train.data.conditions import Conditions
 from train.data.source import TEACHER
-from train.loop.run import find_folder
+from train.loop.run import digest_files
 
 MOST_DIFFERENCE = 0.3
 """Of latents of one picture by two autoencoders of the same latents, relative to their size: a tiny
@@ -36,10 +39,25 @@ def same_latents(one: Autoencoder, other: Autoencoder) -> bool:
     return bool(np.square(a - b).mean() <= MOST_DIFFERENCE**2 * np.square(b).mean())
 
 
-def open_teacher(folder: Path) -> tuple[Teacher, Autoencoder]:
-    """A teacher and its autoencoder."""
-    with announce(f"loading {folder} ..."):
-        return load_teacher(find_folder(folder))
+def find_teacher(model: str, args: argparse.Namespace) -> Path:
+    """The folder of a teacher; a public model is fetched and converted first.
+
+    Args:
+        model: what the option for the teacher has.
+        args: with the options of `add_teacher_source`.
+
+    Raises:
+        UserError: as `open_model`.
+    """
+    revision, base = args.teacher_revision, args.teacher_base
+    return open_model(ModelChoice(model, revision=revision, base=base)).path
+
+
+def open_teacher(args: argparse.Namespace) -> tuple[Teacher, Autoencoder, str]:
+    """The teacher of --teacher, its autoencoder, and `digest_files` of its folder."""
+    folder = find_teacher(args.teacher, args)
+    with announce(f"loading {args.teacher} ..."):
+        return *load_teacher(folder), digest_files(folder)
 
 
 def prepared_parts(source: Any) -> list[Any]:
@@ -75,7 +93,7 @@ def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
     return conditions
 
 
-def check_teacher_latents(source: Any, autoencoder: Autoencoder, *, teacher: Path) -> None:
+def check_teacher_latents(source: Any, autoencoder: Autoencoder, *, teacher: str) -> None:
     """`UserError` unless prepared data also has the latents of a teacher's autoencoder."""
     parts = prepared_parts(source)
     for part in parts:

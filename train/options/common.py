@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.cli.options import finite_number, integer
-from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.cli.options import BASE_HELP, finite_number, integer
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable
 from mlx_snapgen.settings import Width, check_width, held_widths
@@ -33,6 +33,22 @@ def _run_folder(text: str) -> Path:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return folder
+
+
+TEACHER_HELP = (
+    "model folder, folder of convert.teacher, or public model as for generate --model, which is "
+    "converted first"
+)
+
+
+def add_teacher_source(parser: argparse._ActionsContainer) -> None:
+    """`--teacher-revision` and `--teacher-base`, of a teacher that is a public model."""
+    parser.add_argument(
+        "--teacher-revision",
+        metavar="REV",
+        help="branch, tag or commit of the teacher's repository (default: main)",
+    )
+    parser.add_argument("--teacher-base", metavar="MODEL", help=BASE_HELP)
 
 
 def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = True) -> None:
@@ -68,10 +84,12 @@ def add_number(
     )
 
 
-def add_drop_caption(parser: argparse.ArgumentParser, *, more: str = "") -> None:
+def add_drop_caption(
+    parser: argparse.ArgumentParser, *, more: str = "", default: float = 0.1
+) -> None:
     """`--drop-caption`; its help ends with `more`."""
     what = "share of captions to leave out, which guidance needs"
-    add_number(parser, "--drop-caption", 0.1, what + more)
+    add_number(parser, "--drop-caption", default, what + more)
 
 
 def add_removed(parser: argparse.ArgumentParser, removed: Mapping[str, str]) -> None:
@@ -116,7 +134,7 @@ def check_learning_rate(rate: float) -> None:
         raise UserError(f"--learning-rate must lie between 0 and 1, got {rate}")
 
 
-def widths_of(args: argparse.Namespace, config: ModelConfig) -> list[Width]:
+def widths_of(args: argparse.Namespace, config: Description) -> list[Width]:
     """The widths to train; `UserError` for one that the model does not have."""
     names = args.model_widths or [width.name for width in held_widths(config)]
     return [check_width(config, name) for name in dict.fromkeys(names)]
@@ -145,12 +163,17 @@ def check_new_lora(output: Path) -> None:
 
 
 def add_tuning(
-    parser: argparse.ArgumentParser, *, steps: int, batch_size: int, checkpoint_every: int
+    parser: argparse.ArgumentParser,
+    *,
+    steps: int,
+    batch_size: int,
+    checkpoint_every: int,
+    learning_rate: float = 1e-3,
 ) -> None:
     """The options of `tuning_config`, with the defaults given."""
     add_number(parser, "--steps", steps, "training steps")
     add_number(parser, "--batch-size", batch_size, "pictures per batch")
-    add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
+    add_number(parser, "--learning-rate", learning_rate, "AdamW learning rate")
     add_number(parser, "--checkpoint-every", checkpoint_every, "steps between checkpoints")
     add_seed(parser)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from mlx_snapgen.cli.options import (
     Parser,
     add_model,
+    add_model_source,
     add_model_widths,
     add_sampling,
     finite_number,
@@ -17,7 +18,7 @@ from mlx_snapgen.files import check_new, check_writable, expanded
 from train.data.open import is_stickers
 from train.data.stickers.source import add_num_nouns
 from train.data.stickers.vocabulary import first_nouns
-from train.options.common import add_number, add_seed, check_at_least
+from train.options.common import MOST, add_number, add_seed, check_at_least
 from train.options.data import MOST_SIDE, add_data, filter_from
 
 LISTS = ("geneval", "dpg")
@@ -36,6 +37,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add_model(parser)
+    add_model_source(parser, quantize="4 or 8 bits per weight of a public model, or none")
     add(
         "--output",
         "-o",
@@ -62,7 +64,12 @@ def parse() -> argparse.Namespace:
             "(default: the model's)",
         )
     add_seed(parser)
-    add_number(parser, "--batch-size", 16, "pictures per batch")
+    add(
+        "--batch-size",
+        type=integer(1, MOST),
+        metavar="N",
+        help="pictures per batch (default: 16, of a public model 1)",
+    )
     _add_measures(parser)
     add_data(parser, required=False)
     _add_lists(parser)

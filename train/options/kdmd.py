@@ -10,10 +10,10 @@ from typing import Any
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import FOUR_STEPS, ModelConfig, SamplerConfig
+from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import few_step_sampler
 from mlx_snapgen.settings import MAX_STEPS, check_size
-from train.data.decode import Size
 from train.data.mixture import sizes_in
 from train.data.prompts import PromptList, spread
 from train.data.simulation import PromptBatches, prepared_prompts, sized_prompts
@@ -23,11 +23,13 @@ from train.loop.config import TrainingConfig, warmup_of
 from train.loop.teacher import prepared_parts
 from train.options.common import (
     MOST_RANK,
+    TEACHER_HELP,
     add_number,
     add_output,
     add_removed,
     add_run_dir,
     add_seed,
+    add_teacher_source,
     check_at_least,
     check_at_most,
     check_learning_rate,
@@ -78,10 +80,11 @@ def parse() -> argparse.Namespace:
     )
     add(
         "--teacher",
-        type=Path,
         metavar="MODEL",
-        help="another teacher with the same latents and its own few-step mode (default: --model)",
+        help="another teacher with the same latents and its own few-step mode: "
+        f"{TEACHER_HELP} (default: --model)",
     )
+    add_teacher_source(parser)
     source = "that of --few-step-lora, or else"
     add(
         "--few-steps",

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.lora.adapters import lora_weights
 from mlx_snapgen.pictures import contact_sheet
 from mlx_snapgen.settings import DrawSettings, Width
@@ -67,7 +68,13 @@ class Evaluation:
         if self.output:
             marked = [marked_picture(p, ok) for p, ok in zip(pictures, correct, strict=True)]
             sheet = contact_sheet(marked, texts, COLUMNS)
-            sheet.save(self.output / f"{name.replace(' ', '_')}.png")
+            with whole_file(self.output / f"{name.replace(' ', '_')}.png") as partial:
+                sheet.save(partial, "PNG")
+
+    def _write(self, name: str, text: str) -> None:
+        if self.output:
+            with whole_file(self.output / name) as partial:
+                partial.write_text(text)
 
     def scores(self, recorded: dict[str, Any], *, validation_scenes: int) -> str:
         """A table of accuracies and validation losses.
@@ -88,10 +95,9 @@ class Evaluation:
         def finish(name: str, pictures: np.ndarray, **measured: Any) -> None:
             row = make_row(name, prompts, pictures, num_nouns=self.num_nouns, **measured)
             rows.append(row)
-            if self.output:
-                (self.output / "table.md").write_text(table(rows))
-                results = {"settings": recorded, "rows": [asdict(row) for row in rows]}
-                (self.output / "results.json").write_text(json.dumps(results, indent=1))
+            self._write("table.md", table(rows))
+            results = {"settings": recorded, "rows": [asdict(row) for row in rows]}
+            self._write("results.json", json.dumps(results, indent=1))
             correct = [judged["correct"] for judged in row.judged]
             self._sheet(name, pictures, correct=correct, texts=[p.text for p in prompts])
 
@@ -120,8 +126,7 @@ class Evaluation:
             error = np.sqrt(share * (1 - share) / len(prompts))
             lines.append(f"| {name} | {share:.3f} ± {error:.3f} |")
             self._sheet(name, pictures, correct=correct, texts=[p.text for p in prompts])
-            if self.output:
-                (self.output / "table.md").write_text("\n".join(lines) + "\n")
+            self._write("table.md", "\n".join(lines) + "\n")
 
         for width in self.widths:
             finish(width.name, self._draw(prompts, width))
@@ -143,4 +148,5 @@ class Evaluation:
                 batch_size=self.batch_size,
                 progress=bar.update,
             )
-        contact_sheet(list(pictures), texts, COLUMNS).save(path)
+        with whole_file(path) as partial:
+            contact_sheet(list(pictures), texts, COLUMNS).save(partial, "PNG")

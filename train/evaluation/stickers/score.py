@@ -11,7 +11,8 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.settings import DrawSettings
-from train.data.stickers.captions import plain_caption, with_article
+from mlx_snapgen.vocabulary import with_article
+from train.data.stickers.captions import plain_caption
 from train.data.stickers.scenes import noun_scene
 from train.data.stickers.vocabulary import NOUNS, first_nouns, known_nouns
 from train.evaluation.stickers.detector import Detection, Detector

@@ -1,0 +1,122 @@
+"""Models to measure behind one interface: those of this project, and public ones."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.pictures import to_uint8
+from mlx_snapgen.sampling import get_noise
+from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.flow import FlowTeacher, shifted_levels
+from train.data.drawn import flow_latents
+from train.data.source import Samples
+from train.evaluation.validation import flow_losses, teacher_losses
+
+
+class MeasuredModel(Protocol):
+    """A model to measure."""
+
+    @property
+    def config(self) -> Any:
+        """A `Description`."""
+        ...
+
+    @property
+    def autoencoder(self) -> Autoencoder: ...
+
+    def losses(
+        self, batches: Iterable[Samples], shares: Sequence[float]
+    ) -> dict[float, list[float]]:
+        """See `flow_losses`."""
+        ...
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        share: float,
+        batch_size: int,
+        progress: Callable[[int], object],
+    ) -> np.ndarray:
+        """See `draw_pictures`."""
+        ...
+
+
+class OwnModel:
+    """A model of this project, at any of its widths."""
+
+    def __init__(self, components: Components):
+        self.components = components
+        self.config, self.autoencoder = components.config, components.autoencoder
+
+    def losses(
+        self, batches: Iterable[Samples], shares: Sequence[float]
+    ) -> dict[float, list[float]]:
+        # The few-step LoRA, if the model has one, is off: the loss is that of the velocity.
+        transformer, encoders = self.components.transformer, self.components.text_encoders
+        return flow_losses(transformer, encoders, batches=batches, shares=shares)
+
+    def draw(self, prompts: Sequence[str], **settings: Any) -> np.ndarray:
+        return draw_pictures(self.components, prompts, **settings)
+
+
+class PublicModel:
+    """A public model; text encoder and transformer are both in memory."""
+
+    def __init__(self, teacher: FlowTeacher, autoencoder: Autoencoder):
+        self.teacher, self.config, self.autoencoder = teacher, teacher.config, autoencoder
+
+    def losses(
+        self, batches: Iterable[Samples], shares: Sequence[float]
+    ) -> dict[float, list[float]]:
+        found = teacher_losses(self.teacher, batches)
+        return {share: found for share in shares}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        share: float,
+        batch_size: int,
+        progress: Callable[[int], object],
+    ) -> np.ndarray:
+        config, factor = self.config, self.autoencoder.config.downsampling
+        wanted = settings.resolved(config)
+        assert wanted.height is not None and wanted.width is not None
+        assert wanted.num_inference_steps is not None and wanted.time_shift is not None
+        assert wanted.guidance_scale is not None
+        shape = (
+            wanted.height // factor,
+            wanted.width // factor,
+            self.autoencoder.config.latent_channels,
+        )
+        mode = config.sampler_for(wanted.num_inference_steps, wanted.few_step)
+        levels = shifted_levels(mode, wanted.num_inference_steps, time_shift=wanted.time_shift)
+        pictures = []
+        for start in range(0, len(prompts), batch_size):
+            chunk = slice(start, start + batch_size)
+            condition = self.teacher.encode(prompts[chunk])
+            if wanted.guidance_scale != 1 and wanted.negative_prompt.strip():
+                away = self.teacher.encode([wanted.negative_prompt])
+                condition = condition._replace(empty_text=away.text, empty_mask=away.mask)
+            latents = flow_latents(
+                self.teacher,
+                condition,
+                noise=mx.concatenate([get_noise(seed, *shape) for seed in seeds[chunk]]),
+                levels=levels,
+                guidance_scale=wanted.guidance_scale,
+                few_step=bool(wanted.few_step),
+            )
+            decoded = [to_uint8(self.autoencoder.decode(one[None])) for one in latents]
+            pictures += decoded
+            progress(len(decoded))
+        return np.concatenate(pictures)
