@@ -24,6 +24,7 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.quantize.palettes import with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import check_width, parse_width
@@ -35,6 +36,7 @@ from train.evaluation.estimate import num_trainable
 from train.evaluation.palettes import HELD_OUT_SEED, Validation, compare, in_float16
 from train.evaluation.previews import Previews
 from train.evaluation.stickers.score import score_cell
+from train.loop.checkpoint import writing
 from train.loop.palettes import load_alone, save
 from train.loop.run import claim
 from train.loop.trainer import Trainer
@@ -104,7 +106,6 @@ def main() -> int:
     if not (trainer.run() and trainer.is_main):
         return trainer.exit_code
     with trainer.averaged():
-        save(args.output, components, network, palettes=palettes, model=folder)
         networks = {
             "fp16": in_float16(components.transformer),
             f"{args.quantize:g} bits, palettes alone": before,
@@ -112,7 +113,10 @@ def main() -> int:
         }
         score = functools.partial(score_cell, per_category=args.score) if args.score else None
         table = compare(components, networks, held_out, captions=held, widths=widths, score=score)
-    (args.run_dir / "table.md").write_text(table)
+        with writing(args.run_dir), whole_file(args.run_dir / "table.md") as partial:
+            partial.write_text(table)
+        # Last: with it, the command counts as done.
+        save(args.output, components, network, palettes=palettes, model=folder)
     print(table, end="")
     print(f"python -m convert.coreml {args.output} {args.output}-coreml")
     return 0

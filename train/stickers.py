@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.pictures import contact_sheet
 from train.data.stickers.render import INSTALL, find_font, glyph_scenes, render, write_imagefolder
 from train.data.stickers.scenes import SIDE, noun_scene, training_scene, validation_scene
@@ -76,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     bar = tqdm(shown, unit="picture", leave=False)
     pictures = [render(scene, size, font=args.font) for scene in bar]
     columns = 16 if args.glyphs else min(8, len(pictures))
-    contact_sheet(pictures, [scene.caption for scene in shown], columns).save(output, "PNG")
+    sheet = contact_sheet(pictures, [scene.caption for scene in shown], columns)
+    with whole_file(output) as partial:
+        sheet.save(partial, "PNG")
     print(f"{output}: {len(pictures)} pictures")
 
 

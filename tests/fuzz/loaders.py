@@ -1,8 +1,15 @@
 """Everything that reads a file of unknown origin: a good sample, and how it is read."""
 
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import gzip
 import io
 import json
+import os
 import pickle
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,26 +24,45 @@ from apps.desktop.history import History
 from apps.desktop.settings import Settings as WindowSettings
 from apps.desktop.settings import load_settings, save_settings
 from convert.mil.execution import Interpreter
+from convert.parity import originals as parity
 from convert.pickles import spooled
 from convert.pytorch.folder import FORMAT, read_config
 from mlx_snapgen.checkpoint.clip import load_clip
+from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.language_models import load_gemma, load_qwen
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import to_dict
+from mlx_snapgen.decode import decode
+from mlx_snapgen.draw import read_inputs
+from mlx_snapgen.errors import MOST_CHARACTERS, UserError
 from mlx_snapgen.files import parse_json
+from mlx_snapgen.generate import main as generate
+from mlx_snapgen.inputs import read_picture
 from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
-from mlx_snapgen.metadata import KEY, read_settings
+from mlx_snapgen.metadata import KEY, find_pictures, read_settings
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.flux2 import Flux2Transformer
+from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.prompt_check import check_prompts
+from mlx_snapgen.public.first_use import INDEX, describe
+from mlx_snapgen.public.keymap import KeyMap
+from mlx_snapgen.public.keys.autoencoders import AUTOENCODERS, read_autoencoder
+from mlx_snapgen.public.kinds import find_kind
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.quantize.palettes import Palettes, load_palettes, palettes_file
 from mlx_snapgen.settings import DrawSettings, ModelChoice
+from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import load_network, load_teacher_config
+from mlx_snapgen.vocabulary import listed
 from tests import tiny
+from tests.applications.serving import KIND, encoded
 from tests.conversion.test_mil_program import X, write_package
-from train.data.decode import decode
+from tests.runtime import test_clip_towers as towers
+from tests.runtime import test_gemma as gemma
 from train.data.imagefolder import read_folder
 from train.data.open import open_records
 from train.data.preparation import make_samples
@@ -44,8 +70,10 @@ from train.data.prepared import Prepared, write_index
 from train.data.shards import write_shard
 from train.data.source import Record, Skipped
 from train.evaluation.prompt_lists import dpg_files, geneval_files
+from train.loop.assemble import new_model
 from train.loop.checkpoint import load_checkpoint, read_log, save_checkpoint
 from train.loop.run import recorded
+from train.options.new import read_preset
 
 
 class Loader(NamedTuple):
@@ -68,6 +96,16 @@ def loader(name: str, write: Callable[[Path], Any], *files: str) -> Callable:
         return read
 
     return add
+
+
+def read_each(*calls: Callable[[], Any]) -> None:
+    """All of a folder's readers; a `UserError` of one is as good as its result."""
+    for call in calls:
+        try:
+            call()
+        except UserError as error:
+            message = str(error)
+            assert len(message) <= MOST_CHARACTERS and message.isprintable(), message
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -94,11 +132,32 @@ def _(folder: Path) -> None:
         mx.eval(module.parameters())
 
 
-@loader("vocabulary", write_model, "model/vocabulary.json")
+def write_vocabulary(folder: Path) -> None:
+    words = {
+        "nouns": ["apple", "ice cream"],
+        "other_words": {"apples": "apple"},
+        "colours": ["red"],
+        "recolourable": ["apple"],
+        "own_colours": {"ice cream": "white"},
+        "backgrounds": ["light blue"],
+        "numbers": ["one", "two"],
+        "emoji": {"\N{RED APPLE}": "apple"},
+        "replaced": {"fruit": "apple"},
+        "misspelled": ["apples"],
+        "ignored": ["please"],
+        "drawn_badly": ["big"],
+    }
+    (folder / "model").mkdir()
+    (folder / "model" / "vocabulary.json").write_text(json.dumps(words))
+
+
+@loader("vocabulary", write_vocabulary, "model/vocabulary.json")
 def _(folder: Path) -> None:
     vocabulary = load_vocabulary(folder / "model")
-    settings = DrawSettings("a red aple on a table").resolved(tiny.MODEL)
+    prompt = "a red aple on a table, 5 big apples on a light blue background, \N{RED APPLE} fruit"
+    settings = DrawSettings(prompt).resolved(tiny.MODEL)
     list(check_prompts(settings, [None], vocabulary=vocabulary))
+    listed(vocabulary or {})
 
 
 @loader("tokenizer", write_model, "model/tokenizer_0.model")
@@ -123,10 +182,143 @@ def _(folder: Path) -> None:
     read_config(folder)
 
 
-@loader("teacher", lambda folder: tiny.write_teacher(folder / "teacher"), "teacher/*.*")
-def _(folder: Path) -> None:
+TEACHERS = {
+    "teacher": tiny.TEACHER,
+    "Z-Image": TeacherConfig("z-image", tiny.Z_IMAGE, tiny.KL_AUTOENCODER),
+    "klein": TeacherConfig("flux2", tiny.FLUX2, tiny.FLUX2_AUTOENCODER),
+}
+
+
+def read_teacher(folder: Path) -> None:
     config = load_teacher_config(folder / "teacher")
     mx.eval(load_network(folder / "teacher", config).parameters())
+
+
+for name, config in TEACHERS.items():
+    write = functools.partial(tiny.write_teacher, config=config)
+    loader(name, lambda folder, write=write: write(folder / "teacher"), "teacher/*.*")(read_teacher)
+
+
+@loader(
+    "preset",
+    lambda folder: (folder / "preset.json").write_text(json.dumps(to_dict(tiny.TRANSFORMER))),
+)
+def _(folder: Path) -> None:
+    preset = read_preset(str(folder / "preset.json"))
+    components = tiny.make_components()
+    autoencoder, encoders = components.autoencoder, components.text_encoders
+    new_model(
+        preset.transformer, autoencoder, text_encoders=encoders, name="x", image_size=(32, 32)
+    )
+
+
+def write_public(folder: Path) -> None:
+    """The configs of public models in diffusers' format, and the weights of their autoencoders."""
+    tiny.require("mlx_lm")
+    for name, (pipeline, transformer, text, scheduler, vae) in PUBLIC.items():
+        values = {
+            INDEX: {"_class_name": pipeline, "is_distilled": True},
+            "transformer/config.json": transformer,
+            "text_encoder/config.json": {"model_type": text},
+            "scheduler/scheduler_config.json": scheduler,
+            "vae/config.json": vae,
+        }
+        for path, content in values.items():
+            (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / path).write_text(json.dumps(content))
+        kind = next(a for a in AUTOENCODERS.values() if a.class_name == vae["_class_name"])
+        weights = public_names(kind.keys, VAES[name])
+        mx.save_safetensors(str(folder / name / "vae" / "model.safetensors"), weights)
+
+
+def public_names(keys: KeyMap, config: Any) -> dict[str, mx.array]:
+    """The weights of an autoencoder with the names and layout of diffusers."""
+    found = {"bn.running_mean": mx.zeros(16), "bn.running_var": mx.ones(16)}
+    found = found if config.kind == "flux2" else {}
+    for name, value in tree_flatten(make_autoencoder(config).parameters()):
+        value = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
+        names = keys.public(name)
+        found |= dict(zip(names, mx.split(value, len(names)), strict=True))
+    return found
+
+
+KL = {
+    "block_out_channels": [32, 32, 64, 64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "shift_factor": 0.1,
+    "scaling_factor": 0.4,
+}
+DYNAMIC = {"base_shift": 0.5, "max_shift": 1.2} | {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "use_dynamic_shifting": True,
+}
+PUBLIC = {
+    "z-image": (
+        "ZImagePipeline",
+        parity.Z_IMAGE
+        | {"_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "norm_eps": 1e-5}
+        | {"rope_theta": 256.0},
+        "qwen3",
+        {"shift": 3.0},
+        KL
+        | {"_class_name": "AutoencoderKL", "use_quant_conv": False}
+        | {"use_post_quant_conv": False},
+    ),
+    "klein": (
+        "Flux2KleinPipeline",
+        parity.FLUX2
+        | {"_class_name": "Flux2Transformer2DModel", "mlp_ratio": 3.0}
+        | {"timestep_guidance_channels": 256, "rope_theta": 2000},
+        "qwen3",
+        DYNAMIC,
+        KL | {"_class_name": "AutoencoderKLFlux2", "batch_norm_eps": 1e-4},
+    ),
+    "qwen-image": (
+        "QwenImagePipeline",
+        parity.QWEN_IMAGE | {"_class_name": "QwenImageTransformer2DModel"},
+        "qwen2_5_vl",
+        DYNAMIC | {"shift_terminal": 0.02},
+        {"_class_name": "AutoencoderKLQwenImage", "base_dim": 8, "dim_mult": [1, 2, 4, 4]}
+        | {"z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1] * 4, "latents_std": [1.1] * 4},
+    ),
+}
+VAES = {
+    "z-image": tiny.KL_AUTOENCODER,
+    "klein": tiny.FLUX2_AUTOENCODER,
+    "qwen-image": tiny.QWEN_AUTOENCODER,
+}
+
+
+@loader("model in diffusers' format", write_public, "*/*.json", "*/*/*.json", "*/vae/*")
+def _(folder: Path) -> None:
+    read_each(
+        *(
+            call
+            for name in PUBLIC
+            for call in (
+                functools.partial(describe, name, folder / name, None),
+                functools.partial(read_autoencoder, folder / name / "vae"),
+            )
+        )
+    )
+
+
+def write_shards(folder: Path) -> None:
+    for i in range(2):
+        mx.save_safetensors(str(folder / f"{i}.safetensors"), {f"layer.{i}": mx.ones((2, 2))})
+    index = {"weight_map": {f"layer.{i}": f"{i}.safetensors" for i in range(2)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+
+
+@loader("shards", write_shards)
+def _(folder: Path) -> None:
+    source = find_source(str(folder))
+    weights = source.weights(folder)
+    find_kind(source, weights)
+    mx.eval(weights)
 
 
 def write_lora(folder: Path) -> None:
@@ -142,6 +334,29 @@ def _(folder: Path) -> None:
     network = EfficientDiT(tiny.TRANSFORMER)
     load_lora(folder, network)
     few_step_sampler(folder)
+    mx.eval(network.parameters())
+
+
+def write_public_lora(folder: Path) -> None:
+    """In FLUX.2's original layout, with PEFT's config in the header."""
+    sizes = {
+        "double_blocks.0.img_attn.qkv": (96, 32),
+        "double_blocks.1.txt_mlp.2": (32, 96),
+        "final_layer.adaLN_modulation.1": (64, 32),
+    }
+    tensors = {}
+    for name, (rows, columns) in sizes.items():
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = mx.ones((2, columns))
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = mx.ones((rows, 2))
+    config = {"lora_alpha": 4, "alpha_pattern": {"attn.to_q": 6}, "use_rslora": True}
+    header = {"lora_adapter_metadata": json.dumps(config)}
+    mx.save_safetensors(str(folder / "a.safetensors"), tensors, header)
+
+
+@loader("public LoRA", write_public_lora)
+def _(folder: Path) -> None:
+    network = Flux2Transformer(tiny.FLUX2)
+    load_lora(folder / "a.safetensors", network)
     mx.eval(network.parameters())
 
 
@@ -219,6 +434,63 @@ def _(folder: Path) -> None:
     mx.eval(encoder(*encoder.tokenize(["abi cdj"])))
 
 
+def write_towers(folder: Path, layout: str) -> None:
+    made = towers.write_folder(folder / "clip", towers.make_towers(), layout)
+    merges = (made / "merges.txt").read_bytes()
+    if layout == "open clip":
+        (made / "merges.txt").unlink()
+        data = gzip.compress(b"bpe_simple_vocab_16e6.txt#version: 0.2\n" + merges + b"\nq u\n")
+        (made / "bpe_simple_vocab_16e6.txt.gz").write_bytes(data)
+    else:
+        (made / "merges.txt").unlink()
+        pairs = [merge.split(" ") for merge in merges.decode().split("\n")]
+        (made / "tokenizer.json").write_text(json.dumps({"model": {"merges": pairs}}))
+        colors = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.3]}
+        (made / "preprocessor_config.json").write_text(json.dumps(colors))
+
+
+def read_towers(folder: Path) -> None:
+    clip = load_clip_towers(folder / "clip")
+    mx.eval(clip.embed_texts(["abi cdj"]))
+    mx.eval(clip.embed_pictures([np.zeros((30, 24, 3), np.uint8)]))
+
+
+for layout in ("hugging face", "open clip"):
+    write = functools.partial(write_towers, layout=layout)
+    loader(f"CLIP towers, {layout}", write, "clip/*")(read_towers)
+
+
+def write_gemma(folder: Path) -> None:
+    tiny.require("mlx_lm")
+    import mlx_lm
+
+    gemma.write_gemma(folder / "gemma", mlx_lm)
+
+
+@loader("Gemma", write_gemma, "gemma/*")
+def _(folder: Path) -> None:
+    encoder = load_gemma(folder / "gemma", gemma.CONFIG)
+    mx.eval(encoder(*encoder.tokenize(["a red apple", ""])))
+
+
+def write_qwen(folder: Path) -> None:
+    tiny.require("mlx_lm")
+    from mlx_lm.models.qwen2 import Model, ModelArgs
+
+    config = parity.QWEN_TEXT | {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    config |= {"tie_word_embeddings": True}
+    weights = dict(tree_flatten(tiny.randomize(Model(ModelArgs.from_dict(config)), 0).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    parity.write_byte_tokenizer(folder)
+
+
+@loader("Qwen", write_qwen)
+def _(folder: Path) -> None:
+    encoder = load_qwen(folder, QWEN_IMAGE, dims=parity.QWEN_TEXT["hidden_size"])
+    mx.eval(encoder(["a red apple", ""]))
+
+
 # --- pictures and settings --------------------------------------------------------------------
 
 SETTINGS = {
@@ -238,6 +510,9 @@ SETTINGS = {
     "quantize": None,
     "loras": [{"path": "a.safetensors", "weight": 0.5}],
     "text_encoders": None,
+    "image": {"name": "photo.png", "sha256": "00ff"},
+    "edit": [{"name": None, "sha256": "00ff"}],
+    "strength": 0.5,
 }
 
 
@@ -248,6 +523,19 @@ def write_png(folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "20260101-000000000000_a.png", pnginfo=chunks)
 
 
+def write_inputs(folder: Path) -> None:
+    for name, kind in (("image", "JPEG"), ("mask", "PNG"), ("edit", "WEBP")):
+        with Image.open(io.BytesIO(picture(0))) as small:
+            small.resize((100, 80)).save(folder / name, kind)
+
+
+@loader("pictures to start from", write_inputs)
+def _(folder: Path) -> None:
+    paths = {name: folder / name for name in ("image", "mask")}
+    settings = DrawSettings("a cat", **paths).resolved(tiny.MODEL)
+    read_inputs(dataclasses.replace(settings, edit=(folder / "edit",)), unit=16)
+
+
 @loader("settings in a PNG", write_png)
 def _(folder: Path) -> None:
     chunks = PngImagePlugin.PngInfo()
@@ -255,7 +543,9 @@ def _(folder: Path) -> None:
     chunks.add_itxt(KEY, text, zip=len(text) % 2 == 0)
     Image.new("RGB", (8, 8)).save(folder / "itxt.png", pnginfo=chunks)
     for path in sorted(folder.glob("*.png")):
-        read_settings(path)
+        recorded = read_settings(path)
+        with contextlib.suppress(UserError):
+            find_pictures(recorded, path)
 
 
 @loader("history", write_png, "2*.png")
@@ -292,15 +582,78 @@ def _(folder: Path) -> None:
     ),
 )
 def _(folder: Path) -> None:
+    from apps.server.models import Served
     from apps.server.request import Limits, RequestError, parse_request
-    from mlx_snapgen.errors import UserError
 
     values = parse_json((folder / "body.json").read_bytes(), "the body")
     try:
-        parse_request(values, {"m": ModelChoice()}, config=tiny.MODEL, limits=Limits())
+        parse_request(values, {"m": Served("m", ModelChoice(), tiny.MODEL)}, Limits())
     except RequestError as error:
         json.dumps(error.body()).encode()
         raise UserError(error) from None
+
+
+def write_form(folder: Path) -> None:
+    tiny.require("starlette", "python_multipart")
+    fields = {
+        "prompt": "a red apple",
+        "seed": 3,
+        "size": "64x32",
+        "strength": 0.5,
+        "stream": "true",
+    }
+    pictures = ("image[]", picture(0)), ("mask", picture(0))
+    (folder / "form.bin").write_bytes(encoded(*fields.items(), *pictures))
+
+
+@loader("form of the server", write_form)
+def _(folder: Path) -> None:
+    from starlette.requests import Request
+
+    from apps.server.models import Served
+    from apps.server.request import Limits, RequestError, parse_form
+    from apps.server.uploads import Uploads
+
+    message = {"type": "http.request", "body": (folder / "form.bin").read_bytes()}
+    scope = {"type": "http", "headers": [(b"content-type", KIND.encode())]}
+
+    async def receive() -> dict[str, Any]:
+        return message
+
+    try:
+        with contextlib.ExitStack() as files:
+            form = asyncio.run(Uploads().read(Request(scope, receive), files))
+            request = parse_form(form, {"m": Served("m", ModelChoice(), tiny.MODEL)}, Limits())
+            for source in filter(None, (request.job.settings.image, request.job.settings.mask)):
+                read_picture(source)
+    except RequestError as error:
+        json.dumps(error.body()).encode()
+        raise UserError(error) from None
+
+
+def write_prompts(folder: Path) -> None:
+    save_pretrained(folder / "model", tiny.make_components())
+    lines = ("a red apple", ":size 32x32", ":seed 5", "a blue car", ":images 1", ":width tiny")
+    lines += (":negative cat", ":guidance 2", ":quantize 8", ":lora no.safetensors 0.5", ":show")
+    lines += (":output pictures/", "a green cat", ":help", ":steps 1", ":lora", "", ":quit")
+    (folder / "lines.txt").write_text("\n".join(lines))
+
+
+@loader("prompt loop", write_prompts, "lines.txt")
+def _(folder: Path) -> None:
+    """A session of `generate --interactive`: each mistake is one line, and the loop goes on."""
+    stdin, stderr = sys.stdin, io.StringIO()
+    sys.stdin = io.TextIOWrapper(io.BytesIO((folder / "lines.txt").read_bytes()), "utf-8")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+            assert generate(["--interactive", "--model", "model", "--steps", "1"]) == 0
+    finally:
+        os.chdir(before)
+        sys.stdin = stdin
+    for line in stderr.getvalue().splitlines():
+        assert len(line) <= MOST_CHARACTERS + len("warning: ") and line.isprintable(), line
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -439,15 +792,12 @@ def _(folder: Path) -> None:
     "dpg/*",
 )
 def _(folder: Path) -> None:
-    from mlx_snapgen.errors import UserError
+    def read(call: Callable[[], Any]) -> None:
+        for text in json.dumps(str(call())).splitlines():
+            text.encode()
 
-    for read in (
-        lambda: list(read_prompts(folder / "prompts.txt")),
-        lambda: geneval_files(folder / "geneval.jsonl", per_prompt=1, seed=0),
-        lambda: dpg_files(folder / "dpg", seed=0),
-    ):
-        try:
-            for text in json.dumps(str(read())).splitlines():
-                text.encode()
-        except UserError as error:
-            assert len(str(error)) <= 300
+    read_each(
+        lambda: read(lambda: list(read_prompts(folder / "prompts.txt"))),
+        lambda: read(lambda: geneval_files(folder / "geneval.jsonl", per_prompt=1, seed=0)),
+        lambda: read(lambda: dpg_files(folder / "dpg", seed=0)),
+    )

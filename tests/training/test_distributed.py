@@ -54,11 +54,17 @@ def trainer(run_dir, accumulate, before_batch=lambda number: None):
     return Trainer(model, Doubling(), batches=batches, config=config, run_dir=run_dir)
 
 
-def worker(folder, event=None):
-    """One process; `event` happens to the second one in its step 5. Batches are 0 2 4 ... in the
+def worker(folder, event=None, lost=1):
+    """One process; `event` happens to the second one in its step 5. With "START" the process `lost`
+    ends when the two have found each other. Batches are 0 2 4 ... in the
     first process and 1 3 5 ... in the second.
     """
     rank = mx.distributed.init().rank()
+    if event == "START":
+        train.loop.distributed.HANDSHAKE = 3.0
+        if rank == lost:
+            os._exit(9)
+        event = None
 
     def before_batch(number):
         if event and number == 2 * 4 + 1:
@@ -71,11 +77,8 @@ def worker(folder, event=None):
     print(json.dumps({"step": run.step, "finished": finished}))
 
 
-def start(folder, *args, module=None):
-    """Both processes, which run `worker(*args)` of another module, or that of this one.
-
-    Only the first has the run's folder, as on two machines.
-    """
+def write_hosts(folder):
+    """The file of two processes with free ports, for MLX_HOSTFILE."""
     ports = []
     for _ in range(2):
         with socket.socket() as s:
@@ -83,6 +86,15 @@ def start(folder, *args, module=None):
             ports.append(s.getsockname()[1])
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{p}"] for p in ports]))
+    return hosts
+
+
+def start(folder, *args, module=None):
+    """Both processes, which run `worker(*args)` of another module, or that of this one.
+
+    Only the first has the run's folder, as on two machines.
+    """
+    hosts = write_hosts(folder)
     given = args if module else (str(folder), *args)
     call = f"worker({', '.join(map(repr, given))})"
     return [
@@ -161,6 +173,15 @@ def test_a_lost_process_ends_the_job_with_a_way_on(tmp_path, alone, event):
     expected, found = weights(alone), weights(tmp_path / "0")
     for key in expected:
         np.testing.assert_allclose(expected[key], found[key], atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_ends_before_the_first_step_ends_the_job(tmp_path, lost):
+    other = start(tmp_path, "START", lost)[1 - lost]
+    _, err = finish(other)
+    assert other.returncode == 1, err
+    assert f"process {lost} of 2 is gone, training ends at step 0; resume, in every" in err
+    assert "Traceback" not in err
 
 
 def test_a_signal_to_one_process_ends_all_at_the_same_step(tmp_path):

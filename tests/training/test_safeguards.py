@@ -11,6 +11,7 @@ import pytest
 from train.loop.checkpoint import save_checkpoint
 from train.loop.config import TrainingConfig
 from train.loop.optimizer import Optimizers, Role
+from train.loop.run import BLOCK, BLOCKS, digest_files
 
 
 class Weights(nn.Module):
@@ -67,3 +68,40 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
     ((name, before),) = renamed
     assert name == "step_1" and files <= set(before)
     assert tmp_path.stat().st_ino in flushed[len(before) :]
+
+
+def test_files_of_other_weights_have_another_digest(tmp_path):
+    """Also large ones, of which only parts are read; folders may move."""
+    weights = np.random.default_rng(0).integers(256, size=5 << 20, dtype=np.uint8)
+    for name in ("one", "other"):
+        (tmp_path / name / "text_encoder").mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(weights.tobytes())
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "text_encoder" / "config.json").write_text("{}")
+        (tmp_path / name / "README.md").write_text(name)
+    one, other = tmp_path / "one", tmp_path / "other"
+    found = {digest_files(one)}
+    assert found == {digest_files(other)}
+    for change in (
+        lambda: (other / "model.safetensors").write_bytes((weights + 1).tobytes()),
+        lambda: (other / "model.safetensors").write_bytes(weights[:-1].tobytes()),
+        lambda: (other / "text_encoder" / "config.json").write_text("[]"),
+        lambda: (other / "config.json").rename(other / "other.json"),
+        lambda: (other / "other.json").unlink(),
+    ):
+        change()
+        found.add(digest_files(other))
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("size", [1, BLOCK, BLOCK + 1, BLOCK * BLOCKS, BLOCK * BLOCKS + 7])
+def test_the_ends_of_a_file_are_in_its_digest(tmp_path, size):
+    path = tmp_path / "model.safetensors"
+    found = set()
+    for place in (None, 0, -1):
+        data = bytearray(size)
+        if place is not None:
+            data[place] = 1 if place else 2
+        path.write_bytes(data)
+        found.add(digest_files(tmp_path))
+    assert len(found) == 3

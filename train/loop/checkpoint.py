@@ -210,9 +210,9 @@ def _entry(line: str, where: str) -> dict:
     return values
 
 
-def rewind_log(run_dir: Path, step: int) -> None:
-    """Remove entries after `step`, which a resumed run logs again."""
+def rewind_log(run_dir: Path, is_kept: Callable[[dict], bool]) -> None:
+    """Remove the entries that are not kept, such as those that a resumed run logs again."""
     if (run_dir / LOG).is_file():
-        kept = [json.dumps(e) + "\n" for e in read_log(run_dir) if e["step"] <= step]
+        kept = [json.dumps(e) + "\n" for e in read_log(run_dir) if is_kept(e)]
         with whole_file(run_dir / LOG) as partial:
             partial.write_text("".join(kept))

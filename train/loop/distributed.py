@@ -69,6 +69,8 @@ BEAT = 1.0
 """Seconds between two heartbeats."""
 SILENCE = 60.0
 """Seconds without a heartbeat after which a process counts as lost."""
+HANDSHAKE = 30.0
+"""Seconds in which all processes must meet, after the first has heard of all."""
 GRACE = 2.0
 """Seconds after a loss in which the main thread can end by itself, with its own message."""
 
@@ -87,8 +89,12 @@ class PeerWatch:
     def __init__(self, group: mx.distributed.Group, lost: Callable[[int], None]):
         self._lost, self._closed = lost, False
         self._connections: list[socket.socket] = []
-        if group.size() == 1:
-            return
+        self._watched: set[int] = set()
+        if group.size() > 1:
+            self._meet(group)
+            self._check_complete(group)
+
+    def _meet(self, group: mx.distributed.Group) -> None:
         host = _host_of_first()
         if group.rank() == 0:
             self._server = _listener(host)
@@ -97,7 +103,11 @@ class PeerWatch:
             _broadcast(group, [host or socket.gethostname(), port, self._token.hex()])
             threading.Thread(target=self._accept, args=(group.size(),), daemon=True).start()
             return
-        host, port, token = _broadcast(group, None)
+        try:
+            host, port, token = _broadcast(group, None)
+        except ValueError:
+            self._lost(0)  # what mlx returns without the first process is no JSON
+            raise
         try:
             connection = socket.create_connection((host, port), timeout=10)
             connection.sendall(_HELLO.pack(bytes.fromhex(token), group.rank()))
@@ -109,6 +119,21 @@ class PeerWatch:
             )
             return
         self._start(0, connection)
+
+    def _check_complete(self, group: mx.distributed.Group) -> None:
+        """Call `lost` if a process ended before it was watched: then mlx may wait for ever."""
+
+        def fail() -> None:
+            others = (rank for rank in range(group.size()) if rank != group.rank())
+            self._lost(next((rank for rank in others if rank not in self._watched), 0))
+
+        timer = threading.Timer(HANDSHAKE, fail)
+        timer.daemon = True
+        timer.start()
+        complete = is_complete(group)
+        timer.cancel()
+        if not complete:
+            fail()
 
     def close(self, orderly: bool) -> None:
         """End the watch; if `orderly`, the other processes do not treat this process as lost."""
@@ -137,6 +162,7 @@ class PeerWatch:
 
     def _start(self, rank: int, connection: socket.socket) -> None:
         self._connections.append(connection)
+        self._watched.add(rank)
         threading.Thread(target=self._watch, args=(rank, connection), daemon=True).start()
 
     def _watch(self, rank: int, connection: socket.socket) -> None:
@@ -184,3 +210,9 @@ def _broadcast(group: mx.distributed.Group, value: list | None) -> list:
     padded = mx.array(list(text.ljust(512, b" " if text else b"\0")), mx.int32)
     shared = mx.distributed.all_sum(padded, group=group)
     return json.loads(np.array(shared).astype(np.uint8).tobytes())
+
+
+def is_complete(group: mx.distributed.Group) -> bool:
+    """Whether all processes take part. Without one, mlx may return wrong sums, or wait for ever."""
+    count = mx.distributed.all_sum(mx.array(1.0), group=group)
+    return float(np.array(count)) == group.size()
