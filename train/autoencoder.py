@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import AutoencoderConfig, to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.pictures import psnr
+from mlx_snapgen.pictures import contact_sheet, psnr
 from train.data.crops import crops
 from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch
@@ -36,6 +37,8 @@ from train.options.autoencoder import RESOLUTION, UNIT, parse
 from train.options.data import data_from
 
 VALIDATION_PICTURES = 48
+SHOWN = 8
+"""Of these, on the sheet after a checkpoint."""
 PICTURES_ONLY = "pictures_only"
 """Setting of runs that also use pictures without a caption."""
 
@@ -124,7 +127,12 @@ def main() -> int:
 
     def validate(trainer: Trainer) -> dict[str, float]:
         with trainer.averaged():
-            return {metric: psnr(reconstruct(model, validation, encoder), validation)}
+            decoded = reconstruct(model, validation, encoder)
+        rows = [*validation[:SHOWN], *decoded[:SHOWN]]
+        labels = ["picture", "decoded"]
+        sheet = contact_sheet(rows, np.repeat(labels, len(rows) // 2).tolist(), len(rows) // 2)
+        sheet.save(trainer.sample_path("reconstructions"))
+        return {metric: psnr(decoded, validation)}
 
     ahead: Any = Prefetched(source)
 

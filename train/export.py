@@ -19,7 +19,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import read_text
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
 from mlx_snapgen.settings import check_size
-from train.data.stickers.source import NOTICE
+from train.data.stickers.source import NOTICE, SIZE
 from train.data.stickers.vocabulary import vocabulary_file
 from train.loop.assemble import save_model
 from train.loop.run import find_folder, recorded, start_from
@@ -53,7 +53,7 @@ def find_recorded_model(run: Path, record: dict[str, Any]) -> ModelFolder:
 def with_sampling(
     config: ModelConfig, record: dict[str, Any], resolution: int | None
 ) -> ModelConfig:
-    """The config with the default size and time shift of a run; `UserError` for a wrong size.
+    """The config with the sizes and time shift of a run; `UserError` for a wrong size.
 
     Args:
         resolution: in place of the run's, in pixels, or None.
@@ -63,7 +63,12 @@ def with_sampling(
     check_size(config, height, width)
     shift = record.get("time_shift", config.sampler.time_shift)
     sampler = dataclasses.replace(config.sampler, time_shift=shift)
-    return dataclasses.replace(config, image_size=(height, width), sampler=sampler)
+    # Older runs did not record the sizes of their pictures; those on stickers have one.
+    known = [SIZE] if record.get("data") == "stickers" else [] if record else config.trained_sizes
+    trained = tuple((h, w) for h, w in record.get("trained_sizes", known))
+    return dataclasses.replace(
+        config, image_size=(height, width), trained_sizes=trained, sampler=sampler
+    )
 
 
 def trained_model(model: ModelFolder, run: Path | None) -> Components:
@@ -132,7 +137,10 @@ def main() -> None:
     with announce(f"loading {model.path} ..."):
         components = trained_model(model, run)
     components.config = dataclasses.replace(
-        components.config, image_size=config.image_size, sampler=config.sampler
+        components.config,
+        image_size=config.image_size,
+        trained_sizes=config.trained_sizes,
+        sampler=config.sampler,
     )
     texts = {}
     if record.get("data") == "stickers":

@@ -7,6 +7,7 @@ all parts, the memory that training needs, and the commands that follow.
 """
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.efficient_dit import count_parameters
 from mlx_snapgen.settings import held_widths
+from train.data.open import is_stickers, is_there
 from train.data.text import is_trained
 from train.evaluation.memory import training_memory
 from train.loop.assemble import (
@@ -26,13 +28,17 @@ from train.loop.assemble import (
     public_encoder,
     save_model,
 )
-from train.loop.autoencoder import load_autoencoder
+from train.loop.autoencoder import keep_statistics, kept_statistics, load_autoencoder
 from train.loop.config import TrainingConfig
 from train.loop.run import find_folder
-from train.options.new import parse, statistics_source
+from train.options.new import check_autoencoder, parse, pictures_of, statistics_source
 
 SIDES = (256, 512, 1024)
 BATCH_SIZES = (1, 4, 16, 64)
+PICTURES = "PICTURES"
+"""In the commands that follow: a place for the user's pictures, if they are not known."""
+TEACHER = "TEACHER"
+PROMPT = "a prompt"
 
 
 def print_sizes(components: Components) -> None:
@@ -79,27 +85,60 @@ def print_memory(components: Components) -> None:
         print(f"{f'{side} px':<10}" + "".join(f"{cell:>22}" for cell in cells))
 
 
-def print_commands(model: Path, resolution: int) -> None:
-    """Print the commands that follow."""
-    data, run, trained = (f"{model}-{part}" for part in ("data", "run", "trained"))
-    commands = (
-        (
-            "train.prepare",
-            "PICTURES",
-            "--output",
-            data,
-            "--model",
-            model,
-            "--resolution",
-            resolution,
-        ),
-        ("train.flow", "--model", model, "--data", data, "--run-dir", run),
-        ("train.export", "--run", run, "--output", trained),
-        ("mlx_snapgen.generate", "PROMPT", "--model", trained),
-    )
-    print("next, with a folder of captioned PICTURES:")
-    for words in commands:
-        print("python -m " + shlex.join(map(str, words)))
+def next_commands(
+    model: Path, sources: Sequence[str], *, resolution: int
+) -> dict[str, list[list[str]]]:
+    """The commands that follow: heading -> their words.
+
+    Args:
+        sources: the user's SOURCEs.
+        resolution: of the model's pictures, in pixels.
+    """
+
+    def named(part: str, suffix: str = "") -> str:
+        return f"{model}-{part}{suffix}"
+
+    rendered = all(map(is_stickers, sources))
+
+    def data(name: str, *options: str) -> tuple[list[list[str]], list[str]]:
+        """The commands that prepare the data, and how training names it."""
+        size = ["--resolution", str(resolution)]
+        command = ["train.prepare", *sources, "--output", name, "--model", str(model), *size]
+        return ([], list(sources)) if rendered else ([[*command, *options]], [name])
+
+    prepare, prepared = data(named("data"))
+    trained, four, teacher = named("trained"), named("4"), ["--teacher", TEACHER]
+    few_step, student = (named(part, ".safetensors") for part in ("few-step", "kdmd"))
+    kdmd = ["train.kdmd", "--model", trained, "--data", *prepared]
+    prepare_kd, prepared_kd = data(named("kd-data"), *teacher)
+    kd = ["train.kd", "--model", str(model), *teacher]
+    return {
+        "next": [
+            *prepare,
+            ["train.flow", "--model", str(model), "--data", *prepared, "--run-dir", named("run")],
+            ["train.export", "--run", named("run"), "--output", trained],
+            ["mlx_snapgen.generate", PROMPT, "--model", trained],
+        ],
+        "then, to draw in four steps": [
+            [*kdmd, "--model-widths", "full", "--run-dir", named("few-step"), "--output", few_step],
+            [*kdmd, "--few-step-lora", few_step, "--run-dir", named("kdmd"), "--output", student],
+            ["train.export", "--model", trained, "--few-step-lora", student, "--output", four],
+            ["mlx_snapgen.generate", PROMPT, "--model", four],
+        ],
+        f"or first with a {TEACHER}, which may be a public model": [
+            *prepare_kd,
+            [*kd, "--data", *prepared_kd, "--run-dir", named("kd")],
+            ["train.export", "--run", named("kd"), "--output", named("kd-trained")],
+        ],
+    }
+
+
+def print_commands(model: Path, sources: Sequence[str], *, resolution: int) -> None:
+    """Print `next_commands`."""
+    for heading, commands in next_commands(model, sources, resolution=resolution).items():
+        print(f"{heading}:")
+        for words in commands:
+            print("python -m " + shlex.join(words))
 
 
 def main() -> None:
@@ -109,12 +148,14 @@ def main() -> None:
     mx.random.seed(args.seed)
     preset = args.preset
     is_run = not (folder / "config.json").is_file()
-    source = statistics_source(args, folder) if is_run else None
-    with announce("loading the text encoders and the autoencoder ..."):
+    measured = is_run and kept_statistics(folder) is None
+    source = statistics_source(args, folder) if measured else None
+    with announce("loading the text encoders ..."):
         encoders = [public_encoder(source) for source in args.text_encoders]
         if args.tokenizer:
             encoders.append(own_encoder(args.tokenizer, preset.own))
-        autoencoder = load_autoencoder(folder, source)
+    autoencoder = load_autoencoder(folder, source)
+    check_autoencoder(preset, autoencoder.config)
     components = new_model(
         preset.transformer,
         autoencoder,
@@ -126,9 +167,14 @@ def main() -> None:
     )
     with announce(f"writing {args.output} ..."):
         save_model(args.output, components)
+    if measured:
+        keep_statistics(folder, autoencoder.config)
     print_sizes(components)
     print_memory(components)
-    print_commands(args.output, min(preset.size))
+    sources = pictures_of(args, folder)
+    if not sources or not all(map(is_there, sources)):
+        sources = [PICTURES]
+    print_commands(args.output, sources, resolution=min(preset.size))
 
 
 if __name__ == "__main__":

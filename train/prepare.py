@@ -34,7 +34,7 @@ from train.data.shards import INDEX, SETTINGS
 from train.data.source import TEACHER, RecordSource
 from train.evaluation.preparation import Preparation
 from train.loop.autoencoder import load_autoencoder
-from train.loop.run import find_folder
+from train.loop.teacher import find_teacher
 from train.options.data import filter_from
 from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
 
@@ -162,11 +162,12 @@ def prepare(args: argparse.Namespace) -> Preparation:
     with announce("reading the names of the files ..."):
         files = fingerprint(source, args.output)
         few = len(list(itertools.islice(source.records(), LEAST_TO_HOLD_OUT))) < LEAST_TO_HOLD_OUT
-    args.resolution = args.resolution or default_resolution(args)
+    args.resolution = args.resolution or default_resolution(args, None)
     teacher = None
     if args.teacher:
+        folder = find_teacher(args.teacher, args)
         with announce(f"loading {args.teacher} ..."):
-            teacher = open_teacher_texts(find_folder(args.teacher))
+            teacher = open_teacher_texts(folder)
     model = load_model(args, teacher)
     columns = args.captions or [CAPTION]
     size = chunk_size(model.encoder, args=args, columns=len(columns))
@@ -191,11 +192,12 @@ def prepare(args: argparse.Namespace) -> Preparation:
 def draw(args: argparse.Namespace) -> Preparation:
     """Let a teacher draw the pictures."""
     prompts = list(read_prompts(args.prompts_file))
-    args.resolution = args.resolution or default_resolution(args)
+    folder = find_teacher(args.draw_with, args)
+    args.resolution = args.resolution or default_resolution(args, folder)
     size = args.resolution, args.resolution
     with announce(f"loading {args.draw_with} ..."):
         drawing, teacher = open_drawing(
-            find_folder(args.draw_with),
+            folder,
             size=size,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
@@ -226,12 +228,12 @@ def draw(args: argparse.Namespace) -> Preparation:
     return preparation(work, args, model=model, index=index, settings=settings, few=few)
 
 
-def default_resolution(args: argparse.Namespace) -> int:
-    """That of the unfinished set, or of the model or teacher that draws."""
+def default_resolution(args: argparse.Namespace, teacher: Path | None) -> int:
+    """That of the unfinished set, or of the model or the teacher, in its folder, that draws."""
     if (args.output / SETTINGS).is_file():
         return read_object(args.output / SETTINGS).get("resolution", RESOLUTION)
-    folder = find_folder(args.draw_with) if args.draw_with else expanded(Path(args.model))
-    if args.draw_with and is_teacher(folder):
+    folder = teacher or expanded(Path(args.model))
+    if teacher is not None and is_teacher(teacher):
         return TEACHER_RESOLUTION
     no_model = folder.is_dir() and not (folder / "config.json").is_file()
     if no_model or (folder.is_dir() and read_part(folder, "autoencoder") is not None):
@@ -300,6 +302,11 @@ def is_complete(folder: Path) -> bool:
 def main() -> None:
     args = parse()
     if is_complete(args.output):
+        part, parts = args.shard
+        if parts > 1:
+            # The parts run at the same time, and a small set has fewer shards than parts.
+            print(f"{args.output} is complete: nothing is left for part {part} of {parts}")
+            return
         raise UserError(f"{args.output} is a complete set already: choose another name")
     (draw(args) if args.draw_with else prepare(args)).run(args.dry_run)
 

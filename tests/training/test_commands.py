@@ -48,6 +48,7 @@ def test_flow_trains_and_its_run_is_exported(
         "model": str(model_folder),
         "model_name": "random",
         "image_size": list(MODEL.image_size),
+        "trained_sizes": [list(MODEL.image_size)],
         "time_shift": MODEL.sampler.time_shift,
         "noises_per_picture": 1,
     } | {name: record[name] for name in ("autoencoder_digest", "tokenizer_digests")}
@@ -65,7 +66,7 @@ def test_flow_trains_and_its_run_is_exported(
     other.text_encoders[0].tokenizer.model += b"\xc0\x3e\x01"  # an unknown field
     save_pretrained(tmp_path / "other-model", other)
     more = ["--model", tmp_path / "other-model", "--steps", 2]
-    message = "holds a run with other autoencoder_digest and tokenizer_digests: give another"
+    message = "holds a run with other weights of the autoencoder and tokenizers: give another"
     with pytest.raises(UserError, match=message):
         run(flow, "--run-dir", made, *flow_options, *data, *more)
     for name in ("noises_per_picture", "autoencoder_digest", "tokenizer_digests"):
@@ -79,6 +80,7 @@ def test_flow_trains_and_its_run_is_exported(
     run(export, "--run", made, "--quantize", 0, "--output", tmp_path / "stickers")
     model = load_pretrained(tmp_path / "stickers")
     assert model.vocabulary["nouns"] == [noun.name for noun in NOUNS[:20]]
+    assert model.config.trained_sizes == (MODEL.image_size,)
     assert "Noto Color Emoji" in (tmp_path / "stickers" / "LICENSE").read_text()
     trained = load_ema(made)
     for name, value in flat_parameters(model.transformer).items():
@@ -228,7 +230,10 @@ def test_k_dmd_writes_a_lora(font, model_folder, run, tmp_path):
         run(kdmd, *common, *other)
     settings = tmp_path / "run" / "settings.json"
     record = json.loads(settings.read_text())
-    del record["few_step"]
+    settings.write_text(json.dumps(record | {"model_digest": "of other weights"}))
+    with pytest.raises(UserError, match="other few_step and files of the model"):
+        run(kdmd, *common, *other)
+    del record["few_step"], record["model_digest"]
     settings.write_text(json.dumps(record))
     run(kdmd, *common, *other, "--steps", 3)
     assert latest_checkpoint(tmp_path / "run").name == "step_3"

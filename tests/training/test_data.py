@@ -408,7 +408,7 @@ def test_a_resumed_run_takes_the_same_pictures_elsewhere_but_no_others(tmp_path,
         with pytest.raises(UserError, match="other"):
             claim(run, open_data([str(moved)], **SIZE | changed).settings(), may_change=MAY_CHANGE)
     (moved / "01.txt").write_text("another caption")
-    with pytest.raises(UserError, match="other samples"):
+    with pytest.raises(UserError, match="other pictures"):
         claim(run, open_data([str(moved)], **SIZE).settings(), may_change=MAY_CHANGE)
     with pytest.raises(UserError, match="other data"):
         claim(run, Stickers().settings(), may_change=MAY_CHANGE)

@@ -160,7 +160,10 @@ def test_stages_start_from_the_run_before(pictures, model, run, tmp_path):
     assert sizes[0] != sizes[1]
     # The size of the training is that of the exported model.
     run(export, "--run", tmp_path / "96", "--output", tmp_path / "made")
-    assert load_config(tmp_path / "made").image_size == (96, 96)
+    made = load_config(tmp_path / "made")
+    assert made.image_size == (96, 96)
+    record = json.loads((tmp_path / "96" / "settings.json").read_text())
+    assert made.trained_sizes and set(made.trained_sizes) <= set(map(tuple, record["buckets"]))
     run(export, "--run", tmp_path / "96", "--resolution", 32, "--output", tmp_path / "small")
     assert load_config(tmp_path / "small").image_size == (32, 32)
     with pytest.raises(UserError, match="multiple of 32 pixels: 33 is not"):

@@ -220,6 +220,24 @@ def test_masking_weighs_whole_and_masked_scenes_alike(model, even_batch):
         )
 
 
+def test_of_an_odd_batch_the_larger_part_is_whole(model, batch):
+    key = mx.random.key(5)
+    metrics = gradients(model, batch, key, (), 0.4)[1]
+    x_t, t, v = noisy(batch["latents"], key, shift=1.0)
+    keep = kept_tokens(3, 4, ratio=0.4, key=mx.random.split(key, 3)[2])
+    states = [
+        TextStates(e(batch[f"tokens_{i}"], batch[f"mask_{i}"]), batch[f"mask_{i}"])
+        for i, e in enumerate(model.text_encoders)
+    ]
+    text, mask = model.transformer.encode_text(states)
+    predicted = model.transformer(x_t, t, text, mask, keep=keep)
+    whole, masked = (
+        float((predicted - v)[rows].square().mean()) for rows in (slice(2), slice(2, 3))
+    )
+    assert float(metrics["loss"]) == pytest.approx(whole, rel=1e-5)
+    assert float(metrics["masked"]) == pytest.approx(masked, rel=1e-5)
+
+
 def test_masking_leaves_noise_and_other_half_alone(model, even_batch):
     key = mx.random.key(6)
     masked = gradients(model, even_batch, key, (0.5,), 0.4)[1]

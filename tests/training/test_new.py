@@ -1,21 +1,28 @@
 """`train.new`: untrained model folders of any size, autoencoder and text encoders."""
 
+import importlib
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from mlx_snapgen.checkpoint.model import load_autoencoder, load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import SamplerConfig, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.pipeline import SnapGenPipeline
 from tests import tiny
 from tests.runtime.test_clip import MERGES, write_folder
-from train import new
+from train import export, flow, new, prepare
+from train.data.imagefolder import bucket_sizes
+from train.data.prepared import Prepared
 
 SIZES = {
     "hidden_size": 64,
@@ -85,6 +92,38 @@ def test_a_model_of_all_kinds_of_parts(parts, run, capsys):
     said = capsys.readouterr().out
     assert "transformer, small" in said and "text encoder 1" in said
     assert f"train.flow --model {parts / 'out'} --data {parts / 'out'}-data" in said
+
+
+def test_a_model_on_latents_of_dc_ae(parts, run, monkeypatch):
+    """One token for each latent, from `train.new` through data and training to a picture."""
+    (parts / "sizes.json").write_text(json.dumps(SIZES | {"patch_size": 1}))
+    vae = write_autoencoder(parts / "dc-ae", tiny.DC_AE)
+    with pytest.raises(UserError, match="latents have 1/32 of a picture's side; this one has 1/8"):
+        run(parts / "out", *options(parts, "--preset", "small-f32"))
+    run(parts / "out", *options(parts, "--autoencoder", vae, "--resolution", 128))
+    config = load_pretrained(parts / "out").config
+    assert (config.transformer.latent_channels, config.size_unit) == (8, 64)
+    (parts / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((150, 130)).save(parts / "pictures" / f"{i}.png")
+        (parts / "pictures" / f"{i}.txt").write_text("a red car")
+    common = ["--data", parts / "data", "--model", parts / "out"]
+    given = [parts / "pictures", "-o", parts / "data", "--model", parts / "out"]
+    for module, words in (
+        (prepare, [*given, "--resolution", 128, "--held-out", 0]),
+        (flow, [*common, "--run-dir", parts / "run", "--steps", 1, "--batch-size", 2]),
+        (export, ["--run", parts / "run", "-o", parts / "trained"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        module.main()
+    data = Prepared(parts / "data")
+    data.check_autoencoder(load_autoencoder(vae))
+    assert data.sizes == bucket_sizes((128, 128), 64)
+    pipe = SnapGenPipeline.from_pretrained(parts / "trained")
+    (picture,) = pipe("a red car", num_inference_steps=1, height=64, width=192, force_size=True)
+    assert picture.size == (192, 64)
 
 
 def test_the_same_seed_gives_the_same_bytes(parts, run):
@@ -161,3 +200,97 @@ def test_a_model_needs_a_text_encoder_and_a_new_folder(parts, run):
         run(parts / "clip", *options(parts))
     with pytest.raises(UserError, match="name the output once"):
         run(*options(parts))
+
+
+# --- from a run of train.autoencoder -------------------------------------------------------------
+
+
+def call(monkeypatch, command, *options):
+    """Runs a command in this process."""
+    monkeypatch.setattr(sys, "argv", [command, *map(str, options)])
+    importlib.import_module(command).main()
+
+
+def write_pictures(folder, seed):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for k in range(6):
+        name = f"{seed}-{k}"
+        Image.fromarray(rng.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(
+            folder / f"{name}.png"
+        )
+        (folder / f"{name}.txt").write_text("a red apple")
+    return folder
+
+
+TRAIN = ["--steps", 1, "--batch-size", 2, "--validation-prompts", "x"]
+SHORT = {
+    **dict.fromkeys(("train.flow", "train.kd", "train.kdmd"), TRAIN),
+    "mlx_snapgen.generate": ["--steps", 1],
+}
+
+
+@pytest.fixture
+def autoencoder_run(parts, quick, monkeypatch):
+    """The folder of a run on `pictures`."""
+    monkeypatch.chdir(parts)
+    write_pictures(parts / "pictures", 0)
+    options = ["--data", "pictures", "--run-dir", "ae", "--resolution", 64, "--channels", 8]
+    call(monkeypatch, "train.autoencoder", *options, "--steps", 1, "--batch-size", 2)
+    return parts / "ae"
+
+
+def of_run(*more):
+    named = {"--preset": "sizes.json", "--autoencoder": "ae", "--tokenizer": "own.model"}
+    return [*(word for pair in named.items() for word in pair), "--resolution", 64, *more]
+
+
+def test_every_printed_command_works(autoencoder_run, run, monkeypatch, capsys):
+    run("my new", *of_run("--encoder-size", 32, "--encoder-layers", 1))
+    said = capsys.readouterr().out
+    commands = [shlex.split(line)[2:] for line in said.splitlines() if line.startswith("python -m")]
+    assert [words[0] for words in commands].count("train.kdmd") == 2
+    assert {"train.prepare", "train.kd"} < {words[0] for words in commands}
+    for command, *words in commands:
+        words = ["my new-trained" if word == "TEACHER" else word for word in words]
+        assert "PICTURES" not in words
+        call(monkeypatch, command, *words, *SHORT.get(command, []))
+    assert load_pretrained("my new-4", few_step=True).config.few_step is not None
+
+
+def test_stickers_are_not_prepared():
+    commands = new.next_commands(Path("new"), ["stickers:nouns=9"], resolution=128)
+    words = [words for group in commands.values() for words in group]
+    assert all("train.prepare" not in command for command in words)
+    assert "stickers:nouns=9" in words[0]
+
+
+def test_all_models_of_a_run_have_the_same_latents(autoencoder_run, run, capsys):
+    """Also when the pictures change, or others are named: prepared data is for all of them."""
+    run("a", *of_run())
+    write_pictures(autoencoder_run.parent / "pictures", 1)
+    write_pictures(autoencoder_run.parent / "others", 2)
+    for name, more in (("b", ()), ("c", ("--data", "others"))):
+        run(name, *of_run(*more))
+        a, other = (load_pretrained(folder).config.autoencoder for folder in ("a", name))
+        assert a.latents_std and a == other
+
+
+def test_a_run_refuses_another_public_text_encoder(parts, quick, run, monkeypatch):
+    monkeypatch.chdir(parts)
+    write_pictures(parts / "pictures", 0)
+    run("model", *options(parts, "--resolution", 64))
+    train = ["train.flow", "--model", "model", "--data", "pictures", "--run-dir", "run", *TRAIN[2:]]
+    call(monkeypatch, *train, "--steps", 1)
+    record = json.loads((parts / "run" / "settings.json").read_text())
+    assert len(record["frozen_text_encoders"]) == 1
+    path = next((parts / "clip").glob("*.safetensors"))
+    weights = {name: value + 1 for name, value in mx.load(str(path)).items()}
+    mx.eval(weights)
+    size = path.stat().st_size
+    mx.save_safetensors(str(path), weights, {"format": "pt"})
+    assert abs(path.stat().st_size - size) < 100
+    with pytest.raises(
+        UserError, match="a run with other files of public text encoders: give another"
+    ):
+        call(monkeypatch, *train, "--steps", 2)

@@ -32,6 +32,7 @@ def test_an_epoch_has_each_sample_once():
     assert sorted(met) == [(0, k) for k in range(40)] + [(1, k) for k in range(20)]
     assert [order(k)[0] for k in range(15)] != sorted(order(k)[0] for k in range(15))
     assert any((order(k)[1] != order(k + 15)[1]).any() for k in range(15))
+    assert not any((np.diff(order(k)[1]) == 1).all() for k in range(15)), "batches are mixed"
 
 
 def test_buckets_smaller_than_a_batch_keep_their_share():

@@ -25,6 +25,7 @@ from PIL import Image
 
 from convert.sample_teacher import sample
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.decode import decode
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import lock_folder
@@ -36,7 +37,6 @@ from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests import tiny
 from tests.training.test_new import write_autoencoder
 from train import prepare
-from train.data.decode import decode
 from train.data.imagefolder import bucket_sizes, fit, nearest_bucket
 from train.data.mixture import Mixture
 from train.data.prepared import Prepared
@@ -318,6 +318,17 @@ def test_parts_of_several_machines_equal_one_set(
         run(monkeypatch, *given, "--shard", f"{part}/3")
     assert "part 2 of 3 is done; 5 of 7 shards" in capsys.readouterr().out
     assert contents(tmp_path / "set") == contents(prepared)
+
+
+def test_a_set_of_fewer_shards_than_parts(pictures, model_folder, monkeypatch, tmp_path, capsys):
+    given = arguments(pictures, tmp_path / "set", model_folder)
+    run(monkeypatch, *given, "--shard", "3/3")
+    said = capsys.readouterr().out
+    assert "(0 in part 3 of 3)" in said and "1 of 1 shards are still to come" in said
+    run(monkeypatch, *given, "--shard", "1/3")
+    assert "set is complete" in capsys.readouterr().out
+    run(monkeypatch, *given, "--shard", "2/3")
+    assert "nothing is left for part 2 of 3" in capsys.readouterr().out
 
 
 def test_parts_in_separate_folders_are_joined_by_copying(
@@ -898,8 +909,9 @@ def test_the_default_resolution_is_that_of_the_model_or_teacher(
     pictures, model_folder, monkeypatch, tmp_path
 ):
     def default(*given):
-        words = ["-o", tmp_path / "set", *given]
-        return prepare.default_resolution(parse([str(word) for word in words]))
+        args = parse([str(word) for word in ("-o", tmp_path / "set", *given)])
+        teacher = Path(args.draw_with) if args.draw_with else None
+        return prepare.default_resolution(args, teacher)
 
     shutil.copytree(model_folder, tmp_path / "model")
     path = tmp_path / "model" / "config.json"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_snapgen.decode import decode
 from mlx_snapgen.errors import UserError
-from train.data.decode import decode
 from train.data.open import open_records
 from train.data.readers.folder import PictureFolderRecords
 from train.data.readers.tars import TarRecords
@@ -378,9 +378,10 @@ def record(**captions):
 
 def test_filter_gives_each_record_one_reason():
     keep = Filter(min_side=100, max_aspect=2, min_caption=3, max_caption=10)
-    sizes = [(100, 100), (99, 300), (100, 201), (200, 100)]
+    sizes = [(100, 100), (99, 300), (100, 201), (200, 100), (201, 100)]
     reasons = [getattr(keep.check_size("key", size), "reason", None) for size in sizes]
-    assert reasons == [None, "a side below 100 pixels", "aspect ratio above 2", None]
+    narrow = "aspect ratio above 2"
+    assert reasons == [None, "a side below 100 pixels", narrow, None, narrow]
     texts = ["four", "to", "a caption too long", ""]
     found = [keep.with_captions(record(text=text), {}) for text in texts]
     assert [getattr(f, "reason", None) for f in found] == [

@@ -11,16 +11,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
+from mlx_snapgen.decode import Size
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
 from mlx_snapgen.teachers.folder import CONFIG, is_teacher, load_flow_teacher
-from train.data.decode import Size
 from train.data.preparation import CaptionEncoder, Chunk, Encoder, half, make_samples
 from train.data.shards import Sample
 from train.data.source import TEACHER
@@ -166,6 +167,7 @@ def open_drawing(
     settings = DrawSettings(
         height=size[0],
         width=size[1],
+        force_size=True,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     ).resolved(components.config)
@@ -196,17 +198,36 @@ def _flow_drawing(
     shape = size[0] // factor, size[1] // factor, autoencoder.config.latent_channels
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
-        condition = teacher.encode(prompts)
-
-        def velocity(x_t: mx.array, sigma: float) -> mx.array:
-            t = mx.full((len(x_t),), sigma)
-            return teacher.velocity(x_t, t, condition, guidance_scale=scale)
-
         noise = mx.concatenate([get_noise(seed, *shape) for seed in seeds])
-        *_, last = denoise(velocity, noise, levels)
-        return last.x_t
+        condition = teacher.encode(prompts)
+        return flow_latents(teacher, condition, noise=noise, levels=levels, guidance_scale=scale)
 
     return draw
+
+
+def flow_latents(
+    teacher: FlowTeacher,
+    condition: Condition,
+    *,
+    noise: mx.array,
+    levels: Sequence[float],
+    guidance_scale: float,
+    few_step: bool = False,
+) -> mx.array:
+    """Latents (B, h, w, C) that a teacher makes of noise of that shape, at falling noise levels."""
+
+    def velocity(x_t: mx.array, sigma: float) -> mx.array:
+        v, _ = teacher.velocity_and_features(
+            x_t,
+            mx.full((len(x_t),), sigma),
+            condition,
+            guidance_scale=guidance_scale,
+            few_step=few_step,
+        )
+        return v
+
+    *_, last = denoise(velocity, noise, levels)
+    return last.x_t
 
 
 def teacher_states(teacher: Any, dims: int) -> CaptionEncoder:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
-from train.data.decode import Size, Unusable, decode
 from train.data.readers.folder import METADATA, PictureFolderRecords
 from train.data.source import Skipped
 from train.data.streams import Stream

@@ -1,5 +1,6 @@
 """Where the usable pictures of a set are: built once from their headers, stored in few arrays."""
 
+import functools
 import hashlib
 import json
 import zipfile
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mlx_snapgen.decode import Size, Unusable, header_size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
-from train.data.decode import Size, Unusable, header_size
+from train.data.headers import quick_size
 from train.data.imagefolder import nearest_size
 from train.data.selection import LEAST_TO_HOLD_OUT, CaptionWeights, Filter, held_out
 from train.data.source import Record, RecordSource, Skipped
 
-HEADER = 1 << 16
-"""Bytes of a file that are read first; most have their size there."""
+START, HEADER = 1 << 12, 1 << 16
+"""Bytes of a file that are read first, and next; most have their size there."""
+SAFE_PIXELS = 1 << 26
+"""Pillow may refuse pictures with more."""
 VERSION = 1
 
 
@@ -55,6 +59,9 @@ class Index:
 def picture_size(record: Record) -> Size:
     """The upright size of a record's picture, from its header; `Unusable` if there is none."""
     try:
+        size = quick_size(record.read(START))
+        if size is not None and size[0] * size[1] <= SAFE_PIXELS:
+            return size
         start = record.read(HEADER)
         try:
             return header_size(start)
@@ -100,6 +107,8 @@ def build_index(
         UserError: no usable picture.
     """
     numbers = {size: number for number, size in enumerate(buckets)}
+    # Many pictures have the same size.
+    nearest = functools.lru_cache(1 << 12)(lambda size: numbers[nearest_size(size, buckets)])
     places, ends = bytearray(), []
     chosen, groups, held = np.zeros(0, np.uint16), np.zeros(0, np.uint32), np.zeros(0, bool)
     rows: list[tuple[int, int, bool]] = []
@@ -126,8 +135,7 @@ def build_index(
         state.update(line.encode())
         places += json.dumps(record.place).encode()
         ends.append(len(places))
-        bucket = numbers[nearest_size(size, buckets)]
-        rows.append((bucket, source.group(record.place), held_out(record.key, share)))
+        rows.append((nearest(size), source.group(record.place), held_out(record.key, share)))
         if len(rows) == 1 << 16:
             flush()
     flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.decode import Size
+from mlx_snapgen.decode import Size
 from train.data.order import MixtureOrder
 from train.data.source import MAY_CHANGE, PromptBatch, Samples
 

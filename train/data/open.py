@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import expanded, read_object
-from train.data.decode import Size
 from train.data.imagefolder import bucket_sizes
 from train.data.mixture import Mixture, num_samples
 from train.data.pictures import RecordPictures
@@ -128,6 +128,11 @@ def is_prepared(spec: str) -> bool:
 def is_stickers(spec: str) -> bool:
     """Whether a SOURCE is the rendered stickers."""
     return spec.split(":")[0] == STICKERS and not Path(spec).exists()
+
+
+def is_there(spec: str) -> bool:
+    """Whether a SOURCE can be opened from the current folder."""
+    return is_stickers(spec) or expanded(spec).exists() or bool(glob.glob(spec))
 
 
 def open_records(

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.decode import Size, Unusable
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import TextEncoder
 from mlx_snapgen.pictures import from_uint8
-from train.data.decode import Size, Unusable
 from train.data.imagefolder import fit, nearest_bucket
 from train.data.pictures import open_picture
 from train.data.selection import Filter

@@ -20,11 +20,11 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.config import TextEncoderConfig, to_dict
+from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import expanded, read_object, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
-from train.data.decode import Size
 from train.data.order import BatchOrder, fixed_rows
 from train.data.selection import choose_column, fixed_draw
 from train.data.shards import (
@@ -219,7 +219,8 @@ class Prepared:
             raise UserError(
                 f"{self.folder} has latents of another autoencoder ({found['config']['kind']}, "
                 f"{found['config']['latent_channels']} channels): prepare the pictures with "
-                "--model and this model"
+                "--model and this model, or make a model with train.new and --autoencoder MODEL, "
+                "the model that the set was prepared for"
             )
 
     def check_text_states(self, configs: Sequence[TextEncoderConfig]) -> None:
@@ -383,6 +384,8 @@ def _check_index(index: Mapping[str, Any]) -> None:
     check(index["captions"], str)
     check((index["text_states"], index["autoencoders"]), dict)
     check((*index["text_states"].values(), *index["autoencoders"].values()), dict)
+    if MODEL not in index["autoencoders"]:
+        raise LookupError
     for shard in index["shards"]:
         check((shard["file"],), str)
         path = PurePosixPath(shard["file"])

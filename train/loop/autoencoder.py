@@ -1,6 +1,8 @@
 """The autoencoder of a run."""
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,12 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint import model as checkpoint_model
 from mlx_snapgen.config import AutoencoderConfig, from_dict
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_object
+from mlx_snapgen.files import read_object, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import from_uint8
 from train.data.source import PictureSource
-from train.loop.checkpoint import load_ema
+from train.loop.checkpoint import latest_checkpoint, load_ema
 from train.loop.run import recorded
 
 DEFAULT = AutoencoderConfig()
@@ -24,6 +26,9 @@ OLD_RECORD = "autoencoder.json"
 """File in which older versions recorded the autoencoder of a run."""
 STATISTICS_SEED = 12345
 """Seed of the source that `load_autoencoder` measures latents on."""
+STATISTICS = "latents.json"
+"""File in a checkpoint with the statistics of its latents, see `keep_statistics`."""
+STATISTICS_FIELDS = ("latents_mean", "latents_std")
 
 
 def measure_latents(
@@ -41,7 +46,8 @@ def measure_latents(
 def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     """The autoencoder of a model folder, or the averaged one of a run.
 
-    If a run learned its own latents, their statistics are measured over `source`.
+    If a run learned its own latents, their statistics are those of `keep_statistics`, or they are
+    measured over `source`.
 
     Raises:
         UserError: statistics must be measured, and there is no source.
@@ -52,14 +58,42 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     model.update(dict(tree_unflatten(list(load_ema(folder).items()))))
     if model.config.kind != DEFAULT.kind:
         return model  # its latents are not trained, and their statistics are in its config
-    if source is None:
+    found = kept_statistics(folder)
+    if found is None and source is None:
         raise UserError(
             f"{folder} is a run of train.autoencoder: give the folder of a model with this "
             "autoencoder, such as one that train.new writes"
         )
-    mean, std = measure_latents(model, source)
-    model.config = dataclasses.replace(model.config, latents_mean=mean, latents_std=std)
+    if found is None:
+        assert source is not None
+        found = dict(zip(STATISTICS_FIELDS, measure_latents(model, source), strict=True))
+    model.config = dataclasses.replace(model.config, **found)
     return model
+
+
+def kept_statistics(run: Path) -> dict[str, tuple[float, ...]] | None:
+    """The statistics that `keep_statistics` wrote for a run's newest checkpoint, or None."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None or not (checkpoint / STATISTICS).is_file():
+        return None
+    values = read_object(checkpoint / STATISTICS)
+    config = from_dict(AutoencoderConfig, {n: values.get(n) for n in STATISTICS_FIELDS})
+    return {name: getattr(config, name) for name in STATISTICS_FIELDS}
+
+
+def keep_statistics(run: Path, config: AutoencoderConfig) -> None:
+    """Write the statistics of a run's latents into its newest checkpoint.
+
+    All models of the checkpoint then have the same ones, also if they are made on other machines or
+    after the pictures changed, so that data prepared for one is data for all.
+    """
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return
+    values = {name: getattr(config, name) for name in STATISTICS_FIELDS}
+    # Without them, the next model measures them again.
+    with contextlib.suppress(OSError), whole_file(checkpoint / STATISTICS) as partial:
+        partial.write_text(json.dumps(values), encoding="utf-8")
 
 
 def config_of(run: Path) -> AutoencoderConfig:

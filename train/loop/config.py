@@ -14,8 +14,6 @@ class TrainingConfig:
     Args:
         batch_size: samples in a micro-batch, which must fit in memory.
         accumulate: micro-batches of each process in a step.
-        precision: type that gradients are computed in; weights, averages and optimizer are float32.
-            "auto" is bfloat16 on a GPU and float32 on the CPU, where float32 is faster.
         optimizer: "adamw", or "muon": matrices inside the blocks by Muon at `MUON_RATE` times the
             learning rate, all else by AdamW.
         keep_checkpoints: older ones are deleted; 0 keeps all.
@@ -24,7 +22,6 @@ class TrainingConfig:
     steps: int
     batch_size: int = 64
     accumulate: int = 1
-    precision: str = "auto"
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
@@ -39,8 +36,6 @@ class TrainingConfig:
     log_every: int = 50
 
     def __post_init__(self):
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision '{self.precision}' is not one of auto, float32, bfloat16")
         if self.optimizer not in ("adamw", "muon"):
             raise UserError(f"optimizer '{self.optimizer}' is not one of adamw, muon")
         for name in ("batch_size", "accumulate", "checkpoint_every", "log_every"):
@@ -49,11 +44,12 @@ class TrainingConfig:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The type that `precision` stands for on this machine."""
-        if self.precision == "auto":
-            gpu = mx.default_device().type == mx.DeviceType.gpu
-            return mx.bfloat16 if gpu else mx.float32
-        return getattr(mx, self.precision)
+        """The type that gradients are computed in; weights, averages and optimizer are float32.
+
+        It is bfloat16 on a GPU and float32 on the CPU, where float32 is faster.
+        """
+        gpu = mx.default_device().type == mx.DeviceType.gpu
+        return mx.bfloat16 if gpu else mx.float32
 
 
 def warmup_of(steps: int, most: int) -> int:

@@ -1,5 +1,7 @@
 """The curves of a run: `loss.png` beside its log."""
 
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +22,7 @@ def is_plotted(run_dir: Path) -> bool:
 
 
 def plot_log(run_dir: Path) -> Path | None:
-    """Draw every metric of `log.jsonl` over the steps into `loss.png`.
+    """Draw every metric of `log.jsonl` over the steps into `loss.png`; see `panel_of`.
 
     Returns:
         The picture's path; None when nothing is logged yet or matplotlib is not installed.
@@ -35,20 +37,37 @@ def plot_log(run_dir: Path) -> Path | None:
         _told = True
         return None
     log = read_log(run_dir)
-    names = list(dict.fromkeys(k for entry in log for k in entry if k not in HIDDEN))
-    if not names:
+    panels: dict[str, list[str]] = {}
+    for name in dict.fromkeys(k for entry in log for k in entry if k not in HIDDEN):
+        panels.setdefault(panel_of(name), []).append(name)
+    if not panels:
         return None
-    figure = Figure(figsize=(8, 1 + 1.8 * len(names)), layout="constrained")
-    rows = figure.subplots(len(names), squeeze=False)[:, 0]
-    for axes, name in zip(rows, names, strict=True):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None)
-        axes.set_title(name, fontsize=9, loc="left")
+    figure = Figure(figsize=(8, 1 + 2 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+    for axes, (panel, names) in zip(rows, panels.items(), strict=True):
+        lowest, highest = math.inf, -math.inf
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            marker = "." if len(points) < 20 else None
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+            lowest = min(lowest, *(value for _, value in points))
+            highest = max(highest, *(value for _, value in points))
+        axes.set_title(panel, fontsize=9, loc="left")
         axes.grid(alpha=0.3)
-        if min(value for _, value in points) > 0:
-            axes.set_yscale("log")
+        if len(names) > 1:
+            axes.legend(fontsize=8)
+        if lowest > 0 and highest > 3 * lowest:
+            axes.set_yscale("log", subs=[2, 5])
+            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                which("{x:g}")
+    rows[-1].xaxis.get_major_locator().set_params(integer=True)
     rows[-1].set_xlabel("step")
     path = run_dir / PLOT
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=80)
     return path
+
+
+def panel_of(name: str) -> str:
+    """The panel of a metric: those of all widths share one."""
+    return re.sub(r"_(\d[\d.]*|full|small|tiny)$", "", name)

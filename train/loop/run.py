@@ -1,7 +1,8 @@
 """A run's folder: the record of its settings, and weights to start from."""
 
+import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ from train.loop.checkpoint import latest_checkpoint, load_ema, lock_run, writing
 from train.objectives.elastic import TextToLatents
 
 SETTINGS = "settings.json"
+WEIGHTS = ("*.safetensors", "*.json", "*.model", "text_encoder/*")
+"""Patterns of the files of a model folder or a teacher's."""
+WORDS = {
+    "samples": "pictures or captions",
+    "autoencoder_digest": "weights of the autoencoder",
+    "tokenizer_digests": "tokenizers",
+    "frozen_text_encoders": "files of public text encoders",
+    "model_digest": "files of the model",
+    "teacher_digest": "files of the teacher",
+}
+"""Settings -> what a user calls them; others have their own names."""
+BLOCK, BLOCKS = 1 << 14, 64
+"""Bytes of a block, and blocks of a large file, that `digest_files` reads."""
 
 
 def claim(
@@ -53,7 +67,8 @@ def claim(
             raise UserError(f"{run_dir} holds a run of another kind: give another --run-dir")
         free = {*may_change, *(name for name in newer if name not in then)}
         fixed = [name for name in settings if name not in free]
-        if changed := [name for name in fixed if then.get(name) != settings[name]]:
+        changed = [WORDS.get(n, n) for n in fixed if then.get(n) != settings[n]]
+        if changed:
             raise UserError(
                 f"{run_dir} holds a run with other {' and '.join(changed)}: give another "
                 "--run-dir, or delete it to start again"
@@ -76,7 +91,7 @@ def claim_training(
 
     Args:
         trained: the networks to train; those of an earlier checkpoint must have the same sizes.
-        sampling: "image_size" and "time_shift" of the exported model.
+        sampling: "image_size", "trained_sizes" and "time_shift" of the exported model.
         fixed: what else a resumed run must have in common.
     """
     _check_sizes(run_dir, trained)
@@ -108,6 +123,34 @@ def model_reference(model: ModelFolder) -> str:
     if model.source is None:
         return BUILT_IN
     return str(model.path.resolve()) if model.revision is None else model.source
+
+
+def digest_files(folder: Path, patterns: Sequence[str] = WEIGHTS) -> str:
+    """A hash of the names and sizes of a model's files and of evenly spaced parts of each.
+
+    It takes a fraction of a second for any size, and differs for other weights: training changes
+    every part of a file.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        state.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(path, "rb") as file:
+            starts = range(0, size, BLOCK)
+            if len(starts) > BLOCKS:
+                starts = [k * (size - BLOCK) // (BLOCKS - 1) for k in range(BLOCKS)]
+            for start in starts:
+                file.seek(start)
+                state.update(file.read(BLOCK))
+    return state.hexdigest()
+
+
+def digest_model(model: ModelFolder) -> str:
+    """`digest_files` of a loaded model with its public text encoders."""
+    sources = [digest_files(path) for path in model.sources.values()]
+    return hashlib.blake2b("".join([digest_files(model.path), *sources]).encode()).hexdigest()[:32]
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from train.loop.checkpoint import (
     writing,
 )
 from train.loop.config import TrainingConfig
-from train.loop.distributed import GRACE, PeerWatch, StopSignals
+from train.loop.distributed import GRACE, SILENCE, PeerWatch, StopSignals, is_complete
 from train.loop.optimizer import Optimizers, Role
 from train.loop.plot import is_plotted, plot_log
 from train.objectives.base import Objective
@@ -194,8 +194,9 @@ class Trainer:
             watch.close(orderly)
             unlock_folder(self.run_dir)
         finished = self.step >= self.config.steps
-        if not finished and self.is_main:
-            print(f"stopped at step {self.step}; {self._resume_hint()}", file=sys.stderr)
+        if self.is_main:
+            stopped = f"stopped at step {self.step}; {self._resume_hint()}"
+            print(f"{self.run_dir} is complete" if finished else stopped, file=sys.stderr)
         return finished
 
     def _resume(self) -> None:
@@ -209,7 +210,7 @@ class Trainer:
                 self.load(checkpoint)
             plotted = is_plotted(self.run_dir)
             with writing(self.run_dir):
-                rewind_log(self.run_dir, self.step)
+                rewind_log(self.run_dir, self._is_kept)
         if not self._alone:
             self._broadcast_state()
         if checkpoint and self.is_main and self._is_due:
@@ -218,6 +219,13 @@ class Trainer:
                 self._validate()
             if not (validated and plotted):
                 self._plot()
+
+    def _is_kept(self, entry: dict[str, Any]) -> bool:
+        """Whether a run without interruption has this line of the log, too."""
+        step = entry["step"]
+        # The last step of a run has a line that it does not have if there are more steps.
+        early = SECONDS in entry and step % self.config.log_every and step < self.config.steps
+        return step <= self.step and not early
 
     def _loop(self) -> None:
         config = self.config
@@ -237,16 +245,20 @@ class Trainer:
                     )
                 for name, value in metrics.items():
                     self._history.setdefault(name, []).append(value)
-                if self.step % config.log_every == 0:
+                regular = self.step % config.log_every == 0
+                if regular or self.step == config.steps:
                     means = {name: sum(v) / len(v) for name, v in self._history.items()}
                     seconds = (time.perf_counter() - started) / steps
-                    self._history, started, steps = {}, time.perf_counter(), 0
                     bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
                     self._log(means | {SECONDS: seconds})
+                if regular:
+                    self._history, started, steps = {}, time.perf_counter(), 0
                 if self._is_due:
                     before = time.perf_counter()
+                    self._check_complete()
                     self._checkpoint()
                     started += time.perf_counter() - before
+        self._check_complete()
         self.save()
         # Wait for all: mpirun ends the job when one process ends, even if another still saves.
         mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
@@ -284,6 +296,12 @@ class Trainer:
             if not self._signal:
                 raise
         return call()
+
+    def _check_complete(self) -> None:
+        """Wait for all processes, so that what is saved is of all of them."""
+        if not self._alone and not is_complete(self.group):
+            time.sleep(SILENCE + 2 * GRACE)  # the watch ends this process, with a line
+            raise RuntimeError("a process of the job is gone")
 
     def _checkpoint(self) -> None:
         if not self.is_main:

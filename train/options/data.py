@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.cli.options import finite_number, integer
+from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
-from train.data.decode import Size
 from train.data.open import SOURCES, open_data
 from train.data.selection import HELD_OUT, Filter, parse_captions
 from train.options.common import add_number

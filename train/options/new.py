@@ -8,12 +8,15 @@ from typing import Any
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
+    DC_AE,
     TRANSFORMERS,
+    AutoencoderConfig,
     ModelConfig,
     SamplerConfig,
     TextEncoderConfig,
     TransformerConfig,
     from_dict,
+    preset_autoencoder,
 )
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_new, expanded, read_json
@@ -36,6 +39,7 @@ class Preset:
     Attributes:
         own: of the text encoder that is trained with the model.
         size: (height, width) of the pictures in pixels.
+        downsampling: that the autoencoder must have; None for any.
     """
 
     transformer: TransformerConfig
@@ -43,6 +47,7 @@ class Preset:
     sampler: SamplerConfig = SAMPLER
     size: tuple[int, int] = (RESOLUTION, RESOLUTION)
     unconditional: str = "absent"
+    downsampling: int | None = None
 
 
 def preset_of(model: ModelConfig) -> Preset:
@@ -57,7 +62,12 @@ def preset_of(model: ModelConfig) -> Preset:
     )
 
 
-PRESETS = {name: Preset(config) for name, config in TRANSFORMERS.items()}
+PRESETS = {
+    name: Preset(config, size=(1024, 1024), downsampling=DC_AE.downsampling)
+    if preset_autoencoder(name) is DC_AE
+    else Preset(config)
+    for name, config in TRANSFORMERS.items()
+}
 PRESETS[STICKERS.name] = preset_of(STICKERS)
 """Values of `--preset`."""
 
@@ -77,8 +87,8 @@ def parse() -> argparse.Namespace:
         "--preset",
         required=True,
         metavar="NAME|FILE",
-        help=f"sizes: {', '.join(PRESETS)}; a JSON file with fields of TransformerConfig; or a "
-        "model folder, whose sizes and settings are used",
+        help=f"sizes: {', '.join(PRESETS)} (-f32 is for DC-AE); a JSON file with fields of "
+        "TransformerConfig; or a model folder, whose sizes and settings are used",
     )
     add(
         "--autoencoder",
@@ -120,8 +130,8 @@ def parse() -> argparse.Namespace:
         "--data",
         nargs="+",
         metavar="SOURCE",
-        help="pictures to measure the latents of a run of train.autoencoder on (default: those "
-        "that it was trained on)",
+        help="pictures to measure the latents of a run of train.autoencoder on, once for all "
+        "models of the run (default: those that it was trained on)",
     )
     add(
         "--resolution",
@@ -143,11 +153,25 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def pictures_of(args: argparse.Namespace, run: Path) -> list[str]:
+    """The SOURCEs of `--data`, or those that a run of train.autoencoder was trained on, if any."""
+    return args.data or recorded(run).get("specs") or []
+
+
+def check_autoencoder(preset: Preset, autoencoder: AutoencoderConfig) -> None:
+    """`UserError` if the preset is for another kind of latents."""
+    if preset.downsampling not in (None, autoencoder.downsampling):
+        raise UserError(
+            f"a preset named -f32 is for an autoencoder whose latents have 1/{preset.downsampling} "
+            f"of a picture's side; this one has 1/{autoencoder.downsampling}: omit -f32"
+        )
+
+
 def statistics_source(args: argparse.Namespace, run: Path) -> Any:
     """The pictures to measure the latents of a run of train.autoencoder on."""
     record = recorded(run)
-    specs = args.data or record.get("specs")
-    if specs is None:
+    specs = pictures_of(args, run)
+    if not specs:
         # Runs of older versions learned from stickers.
         nouns = record.get("num_nouns")
         specs = [STICKERS.name + ("" if nouns is None else f":nouns={nouns}")]

@@ -8,7 +8,13 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
-from train.options.common import MOST_SEED, add_number, check_at_least
+from train.options.common import (
+    MOST_SEED,
+    TEACHER_HELP,
+    add_number,
+    add_teacher_source,
+    check_at_least,
+)
 from train.options.data import add_resolution, add_selection, filter_from
 
 SHARD_MEGABYTES = 256
@@ -65,11 +71,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--teacher",
-        type=Path,
-        metavar="FOLDER",
+        metavar="MODEL",
         help="also store the text states of this teacher, for distillation, and its latents if its "
-        "autoencoder is another one (default: no teacher)",
+        f"autoencoder is another one: {TEACHER_HELP} (default: no teacher)",
     )
+    add_teacher_source(parser)
     add(
         "--shard",
         type=_shard,
@@ -100,10 +106,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = drawing.add_argument
     add(
         "--draw-with",
-        type=Path,
-        metavar="TEACHER",
-        help="draw the pictures with this model or teacher instead of reading SOURCE (default: "
-        "off)",
+        metavar="MODEL",
+        help=f"draw the pictures instead of reading SOURCE, with a teacher: {TEACHER_HELP}; of "
+        "--teacher-revision or --teacher-base (default: off)",
     )
     add(
         "--prompts-file",
@@ -121,8 +126,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_number(drawing, "--seed", 0, "seed of the first picture; the others follow", most=MOST_SEED)
     args = parser.parse_args(argv)
     args.output = expanded(args.output)
-    args.teacher = args.teacher and expanded(args.teacher)
-    args.draw_with = args.draw_with and expanded(args.draw_with)
     args.workers = args.workers or min(16, os.cpu_count() or 1)
     _check(args)
     args.per_prompt = args.per_prompt or 1

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
+from mlx_snapgen.checkpoint.text_encoders import SOURCE_FILES
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.config import ModelConfig
@@ -18,14 +19,14 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.settings import Width
 from train.data.encoded import EncodedBatches, as_latents
-from train.data.mixture import Prefetched, num_samples
+from train.data.mixture import Prefetched, num_samples, sizes_in
 from train.data.prepared import describe_autoencoder
 from train.data.prompts import spread
 from train.data.text import KnownPrompts, is_trained
 from train.evaluation.previews import previews_of
 from train.evaluation.validation import FlowValidation, held_out_batches
 from train.loop.config import TrainingConfig, warmup_of
-from train.loop.run import claim_training
+from train.loop.run import claim_training, digest_files
 from train.loop.teacher import prepared_parts
 from train.loop.trainer import Trainer
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
@@ -228,19 +229,28 @@ def claim_run(
     *,
     components: Components,
     trained: TextToLatents,
+    fixed: Mapping[str, Any] | None = None,
 ) -> None:
     """Record what `train.export` needs, and what must stay when the run is resumed.
 
     Args:
         components: the model, loaded from `folder`.
         trained: its networks.
+        fixed: what else must stay.
     """
+    size = picture_size(args, source, size=folder.config.image_size)
     sampling = {
-        "image_size": picture_size(args, source, size=folder.config.image_size),
+        "image_size": size,
+        "trained_sizes": sorted(sizes_in(source)) or [size],
         "time_shift": args.time_shift,
     }
     # The trainer only checks the micro-batches of a step: accumulate x noises x processes.
-    fixed = {"noises_per_picture": args.noises_per_picture} | digests(components)
+    fixed = {
+        "noises_per_picture": args.noises_per_picture,
+        **digests(components),
+        **frozen_digests(folder),
+        **(fixed or {}),
+    }
     claim_training(
         args.run_dir,
         source.settings(),
@@ -275,6 +285,13 @@ def digests(components: Components) -> dict[str, Any]:
             hashlib.blake2b(e.tokenizer.model, digest_size=16).hexdigest() for e in trained
         ],
     }
+
+
+def frozen_digests(folder: ModelFolder) -> dict[str, Any]:
+    """Hashes of the public text encoders of a loaded model; empty if it has none."""
+    frozen = [config for config in folder.config.text_encoders if config in folder.sources]
+    found = [digest_files(folder.sources[c], SOURCE_FILES[c.kind]) for c in frozen]
+    return {"frozen_text_encoders": found} if found else {}
 
 
 def step_arguments(args: argparse.Namespace) -> Callable[[int], ElasticStep]:
