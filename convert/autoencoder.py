@@ -1,4 +1,4 @@
-"""Replace a model's autoencoder by a public one: Qwen-Image's, its tiny one (TAEHV), or Flux's.
+"""Replace a model's autoencoder by a public one: Qwen-Image's, its tiny one (TAEHV), Flux's, ...
 
     python -m convert.autoencoder Qwen-Image/vae my-model-qwen --model my-model
     python -m convert.autoencoder taew2_1.safetensors my-model-tiny --model my-model

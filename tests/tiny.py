@@ -119,6 +119,17 @@ FLUX2_AUTOENCODER = dataclasses.replace(
     latents_mean=tuple(0.1 * i for i in range(16)),
     latents_std=tuple(1 + 0.1 * i for i in range(16)),
 )
+DC_AE = AutoencoderConfig(
+    kind="dc-ae",
+    latent_channels=8,
+    encoder_channels=(8, 16, 16, 32, 64, 64),
+    decoder_channels=(64, 64, 32, 32, 16, 8),
+    encoder_blocks=(1, 2, 1, 1, 1, 2),
+    decoder_blocks=(1, 1, 2, 1, 2, 1),
+    latents_mean=(0.0,) * 8,
+    latents_std=(1 / 0.41407,) * 8,
+)
+"""`originals.dc_ae`'s."""
 TAEHV = dataclasses.replace(
     TAEW2_1,
     latent_channels=4,

@@ -11,11 +11,12 @@ TextEncoder_0.mlpackage and the tokenizer. Inputs and outputs, all for one pictu
     TextEncoder_0  tokens (1, L) int32, mask (1, L)               -> text (1, D, 1, L)
     Transformer    x_t (1, C, h, w), t (1), text (1, D, 1, L),
                    mask (1, L)                                    -> velocity (1, C, h, w)
-    Decoder        latents (1, C, h, w)                           -> picture (1, 3, 8h, 8w)
+    Decoder        latents (1, C, h, w)                           -> picture (1, 3, fh, fw)
 
 A mask is 1 for a token of the prompt and 0 for padding. With several text encoders, join their
 texts and masks along L, in the order of the encoders. The time t is the noise level in [0, 1]. The
-values of a picture are about -1 to 1; clip them.
+values of a picture are about -1 to 1; clip them. Its sides are f times those of the latents: 32
+times with DC-AE, mostly 8 times.
 
 The command merges a few-step LoRA into the transformer. The export then draws only with the steps
 of `few_step` in config.json. --no-few-step disables this.

@@ -241,6 +241,6 @@ def test_what_is_missing_leaves_no_folder(qwen, tmp_path):
         convert_teacher(tmp_path / "public", tmp_path / "teacher")
     lora = {"transformer_blocks.0.attn.to_qq.lora_down.weight": mx.zeros((2, 32))}
     mx.save_safetensors(str(tmp_path / "lora.safetensors"), lora)
-    with pytest.raises(UserError, match="does not fit this network"):
+    with pytest.raises(UserError, match="is no layer of this one"):
         convert_teacher(public, tmp_path / "teacher", few_step_lora=tmp_path / "lora.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"public", "lora.safetensors"}

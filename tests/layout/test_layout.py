@@ -36,21 +36,23 @@ FLOORS = {
         lora prompt_check
         networks metadata cli
         settings tensor_files
+        inputs
         config files pictures sampling
-        description
+        description decode vocabulary
         errors _blas _kernel_cache _version
     """,
     "mlx_snapgen.networks": """
-        clip efficient_dit
-        attention autoencoders text_encoders flux2 qwen_image z_image
+        clip efficient_dit flux2 qwen_image z_image
+        attention autoencoders text_encoders
         cached
         base elastic layers rope
     """,
     "mlx_snapgen.networks.autoencoders": """
         registry
-        flux2
-        kl layerwise
-        convolutional qwen_image taehv
+        flux2 colors
+        kl
+        layerwise
+        convolutional dc_ae qwen_image taehv
         residual
         base tiling
     """,
@@ -60,14 +62,14 @@ FLOORS = {
         base
     """,
     "mlx_snapgen.checkpoint": """
-        model
+        model memory
         text_encoders clip_towers
         clip language_models config
         module hub
     """,
     "mlx_snapgen.lora": """
         files
-        adapters
+        adapters layouts peft
     """,
     "mlx_snapgen.quantize": """
         sensitivity runtime
@@ -79,8 +81,9 @@ FLOORS = {
         convert
         kinds
         keys
-        source keymap
-        stream
+        source
+        layouts
+        keymap stream
     """,
     "mlx_snapgen.teachers": """
         checkpoint memory
@@ -107,15 +110,15 @@ FLOORS = {
         common
     """,
     "train.data": """
-        drawn
+        drawn public
         open preparation
         pictures prepared
         crops distillation prior simulation trajectories index shards
         conditions encoded selection
         imagefolder mixture prompts stickers
         readers
-        source
-        streams order decode text
+        headers source
+        streams order text
     """,
     "train.data.readers": """
         parquet joined
@@ -145,12 +148,14 @@ FLOORS = {
         checkpoint config distributed palettes
     """,
     "train.evaluation": """
-        drift measures palettes prompt_lists stickers
+        drift measures palettes prompt_lists public stickers
+        models
         preparation previews validation
         clip_measures estimate memory prepared_set reconstruction
     """,
     "convert": f"""
         {COMMANDS}
+        peers
         coreml parity
         pytorch
         mil report pickles
