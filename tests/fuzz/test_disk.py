@@ -88,6 +88,7 @@ def write_settings(folder, k, given):
 
 
 def write_plot(folder, k, given):
+    tiny.require("matplotlib")
     if k == 1:
         append_log(folder, {"step": 1, "loss": 0.5})
     with writing(folder):
