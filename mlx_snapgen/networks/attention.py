@@ -59,7 +59,8 @@ def rope_table(grid: Grid, head_dim: int, *, theta: float) -> tuple[mx.array, mx
 
 
 @mx.compile
-def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate each pair (x[i], x[i + D/2]) of x (B, heads, N, D) by cos and sin (N, D/2)."""
     x1, x2 = mx.split(x, 2, axis=-1)
     return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
@@ -67,7 +68,7 @@ def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 def apply_rope(x: mx.array, grid: Grid, *, theta: float) -> mx.array:
     """Rotate x (B, heads, N, head_dim) to the positions of `grid`."""
     cos, sin = rope_table(grid, x.shape[-1], theta=theta)
-    return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype))
+    return rotate_halves(x, cos.astype(x.dtype), sin.astype(x.dtype))
 
 
 @bounded_cache(128 * 2**20)

@@ -16,11 +16,11 @@ from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
+from mlx_snapgen.networks.exponentials import gelu, silu
 from mlx_snapgen.networks.layers import (
     checkpointed,
     depth_to_space,
     flat_parameters,
-    gelu,
     layer_norm,
     modulate,
     sinusoids,
@@ -45,7 +45,7 @@ class TimestepEmbedder(nn.Module):
 
     def __call__(self, t: mx.array) -> mx.array:
         x = sinusoids(t, self._frequency_dim)
-        return self.linear2(nn.silu(self.linear1(x.astype(self.linear1.bias.dtype))))
+        return self.linear2(silu(self.linear1(x.astype(self.linear1.bias.dtype))))
 
 
 class AdaLNSingle(nn.Module):
@@ -61,7 +61,7 @@ class AdaLNSingle(nn.Module):
 
     def __call__(self, t: mx.array) -> tuple[mx.array, mx.array]:
         embedding = self.embedder(t)
-        modulation = self.linear(nn.silu(embedding))
+        modulation = self.linear(silu(embedding))
         return embedding, modulation.reshape(t.shape[0], 6, -1)
 
 

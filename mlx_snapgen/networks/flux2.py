@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_snapgen.config import Flux2TransformerConfig
 from mlx_snapgen.networks.attention import attend_all
 from mlx_snapgen.networks.cached import bounded_cache
+from mlx_snapgen.networks.exponentials import silu
 from mlx_snapgen.networks.layers import (
     checkpointed,
     layer_norm,
@@ -27,6 +27,7 @@ from mlx_snapgen.networks.layers import (
     unpack,
 )
 from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
+from mlx_snapgen.public_config import Flux2TransformerConfig
 
 REFERENCE_STEP = 10
 """Reference pictures are at 10, 20, ... on the first axis of RoPE; the drawn picture is at 0."""
@@ -63,7 +64,7 @@ def rope_table(
 def swiglu(x: mx.array) -> mx.array:
     """(..., 2 d) -> (..., d)."""
     gate, value = mx.split(x, 2, axis=-1)
-    return nn.silu(gate) * value
+    return silu(gate) * value
 
 
 class TimestepEmbedder(nn.Module):
@@ -83,7 +84,7 @@ class TimeEmbedding(nn.Module):
 
     def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
         x = self.timestep_embedder.linear_1(sinusoids(t, self._frequency_dim).astype(dtype))
-        return self.timestep_embedder.linear_2(nn.silu(x))
+        return self.timestep_embedder.linear_2(silu(x))
 
 
 class Modulation(nn.Module):
@@ -95,7 +96,7 @@ class Modulation(nn.Module):
         self._count = count
 
     def __call__(self, embedding: mx.array) -> list[mx.array]:
-        return [*mx.split(self.linear(nn.silu(embedding))[:, None], self._count, axis=-1)]
+        return [*mx.split(self.linear(silu(embedding))[:, None], self._count, axis=-1)]
 
 
 class FeedForward(nn.Module):
@@ -237,7 +238,7 @@ class ModulatedNorm(nn.Module):
         self.linear = nn.Linear(dims, 2 * dims, bias=False)
 
     def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
-        scale, shift = mx.split(self.linear(nn.silu(embedding))[:, None], 2, axis=-1)
+        scale, shift = mx.split(self.linear(silu(embedding))[:, None], 2, axis=-1)
         return modulate(layer_norm(x), shift, scale)
 
 

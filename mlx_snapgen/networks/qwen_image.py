@@ -11,12 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_snapgen.config import QwenTransformerConfig
 from mlx_snapgen.networks.attention import attend_all
 from mlx_snapgen.networks.cached import bounded_cache
+from mlx_snapgen.networks.exponentials import gelu, silu
 from mlx_snapgen.networks.layers import (
     checkpointed,
-    gelu,
     layer_norm,
     merge_heads,
     pack,
@@ -25,6 +24,7 @@ from mlx_snapgen.networks.layers import (
     unpack,
 )
 from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
+from mlx_snapgen.public_config import QwenTransformerConfig
 
 
 @bounded_cache(16 * 2**20)
@@ -64,7 +64,7 @@ class TimeEmbedding(nn.Module):
 
     def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
         x = self.timestep_embedder.linear_1(sinusoids(t, self._frequency_dim).astype(dtype))
-        return self.timestep_embedder.linear_2(nn.silu(x))
+        return self.timestep_embedder.linear_2(silu(x))
 
 
 class GELULinear(nn.Module):
@@ -168,7 +168,7 @@ class ModulatedNorm(nn.Module):
         self.linear = nn.Linear(dims, 2 * dims)
 
     def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
-        scale, shift = mx.split(self.linear(nn.silu(embedding))[:, None], 2, axis=-1)
+        scale, shift = mx.split(self.linear(silu(embedding))[:, None], 2, axis=-1)
         return layer_norm(x) * (1 + scale) + shift
 
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_snapgen.config import ZImageTransformerConfig
 from mlx_snapgen.networks.attention import attend_all
+from mlx_snapgen.networks.exponentials import silu
 from mlx_snapgen.networks.layers import (
     checkpointed,
     depth_to_space,
@@ -23,6 +23,7 @@ from mlx_snapgen.networks.layers import (
     split_heads,
 )
 from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
+from mlx_snapgen.public_config import ZImageTransformerConfig
 
 MULTIPLE = 32
 """Picture and caption are padded to multiples of this number of tokens."""
@@ -40,7 +41,7 @@ class TimestepEmbedder(nn.Module):
 
     def __call__(self, t: mx.array, dtype: mx.Dtype) -> mx.array:
         x = sinusoids(t, self._frequency_dim).astype(dtype)
-        return self.mlp[2](nn.silu(self.mlp[0](x)))
+        return self.mlp[2](silu(self.mlp[0](x)))
 
 
 class Attention(nn.Module):
@@ -69,7 +70,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dims, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.w2(nn.silu(self.w1(x)) * self.w3(x))
+        return self.w2(silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):

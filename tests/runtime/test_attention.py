@@ -382,7 +382,7 @@ def test_many_scores_are_computed_in_parts(rows, monkeypatch):
         return attend(q, k, v, mask=mask).square().sum()
 
     expected = attend(q, k, v, mask=mask), *mx.grad(run, argnums=(0, 1, 2))(q, k, v)
-    monkeypatch.setattr(layers, "MOST_SCORES", 4000)
+    monkeypatch.setattr(layers, "PART_OF_SCORES", 16 * 2 * 4 * 50)
     found = attend(q, k, v, mask=mask), *mx.grad(run, argnums=(0, 1, 2))(q, k, v)
     for a, b in zip(found, expected, strict=True):
         assert mx.allclose(a, b, rtol=1e-5, atol=1e-5)

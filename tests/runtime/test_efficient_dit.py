@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.config import TRANSFORMERS, preset_autoencoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
 from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder
 from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS
 from tests.tiny import TRANSFORMER, randomize
 

@@ -17,6 +17,7 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, upsample
+from mlx_snapgen.networks.exponentials import silu
 from mlx_snapgen.networks.layers import pack, unpack
 
 LEVELS = 6
@@ -49,7 +50,7 @@ class ResidualBlock(nn.Module):
         self.norm = RMSNorm(channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + self.norm(self.conv2(nn.silu(self.conv1(x))))
+        return x + self.norm(self.conv2(silu(self.conv1(x))))
 
 
 @mx.compile
@@ -155,8 +156,8 @@ class GatedConv(nn.Module):
         self.norm = RMSNorm(channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h, gate = mx.split(self.conv_depth(nn.silu(self.conv_inverted(x))), 2, axis=-1)
-        return x + self.norm(self.conv_point(h * nn.silu(gate)))
+        h, gate = mx.split(self.conv_depth(silu(self.conv_inverted(x))), 2, axis=-1)
+        return x + self.norm(self.conv_point(h * silu(gate)))
 
 
 class EfficientViTBlock(nn.Module):

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.networks.autoencoders.residual import Level, ResidualBlock
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
+from mlx_snapgen.networks.exponentials import silu
 
 TILE = 128
 """Side of a tile in pixels of a layer's input. On the CPU, which unfolds the input of a
@@ -35,7 +36,7 @@ def run_convolution(norm: Any, conv: nn.Module, x: mx.array, *, tile: int = TILE
     factor, offset = _as_factor_and_offset(norm, x, rows=max(1, tile**2 // x.shape[2]))
 
     def run(part: mx.array) -> mx.array:
-        return conv(nn.silu(part * factor + offset))
+        return conv(silu(part * factor + offset))
 
     x = run_stages([Stage(run, 1, 1)], x, tile=tile)
     mx.eval(x)

@@ -12,6 +12,8 @@ import mlx.nn as nn
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, upsample
+from mlx_snapgen.networks.exponentials import silu
+from mlx_snapgen.networks.layers import attend
 
 MAX_SCORES = 2**26
 """Attention scores held at a time: 256 MiB in float32, where 2048 px would take 16 GiB."""
@@ -48,8 +50,8 @@ class ResidualBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
-        x = self.conv1(nn.silu(self.norm1(x)))
-        return skip + self.conv2(nn.silu(self.norm2(x)))
+        x = self.conv1(silu(self.norm1(x)))
+        return skip + self.conv2(silu(self.norm2(x)))
 
 
 class AttentionBlock(nn.Module):
@@ -73,7 +75,7 @@ class AttentionBlock(nn.Module):
         out = []
         for i in range(0, h * w, rows):
             piece = q[:, :, i : i + rows]
-            out.append(mx.fast.scaled_dot_product_attention(piece, k, v, scale=c**-0.5))
+            out.append(attend(piece, k, v))
             if in_turn:
                 mx.eval(out[-1])
         return x + self.proj(mx.concatenate(out, axis=2).reshape(b, h, w, c))
@@ -169,7 +171,7 @@ class Encoder(nn.Module):
         x = self.conv_in(pictures)
         for block in self.down_blocks:
             x = block(x)
-        x = self.conv_out(nn.silu(self[self._last_norm](self.mid_block(x))))
+        x = self.conv_out(silu(self[self._last_norm](self.mid_block(x))))
         if "quant_conv" in self:
             x = self.quant_conv(x)
         mean, log_var = mx.split(x, 2, axis=-1)
@@ -222,7 +224,7 @@ class Decoder(nn.Module):
         ]
 
     def _to_pixels(self, x: mx.array) -> mx.array:
-        return self.conv_out(nn.silu(self[self._last_norm](x)))
+        return self.conv_out(silu(self[self._last_norm](x)))
 
 
 def check_levels(part: str, channels: Sequence[int], *, blocks: Sequence[int]) -> None:
