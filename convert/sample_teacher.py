@@ -21,8 +21,9 @@ from mlx_snapgen.inputs import fit_reference, read_picture
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
-from mlx_snapgen.sampling import denoise, get_noise
-from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
+from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.draw import denoise_public
+from mlx_snapgen.teachers.flow import FlowTeacher
 from mlx_snapgen.teachers.folder import load_flow_teacher
 
 
@@ -45,7 +46,7 @@ def sample(
 
     Args:
         references: pictures to edit, in RGB; see `fit_reference`.
-        height, width: None for those of the first reference, or 1024.
+        height, width: None for those of the first reference, or the model's.
         num_inference_steps, guidance_scale: None for those of the teacher's schedule.
         few_step: use the few-step mode, which has no guidance.
 
@@ -58,7 +59,7 @@ def sample(
     if references and not teacher.can_edit:
         raise UserError("this teacher cannot edit pictures: leave out --edit")
     fitted = [fit_reference(picture, unit=cell) for picture in references]
-    default = fitted[0].size if fitted else (1024, 1024)
+    default = fitted[0].size if fitted else config.image_size[::-1]
     width = default[0] if width is None else width
     height = default[1] if height is None else height
     if height < cell or width < cell or height % cell or width % cell:
@@ -71,26 +72,23 @@ def sample(
         raise UserError(f"the few-step mode has no guidance: leave out the scale {scale:g}")
     if config.kind == "flux2" and schedule == config.few_step and scale != 1:
         raise UserError(f"FLUX.2 klein has no guidance, only klein base: leave out {scale:g}")
-    levels = noise_levels(
-        schedule, height * width // cell**2, num_inference_steps=num_inference_steps
+    count = num_inference_steps or schedule.num_inference_steps
+    settings = DrawSettings(
+        height=height,
+        width=width,
+        num_inference_steps=count,
+        guidance_scale=scale,
+        few_step=few_step,
+        time_shift=schedule.time_shift(height * width // cell**2, count),
     )
     condition = teacher.encode([prompt])
     teacher.free_text_encoder()
     latents = [autoencoder.encode(from_uint8(np.array(picture)[None])) for picture in fitted]
     mx.eval(latents)
 
-    def velocity(x_t: mx.array, sigma: float) -> mx.array:
-        t = mx.full((1,), sigma)
-        if few_step:
-            return teacher.velocity_and_features(
-                x_t, t, condition, few_step=True, references=latents
-            )[0]
-        return teacher.velocity(x_t, t, condition, guidance_scale=scale, references=latents)
-
-    h, w = (side // autoencoder.config.downsampling for side in (height, width))
-    x0 = get_noise(seed, h, w, autoencoder.config.latent_channels)
-    steps = denoise(velocity, x0, levels)
-    for step in tqdm(steps, total=len(levels) - 1, desc="steps", leave=False, disable=None):
+    x0 = mx.array(0.0)
+    steps = denoise_public(teacher, condition, seeds=[seed], settings=settings, references=latents)
+    for step in tqdm(steps, total=count, desc="steps", leave=False, disable=None):
         x0 = step.x0
     teacher.free_networks()
     return Image.fromarray(to_uint8(autoencoder.decode(x0))[0])
@@ -109,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="PATH",
         help="picture to write, a .png file",
     )
-    size = "of the picture in pixels (default: that of the first picture to edit, or 1024)"
+    size = "of the picture in pixels (default: that of the first picture to edit, or the model's)"
     add("--height", type=integer(1), metavar="PX", help=f"height {size}")
     add("--width", type=integer(1), metavar="PX", help=f"width {size}")
     add(

@@ -1,21 +1,15 @@
-"""Configs of models and networks, as frozen dataclasses. Does not import mlx.
+"""What config.json may contain, as frozen dataclasses. Does not import mlx.
 
-Presets `full`, `small` and `tiny` are the paper's three widths as stand-alone models, and
-`supernetwork` holds all three; with -f32 in their names they take the latents of DC-AE. `ladder-a`
-to `ladder-d` are the paper's ablation (at the small width), and `stickers` is the default model of
-this package.
+Defaults are those of the paper's network.
 """
 
 import dataclasses
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from mlx_snapgen.description import Abilities, choose_mode
-from mlx_snapgen.errors import UserError, nearest, one_line
+from mlx_snapgen.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,9 @@ class TransformerConfig:
     """Widths this network can run at, the widest first."""
 
     def __post_init__(self):
-        if self.widths[0] != 1.0 or list(self.widths) != sorted(self.widths, reverse=True):
-            raise UserError(f"widths must start with 1.0 and fall, got {self.widths}")
+        falling = list(self.widths) == sorted(self.widths, reverse=True)
+        if self.widths[0] != 1.0 or not falling or self.widths[-1] <= 0:
+            raise UserError(f"widths must start with 1.0 and fall, above 0, got {self.widths}")
         if self.head_dim % 4:
             raise UserError(f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}")
         if len(self.blocks) != 3 or len(self.ffn_ratio) != 3:
@@ -113,7 +108,8 @@ class AutoencoderConfig:
     default model's, has an encoder with channels at 1/4 and 1/8 of the picture's side, and a
     decoder with channels at 1/8, 1/4 and 1/2; each further level doubles the factor. The kinds
     "qwen-image", "taehv", "kl" and "flux2" have channels at 1, 1/2, 1/4 and 1/8, and in reverse
-    order in the decoder; "dc-ae" has them at 1, 1/2 and so on to 1/32.
+    order in the decoder; "dc-ae" has them at 1, 1/2 and so on to 1/32. The latents of the kind
+    "pixels" are the pixels; it has no weights.
     """
 
     kind: str = "convolutional"
@@ -132,13 +128,15 @@ class AutoencoderConfig:
     @property
     def downsampling(self) -> int:
         """Side of a picture in pixels, divided by the side of its latents."""
-        if self.kind == "dc-ae":
-            return 32
+        if self.kind in ("dc-ae", "pixels"):
+            return 32 if self.kind == "dc-ae" else 1
         return 2 ** (len(self.encoder_channels) + 1) if self.kind == "convolutional" else 8
 
     def __post_init__(self):
         if self.kind == "convolutional":
             self._check_levels()
+        elif self.kind == "pixels" and self.latent_channels != 3:
+            raise UserError(f"pixels have 3 channels, not {self.latent_channels}")
         elif self.kind in ("kl", "flux2"):
             sizes = (*self.encoder_channels, *self.decoder_channels)
             if any(size % 32 for size in sizes):
@@ -162,59 +160,6 @@ class AutoencoderConfig:
                 f"the decoder has {len(self.decoder_channels)} levels; it needs one more than the "
                 f"encoder, which has {len(self.encoder_channels)}"
             )
-
-
-# fmt: off
-QWEN_IMAGE_AUTOENCODER = AutoencoderConfig(
-    kind="qwen-image",
-    latent_channels=16,
-    encoder_channels=(96, 192, 384, 384),
-    decoder_channels=(384, 384, 192, 96),
-    encoder_blocks=(2, 2, 2, 2),
-    decoder_blocks=(3, 3, 3, 3),
-    latents_mean=(
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ),
-    latents_std=(
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ),
-)
-# fmt: on
-"""Qwen-Image's, the paper's choice (SnapGen++ section 2)."""
-
-FLUX2_AUTOENCODER = AutoencoderConfig(
-    kind="flux2",
-    latent_channels=32,
-    encoder_channels=(128, 256, 512, 512),
-    decoder_channels=(512, 512, 256, 128),
-    encoder_blocks=(2, 2, 2, 2),
-    decoder_blocks=(3, 3, 3, 3),
-)
-"""FLUX.2's, without its statistics of the latents, which its checkpoint contains."""
-
-DC_AE = AutoencoderConfig(
-    kind="dc-ae",
-    latent_channels=32,
-    encoder_channels=(128, 256, 512, 512, 1024, 1024),
-    decoder_channels=(1024, 1024, 512, 512, 256, 128),
-    encoder_blocks=(2, 2, 2, 3, 3, 3),
-    decoder_blocks=(3, 3, 3, 3, 3, 3),
-    latents_mean=(0.0,) * 32,
-    latents_std=(1 / 0.41407,) * 32,
-)
-"""SANA's deep compression autoencoder (arXiv 2410.10629)."""
-
-TAEW2_1 = AutoencoderConfig(
-    kind="taehv",
-    latent_channels=16,
-    encoder_channels=(64, 64, 64, 64),
-    decoder_channels=(256, 128, 64, 64),
-    encoder_blocks=(3, 3, 3),
-    decoder_blocks=(3, 3, 3),
-)
-"""The public tiny autoencoder of the same latents; it takes the normalized ones."""
 
 
 @dataclass(frozen=True)
@@ -269,29 +214,6 @@ class ClipConfig:
     """Numbers of an embedding."""
 
 
-TINYCLIP_19M = TextEncoderConfig(
-    kind="clip",
-    vocab_size=49408,
-    hidden_size=512,
-    num_layers=6,
-    num_heads=8,
-    max_length=77,
-    activation="gelu",
-)
-"""The text tower of TinyCLIP ViT-39M/16 Text-19M, one of the paper's two (section 2)."""
-
-GEMMA_3_4B = TextEncoderConfig(
-    kind="gemma",
-    vocab_size=262208,
-    hidden_size=2560,
-    num_layers=34,
-    num_heads=8,
-    max_length=300,
-    source="mlx-community/gemma-3-4b-it-4bit",
-)
-"""Gemma-3-4b-it, the paper's other text encoder; 300 tokens as in SANA (arXiv 2410.10629)."""
-
-
 @dataclass(frozen=True)
 class SamplerConfig:
     """A model's own sampler settings."""
@@ -303,10 +225,6 @@ class SamplerConfig:
     (`ModelConfig.time_shift`)."""
     fresh_noise: bool = False
     """Add new noise to each step's estimate instead of taking Euler steps (`sampling.denoise`)."""
-
-
-FOUR_STEPS = SamplerConfig(4, guidance_scale=1.0, time_shift=3.0)
-"""The sampler of a model distilled by SnapGen++'s step distillation (section 3.3)."""
 
 
 def resolution_shift(tokens: int) -> float:
@@ -410,244 +328,4 @@ def check_latents(latent_channels: int, autoencoder: AutoencoderConfig) -> None:
         raise UserError(
             f"the transformer takes {latent_channels} latent channels, the autoencoder gives "
             f"{autoencoder.latent_channels}"
-        )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
-"""The largest number in a config, and the greatest length of a text or list."""
-MOST_LAYERS = 256
-"""Of one network. Each is built in memory before its weights are read."""
-
-
-def from_dict(cls: type, values: Any) -> Any:
-    """Build config `cls` from JSON values of unknown origin.
-
-    Raises:
-        UserError: an unknown key, with the nearest known one, or a value of another type or out of
-            range.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{cls.__name__} must be an object, not {_shown(values)}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
-    read = {key: _read(fields[key].type, value, key) for key, value in values.items()}
-    try:
-        made = cls(**read)
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{cls.__name__} has values that do not fit together: {error}") from None
-    _check_layers(made)
-    return made
-
-
-def checked(config: Any) -> Any:
-    """A config made of values of unknown origin; `UserError` as from `from_dict`."""
-    return from_dict(type(config), to_dict(config))
-
-
-def whole_number(value: Any, key: str) -> int:
-    """A size of unknown origin, before it multiplies; `UserError` as from `from_dict`."""
-    return _read(int, value, key)
-
-
-def _read(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the type of a dataclass's field; `UserError` names `key`."""
-    if isinstance(kind, types.UnionType):
-        if value is None and types.NoneType in kind.__args__:
-            return None
-        kind = next(k for k in kind.__args__ if k is not types.NoneType)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return from_dict(cast(type, kind), value)
-    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
-    stored: Any = {tuple: list, float: (int, float)}.get(kind, kind)
-    if not isinstance(value, stored) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"'{key}' must be {_NAMES[kind]}, not {_shown(value)}")
-    value = cast(Any, value)
-    least = 0 if key.endswith(("blocks", "layers")) or key in ("band_radius", "rope_axes") else 1
-    if kind is int and not least <= value <= MOST[int]:
-        raise UserError(f"'{key}' must be {least} to {MOST[int]}, not {_shown(value)}")
-    if kind is float and not abs(value) <= MOST[float]:
-        raise UserError(f"'{key}' must be at most {MOST[float]:g}, not {_shown(value)}")
-    if kind in (str, tuple) and len(value) > MOST[kind]:
-        raise UserError(f"'{key}' is longer than {MOST[kind]}")
-    if kind is not tuple:
-        return value
-    if items[-1] is ...:
-        return tuple(_read(items[0], item, key) for item in value)
-    if len(items) != len(value):
-        raise UserError(f"'{key}' takes {len(items)} values, not {len(value)}")
-    return tuple(_read(item, v, key) for item, v in zip(items, value, strict=True))
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    tuple: "a list",
-    dict: "an object",
-}
-
-
-def _shown(value: Any) -> str:
-    return one_line(json.dumps(value), 40)
-
-
-def _check_layers(config: Any) -> None:
-    """`UserError` for more layers than a machine has memory for their names."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.name.endswith("blocks") or (f.name.startswith("num_") and "layers" in f.name):
-            counts = value if isinstance(value, tuple) else (value,)
-            if min(counts, default=0) < 0 or sum(counts) > MOST_LAYERS:
-                raise UserError(f"'{f.name}' must be 0 to {MOST_LAYERS} layers, not {value}")
-
-
-_LADDER_B = TransformerConfig(
-    hidden_size=1024,
-    num_kv_heads=1,
-    blocks=(6, 14, 8),
-    ffn_ratio=(3.0, 3.0, 3.0),
-    sparse_attention=False,
-    long_skips=False,
-    widths=(1.0,),
-)
-
-TRANSFORMERS: dict[str, TransformerConfig] = {
-    "supernetwork": TransformerConfig(),
-    "full": TransformerConfig().standalone(1.0),
-    "small": TransformerConfig().standalone(0.5),
-    "tiny": TransformerConfig().standalone(0.375),
-    "ladder-a": dataclasses.replace(_LADDER_B, blocks=(28, 0, 0)),
-    "ladder-b": _LADDER_B,
-    "ladder-c": dataclasses.replace(_LADDER_B, sparse_attention=True),
-    "ladder-d": TransformerConfig().standalone(0.5),
-    "stickers": TransformerConfig(
-        hidden_size=256,
-        head_dim=32,
-        num_kv_heads=8,
-        num_cross_kv_heads=4,
-        blocks=(1, 6, 2),
-        num_bands=4,
-        latent_channels=8,
-        text_dims=(256,),
-        text_width=256,
-    ),
-}
-TRANSFORMERS |= {
-    f"{name}-f32": dataclasses.replace(
-        TRANSFORMERS[name], patch_size=1, num_bands=8, latent_channels=32
-    )
-    for name in ("supernetwork", "full", "small", "tiny")
-}
-"""Transformer presets by name.
-
-Those named -f32 take the latents of DC-AE, one token for each: a quarter of the others' tokens. As
-there, a band has four rows of tokens at 1024 pixels.
-"""
-
-
-def preset_autoencoder(name: str) -> AutoencoderConfig:
-    """The public autoencoder whose latents the named transformer preset takes."""
-    return DC_AE if name.endswith("-f32") else QWEN_IMAGE_AUTOENCODER
-
-
-def transformer_preset(name: str) -> TransformerConfig:
-    """The named transformer preset; `UserError` with the nearest name when there is none."""
-    if name not in TRANSFORMERS:
-        raise UserError(f"no preset '{name}'{nearest(name, TRANSFORMERS)}")
-    return TRANSFORMERS[name]
-
-
-@dataclass(frozen=True)
-class QwenTransformerConfig:
-    """Qwen-Image's transformer; the defaults are the public 20B network."""
-
-    num_layers: int = 60
-    num_heads: int = 24
-    head_dim: int = 128
-    latent_channels: int = 16
-    patch_size: int = 2
-    text_dims: int = 3584
-    """Width of the text encoder's states."""
-    frequency_dim: int = 256
-    rope_axes: tuple[int, int, int] = (16, 56, 56)
-    """Channels of each head that RoPE rotates by frame, row and column."""
-    rope_theta: float = 10000.0
-
-    def __post_init__(self):
-        check_axes(self.rope_axes, self.head_dim)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of both streams."""
-        return self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class ZImageTransformerConfig:
-    """Z-Image's transformer; the defaults are the public 6B network."""
-
-    num_layers: int = 30
-    num_refiner_layers: int = 2
-    hidden_size: int = 3840
-    num_heads: int = 30
-    latent_channels: int = 16
-    patch_size: int = 2
-    text_dims: int = 2560
-    frequency_dim: int = 256
-    time_hidden: int = 1024
-    time_dims: int = 256
-    """Width of the timestep embedding."""
-    norm_eps: float = 1e-5
-    rope_axes: tuple[int, int, int] = (32, 48, 48)
-    rope_theta: float = 256.0
-
-    def __post_init__(self):
-        check_axes(self.rope_axes, self.hidden_size // self.num_heads)
-
-
-@dataclass(frozen=True)
-class Flux2TransformerConfig:
-    """FLUX.2's transformer; the defaults are the public 4B network of klein."""
-
-    num_layers: int = 5
-    """Blocks with separate streams for picture and text."""
-    num_single_layers: int = 20
-    """Blocks with one stream."""
-    num_heads: int = 24
-    head_dim: int = 128
-    latent_channels: int = 32
-    patch_size: int = 2
-    text_dims: int = 7680
-    """Width of the prompt's states: three layers of the text encoder."""
-    mlp_ratio: float = 3.0
-    frequency_dim: int = 256
-    rope_axes: tuple[int, int, int, int] = (32, 32, 32, 32)
-    """Channels of each head that RoPE rotates by picture, row, column and word."""
-    rope_theta: float = 2000.0
-
-    def __post_init__(self):
-        check_axes(self.rope_axes, self.head_dim, count=4)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of both streams."""
-        return self.num_heads * self.head_dim
-
-
-def check_axes(rope_axes: tuple[int, ...], head_dim: int, *, count: int = 3) -> None:
-    """`UserError` unless there are `count` even axes that add up to `head_dim`."""
-    if len(rope_axes) != count or sum(rope_axes) != head_dim or any(n % 2 for n in rope_axes):
-        number = {3: "three", 4: "four"}[count]
-        raise UserError(
-            f"rope_axes {tuple(rope_axes)} must be {number} even numbers that sum to {head_dim}"
         )

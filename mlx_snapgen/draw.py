@@ -33,7 +33,7 @@ class Inputs:
     """The pictures that a drawing starts from, read and fitted."""
 
     image: Image.Image | None = None
-    """RGB, in the size of the drawing."""
+    """RGB or RGBA, in the size of the drawing."""
     redrawn: np.ndarray | None = None
     """Pixels to redraw (H, W); None: all."""
     references: tuple[Image.Image, ...] = ()
@@ -57,11 +57,12 @@ class Inputs:
         return cells.any(axis=(2, 4)).astype(mx.float32)
 
 
-def read_inputs(settings: DrawSettings, *, unit: int) -> Inputs:
+def read_inputs(settings: DrawSettings, *, unit: int, keep_alpha: bool = False) -> Inputs:
     """The pictures of resolved settings.
 
     Args:
         unit: sides of pictures to edit are multiples of this.
+        keep_alpha: the picture to start from keeps its alpha channel.
 
     Raises:
         UserError: a file is missing, damaged or not a picture, or the mask selects nothing.
@@ -70,7 +71,7 @@ def read_inputs(settings: DrawSettings, *, unit: int) -> Inputs:
     size = settings.height, settings.width
     fitted = [(source, fitted_reference(source, unit=unit)) for source in settings.edit]
     if settings.image is not None:
-        first = fitted_picture(settings.image, size, how=settings.fit)
+        first = fitted_picture(settings.image, size, how=settings.fit, keep_alpha=keep_alpha)
         fitted.insert(0, (settings.image, first))
     notices = [
         f"{picture_name(source) or 'the picture'}: {', '.join(changes)}"
@@ -218,7 +219,7 @@ def draw_pictures(
         progress: called with the number of pictures that were just finished.
 
     Returns:
-        uint8 (B, H, W, 3), RGB.
+        uint8 (B, H, W, 3), RGB; of a model with alpha (B, H, W, 4), the colors times alpha.
 
     Raises:
         UserError: as `draw_latents`, or pictures that are not finite.

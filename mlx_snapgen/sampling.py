@@ -24,6 +24,14 @@ class Step:
     """Latents at the next noise level; the result after the last step."""
     x0: mx.array
     """The estimate of the clean latents at the start of the step."""
+    sigma: float
+    """Noise level at the start of the step."""
+    num_steps: int
+
+    @property
+    def final(self) -> bool:
+        """Whether `x_t` is the result."""
+        return self.index == self.num_steps - 1
 
 
 @dataclass(frozen=True)
@@ -164,4 +172,4 @@ def denoise(
             x_t = blend(x_t, add_noise(start.x0, eps, next_sigma), start.redrawn)
             x0 = blend(x0, start.x0, start.redrawn)
         mx.eval(x_t, x0)
-        yield Step(i, x_t, x0=x0)
+        yield Step(i, x_t, x0=x0, sigma=sigma, num_steps=len(schedule) - 1)

@@ -11,7 +11,7 @@ from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import get_lora_weights, lora_weights
 from mlx_snapgen.networks.layers import space_to_depth
-from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder
+from mlx_snapgen.networks.text_encoders.base import PublicTextEncoder
 from mlx_snapgen.sampling import get_schedule, guide
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.config import Schedule, TeacherConfig
@@ -33,7 +33,7 @@ class FlowTeacher:
         config: TeacherConfig,
         network: nn.Module,
         *,
-        prompts: QwenPromptEncoder | None,
+        prompts: PublicTextEncoder | None,
         few_step_network: nn.Module | None = None,
     ):
         self.config, self.prompts = config, prompts

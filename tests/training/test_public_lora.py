@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,15 +19,26 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers import folder as teacher_folder
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE, Z_IMAGE
-from mlx_snapgen.teachers.folder import CONFIG, NETWORKS, load_network, quantizable
+from mlx_snapgen.teachers.folder import (
+    CONFIG,
+    NETWORKS,
+    TeacherFolder,
+    load_flow_teacher,
+    load_network,
+    quantizable,
+)
 from tests import tiny
 from tests.tiny import add_random_lora, randomize
+from train.data.drawn import open_drawing
+from train.evaluation.models import PublicModel
 from train.evaluation.public import PublicValidation
 from train.loop.checkpoint import read_log
 from train.loop.trainer import Trainer
 from train.objectives.base import value_and_grad
+from train.options.lora import parse
 
 SHORT = dataclasses.replace(KLEIN_BASE, num_inference_steps=2)
 MODELS = {
@@ -221,6 +233,36 @@ def test_a_lora_is_trained_on_packed_weights_and_draws(
     assert not np.array_equal(*drawn)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_evaluation_and_prepared_sets_draw_the_pictures_of_the_pipeline(kind, models):
+    """Bit for bit, with the model's own guidance."""
+    folder, pipe = models[kind], SnapGenPipeline.from_pretrained(models[kind])
+    size = {"height": 32, "width": 48}
+    prompts, seeds = ["a robot", "a cat"], [3, 4]
+    steps = [
+        [*pipe.generate(prompt, seed=seed, **size)][-1]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    teacher, autoencoder = load_flow_teacher(folder)
+    some = {"settings": DrawSettings(**size), "share": 1.0, "progress": lambda _: None}
+    drawn = PublicModel(teacher, autoencoder).draw(prompts, seeds=seeds, batch_size=1, **some)
+    assert np.array_equal(drawn, [np.array(step.preview()) for step in steps])
+    data = SimpleNamespace(
+        latents=[mx.zeros_like(steps[0].x0)], condition=lambda prompt: teacher.encode([prompt])
+    )
+    validation = PublicValidation(
+        TeacherFolder(folder, teacher.config), teacher.network, data, prompts=prompts
+    )
+    for_a_set, _ = open_drawing(
+        folder, size=(32, 48), num_inference_steps=None, guidance_scale=None
+    )
+    for step, prompt, seed in zip(steps, prompts, seeds, strict=True):
+        assert mx.array_equal(validation.draw(prompt, seed=seed), step.x0)
+        assert mx.array_equal(for_a_set([prompt], [seed]), step.x0)
+    first = next(pipe.generate(prompts[0], seed=3, **size)).x0
+    assert mx.array_equal(validation.draw(prompts[0], seed=3, steps=1), first)
+
+
 def test_training_lowers_the_loss(models, tuned, pictures):
     tuned(models["flux2"], "--steps", "30", "--checkpoint-every", "15", "--learning-rate", "0.03")
     log = read_log(pictures.parent / "runs" / "robot")
@@ -247,6 +289,13 @@ def test_a_stopped_run_continues_to_the_same_lora(models, tuned, pictures, monke
     assert all(mx.array_equal(a[name], b[name]).item() for name in a)
     with pytest.raises(UserError, match="resolution: give another --run-dir"):
         tuned(model, "--output", "c.safetensors", "--run-dir", "b", "--resolution", "32")
+    text = (model / CONFIG).read_text()
+    (model / CONFIG).write_text(text.replace('"bits": 8', '"bits": 4'))
+    try:
+        with pytest.raises(UserError, match="other bits: give another --run-dir"):
+            tuned(model, "--output", "c.safetensors", "--run-dir", "b")
+    finally:
+        (model / CONFIG).write_text(text)
 
 
 def test_dry_run_writes_nothing(models, tuned, pictures, capsys):
@@ -289,3 +338,12 @@ def test_mistakes_are_one_line(models, tuned, options, message):
 def test_a_model_of_this_project_has_its_own_resolution(model_folder, tuned):
     with pytest.raises(UserError, match="--quantize and --resolution are for public models"):
         tuned(model_folder)
+
+
+def test_an_old_option_is_named_once(tmp_path, monkeypatch, capsys):
+    """A public model's options are parsed a second time, with its defaults."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", "pictures", "--widths", "full"]
+    first, second = parse(options), parse(options, public=MODELS["flux2"])
+    assert capsys.readouterr().err == "warning: --widths is now --model-widths\n"
+    assert first.model_widths == second.model_widths == ["full"]

@@ -16,11 +16,10 @@ from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
-from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.settings import DrawSettings
-from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
-from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
+from mlx_snapgen.teachers.config import TeacherConfig
+from mlx_snapgen.teachers.draw import draw_public
 from mlx_snapgen.teachers.folder import CONFIG, is_teacher, load_flow_teacher
 from train.data.preparation import CaptionEncoder, Chunk, Encoder, half, make_samples
 from train.data.shards import Sample
@@ -154,15 +153,18 @@ def open_drawing(
     """
     if is_teacher(folder):
         teacher, autoencoder = load_flow_teacher(folder)
-        draw = _flow_drawing(
-            teacher,
-            autoencoder,
+        wanted = _public_settings(
+            teacher.config,
             size=size,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
+
+        def draw_with_teacher(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
+            return draw_public(teacher, prompts, seeds=seeds, settings=wanted)
+
         states = teacher_states(teacher, teacher.config.transformer.text_dims)
-        return draw, Teacher(states, autoencoder, teacher_settings(folder))
+        return draw_with_teacher, Teacher(states, autoencoder, teacher_settings(folder))
     components = load_pretrained(folder)
     settings = DrawSettings(
         height=size[0],
@@ -179,55 +181,27 @@ def open_drawing(
     return draw_with_model, Teacher(states, components.autoencoder, teacher_settings(folder))
 
 
-def _flow_drawing(
-    teacher: FlowTeacher,
-    autoencoder: Autoencoder,
+def _public_settings(
+    config: TeacherConfig,
     *,
     size: Size,
     num_inference_steps: int | None,
     guidance_scale: float | None,
-) -> Draw:
-    factor, schedule = autoencoder.config.downsampling, teacher.config.schedule
-    cell = factor * teacher.config.transformer.patch_size
-    if size[0] % cell or size[1] % cell:
-        raise UserError(f"{size[0]}x{size[1]} pixels: both sides must be multiples of {cell}")
-    scale = schedule.guidance_scale if guidance_scale is None else guidance_scale
-    levels = noise_levels(
-        schedule, size[0] * size[1] // cell**2, num_inference_steps=num_inference_steps
-    )
-    shape = size[0] // factor, size[1] // factor, autoencoder.config.latent_channels
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
-        noise = mx.concatenate([get_noise(seed, *shape) for seed in seeds])
-        condition = teacher.encode(prompts)
-        return flow_latents(teacher, condition, noise=noise, levels=levels, guidance_scale=scale)
-
-    return draw
-
-
-def flow_latents(
-    teacher: FlowTeacher,
-    condition: Condition,
-    *,
-    noise: mx.array,
-    levels: Sequence[float],
-    guidance_scale: float,
-    few_step: bool = False,
-) -> mx.array:
-    """Latents (B, h, w, C) that a teacher makes of noise of that shape, at falling noise levels."""
-
-    def velocity(x_t: mx.array, sigma: float) -> mx.array:
-        v, _ = teacher.velocity_and_features(
-            x_t,
-            mx.full((len(x_t),), sigma),
-            condition,
-            guidance_scale=guidance_scale,
-            few_step=few_step,
+) -> DrawSettings:
+    """Settings of a teacher's many-step mode; unlike `resolved`, with any guidance."""
+    if size[0] % config.size_unit or size[1] % config.size_unit:
+        raise UserError(
+            f"{size[0]}x{size[1]} pixels: both sides must be multiples of {config.size_unit}"
         )
-        return v
-
-    *_, last = denoise(velocity, noise, levels)
-    return last.x_t
+    count, scale = num_inference_steps or config.schedule.num_inference_steps, guidance_scale
+    return DrawSettings(
+        height=size[0],
+        width=size[1],
+        num_inference_steps=count,
+        guidance_scale=config.schedule.guidance_scale if scale is None else scale,
+        few_step=False,
+        time_shift=config.time_shift(*size, num_inference_steps=count),
+    )
 
 
 def teacher_states(teacher: Any, dims: int) -> CaptionEncoder:

@@ -3,17 +3,15 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import to_uint8
-from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import DrawSettings
-from mlx_snapgen.teachers.flow import FlowTeacher, shifted_levels
-from train.data.drawn import flow_latents
+from mlx_snapgen.teachers.draw import draw_public
+from mlx_snapgen.teachers.flow import FlowTeacher
 from train.data.source import Samples
 from train.evaluation.validation import flow_losses, teacher_losses
 
@@ -89,32 +87,11 @@ class PublicModel:
         batch_size: int,
         progress: Callable[[int], object],
     ) -> np.ndarray:
-        config, factor = self.config, self.autoencoder.config.downsampling
-        wanted = settings.resolved(config)
-        assert wanted.height is not None and wanted.width is not None
-        assert wanted.num_inference_steps is not None and wanted.time_shift is not None
-        assert wanted.guidance_scale is not None
-        shape = (
-            wanted.height // factor,
-            wanted.width // factor,
-            self.autoencoder.config.latent_channels,
-        )
-        mode = config.sampler_for(wanted.num_inference_steps, wanted.few_step)
-        levels = shifted_levels(mode, wanted.num_inference_steps, time_shift=wanted.time_shift)
-        pictures = []
+        settings, pictures = settings.resolved(self.config), []
         for start in range(0, len(prompts), batch_size):
             chunk = slice(start, start + batch_size)
-            condition = self.teacher.encode(prompts[chunk])
-            if wanted.guidance_scale != 1 and wanted.negative_prompt.strip():
-                away = self.teacher.encode([wanted.negative_prompt])
-                condition = condition._replace(empty_text=away.text, empty_mask=away.mask)
-            latents = flow_latents(
-                self.teacher,
-                condition,
-                noise=mx.concatenate([get_noise(seed, *shape) for seed in seeds[chunk]]),
-                levels=levels,
-                guidance_scale=wanted.guidance_scale,
-                few_step=bool(wanted.few_step),
+            latents = draw_public(
+                self.teacher, prompts[chunk], seeds=seeds[chunk], settings=settings
             )
             decoded = [to_uint8(self.autoencoder.decode(one[None])) for one in latents]
             pictures += decoded

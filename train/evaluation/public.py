@@ -1,5 +1,6 @@
 """LoRAs of public models: memory, time, validation loss, and previews."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.memory import BASE_BYTES
+from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import contact_sheet, to_uint8
-from mlx_snapgen.sampling import add_noise, denoise, get_noise
-from mlx_snapgen.teachers.flow import FlowTeacher, shifted_levels
+from mlx_snapgen.sampling import add_noise
+from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.draw import denoise_public
+from mlx_snapgen.teachers.flow import FlowTeacher
 from mlx_snapgen.teachers.folder import TeacherFolder, load_teacher_autoencoder
 from mlx_snapgen.teachers.memory import TEXT_TOKENS, float_bytes, measure_folder
 from train.data.public import PublicPictures
@@ -71,8 +75,10 @@ class PublicValidation:
     ):
         self.folder, self.data, self.prompts = folder, data, list(prompts)
         self.network, self.teacher = network, FlowTeacher(folder.config, network, prompts=None)
-        config = folder.config
-        self.mode = config.sampler_for(few_step=False)
+        pixels = folder.config.autoencoder.downsampling
+        height, width = (side * pixels for side in data.latents[0].shape[1:3])
+        settings = DrawSettings(height=height, width=width, few_step=False)
+        self.settings = settings.resolved(folder.config)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         self.network.checkpoint_blocks(False)
@@ -105,26 +111,16 @@ class PublicValidation:
                     errors.append(np.array(per_sample(v - (eps - x0))))
         return float(np.mean(np.concatenate(errors).astype(np.float64)))
 
-    def draw(self, prompt: str, *, seed: int, steps: int | None = None) -> mx.array:
+    def draw(self, prompt: Prompt, *, seed: int, steps: int | None = None) -> mx.array:
         """Latents (1, h, w, C) of a prompt, in the first size of the data.
 
         Args:
             steps: of the model's sampler; fewer give the estimate after them. None: all.
         """
-        config, text = self.folder.config, self.data.condition(prompt)
-        _, h, w, channels = self.data.latents[0].shape
-        pixels = config.autoencoder.downsampling
-        count = self.mode.num_inference_steps
-        shift = config.time_shift(h * pixels, w * pixels, num_inference_steps=count)
-        levels = shifted_levels(self.mode, count, time_shift=shift)
-
-        def velocity(x_t: mx.array, sigma: float) -> mx.array:
-            return self.teacher.velocity(
-                x_t, mx.full((1,), sigma), text, guidance_scale=self.mode.guidance_scale
-            )
-
-        noise = get_noise(seed, h, w, channels)
-        *_, last = denoise(velocity, noise, levels[: None if steps is None else steps + 1])
+        drawn = denoise_public(
+            self.teacher, self.data.condition(prompt), seeds=[seed], settings=self.settings
+        )
+        *_, last = itertools.islice(drawn, steps)
         return last.x0
 
 
@@ -143,6 +139,6 @@ def estimate_public(validation: PublicValidation, *, memory: int, accumulate: in
     memory = max(memory, mx.get_peak_memory() + BASE_BYTES)
     started = time.perf_counter()
     validation.draw(data.empty, seed=0, steps=1)
-    picture = (time.perf_counter() - started) * validation.mode.num_inference_steps
+    picture = (time.perf_counter() - started) * (validation.settings.num_inference_steps or 0)
     mx.clear_cache()
     return Estimate(accumulate * step, picture, memory)

@@ -1,0 +1,107 @@
+"""Dataclasses from and to JSON values; what is read may be of unknown origin."""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, cast
+
+from mlx_snapgen.errors import UserError, nearest, one_line
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
+"""The largest number in a config, and the greatest length of a text or list."""
+MOST_LAYERS = 256
+"""Of one network. Each is built in memory before its weights are read."""
+
+
+def from_dict(cls: type, values: Any) -> Any:
+    """Build config `cls` from JSON values of unknown origin.
+
+    Raises:
+        UserError: an unknown key, with the nearest known one, or a value of another type or out of
+            range.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{cls.__name__} must be an object, not {_shown(values)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
+    read = {key: _read(fields[key].type, value, key) for key, value in values.items()}
+    try:
+        made = cls(**read)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{cls.__name__} has values that do not fit together: {error}") from None
+    _check_layers(made)
+    return made
+
+
+def checked(config: Any) -> Any:
+    """A config made of values of unknown origin; `UserError` as from `from_dict`."""
+    return from_dict(type(config), to_dict(config))
+
+
+def whole_number(value: Any, key: str) -> int:
+    """A size of unknown origin, before it multiplies; `UserError` as from `from_dict`."""
+    return _read(int, value, key)
+
+
+def _read(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the type of a dataclass's field; `UserError` names `key`."""
+    if isinstance(kind, types.UnionType):
+        if value is None and types.NoneType in kind.__args__:
+            return None
+        kind = next(k for k in kind.__args__ if k is not types.NoneType)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return from_dict(cast(type, kind), value)
+    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+    stored: Any = {tuple: list, float: (int, float)}.get(kind, kind)
+    if not isinstance(value, stored) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"'{key}' must be {_NAMES[kind]}, not {_shown(value)}")
+    value = cast(Any, value)
+    least = 0 if key.endswith(("blocks", "layers")) or key in ("band_radius", "rope_axes") else 1
+    if kind is int and not least <= value <= MOST[int]:
+        raise UserError(f"'{key}' must be {least} to {MOST[int]}, not {_shown(value)}")
+    if kind is float and not abs(value) <= MOST[float]:
+        raise UserError(f"'{key}' must be at most {MOST[float]:g}, not {_shown(value)}")
+    if kind in (str, tuple) and len(value) > MOST[kind]:
+        raise UserError(f"'{key}' is longer than {MOST[kind]}")
+    if kind is not tuple:
+        return value
+    if items[-1] is ...:
+        return tuple(_read(items[0], item, key) for item in value)
+    if len(items) != len(value):
+        raise UserError(f"'{key}' takes {len(items)} values, not {len(value)}")
+    return tuple(_read(item, v, key) for item, v in zip(items, value, strict=True))
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a list",
+    dict: "an object",
+}
+
+
+def _shown(value: Any) -> str:
+    return one_line(json.dumps(value), 40)
+
+
+def _check_layers(config: Any) -> None:
+    """`UserError` for more layers than a machine has memory for their names."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name.endswith("blocks") or (f.name.startswith("num_") and "layers" in f.name):
+            counts = value if isinstance(value, tuple) else (value,)
+            if min(counts, default=0) < 0 or sum(counts) > MOST_LAYERS:
+                raise UserError(f"'{f.name}' must be 0 to {MOST_LAYERS} layers, not {value}")

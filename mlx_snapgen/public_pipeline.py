@@ -1,0 +1,119 @@
+"""Text to picture with a public model: `PublicPipeline`."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+from PIL import Image
+
+from mlx_snapgen.checkpoint.module import Quantization, on_device
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.generation import Given, Pipeline
+from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.networks.text_encoders.base import Prompt
+from mlx_snapgen.sampling import Step
+from mlx_snapgen.settings import DrawSettings, ModelChoice
+from mlx_snapgen.teachers.base import Condition
+from mlx_snapgen.teachers.draw import denoise_public
+from mlx_snapgen.teachers.folder import (
+    PROMPT_FORMATS,
+    TeacherFolder,
+    load_flow_teacher,
+    load_networks,
+    load_prompts,
+    load_teacher_autoencoder,
+)
+from mlx_snapgen.teachers.memory import check_memory
+
+CACHED_PROMPTS = 32
+
+
+class PublicPipeline(Pipeline):
+    """A public model ready to draw.
+
+    The text encoder is freed after encoding and loaded again for the next prompt that is not in the
+    cache. The transformer is read when the first picture starts.
+
+    Args:
+        folder: the model.
+        choice: how it was loaded, for the pictures' metadata.
+        dtype: see `load_flow_teacher`.
+    """
+
+    def __init__(
+        self, folder: TeacherFolder, choice: ModelChoice, *, dtype: mx.Dtype | None = None
+    ):
+        self._folder, self._dtype = folder, on_device(dtype)
+        self.teacher, autoencoder = load_flow_teacher(folder.path, lazy=True, dtype=dtype)
+        values = flat_parameters(self.teacher.network).values()
+        found = next(value.dtype for value in values if mx.issubdtype(value.dtype, mx.floating))
+        super().__init__(folder.config, choice, autoencoder=autoencoder, dtype=found)
+        self._add_loras()
+        self._texts: OrderedDict[Prompt, tuple[mx.array, mx.array]] = OrderedDict()
+
+    def save_pretrained(self, folder: str | Path, quantize: Quantization | None = None) -> None:
+        """Not for a public model, which `convert.teacher` writes."""
+        raise UserError(f"{self.config.name} is a public model: convert it with convert.teacher")
+
+    def decode(self, latents: mx.array) -> Image.Image:
+        """See `Pipeline.decode`; first frees what the transformer left in MLX's cache."""
+        mx.clear_cache()
+        return super().decode(latents)
+
+    def _check(self, settings: DrawSettings) -> None:
+        check_memory(self._folder, settings, low_memory=self.choice.low_memory)
+
+    def _encode(self, settings: DrawSettings) -> Condition:
+        empty = PROMPT_FORMATS[self.config.kind].empty
+        text = away = self._text(settings.prompt or empty)
+        if settings.guidance_scale != 1:
+            away = self._text(settings.negative_prompt or empty)
+        while len(self._texts) > CACHED_PROMPTS:
+            self._texts.popitem(last=False)
+        if not self.choice.keep_text_encoders:
+            self.teacher.free_text_encoder()
+        return Condition(*text, *away)
+
+    def _text(self, prompt: Prompt) -> tuple[mx.array, mx.array]:
+        if prompt not in self._texts:
+            if self.teacher.prompts is None:
+                self.teacher.prompts = load_prompts(
+                    self._folder.path, self.config, dtype=self._dtype
+                )
+            self._texts[prompt] = self.teacher.prompts([prompt])
+        self._texts.move_to_end(prompt)
+        return self._texts[prompt]
+
+    def _encoder(self) -> Autoencoder:
+        # A copy that is freed after use: `self.autoencoder` never reads its encoder's weights.
+        return load_teacher_autoencoder(self._folder.path, self.config)
+
+    def _add_loras(self) -> None:
+        """Add the LoRAs to the networks; they are not merged, which would quantize again."""
+        for network in filter(None, (self.teacher.network, self.teacher.few_step_network)):
+            for i, (path, weight) in enumerate(self.choice.loras):
+                load_lora(path, network, weight=weight, name=f"lora_{i}")
+
+    def _denoise(
+        self, text: Condition, settings: DrawSettings, *, seeds: list[int], given: Given
+    ) -> Iterator[Step]:
+        if self.teacher.network is None:
+            self.teacher.network, self.teacher.few_step_network = load_networks(
+                self._folder.path, self.config, dtype=self._dtype
+            )
+            self._add_loras()
+        steps = denoise_public(
+            self.teacher,
+            text,
+            seeds=seeds,
+            settings=settings,
+            references=given.references,
+            start=given.start,
+        )
+        for step in steps:
+            if step.final and self.choice.low_memory:
+                self.teacher.free_networks()
+            yield step
