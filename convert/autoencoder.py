@@ -22,9 +22,9 @@ from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser, add_model
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 

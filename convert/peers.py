@@ -12,7 +12,7 @@ import torch
 from convert.libraries import require
 from convert.parity.originals import library
 from convert.pytorch.efficient_dit import EfficientDiT
-from mlx_snapgen.config import preset_autoencoder, transformer_preset
+from mlx_snapgen.presets import preset_autoencoder, transformer_preset
 
 TWIN = "-pytorch"
 """End of the name of a preset's twin."""

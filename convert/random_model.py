@@ -9,9 +9,9 @@
 A model of the paper's sizes has the transformer of a preset, Qwen-Image's autoencoder (DC-AE if the
 preset is named -f32), TinyCLIP's text tower at full size, and a Gemma 3 with two small layers and
 the state width of the 4B model.
-flux2-klein and z-image are teachers with all parts at full size; --quantize also applies to their
-language model. Pictures are noise. The command writes one weight after another, so memory does not
-grow with the model.
+flux2-klein, z-image and minit2i are public models with all parts at full size; --quantize also
+applies to their text encoder. Pictures are noise. The command writes one weight after another, so
+memory does not grow with the model.
 """
 
 import dataclasses
@@ -25,30 +25,35 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from convert.options import add_output, add_quantize, parse
-from convert.parity.originals import write_byte_tokenizer
+from convert.parity.originals import write_byte_tokenizer, write_spiece
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, matrices
+from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.cli.notices import announce, peak_process_bytes
 from mlx_snapgen.cli.options import Parser, integer
-from mlx_snapgen.config import (
-    FLUX2_AUTOENCODER,
-    TINYCLIP_19M,
-    TRANSFORMERS,
-    Flux2TransformerConfig,
-    ModelConfig,
-    TextEncoderConfig,
-    ZImageTransformerConfig,
-    preset_autoencoder,
-    to_dict,
-    transformer_preset,
-)
+from mlx_snapgen.config import ModelConfig, TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.networks.text_encoders.t5 import T5Encoder
+from mlx_snapgen.presets import (
+    FLUX2_AUTOENCODER,
+    PIXELS,
+    TINYCLIP_19M,
+    TRANSFORMERS,
+    preset_autoencoder,
+    transformer_preset,
+)
 from mlx_snapgen.public.keys.gemma import gemma_shapes
 from mlx_snapgen.public.stream import Entry, lazy, write_new
-from mlx_snapgen.teachers.config import KLEIN, TURBO, TeacherConfig
+from mlx_snapgen.public_config import (
+    Flux2TransformerConfig,
+    MiniT2ITransformerConfig,
+    ZImageTransformerConfig,
+)
+from mlx_snapgen.teachers.config import KLEIN, MINIT2I, TURBO, TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG as TEACHER_CONFIG
 from mlx_snapgen.teachers.folder import FORMAT_VERSION as TEACHER_FORMAT_VERSION
 from mlx_snapgen.teachers.folder import NETWORKS, quantizable
@@ -68,6 +73,17 @@ GEMMA = {
     "rms_norm_eps": 1e-6,
 }
 """Gemma-3-4b-it cut to two layers, a narrow MLP and a vocabulary of bytes."""
+
+FLAN_T5_LARGE = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 1024,
+    "d_kv": 64,
+    "d_ff": 2816,
+    "num_layers": 24,
+    "num_heads": 16,
+    "feed_forward_proj": "gated-gelu",
+}
 
 QWEN3_4B = {
     "model_type": "qwen3",
@@ -93,8 +109,9 @@ TEACHERS = {
     "z-image": TeacherConfig(
         "z-image", ZImageTransformerConfig(), FLUX_AUTOENCODER, schedule=TURBO, few_step=TURBO
     ),
+    "minit2i": TeacherConfig("minit2i", MiniT2ITransformerConfig(), PIXELS, schedule=MINIT2I),
 }
-"""Distilled public models, which have a Qwen3-4B."""
+"""Public models: two that are distilled, with a Qwen3-4B, and MiniT2I-B/16 with a FLAN-T5-large."""
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -111,7 +128,7 @@ def write_random_model(
 
     Args:
         output: must not exist, or be an empty folder.
-        preset: name in `config.TRANSFORMERS` of a transformer with the paper's two text encoders.
+        preset: name in `presets.TRANSFORMERS` of a transformer with the paper's two text encoders.
         dtype: of the transformer and the text encoders; the autoencoder's is float32.
         bits: of the transformer's matrices, quantized in groups of 32; None does not quantize.
 
@@ -165,17 +182,13 @@ def write_random_teacher(
     Args:
         output: must not exist, or be an empty folder.
         name: key of `TEACHERS`.
-        dtype: of the transformer and the language model; the autoencoder's is float32.
-        bits: of the matrices in the transformer's blocks and in the language model, quantized in
+        dtype: of the transformer and the text encoder; the autoencoder's is float32.
+        bits: of the matrices in the transformer's blocks and in the text encoder, quantized in
             groups of 64; None does not quantize.
 
     Raises:
-        UserError: mlx-lm is not installed, or an output that is not empty.
+        UserError: mlx-lm is needed but not installed, or an output that is not empty.
     """
-    try:
-        from mlx_lm.models.qwen3 import Model, ModelArgs
-    except ImportError:
-        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
     how = None if bits is None else {"bits": bits, "group_size": 64}
     config = dataclasses.replace(TEACHERS[name], quantization=how)
     network = NETWORKS[config.kind](config.transformer)
@@ -186,15 +199,33 @@ def write_random_teacher(
         (folder / TEACHER_CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
         path = folder / "transformer-00001.safetensors"
         _write(path, network, dtype=dtype, how=how, layers=layers)
-        autoencoder = make_autoencoder(config.autoencoder)
-        _write(folder / "autoencoder.safetensors", autoencoder, dtype=mx.float32)
+        draws_pixels = config.kind == "minit2i"
+        if not draws_pixels:
+            autoencoder = make_autoencoder(config.autoencoder)
+            _write(folder / "autoencoder.safetensors", autoencoder, dtype=mx.float32)
         text = folder / config.text_encoder
         text.mkdir()
-        language_model = QWEN3_4B | ({} if how is None else {"quantization": how})
-        (text / "config.json").write_text(json.dumps(language_model, indent=1))
-        tower = Model(ModelArgs.from_dict(QWEN3_4B))
+        values = FLAN_T5_LARGE if draws_pixels else QWEN3_4B
+        tower = _t5(text) if draws_pixels else _qwen3(text)
+        values = values | ({} if how is None else {"quantization": how})
+        (text / "config.json").write_text(json.dumps(values, indent=1))
         _write(text / "model.safetensors", tower, dtype=dtype, how=how)
-        write_byte_tokenizer(text)
+
+
+def _qwen3(folder: Path) -> nn.Module:
+    """Qwen3-4B; `folder` gets its tokenizer."""
+    try:
+        from mlx_lm.models.qwen3 import Model, ModelArgs
+    except ImportError:
+        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
+    write_byte_tokenizer(folder)
+    return Model(ModelArgs.from_dict(QWEN3_4B))
+
+
+def _t5(folder: Path) -> nn.Module:
+    """The encoder of FLAN-T5-large; `folder` gets its tokenizer."""
+    write_spiece(folder / "spiece.model")
+    return T5Encoder(t5_config(FLAN_T5_LARGE, folder))
 
 
 def _write(
@@ -265,7 +296,8 @@ def main() -> None:
     parser.add_argument(
         "preset",
         metavar="PRESET",
-        help=f"size of the transformer: {', '.join(presets)}; or a teacher: {', '.join(TEACHERS)}",
+        help=f"size of the transformer: {', '.join(presets)}; or a public model: "
+        + ", ".join(TEACHERS),
     )
     add_output(parser)
     parser.add_argument(

@@ -87,14 +87,14 @@ def main() -> None:
     check_new(args.output)
     if args.base is None and Path(args.source).is_dir():
         # May lack the parts that other options replace.
-        source, file = find_model(args.source, revision=args.revision), None
+        source, file, text = find_model(args.source, revision=args.revision), None, None
         if is_teacher(source):
             raise UserError(f"{args.source} is converted already: give what it was made of")
     else:
         model = describe_public(args.source, revision=args.revision, base=args.base)
         if model.file is not None and args.transformer is not None:
             raise UserError(f"{args.source} is a transformer: leave out --transformer")
-        source, file = fetch_public(model), model.file
+        (source, text), file = fetch_public(model), model.file
     few_step_model = None
     if args.few_step_model is not None:
         few_step_model = find_model(args.few_step_model, files=FEW_STEP_FILES)
@@ -108,6 +108,7 @@ def main() -> None:
             few_step_model=few_step_model,
             file=file,
             text_encoder=args.text_encoder,
+            text_source=text,
             transformer=args.transformer,
         )
     print(args.output)

@@ -26,11 +26,20 @@ model of `train.palettes` keeps its fine-tuned palettes. --model-widths writes o
 function for each width; the functions share their weights (convert/pytorch/tiles.py). --chunks 2
 cuts the transformer between two blocks into Transformer_0 and Transformer_1. An input of the
 second that takes an output of the first has the same name (convert/pytorch/chunks.py).
+
+Of public models only MiniT2I is exported, from a folder of convert.teacher and at its own size:
+
+    TextEncoder    tokens (1, L) int32, mask (1, L)               -> text (1, L, D), float32
+    Transformer    x_t (1, 3, S, S), t (1), text (1, L, D),
+                   mask (1, L)                                    -> velocity (1, 3, S, S)
+
+A picture is 2 times the latents x_t, whose noise has unit variance. An unconditional mask is 0.
 """
 
 import dataclasses
 
 from convert.coreml.export import export_coreml, load_for_export, needed_bytes
+from convert.coreml.minit2i import export_minit2i
 from convert.coreml.options import (
     ExportSettings,
     check_palettes_fit,
@@ -41,13 +50,14 @@ from convert.coreml.package import check_space
 from convert.libraries import require_coremltools
 from convert.options import parse
 from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.hub import find_model, local_folder
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
 from mlx_snapgen.quantize.palettes import load_palettes
 from mlx_snapgen.settings import check_size, check_width
+from mlx_snapgen.teachers.folder import is_teacher
 
 
 def main() -> None:
@@ -62,6 +72,13 @@ def main() -> None:
     )
     settings.check()
     check_new(args.output)
+    public = local_folder(args.model)
+    if public is not None and is_teacher(public):
+        alone = dataclasses.replace(settings, target="ios17", precision="float16")
+        if alone != ExportSettings() or args.height or args.width or args.no_few_step:
+            raise UserError(f"{args.model} is a public model: only --target and --precision fit it")
+        export_minit2i(public, args.output, target=args.target, precision=args.precision)
+        return
     with announce("loading coremltools ..."):
         require_coremltools()
     folder = find_model(args.model)

@@ -21,8 +21,9 @@ from convert.pytorch.weights import torch_networks, without_twin, write_tokenize
 from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.config import ModelConfig, to_dict
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.efficient_dit import count_parameters
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.quantize.palettes import LEAST, Palettes, check_palettes, with_palettes

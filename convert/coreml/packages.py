@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from convert.mil.execution import Interpreter
+from mlx_snapgen.alpha import straight
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.model import fuse_few_step, load_pretrained
 from mlx_snapgen.cli.notices import announce
@@ -131,7 +132,7 @@ class Packages:
             latents = step.x_t
         (picture,) = self.decoder({"latents": np.array(latents.transpose(0, 3, 1, 2))}).values()
         decoded = mx.array(picture.astype(np.float32).transpose(0, 2, 3, 1))
-        return Image.fromarray(to_uint8(decoded)[0])
+        return Image.fromarray(straight(to_uint8(decoded)[0]))
 
 
 def check_picture(ratio: float) -> None:

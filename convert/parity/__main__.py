@@ -26,6 +26,14 @@ from convert.parity.autoencoders import (
     make_kl_vae,
     make_qwen_image_vae,
 )
+from convert.parity.minit2i import (
+    compare_minit2i,
+    compare_minit2i_pictures,
+    compare_t5,
+    make_minit2i,
+    make_t5,
+    make_whole_minit2i,
+)
 from convert.parity.originals import relative_difference
 from convert.parity.pictures import (
     compare_klein_edit,
@@ -122,6 +130,15 @@ PORTS = {
     ),
     "flux2": Port(
         "diffusers Flux2Transformer2DModel", ("torch", "diffusers"), make_flux2, compare_flux2
+    ),
+    "minit2i": Port("convert.pytorch.minit2i", ("torch",), make_minit2i, compare_minit2i),
+    "t5": Port("transformers T5EncoderModel", ("torch", "transformers"), make_t5, compare_t5),
+    "minit2i-b": Port(
+        "convert.pytorch.minit2i",
+        ("torch", "transformers"),
+        make_whole_minit2i,
+        compare_minit2i_pictures,
+        only_random=True,
     ),
     "flux2-klein": Port(
         "diffusers Flux2KleinPipeline",

@@ -1,6 +1,7 @@
 """Originals at a small size with random weights, and how far the ports are from them."""
 
 import importlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -253,6 +254,62 @@ def write_byte_tokenizer(folder: Path) -> None:
     settings = {f"{mark[1:-1]}_token": mark for mark in marks}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+MINIT2I = {
+    "image_size": 64,
+    "patch_size": 8,
+    "in_channels": 3,
+    "txt_input_size": 24,
+    "hidden_size": 48,
+    "txt_hidden_size": 48,
+    "cond_vec_size": 48,
+    "depth_double": 2,
+    "txt_preamble_depth": 1,
+    "num_heads": 4,
+    "head_dim": 12,
+    "mlp_ratio": 2.7,
+    "pca_channels": 16,
+    "prompt_length": 16,
+    "n_T": 100,
+    "prediction": "x",
+    "sampler": "euler",
+    "cfg_channels": 3,
+    "cfg_interval": [0.0, 1.0],
+    "llm": "google/flan-t5-large",
+}
+"""config.json of a small MiniT2I."""
+
+SPIECE_TEXT = (
+    "A red apple on a table; two cats, a green car. A photo of the moon over snow, "
+    "with 12 stars & Ünïted étoiles!"
+)
+
+
+def write_spiece(path: Path, text: str = SPIECE_TEXT) -> None:
+    """Write a small sentencepiece model with the special tokens of T5."""
+    sentencepiece, model = library("sentencepiece"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 10),
+        model_writer=model,
+        vocab_size=100,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+
+
+def t5(**changes: Any) -> Any:
+    """transformers' T5EncoderModel, as in FLAN-T5."""
+    sizes = {"vocab_size": 128, "d_model": 24, "d_kv": 8, "num_heads": 4, "d_ff": 40}
+    sizes |= {"num_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return _made("transformers", "T5EncoderModel", "T5Config", **sizes | changes)
 
 
 # --- pipelines --------------------------------------------------------------------------------

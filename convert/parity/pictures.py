@@ -22,8 +22,9 @@ from convert.parity.originals import (
     z_image_pipeline,
 )
 from convert.parity.transformers import Pairs
+from mlx_snapgen.generation import PictureWarning, Pipeline
 from mlx_snapgen.networks.layers import pack
-from mlx_snapgen.pipeline import PictureWarning, SnapGenPipeline
+from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import DrawSettings
@@ -120,7 +121,7 @@ def _settings(folder: Path, *, masked: bool, **settings: Any) -> DrawSettings:
     return DrawSettings(PROMPT, image=str(folder / "0.png"), mask=mask, seed=SEED, **settings)
 
 
-def _pipelines(folder: Path, model: str, name: str) -> tuple[SnapGenPipeline, Any]:
+def _pipelines(folder: Path, model: str, name: str) -> tuple[Pipeline, Any]:
     """Ours, and diffusers' of a class."""
     here = folder / f"{model}-here"
     if not here.exists():
@@ -133,7 +134,7 @@ def _pipelines(folder: Path, model: str, name: str) -> tuple[SnapGenPipeline, An
 
 
 def _drawn(
-    ours: SnapGenPipeline, theirs: Any, settings: DrawSettings, **more: Any
+    ours: Pipeline, theirs: Any, settings: DrawSettings, **more: Any
 ) -> tuple[mx.array, Any]:
     """Pictures (1, H, W, 3) in [0, 1], before what must not change is pasted: ours, and theirs."""
     height, width = SIZE

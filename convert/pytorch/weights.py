@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 
 from convert.pytorch.folder import FORMAT, twin_files
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.files import new_folder
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.public.stream import Entry, write_new
 
 Weights = dict[str, Callable[[], np.ndarray]]

@@ -11,9 +11,10 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
-from mlx_snapgen.config import TextEncoderConfig, from_dict
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import MOST_BYTES, decode_text, read_json, read_text
+from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")

@@ -20,9 +20,10 @@ from mlx_snapgen.checkpoint.module import (
     read_part,
     shapes,
 )
-from mlx_snapgen.config import ClipConfig, PictureEncoderConfig, from_dict
+from mlx_snapgen.config import ClipConfig, PictureEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_json
+from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTokenizer
 

@@ -13,9 +13,10 @@ from mlx_snapgen.checkpoint.hub import (
     quiet,
 )
 from mlx_snapgen.checkpoint.module import Part, check_quantization, check_version
-from mlx_snapgen.config import ModelConfig, TextEncoderConfig, from_dict
+from mlx_snapgen.config import ModelConfig, TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_json
+from mlx_snapgen.json_values import from_dict
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.files import read_object
+from mlx_snapgen.json_values import MOST_LAYERS
+from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
-from mlx_snapgen.networks.text_encoders.qwen import PromptFormat, QwenPromptEncoder
+from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder
 from mlx_snapgen.tensor_files import read_header
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-QWEN_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
-"""Files of a repository that `load_gemma` and `load_qwen` need."""
+TEXT_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "spiece.model")
+"""Files of a repository that `load_gemma` needs, and the text encoder of a public model."""
 
 
 def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
@@ -49,6 +51,10 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         raise UserError(f"{folder}: its tokenizer has no begin mark, bos_token")
     text = getattr(model, "language_model", model).model
     check_arguments(text.args, folder)
+    pattern = text.args.sliding_window_pattern
+    if not 1 <= pattern <= MOST_LAYERS:
+        name = folder / "config.json"
+        raise UserError(f"{name}: 'sliding_window_pattern' cannot be {pattern}")
     if text.args.hidden_size != config.hidden_size:
         raise UserError(
             f"{folder} gives states of {text.args.hidden_size}, the model takes those of "

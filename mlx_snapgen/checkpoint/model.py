@@ -33,14 +33,10 @@ from mlx_snapgen.checkpoint.module import (
     read_part,
 )
 from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, load_text_encoder
-from mlx_snapgen.config import (
-    AutoencoderConfig,
-    ModelConfig,
-    from_dict,
-    to_dict,
-)
+from mlx_snapgen.config import AutoencoderConfig, ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors
+from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.lora.adapters import (
     fuse_lora,
     get_lora_weights,

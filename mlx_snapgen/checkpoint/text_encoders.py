@@ -12,8 +12,9 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model
 from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, load_gemma
 from mlx_snapgen.checkpoint.module import Part, load_stored, read_part
-from mlx_snapgen.config import TextEncoderConfig, from_dict
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextStates, encode_states
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer

@@ -15,9 +15,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.config import FOUR_STEPS, SamplerConfig, from_dict, to_dict
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import expanded, parse_json, save_tensors, whole_file
+from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.lora.adapters import (
     Adapter,
     adapted_layers,
@@ -29,10 +30,17 @@ from mlx_snapgen.lora.adapters import (
 )
 from mlx_snapgen.lora.layouts import Place, original_names
 from mlx_snapgen.lora.peft import PEFT_FILES, config_beside, peft_alphas, peft_config
+from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.tensor_files import load_tensors, read_header
 
-PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
-"""Prefixes of a layer's path in files; `save_lora` writes the first."""
+PREFIXES = (
+    "transformer.",
+    "diffusion_model.",
+    "base_model.model.model.net.",
+    "base_model.model.",
+    "model.net.",
+)
+"""Prefixes of a layer's path in files; `save_lora` writes the first. MiniT2I's have "net"."""
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Prefixes of kohya's flat names, where underscores replace the dots of a path."""
 PARTS = {
@@ -257,7 +265,8 @@ def load_lora(
         name = re.sub(r"^[^a-zA-Z]+", "", re.sub(r"[^\w-]", "_", path.stem, flags=re.A)) or "lora"
     layers = linear_layers(module)
     config = peft_config(path, header)
-    by_layer = _by_layer(tensors, layers, path=path)
+    unused = getattr(module, "UNUSED", ())
+    by_layer = _by_layer(tensors, layers, path=path, unused=unused)
     alphas = peft_alphas(
         path, config, {layer: len(parts["a"]) for layer, parts in by_layer.items()}
     )
@@ -280,12 +289,22 @@ def load_lora(
 
 
 def _by_layer(
-    tensors: Mapping[str, mx.array], layers: Mapping[str, nn.Module], *, path: Path
+    tensors: Mapping[str, mx.array],
+    layers: Mapping[str, nn.Module],
+    *,
+    path: Path,
+    unused: Sequence[str] = (),
 ) -> dict[str, dict[str, mx.array]]:
-    """Layer path -> its "a", "b" and optional "alpha", all checked against the layer."""
+    """Layer path -> its "a", "b" and optional "alpha", all checked against the layer.
+
+    Args:
+        unused: layers of the public network that have no effect and are ignored.
+    """
     names = original_names(layers) | {layer: Place((layer,)) for layer in layers}
     aliases = {p + name.replace(".", "_"): names[name] for p in FLAT_PREFIXES for name in names}
     aliases |= {prefix + name: names[name] for prefix in ("", *PREFIXES) for name in names}
+    ignored = {prefix + name for prefix in ("", *PREFIXES) for name in unused}
+    tensors = {k: v for k, v in tensors.items() if (_split_key(k) or (k,))[0] not in ignored}
     found: dict[str, dict[str, mx.array]] = {}
     faults, joined = [], []
     for key, value in tensors.items():

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
+from mlx_snapgen.alpha import over
 from mlx_snapgen.config import ClipConfig, PictureEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.base import Tokenizer
@@ -19,7 +20,9 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import Layer
 
 
 def center_square(picture: np.ndarray, size: int) -> np.ndarray:
-    """The center of a uint8 picture (H, W, 3) at `size` x `size` pixels, as CLIP sees it.
+    """The center of a uint8 picture (H, W, C) at `size` x `size` pixels, as CLIP sees it.
+
+    A fourth channel is alpha (the colors are times alpha); such a picture is over white.
 
     The shorter side is resized to `size` by antialiased bicubic interpolation, the longer one by
     the same factor, rounded down. Then the center is cropped, at offsets rounded to even at .5:
@@ -28,6 +31,7 @@ def center_square(picture: np.ndarray, size: int) -> np.ndarray:
     height, width = picture.shape[:2]
     short = min(height, width)
     new_height, new_width = (size * side // short for side in (height, width))
+    picture = over(picture, 255)
     image = Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BICUBIC)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return np.asarray(image)[top : top + size, left : left + size]

@@ -7,13 +7,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -22,16 +23,19 @@ from mlx_snapgen.checkpoint.hub import (
     DownloadProgress,
     fetch,
     find_model,
+    local_folder,
     quiet,
     read_repository,
 )
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.checkpoint.t5 import TOKENIZER, t5_config
+from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import check_writable, read_object
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.networks.text_encoders.t5 import T5Encoder
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.keys.transformers import make_transformer
 from mlx_snapgen.public.source import NAMES, part_source, shard_names
-from mlx_snapgen.public.teachers import convert_teacher, read_schedules
+from mlx_snapgen.public.teachers import TEXT_KINDS, convert_teacher, read_schedules
 from mlx_snapgen.settings import machine_memory
 from mlx_snapgen.teachers.config import NAMES as MODEL_NAMES
 from mlx_snapgen.teachers.folder import (
@@ -43,7 +47,14 @@ from mlx_snapgen.teachers.folder import (
 from mlx_snapgen.teachers.memory import GROUP_SIZE, measure, text_bytes
 
 PIPELINES = ("ZImagePipeline", "QwenImagePipeline", "Flux2KleinPipeline")
-"""`_class_name` in model_index.json of the models that can be drawn with."""
+"""`_class_name` in model_index.json of the models that can be drawn with, except MiniT2I."""
+
+MINIT2I = "minit2i-b-16"
+"""Folder in MiniT2I's repository with the model that is drawn with. Its text encoder is in another
+repository."""
+
+FLAN_T5 = r"google/flan-t5-[a-z]+"
+"""Names of that repository."""
 
 INDEX = "model_index.json"
 CONFIGS = (
@@ -58,6 +69,10 @@ CONFIGS = (
 WEIGHTS = ("transformer", "vae", "text_encoder")
 """Folders of a model's weights."""
 
+MINIT2I_CONFIGS = "transformer/config.json", "scheduler/scheduler_config.json"
+TEXT_CONFIG = "config.json"
+TEXT_ENCODER = "text_encoder"
+
 DEFAULT_BITS = (0, 8, 4)
 """Quantizations to choose from: the first that leaves half of the machine's memory free, or the
 last."""
@@ -69,26 +84,63 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class PublicModel:
-    """A model in diffusers' format, described by its configs alone."""
+class Place:
+    """Where files are."""
 
     source: str
-    """The folder or repository that the user named."""
+    """The name of the folder or repository."""
     folder: Path
-    """Where its configs are; of a local model also its weights."""
+    """Where its configs are; of a local one also its weights."""
     commit: str | None
     """Of a repository; None for a local folder."""
+
+
+@dataclass(frozen=True)
+class PublicModel(Place):
+    """A model in diffusers' format, described by its configs alone; `source` is the user's name."""
+
     kind: str
     name: str
     network: TeacherNetwork
     """With lazy random weights."""
     file: Path | None = None
     """File with the transformer, instead of that in the folder or repository."""
+    inside: str = ""
+    """Folder of the model in the folder or repository, ending in /."""
+    text: Place | None = None
+    """Where the text encoder is, unless it is in the model's folder."""
+
+
+class Files(NamedTuple):
+    """The files of a model that are needed, with their bytes."""
+
+    own: dict[str, int]
+    text: dict[str, int]
+    """Those in the place of the text encoder."""
+    licenses: tuple[str | None, ...]
+    """Of the model, and of a text encoder in another place; None: not known."""
+
+
+class Folders(NamedTuple):
+    """Folders with the files of a model."""
+
+    model: Path
+    text: Path
+    """Of the text encoder."""
 
 
 def is_public(folder: Path) -> bool:
     """Whether a folder is a model in diffusers' format."""
-    return (folder / INDEX).is_file()
+    return (folder / INDEX).is_file() or _inside(folder) is not None
+
+
+def _inside(folder: Path) -> str | None:
+    """Where MiniT2I is in a folder, "" or ending in /; None for other models."""
+    for inside in ("", f"{MINIT2I}/"):
+        path = folder / inside / "transformer" / "config.json"
+        if path.is_file() and read_object(path).get("_class_name") == "MiniT2IMMJiTModel":
+            return inside
+    return None
 
 
 def cache_folder() -> Path:
@@ -104,14 +156,17 @@ def describe(source: str, folder: Path, commit: str | None) -> PublicModel:
 
     Raises:
         UserError: a model that cannot be drawn with, a config that is missing, or no mlx-lm, which
-            all known models need.
+            all known models except MiniT2I need.
     """
+    if (inside := _inside(folder)) is not None:
+        return _describe_minit2i(Place(source, folder, commit), inside)
     if importlib.util.find_spec("mlx_lm") is None:
         raise UserError('public models need mlx-lm: pip install "mlx_snapgen[teacher]"')
     name = read_object(folder / INDEX).get("_class_name")
     if name not in PIPELINES:
         raise UserError(
-            f"{source} is a {name}, which cannot be drawn with: known are {', '.join(PIPELINES)}"
+            f"{source} is a {name}, which cannot be drawn with: known are {', '.join(PIPELINES)}, "
+            "and MiniT2I"
         )
     if commit is not None:
         folder = find_model(source, revision=commit, files=CONFIGS, progress=quiet)
@@ -120,7 +175,7 @@ def describe(source: str, folder: Path, commit: str | None) -> PublicModel:
     text = read_object(folder / "text_encoder" / "config.json").get("model_type")
     if text not in PROMPT_FORMATS[kind].model_types:
         raise UserError(f"{source} has a {text} as text encoder, which does not fit a {kind}")
-    schedule, few_step = read_schedules(folder, kind, has_few_step=False)
+    schedule, few_step = read_schedules(folder, network, has_few_step=False)
     return PublicModel(
         source,
         folder,
@@ -128,6 +183,37 @@ def describe(source: str, folder: Path, commit: str | None) -> PublicModel:
         kind=kind,
         name=MODEL_NAMES[kind, schedule == few_step],
         network=network,
+    )
+
+
+def _describe_minit2i(place: Place, inside: str) -> PublicModel:
+    """MiniT2I, whose text encoder is in its folder, or in a repository that its config names."""
+    if place.commit is not None:
+        files = [inside + name for name in MINIT2I_CONFIGS]
+        find_model(place.source, revision=place.commit, files=files, progress=quiet)
+    folder = place.folder / inside
+    path = folder / "transformer" / "config.json"
+    values = read_object(path)
+    kind, network = make_transformer(values, path)
+    text, where = None, folder / TEXT_ENCODER
+    if not (where / TEXT_CONFIG).is_file():
+        name = values.get("llm")
+        if not isinstance(name, str) or not re.fullmatch(FLAN_T5, name):
+            raise UserError(f"{path} names {name!r} as text encoder, which is no FLAN-T5")
+        where = find_model(name, files=[TEXT_CONFIG], progress=quiet)
+        text = Place(name, where, where.name if local_folder(name) is None else None)
+    if t5_config(read_object(where / TEXT_CONFIG), where).hidden_size != network.config.text_dims:
+        raise UserError(f"{where} does not fit {path}: its states have another width")
+    read_schedules(folder, network, has_few_step=False)
+    return PublicModel(
+        place.source,
+        place.folder,
+        place.commit,
+        kind=kind,
+        name=MODEL_NAMES[kind, False],
+        network=network,
+        inside=inside,
+        text=text,
     )
 
 
@@ -157,31 +243,43 @@ def open_public(
     for known in DEFAULT_BITS if bits is None else (bits,):
         if _target(model, known).is_dir():
             return _opened(model, known)
-    sizes, license_ = _sizes(model)
-    files = _needed_files(model, sizes)
-    text = sum(size for name, size in files.items() if name.startswith("text_encoder/"))
+    files = _files(model)
+    text = _text_bytes(model, files)
     chosen = _choose_bits(model, text) if bits is None else bits
-    _describe_work(model, files, bits=chosen, license_=license_, text=text, say=say)
-    folder = _fetch(model, files, progress)
-    _convert(model, folder, bits=chosen, progress=converting)
+    _describe_work(model, files, bits=chosen, text=text, say=say)
+    _convert(model, _fetch(model, files, progress), bits=chosen, progress=converting)
     return _opened(model, chosen)
 
 
-def fetch_public(model: PublicModel, *, progress: DownloadProgress | None = None) -> Path:
-    """The folder with all files of a model that are needed, which a repository's are fetched to.
+def fetch_public(model: PublicModel, *, progress: DownloadProgress | None = None) -> Folders:
+    """The folders with all files of a model that are needed; a repository's are fetched.
 
     Raises:
         UserError: a file that is missing, no access, no network, no space.
     """
-    sizes, _ = _sizes(model)
-    return _fetch(model, _needed_files(model, sizes), progress)
+    return _fetch(model, _files(model), progress)
 
 
-def _fetch(model: PublicModel, files: Mapping[str, int], progress: DownloadProgress | None) -> Path:
-    if model.commit is None:
-        return model.folder
-    with _bar(model, files, progress) as shown:
-        return fetch(model.source, revision=model.commit, files=list(files), progress=shown)
+def _fetch(model: PublicModel, files: Files, progress: DownloadProgress | None) -> Folders:
+    """All files, with one bar or `progress`."""
+    total = sum(files.own.values()) + sum(files.text.values())
+    folder, text = model.folder, model.text
+    with _bar(model.source, total, progress) as shown:
+        if model.commit is not None:
+            folder = fetch(
+                model.source, revision=model.commit, files=list(files.own), progress=shown
+            )
+        where = folder / model.inside / TEXT_ENCODER
+        if text is not None:
+            where = text.folder
+        if text is not None and text.commit is not None:
+            before = sum(files.own.values())
+
+            def later(name: str, done: int, _: int) -> None:
+                shown(name, before + done, total)
+
+            where = fetch(text.source, revision=text.commit, files=list(files.text), progress=later)
+    return Folders(folder / model.inside, where)
 
 
 def _opened(model: PublicModel, bits: int) -> TeacherFolder:
@@ -217,71 +315,96 @@ def _identity(path: Path) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _sizes(model: PublicModel) -> tuple[Mapping[str, int], str | None]:
-    """Files of the whole model with their bytes, and its license if that is known."""
-    if model.commit is not None:
-        found = read_repository(model.source, model.commit)
-        if found is not None:
-            return found.files, found.license
-    folder = model.folder
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    if model.commit is not None:
-        try:
-            _needed_files(model, sizes)
-        except UserError:
-            raise UserError(
-                f"{model.source} is not in the cache, and Hugging Face cannot be reached: try "
-                "again with a network"
-            ) from None
-    return sizes, None
-
-
-def _needed_files(model: PublicModel, sizes: Mapping[str, int]) -> dict[str, int]:
+def _files(model: PublicModel) -> Files:
     """The files to read, with their bytes: not other variants of the same weights.
 
     Raises:
         UserError: a file that is missing.
     """
-    wanted = [*CONFIGS]
-    for part in WEIGHTS:
+    own, license_ = _needed(model, lambda sizes: _needed_files(model, sizes))
+    if model.text is None:
+        return Files(own, {}, (license_,))
+    place = model.text
+    text, other = _needed(place, lambda sizes: _needed_text(place, sizes))
+    return Files(own, text, (license_, other))
+
+
+def _needed(
+    place: Place, choose: Callable[[Mapping[str, int]], dict[str, int]]
+) -> tuple[dict[str, int], str | None]:
+    """What `choose` takes of the files in a place, and their license if that is known."""
+    if place.commit is not None:
+        found = read_repository(place.source, place.commit)
+        if found is not None:
+            return choose(found.files), found.license
+    folder = place.folder
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    try:
+        return choose(sizes), None
+    except UserError:
+        if place.commit is None:
+            raise
+        raise UserError(
+            f"{place.source} is not in the cache, and Hugging Face cannot be reached: try "
+            "again with a network"
+        ) from None
+
+
+def _needed_files(model: PublicModel, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Those in the place of the model."""
+    draws_pixels = model.kind == "minit2i"
+    wanted = [model.inside + name for name in (MINIT2I_CONFIGS if draws_pixels else CONFIGS)]
+    if draws_pixels and wanted[-1] not in sizes:
+        wanted.pop()  # The schedule has defaults.
+    parts = ("transformer",) if draws_pixels else WEIGHTS
+    for part in parts:
         if part != "transformer" or model.file is None:
-            wanted += _weight_files(model, part, sizes)
+            wanted += _weight_files(model, model.inside + part, sizes)
+    if draws_pixels and model.text is None:
+        wanted += _needed_text(model, sizes, f"{model.inside}{TEXT_ENCODER}/")
     tokenizer = [name for name in sizes if name.startswith("tokenizer/") and name.count("/") == 1]
-    if not tokenizer:
+    if not draws_pixels and not tokenizer:
         raise UserError(f"{model.source} is incomplete: it has no folder tokenizer")
-    wanted += tokenizer
+    return _found(model, [*wanted, *([] if draws_pixels else tokenizer)], sizes)
+
+
+def _needed_text(place: Place, sizes: Mapping[str, int], inside: str = "") -> dict[str, int]:
+    """Those of a T5."""
+    wanted = [f"{inside}{name}" for name in (TEXT_CONFIG, TOKENIZER)]
+    return _found(place, [*wanted, *_weight_files(place, inside.rstrip("/"), sizes)], sizes)
+
+
+def _found(place: Place, wanted: Iterable[str], sizes: Mapping[str, int]) -> dict[str, int]:
     if missing := [name for name in wanted if name not in sizes]:
-        raise UserError(f"{model.source} is incomplete: it has no {missing[0]}")
+        raise UserError(f"{place.source} is incomplete: it has no {missing[0]}")
     return {name: sizes[name] for name in wanted}
 
 
-def _weight_files(model: PublicModel, part: str, sizes: Mapping[str, int]) -> list[str]:
-    """The weights of a part, with their index if there is one."""
+def _weight_files(place: Place, part: str, sizes: Mapping[str, int]) -> list[str]:
+    """The weights in a folder, with their index if there is one."""
+    inside = f"{part}/" if part else ""
     for stem in NAMES:
-        index = f"{part}/{stem}.safetensors.index.json"
+        index = f"{inside}{stem}.safetensors.index.json"
         if index in sizes:
-            folder = model.folder
-            if model.commit is not None:
-                folder = fetch(model.source, revision=model.commit, files=[index], progress=quiet)
-            return [index, *(f"{part}/{name}" for name in shard_names(folder / index))]
-        if (name := f"{part}/{stem}.safetensors") in sizes:
+            folder = place.folder
+            if place.commit is not None:
+                folder = fetch(place.source, revision=place.commit, files=[index], progress=quiet)
+            return [index, *(f"{inside}{name}" for name in shard_names(folder / index))]
+        if (name := f"{inside}{stem}.safetensors") in sizes:
             return [name]
-    raise UserError(f"{model.source} is incomplete: {part} has no weights as .safetensors")
+    raise UserError(f"{place.source} is incomplete: {part or 'it'} has no weights as .safetensors")
 
 
 @contextmanager
-def _bar(
-    model: PublicModel, files: Mapping[str, int], progress: DownloadProgress | None
-) -> Iterator[DownloadProgress]:
+def _bar(source: str, total: int, progress: DownloadProgress | None) -> Iterator[DownloadProgress]:
     """`progress`, or one bar for all files."""
-    total = sum(files.values())
     if progress is not None:
         given = progress
         yield lambda name, done, _: given(name, min(done, total), total)
         return
     with tqdm(
-        desc=model.source, total=total, unit="B", unit_scale=True, leave=False, disable=None
+        desc=source, total=total, unit="B", unit_scale=True, leave=False, disable=None
     ) as bar:
 
         def show(_: str, done: int, __: int) -> None:
@@ -293,12 +416,27 @@ def _bar(
 # --- what it takes ----------------------------------------------------------------------------
 
 
+def _text_bytes(model: PublicModel, files: Files) -> int:
+    """Bytes of the text encoder in 16 bits."""
+    if model.kind != "minit2i":
+        return sum(size for name, size in files.own.items() if name.startswith("text_encoder/"))
+    place = model.text
+    folder = model.folder / model.inside / TEXT_ENCODER if place is None else place.folder
+    path = folder / TEXT_CONFIG
+    # Its files also have a decoder.
+    network = T5Encoder(t5_config(read_object(path), path))
+    return 2 * sum(value.size for value in flat_parameters(network).values())
+
+
+def _side(model: PublicModel) -> int:
+    """Default side of a picture in pixels."""
+    return getattr(model.network.config, "image_size", 1024)
+
+
 def _memory(model: PublicModel, bits: int, text: int) -> int:
-    """Peak memory of drawing 1024 x 1024, with a text encoder of `text` bytes in 16 bits."""
-    # All known autoencoders make a latent of 8 x 8 pixels.
-    unit = 8 * model.network.config.patch_size
-    sizes = measure(model.network, bits=bits, text=text_bytes(text, bits), unit=unit)
-    return sizes.peak(1024, 1024)
+    """Peak memory of drawing the default size, with a text encoder of `text` bytes in 16 bits."""
+    sizes = measure(model.network, bits=bits, text=text_bytes(text, bits))
+    return sizes.peak(_side(model), _side(model))
 
 
 def _choose_bits(model: PublicModel, text: int) -> int:
@@ -309,24 +447,24 @@ def _choose_bits(model: PublicModel, text: int) -> int:
     return DEFAULT_BITS[-1]
 
 
-def _describe_work(
-    model: PublicModel,
-    files: Mapping[str, int],
-    *,
-    bits: int,
-    license_: str | None,
-    text: int,
-    say: Say,
-) -> None:
+def _describe_work(model: PublicModel, files: Files, *, bits: int, text: int, say: Say) -> None:
     """Say what the first use does; `UserError` if the disk has no room for it."""
     target, count = _target(model, bits), sum(p.size for p in _arrays(model))
-    fetched = sum(size for name, size in files.items() if not (model.folder / name).is_file())
-    # In 16 bits, whatever the type of the transformer's file.
-    weights = 2 * count + sum(
+    places = [(model.folder, files.own), (model.text and model.text.folder, files.text)]
+    fetched = sum(
         size
-        for name, size in files.items()
-        if name.endswith(".safetensors") and not name.startswith("transformer/")
+        for folder, some in places
+        for name, size in some.items()
+        if folder is None or not (folder / name).is_file()
     )
+    # In 16 bits, whatever the type of the transformer's file.
+    weights = 2 * count + (text if model.kind == "minit2i" else 0)
+    if model.kind != "minit2i":
+        weights += sum(
+            size
+            for name, size in files.own.items()
+            if name.endswith(".safetensors") and not name.startswith("transformer/")
+        )
     share = (bits + 32 / GROUP_SIZE) / 16 if bits else 1
     kept = int(weights * share)
     memory = _memory(model, bits, text)
@@ -338,13 +476,18 @@ def _describe_work(
             f"{model.name} needs {_gb(needed)} of disk, and {target.parent} has {_gb(free)}: free "
             "some" + (", or choose --quantize 4" if bits != 4 else "")
         )
+    license_, *others = files.licenses
     what = f"{model.name} ({count / 1e9:.1f} billion weights"
     what += f", license {license_})" if license_ else ")"
-    work = f"fetching {_gb(fetched)} in {len(files)} files and " if fetched else ""
+    if model.text is not None:
+        what += f" with {model.text.source}"
+        what += f" (license {others[0]})" if others[0] else ""
+    number = plural(len(files.own) + len(files.text), "file")
+    work = f"fetching {_gb(fetched)} in {number} and " if fetched else ""
     how = f"in {bits} bits" if bits else "without quantization"
     say(
         f"{what}: {work}converting it once, {how}, to {_gb(kept)} in {target.parent}; drawing "
-        f"1024 x 1024 takes about {_gb(memory)} of memory"
+        f"{_side(model)} x {_side(model)} takes about {_gb(memory)} of memory"
     )
 
 
@@ -360,21 +503,20 @@ def _gb(count: int) -> str:
 
 
 def _convert(
-    model: PublicModel, folder: Path, *, bits: int, progress: DownloadProgress | None
+    model: PublicModel, folders: Folders, *, bits: int, progress: DownloadProgress | None
 ) -> None:
-    """Convert a model in diffusers' format part by part; finished parts are kept until the end.
-
-    Args:
-        folder: with the files of the model's folder or repository.
-    """
+    """Convert a model in diffusers' format part by part; finished parts are kept until the end."""
     how = {"bits": bits, "group_size": GROUP_SIZE} if bits else None
     target = _target(model, bits)
     parts = target.with_name(f"{target.name}.parts")
-    for part, kind in (("transformer", model.kind), ("text_encoder", "qwen")):
+    sources = {
+        "transformer": (model.kind, folders.model / "transformer", model.file),
+        "text_encoder": (TEXT_KINDS[model.kind], folders.text, None),
+    }
+    for part, (kind, folder, file) in sources.items():
         if not (parts / part).is_dir():
-            source = part_source(folder / part, model.file if part == "transformer" else None)
             convert(
-                source,
+                part_source(folder, file),
                 parts / part,
                 kind=kind,
                 dtype=DTYPE,
@@ -382,7 +524,7 @@ def _convert(
                 progress=progress,
             )
     convert_teacher(
-        folder,
+        folders.model,
         target,
         transformer=parts / "transformer",
         text_part=parts / "text_encoder",

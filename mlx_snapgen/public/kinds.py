@@ -14,17 +14,19 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_snapgen.checkpoint import clip, clip_towers
+from mlx_snapgen.checkpoint import clip, clip_towers, t5
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
+from mlx_snapgen.networks.text_encoders.t5 import T5Encoder, T5Tokenizer
 from mlx_snapgen.public.keymap import Renaming, Weights
 from mlx_snapgen.public.keys.autoencoders import AUTOENCODERS
 from mlx_snapgen.public.keys.gemma import GEMMA_FILES, GEMMA_KEYS, gemma_config, gemma_shapes
 from mlx_snapgen.public.keys.lora import lora_metadata, lora_name, lora_weights
+from mlx_snapgen.public.keys.t5 import T5_KEYS
 from mlx_snapgen.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
 from mlx_snapgen.public.source import Source, config_of
 from mlx_snapgen.teachers.folder import quantizable
@@ -131,10 +133,14 @@ def _teacher(source: Source, public: Weights) -> Plan:
 # --- in the formats of others -------------------------------------------------------------------
 
 
-def _gemma(source: Source, public: Weights) -> Plan:
-    """A folder in mlx-lm's format, the source of a `gemma` text encoder."""
-    config = gemma_config(config_of(source), source.folder / "config.json")
-    weights = GEMMA_KEYS.weights(public)
+def _language_model(
+    config: dict[str, Any],
+    weights: Weights,
+    *,
+    expected: Shapes | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Plan:
+    """A folder in mlx-lm's format; `config`: its config.json without quantization."""
 
     def finish(how: dict[str, int] | None) -> dict[str, Any]:
         return config if how is None else config | {"quantization": how}
@@ -146,12 +152,19 @@ def _gemma(source: Source, public: Weights) -> Plan:
             if value.ndim == 2 and value.shape[-1] % group_size == 0
         ]
 
+    return Plan(weights, "model.safetensors", finish, expected, layers, files or {})
+
+
+def _gemma(source: Source, public: Weights) -> Plan:
+    """A folder in mlx-lm's format, the source of a `gemma` text encoder."""
+    config = gemma_config(config_of(source), source.folder / "config.json")
+    weights = GEMMA_KEYS.weights(public)
     files = {
         path.name: path.read_bytes()
         for name in GEMMA_FILES
         if (path := source.folder / name).is_file()
     }
-    return Plan(weights, "model.safetensors", finish, gemma_shapes(config), layers, files)
+    return _language_model(config, weights, expected=gemma_shapes(config), files=files)
 
 
 QWEN_NAME = re.compile(
@@ -174,18 +187,28 @@ def _qwen(source: Source, public: Weights) -> Plan:
     config = config_of(source)
     named = {_qwen_name(key): value for key, value in public.items()}
     weights = {name: value for name, value in named.items() if name is not None}
+    return _language_model(config, weights)
+
+
+def _t5(source: Source, public: Weights) -> Plan:
+    """A folder with transformers' config and names: the text encoder of a public model."""
+    values, path = config_of(source), source.folder / "config.json"
+    network = T5Encoder(t5.t5_config(values, path))
+    tokenizer = source.folder / t5.TOKENIZER
+    if not tokenizer.is_file():
+        # Of a whole pipeline.
+        tokenizer = source.folder.parent / "tokenizer" / t5.TOKENIZER
+    files = {t5.TOKENIZER: T5Tokenizer.from_file(tokenizer).model}
 
     def finish(how: dict[str, int] | None) -> dict[str, Any]:
-        return config if how is None else config | {"quantization": how}
+        return values if how is None else values | {"quantization": how}
 
     def layers(group_size: int) -> list[str]:
-        return [
-            key.removesuffix(".weight")
-            for key, value in weights.items()
-            if value.ndim == 2 and value.shape[-1] % group_size == 0
-        ]
+        found = matrices(network, group_size)
+        return [path for path in found if not path.endswith("relative_attention_bias")]
 
-    return Plan(weights, "model.safetensors", finish, None, layers)
+    expected = shapes(network.parameters())
+    return Plan(T5_KEYS.weights(public), "model.safetensors", finish, expected, layers, files)
 
 
 def _lora(source: Source, public: Weights) -> Plan:
@@ -275,6 +298,20 @@ KINDS: dict[str, Kind] = {
         "",
         _teacher,
         ("Flux2Transformer2DModel",),
+    ),
+    "minit2i": Kind(
+        "MiniT2I's transformer, for convert.teacher",
+        TRANSFORMER_KEYS["minit2i"],
+        "has no effect on the picture",
+        _teacher,
+        ("MiniT2IMMJiTModel",),
+    ),
+    "t5": Kind(
+        "the encoder of a T5 1.1 or FLAN-T5, the text encoder of MiniT2I",
+        T5_KEYS,
+        "not needed for the text's states",
+        _t5,
+        ("T5ForConditionalGeneration", "T5EncoderModel", "T5Model", "t5"),
     ),
     "qwen": Kind(
         "a Qwen3 or Qwen2.5-VL as text encoder of a public model, in mlx-lm's format",

@@ -10,21 +10,26 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.checkpoint.language_models import QWEN_FILES
+from mlx_snapgen.checkpoint.language_models import TEXT_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
-from mlx_snapgen.config import checked, from_dict, to_dict
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, new_folder, read_object
+from mlx_snapgen.json_values import checked, from_dict, to_dict
 from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.presets import PIXELS
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.public.keys.transformers import make_transformer
 from mlx_snapgen.public.source import find_source, part_source
+from mlx_snapgen.public_config import MiniT2ITransformerConfig
 from mlx_snapgen.teachers.config import (
     KLEIN,
     KLEIN_BASE,
     LIGHTNING,
+    MINIT2I,
+    MINIT2I_L,
     TRANSFORMERS,
     TURBO,
     Z_IMAGE,
@@ -40,6 +45,9 @@ SCHEDULES = {
     "flux2": (KLEIN_BASE, KLEIN),
 }
 """Kind of teacher -> its schedule, and that of its few-step mode or distilled version."""
+
+TEXT_KINDS = {"qwen-image": "qwen", "z-image": "qwen", "flux2": "qwen", "minit2i": "t5"}
+"""Kind of teacher -> kind of its text encoder, for `convert`."""
 
 
 def read_schedule(folder: Path, like: Schedule) -> Schedule:
@@ -79,6 +87,7 @@ def convert_teacher(
     file: Path | None = None,
     text_encoder: str | None = None,
     transformer: Path | None = None,
+    text_source: Path | None = None,
     text_part: Path | None = None,
     move: bool = False,
 ) -> None:
@@ -94,6 +103,7 @@ def convert_teacher(
         text_encoder: folder or repository of a language model to use instead of a copy of the
             source's.
         transformer: folder of `convert.from_torch` to use instead of the source's transformer.
+        text_source: folder with the text encoder instead of the source's.
         text_part: folder of `convert.from_torch` to copy instead of the source's text encoder.
         move: move the files of `transformer` and `text_part` instead of copying them.
 
@@ -120,12 +130,14 @@ def convert_teacher(
                 f"{quantization}: convert both alike"
             )
         networks[FEW_STEP] = folder, part
-    autoencoder = read_autoencoder(source / "vae")
+    draws_pixels = kind == "minit2i"
+    text_source = text_source or source / "text_encoder"
+    autoencoder = make_autoencoder(PIXELS) if draws_pixels else read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
         load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
     schedule, few_step = read_schedules(
-        source, kind, has_few_step=few_step_lora is not None or few_step_model is not None
+        source, network, has_few_step=few_step_lora is not None or few_step_model is not None
     )
     config = TeacherConfig(
         kind=kind,
@@ -140,8 +152,9 @@ def convert_teacher(
     with new_folder(output) as partial:
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
-        weights = dict(tree_flatten(autoencoder.parameters()))
-        mx.save_safetensors(str(partial / "autoencoder.safetensors"), weights, {"format": "mlx"})
+        if weights := dict(tree_flatten(autoencoder.parameters())):
+            path = str(partial / "autoencoder.safetensors")
+            mx.save_safetensors(path, weights, {"format": "mlx"})
         for name, (folder, part) in networks.items():
             if part is None:
                 converted = partial / "converted"
@@ -153,13 +166,13 @@ def convert_teacher(
                 _take(folder, partial, name=name, move=Path.rename if move else shutil.copyfile)
         if few_step_lora is not None:
             shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
-        if text_encoder is None and text_part is None and is_fp8(source / "text_encoder"):
-            # mlx-lm reads no FP8.
+        if text_encoder is None and text_part is None and (draws_pixels or is_fp8(text_source)):
+            # mlx-lm reads no FP8, and a T5 has a decoder, which is not needed.
             text_part = partial / "converted"
-            convert(find_source(str(source / "text_encoder")), text_part, kind="qwen")
+            convert(find_source(str(text_source)), text_part, kind=TEXT_KINDS[kind])
         if text_encoder is None:
-            folders = source / "tokenizer", text_part or source / "text_encoder"
-            for folder in folders:
+            folders = [] if draws_pixels else [source / "tokenizer"]
+            for folder in [*folders, text_part or text_source]:
                 is_mine = folder == text_part and (move or folder.parent == partial)
                 target = partial / config.text_encoder
                 _copy(folder, target, put=Path.rename if is_mine else shutil.copyfile)
@@ -200,9 +213,12 @@ def _few_step_network(model: Path, like: TeacherNetwork) -> tuple[Path, Part | N
 
 
 def read_schedules(
-    source: Path, kind: str, *, has_few_step: bool
+    source: Path, network: TeacherNetwork, *, has_few_step: bool
 ) -> tuple[Schedule, Schedule | None]:
-    """Schedule of the model in `source`, and of its few-step mode."""
+    """Schedule of the model in `source` with this transformer, and of its few-step mode."""
+    kind = next(kind for kind, made in NETWORKS.items() if isinstance(network, made))
+    if kind == "minit2i":
+        return _minit2i_schedule(source / "scheduler", network.config.hidden_size), None
     schedule, few_step = SCHEDULES[kind]
     found = read_schedule(source / "scheduler", schedule)
     # Networks of a model and its distilled version have the same config.
@@ -216,6 +232,19 @@ def read_schedules(
         few_step = read_schedule(source / "scheduler", few_step)
         return few_step, few_step
     return found, few_step if has_few_step else None
+
+
+def _minit2i_schedule(folder: Path, hidden_size: int) -> Schedule:
+    """MiniT2I's; its steps are in scheduler_config.json if there is one."""
+    schedule = MINIT2I if hidden_size <= MiniT2ITransformerConfig().hidden_size else MINIT2I_L
+    path = folder / "scheduler_config.json"
+    if not path.is_file():
+        return schedule
+    steps = read_object(path).get("num_inference_steps", schedule.num_inference_steps)
+    try:
+        return checked(dataclasses.replace(schedule, num_inference_steps=steps))
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _take(
@@ -237,5 +266,5 @@ def _copy(source: Path, target: Path, *, put: Callable[[Path, Path], object]) ->
         raise UserError(f"{source.parent} is incomplete: it has no folder {source.name}")
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        if any(path.match(pattern) for pattern in QWEN_FILES):
+        if any(path.match(pattern) for pattern in TEXT_FILES):
             put(path, target / path.name)

@@ -1,20 +1,20 @@
 """Configs of teachers, as frozen dataclasses. Does not import mlx."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_snapgen.config import (
-    QWEN_IMAGE_AUTOENCODER,
-    AutoencoderConfig,
-    Flux2TransformerConfig,
-    QwenTransformerConfig,
-    ZImageTransformerConfig,
-    check_latents,
-    from_dict,
-)
+from mlx_snapgen.config import AutoencoderConfig, check_latents
 from mlx_snapgen.description import Abilities, choose_mode
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.presets import QWEN_IMAGE_AUTOENCODER
+from mlx_snapgen.public_config import (
+    Flux2TransformerConfig,
+    MiniT2ITransformerConfig,
+    QwenTransformerConfig,
+    ZImageTransformerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,17 @@ KLEIN_BASE = Schedule(50, guidance_scale=4.0, is_empirical=True)
 KLEIN = Schedule(4, guidance_scale=1.0, is_empirical=True)
 """The few-step schedule of FLUX.2 klein."""
 
+MINIT2I = Schedule(100, guidance_scale=2.5, log_shifts=(0.0, 0.0))
+"""The schedule of MiniT2I-B/16: even steps, and the guidance scale that its authors recommend."""
+
+MINIT2I_L = replace(MINIT2I, guidance_scale=6.0)
+"""That of MiniT2I-L/16."""
+
 TRANSFORMERS: dict[str, type] = {
     "qwen-image": QwenTransformerConfig,
     "z-image": ZImageTransformerConfig,
     "flux2": Flux2TransformerConfig,
+    "minit2i": MiniT2ITransformerConfig,
 }
 """`TeacherConfig.kind` -> config of its transformer."""
 
@@ -96,6 +103,7 @@ NAMES = {
     ("z-image", True): "Z-Image-Turbo",
     ("flux2", False): "FLUX.2 klein base",
     ("flux2", True): "FLUX.2 klein",
+    ("minit2i", False): "MiniT2I",
 }
 """(`TeacherConfig.kind`, whether the model is distilled) -> its name."""
 
@@ -136,12 +144,13 @@ class TeacherConfig:
     @property
     def image_size(self) -> tuple[int, int]:
         """See `Description.image_size`."""
-        return 1024, 1024
+        return self.trained_sizes[0] if self.trained_sizes else (1024, 1024)
 
     @property
     def trained_sizes(self) -> tuple[tuple[int, int], ...]:
-        """See `Description.trained_sizes`; the public models draw many sizes."""
-        return ()
+        """See `Description.trained_sizes`; most public models draw many sizes."""
+        side = getattr(self.transformer, "image_size", None)
+        return () if side is None else ((side, side),)
 
     @property
     def size_unit(self) -> int:
@@ -160,7 +169,7 @@ class TeacherConfig:
             attention_modulation=False,
             part_of_text_encoders=False,
             edit=self.kind == "flux2",
-            any_size=True,
+            any_size=not self.trained_sizes,
         )
 
     def sampler_for(

@@ -7,6 +7,7 @@ few_step-00001.safetensors, ...     optional: the network's weights in its few-s
 autoencoder.safetensors
 text_encoder/                the language model and its tokenizer, unless the config names
                              another place
+A model that draws pixels has no autoencoder.safetensors.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.checkpoint.language_models import QWEN_FILES, load_qwen
+from mlx_snapgen.checkpoint.language_models import TEXT_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import (
     Part,
@@ -27,6 +28,7 @@ from mlx_snapgen.checkpoint.module import (
     load_stored,
     on_device,
 )
+from mlx_snapgen.checkpoint.t5 import load_t5
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object
 from mlx_snapgen.lora.files import load_lora
@@ -34,13 +36,11 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.networks.minit2i import MiniT2ITransformer
 from mlx_snapgen.networks.qwen_image import QwenTransformer
-from mlx_snapgen.networks.text_encoders.qwen import (
-    FLUX2_KLEIN,
-    QWEN_IMAGE,
-    Z_IMAGE,
-    QwenPromptEncoder,
-)
+from mlx_snapgen.networks.text_encoders.base import PublicTextEncoder
+from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN, QWEN_IMAGE, Z_IMAGE
+from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5
 from mlx_snapgen.networks.z_image import ZImageTransformer
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -52,11 +52,17 @@ NETWORKS = {
     "qwen-image": QwenTransformer,
     "z-image": ZImageTransformer,
     "flux2": Flux2Transformer,
+    "minit2i": MiniT2ITransformer,
 }
-PROMPT_FORMATS = {"qwen-image": QWEN_IMAGE, "z-image": Z_IMAGE, "flux2": FLUX2_KLEIN}
+PROMPT_FORMATS = {
+    "qwen-image": QWEN_IMAGE,
+    "z-image": Z_IMAGE,
+    "flux2": FLUX2_KLEIN,
+    "minit2i": FLAN_T5,
+}
 """`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
 
-TeacherNetwork = QwenTransformer | ZImageTransformer | Flux2Transformer
+TeacherNetwork = QwenTransformer | ZImageTransformer | Flux2Transformer | MiniT2ITransformer
 
 
 def is_teacher(folder: Path) -> bool:
@@ -165,6 +171,8 @@ def load_network(
 def load_teacher_autoencoder(folder: Path, config: TeacherConfig) -> Autoencoder:
     """The autoencoder, lazily, in float32."""
     autoencoder = make_autoencoder(config.autoencoder)
+    if not flat_parameters(autoencoder):
+        return autoencoder
     load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
     cast(autoencoder, mx.float32)
     return autoencoder
@@ -172,13 +180,14 @@ def load_teacher_autoencoder(folder: Path, config: TeacherConfig) -> Autoencoder
 
 def load_prompts(
     folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None
-) -> QwenPromptEncoder:
+) -> PublicTextEncoder:
     """The text encoder, in the teacher's folder or at the place in its config."""
     source = folder / config.text_encoder
     if not source.is_dir():
-        source = find_model(config.text_encoder, files=QWEN_FILES)
+        source = find_model(config.text_encoder, files=TEXT_FILES)
     prompt_format = PROMPT_FORMATS[config.kind]
-    return load_qwen(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
+    load = load_t5 if prompt_format is FLAN_T5 else load_qwen
+    return load(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 
 def quantizable(network: TeacherNetwork, group_size: int) -> set[str]:

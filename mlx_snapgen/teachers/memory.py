@@ -1,7 +1,7 @@
 """Memory that a public model takes, estimated from sizes before anything is allocated."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +11,22 @@ from mlx_snapgen.checkpoint.memory import BASE_BYTES, smaller_size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import MAX_REFERENCE, picture_size
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.networks.minit2i import MiniT2ITransformer
 from mlx_snapgen.settings import BYTES_PER_PIXEL, DrawSettings, machine_memory
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherFolder, TeacherNetwork, quantizable
 
 GROUP_SIZE = 64
-DECODER_BYTES = 1 << 30
-"""Of the decoder and one tile; larger pictures add `BYTES_PER_PIXEL`."""
+DECODER_BYTES, UNTILED_BYTES = 1 << 30, 1300 << 20
+"""Of the decoder and one tile, to which larger pictures add `BYTES_PER_PIXEL`; and of a picture of
+one tile, which is decoded at once. FLUX.2's decoder took 1298 MiB at 256 pixels on the CPU, in
+float32, and 1039 at 512."""
 ENCODER_BYTES_PER_PIXEL = 8000
 """Of a picture to start from, while it is encoded at once. FLUX.2's encoder took 1952 MiB at 512
 pixels on the CPU, in float32."""
 ACTIVATIONS = 40
 """Numbers that a block has in memory, in hidden sizes per token. FLUX.2 klein, in 4 bits at 512
-pixels on the CPU, took 4475 MiB while denoising; the estimate is 4562."""
+pixels on the CPU, took 4475 MiB while denoising; the estimate is 4562. Three blocks with a mask at
+256 pixels, whose picture the network also sees, took 2053; the estimate is 2164."""
 TEXT_TOKENS = 512
 
 
@@ -40,6 +44,8 @@ class Sizes:
     """Activations of one token."""
     unit: int
     """Side of a token in pixels."""
+    has_autoencoder: bool = True
+    """False for a network that draws pixels."""
 
     def peak(
         self,
@@ -60,11 +66,16 @@ class Sizes:
         pixels = height * width
         tokens = (pixels + references) // self.unit**2 + TEXT_TOKENS
         kept = 0 if low_memory else self.network
+        pictures = [kept + pixels * BYTES_PER_PIXEL]
+        if self.has_autoencoder:
+            pictures = [
+                self.network + encoded * ENCODER_BYTES_PER_PIXEL,
+                kept + max(UNTILED_BYTES, DECODER_BYTES + pixels * BYTES_PER_PIXEL),
+            ]
         return BASE_BYTES + max(
             self.text + self.unpacked,
-            self.network + encoded * ENCODER_BYTES_PER_PIXEL,
             self.network + self.unpacked + tokens * self.token,
-            kept + DECODER_BYTES + pixels * BYTES_PER_PIXEL,
+            *pictures,
         )
 
 
@@ -75,7 +86,6 @@ def measure(
     group_size: int = GROUP_SIZE,
     networks: int = 1,
     text: int,
-    unit: int,
 ) -> Sizes:
     """The sizes of a model.
 
@@ -84,7 +94,6 @@ def measure(
         bits: per weight of the transformer's blocks; 0: not quantized.
         networks: number of such transformers in memory.
         text: bytes of the text encoder.
-        unit: see `Sizes.unit`.
     """
     whole, packed = float_bytes(), quantizable(network, group_size) if bits else set()
     values = flat_parameters(network)
@@ -92,13 +101,16 @@ def measure(
         _packed_bytes(value.size, bits, group_size) if key in packed else value.size * whole
         for key, value in values.items()
     )
+    # All known autoencoders make a latent of 8 x 8 pixels.
+    has_autoencoder = not isinstance(network, MiniT2ITransformer)
     largest = max((values[key].size for key in packed), default=0)
     return Sizes(
         network=total * networks,
         text=text,
         unpacked=2 * largest * whole if whole == 4 else 0,
         token=ACTIVATIONS * network.config.hidden_size * whole,
-        unit=unit,
+        unit=network.config.patch_size * (8 if has_autoencoder else 1),
+        has_autoencoder=has_autoencoder,
     )
 
 
@@ -127,24 +139,18 @@ def measure_folder(folder: TeacherFolder) -> Sizes:
         **how,
         networks=1 + any(path.glob("few_step-*.safetensors")),
         text=sum(file.stat().st_size for file in text),
-        unit=config.size_unit,
     )
 
 
-def check_memory(folder: TeacherFolder, settings: DrawSettings, *, low_memory: bool) -> None:
-    """`UserError` with what would fit, unless a picture of these settings fits into this machine.
-
-    Args:
-        settings: resolved.
-    """
-    sizes, memory, unit = measure_folder(folder), machine_memory(), folder.config.size_unit
-    height, width = settings.height, settings.width
-    assert height is not None and width is not None
+def peak_bytes(folder: TeacherFolder, settings: DrawSettings) -> Callable[..., int]:
+    """Estimate of the peak of drawing with resolved settings: a function of height and width in
+    pixels, and of `low_memory` (see `Sizes.peak`)."""
+    sizes = measure_folder(folder)
     edit = [min(math.prod(picture_size(source)), MAX_REFERENCE) for source in settings.edit]
     starts = settings.image is not None
     is_reference = settings.mask is not None and folder.config.abilities().edit
 
-    def peak(height: int, width: int, *, low_memory: bool = low_memory) -> int:
+    def peak(height: int, width: int, *, low_memory: bool) -> int:
         drawn = height * width
         return sizes.peak(
             height,
@@ -154,13 +160,28 @@ def check_memory(folder: TeacherFolder, settings: DrawSettings, *, low_memory: b
             references=sum(edit) + drawn * is_reference,
         )
 
-    needed = peak(height, width)
+    return peak
+
+
+def check_memory(folder: TeacherFolder, settings: DrawSettings, *, low_memory: bool) -> None:
+    """`UserError` with what would fit, unless a picture of these settings fits into this machine.
+
+    Args:
+        settings: resolved.
+    """
+    memory, unit = machine_memory(), folder.config.size_unit
+    height, width = settings.height, settings.width
+    assert height is not None and width is not None
+    peak = peak_bytes(folder, settings)
+    needed = peak(height, width, low_memory=low_memory)
     if needed <= memory:
         return
     choices = []
     if peak(height, width, low_memory=True) <= memory:
         choices.append("--low-memory")
-    choices += smaller_size(height, width, unit=unit, fits=lambda h, w: peak(h, w) <= memory)
+    choices += smaller_size(
+        height, width, unit=unit, fits=lambda h, w: peak(h, w, low_memory=low_memory) <= memory
+    )
     if (folder.config.quantization or {"bits": 16})["bits"] > 4:
         choices.append("the model converted with --quantize 4")
     if not choices:

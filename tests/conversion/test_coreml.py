@@ -283,6 +283,7 @@ def test_the_report_tells_what_is_in_the_packages(export, model):
     files = {"config.json", "report.json", "tokenizer_0.model"}
     assert {path.name for path in folder.iterdir()} == names | files
     assert not list(folder.rglob("executorch*"))
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in folder.rglob("*"))
     with pytest.raises(UserError, match="exists already"):
         exporter.export_coreml(model, folder, ExportSettings())
 

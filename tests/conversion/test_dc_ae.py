@@ -16,7 +16,7 @@ from convert.mil.execution import Interpreter
 from convert.parity.autoencoders import compare_dc_ae, make_dc_ae
 from convert.parity.originals import relative_difference
 from convert.pytorch.read_back import our_weights
-from mlx_snapgen import config as configs
+from mlx_snapgen import presets
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -95,8 +95,8 @@ def test_every_key_must_be_accounted_for(public, tmp_path):
 
 
 def test_the_config_of_sana():
-    assert autoencoders.dc_ae_config(SANA) == configs.DC_AE
-    assert configs.DC_AE.downsampling == 32
+    assert autoencoders.dc_ae_config(SANA) == presets.DC_AE
+    assert presets.DC_AE.downsampling == 32
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """The first use of a public model, from a folder and from a hub: fetched, converted, resumed."""
 
 import argparse
-import http.server
 import json
 import re
 import shutil
-import threading
 from functools import partial
 
 import numpy as np
@@ -27,6 +25,7 @@ from mlx_snapgen.public import first_use
 from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import ModelChoice
+from tests.hub import CHUNK, Hub
 from tests.tiny import COMMIT, require
 from train import prepare
 from train.data.prepared import Prepared
@@ -37,8 +36,6 @@ require("mlx_lm", "torch", "diffusers", "transformers")
 
 SIZE = {"height": 48, "width": 80, "num_inference_steps": 2, "seed": 7}
 OPTIONS = ("--height", "48", "--width", "80", "--steps", "2", "--seed", "7")
-CHUNK = 1000
-"""Bytes of a file that are sent before the connection is cut."""
 
 
 @pytest.fixture(scope="module")
@@ -72,91 +69,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-class Hub:
-    """A hub of one repository, "someone/turbo", whose files are those of a folder."""
-
-    def __init__(self, folder):
-        self.folder, self.asked, self.cut = folder, [], {}
-        self.is_gated = self.is_dying = False
-        hub = self
-
-        class Answers(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                path = self.path.split("?")[0]
-                if path.startswith("/api/models/someone/turbo"):
-                    return self.say(hub.tree() if "/tree/" in path else hub.info())
-                name = path.partition(f"/someone/turbo/resolve/{COMMIT}/")[2]
-                if not name:
-                    return self.say({}, 404, {"X-Error-Code": "RepoNotFound"})
-                if hub.is_gated and name.endswith(".safetensors"):
-                    return self.say({}, 403, {"X-Error-Code": "GatedRepo"})
-                if not (hub.folder / name).is_file():
-                    return self.say({}, 404, {"X-Error-Code": "EntryNotFound"})
-                return self.send(name)
-
-            do_HEAD = do_GET
-
-            def send(self, name):
-                data, start = (hub.folder / name).read_bytes(), 0
-                headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-                if found := self.headers.get("Range"):
-                    start = int(found.removeprefix("bytes=").split("-")[0])
-                    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                if self.command == "GET":
-                    hub.asked.append((name, start))
-                self.send_response(206 if start else 200)
-                for key, value in {**headers, "Content-Length": str(len(data) - start)}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "GET":
-                    body = data[start:]
-                    if hub.cut.get(name, 0) > 0:
-                        hub.cut[name] -= 1
-                        # A client that gets something tries again without end.
-                        body = body[:CHUNK] if start == 0 or not hub.is_dying else b""
-                        self.close_connection = True
-                    self.wfile.write(body)
-
-            def say(self, values, status=200, headers=None):
-                body = json.dumps(values).encode()
-                self.send_response(status)
-                for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-
-    def sizes(self):
-        paths = [path for path in self.folder.rglob("*") if path.is_file()]
-        return {str(path.relative_to(self.folder)): path.stat().st_size for path in paths}
-
-    def info(self):
-        siblings = [{"rfilename": name, "size": size} for name, size in self.sizes().items()]
-        tags = ["license:apache-2.0"]
-        return {"id": "someone/turbo", "sha": COMMIT, "siblings": siblings, "tags": tags}
-
-    def tree(self):
-        return [
-            {"type": "file", "path": name, "size": size, "oid": COMMIT}
-            for name, size in self.sizes().items()
-        ]
-
-    def names(self):
-        return {name for name, _ in self.asked}
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
 @pytest.fixture
 def hub(public, tmp_path, monkeypatch):
     shutil.copytree(public[0], tmp_path / "remote")
@@ -164,17 +76,7 @@ def hub(public, tmp_path, monkeypatch):
     for name in ("turbo.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors"):
         (tmp_path / "remote" / name).write_bytes(b"not needed")
     made = Hub(tmp_path / "remote")
-    url = f"http://127.0.0.1:{made.server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK // 2)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    made.answer(monkeypatch, tmp_path / "hub")
     yield made
     made.close()
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import weakref
 
@@ -197,6 +198,10 @@ def test_a_lora_is_one_file_under_the_keys_of_diffusers(components, tmp_path):
 
     network = EfficientDiT(components.config.transformer)
     assert load_lora(tmp_path / "b.safetensors", network) == [layer]
+    del old[f"diffusion_model.{layer}.lora_up.weight"]
+    mx.save_safetensors(str(tmp_path / "half.safetensors"), old)
+    with pytest.raises(UserError, match=f"{layer} lacks lora_B"):
+        convert(find_source(str(tmp_path / "half.safetensors")), tmp_path / "c.safetensors")
 
 
 # --- types and bits -----------------------------------------------------------------------------
@@ -320,6 +325,18 @@ def test_an_interrupted_conversion_goes_on_where_it_was(encoder, tmp_path, monke
     assert (out / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
     assert len(report["relative_errors"]) == 1 + 3 * 4
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "at once"}
+
+
+def test_the_journal_names_what_is_on_the_disk(tmp_path, monkeypatch):
+    """After a power cut it may name no entry that was not flushed."""
+    journal, flushed = tmp_path / "journal", []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (fsync(file), flushed.append(journal.read_text().count("\n")))
+    )
+    entries = [stream.lazy(f"{k}", mx.ones((4,))) for k in range(3)]
+    stream.write_tensors(tmp_path / "out.safetensors", entries, journal, sync_bytes=1)
+    assert flushed == [0, 1, 2]
 
 
 def test_other_options_start_over(encoder, tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_snapgen.checkpoint.module import shapes
-from mlx_snapgen.config import DC_AE, QWEN_IMAGE_AUTOENCODER, TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.presets import DC_AE, QWEN_IMAGE_AUTOENCODER, TAEW2_1
 from mlx_snapgen.public.keymap import KeyMap, Row, same
 from mlx_snapgen.public.kinds import KINDS
 from mlx_snapgen.teachers.config import TRANSFORMERS

@@ -1,6 +1,7 @@
 """Converted networks through the interpreter against torch, and what it makes of faulty ones."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -185,10 +186,10 @@ def test_a_wrong_constant_is_noticed(float32, fp16, folder, inputs, expected, sh
 # --- compressed weights -----------------------------------------------------------------------
 
 
-def save(folder, name, build, target):
-    """One program of x (1, 12), with no pass that would fold its weights."""
+def save(folder, name, build, target, *, shape=(1, 12)):
+    """One program of x, with no pass that would fold its weights."""
     program = mb.program(
-        input_specs=[mb.TensorSpec(shape=(1, 12), dtype=types.fp32)], opset_version=target
+        input_specs=[mb.TensorSpec(shape=shape, dtype=types.fp32)], opset_version=target
     )(build)
     model = ct.convert(
         program,
@@ -369,3 +370,20 @@ def test_an_index_out_of_range_says_where(folder):
     path = save(folder, "gather.mlpackage", build, ct.target.iOS17)
     with pytest.raises(UserError, match=r"'lookup' of type gather: index 5 of an axis of 4"):
         run(path, {"x": np.full((1, 12), 5.0)})
+
+
+def test_values_that_are_used_up_take_no_memory(folder):
+    def build(x):
+        for k in range(30):
+            x = mb.add(x=x, y=np.float32(k), name=f"sum_{k}")
+        return x
+
+    path = save(folder, "chain.mlpackage", build, ct.target.iOS17, shape=(500, 1000))
+    interpreter, x = Interpreter(path), np.zeros((500, 1000), np.float32)
+    tracemalloc.start()
+    try:
+        (found,) = interpreter({"x": x}).values()
+        assert tracemalloc.get_traced_memory()[1] < 8 * x.nbytes
+    finally:
+        tracemalloc.stop()
+    assert (found == sum(range(30))).all()

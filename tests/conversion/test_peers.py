@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from mlx_snapgen import benchmark
-from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.presets import TRANSFORMERS
 from tests.tiny import TRANSFORMER, require
 
 SMALL = dataclasses.replace(TRANSFORMER, widths=(1.0,))

@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 
 from convert.parity.originals import fill, library, qwen_image_vae, relative_difference
-from mlx_snapgen.config import QWEN_IMAGE_AUTOENCODER
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.presets import QWEN_IMAGE_AUTOENCODER
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from tests.tiny import QWEN_AUTOENCODER, require
 

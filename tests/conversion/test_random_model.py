@@ -16,10 +16,11 @@ from convert.pytorch.weights import to_torch
 from convert.random_model import write_random_model
 from convert.sample_teacher import sample
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
-from mlx_snapgen.config import TRANSFORMERS
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.elastic import QuantizedElasticLinear
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.presets import TRANSFORMERS
+from mlx_snapgen.public_config import MiniT2ITransformerConfig
 from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests.tiny import (
     FLUX2,
@@ -120,6 +121,28 @@ def test_a_random_teacher_draws(monkeypatch, tmp_path, name, tiny, bits):
     picture = sample(teacher, autoencoder, **settings)
     assert picture.size == (64, 32)
     assert np.array(picture).std() > 1
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_random_minit2i_draws_without_mlx_lm(monkeypatch, tmp_path, bits):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    tiny = MiniT2ITransformerConfig(
+        num_layers=1, num_text_layers=1, num_heads=2, head_dim=32, mlp_size=64, text_dims=64
+    )
+    tiny = dataclasses.replace(tiny, image_size=32, patch_size=8)
+    config = dataclasses.replace(random_model.TEACHERS["minit2i"], transformer=tiny)
+    monkeypatch.setitem(random_model.TEACHERS, "minit2i", config)
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    monkeypatch.setattr(random_model, "FLAN_T5_LARGE", random_model.FLAN_T5_LARGE | sizes)
+    path = tmp_path / "minit2i"
+    monkeypatch.setattr(sys, "argv", ["x", "minit2i", str(path), "--quantize", str(bits or 0)])
+    random_model.main()
+    pipe = SnapGenPipeline.from_pretrained(path)
+    picture = pipe("a red apple", num_inference_steps=2)[0]
+    assert picture.size == (32, 32) and np.array(picture).std() > 1
+    network = pipe.teacher.network
+    packed = [m for _, m in network.named_modules() if type(m) is QuantizedElasticLinear]
+    assert bool(packed) == (bits == 4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 
 from convert.parity.originals import relative_difference
-from mlx_snapgen.config import TAEW2_1
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
+from mlx_snapgen.presets import TAEW2_1
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from tests.conversion.test_qwen_autoencoder import check_keys
 from tests.tiny import TAEHV

@@ -13,7 +13,8 @@ from mlx_snapgen.description import Abilities
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.pipeline import PublicPipeline, SnapGenPipeline
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.public_pipeline import PublicPipeline
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE, LIGHTNING, TURBO, Z_IMAGE
 from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
@@ -145,7 +146,7 @@ def test_abilities_come_from_the_config_alone():
 def test_what_a_model_cannot_do_is_one_line_before_it_is_loaded(
     folders, monkeypatch, name, options, hint
 ):
-    monkeypatch.setattr("mlx_snapgen.pipeline.load_flow_teacher", None)
+    monkeypatch.setattr("mlx_snapgen.public_pipeline.load_flow_teacher", None)
     with pytest.raises(UserError, match=hint) as error:
         main(["a red car", "--model", str(folders[name]), *options])
     assert "\n" not in str(error.value)
@@ -163,7 +164,7 @@ def test_the_text_encoder_is_freed_before_denoising_and_its_states_are_kept(fold
     assert isinstance(pipe, PublicPipeline)
     loads = []
     monkeypatch.setattr(
-        "mlx_snapgen.pipeline.load_prompts", lambda *a, **k: loads.append(a) or encoder
+        "mlx_snapgen.public_pipeline.load_prompts", lambda *a, **k: loads.append(a) or encoder
     )
     encoder = pipe.teacher.prompts
     size = {"height": 32, "width": 32, "seed": 1}

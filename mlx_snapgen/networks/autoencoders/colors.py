@@ -16,7 +16,7 @@ SIDE = 128
 COUNT = 4
 """Pictures to fit to, of SIDE x SIDE pixels."""
 RIDGE = 1e-3
-SMALL = ("convolutional", "taehv")
+SMALL = ("convolutional", "taehv", "pixels")
 """Kinds whose decoder is fast enough for previews."""
 
 

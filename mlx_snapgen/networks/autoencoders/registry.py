@@ -11,6 +11,7 @@ from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoenc
 from mlx_snapgen.networks.autoencoders.dc_ae import DCAutoencoder
 from mlx_snapgen.networks.autoencoders.flux2 import Flux2Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import KLAutoencoder
+from mlx_snapgen.networks.autoencoders.pixels import PixelAutoencoder
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.taehv import TinyAutoencoder
 
@@ -21,6 +22,7 @@ AUTOENCODERS = {
     "kl": KLAutoencoder,
     "flux2": Flux2Autoencoder,
     "dc-ae": DCAutoencoder,
+    "pixels": PixelAutoencoder,
 }
 """`AutoencoderConfig.kind` -> the class."""
 

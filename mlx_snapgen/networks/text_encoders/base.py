@@ -15,6 +15,11 @@ Prompt = str | None
 """None is absent text: none of its tokens counts."""
 
 
+PAD_TO = 32
+"""The states of public models are padded to a multiple of this, so that a training step is compiled
+for few lengths."""
+
+
 class TextStates(NamedTuple):
     """The output of one text encoder."""
 
@@ -44,6 +49,42 @@ class Tokenizer(Protocol):
 
     def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
         """Prompts -> tokens (B, max_length) int32 and mask (B, max_length)."""
+        ...
+
+
+class PromptFormat(NamedTuple):
+    """How a teacher's prompts are encoded."""
+
+    model_types: tuple[str, ...]
+    """Of the language model, as in its config.json."""
+    template: str
+    """The text that is encoded; the prompt replaces {}."""
+    dropped: int
+    """Tokens at the beginning whose states are dropped."""
+    max_length: int
+    """Maximum number of tokens, without the dropped ones; longer prompts are truncated."""
+    empty: Prompt
+    """The prompt of the unconditional velocity of guidance."""
+    skipped_layers: int = 0
+    """Number of last layers that are not run; if there are any, the final norm is not run
+    either."""
+    joined_layers: tuple[int, ...] = ()
+    """Layers, counted from 1, whose outputs are joined to one state for each token; the later ones
+    are not run. Empty: the state is the output of the last layer."""
+    is_filled: bool = False
+    """Prompts are padded to `max_length`, and the padding counts as text."""
+
+
+class PublicTextEncoder(Protocol):
+    """The text encoder of a public model."""
+
+    prompt_format: PromptFormat
+
+    def __call__(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
+        """Prompts -> states (B, L, D), zero where padded, and mask (B, L); evaluated.
+
+        L is a multiple of 32, or `max_length` if prompts are padded to that.
+        """
         ...
 
 

@@ -5,39 +5,12 @@ right: no token of the prompt attends to it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.networks.text_encoders.base import padded
-
-PAD_TO = 32
-"""Rows are padded to a multiple of this, so that a training step is compiled for few lengths."""
-
-
-class PromptFormat(NamedTuple):
-    """How a teacher's prompts are encoded."""
-
-    model_types: tuple[str, ...]
-    """Of the language model, as in its config.json."""
-    template: str
-    """The text that is encoded; the prompt replaces {}."""
-    dropped: int
-    """Tokens at the beginning whose states are dropped."""
-    max_length: int
-    """Maximum number of tokens, without the dropped ones; longer prompts are truncated."""
-    empty: str
-    """The prompt of the unconditional velocity of guidance."""
-    skipped_layers: int = 0
-    """Number of last layers that are not run; if there are any, the final norm is not run
-    either."""
-    joined_layers: tuple[int, ...] = ()
-    """Layers, counted from 1, whose outputs are joined to one state for each token; the later ones
-    are not run. Empty: the state is the output of the last layer."""
-    is_filled: bool = False
-    """Prompts are padded to `max_length`, and the padding counts as text."""
-
+from mlx_snapgen.networks.text_encoders.base import PAD_TO, Prompt, PromptFormat, padded
 
 QWEN_IMAGE = PromptFormat(
     model_types=("qwen2_5_vl", "qwen2"),
@@ -87,12 +60,12 @@ class QwenPromptEncoder:
     def __init__(self, model: nn.Module, tokenizer: Any, *, prompt_format: PromptFormat):
         self.model, self.prompt_format, self._tokenizer = model, prompt_format, tokenizer
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+    def tokenize(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """Prompts -> tokens (B, L) and mask (B, L), including the first tokens of the template."""
         most = self.prompt_format.dropped + self.prompt_format.max_length
         rows = [
             self._tokenizer.encode(
-                self.prompt_format.template.replace("{}", prompt), add_special_tokens=False
+                self.prompt_format.template.replace("{}", prompt or ""), add_special_tokens=False
             )[:most]
             for prompt in prompts
         ]
@@ -102,7 +75,7 @@ class QwenPromptEncoder:
             length = most
         return padded(rows, length, pad=self._tokenizer.pad_token_id or 0)
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[mx.array, mx.array]:
+    def __call__(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """Prompts -> states (B, L, D), zero where padded, and mask (B, L); evaluated.
 
         L is a multiple of 32, or `max_length` if prompts are padded to that.

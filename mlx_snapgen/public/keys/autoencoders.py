@@ -15,12 +15,14 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.module import read_part
-from mlx_snapgen.config import TAEW2_1, AutoencoderConfig, checked, from_dict, whole_number
+from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import checked, from_dict, whole_number
 from mlx_snapgen.networks.autoencoders import dc_ae
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import NUM_GROUPS
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.presets import TAEW2_1
 from mlx_snapgen.public.keymap import KeyMap, Row, Weights, fill, same
 from mlx_snapgen.public.source import PICKLES, Source, config_of, find_source
 

@@ -1,25 +1,27 @@
 """The transformers of public teachers in diffusers' format: config and keys.
 
 The networks here have the public names, so that the keys of public LoRAs match, and MLX's linear
-layers have the public layout. So the tables only list names.
+layers have the public layout. So the tables only list names, except for MiniT2I's.
 """
 
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.module import shapes
-from mlx_snapgen.config import (
-    Flux2TransformerConfig,
-    QwenTransformerConfig,
-    ZImageTransformerConfig,
-    checked,
-)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object
-from mlx_snapgen.public.keymap import KeyMap, fill, numberless, same
+from mlx_snapgen.json_values import checked, whole_number
+from mlx_snapgen.public.keymap import KeyMap, Row, fill, numberless, same
 from mlx_snapgen.public.source import find_source
+from mlx_snapgen.public_config import (
+    Flux2TransformerConfig,
+    MiniT2ITransformerConfig,
+    QwenTransformerConfig,
+    ZImageTransformerConfig,
+)
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherNetwork
 
@@ -44,8 +46,27 @@ def _keys(kind: str) -> KeyMap:
     return KeyMap(f"{kind} transformer", *map(same, numberless(shapes(network.parameters()))))
 
 
-TRANSFORMER_KEYS = {kind: _keys(kind) for kind in NETWORKS}
+def _patches(value: mx.array) -> mx.array:
+    """Kernel (out, in, p, p) of a convolution over patches -> matrix (out, p * p * in)."""
+    return value.transpose(0, 2, 3, 1).reshape(len(value), -1) if value.ndim == 4 else value
+
+
+def _minit2i_keys() -> KeyMap:
+    """MiniT2I's: its projections of patches are convolutions, and some layers have no effect."""
+    prefix, rows = "model.net.", _keys("minit2i").rows
+    return KeyMap(
+        "minit2i transformer",
+        Row(f"{prefix}t_embedder|pooled_embedder.**", None),
+        *(
+            Row(prefix + str(row.ours), row.ours, *[_patches] * ("img_embedder" in str(row.ours)))
+            for row in rows
+        ),
+    )
+
+
+TRANSFORMER_KEYS = {kind: _keys(kind) for kind in NETWORKS if kind != "minit2i"}
 """By kind of teacher."""
+TRANSFORMER_KEYS["minit2i"] = _minit2i_keys()
 
 
 def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, TeacherNetwork]:
@@ -148,7 +169,39 @@ def flux2_transformer_config(values: dict[str, Any]) -> Flux2TransformerConfig:
     )
 
 
+def minit2i_transformer_config(values: dict[str, Any]) -> MiniT2ITransformerConfig:
+    """Our config from the model's config.json; `UserError` where the two networks differ."""
+    heads, head_dim = (whole_number(values[key], key) for key in ("num_heads", "head_dim"))
+    width = heads * head_dim
+    only = {
+        "in_channels": 3,
+        "prediction": "x",
+        "sampler": "euler",
+        "cfg_channels": 3,
+        "cfg_interval": [0.0, 1.0],
+        "hidden_size": width,
+        "txt_hidden_size": width,
+    }
+    for key, value in only.items():
+        if values.get(key, value) != value:
+            raise UserError(f"only a MiniT2I with {key} {value} is supported, got {values[key]}")
+    return MiniT2ITransformerConfig(
+        num_layers=values["depth_double"],
+        num_text_layers=values["txt_preamble_depth"],
+        num_heads=heads,
+        head_dim=head_dim,
+        patch_size=values["patch_size"],
+        patch_dims=values["pca_channels"],
+        # Rounded up to a multiple of 8.
+        mlp_size=-(-int(width * values["mlp_ratio"]) // 8) * 8,
+        text_dims=values["txt_input_size"],
+        text_tokens=values["prompt_length"],
+        image_size=values["image_size"],
+    )
+
+
 CONFIGS = {
+    "MiniT2IMMJiTModel": ("minit2i", minit2i_transformer_config),
     "QwenImageTransformer2DModel": ("qwen-image", qwen_transformer_config),
     "ZImageTransformer2DModel": ("z-image", z_image_transformer_config),
     "Flux2Transformer2DModel": ("flux2", flux2_transformer_config),
