@@ -19,15 +19,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.config import AutoencoderConfig, to_dict
+from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import contact_sheet, psnr
 from train.data.crops import crops
-from train.data.mixture import Prefetched
+from train.data.encoded import check_channels
+from train.data.mixture import Prefetched, channels_in
 from train.data.source import MAY_CHANGE, Batch
 from train.evaluation.reconstruction import reconstruct
-from train.loop.autoencoder import DEFAULT, STATISTICS_SEED, config_of, load_autoencoder
+from train.loop.autoencoder import DEFAULT, SIZES, STATISTICS_SEED, config_of, load_autoencoder
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig, warmup_of
 from train.loop.run import claim, find_folder, recorded
@@ -71,32 +73,53 @@ def needs_no_captions(run_dir: Path) -> bool:
     return bool(mx.distributed.all_sum(flag, group=group).item())
 
 
-def sizes(latent_channels: int | None, channels: int | None) -> AutoencoderConfig:
-    """The default autoencoder with other channels; `channels` at 1/4 of a picture's side."""
-    n = channels or DEFAULT.encoder_channels[0]
+def sizes(
+    latent_channels: int | None,
+    channels: int | None,
+    *,
+    factor: int | None = None,
+    picture_channels: int = 3,
+) -> AutoencoderConfig:
+    """The autoencoder of a factor with other channels; `channels` at 1/4 of a picture's side."""
+    config = SIZES[factor or DEFAULT.downsampling]
+    first = config.encoder_channels[0]
+
+    def scaled(widths: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(width * (channels or first) // first for width in widths)
+
     return dataclasses.replace(
-        DEFAULT,
-        latent_channels=latent_channels or DEFAULT.latent_channels,
-        encoder_channels=(n, 2 * n),
-        decoder_channels=(2 * n, n, n // 2),
+        config,
+        latent_channels=latent_channels or config.latent_channels,
+        encoder_channels=scaled(config.encoder_channels),
+        decoder_channels=scaled(config.decoder_channels),
+        picture_channels=picture_channels,
     )
 
 
 def main() -> int:
     args = parse()
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
+    picture_channels = channels_in(source)
     measured = None
     if args.init_from or args.encoder:
         measured = open_source(args, seed=STATISTICS_SEED, run_dir=args.run_dir)
     mx.random.seed(args.seed)
     if args.init_from:
         model = load_autoencoder(find_folder(args.init_from), measured)
+        check_channels(model.config, picture_channels)
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
         if model.config.kind == DEFAULT.kind:
             model.config = dataclasses.replace(model.config, latents_mean=(), latents_std=())
     else:
-        model = make_autoencoder(sizes(args.latent_channels, args.channels))
+        model = make_autoencoder(
+            sizes(
+                args.latent_channels,
+                args.channels,
+                factor=args.factor,
+                picture_channels=picture_channels,
+            )
+        )
     encoder = load_autoencoder(find_folder(args.encoder), measured) if args.encoder else None
     if encoder and model.config.kind == DEFAULT.kind:
         raise UserError(

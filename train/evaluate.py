@@ -28,14 +28,16 @@ from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import draw_settings, model_choice
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import UserError, plural, run_command
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.settings import DrawSettings, Width, check_width, held_widths
 from mlx_snapgen.teachers.folder import TeacherFolder, load_flow_teacher
-from train.data.encoded import as_latents
+from train.data.encoded import as_latents, check_channels
+from train.data.mixture import channels_in
 from train.data.open import open_data
 from train.data.source import Samples
+from train.data.stickers.source import Stickers
 from train.data.stickers.vocabulary import known_nouns
 from train.evaluation.measures import Measurement
 from train.evaluation.models import MeasuredModel, OwnModel, PublicModel
@@ -133,7 +135,7 @@ def _measure(args: argparse.Namespace, model: MeasuredModel, widths: list[Width]
     recorded = {"data": args.data, "clip": args.clip} | _recorded(args, resolved)
     print(measurement.run(recorded), end="")
     print(
-        f"{measurement.count} pictures"
+        plural(measurement.count, "picture")
         + (", compared with decoded latents of the data" if clip is not None else "")
         + ("" if clip is not None else "; with --clip also CLIP score and CMMD")
         + (f"; see {args.output}" if args.output else ""),
@@ -174,14 +176,17 @@ def _draw_list(
 # --- stickers -----------------------------------------------------------------------------------
 
 
-def _num_nouns(args: argparse.Namespace, components: Components) -> int:
+def _sticker_source(args: argparse.Namespace) -> Stickers:
+    """The scenes of --data, or else those of the font."""
+    # Scenes have their own sizes.
+    return open_data(args.data, size=(1, 1), unit=1, seed=0) if args.data else Stickers()
+
+
+def _num_nouns(args: argparse.Namespace, components: Components, source: Stickers) -> int:
     if args.num_nouns is not None:
         return args.num_nouns
-    if args.data:
-        config = components.config
-        source = open_data(args.data, size=config.image_size, unit=config.size_unit, seed=0)
-        if source.num_nouns is not None:
-            return source.num_nouns
+    if source.num_nouns is not None:
+        return source.num_nouns
     if not (components.vocabulary or {}).get("nouns"):
         raise UserError(
             "the model has no vocabulary of stickers: give --data to measure it on pictures, or "
@@ -191,11 +196,14 @@ def _num_nouns(args: argparse.Namespace, components: Components) -> int:
 
 
 def _score_stickers(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:
+    source = _sticker_source(args)
+    check_channels(components.config.autoencoder, channels_in(source))
     evaluation = Evaluation(
         components,
         widths=widths,
         settings=draw_settings(args),
-        num_nouns=_num_nouns(args, components),
+        num_nouns=_num_nouns(args, components, source),
+        pictures=source.pictures,
         per_category=args.per_category,
         batch_size=args.batch_size,
         output=args.output,
@@ -220,8 +228,12 @@ def _score_stickers(args: argparse.Namespace, components: Components, widths: li
 
 def main() -> None:
     args = parse()
-    if args.noun:
-        noun_prompts(args.noun, 1)  # an unknown noun is an error before the folder is created
+    if args.is_stickers:
+        collection = _sticker_source(args).collection
+        collection.first(args.num_nouns)
+        if args.noun:
+            # An unknown noun is an error before the folder is created.
+            noun_prompts(args.noun, 1, collection=collection)
     listed = _listed(args)
     model = _load(args)
     config = model.config

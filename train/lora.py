@@ -79,9 +79,17 @@ def main() -> int:
     return train_own(args, folder)
 
 
-def read_examples(args: argparse.Namespace, *, size: tuple[int, int], unit: int) -> list[Example]:
-    """The pictures in sizes like `size`."""
-    examples, skipped = read_folder(args.data, bucket_sizes(size, unit))
+def read_examples(
+    args: argparse.Namespace,
+    *,
+    size: tuple[int, int],
+    unit: int,
+    any_shape: bool = True,
+    has_alpha: bool = False,
+) -> list[Example]:
+    """The pictures in sizes like `size`, or in that size alone."""
+    sizes = bucket_sizes(size, unit) if any_shape else [size]
+    examples, skipped = read_folder(args.data, sizes, has_alpha=has_alpha)
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
     print(f"{describe(examples)}, {len(skipped)} skipped")
@@ -107,7 +115,8 @@ def train_public(args: argparse.Namespace, folder: TeacherFolder) -> int:
             f"{NAMES[config.kind, False]} also works with it",
             file=sys.stderr,
         )
-    examples = read_examples(args, size=size, unit=config.size_unit)
+    any_shape = not config.trained_sizes
+    examples = read_examples(args, size=size, unit=config.size_unit, any_shape=any_shape)
     claim_run(args, examples, resolution=args.resolution, bits=bits)
     network: Any = load_network(folder.path, config, dtype=on_device(None))
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
@@ -167,7 +176,12 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         components = load_pretrained(folder)
     network, config = components.transformer, components.config
     shares = [width.share for width in widths_of(args, config)]
-    examples = read_examples(args, size=config.image_size, unit=config.size_unit)
+    examples = read_examples(
+        args,
+        size=config.image_size,
+        unit=config.size_unit,
+        has_alpha=config.autoencoder.picture_channels == 4,
+    )
     claim_run(args, examples)
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
     train_only(network, NAME)

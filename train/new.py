@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.checkpoint.module import cast
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.efficient_dit import count_parameters
@@ -21,6 +22,7 @@ from train.data.open import is_stickers, is_there
 from train.data.text import is_trained
 from train.evaluation.memory import training_memory
 from train.loop.assemble import (
+    DTYPE,
     check_converted,
     count_weights,
     new_model,
@@ -156,6 +158,9 @@ def main() -> None:
             encoders.append(own_encoder(args.tokenizer, preset.own))
     autoencoder = load_autoencoder(folder, source)
     check_autoencoder(preset, autoencoder.config)
+    if preset.round_autoencoder:
+        cast(autoencoder, DTYPE)
+        cast(autoencoder, mx.float32)
     components = new_model(
         preset.transformer,
         autoencoder,

@@ -13,8 +13,9 @@ from PIL import Image
 
 from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import AutoencoderConfig, to_dict
+from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth

@@ -9,11 +9,12 @@ import sentencepiece
 from PIL import Image
 
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
-from mlx_snapgen.config import FOUR_STEPS, SamplerConfig
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, get_lora_weights
 from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.presets import FOUR_STEPS
 from tests.tiny import MODEL, make_components, randomize
 from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, palettes, tokenizer
 from train.data.stickers.vocabulary import NOUNS

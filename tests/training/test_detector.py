@@ -8,11 +8,12 @@ import pytest
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.render import drawn_box, find_font, render, sprite
-from train.data.stickers.scenes import SIDE, sample_scene
-from train.data.stickers.vocabulary import NOUNS, first_nouns
+from train.data.stickers.scenes import sample_scene
+from train.data.stickers.vocabulary import NOTO, NOUNS
 from train.evaluation.stickers.detector import Detector, background_color, foreground
 from train.evaluation.stickers.geneval import SIX, is_correct
 
+SIDE = NOTO.size[0]
 NUM_NOUNS = 100
 PER_CATEGORY = 35
 NOUN = {noun.name: noun for noun in NOUNS}
@@ -24,7 +25,7 @@ def detector() -> Detector:
         find_font()
     except UserError as error:
         pytest.skip(str(error))
-    return Detector(first_nouns(NUM_NOUNS))
+    return Detector(NOTO.first(NUM_NOUNS))
 
 
 def some_scenes(category, count=PER_CATEGORY):

@@ -55,15 +55,20 @@ def trainer(run_dir, accumulate, before_batch=lambda number: None):
 
 
 def worker(folder, event=None, lost=1):
-    """One process; `event` happens to the second one in its step 5. With "START" the process `lost`
-    ends when the two have found each other. Batches are 0 2 4 ... in the
-    first process and 1 3 5 ... in the second.
+    """One process; `event` happens to the second in its step 5. The process `lost` ends when the
+    two have found each other ("START"), or when they watch each other ("WATCHED").
+
+    Batches are 0 2 4 ... in the first process and 1 3 5 ... in the second.
     """
     rank = mx.distributed.init().rank()
     if event == "START":
         train.loop.distributed.HANDSHAKE = 3.0
         if rank == lost:
             os._exit(9)
+        event = None
+    if event == "WATCHED":
+        if rank == lost:
+            train.loop.distributed.is_complete = lambda group: os._exit(9)
         event = None
 
     def before_batch(number):
@@ -74,7 +79,8 @@ def worker(folder, event=None, lost=1):
     train.loop.distributed.SILENCE = 3.0
     run = trainer(Path(folder) / str(rank), 1, before_batch)
     finished = run.run()
-    print(json.dumps({"step": run.step, "finished": finished}))
+    print(json.dumps({"step": run.step, "finished": finished}), flush=True)
+    sys.exit(run.exit_code)
 
 
 def write_hosts(folder):
@@ -175,20 +181,22 @@ def test_a_lost_process_ends_the_job_with_a_way_on(tmp_path, alone, event):
         np.testing.assert_allclose(expected[key], found[key], atol=1e-6, err_msg=key)
 
 
+@pytest.mark.parametrize("event", ["START", "WATCHED"])
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_that_ends_before_the_first_step_ends_the_job(tmp_path, lost):
-    other = start(tmp_path, "START", lost)[1 - lost]
+def test_a_process_that_ends_before_the_first_step_ends_the_job(tmp_path, lost, event):
+    other = start(tmp_path, event, lost)[1 - lost]
     _, err = finish(other)
     assert other.returncode == 1, err
     assert f"process {lost} of 2 is gone, training ends at step 0; resume, in every" in err
     assert "Traceback" not in err
 
 
-def test_a_signal_to_one_process_ends_all_at_the_same_step(tmp_path):
+@pytest.mark.parametrize("event", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_one_process_ends_all_at_the_same_step_with_its_code(tmp_path, event):
     ends = []
-    for process in start(tmp_path, "SIGINT"):
+    for process in start(tmp_path, event):
         out, err = finish(process)
-        assert process.returncode == 0, err
+        assert process.returncode == 128 + getattr(signal, event), err
         ends.append(json.loads(out))
     assert ends[0] == ends[1] and not ends[0]["finished"]
     assert 4 < ends[0]["step"] < STEPS

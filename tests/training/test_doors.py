@@ -276,7 +276,7 @@ def test_several_prepared_sets(prepared, model, run, tmp_path, capsys):
     more += ["--noises-per-picture", 2]
     run(flow, *options(model, tmp_path / "run", prepared, prepared, *more))
     count = 2 * Prepared(prepared).num_samples
-    said = f"1 steps: 12 samples, {12 / count:.2g} passes over {count} pictures\n"
+    said = f"1 step: 12 samples, {12 / count:.2g} passes over {count} pictures\n"
     assert said in capsys.readouterr().out
     assert read_log(tmp_path / "run")[-1].keys() == {"step", "time", "validation_full"}
 

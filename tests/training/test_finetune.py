@@ -262,7 +262,7 @@ def test_estimate_measures_and_changes_nothing(adapted, folder):
 )
 def test_estimate_is_said_in_fitting_units(steps, long):
     told = Estimate(0.5, 2.0, 3_100_000_000).text(steps, 10)
-    assert told.startswith(f"about {long} ({steps} steps of 0.50 s, 10 pictures")
+    assert told.startswith(f"about {long} ({steps:,} steps of 0.50 s, 10 pictures")
     assert told.endswith("3.1 GB of memory")
 
 

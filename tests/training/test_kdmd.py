@@ -9,9 +9,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import load_pretrained
-from mlx_snapgen.config import FOUR_STEPS, SamplerConfig
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.lora.adapters import active_adapters, add_lora, set_lora_weights
+from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.sampling import add_noise, get_noise
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.base import Condition

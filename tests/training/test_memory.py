@@ -6,9 +6,10 @@ import gc
 import mlx.core as mx
 import pytest
 
-from mlx_snapgen.config import TRANSFORMERS, TransformerConfig
+from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
+from mlx_snapgen.presets import TRANSFORMERS
 from tests.tiny import randomize
 from train.evaluation import memory
 from train.evaluation.memory import STATE, training_memory

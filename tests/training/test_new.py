@@ -14,8 +14,9 @@ from PIL import Image
 
 from mlx_snapgen.checkpoint.model import load_autoencoder, load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import SamplerConfig, to_dict
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pipeline import SnapGenPipeline
 from tests import tiny

@@ -20,7 +20,7 @@ import train.loop.trainer
 from mlx_snapgen import generate
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import to_dict
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.metadata import slug
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import from_uint8

@@ -8,13 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import to_dict
 from tests.layout.graph import ROOT
 from tests.tiny import AUTOENCODER
 from train.data.preparation import CaptionEncoder, make_samples
 from train.data.prepared import Prepared
-from train.data.shards import Shard, write_shard
+from train.data.shards import Shard, shard_path, write_shard
+from train.evaluation.prepared_set import count_shards
 
 SAMPLES, SHARDS, BUCKETS, BATCH = 10**8, 48_829, 17, 256
 
@@ -134,6 +135,17 @@ def test_an_epoch_has_every_sample_about_once(tmp_path):
         assert not seen[bucket] & set(rows.tolist())
         seen[bucket] |= set(rows.tolist())
     assert sum(map(len, seen)) > 10_000 - 3 * 16
+
+
+@pytest.mark.parametrize("damaged", [b'"rea\xffon"', b'"reason\n', b'"\n{}\n[]"'])
+def test_damaged_counts_are_told(tmp_path, damaged):
+    path = shard_path(tmp_path, 0)
+    skipped = [{"key": "a", "reason": "no caption", "detail": ""}]
+    write_shard(path, [], held_out=0, skipped=skipped)
+    assert count_shards(tmp_path, chunks=1, buckets=[]).skipped == {"no caption": 1}
+    path.write_bytes(path.read_bytes().replace(b'"reason"', damaged))
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        count_shards(tmp_path, chunks=1, buckets=[])
 
 
 if __name__ == "__main__":

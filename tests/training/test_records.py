@@ -322,7 +322,7 @@ def test_odd_names_and_lines_in_a_folder(tmp_path):
         {"file_name": str(tmp_path / "sub" / "b.png"), "text": None, "short": "again"},
     ]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    put("metadata.jsonl", b"\xef\xbb\xbf" + text.encode() + b"\n{\n\n")
+    put("metadata.jsonl", b"\xef\xbb\xbf" + text.encode() + b'\n{\n{"file_name": "\\ud800"}\n')
     found = list(PictureFolderRecords(tmp_path).records())
     assert {r.key: dict(r.captions) for r in found if isinstance(r, Record)} == {
         "sub/b.png": {"text": "one line", "short": "s"},
@@ -333,6 +333,7 @@ def test_odd_names_and_lines_in_a_folder(tmp_path):
     }
     assert {r.key: r.reason for r in found if isinstance(r, Skipped)} == {
         "metadata.jsonl, line 3": "damaged line of metadata",
+        "metadata.jsonl, line 4": "damaged line of metadata",
         "dead.png": "no such file",
         "word.docx": "not a picture by its name",
     }

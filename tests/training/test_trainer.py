@@ -509,6 +509,17 @@ def test_a_compiler_that_ctrl_c_ends_is_started_again(tmp_path, monkeypatch):
     assert_same(flat(straight), flat(resumed))
 
 
+def test_a_run_that_stopped_before_its_first_step_validates_no_step_0(tmp_path):
+    run = trainer(tmp_path)
+    run.stop()
+    assert not run.run()
+    assert latest_checkpoint(tmp_path).name == "step_0"
+    resumed, validated = trainer(tmp_path), []
+    resumed.validate = lambda t: validated.append(t.step) or {}
+    assert resumed.run()
+    assert validated and 0 not in validated
+
+
 def test_a_full_disk_ends_a_run_in_one_line_with_its_last_checkpoint(disk):
     """Checkpoints of 2 x 4 layers do not fit a third time."""
     folder = disk("400k")

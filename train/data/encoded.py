@@ -9,14 +9,26 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present_prompts
 from mlx_snapgen.pictures import from_uint8
 from train.data.imagefolder import PictureFolder, choose, some
+from train.data.mixture import channels_in
 from train.data.source import Batch, LatentSource, Samples
 from train.data.streams import Stream
 from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
+
+
+def check_channels(config: AutoencoderConfig, channels: int) -> None:
+    """`UserError` if an autoencoder takes pictures with other channels than those of the data."""
+    if config.picture_channels != channels:
+        what = {3: "no alpha channel", 4: "an alpha channel"}
+        raise UserError(
+            f"the pictures have {what[channels]}, those of the autoencoder have "
+            f"{what[config.picture_channels]}"
+        )
 
 
 class EncodedPictures:
@@ -59,8 +71,7 @@ def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
     """
     parts = getattr(source, "sources", [source])
     if not all(hasattr(part, "check_autoencoder") for part in parts):
-        if autoencoder.config.picture_channels != 3:
-            raise UserError("pictures have no alpha channel, which this autoencoder needs")
+        check_channels(autoencoder.config, channels_in(source))
         return EncodedPictures(source, autoencoder)
     for part in parts:
         part.check_autoencoder(autoencoder)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mlx_snapgen.decode import Size, Unusable, decode
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import expanded
 from train.data.readers.folder import METADATA, PictureFolderRecords
 from train.data.source import Skipped
@@ -33,7 +33,7 @@ class Example:
     Attributes:
         path: its file.
         caption: what it shows, without line breaks.
-        pixels: uint8 (H, W, 3), RGB, of a bucket's size.
+        pixels: uint8 (H, W, 3), RGB, of a bucket's size; or (H, W, 4), the colors times alpha.
     """
 
     path: Path
@@ -45,7 +45,9 @@ class Example:
         return self.pixels.shape[:2]
 
 
-def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], list[str]]:
+def read_folder(
+    folder: Path, buckets: Sequence[Size], *, has_alpha: bool = False
+) -> tuple[list[Example], list[str]]:
     """All readable pictures with a caption in a folder and its subfolders.
 
     A picture with two captions in the metadata becomes two examples.
@@ -53,6 +55,7 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
     Args:
         folder: with pictures and `metadata.jsonl` or `.txt` files.
         buckets: the sizes to crop to; each picture gets the one nearest in shape.
+        has_alpha: the examples have an alpha channel.
 
     Returns:
         the examples in the order of their names, and a line for each picture that is skipped.
@@ -65,7 +68,7 @@ def read_folder(folder: Path, buckets: Sequence[Size]) -> tuple[list[Example], l
     examples = []
     for path, caption in captions:
         try:
-            picture = read_picture(path)
+            picture = read_picture(path, has_alpha=has_alpha)
         except UserError as error:
             skipped.append(str(error))
         else:
@@ -93,14 +96,15 @@ def find_captions(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     return sorted(found), skipped
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB: see `decode`.
+def read_picture(path: Path, *, has_alpha: bool = False) -> Image.Image:
+    """A picture in RGB, or in RGBA if `has_alpha`: see `decode`.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return decode(path.read_bytes())[0]
+        picture, _ = decode(path.read_bytes(), keep_alpha=has_alpha)
+        return picture.convert("RGBA") if has_alpha else picture
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Unusable as error:
@@ -137,16 +141,20 @@ def nearest_size(size: Size, buckets: Sequence[Size]) -> Size:
 
 
 def fit(picture: Image.Image, size: Size) -> np.ndarray:
-    """The largest centered crop of the picture with the aspect of `size`, resized to it: uint8."""
+    """The largest centered crop of the picture with the aspect of `size`, resized to it: uint8.
+
+    The colors of an RGBA picture are multiplied by alpha.
+    """
     height, width = size
-    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted.convert("RGBa") if fitted.mode == "RGBA" else fitted)
 
 
 def describe(examples: Sequence[Example]) -> str:
     """A summary such as "4 pictures (3 of 64x32, 1 of 32x64 pixels)"."""
     sizes = Counter(example.size for example in examples)
     counts = ", ".join(f"{n} of {w}x{h}" for (h, w), n in sorted(sizes.items()))
-    return f"{len(examples)} pictures ({counts} pixels)"
+    return f"{plural(len(examples), 'picture')} ({counts} pixels)"
 
 
 def digest(examples: Sequence[Example]) -> str:

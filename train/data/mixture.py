@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_snapgen.decode import Size
+from mlx_snapgen.errors import UserError
 from train.data.order import MixtureOrder
 from train.data.source import MAY_CHANGE, PromptBatch, Samples
 
@@ -36,6 +37,14 @@ def sizes_in(source: Any) -> dict[Size, float]:
         for size, count in zip(getattr(part, "sizes", ()), counts, strict=True):
             shares[size] += weight * count / sum(counts)
     return {size: share for size, share in shares.most_common() if share}
+
+
+def channels_in(source: Any) -> int:
+    """Channels of a source's pictures: 4 with alpha; `UserError` if they differ."""
+    found = {getattr(part, "channels", 3) for part in getattr(source, "sources", [source])}
+    if len(found) > 1:
+        raise UserError("some pictures have an alpha channel, others do not: train on one kind")
+    return found.pop()
 
 
 class Mixture:

@@ -2,7 +2,7 @@
 
 A SOURCE is a folder that `train.prepare` wrote, a folder of pictures, .tar files, .parquet files
 (each also as a pattern such as "set/*.tar"), or the rendered stickers: `stickers`, or with settings
-`stickers:nouns=100,categories=colors+size`.
+`stickers:nouns=100,categories=colors+size`, and `stickers:pictures=FOLDER` for Fluent Emoji's.
 """
 
 import glob
@@ -25,6 +25,7 @@ from train.data.shards import INDEX, SETTINGS, SHARDS
 from train.data.source import RecordSource
 
 STICKERS = "stickers"
+SETTINGS_OF_STICKERS = ("nouns", "categories", "pictures")
 TARS = (".tar", ".tar.gz", ".tgz")
 PARQUET = (".parquet",)
 SOURCES = (
@@ -224,22 +225,26 @@ def _open_prepared(
 
 
 def _open_stickers(spec: str, *, seed: int) -> Any:
-    from train.data.stickers.scenes import CATEGORIES
+    from train.data.stickers.render import find_pictures
     from train.data.stickers.source import Stickers
+    from train.data.stickers.vocabulary import collection_in
 
     given: dict[str, str] = {}
     for setting in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = setting.partition("=")
-        if name not in ("nouns", "categories"):
-            hint = nearest(name, ("nouns", "categories"))
-            raise UserError(f"--data {spec}: no setting {name}{hint}; there are nouns, categories")
+        if name not in SETTINGS_OF_STICKERS:
+            hint = nearest(name, SETTINGS_OF_STICKERS)
+            known = ", ".join(SETTINGS_OF_STICKERS)
+            raise UserError(f"--data {spec}: no setting {name}{hint}; there are {known}")
         given[name] = value
     nouns = given.get("nouns")
     if nouns is not None and not nouns.isdecimal():
         raise UserError(f"--data {spec}: nouns={nouns} is not a whole number")
+    pictures = find_pictures(given["pictures"]) if "pictures" in given else None
     categories = tuple(given["categories"].split("+")) if "categories" in given else None
+    known = collection_in(pictures).categories
     for name in categories or ():
-        if name not in CATEGORIES:
-            hint = nearest(name, CATEGORIES)
-            raise UserError(f"--data {spec}: no category {name}{hint}: {', '.join(CATEGORIES)}")
-    return Stickers(seed, None if nouns is None else int(nouns), categories)
+        if name not in known:
+            hint = nearest(name, known)
+            raise UserError(f"--data {spec}: no category {name}{hint}: {', '.join(known)}")
+    return Stickers(seed, None if nouns is None else int(nouns), categories, pictures)

@@ -19,10 +19,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.module import check_version
-from mlx_snapgen.config import TextEncoderConfig, to_dict
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import expanded, read_object, whole_file
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from train.data.order import BatchOrder, fixed_rows
@@ -236,7 +237,7 @@ class Prepared:
     def check_files(self) -> None:
         """`UserError` if a shard is missing."""
         for file in self._files:
-            if not (self.folder / file).is_file():
+            if not expanded(self.folder / file).is_file():
                 raise UserError(
                     f"{self.folder} is incomplete, {file} is missing: run train.prepare again"
                 )

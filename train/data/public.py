@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.module import on_device
+from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.folder import (
@@ -80,7 +81,7 @@ class PublicPictures:
         ]
         return self.rows(bucket, rows, captions)
 
-    def rows(self, bucket: int, rows: Sequence[int], captions: Sequence[str]) -> Batch:
+    def rows(self, bucket: int, rows: Sequence[int], captions: Sequence[Prompt]) -> Batch:
         """Pictures of a bucket with these captions."""
         texts = [self._texts[caption] for caption in captions]
         return {
@@ -89,6 +90,6 @@ class PublicPictures:
             "mask": mx.concatenate([mask for _, mask in texts]),
         }
 
-    def condition(self, prompt: str) -> Condition:
+    def condition(self, prompt: Prompt) -> Condition:
         """An encoded prompt, with the unconditional one."""
         return Condition(*self._texts[prompt], *self._texts[self.empty])

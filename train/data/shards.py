@@ -286,5 +286,12 @@ class Shard:
         return self.row(name, row).tobytes().decode(errors="surrogateescape")
 
     def json_lines(self, name: str) -> list[dict[str, Any]]:
-        """The lines of "skipped" or "changed"."""
-        return [json.loads(line) for line in self.rows(name).tobytes().splitlines()]
+        """The lines of "skipped" or "changed", JSON objects; `UserError` for others."""
+        try:
+            # Names of files may have bytes that are no text, which `parse_json` refuses.
+            lines = [json.loads(line) for line in self.rows(name).tobytes().splitlines()]
+        except (ValueError, RecursionError):
+            raise self._damaged() from None
+        if not all(isinstance(line, dict) for line in lines):
+            raise self._damaged()
+        return lines

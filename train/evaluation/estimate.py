@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.errors import plural
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.settings import DrawSettings, machine_memory
 from train.data.encoded import rows
@@ -35,14 +36,15 @@ class Estimate:
         """Text like "about 4 minutes (400 steps of 0.60 s, 56 pictures of 0.5 s), 0.3 GB"."""
         seconds = steps * self.step + pictures * self.picture
         if seconds < 100:
-            long = f"{seconds:.0f} seconds"
+            long = plural(round(seconds), "second")
         elif seconds < 6000:
-            long = f"{seconds / 60:.0f} minutes"
+            long = plural(round(seconds / 60), "minute")
         else:
             long = f"{seconds / 3600:.1f} hours"
         return (
-            f"about {long} ({steps} steps of {self.step:.2f} s, {pictures} pictures to draw of "
-            f"{self.picture:.1f} s) and {self.memory / 1e9:.1f} GB of memory"
+            f"about {long} ({plural(steps, 'step')} of {self.step:.2f} s, "
+            f"{plural(pictures, 'picture')} to draw of {self.picture:.1f} s) and "
+            f"{self.memory / 1e9:.1f} GB of memory"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import lock_folder, read_object, unlock_folder, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from train.data.preparation import ENLARGED, Chunk
@@ -194,7 +194,7 @@ class Preparation:
         left = max(0, own - done)
         these = f" ({own:,} in part {part} of {parts})" if parts > 1 else ""
         print(
-            f"{total:,} pictures{these}; {rate}: {_duration(left * seconds)} and "
+            f"{plural(total, 'picture')}{these}; {rate}: {_duration(left * seconds)} and "
             f"{_size(left * each)} of disk{' for the rest' if done else ''} "
             f"({_size(free)} free)",
             flush=True,
@@ -271,7 +271,7 @@ class Preparation:
             )
         reasons = [f"; {n:,} skipped: {reason}" for reason, n in counts.skipped.most_common(3)]
         print(
-            f"{folder} is complete: {counts.total:,} pictures, {_size(counts.bytes)}"
+            f"{folder} is complete: {plural(counts.total, 'picture')}, {_size(counts.bytes)}"
             + "".join(reasons)
         )
 
@@ -291,5 +291,5 @@ def _duration(seconds: float) -> str:
     if seconds < 1:
         return "less than a second"
     if seconds < 120:
-        return f"{seconds:.0f} seconds"
+        return plural(round(seconds), "second")
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -89,7 +89,7 @@ def _add(counts: Counts, shard: Shard, *, write: Callable[[str], Any]) -> None:
         for i, part in enumerate((TRAIN, VALIDATION)):
             kept[i] += shard.count(group_name(part, size))
     for line in shard.json_lines("skipped"):
-        counts.skipped[line["reason"]] += 1
+        counts.skipped[str(line.get("reason"))] += 1
         write(json.dumps(line, ensure_ascii=False) + "\n")
     for line in shard.json_lines("changed"):
         counts.changed.update(line)

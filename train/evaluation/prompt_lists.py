@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mlx_snapgen.alpha import straight
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, parse_json, read_object, read_text, whole_file
 from mlx_snapgen.settings import DrawSettings
@@ -208,7 +209,7 @@ def _save(path: Path, pictures: np.ndarray) -> None:
         pictures = np.concatenate(rows, 0)[None]
     try:
         with whole_file(path) as partial:
-            Image.fromarray(pictures[0]).save(partial, format="png")
+            Image.fromarray(straight(pictures[0])).save(partial, format="png")
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}): run the command again to resume"

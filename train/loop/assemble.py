@@ -14,19 +14,15 @@ from mlx_snapgen.checkpoint.language_models import GEMMA_FILES
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.checkpoint.module import cast, read_part
 from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, new_text_encoder
-from mlx_snapgen.config import (
-    GEMMA_3_4B,
-    ModelConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    from_dict,
-)
+from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object
+from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+from mlx_snapgen.presets import GEMMA_3_4B
 
 DTYPE = mx.bfloat16
 """Type that the weights of a model folder are stored in."""

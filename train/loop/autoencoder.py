@@ -10,18 +10,22 @@ from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint import model as checkpoint_model
-from mlx_snapgen.config import AutoencoderConfig, from_dict
+from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object, whole_file
+from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import from_uint8
+from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from train.data.source import PictureSource
 from train.loop.checkpoint import latest_checkpoint, load_ema
 from train.loop.run import recorded
 
 DEFAULT = AutoencoderConfig()
 """The autoencoder of a run whose record has none; the run learns its latents."""
+SIZES = {config.downsampling: config for config in (DEFAULT, FLUENT_AUTOENCODER)}
+"""By the side of a picture, divided by that of its latents."""
 OLD_RECORD = "autoencoder.json"
 """File in which older versions recorded the autoencoder of a run."""
 STATISTICS_SEED = 12345

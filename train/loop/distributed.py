@@ -91,8 +91,12 @@ class PeerWatch:
         self._connections: list[socket.socket] = []
         self._watched: set[int] = set()
         if group.size() > 1:
-            self._meet(group)
-            self._check_complete(group)
+            try:
+                self._meet(group)
+                self._check_complete(group)
+            except RuntimeError:
+                self._fail(group)  # of mlx, which may notice the loss first
+                raise
 
     def _meet(self, group: mx.distributed.Group) -> None:
         host = _host_of_first()
@@ -122,18 +126,20 @@ class PeerWatch:
 
     def _check_complete(self, group: mx.distributed.Group) -> None:
         """Call `lost` if a process ended before it was watched: then mlx may wait for ever."""
-
-        def fail() -> None:
-            others = (rank for rank in range(group.size()) if rank != group.rank())
-            self._lost(next((rank for rank in others if rank not in self._watched), 0))
-
-        timer = threading.Timer(HANDSHAKE, fail)
+        timer = threading.Timer(HANDSHAKE, self._fail, (group,))
         timer.daemon = True
         timer.start()
         complete = is_complete(group)
         timer.cancel()
         if not complete:
-            fail()
+            self._fail(group)
+
+    def _fail(self, group: mx.distributed.Group) -> None:
+        """Call `lost` with the rank of a process that is not there."""
+        others = [rank for rank in range(group.size()) if rank != group.rank()]
+        if self._watched.issuperset(others):
+            time.sleep(2 * GRACE)  # the watch calls `lost` with the rank
+        self._lost(next((rank for rank in others if rank not in self._watched), others[0]))
 
     def close(self, orderly: bool) -> None:
         """End the watch; if `orderly`, the other processes do not treat this process as lost."""

@@ -162,7 +162,7 @@ class Trainer:
 
     @property
     def exit_code(self) -> int:
-        """For the command: 0, or 128 + the number of the signal that stopped the run."""
+        """For the command: 0, or 128 + the number of the signal that stopped any process."""
         return 128 + self._signal if self._signal and self.step < self.config.steps else 0
 
     def stop(self) -> None:
@@ -260,8 +260,10 @@ class Trainer:
                     started += time.perf_counter() - before
         self._check_complete()
         self.save()
-        # Wait for all: mpirun ends the job when one process ends, even if another still saves.
-        mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self.group))
+        # Wait for all: mpirun ends the job when one process ends, even if another still saves. A
+        # signal to one process is the exit code of all.
+        shared = mx.distributed.all_max(mx.array(self._signal), group=self.group)
+        self._signal = max(self._signal, int(_number(shared)))
 
     def _train_step(self) -> tuple[dict[str, float], bool]:
         """One step; returns the metrics, and whether any process is to stop."""
@@ -313,7 +315,9 @@ class Trainer:
     @property
     def _is_due(self) -> bool:
         """Whether a checkpoint with its validation follows this step."""
-        return self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+        # A run that was stopped before its first step has a checkpoint 0.
+        is_last = self.step == self.config.steps
+        return self.step > 0 and (is_last or self.step % self.config.checkpoint_every == 0)
 
     def _validate(self) -> None:
         validate = self.validate

@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.errors import UserError
 from train.data.open import is_prepared
-from train.loop.autoencoder import DEFAULT
+from train.loop.autoencoder import DEFAULT, SIZES
 from train.options.common import (
     add_number,
     add_removed,
@@ -51,11 +51,19 @@ def parse() -> argparse.Namespace:
     add_number(
         parser, "--checkpoint-every", 500, "steps between checkpoints, each with a validation"
     )
+    add(
+        "--factor",
+        type=int,
+        choices=list(SIZES),
+        help="side of a picture, divided by the side of its latents (default: "
+        f"{DEFAULT.downsampling})",
+    )
+    latents = " or ".join(f"{c.latent_channels} for factor {f}" for f, c in SIZES.items())
     for name, what in (
-        ("latent-channels", f"channels of the latents (default: {DEFAULT.latent_channels})"),
+        ("latent-channels", f"channels of the latents (default: {latents})"),
         (
             "channels",
-            "channels at 1/4 of the side of a picture, twice as many at 1/8 (default: "
+            "channels at 1/4 of the side of a picture, the others in proportion (default: "
             f"{DEFAULT.encoder_channels[0]})",
         ),
     ):
@@ -84,10 +92,13 @@ def parse() -> argparse.Namespace:
     check_at_least(args, 1, "steps", "batch_size", "accumulate", "checkpoint_every", "crop")
     check_at_least(args, 0, "seed", "kl_weight")
     check_learning_rate(args.learning_rate)
-    if args.crop % DEFAULT.downsampling:
-        raise UserError(f"--crop must be a multiple of {DEFAULT.downsampling}, got {args.crop}")
-    if args.init_from and (args.latent_channels or args.channels):
-        raise UserError("--init-from has its own sizes: omit --latent-channels and --channels")
+    factor = args.factor or DEFAULT.downsampling
+    if args.crop % factor:
+        raise UserError(f"--crop must be a multiple of {factor}, got {args.crop}")
+    if args.init_from and (args.latent_channels or args.channels or args.factor):
+        raise UserError(
+            "--init-from has its own sizes: omit --latent-channels, --channels and --factor"
+        )
     check_data(args, unit=UNIT)
     for spec in args.data:
         if is_prepared(spec):

@@ -1,6 +1,7 @@
 """Options that choose the pictures to train on."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,11 @@ def data_from(
         resolution=args.resolution,
         pictures_only=pictures_only,
     )
+
+
+def size_pair(text: str) -> Size:
+    """(height, width) in pixels of a text such as 256x384."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size such as 256x384 expected, not '{text}'")
+    return int(match[1]), int(match[2])

@@ -17,7 +17,6 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, check_writable, expanded
 from train.data.open import is_stickers
 from train.data.stickers.source import add_num_nouns
-from train.data.stickers.vocabulary import first_nouns
 from train.options.common import MOST, add_number, add_seed, check_at_least
 from train.options.data import MOST_SIDE, add_data, filter_from
 
@@ -155,7 +154,6 @@ def _check(args: argparse.Namespace) -> None:
     check_at_least(args, 1, "per_category", "validation_scenes", "batch_size", "pictures")
     check_at_least(args, 1, "per_prompt")
     check_at_least(args, 0, "seed")
-    first_nouns(args.num_nouns)
     filter_from(args)
     if args.time_shift is not None and args.time_shift <= 0:
         raise UserError(f"--time-shift must be above 0, got {args.time_shift}")

@@ -2,17 +2,17 @@
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.config import FOUR_STEPS, ModelConfig, SamplerConfig
+from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import few_step_sampler
+from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.settings import MAX_STEPS, check_size
 from train.data.mixture import sizes_in
 from train.data.prompts import PromptList, spread
@@ -35,7 +35,7 @@ from train.options.common import (
     check_learning_rate,
     check_new_lora,
 )
-from train.options.data import add_data, check_data, data_from
+from train.options.data import add_data, check_data, data_from, size_pair
 
 NUM_PREVIEWS = 8
 BY_RESOLUTION = "resolution"
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     add(
         "--sizes",
         nargs="+",
-        type=_size,
+        type=size_pair,
         metavar="HxW",
         help="sizes of pictures in pixels, one for each batch at random (default: those of --data, "
         "as often as there; with --prompts-file the model's)",
@@ -147,13 +147,6 @@ def parse() -> argparse.Namespace:
     if bool(args.data) == bool(args.prompts_file):
         raise UserError("give either --data SOURCE... or --prompts-file FILE")
     return args
-
-
-def _size(text: str) -> Size:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"a size such as 256x384 expected, not '{text}'")
-    return int(match[1]), int(match[2])
 
 
 def _time_shift(text: str) -> float | str:

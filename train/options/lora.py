@@ -31,6 +31,7 @@ from train.options.common import (
 TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
 """Layers that get an adapter."""
 PUBLIC_TARGETS = {
+    "minit2i": ("*qkv", "*attn_proj", "*mlp.w?"),
     "flux2": ("attn.*", "ff.*", "ff_context.*"),
     "qwen-image": ("attn.*", "img_mlp.*", "txt_mlp.*"),
     "z-image": ("attention.to_*", "feed_forward.w*"),
@@ -57,6 +58,7 @@ def parse(
         "again to resume.",
         epilog=EPILOG,
         renamed={"--widths": "--model-widths"},
+        silent=public is not None,
     )
     add = parser.add_argument
     add(
@@ -159,8 +161,8 @@ the same new word for the thing in every caption. Also describe the rest of the 
 then change it in a prompt. Pictures may have any size and shape: the command crops each to the
 nearest of a few shapes.
 
-Public models (Z-Image, FLUX.2 klein, Qwen-Image) have other defaults: --steps 1000, --batch-size 1,
---checkpoint-every 250, --learning-rate 0.0001, the layers of attention and feed-forward as
---targets, --prior-weight 0 and, if the model is distilled, --drop-caption 0. They are always
-trained with --save-memory.
+Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) have other defaults: --steps 1000,
+--batch-size 1, --checkpoint-every 250, --learning-rate 0.0001, the layers of attention and
+feed-forward as --targets, --prior-weight 0 and, if the model is distilled, --drop-caption 0. They
+are always trained with --save-memory. Of pictures for MiniT2I, the largest square is used.
 """

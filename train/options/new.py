@@ -8,20 +8,18 @@ from typing import Any
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
-    DC_AE,
-    TRANSFORMERS,
     AutoencoderConfig,
     ModelConfig,
     SamplerConfig,
     TextEncoderConfig,
     TransformerConfig,
-    from_dict,
-    preset_autoencoder,
 )
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_new, expanded, read_json
+from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.presets import DC_AE, TRANSFORMERS, preset_autoencoder
 from train.data.open import open_data
-from train.data.stickers.model import STICKERS
+from train.data.stickers.model import FLUENT_STICKERS, STICKERS
 from train.data.text import is_trained
 from train.loop.autoencoder import STATISTICS_SEED
 from train.loop.run import recorded
@@ -40,6 +38,7 @@ class Preset:
         own: of the text encoder that is trained with the model.
         size: (height, width) of the pictures in pixels.
         downsampling: that the autoencoder must have; None for any.
+        round_autoencoder: to bfloat16, so that the model stores it in 16 bits. Others keep 32.
     """
 
     transformer: TransformerConfig
@@ -48,6 +47,7 @@ class Preset:
     size: tuple[int, int] = (RESOLUTION, RESOLUTION)
     unconditional: str = "absent"
     downsampling: int | None = None
+    round_autoencoder: bool = False
 
 
 def preset_of(model: ModelConfig) -> Preset:
@@ -69,6 +69,7 @@ PRESETS = {
     for name, config in TRANSFORMERS.items()
 }
 PRESETS[STICKERS.name] = preset_of(STICKERS)
+PRESETS[FLUENT_STICKERS.name] = replace(preset_of(FLUENT_STICKERS), round_autoencoder=True)
 """Values of `--preset`."""
 
 

@@ -15,7 +15,7 @@ from mlx_snapgen.checkpoint.text_encoders import SOURCE_FILES
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.settings import Width
 from train.data.encoded import EncodedBatches, as_latents
@@ -272,8 +272,8 @@ def print_passes(args: argparse.Namespace, source: Any) -> None:
     if count is not None:
         number = used / count
         shown = f"{number:.2g}" if number < 10 else f"{number:,.0f}"
-        passes = f", {shown} passes over {count:,} pictures"
-    print(f"{args.steps:,} steps: {used:,} samples{passes}")
+        passes = f", {shown} passes over {plural(count, 'picture')}"
+    print(f"{plural(args.steps, 'step')}: {plural(used, 'sample')}{passes}")
 
 
 def digests(components: Components) -> dict[str, Any]:

@@ -211,8 +211,12 @@ class PictureFolderRecords:
                 yield picture, metadata, start
 
     def _found(self, folder: str, name: str) -> str:
-        """The relative path of a picture, also if its accents are composed in another way."""
+        """The relative path of a picture, also if its accents are composed in another way.
+
+        `ValueError` for a name that no file can have.
+        """
         path = os.path.normpath(self.folder / folder / name)
+        os.fsencode(path)  # ValueError: no file can have this name
         if not os.path.exists(path):
             for form in ("NFC", "NFD"):
                 if os.path.exists(other := unicodedata.normalize(form, path)):

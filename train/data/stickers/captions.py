@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_snapgen.vocabulary import pluralize, with_article
-from train.data.stickers.vocabulary import Noun
+from train.data.stickers.vocabulary import NOTO, Collection, Noun
 
 RELATIONS = {
     "left": "to the left of",
@@ -15,8 +15,13 @@ RELATIONS = {
     "above": "above",
     "below": "below",
 }
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "big": ("big", "big", "large", "huge")}
+SIZE_WORDS = {
+    "small": ("small", "small", "little", "tiny"),
+    "big": ("big", "big", "large"),
+    "huge": ("huge",),
+}
+# Of collections that have no size "huge".
+TWO_SIZES = SIZE_WORDS | {"big": ("big", "big", "large", "huge")}
 
 DETERMINERS = ("a",) * 15 + ("one",) * 2 + ("",) * 2 + ("the",)
 
@@ -150,10 +155,10 @@ class Placed:
 
     Attributes:
         noun: what it shows.
-        color: a name of COLORS, or None for the glyph's own colors.
+        color: a name of the collection's colors, or None for the glyph's own.
         size_px: the longer side of the glyph and the side of its square cell.
         x, y: left and top edge of the cell. The glyph sits in the middle of it.
-        size_word: "small" or "big" if it is in the caption, else None.
+        size_word: a key of SIZE_WORDS if the caption has such a word, else None.
     """
 
     noun: Noun
@@ -179,12 +184,14 @@ class Scene:
     """The content of a picture and its caption.
 
     Attributes:
-        category: a key of CATEGORIES.
+        category: a key of the collection's categories.
         placed: the glyphs; equal ones stand next to each other. With a relation there are two.
-        background: a name of BACKGROUNDS.
+        background: a name of the collection's backgrounds.
         caption: one phrasing out of many.
         relation: of placed[0] to placed[1], a key of RELATIONS, or None if not in the caption.
         background_named: whether the caption names the background.
+        collection: of its nouns.
+        size: (height, width) in pixels.
     """
 
     category: str
@@ -193,6 +200,8 @@ class Scene:
     caption: str = ""
     relation: str | None = None
     background_named: bool = False
+    collection: Collection = NOTO
+    size: tuple[int, int] = NOTO.size
 
 
 def pick(rng: np.random.Generator, options: Sequence):
@@ -206,7 +215,14 @@ def _groups(scene: Scene) -> list[tuple[int, Placed]]:
     return [(len(run), run[0]) for run in (list(group) for _, group in runs)]
 
 
-def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, determiner: str) -> str:
+def _noun_phrase(
+    count: int,
+    item: Placed,
+    rng: np.random.Generator | None,
+    *,
+    collection: Collection,
+    determiner: str = "a",
+) -> str:
     """A noun phrase such as "a red apple" or "two cats"; without `rng` in the plainest wording."""
     noun, color, size = item.noun, item.color, item.size_word
     singular, plural = noun.name, noun.plural
@@ -215,7 +231,10 @@ def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, dete
         if noun.synonyms and rng.random() < 0.2:
             singular = pick(rng, noun.synonyms)
             plural = pluralize(singular)
-        size = size and pick(rng, SIZE_WORDS[size])
+        sizes = SIZE_WORDS if "huge" in collection.alone else TWO_SIZES
+        size = size and pick(rng, sizes[size])
+        if color == "grey" and rng.random() < 0.5:
+            color = "gray"
         if color is not None and rng.random() < 0.2:
             form = pick(rng, _COLOR_FORMS)
             if form.startswith("{c}"):
@@ -225,7 +244,7 @@ def _noun_phrase(count: int, item: Placed, rng: np.random.Generator | None, dete
     words = " ".join(word for word in (size, color, singular if count == 1 else plural) if word)
     if count > 1:
         digit = rng is not None and rng.random() < 0.35
-        return f"{count if digit else NUMBERS[count]} {words}{tail}"
+        return f"{count if digit else collection.numbers[count - 1]} {words}{tail}"
     if determiner == "a":
         return with_article(words) + tail
     return f"{determiner} {words}{tail}".lstrip()
@@ -250,7 +269,10 @@ def _join(phrases: list[str]) -> str:
 
 def plain_caption(scene: Scene) -> str:
     """The canonical phrasing: "a red apple to the left of a cat on a white background"."""
-    phrases = [_noun_phrase(count, item, None, "a") for count, item in _groups(scene)]
+    phrases = [
+        _noun_phrase(count, item, None, collection=scene.collection)
+        for count, item in _groups(scene)
+    ]
     text = f" {RELATIONS[scene.relation]} ".join(phrases) if scene.relation else _join(phrases)
     if scene.background_named:
         text = f"{text} on {with_article(scene.background)} background"
@@ -267,13 +289,17 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
             determiner = "a single"
         if count == 1 and item.color and not item.size_word and style > 0.95:
             return f"the {item.noun.name} is {item.color}", False
-        if count > 1 and item.color is None and style < 0.4:
-            number = str(count) if rng.random() < 0.4 else NUMBERS[count]
+        if count > 1 and not (item.color or item.size_word) and style < 0.4:
+            number = str(count) if rng.random() < 0.4 else scene.collection.numbers[count - 1]
             forms = COUNTING + COUNTING_TWO if count == 2 else COUNTING
             form = pick(rng, forms).format(n=number, p=item.noun.plural, s=item.noun.name)
             return form, True
-        return _noun_phrase(count, item, rng, determiner), True
-    phrases = [_noun_phrase(count, item, rng, determiner) for count, item in groups]
+        phrase = _noun_phrase(count, item, rng, collection=scene.collection, determiner=determiner)
+        return phrase, True
+    phrases = [
+        _noun_phrase(count, item, rng, collection=scene.collection, determiner=determiner)
+        for count, item in groups
+    ]
     if scene.relation:
         if scene.relation in ("right", "below"):
             phrases.reverse()

@@ -1,4 +1,4 @@
-"""Sticker scenes to pictures, from the glyphs of the Noto Color Emoji font."""
+"""Sticker scenes to pictures, from the Noto Color Emoji font or the pictures of Fluent Emoji."""
 
 import functools
 import io
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mlx_snapgen.alpha import straight
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, new_folder
 from train.data.stickers.captions import Placed, Scene
-from train.data.stickers.scenes import SIDE
-from train.data.stickers.vocabulary import BACKGROUNDS, COLORS, Noun, first_nouns
+from train.data.stickers.vocabulary import NOTO, Collection, Noun
 
 STRIKE = 109  # the only size of the bitmap font, in pixels per em
 
@@ -56,6 +56,39 @@ def find_font(path: str | Path | None = None) -> Path:
     raise UserError(f"the font Noto Color Emoji is not installed; to install it: {INSTALL}")
 
 
+PICTURES = (
+    "npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xf lobehub-fluent-emoji-3d-1.1.0.tgz, which "
+    "writes the folder package"
+)
+FOLDERS = ("", "assets", "package/assets", "packages/3d/assets")
+"""Where the pictures are in a folder that a user names: the npm package or the repository."""
+
+
+def find_pictures(folder: str | Path) -> Path:
+    """The folder with Fluent Emoji's pictures in 3D, which may be in a subfolder of `folder`.
+
+    Raises:
+        UserError: there are none; the message names the command that fetches them.
+    """
+    for part in FOLDERS:
+        found = expanded(folder) / part
+        if (found / "1f34e.webp").is_file():
+            return found
+    raise UserError(f"{folder} has no pictures such as 1f34e.webp; to fetch them: {PICTURES}")
+
+
+def _picture(folder: Path, emoji: str) -> Image.Image:
+    """The picture of an emoji, RGBA; file names may omit the variation selector."""
+    points = [f"{ord(character):04x}" for character in emoji]
+    plain = [point for point in points if point != "fe0f"]
+    for names in (points, plain, [*plain, "fe0f"]):
+        path = folder / f"{'-'.join(names)}.webp"
+        if path.is_file():
+            with Image.open(path) as picture:
+                return picture.convert("RGBA")
+    raise UserError(f"{folder} has no picture of {emoji}; to fetch them: {PICTURES}")
+
+
 @functools.lru_cache(maxsize=2)
 def _font(path: str | Path | None) -> ImageFont.FreeTypeFont:
     path = find_font(path)
@@ -69,9 +102,12 @@ def _font(path: str | Path | None) -> ImageFont.FreeTypeFont:
         ) from None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def _glyph(font: str | Path | None, emoji: str) -> Image.Image:
     """The glyph cropped to what is drawn, RGBA."""
+    if font is not None and Path(font).is_dir():
+        picture = _picture(Path(font), emoji)
+        return picture.crop(picture.getchannel("A").getbbox())
     canvas = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE))
     drawing = ImageDraw.Draw(canvas)
     drawing.text((STRIKE // 4, STRIKE // 4), emoji, font=_font(font), embedded_color=True)
@@ -96,23 +132,43 @@ def dominant_hue(rgba: np.ndarray) -> float:
     return float(window.argmax()) * 360 / 256
 
 
-def recolor(glyph: Image.Image, color: str) -> Image.Image:
-    """Give the glyph's dominant color the hue, saturation and value of `color`.
+def recolor(
+    glyph: Image.Image,
+    target: tuple[float, float, float],
+    *,
+    hue: float | None = None,
+    is_gray: bool = False,
+) -> Image.Image:
+    """Give the glyph's dominant color another hue, saturation and value.
 
     Pixels near the dominant hue change, each by the ratio of its saturation and value to their
     medians, so that shading stays; leaves, wheels and outlines keep their own colors.
+
+    Args:
+        target: hue in degrees, saturation and value in [0, 1] of the median pixel.
+        hue: the dominant one in degrees; None: see `dominant_hue`.
+        is_gray: change the gray pixels instead, by the ratio of their value alone. Where they are
+            lighter than the median, the color is paler.
     """
     rgba = np.asarray(glyph)
     hsv = np.asarray(glyph.convert("RGB").convert("HSV"), np.float32) / 255
-    hue, saturation, value = hsv[..., 0] * 360, hsv[..., 1], hsv[..., 2]
-    offset = (hue - dominant_hue(rgba) + 180) % 360 - 180
-    weight = (1 - _smoothstep(np.abs(offset), 38, 58)) * _smoothstep(saturation, 0.08, 0.25)
+    angle, saturation, value = hsv[..., 0] * 360, hsv[..., 1], hsv[..., 2]
+    if is_gray:
+        offset, weight = np.zeros_like(angle), 1 - _smoothstep(saturation, 0.3, 0.45)
+    else:
+        hue = dominant_hue(rgba) if hue is None else hue
+        offset = (angle - hue + 180) % 360 - 180
+        weight = (1 - _smoothstep(np.abs(offset), 38, 58)) * _smoothstep(saturation, 0.08, 0.25)
     chosen = (weight > 0.5) & (rgba[..., 3] > 128)
-    target_hue, target_saturation, target_value = COLORS[color]
+    target_hue, target_saturation, target_value = target
+    middle = np.median(saturation[chosen])
+    if is_gray:
+        saturation, middle = np.minimum(np.median(value[chosen]) / np.maximum(value, 0.01), 1), 1
+        saturation = saturation**2
     new = np.stack(
         [
             (target_hue + 0.25 * offset) % 360 / 360,
-            np.clip(target_saturation * saturation / np.median(saturation[chosen]), 0, 1),
+            np.clip(target_saturation * saturation / middle, 0, 1),
             np.clip(target_value * value / np.median(value[chosen]), 0, 1),
         ],
         axis=-1,
@@ -125,10 +181,18 @@ def recolor(glyph: Image.Image, color: str) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=2048)  # about 55 kB each, enough for every noun in every color
-def _recolored(font: str | Path | None, emoji: str, color: str | None) -> Image.Image:
-    glyph = _glyph(font, emoji)
-    glyph = glyph if color is None else recolor(glyph, color)
+def _recolored(
+    font: str | Path | None,
+    noun: Noun,
+    target: tuple[float, float, float] | None,
+) -> Image.Image:
+    glyph = _glyph(font, noun.emoji)
+    if target is not None:
+        glyph = recolor(glyph, target, hue=noun.hue, is_gray=noun.is_gray)
     return glyph.convert("RGBa")
+
+
+_recolored_large = functools.lru_cache(maxsize=1024)(_recolored.__wrapped__)  # 200 kB each
 
 
 @dataclass(frozen=True)
@@ -144,13 +208,55 @@ class Sprite:
     keep: np.ndarray
 
 
+def sprite(
+    noun: Noun,
+    color: str | None,
+    size_px: int,
+    font: str | Path | None = None,
+    *,
+    collection: Collection = NOTO,
+) -> Sprite:
+    """The glyph of `noun` in `color` (None: its own) with its longer side `size_px` pixels.
+
+    Args:
+        font: path of the font; None: of the collection's pictures, or else see `find_font`.
+
+    Raises:
+        UserError: no font, or no pictures.
+    """
+    font = font or collection.pictures
+    if font is None and collection is not NOTO:
+        raise UserError("these pictures are not in a font: give --data stickers:pictures=FOLDER")
+    target = None if color is None else collection.colors[color]
+    return (_sprite if collection is NOTO else _large_sprite)(noun, target, size_px, font)
+
+
 @functools.lru_cache(maxsize=8192)  # about 13 kB each
-def sprite(noun: Noun, color: str | None, size_px: int, font: str | Path | None = None) -> Sprite:
-    """The glyph of `noun` in `color` (None: its own) with its longer side `size_px` pixels."""
-    glyph = _recolored(font, noun.emoji, color)
+def _sprite(
+    noun: Noun,
+    target: tuple[float, float, float] | None,
+    size_px: int,
+    font: str | Path | None,
+) -> Sprite:
+    return _scaled(_recolored(font, noun, target), size_px, Image.Resampling.BICUBIC)
+
+
+@functools.lru_cache(maxsize=2048)  # about 60 kB each
+def _large_sprite(
+    noun: Noun,
+    target: tuple[float, float, float] | None,
+    size_px: int,
+    font: str | Path | None,
+) -> Sprite:
+    # Bicubic filters leave a bright rim on what is smooth up to its edge.
+    return _scaled(_recolored_large(font, noun, target), size_px, Image.Resampling.HAMMING)
+
+
+def _scaled(glyph: Image.Image, size_px: int, how: Image.Resampling) -> Sprite:
+    """A premultiplied glyph with its longer side `size_px` pixels."""
     scale = size_px / max(glyph.size)
     width, height = (max(round(side * scale), 1) for side in glyph.size)
-    pixels = np.asarray(glyph.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = np.asarray(glyph.resize((width, height), how))
     keep = np.rint((255 - pixels[..., 3:].astype(np.float64)) * 256 / 255).astype(np.uint16)
     room = 255 - (255 * keep >> 8)  # rgb + background * keep / 256 must not pass 255
     rgb = np.minimum(pixels[..., :3], room).astype(np.uint8)
@@ -171,42 +277,61 @@ def drawn_box(placed: Placed, font: str | Path | None = None) -> tuple[int, int,
     return *_corner(placed, drawn, 1.0), width, height
 
 
-@functools.lru_cache(maxsize=2 * len(BACKGROUNDS))
-def _plain(background: str, size: int) -> np.ndarray:
-    return np.full((size, size, 3), BACKGROUNDS[background], np.uint8)
+@functools.lru_cache(maxsize=64)
+def _plain(collection: Collection, background: str, size: tuple[int, int]) -> np.ndarray:
+    color = collection.backgrounds[background]
+    if not collection.has_alpha:
+        return np.full((*size, 3), color, np.uint8)
+    return np.full((*size, 4), (0, 0, 0, 0) if color is None else (*color, 255), np.uint8)
 
 
-def render(scene: Scene, size: int = SIDE, *, font: str | Path | None = None) -> np.ndarray:
+def render(scene: Scene, scale: float = 1.0, *, font: str | Path | None = None) -> np.ndarray:
     """Draw a scene.
 
     Args:
-        scene: what to draw, placed on a square of SIDE pixels.
-        size: side of the picture in pixels; positions and glyphs are scaled.
+        scene: what to draw.
+        scale: of the picture; positions and glyphs are scaled.
         font: path of the font; None looks in the usual places.
 
     Returns:
-        uint8 (size, size, 3), RGB.
+        uint8 (H, W, 3), RGB; or (H, W, 4) with alpha, the colors times alpha.
     """
-    picture = _plain(scene.background, size).copy()
-    scale = size / SIDE
+    height, width = (round(side * scale) for side in scene.size)
+    picture = _plain(scene.collection, scene.background, (height, width)).copy()
     for placed in scene.placed:
-        drawn = sprite(placed.noun, placed.color, round(placed.size_px * scale), font)
+        size_px = round(placed.size_px * scale)
+        drawn = sprite(placed.noun, placed.color, size_px, font, collection=scene.collection)
         x, y = _corner(placed, drawn, scale)
         height, width = drawn.rgb.shape[:2]
         under = picture[y : y + height, x : x + width]
-        under[:] = (under * drawn.keep >> 8) + drawn.rgb
+        under[:] = under * drawn.keep >> 8
+        under[..., :3] += drawn.rgb
+        if scene.collection.has_alpha:
+            under[..., 3:] += (255 - (255 * drawn.keep >> 8)).astype(np.uint8)
     return picture
 
 
-def glyph_scenes(num_nouns: int | None = None) -> list[Scene]:
+def glyph_scenes(num_nouns: int | None = None, collection: Collection = NOTO) -> list[Scene]:
     """Every noun alone, and every recolorable one in each color, in the nouns' order."""
     pictures = []
-    for noun in first_nouns(num_nouns):
-        for color in (None, *COLORS) if noun.recolor else (None,):
+    for noun in collection.first(num_nouns):
+        for color in (None, *collection.colors) if noun.recolor else (None,):
             background = "grey" if color == "white" else "white"
             caption = noun.name if color is None else f"{color} {noun.name}"
-            placed = (Placed(noun, color, 112, 8, 8),)
-            pictures.append(Scene("colors", placed, background, caption))
+            side = min(collection.size)
+            size_px = side * 7 // 8
+            start = (side - size_px) // 2
+            placed = (Placed(noun, color, size_px, start, start),)
+            pictures.append(
+                Scene(
+                    "colors",
+                    placed,
+                    background,
+                    caption,
+                    collection=collection,
+                    size=collection.size,
+                )
+            )
     return pictures
 
 
@@ -216,6 +341,6 @@ def write_imagefolder(folder: Path, shown: Sequence[Scene], font: str | Path | N
     with new_folder(folder) as partial:
         for k, scene in enumerate(shown):
             name = f"{k:03d}.png"
-            Image.fromarray(render(scene, font=font)).save(partial / name)
+            Image.fromarray(straight(render(scene, font=font))).save(partial / name)
             lines.append(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
         (partial / "metadata.jsonl").write_text("".join(lines))

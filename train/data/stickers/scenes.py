@@ -16,35 +16,16 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError, nearest
 from train.data.stickers.captions import RELATIONS, Placed, Scene, caption, pick
-from train.data.stickers.vocabulary import (
-    BACKGROUNDS,
-    COLOR_LOST_ON,
-    COLORS,
-    NOUNS,
-    Noun,
-    first_nouns,
-)
+from train.data.stickers.vocabulary import NOTO, Collection, Noun
 
-SIDE = 128  # pixels of a scene's side; Placed is in these pixels
-CELL = SIDE // 2  # side of the square cell of each of two to four glyphs
-# Glyphs have four sizes and few positions, all on a grid of the latents' scale, and are in the
-# order in which the caption names them. So few layouts match a prompt, and a small model learns the
-# words from a tenth of the scenes.
-ALONE, SHARING, SMALL, BIG = 80, 56, 32, 112  # pixels of a glyph's longer side
+# Glyphs have few sizes and positions, mostly on a grid of the latents' scale, and are in the order
+# in which the caption names them. So few layouts match a prompt, and a small model learns the words
+# from a tenth of the scenes.
+CELL_UNIT = 8  # pixels; sides of cells are multiples of this
+MOST_SIZED = 4  # glyphs of one kind with a size word
 
-# How often each category is drawn for training.
-CATEGORIES = {
-    "single_object": 0.16,
-    "two_objects": 0.14,
-    "counting": 0.08,
-    "colors": 0.12,
-    "position": 0.21,
-    "color_attribution": 0.18,
-    "size": 0.03,
-    "background": 0.04,
-    "mixed": 0.04,
-}
-_CATEGORY_EDGES = np.cumsum(list(CATEGORIES.values()))[:-1]
+_Subjects = list[tuple[Noun, str | None]]
+"""The noun and color of each glyph; equal ones stand next to each other."""
 HELD_OUT_CATEGORIES = ("two_objects", "position", "colors", "color_attribution")
 TRAINING, VALIDATION = 0, 1  # first word of a scene's random seed; geneval.py has 2
 ONE_NOUN = 3
@@ -61,22 +42,20 @@ def is_held_out_pair(a: str, b: str) -> bool:
     return a != b and _held_out("pair", *sorted((a, b)))
 
 
-_OWN_COLORS = {noun.name: noun.own_color for noun in NOUNS}
-
-
 @functools.lru_cache(maxsize=20_000)
-def is_held_out_color(noun: str, color: str) -> bool:
-    """Whether the noun named `noun` never has the color `color` in a training scene.
+def is_held_out_color(noun: Noun, color: str) -> bool:
+    """Whether the noun never has the color `color` in a training scene.
 
     Its own color is never held out, because training pictures show it without naming it.
     """
-    return color != _OWN_COLORS.get(noun) and _held_out("colour", noun, color)
+    return color != noun.own_color and _held_out("colour", noun.name, color)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The choices among the first `num_nouns` nouns."""
+    """The choices among the first `num_nouns` nouns of a collection."""
 
+    collection: Collection
     nouns: tuple[Noun, ...]
     recolorable: tuple[Noun, ...]
     held_out_pairs: tuple[tuple[Noun, Noun], ...]
@@ -84,8 +63,8 @@ class _Pool:
 
 
 @functools.lru_cache(maxsize=8)
-def _pool(num_nouns: int | None) -> _Pool:
-    nouns = first_nouns(num_nouns)
+def _pool(collection: Collection, num_nouns: int | None) -> _Pool:
+    nouns = collection.first(num_nouns)
     recolorable = tuple(noun for noun in nouns if noun.recolor)
     pairs = tuple(
         (a, b) for a, b in itertools.combinations(nouns, 2) if is_held_out_pair(a.name, b.name)
@@ -93,10 +72,10 @@ def _pool(num_nouns: int | None) -> _Pool:
     colors = tuple(
         (noun, color)
         for noun in recolorable
-        for color in COLORS
-        if is_held_out_color(noun.name, color)
+        for color in collection.colors
+        if is_held_out_color(noun, color)
     )
-    return _Pool(nouns, recolorable, pairs, colors)
+    return _Pool(collection, nouns, recolorable, pairs, colors)
 
 
 def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -> list[Noun]:
@@ -108,20 +87,25 @@ def _noun_set(rng: np.random.Generator, options: tuple[Noun, ...], count: int) -
             return nouns
 
 
-def _color_of(rng: np.random.Generator, noun: Noun, taken: str | None = None) -> str:
+def _color_of(
+    rng: np.random.Generator, noun: Noun, pool: _Pool, *, taken: str | None = None
+) -> str:
     """A color for `noun` that is neither held out nor `taken`."""
     while True:
-        color = pick(rng, tuple(COLORS))
-        if color != taken and not is_held_out_color(noun.name, color):
+        color = pick(rng, tuple(pool.collection.colors))
+        if color != taken and not is_held_out_color(noun, color):
             return color
 
 
-def _subjects(
-    rng: np.random.Generator, pool: _Pool, category: str, held_out: bool
-) -> list[tuple[Noun, str | None]]:
+def _count(rng: np.random.Generator, pool: _Pool) -> int:
+    """From two to the collection's largest number."""
+    return 2 + int(rng.random() * (pool.collection.most - 1))
+
+
+def _subjects(rng: np.random.Generator, pool: _Pool, category: str, held_out: bool) -> _Subjects:
     """The noun and color of each glyph, equal ones next to each other."""
     if category == "counting":
-        return [(pick(rng, pool.nouns), None)] * (2 + int(rng.random() * 3))
+        return [(pick(rng, pool.nouns), None)] * _count(rng, pool)
     if category in ("two_objects", "position"):
         if held_out:
             pair = list(pick(rng, pool.held_out_pairs))
@@ -133,31 +117,33 @@ def _subjects(
         if held_out:
             return [pick(rng, pool.held_out_colors)]
         noun = pick(rng, pool.recolorable)
-        return [(noun, _color_of(rng, noun))]
+        return [(noun, _color_of(rng, noun, pool))]
     if category == "color_attribution":
         if held_out:
             first = pick(rng, pool.held_out_colors)
             second = pick(rng, [noun for noun in pool.recolorable if noun is not first[0]])
-            pair = [first, (second, _color_of(rng, second, taken=first[1]))]
+            pair = [first, (second, _color_of(rng, second, pool, taken=first[1]))]
             return pair if rng.random() < 0.5 else pair[::-1]
         a, b = _noun_set(rng, pool.recolorable, 2)
-        color = _color_of(rng, a)
-        return [(a, color), (b, _color_of(rng, b, taken=color))]
+        color = _color_of(rng, a, pool)
+        return [(a, color), (b, _color_of(rng, b, pool, taken=color))]
     if category == "mixed":
         return _mixed_subjects(rng, pool)
-    if category == "size" and rng.random() < 0.35:
+    if category == "size" and (kind := rng.random()) < 0.35:
         return [(noun, None) for noun in _noun_set(rng, pool.nouns, 2)]
     noun = pick(rng, pool.nouns)
+    if category == "size" and kind > 0.85 and pool.collection.sized_groups:
+        return [(noun, None)] * min(_count(rng, pool), MOST_SIZED)
     can_color = category in ("size", "background") and noun.recolor
-    return [(noun, _color_of(rng, noun) if can_color and rng.random() < 0.4 else None)]
+    return [(noun, _color_of(rng, noun, pool) if can_color and rng.random() < 0.4 else None)]
 
 
-def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, str | None]]:
+def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> _Subjects:
     """Colored counts, counts of two nouns, three or four nouns, two nouns with one colored."""
     kind = rng.random()
     if kind < 0.3:
         noun = pick(rng, pool.recolorable)
-        return [(noun, _color_of(rng, noun))] * (2 + int(rng.random() * 3))
+        return [(noun, _color_of(rng, noun, pool))] * _count(rng, pool)
     if kind < 0.55:
         a, b = _noun_set(rng, pool.nouns, 2)
         count_a, count_b = pick(rng, ((2, 1), (1, 2), (2, 2), (3, 1), (1, 3)))
@@ -166,63 +152,95 @@ def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> list[tuple[Noun, s
         count = 3 if rng.random() < 0.7 else 4
         return [(noun, None) for noun in _noun_set(rng, pool.nouns, count)]
     a, b = _noun_set(rng, pool.recolorable, 2)
-    pair = [(a, _color_of(rng, a)), (b, None)]
+    pair = [(a, _color_of(rng, a, pool)), (b, None)]
     return pair if rng.random() < 0.5 else pair[::-1]
 
 
-def _sizes(rng: np.random.Generator, category: str, count: int) -> list[tuple[int, str | None]]:
-    """Pixels and size word of each glyph."""
-    if category == "size" and count == 1:
-        return [(SMALL, "small") if rng.random() < 0.5 else (BIG, "big")]
-    if category == "size":
-        pair: list[tuple[int, str | None]] = [(SHARING, "big"), (SMALL, "small")]
-        return pair if rng.random() < 0.5 else pair[::-1]
-    return [(ALONE if count == 1 else SHARING, None)] * count
-
-
-def _cells(rng: np.random.Generator, count: int, relation: str | None) -> list[tuple[int, int]]:
-    """Top-left corners (x, y) of `count` squares of side CELL that do not overlap.
-
-    They are in reading order, which is the caption's, except for some relations.
-    """
-    middle = CELL // 2
+def _size_words(
+    rng: np.random.Generator, collection: Collection, category: str, subjects: _Subjects
+) -> list[str | None]:
+    """The size word of each glyph."""
+    count = len(subjects)
+    if category != "size":
+        return [None] * count
     if count == 1:
-        return [(middle, middle)]
+        return [pick(rng, tuple(filter(None, collection.alone)))]
+    if len(set(subjects)) == 1:
+        return [pick(rng, ("small", "big"))] * count
+    pair: list[str | None] = ["big", "small"]
+    if "huge" in collection.shared:
+        pair = list(pick(rng, (pair, pair, ["huge", "small"], ["big", None], ["small", None])))
+    return pair if rng.random() < 0.5 else pair[::-1]
+
+
+def _cells(
+    rng: np.random.Generator, size: tuple[int, int], count: int, relation: str | None
+) -> tuple[list[tuple[float, float]], int]:
+    """Centers (x, y) of `count` squares that do not overlap, and their side in pixels.
+
+    They are as large as possible and in reading order, which is the caption's, except for some
+    relations.
+    """
+    height, width = size
+    shapes = [(-(-count // columns), columns) for columns in range(1, count + 1)]
     if count == 2:
-        horizontal = relation in (None, "left", "right")
-        cells = [(0, middle), (CELL, middle)] if horizontal else [(middle, 0), (middle, CELL)]
-        return cells[::-1] if relation in ("right", "below") else cells
-    if count == 3:
-        upper = [(middle, 0), (0, CELL), (CELL, CELL)]
-        lower = [(0, 0), (CELL, 0), (middle, CELL)]
-        return pick(rng, (upper, lower))
-    return [(0, 0), (CELL, 0), (0, CELL), (CELL, CELL)]
+        shapes = [(2, 1) if relation in ("above", "below") else (1, 2)]
+    rows, columns = max(shapes, key=lambda s: (min(height // s[0], width // s[1]), s[1]))
+    side = min(height // rows, width // columns)
+    side = side if count == 1 else side // CELL_UNIT * CELL_UNIT
+    lengths = [columns] * rows
+    if count % columns:
+        lengths[0] = count - (rows - 1) * columns
+        lengths = pick(rng, (lengths, lengths[::-1]))
+    centers = [
+        (width / 2 + (x - (length - 1) / 2) * side, height / 2 + (y - (rows - 1) / 2) * side)
+        for y, length in enumerate(lengths)
+        for x in range(length)
+    ]
+    return centers[::-1] if relation in ("right", "below") else centers, side
 
 
-def _corners(
-    rng: np.random.Generator, sizes: list[int], relation: str | None
-) -> list[tuple[int, int]]:
-    """Top-left corners (x, y) of glyphs that do not overlap and lie inside the picture."""
-    cells = _cells(rng, len(sizes), relation)
+def _layout(
+    rng: np.random.Generator,
+    collection: Collection,
+    size: tuple[int, int],
+    *,
+    words: list[str | None],
+    relation: str | None,
+) -> list[tuple[int, int, int]]:
+    """(side, x, y) of each glyph's square; they do not overlap and lie inside the picture."""
+    centers, cell = _cells(rng, size, len(words), relation)
+    shares = collection.alone if len(words) == 1 else collection.shared
+    largest = max(shares[word] for word in words)
+    if largest > 1:
+        cell = min(cell, int(0.97 * min(size) / largest))
+    sides = [2 * round(shares[word] * cell / 2) for word in words]
+    if max(sides) > cell:
+        # One of a pair is larger than its cell: the same gap beside and between both.
+        gap = (2 * cell - sum(sides)) / 3
+        left = (size[1] - 2 * cell) / 2
+        starts = (left + gap, left + 2 * gap + sides[0])
+        centers = [(x + side / 2, size[0] / 2) for x, side in zip(starts, sides, strict=True)]
     return [
-        (x + (CELL - size) // 2, y + (CELL - size) // 2)
-        for (x, y), size in zip(cells, sizes, strict=True)
+        (side, int(x - side / 2), int(y - side / 2))
+        for (x, y), side in zip(centers, sides, strict=True)
     ]
 
 
 def _background(
-    rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
+    rng: np.random.Generator, collection: Collection, category: str, subjects: _Subjects
 ) -> tuple[str, bool]:
     """A background that contrasts with every glyph, and whether the caption names it."""
     lost = {
         name
         for noun, color in subjects
-        for name in (noun.lost_on if color is None else COLOR_LOST_ON[color])
+        for name in (noun.lost_on if color is None else collection.color_lost_on[color])
     }
-    options = [name for name in BACKGROUNDS if name not in lost]
-    named = category == "background" or rng.random() < 0.06
-    if not named and "white" in options and rng.random() < 0.8:
-        return "white", False
+    options = [name for name in collection.backgrounds if name not in lost]
+    named = category == "background" or rng.random() < collection.background_named
+    plain = collection.plain
+    if not named and (collection.has_alpha or (plain in options and rng.random() < 0.8)):
+        return plain, False
     return pick(rng, options), named
 
 
@@ -231,89 +249,114 @@ def sample_scene(
     num_nouns: int | None = None,
     held_out: bool = False,
     category: str | None = None,
+    *,
+    collection: Collection = NOTO,
+    size: tuple[int, int] | None = None,
 ) -> Scene:
     """A random scene with its caption.
 
     Args:
         rng: the only source of randomness.
-        num_nouns: number of NOUNS to use, from the first; None for all.
+        num_nouns: number of nouns to use, from the first; None for all.
         held_out: use a held-out pair of nouns or a held-out color of a noun. Otherwise none.
-        category: a key of CATEGORIES; None draws one. Of HELD_OUT_CATEGORIES if `held_out`.
+        category: of the collection; None draws one. Of HELD_OUT_CATEGORIES if `held_out`.
+        size: (height, width) in pixels; None: the collection's square.
 
     Raises:
         UserError: num_nouns out of range, or no such category.
     """
-    pool = _pool(num_nouns)
-    names = HELD_OUT_CATEGORIES if held_out else tuple(CATEGORIES)
+    pool = _pool(collection, num_nouns)
+    names = HELD_OUT_CATEGORIES if held_out else tuple(collection.categories)
     if category is not None:
         chosen = category
     elif held_out:
         chosen = pick(rng, names)
     else:
-        chosen = names[int(np.searchsorted(_CATEGORY_EDGES, rng.random(), side="right"))]
+        edges = np.cumsum(list(collection.categories.values()))[:-1]
+        chosen = names[int(np.searchsorted(edges, rng.random(), side="right"))]
     if chosen not in names:
         raise UserError(f"unknown category '{chosen}'{nearest(chosen, names)}")
-    return _composed(rng, chosen, _subjects(rng, pool, chosen, held_out))
+    subjects = _subjects(rng, pool, chosen, held_out)
+    return _composed(rng, chosen, subjects, collection=collection, size=size)
 
 
 def _composed(
-    rng: np.random.Generator, category: str, subjects: list[tuple[Noun, str | None]]
+    rng: np.random.Generator,
+    category: str,
+    subjects: _Subjects,
+    *,
+    collection: Collection,
+    size: tuple[int, int] | None = None,
 ) -> Scene:
     """A scene of the glyphs, with random sizes, positions, background and caption."""
-    sizes = _sizes(rng, category, len(subjects))
+    size = size or collection.size
+    words = _size_words(rng, collection, category, subjects)
     relation = None
     if category == "position" or (
         category == "mixed" and len(subjects) == 2 and subjects[0] != subjects[1]
     ):
         relation = pick(rng, tuple(RELATIONS))
-    corners = _corners(rng, [size for size, _ in sizes], relation)
-    background, named = _background(rng, category, subjects)
+    squares = _layout(rng, collection, size, words=words, relation=relation)
+    background, named = _background(rng, collection, category, subjects)
     placed = tuple(
-        Placed(noun, color, size, *corner, word)
-        for (noun, color), (size, word), corner in zip(subjects, sizes, corners, strict=True)
+        Placed(noun, color, *square, word)
+        for (noun, color), square, word in zip(subjects, squares, words, strict=True)
     )
-    scene = Scene(category, placed, background, "", relation, named)
+    scene = Scene(category, placed, background, "", relation, named, collection, size)
     return replace(scene, caption=caption(scene, rng))
 
 
 def training_scene(
-    seed: int, k: int, num_nouns: int | None = None, categories: Sequence[str] | None = None
+    seed: int,
+    k: int,
+    num_nouns: int | None = None,
+    categories: Sequence[str] | None = None,
+    *,
+    collection: Collection = NOTO,
+    size: tuple[int, int] | None = None,
 ) -> Scene:
     """Scene number k of a seed; both are non-negative.
 
     Args:
         seed, k: identify the scene.
-        num_nouns: as for sample_scene.
-        categories: use only these, with the relative frequencies of CATEGORIES.
+        num_nouns, size: as for sample_scene.
+        categories: use only these, with the collection's relative frequencies.
 
     Raises:
         UserError: as sample_scene.
     """
     rng = np.random.default_rng((TRAINING, seed, k))
     if not categories:
-        return sample_scene(rng, num_nouns)
-    if unknown := [name for name in categories if name not in CATEGORIES]:
-        raise UserError(f"unknown category '{unknown[0]}'{nearest(unknown[0], CATEGORIES)}")
-    edges = np.cumsum([CATEGORIES[name] for name in categories])
+        return sample_scene(rng, num_nouns, collection=collection, size=size)
+    known = collection.categories
+    if unknown := [name for name in categories if name not in known]:
+        raise UserError(f"unknown category '{unknown[0]}'{nearest(unknown[0], known)}")
+    edges = np.cumsum([known[name] for name in categories])
     chosen = categories[int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))]
-    return sample_scene(rng, num_nouns, category=chosen)
+    return sample_scene(rng, num_nouns, category=chosen, collection=collection, size=size)
 
 
-def noun_scene(name: str, seed: int, k: int) -> Scene:
+def noun_scene(name: str, seed: int, k: int, *, collection: Collection = NOTO) -> Scene:
     """Scene number k of a seed that shows one noun alone, in its own colors.
 
     Raises:
         UserError: no such noun.
     """
-    nouns = {noun.name: noun for noun in NOUNS}
+    nouns = {noun.name: noun for noun in collection.nouns}
     if name not in nouns:
         raise UserError(f"unknown noun '{name}'{nearest(name, nouns)}")
     rng = np.random.default_rng((ONE_NOUN, seed, k))
     category = pick(rng, ("single_object", "single_object", "single_object", "background", "size"))
-    return _composed(rng, category, [(nouns[name], None)])
+    return _composed(rng, category, [(nouns[name], None)], collection=collection)
 
 
-def validation_scene(k: int, num_nouns: int | None = None) -> Scene:
+def validation_scene(
+    k: int,
+    num_nouns: int | None = None,
+    *,
+    collection: Collection = NOTO,
+    size: tuple[int, int] | None = None,
+) -> Scene:
     """Scene number k of a fixed list; every fourth uses a held-out combination."""
     rng = np.random.default_rng((VALIDATION, 0, k))
-    return sample_scene(rng, num_nouns, held_out=k % 4 == 3)
+    return sample_scene(rng, num_nouns, held_out=k % 4 == 3, collection=collection, size=size)

@@ -1,8 +1,9 @@
-"""Sticker scenes as a source of pictures and prompts, with the options that choose them."""
+"""Sticker scenes as a source of pictures and prompts."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,14 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.options import integer
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
-from train.data.stickers.scenes import CATEGORIES, SIDE, training_scene, validation_scene
+from train.data.stickers.scenes import training_scene, validation_scene
 from train.data.stickers.vocabulary import (
-    BACKGROUNDS,
-    COLORS,
-    NOUNS,
-    first_nouns,
+    Collection,
+    collection_in,
+    collection_of,
     known_nouns,
 )
-
-SIZE = (SIDE, SIDE)
-"""(height, width) of the pictures in pixels."""
+from train.data.streams import Stream
 
 PREVIEW_PROMPTS = (
     "an apple",
@@ -35,15 +33,22 @@ PREVIEW_PROMPTS = (
 )
 """Prompts of the pictures after every checkpoint of a run."""
 
-NOTICE = """\
+NOTICES = {
+    "stickers": """\
 These weights are under the MIT license of mlx_snapgen. They were trained on pictures drawn with the
 Noto Color Emoji font, Copyright 2013 Google LLC, SIL Open Font License 1.1.
-"""
-"""Text of LICENSE in models that were trained on stickers."""
+""",
+    "fluent": """\
+These weights are under the MIT license of mlx_snapgen. They were trained on pictures of Fluent
+Emoji (https://github.com/microsoft/fluentui-emoji), Copyright (c) Microsoft Corporation, MIT
+License.
+""",
+}
+"""Text of LICENSE in models that were trained on a collection."""
 
 
 def draw_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[str]]:
-    """Pictures, uint8 (N, 128, 128, 3), and captions of scenes."""
+    """Pictures, uint8 (N, H, W, C), and captions of scenes of one size."""
     from train.data.stickers.render import render  # only what draws stickers needs the font
 
     return np.stack([render(scene) for scene in scenes]), [scene.caption for scene in scenes]
@@ -53,24 +58,56 @@ def draw_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[str]]:
 class Stickers:
     """Training scenes: a `PictureSource` and a `PromptSource`.
 
+    All scenes of a batch have one size.
+
     Attributes:
         seed: scene k is `training_scene(seed, k)`.
         num_nouns: number of nouns to use, from the first; None for all.
-        categories: keys of `scenes.CATEGORIES`; None for all.
+        categories: of the collection; None for all.
+        pictures: folder of Fluent Emoji's pictures, see `find_pictures`; None for the font.
     """
 
     seed: int = 0
     num_nouns: int | None = None
     categories: tuple[str, ...] | None = None
+    pictures: Path | None = None
 
     def __post_init__(self):
-        first_nouns(self.num_nouns)
+        self.collection.first(self.num_nouns)
+
+    @property
+    def collection(self) -> Collection:
+        """The things of the scenes."""
+        return collection_in(self.pictures)
+
+    @property
+    def channels(self) -> int:
+        """Of the pictures."""
+        return 4 if self.collection.has_alpha else 3
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of the pictures in pixels; none if there is only one."""
+        return list(self.collection.shapes) if len(self.collection.shapes) > 1 else []
+
+    @property
+    def counts(self) -> list[int]:
+        """How often each of `sizes` is drawn, per thousand batches."""
+        return [round(1000 * self.collection.shapes[size]) for size in self.sizes]
 
     def scenes(self, number: int, count: int) -> list[Scene]:
         """The scenes of a batch."""
         start = number * count
+        size = _size(self.collection, self.seed, number)
         return [
-            training_scene(self.seed, k, self.num_nouns, self.categories)
+            training_scene(
+                self.seed,
+                k,
+                self.num_nouns,
+                self.categories,
+                collection=self.collection,
+                size=size,
+            )
             for k in range(start, start + count)
         ]
 
@@ -84,33 +121,62 @@ class Stickers:
 
     def words(self) -> list[str]:
         """All words of the vocabulary, for `train.tokenizer`."""
-        names = [word for n in NOUNS for word in (n.name, n.plural, *n.synonyms)]
-        return [*names, *COLORS, *BACKGROUNDS]
+        collection = self.collection
+        nouns = collection.nouns if self.pictures is None else collection.first(self.num_nouns)
+        names = [word for n in nouns for word in (n.name, n.plural, *n.synonyms)]
+        return [*names, *collection.colors, *collection.backgrounds]
 
     def validation(self) -> "ValidationStickers":
         """The fixed validation scenes."""
-        return ValidationStickers(self.num_nouns)
+        return ValidationStickers(self.num_nouns, self.pictures)
 
     def settings(self) -> dict[str, Any]:
         """See `PictureSource`."""
         categories = None if self.categories is None else list(self.categories)
-        return {"data": "stickers", "num_nouns": self.num_nouns, "categories": categories}
+        where = {} if self.pictures is None else {"where": str(self.pictures)}
+        name = self.collection.name
+        return {"data": name, "num_nouns": self.num_nouns, "categories": categories, **where}
+
+
+def _size(collection: Collection, seed: int, number: int) -> tuple[int, int]:
+    """(height, width) of the pictures of a batch."""
+    sizes, shares = list(collection.shapes), list(collection.shapes.values())
+    if len(sizes) == 1:
+        return sizes[0]
+    rng = Stream.STICKER_SIZES.generator(seed, number)
+    return sizes[int(rng.choice(len(sizes), p=shares))]
 
 
 @dataclass(frozen=True)
 class ValidationStickers:
-    """The fixed validation scenes, a `PictureSource`; every fourth is a held-out combination."""
+    """The fixed validation scenes, squares: a `PictureSource`.
+
+    Every fourth is a held-out combination.
+    """
 
     num_nouns: int | None = None
+    pictures: Path | None = None
+
+    @property
+    def channels(self) -> int:
+        """Of the pictures."""
+        return 4 if collection_in(self.pictures).has_alpha else 3
 
     def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
         """See `PictureSource`."""
         start = number * count
-        return draw_scenes([validation_scene(start + k, self.num_nouns) for k in range(count)])
+        collection = collection_in(self.pictures)
+        return draw_scenes(
+            [
+                validation_scene(start + k, self.num_nouns, collection=collection)
+                for k in range(count)
+            ]
+        )
 
     def settings(self) -> dict[str, Any]:
         """See `PictureSource`."""
-        return {"data": "stickers", "num_nouns": self.num_nouns, "validation": True}
+        name = collection_in(self.pictures).name
+        return {"data": name, "num_nouns": self.num_nouns, "validation": True}
 
 
 def known_prompts(components: Components, count: int) -> list[str]:
@@ -119,29 +185,10 @@ def known_prompts(components: Components, count: int) -> list[str]:
         num_nouns = known_nouns(components)
     except UserError:
         return []
-    return Stickers(num_nouns=num_nouns).prompts(0, count)
-
-
-# --- options ------------------------------------------------------------------------------------
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--num-nouns` and `--categories`, for `from_options`."""
-    add_num_nouns(parser, f"use the first N nouns only (default: all {len(NOUNS)})")
-    parser.add_argument(
-        "--categories",
-        nargs="+",
-        choices=list(CATEGORIES),
-        metavar="NAME",
-        help=f"use only these kinds of scenes: {', '.join(CATEGORIES)} (default: all)",
-    )
+    collection = collection_of(components)
+    return [training_scene(0, k, num_nouns, collection=collection).caption for k in range(count)]
 
 
 def add_num_nouns(parser: argparse._ActionsContainer, text: str) -> None:
-    """`--num-nouns` alone; `text` is its help."""
+    """`--num-nouns`; `text` is its help."""
     parser.add_argument("--num-nouns", type=integer(-(2**31), 2**31), metavar="N", help=text)
-
-
-def from_options(args: argparse.Namespace, *, seed: int) -> Stickers:
-    """The training scenes that the options of `add_options` choose."""
-    return Stickers(seed, args.num_nouns, args.categories and tuple(args.categories))

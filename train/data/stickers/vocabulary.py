@@ -1,8 +1,15 @@
-"""The things of the sticker scenes: nouns with their emoji, colors and backgrounds."""
+"""The things of the sticker scenes: nouns with their emoji, colors and backgrounds.
+
+There are two collections: NOTO, the glyphs of the font Noto Color Emoji, 128 px on a plain ground,
+and FLUENT, the pictures of Fluent Emoji in 3D, in five shapes of about 256 px on transparent
+ground.
+"""
 
 import csv
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +25,13 @@ class Noun:
     Attributes:
         name, plural: everyday English, singular and plural.
         emoji: the character to draw.
-        own_color: the dominant saturated color, a name of COLORS, if `recolor` can replace it well;
-            else None.
+        own_color: the dominant color, a name of the collection's colors, if `recolor` can replace
+            it well; else None.
         synonyms: other words a person might use, singular.
         lost_on: names of backgrounds too close to the glyph's own colors.
+        fixed_color: the color of a glyph that is never recolored, where one word says it.
+        is_gray: `recolor` replaces the gray parts, not those of the dominant hue.
+        hue: of the parts to recolor, in degrees; None: the most frequent one.
     """
 
     name: str
@@ -30,6 +40,9 @@ class Noun:
     own_color: str | None
     synonyms: tuple[str, ...]
     lost_on: tuple[str, ...]
+    fixed_color: str | None = None
+    is_gray: bool = False
+    hue: float | None = None
 
     @property
     def recolor(self) -> bool:
@@ -52,6 +65,7 @@ def _noun(row: dict[str, str]) -> Noun:
         row["color"] or None,
         _split(row["synonyms"]),
         _split(row["lost on"]),
+        OWN_COLORS.get(row["name"]),
     )
 
 
@@ -64,8 +78,6 @@ def _read_nouns() -> Iterator[Noun]:
     with open(path, encoding="utf-8", newline="") as file:
         yield from map(_noun, csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
-
-NOUNS: tuple[Noun, ...] = tuple(_read_nouns())
 
 # Hue in degrees, saturation and value in [0, 1] of a recolored glyph's median pixel.
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -107,14 +119,6 @@ COLOR_LOST_ON: dict[str, tuple[str, ...]] = {
     "black": ("black",),
     "white": ("white", "light blue"),
 }
-
-
-def first_nouns(num_nouns: int | None) -> tuple[Noun, ...]:
-    """The first `num_nouns` of NOUNS (None: all); `UserError` if there are fewer."""
-    num_nouns = len(NOUNS) if num_nouns is None else num_nouns
-    if not MIN_NOUNS <= num_nouns <= len(NOUNS):
-        raise UserError(f"num_nouns is {num_nouns}; it must lie in {MIN_NOUNS} ... {len(NOUNS)}")
-    return NOUNS[:num_nouns]
 
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
@@ -179,9 +183,168 @@ OWN_COLORS = {
 }
 
 
-def vocabulary_file(num_nouns: int | None) -> dict[str, Any]:
+NOUNS: tuple[Noun, ...] = tuple(_read_nouns())
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """Things, and how scenes show them.
+
+    Attributes:
+        name: of the data in a run's record.
+        nouns: the first are the simplest and most distinct; a small model learns the first N.
+        colors: name -> hue in degrees, saturation and value of a recolored glyph's median pixel.
+        backgrounds: name -> RGB; None is transparent.
+        color_lost_on: color -> backgrounds on which it would not stand out.
+        plain: the background of most scenes whose caption names none.
+        categories: kinds of scenes -> how often each is drawn for training.
+        alone: size word (None: without one) -> longer side of a glyph that is alone, as a share of
+            the shorter side of the picture.
+        shared: the same beside others, as a share of a glyph's cell.
+        most: the largest number of glyphs of one kind.
+        numbers: words of the numbers, from "one".
+        shapes: (height, width) of the pictures in pixels -> how often each is drawn.
+        has_alpha: pictures are RGBA, premultiplied.
+        background_named: share of the scenes of other categories that also name a background.
+        sized_groups: a size word may stand with a number.
+        pictures: folder of the glyphs' pictures; None: the font.
+        replaced: more words that captions do not have -> words of captions.
+    """
+
+    name: str
+    nouns: tuple[Noun, ...]
+    backgrounds: Mapping[str, tuple[int, int, int] | None]
+    plain: str
+    categories: Mapping[str, float]
+    alone: Mapping[str | None, float]
+    shared: Mapping[str | None, float]
+    shapes: Mapping[tuple[int, int], float]
+    colors: Mapping[str, tuple[float, float, float]] = field(default_factory=lambda: COLORS)
+    color_lost_on: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: COLOR_LOST_ON)
+    most: int = 4
+    numbers: tuple[str, ...] = NUMBERS
+    has_alpha: bool = False
+    background_named: float = 0.06
+    sized_groups: bool = False
+    pictures: Path | None = None
+    replaced: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the most frequent shape, a square."""
+        return max(self.shapes, key=lambda shape: self.shapes[shape])
+
+    def first(self, num_nouns: int | None) -> tuple[Noun, ...]:
+        """The first `num_nouns` of the nouns (None: all); `UserError` if there are fewer."""
+        num_nouns = len(self.nouns) if num_nouns is None else num_nouns
+        if not MIN_NOUNS <= num_nouns <= len(self.nouns):
+            raise UserError(
+                f"num_nouns is {num_nouns}; it must lie in {MIN_NOUNS} ... {len(self.nouns)}"
+            )
+        return self.nouns[:num_nouns]
+
+
+NOTO = Collection(
+    "stickers",
+    NOUNS,
+    BACKGROUNDS,
+    plain="white",
+    categories={
+        "single_object": 0.16,
+        "two_objects": 0.14,
+        "counting": 0.08,
+        "colors": 0.12,
+        "position": 0.21,
+        "color_attribution": 0.18,
+        "size": 0.03,
+        "background": 0.04,
+        "mixed": 0.04,
+    },
+    alone={None: 80 / 128, "small": 32 / 128, "big": 112 / 128},
+    shared={None: 56 / 64, "small": 32 / 64, "big": 56 / 64},
+    shapes={(128, 128): 1.0},
+)
+
+
+def _read_fluent() -> tuple[tuple[Noun, ...], dict[str, tuple[int, int, int] | None]]:
+    """Nouns and backgrounds of fluent.json."""
+    values = json.loads(Path(__file__).with_name("fluent.json").read_text(encoding="utf-8"))
+    nouns = []
+    for row in values["nouns"]:
+        color, how = row.get("color"), row.get("recolor")
+        nouns.append(
+            Noun(
+                row["name"],
+                row.get("plural") or pluralize(row["name"]),
+                row["emoji"],
+                color if how else None,
+                tuple(row.get("synonyms", ())),
+                tuple(row.get("lost_on", ())),
+                fixed_color=None if how else color,
+                is_gray=how == "gray",
+                hue=row.get("hue"),
+            )
+        )
+    return tuple(nouns), {k: v and tuple(v) for k, v in values["backgrounds"].items()}
+
+
+FLUENT_NOUNS, FLUENT_BACKGROUNDS = _read_fluent()
+FLUENT = Collection(
+    "fluent",
+    FLUENT_NOUNS,
+    FLUENT_BACKGROUNDS,
+    plain="transparent",
+    categories={
+        "single_object": 0.14,
+        "two_objects": 0.12,
+        "counting": 0.14,
+        "colors": 0.12,
+        "position": 0.18,
+        "color_attribution": 0.15,
+        "size": 0.08,
+        "background": 0.03,
+        "mixed": 0.04,
+    },
+    alone={None: 144 / 256, "small": 72 / 256, "big": 200 / 256, "huge": 248 / 256},
+    shared={None: 0.8, "small": 0.5, "big": 0.97, "huge": 1.3},
+    shapes={
+        (256, 256): 0.48,
+        **dict.fromkeys(((192, 320), (320, 192), (256, 384), (384, 256)), 0.13),
+    },
+    colors=COLORS | {"grey": (230, 0.08, 0.60)},
+    color_lost_on=COLOR_LOST_ON | {"orange": ("red", "yellow", "orange"), "grey": ("grey",)},
+    most=6,
+    numbers=(*NUMBERS, "five", "six"),
+    has_alpha=True,
+    background_named=0.2,
+    sized_groups=True,
+    replaced={
+        **{"giant": "huge", "gigantic": "huge", "enormous": "huge", "mini": "small"},
+        **{"half a dozen": "six", "see-through": "transparent", "clear": "transparent"},
+        **{"no background": "transparent background", "no ground": "transparent background"},
+        **{"without background": "transparent background"},
+        **{"without a background": "transparent background"},
+        **{"sunglasses": "pair of sunglasses", "shades": "pair of sunglasses"},
+        **{"headphones": "pair of headphones", "cherries": "pair of cherries"},
+        **{"grapes": "bunch of grapes", "fries": "box of fries", "french fries": "box of fries"},
+        **{"sushi": "piece of sushi", "thumbs-up": "thumbs up"},
+    },
+)
+
+
+COLLECTIONS = {collection.name: collection for collection in (NOTO, FLUENT)}
+"""By the name of the data in a run's record."""
+
+
+@functools.cache
+def collection_in(pictures: Path | None) -> Collection:
+    """FLUENT with the pictures of a folder; NOTO if that is None."""
+    return NOTO if pictures is None else replace(FLUENT, pictures=pictures)
+
+
+def vocabulary_file(num_nouns: int | None, collection: Collection = NOTO) -> dict[str, Any]:
     """The words of a model that was trained on the first `num_nouns` nouns (None: on all)."""
-    nouns = first_nouns(num_nouns)
+    nouns = collection.first(num_nouns)
     names = [n.name for n in nouns]
     others = {
         word: n.name
@@ -191,29 +354,38 @@ def vocabulary_file(num_nouns: int | None) -> dict[str, Any]:
         if word not in names
     }
     emoji = {n.emoji: n.name for n in nouns}
-    emoji |= {symbol: name for symbol, name in MORE_EMOJI.items() if name.split()[-1] in names}
+    more = {symbol: name for symbol, name in MORE_EMOJI.items() if symbol not in emoji}
+    emoji |= {symbol: name for symbol, name in more.items() if name.split()[-1] in names}
     # Of the words for things, those for the model's things.
-    things = {w for n in NOUNS for w in (n.name, n.plural, *n.synonyms)} - {*names, *others}
+    things = {w for n in collection.nouns for w in (n.name, n.plural, *n.synonyms)}
+    things -= {*names, *others}
+    replaced = {**REPLACED, **collection.replaced}
     return {
         "nouns": names,
         "other_words": dict(sorted(others.items())),
-        "colours": list(COLORS),
+        "colours": list(collection.colors),
         "recolourable": [n.name for n in nouns if n.recolor],
-        "own_colours": {name: color for name, color in OWN_COLORS.items() if name in names},
-        "backgrounds": list(BACKGROUNDS),
-        "numbers": list(NUMBERS),
+        "own_colours": {n.name: n.fixed_color for n in nouns if n.fixed_color},
+        "backgrounds": list(collection.backgrounds),
+        "numbers": list(collection.numbers),
         "emoji": emoji,
         "misspelled": [word for word in MISSPELLED if word in others],
         "ignored": list(IGNORED),
-        "replaced": {word: to for word, to in REPLACED.items() if not {word, to} & things},
+        "replaced": {word: to for word, to in replaced.items() if not {word, to} & things},
     }
 
 
+def collection_of(components: Components) -> Collection:
+    """The collection that a model was trained on."""
+    return FLUENT if components.config.autoencoder.picture_channels == 4 else NOTO
+
+
 def known_nouns(components: Components) -> int:
-    """The number of NOUNS, from the first, that the model was trained on."""
+    """The number of the collection's nouns, from the first, that the model was trained on."""
     names = (components.vocabulary or {}).get("nouns")
     if names is None:
         raise UserError("the model has no vocabulary.json: give --num-nouns")
-    if names != [noun.name for noun in NOUNS[: len(names)]]:
+    nouns = collection_of(components).nouns
+    if names != [noun.name for noun in nouns[: len(names)]]:
         raise UserError("the model was trained on another vocabulary: give --num-nouns")
     return len(names)

@@ -7,13 +7,13 @@ every color, drawn on the same background. The cuts whose boxes match best are c
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from train.data.stickers.vocabulary import COLORS, Noun
+from train.data.stickers.vocabulary import NOTO, Collection, Noun
 
 ACCEPT = 0.96  # least score of a detection
 SURE = 1.15  # from this score on a box is one object and is not cut
@@ -26,11 +26,13 @@ EDGE_WEIGHT = 2.0  # of edges against colors, when a box and a glyph are compare
 MAX_CUTS = 5  # in sequence, from the whole picture to an object
 MAX_BOXES = 24  # compared at each level of cuts; only chaotic pictures have more
 THICKEST = 0.4  # without a gap: limit of the thickness at a cut, relative to elsewhere
+GAP = 3  # empty rows or columns that a glyph without a gap does not have
 MAX_GAPS = 3  # empty runs of rows or columns that are tried for one cut
 
 GRID, POOLED = 24, 8  # sides of the squares that boxes are drawn in, and of their features
 DRAWN = 96  # pixels at which a glyph is drawn before it is shrunk to GRID
 INSETS = (0, 1, 2)  # pixels tried on each side, because a blurred glyph's box is too large
+SEEN = 128  # pixels of the shorter side of a square picture, to which larger ones are shrunk
 TINT = 16  # background colors are rounded to multiples of this, out of 255, to cache templates
 
 Box = tuple[int, int, int, int]
@@ -43,7 +45,7 @@ class Detection:
 
     Attributes:
         noun: its name.
-        color: a name of COLORS, or None if the noun is never given another color.
+        color: a name of the collection's colors, or None if the noun is never given another.
         box: (x, y, w, h) in pixels.
         score: similarity to the glyph (at most 1) plus its margin over the next most similar noun.
     """
@@ -59,18 +61,43 @@ class Detector:
 
     Args:
         nouns: the candidates.
-        font: path of the font; None looks in the usual places.
+        font: path of the font; None: the collection's pictures, or the font in the usual places.
+        collection: of the nouns. Its pictures are seen at `SEEN` pixels.
     """
 
-    def __init__(self, nouns: Sequence[Noun], font: str | Path | None = None):
-        self.nouns = tuple(nouns)
-        looks = [(noun, c) for noun in nouns for c in _colors(noun)]
-        self._glyphs = np.stack([_glyph(noun, color, font) for noun, color in looks])
-        self._starts = np.cumsum([0] + [len(_colors(noun)) for noun in nouns])
+    def __init__(
+        self,
+        nouns: Sequence[Noun],
+        font: str | Path | None = None,
+        *,
+        collection: Collection = NOTO,
+    ):
+        self.nouns, self.step = tuple(nouns), min(collection.size) // SEEN
+        self._colors = [
+            (None, *collection.colors) if noun.recolor else (None,) for noun in self.nouns
+        ]
+        self._glyphs = np.stack(
+            [
+                _glyph(noun, color, font, collection=collection)
+                for noun, colors in zip(self.nouns, self._colors, strict=True)
+                for color in colors
+            ]
+        )
+        self._starts = np.cumsum([0] + [len(colors) for colors in self._colors])
+        # In NOTO no glyph looks like two others side by side, as a pair of sunglasses does.
+        self._whole = {
+            noun.name
+            for noun, start in zip(self.nouns, self._starts, strict=False)
+            if collection is not NOTO and not _has_gap(self._glyphs[start, ..., -1] > 0.05, 1)
+        }
         self._templates = functools.lru_cache(maxsize=16)(self._templates_on)
 
     def __call__(self, picture: np.ndarray) -> list[Detection]:
-        """The objects in `picture`, uint8 (H, W, 3), best first."""
+        """The objects in `picture`, uint8 (H, W, C), best first.
+
+        With alpha the colors are times alpha.
+        """
+        picture = self._seen(picture)
         background = background_color(picture)
         mask = foreground(picture, background)
         whole = _tight(mask, (0, 0, mask.shape[1], mask.shape[0]))
@@ -79,25 +106,40 @@ class Detector:
         level = [whole] if whole else []
         for _ in range(MAX_CUTS + 1):
             found |= {d.box: d for d in self._classify(picture, background, level)}
+            for box in level:
+                x, y, w, h = box
+                inside = mask[y : y + h, x : x + w]
+                if found[box].noun in self._whole and _has_gap(inside, GAP):
+                    found[box] = replace(found[box], score=0.0)
             cuts |= {box: _cuts(mask, box) for box in level if found[box].score < SURE}
             parts = [part for box in level for cut in cuts.get(box, ()) for part in cut]
             level = [box for box in dict.fromkeys(parts) if box not in found][:MAX_BOXES]
         _, detections = _explain(whole, mask, found, cuts, {})
-        return sorted(detections, key=lambda d: -d.score)
+        found_ = [replace(d, box=_scaled(d.box, self.step)) for d in detections]
+        return sorted(found_, key=lambda d: -d.score)
 
     def leftover(self, picture: np.ndarray, detections: Sequence[Detection]) -> float:
         """Foreground outside all `detections`, in units of their mean foreground; 0 for none."""
+        picture = self._seen(picture)
         mask = foreground(picture, background_color(picture))
         total = mask.sum()
-        for x, y, w, h in (d.box for d in detections):
+        for x, y, w, h in (_scaled(d.box, 1 / self.step) for d in detections):
             mask[max(y - MARGIN, 0) : y + h + MARGIN, max(x - MARGIN, 0) : x + w + MARGIN] = False
         explained = total - mask.sum()
         return float(mask.sum() * len(detections) / explained) if explained else 0.0
 
-    def _templates_on(self, background: tuple[float, float, float]) -> np.ndarray:
+    def _seen(self, picture: np.ndarray) -> np.ndarray:
+        """The picture at `SEEN` pixels."""
+        if self.step == 1:
+            return picture
+        height, width = picture.shape[:2]
+        cells = picture.reshape(height // self.step, self.step, width // self.step, self.step, -1)
+        return np.rint(cells.mean(axis=(1, 3))).astype(np.uint8)
+
+    def _templates_on(self, background: tuple[float, ...]) -> np.ndarray:
         """Features of all glyphs over a background, in [0, 1]."""
-        colors, alpha = self._glyphs[..., :3], self._glyphs[..., 3:]
-        return _features(colors - np.array(background, np.float32) * alpha)
+        glyphs, alpha = self._glyphs[..., : len(background)], self._glyphs[..., -1:]
+        return _features(glyphs - np.array(background, np.float32) * alpha)
 
     def _classify(
         self, picture: np.ndarray, background: np.ndarray, boxes: list[Box]
@@ -116,14 +158,14 @@ class Detector:
             second, first = np.argsort(of_noun[k])[-2:]
             noun = self.nouns[first]
             look = likeness[k, self._starts[first] : self._starts[first + 1]].argmax()
-            color = _colors(noun)[look] or noun.own_color
+            color = self._colors[first][look] or noun.own_color
             score = 2 * of_noun[k, first] - of_noun[k, second]
             out.append(Detection(noun.name, color, box, float(score)))
         return out
 
 
 def background_color(picture: np.ndarray) -> np.ndarray:
-    """(3,) median of the two outermost pixels all round."""
+    """(C,) median of the two outermost pixels all round."""
     rim = np.ones(picture.shape[:2], bool)
     rim[2:-2, 2:-2] = False
     return np.median(picture[rim], axis=0).astype(np.float32)
@@ -147,6 +189,14 @@ def _tight(mask: np.ndarray, box: Box) -> Box | None:
     (left, right), (top, bottom) = columns[[0, -1]].tolist(), rows[[0, -1]].tolist()
     w, h = right - left + 1, bottom - top + 1
     return (x + left, y + top, w, h) if max(w, h) >= SMALLEST else None
+
+
+def _has_gap(inside: np.ndarray, least: int) -> bool:
+    """Whether `least` neighboring rows or columns between filled ones are empty."""
+    for filled in (inside.any(axis=0), inside.any(axis=1)):
+        if (np.diff(np.flatnonzero(filled)) > least).any():
+            return True
+    return False
 
 
 def _cuts(mask: np.ndarray, box: Box) -> list[list[Box]]:
@@ -203,15 +253,18 @@ def _explain(
     return best
 
 
-def _colors(noun: Noun) -> tuple[str | None, ...]:
-    return (None, *COLORS) if noun.recolor else (None,)
+def _scaled(box: Box, factor: float) -> Box:
+    x, y, w, h = (round(side * factor) for side in box)
+    return x, y, w, h
 
 
-def _glyph(noun: Noun, color: str | None, font: str | Path | None) -> np.ndarray:
+def _glyph(
+    noun: Noun, color: str | None, font: str | Path | None, *, collection: Collection
+) -> np.ndarray:
     """A glyph in the middle of a square, (GRID, GRID, 4): color times alpha, and alpha."""
     from train.data.stickers.render import sprite  # measures of other models need no font
 
-    drawn = sprite(noun, color, DRAWN, font)
+    drawn = sprite(noun, color, DRAWN, font, collection=collection)
     h, w = drawn.rgb.shape[:2]
     y, x = (DRAWN - h) // 2, (DRAWN - w) // 2
     square = np.zeros((DRAWN, DRAWN, 4), np.float32)
@@ -222,14 +275,16 @@ def _glyph(noun: Noun, color: str | None, font: str | Path | None) -> np.ndarray
 
 
 def _squares(picture: np.ndarray, background: np.ndarray, box: Box) -> np.ndarray:
-    """A box in the middle of a square, minus the background: (INSETS, GRID, GRID, 3)."""
+    """A box in the middle of a square, minus the background: (INSETS, GRID, GRID, C)."""
     x, y, w, h = box
     side = max(w, h)
-    square = np.empty((side, side, 3), np.uint8)
+    square = np.empty((side, side, picture.shape[-1]), np.uint8)
     square[:] = np.rint(background)
     top, left = (side - h) // 2, (side - w) // 2
     square[top : top + h, left : left + w] = picture[y : y + h, x : x + w]
-    image = Image.fromarray(square)
+    # Not RGBA, whose colors Pillow would multiply by alpha once more.
+    mode = "RGB" if square.shape[-1] == 3 else "RGBa"
+    image = Image.frombytes(mode, (side, side), square.tobytes())
     shrunk = [
         image.resize((GRID, GRID), Image.Resampling.BOX, box=(k, k, side - k, side - k))
         for k in INSETS
@@ -255,10 +310,10 @@ def _features(squares: np.ndarray) -> np.ndarray:
     """Color and edges of four directions, pooled for tolerance to small deformations.
 
     Args:
-        squares: (N, GRID, GRID, 3), zero where there is background.
+        squares: (N, GRID, GRID, C), zero where there is background.
 
     Returns:
-        (N, 15 POOLED^2).
+        (N, 5 C POOLED^2).
     """
     smooth = _filter(_SMOOTH, squares)
     padded = np.pad(smooth, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")

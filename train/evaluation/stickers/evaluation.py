@@ -1,5 +1,6 @@
 """The evaluation of a sticker model: tables, results.json and contact sheets."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from mlx_snapgen.lora.adapters import lora_weights
 from mlx_snapgen.pictures import contact_sheet
 from mlx_snapgen.settings import DrawSettings, Width
 from train.data.stickers.source import ValidationStickers, draw_scenes
+from train.data.stickers.vocabulary import Collection, collection_in
 from train.evaluation.reconstruction import reconstruct
 from train.evaluation.stickers.geneval import Prompt, fixed_prompts
 from train.evaluation.stickers.report import Row, make_row, marked_picture, table
@@ -33,6 +35,7 @@ class Evaluation:
 
     Attributes:
         num_nouns: nouns of the model.
+        pictures: folder of the collection's pictures; None for the font.
         output: folder that gets all files; None writes none.
         ceilings: whether to score rendered scenes, directly and through the autoencoder, as well.
     """
@@ -41,12 +44,18 @@ class Evaluation:
     widths: Sequence[Width]
     settings: DrawSettings
     num_nouns: int
+    pictures: Path | None
     per_category: int
     batch_size: int
     output: Path | None
     ceilings: bool
 
-    def _draw(self, prompts: Sequence[Prompt], width: Width) -> np.ndarray:
+    @property
+    def collection(self) -> Collection:
+        """The things of the prompts."""
+        return collection_in(self.pictures)
+
+    def _draw(self, prompts: Sequence[Prompt], width: Width) -> list[np.ndarray]:
         return draw(
             self.components,
             prompts,
@@ -56,14 +65,21 @@ class Evaluation:
             batch_size=self.batch_size,
         )
 
-    def _ceilings(self, prompts: Sequence[Prompt]) -> Iterator[tuple[str, np.ndarray]]:
+    def _ceilings(self, prompts: Sequence[Prompt]) -> Iterator[tuple[str, list[np.ndarray]]]:
         if self.ceilings:
-            truth, _ = draw_scenes([prompt.scene for prompt in prompts])
-            yield "rendered scenes", truth
-            yield "reconstructed scenes", reconstruct(self.components.autoencoder, truth)
+            sizes = itertools.groupby(prompts, key=lambda prompt: prompt.scene.size)
+            truth = [draw_scenes([p.scene for p in group])[0] for _, group in sizes]
+            yield "rendered scenes", list(itertools.chain(*truth))
+            decoded = [reconstruct(self.components.autoencoder, group) for group in truth]
+            yield "reconstructed scenes", list(itertools.chain(*decoded))
 
     def _sheet(
-        self, name: str, pictures: np.ndarray, *, correct: Sequence[bool], texts: Sequence[str]
+        self,
+        name: str,
+        pictures: Sequence[np.ndarray],
+        *,
+        correct: Sequence[bool],
+        texts: Sequence[str],
     ) -> None:
         if self.output:
             marked = [marked_picture(p, ok) for p, ok in zip(pictures, correct, strict=True)]
@@ -84,16 +100,23 @@ class Evaluation:
         Args:
             recorded: settings for results.json.
         """
-        prompts = fixed_prompts(self.per_category, self.num_nouns)
-        source = ValidationStickers(self.num_nouns)
+        prompts = fixed_prompts(self.per_category, self.num_nouns, collection=self.collection)
+        source = ValidationStickers(self.num_nouns, self.pictures)
         data = validation_set(self.components, source, count=validation_scenes)
         few_step = self.components.config.few_step
         on = bool(self.settings.resolved(self.components.config).few_step)
         adapters = {} if few_step is None else {FEW_STEP: float(on)}
         rows: list[Row] = []
 
-        def finish(name: str, pictures: np.ndarray, **measured: Any) -> None:
-            row = make_row(name, prompts, pictures, num_nouns=self.num_nouns, **measured)
+        def finish(name: str, pictures: list[np.ndarray], **measured: Any) -> None:
+            row = make_row(
+                name,
+                prompts,
+                pictures,
+                num_nouns=self.num_nouns,
+                collection=self.collection,
+                **measured,
+            )
             rows.append(row)
             self._write("table.md", table(rows))
             results = {"settings": recorded, "rows": [asdict(row) for row in rows]}
@@ -117,11 +140,17 @@ class Evaluation:
 
     def noun(self, noun: str) -> str:
         """A table: the share of correct pictures of a noun."""
-        prompts = noun_prompts(noun, self.per_category)
+        prompts = noun_prompts(noun, self.per_category, collection=self.collection)
         lines = [f"| | {noun} |", "| --- | ---: |"]
 
-        def finish(name: str, pictures: np.ndarray) -> None:
-            correct, _ = judge(prompts, pictures, num_nouns=self.num_nouns, also=noun)
+        def finish(name: str, pictures: list[np.ndarray]) -> None:
+            correct, _ = judge(
+                prompts,
+                pictures,
+                num_nouns=self.num_nouns,
+                also=noun,
+                collection=self.collection,
+            )
             share = float(np.mean(correct))
             error = np.sqrt(share * (1 - share) / len(prompts))
             lines.append(f"| {name} | {share:.3f} ± {error:.3f} |")
@@ -136,7 +165,7 @@ class Evaluation:
 
     def gallery(self, path: Path) -> None:
         """A contact sheet of single objects, drawn with the first width."""
-        texts = gallery_prompts(GALLERY, self.num_nouns)
+        texts = gallery_prompts(GALLERY, self.num_nouns, collection=self.collection)
         first = self.settings.seed or 0
         with tqdm(total=len(texts), unit="picture") as bar:
             pictures = draw_pictures(

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from train.evaluation.stickers.geneval import SIX, Prompt, accuracies
+from mlx_snapgen.alpha import checkerboard, over
+from train.data.stickers.vocabulary import NOTO, Collection
+from train.evaluation.stickers.geneval import Prompt, accuracies
 from train.evaluation.stickers.score import judge
+
+SUMMARY = ("overall", "overall_error", "held_out")
+"""Keys of the scores that are no group of prompts."""
 
 
 @dataclass
@@ -31,7 +36,8 @@ class Row:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a markdown table."""
-    titles = ["", *(category.replace("_", " ") for category in SIX)]
+    groups = [name for name in rows[0].scores if name not in SUMMARY]
+    titles = ["", *(name.replace("_", " ") for name in groups)]
     titles += ["overall", "held-out", "validation loss", "s / picture"]
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
     for row in rows:
@@ -39,7 +45,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 row.name,
-                *(f"{s[category]:.2f}" for category in SIX),
+                *(f"{s[group]:.2f}" for group in groups),
                 f"{s['overall']:.3f} ± {s['overall_error']:.3f}",
                 "" if s["held_out"] is None else f"{s['held_out']:.2f}",
                 f"{np.mean(losses):.4f}" if losses else "",
@@ -52,14 +58,15 @@ def table(rows: Sequence[Row]) -> str:
 def make_row(
     name: str,
     prompts: Sequence[Prompt],
-    pictures: np.ndarray,
+    pictures: Sequence[np.ndarray],
     *,
     num_nouns: int | None,
+    collection: Collection = NOTO,
     losses: Sequence[float] = (),
     seconds: float | None = None,
 ) -> Row:
-    """The row of some pictures, uint8 (N, H, W, 3), of prompts."""
-    correct, found = judge(prompts, pictures, num_nouns=num_nouns)
+    """The row of the pictures, uint8 (H, W, C), of prompts."""
+    correct, found = judge(prompts, pictures, num_nouns=num_nouns, collection=collection)
     records = [
         {
             "prompt": prompt.text,
@@ -77,8 +84,8 @@ def make_row(
 
 
 def marked_picture(picture: np.ndarray, correct: bool) -> np.ndarray:
-    """The picture with a tick or a cross in its corner."""
-    image = Image.fromarray(picture)
+    """The picture, RGB, with a tick or a cross in its corner."""
+    image = Image.fromarray(over(picture, checkerboard(*picture.shape[:2])))
     drawing = ImageDraw.Draw(image)
     left = image.width - 15
     drawing.rectangle((left - 2, 0, image.width, 15), fill="white")

@@ -1,7 +1,9 @@
 """GenEval-style scores of sticker models."""
 
 import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.vocabulary import with_article
 from train.data.stickers.captions import plain_caption
 from train.data.stickers.scenes import noun_scene
-from train.data.stickers.vocabulary import NOUNS, first_nouns, known_nouns
+from train.data.stickers.vocabulary import NOTO, Collection, collection_of, known_nouns
 from train.evaluation.stickers.detector import Detection, Detector
 from train.evaluation.stickers.geneval import Prompt, accuracies, fixed_prompts, is_correct
 
@@ -22,26 +24,29 @@ SCORED_STEPS = 14  # maximum steps of a quick score
 
 
 @functools.lru_cache(maxsize=2)
-def detector(num_nouns: int | None = None, also: str | None = None) -> Detector:
+def detector(
+    num_nouns: int | None = None, also: str | None = None, *, collection: Collection = NOTO
+) -> Detector:
     """The detector of the first `num_nouns` nouns, and of the one named `also`."""
-    nouns = first_nouns(num_nouns)
-    more = [noun for noun in NOUNS if noun.name == also and noun not in nouns]
-    return Detector([*nouns, *more])
+    nouns = collection.first(num_nouns)
+    more = [noun for noun in collection.nouns if noun.name == also and noun not in nouns]
+    return Detector([*nouns, *more], collection=collection)
 
 
 def judge(
     prompts: Sequence[Prompt],
-    pictures: np.ndarray,
+    pictures: Sequence[np.ndarray],
     *,
     num_nouns: int | None,
     also: str | None = None,
+    collection: Collection = NOTO,
 ) -> tuple[list[bool], list[list[Detection]]]:
-    """For each picture, uint8 (N, H, W, 3): whether it is correct, and the detections.
+    """For each picture, uint8 (H, W, C): whether it is correct, and the detections.
 
-    `num_nouns` and `also` are those of `detector`.
+    `num_nouns`, `also` and `collection` are those of `detector`.
     """
     with announce("drawing the detector's glyphs ..."):
-        detect = detector(num_nouns, also)
+        detect = detector(num_nouns, also, collection=collection)
     found = [detect(p) for p in tqdm(pictures, desc="detector", unit="picture", leave=False)]
     correct = [
         is_correct(prompt.scene, detections, detect.leftover(picture, detections))
@@ -58,20 +63,29 @@ def draw(
     share: float = 1.0,
     name: str = "sampling",
     batch_size: int = 16,
-) -> np.ndarray:
-    """Pictures of prompts. The seed of each is that of `settings` plus the prompt's number."""
-    first = settings.seed or 0
-    texts = [prompt.text for prompt in prompts]
-    with tqdm(total=len(texts), desc=name, unit="picture", leave=False) as bar:
-        return draw_pictures(
-            components,
-            texts,
-            seeds=[first + prompt.number for prompt in prompts],
-            settings=settings,
-            share=share,
-            batch_size=batch_size,
-            progress=bar.update,
-        )
+) -> list[np.ndarray]:
+    """Pictures of prompts. The seed of each is that of `settings` plus the prompt's number.
+
+    Those of one size in a row are drawn together.
+    """
+    first, pictures = settings.seed or 0, []
+    collection = collection_of(components)
+    with tqdm(total=len(prompts), desc=name, unit="picture", leave=False) as bar:
+        for size, group in itertools.groupby(prompts, key=lambda prompt: prompt.scene.size):
+            chosen = list(group)
+            if len(collection.shapes) > 1:
+                settings = replace(settings, height=size[0], width=size[1])
+            drawn = draw_pictures(
+                components,
+                [prompt.text for prompt in chosen],
+                seeds=[first + prompt.number for prompt in chosen],
+                settings=settings,
+                share=share,
+                batch_size=batch_size,
+                progress=bar.update,
+            )
+            pictures.extend(drawn)
+    return pictures
 
 
 def quick_score(
@@ -83,10 +97,12 @@ def quick_score(
     share: float = 1.0,
 ) -> dict[str, Any]:
     """The accuracies of one width over few prompts."""
-    prompts = fixed_prompts(per_category, num_nouns)
+    collection = collection_of(components)
+    prompts = fixed_prompts(per_category, num_nouns, collection=collection)
     settings = DrawSettings(num_inference_steps=steps)
     pictures = draw(components, prompts, settings=settings, share=share)
-    return accuracies(prompts, judge(prompts, pictures, num_nouns=num_nouns)[0])
+    correct, _ = judge(prompts, pictures, num_nouns=num_nouns, collection=collection)
+    return accuracies(prompts, correct)
 
 
 def score_cell(components: Components, share: float, *, per_category: int) -> str:
@@ -104,17 +120,19 @@ def score_cell(components: Components, share: float, *, per_category: int) -> st
 NOUN_SEED = 1  # `train.stickers --noun` writes the scenes of seed 0 by default
 
 
-def noun_prompts(name: str, count: int) -> list[Prompt]:
+def noun_prompts(name: str, count: int, *, collection: Collection = NOTO) -> list[Prompt]:
     """Prompts for one noun alone, every other one in plain wording."""
-    scenes = [noun_scene(name, NOUN_SEED, k) for k in range(count)]
+    scenes = [noun_scene(name, NOUN_SEED, k, collection=collection) for k in range(count)]
     texts = [s.caption if k % 2 else plain_caption(s) for k, s in enumerate(scenes)]
     return [
         Prompt(text, s, False, k) for k, (text, s) in enumerate(zip(texts, scenes, strict=True))
     ]
 
 
-def gallery_prompts(count: int, num_nouns: int | None) -> list[str]:
+def gallery_prompts(
+    count: int, num_nouns: int | None, *, collection: Collection = NOTO
+) -> list[str]:
     """Up to `count` prompts such as "an apple", of evenly spaced nouns of the list."""
-    nouns = first_nouns(num_nouns)
+    nouns = collection.first(num_nouns)
     count = min(count, len(nouns))
     return [with_article(nouns[k * len(nouns) // count].name) for k in range(count)]

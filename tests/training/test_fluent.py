@@ -1,0 +1,171 @@
+"""A model of RGBA pictures: trained by the same commands, drawn, started from pictures, scored."""
+
+import json
+import sys
+
+import mlx_snapgen  # noqa: F401
+
+# isort: split
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps.desktop.history import open_image
+from mlx_snapgen.alpha import shown
+from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
+from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.metadata import read_metadata, save_picture
+from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.pictures import contact_sheet
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.presets import FLUENT_AUTOENCODER
+from tests.tiny import tokenizer_bytes
+from train import autoencoder, evaluate, export, flow, lora, new, stickers
+from train.data.imagefolder import read_folder
+from train.data.stickers.vocabulary import FLUENT
+from train.evaluation.stickers.geneval import fixed_prompts
+from train.loop.checkpoint import read_log
+from train.options import new as new_options
+
+
+def run(module, *options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, options)])
+        patch.setattr(autoencoder, "VALIDATION_PICTURES", 2)
+        assert not module.main()
+
+
+@pytest.fixture(scope="module")
+def data(fluent_pictures):
+    return f"stickers:pictures={fluent_pictures},nouns=12"
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """The folder with a model of one step, and everything that it was made of."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "own.model").write_bytes(tokenizer_bytes())
+    sizes = {"hidden_size": 64, "head_dim": 8, "blocks": [1, 2, 1], "text_width": 32}
+    (root / "sizes.json").write_text(json.dumps(sizes))
+    given = ["--data", data, "--factor", 16, "--channels", 8, "--latent-channels", 4]
+    given += ["--crop", 32, "--batch-size", 2, "--steps", 1]
+    run(autoencoder, *given, "--run-dir", root / "autoencoder")
+    parts = ["--autoencoder", root / "autoencoder", "--tokenizer", root / "own.model"]
+    parts += ["--encoder-size", 32, "--encoder-layers", 1]
+    run(new, root / "new", "--preset", root / "sizes.json", *parts)
+    steps = ["--steps", 1, "--batch-size", 2, "--validation-prompts", "a cat"]
+    steps += ["--validation-pictures", 2, "--model-widths", "full"]
+    run(flow, "--model", root / "new", "--data", data, "--run-dir", root / "flow", *steps)
+    run(export, "--run", root / "flow", "--output", root / "model")
+    return root
+
+
+def test_the_commands_train_and_export_a_model_with_alpha(made):
+    assert "validation_psnr" in read_log(made / "autoencoder")[-1]
+    config = load_config(made / "model")
+    assert config.autoencoder.picture_channels == 4 and config.autoencoder.downsampling == 16
+    assert set(config.trained_sizes) == set(FLUENT.shapes)
+    assert load_vocabulary(made / "model")["numbers"][-1] == "six"
+    assert "Fluent" in (made / "model" / "LICENSE").read_text()
+    assert list((made / "flow" / "samples").iterdir())
+
+
+def test_pictures_are_straight_and_started_from_with_alpha(made, tmp_path):
+    pipe = SnapGenPipeline.from_pretrained(made / "model")
+    with pytest.warns(UserWarning, match="drawn at 384 x 256"):
+        [step] = pipe.generate("a cat", height=100, width=150, num_inference_steps=1)
+    drawn = step.preview()
+    assert drawn.mode == "RGBA" and drawn.size == (384, 256)
+    path = save_picture(drawn, tmp_path / "cat.png", metadata=step.metadata)
+    assert read_metadata(path)["prompt"] == "a cat"
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(shown(drawn)))
+
+    half = Image.new("RGBA", (256, 256), (200, 100, 0, 128))
+    encoded = []
+    encode = pipe.autoencoder.encode
+    pipe.autoencoder.encode = lambda x: encoded.append(np.array(x)) or encode(x)
+    pipe("a cat", image=half, strength=0.5, num_inference_steps=2)
+    [pixels] = encoded
+    expected = np.array([200 * 128 / 255, 100 * 128 / 255, 0, 128])
+    assert np.abs((pixels[0, 0, 0] + 1) * 127.5 - expected).max() < 1
+
+
+def test_other_data_is_refused(made, data, font, tmp_path):
+    options = ["--model", made / "model", "--data", "stickers", "--run-dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="have no alpha channel, those of the autoencoder"):
+        run(flow, *options)
+    with pytest.raises(UserError, match="have an alpha channel, those of the autoencoder"):
+        run(evaluate, "--model", "stickers", "--data", data)
+    options = ["--init-from", made / "model", "--data", "stickers", "--run-dir", tmp_path / "b"]
+    with pytest.raises(UserError, match="have no alpha channel"):
+        run(autoencoder, *options)
+
+
+def test_a_lora_of_pictures_with_alpha(made, fluent_pictures, tmp_path):
+    folder = tmp_path / "cats"
+    command = ["--pictures", str(fluent_pictures), "--noun", "cat", "--count", "2"]
+    stickers.main([*command, "--output", str(folder)])
+    assert Image.open(folder / "000.png").mode == "RGBA"
+    Image.new("RGB", (256, 256), "blue").save(folder / "blue.png")
+    (folder / "blue.txt").write_text("blue")
+    examples, _ = read_folder(folder, [(256, 256)], has_alpha=True)
+    assert all(example.pixels.shape == (256, 256, 4) for example in examples)
+    opaque = {example.path.stem: example.pixels[..., 3].min() == 255 for example in examples}
+    assert opaque["blue"] and not opaque["000"]
+    options = ["--data", folder, "--model", made / "model", "--steps", 1, "--prior-weight", 0]
+    options += ["--validation-prompts", "a cat", "--output", tmp_path / "cat.safetensors"]
+    run(lora, *options, "--run-dir", tmp_path / "run", "--model-widths", "full")
+    assert (tmp_path / "cat.safetensors").is_file()
+
+
+def test_scores_have_groups_for_sizes_counts_and_shapes(made, data, tmp_path):
+    options = ["--model", made / "model", "--data", data, "--output", tmp_path / "scores"]
+    options += ["--per-category", 1, "--validation-scenes", 2, "--steps", 1]
+    run(evaluate, *options, "--model-widths", "full")
+    table = (tmp_path / "scores" / "table.md").read_text()
+    for title in ("size", "five and six", "192x320", "256x384"):
+        assert f"| {title} |" in table
+
+
+def test_prompts_of_more_groups():
+    prompts = fixed_prompts(24, 50, collection=FLUENT)
+    groups = list(dict.fromkeys(prompt.group for prompt in prompts))
+    assert len(groups) == 6 + 2 + 4 and groups[6:8] == ["size", "five_and_six"]
+    for prompt in prompts:
+        count = len(prompt.scene.placed)
+        if prompt.group == "counting":
+            assert count <= 4
+        if prompt.group == "five_and_six":
+            assert count in (5, 6)
+        height, width = prompt.scene.size
+        assert (height, width) == (256, 256) or prompt.group == f"{height}x{width}"
+    assert any(prompt.held_out for prompt in prompts if "x" in prompt.group)
+
+
+def test_the_preset_rounds_the_autoencoder_once(made, tmp_path, monkeypatch):
+    small = new_options.Preset(load_config(made / "model").transformer, round_autoencoder=True)
+    monkeypatch.setattr(new_options, "read_preset", lambda name: small)
+    assert new_options.PRESETS["fluent"].round_autoencoder
+    given = ["--autoencoder", made / "model", "--tokenizer", made / "own.model"]
+    run(new, tmp_path / "a", "--preset", "fluent", *given, "--encoder-size", 32)
+    run(new, tmp_path / "b", "--preset", "fluent", "--autoencoder", tmp_path / "a", *given[2:])
+    files = [(tmp_path / name / "autoencoder.safetensors").read_bytes() for name in "ab"]
+    full = (made / "model" / "autoencoder.safetensors").stat().st_size
+    assert files[0] == files[1] and len(files[0]) < 0.6 * full
+    before, after = (
+        flat_parameters(load_pretrained(folder).autoencoder)
+        for folder in (made / "model", tmp_path / "a")
+    )
+    for name, value in before.items():
+        assert np.allclose(np.array(after[name]), np.array(value), rtol=4e-3, atol=1e-6), name
+
+
+def test_the_preset_has_the_autoencoder_of_the_factor():
+    assert autoencoder.sizes(None, None, factor=16, picture_channels=4) == FLUENT_AUTOENCODER
+
+
+def test_sheets_show_alpha_over_a_checkerboard():
+    clear = np.zeros((16, 16, 4), np.uint8)
+    sheet = np.asarray(contact_sheet([clear], [""], 1))
+    assert set(sheet[:16, :16].ravel()) == {204, 238}
