@@ -25,16 +25,12 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from mlx_snapgen.cli.options import Parser, integer
-from mlx_snapgen.config import (
-    TRANSFORMERS,
-    TransformerConfig,
-    preset_autoencoder,
-    transformer_preset,
-)
+from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder, transformer_preset
 
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""

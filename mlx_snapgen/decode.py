@@ -16,6 +16,9 @@ OVER_WHITE = "transparent parts over white"
 CONVERTED = "color profile converted to sRGB"
 SCALED = "more than 8 bits, reduced to 8"
 
+LARGE, MOST_IN_BYTE = 1 << 25, 1000
+"""A picture of more pixels than `LARGE` has at most so many of them in a byte of its file."""
+
 # Up to 179 million pixels are read without a word; Pillow refuses larger ones.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -55,8 +58,11 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def decode(data: bytes) -> tuple[Image.Image, list[str]]:
+def decode(data: bytes, *, keep_alpha: bool = False) -> tuple[Image.Image, list[str]]:
     """A picture in RGB, rotated by its EXIF tag, in sRGB, transparent parts over white.
+
+    Args:
+        keep_alpha: see `to_rgb`.
 
     Returns:
         the picture, and what had to be changed: few texts, to be counted.
@@ -64,7 +70,7 @@ def decode(data: bytes) -> tuple[Image.Image, list[str]]:
     Raises:
         Unusable: not a picture, damaged, or too large.
     """
-    return to_rgb(upright(data))
+    return to_rgb(upright(data), keep_alpha=keep_alpha)
 
 
 def upright(picture: bytes | Image.Image) -> Image.Image:
@@ -73,6 +79,10 @@ def upright(picture: bytes | Image.Image) -> Image.Image:
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture)
         with _open(picture) as image:
+            if image.width * image.height > max(LARGE, MOST_IN_BYTE * len(picture)):
+                # A damaged header, or one that is to fill the memory.
+                size = f"{image.width}x{image.height} pixels in {len(picture)} bytes"
+                raise Unusable("damaged picture", f"cannot be read ({size})")
             image.load()
             return ImageOps.exif_transpose(image)
     except Exception as error:
@@ -112,15 +122,19 @@ def _unusable(error: Exception) -> Unusable:
     return Unusable("damaged picture", f"cannot be read ({why})")
 
 
-def to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """An upright picture of any mode in RGB; result and errors as of `decode`."""
+def to_rgb(image: Image.Image, *, keep_alpha: bool = False) -> tuple[Image.Image, list[str]]:
+    """An upright picture of any mode in RGB; result and errors as of `decode`.
+
+    Args:
+        keep_alpha: a picture with transparent parts stays RGBA; else they are over white.
+    """
     try:
-        return _to_rgb(image)
+        return _to_rgb(image, keep_alpha=keep_alpha)
     except Exception as error:
         raise _unusable(error) from None
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+def _to_rgb(image: Image.Image, *, keep_alpha: bool) -> tuple[Image.Image, list[str]]:
     notes = []
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
@@ -131,7 +145,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         alpha = image.convert("RGBA")
         image = image.convert("L") if image.mode == "LA" else alpha.convert("RGB")
         alpha = alpha.getchannel("A")
-        notes.append(OVER_WHITE)
+        notes += [] if keep_alpha else [OVER_WHITE]
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if profile and (transform := _transform(profile, image.mode)):
@@ -140,6 +154,8 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     image = image.convert("RGB")
     if alpha is not None:
         image.putalpha(alpha)
+        if keep_alpha:
+            return image, notes
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     return image, notes

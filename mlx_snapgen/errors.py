@@ -39,6 +39,11 @@ def one_line(text: object, most: int) -> str:
     return line
 
 
+def plural(count: int, word: str) -> str:
+    """A number of things: "1 picture", "1,200 pictures"."""
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint " (did you mean 'x'?)" with the known name closest to `name`, or ""."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)

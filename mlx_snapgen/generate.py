@@ -15,12 +15,18 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import load_vocabulary
-from mlx_snapgen.cli.generate_options import build_parser, is_folder
-from mlx_snapgen.cli.interactive import Session
-from mlx_snapgen.cli.notices import announce, peak_process_bytes, short_warnings
+from mlx_snapgen.cli.generate_options import Saving, build_parser, check_together, is_folder
+from mlx_snapgen.cli.interactive import Session, as_settings
+from mlx_snapgen.cli.notices import (
+    announce,
+    peak_process_bytes,
+    print_vocabulary,
+    short_warnings,
+)
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import (
     MAX_PIXELS,
     PICTURES,
@@ -31,9 +37,8 @@ from mlx_snapgen.metadata import (
     slug,
 )
 from mlx_snapgen.open_model import open_model
-from mlx_snapgen.pipeline import GenerationStep, SnapGenPipeline
+from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
-from mlx_snapgen.vocabulary import listed
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -47,14 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--interactive cannot be combined with --prompts-file or --json")
     if args.cache_limit is not None:
         mx.set_cache_limit(args.cache_limit)
-    with short_warnings(name_prompts=args.prompts_file is not None):
+    saving = Saving(args.output, args.metadata, args.stepwise_dir, json=args.json)
+    reword = as_settings if args.interactive else str
+    with short_warnings(name_prompts=args.prompts_file is not None, reword=reword):
         settings, choice, origin = _settings(args)
+        check_together(args, settings)
         if args.vocabulary:
             return _print_vocabulary(open_model(choice).path, args.json)
         load = functools.partial(_load, origin=origin)
-        draw = functools.partial(_draw, args=args)
         if args.interactive:
-            session = Session(settings, choice, output=args.output, load=load, draw=draw)
+            session = Session(settings, choice, saving=saving, load=load, draw=_draw)
             if settings.prompt:
                 session.take(settings.prompt)
             session.run()
@@ -67,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"the prompt is empty: say what to draw, such as {command}")
             pipeline = load(choice, settings)
             for prompt in prompts:
-                draw(pipeline, dataclasses.replace(settings, prompt=prompt), output=args.output)
+                _draw(pipeline, dataclasses.replace(settings, prompt=prompt), saving=saving)
     if not args.json:
         peak = _peak_memory()
         process = peak.get("peak_process_bytes")
@@ -103,9 +110,7 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
     return draw_settings(args, settings), choice, origin
 
 
-def _load(
-    choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]
-) -> SnapGenPipeline:
+def _load(choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]) -> Pipeline:
     """Load the pipeline, after a check that the model supports the width and the settings."""
     folder = open_model(choice)
     check_choice(folder.config, choice)
@@ -127,15 +132,9 @@ def _load(
     return pipeline
 
 
-def _draw(
-    pipeline: SnapGenPipeline,
-    settings: DrawSettings,
-    *,
-    output: str | None,
-    args: argparse.Namespace,
-) -> Path:
+def _draw(pipeline: Pipeline, settings: DrawSettings, *, saving: Saving) -> Path:
     """Draw, save and report all pictures of one prompt; returns the last one's file."""
-    name, steps = slug(settings.prompt), pipeline.generate(settings)
+    name, steps, output = slug(settings.prompt), pipeline.generate(settings), saving.output
     target = Path(output or ".") / f"{name}.png"
     if output is not None and not is_folder(output):
         target = Path(output)
@@ -144,12 +143,12 @@ def _draw(
         started, count = time.perf_counter(), f"{k + 1}/{settings.num_images}"
         # A terminal shows a progress bar instead.
         with announce(f"drawing {name} {count} ...", enabled=not sys.stderr.isatty()):
-            step, per_step = _last_step(steps, count, name=name, folder=args.stepwise_dir)
+            step, per_step = _last_step(steps, count, name=name, folder=saving.stepwise_dir)
             path = save_picture(
-                step.preview(), target, metadata=step.metadata if args.metadata else None
+                step.preview(), target, metadata=step.metadata if saving.metadata else None
             )
         seconds = time.perf_counter() - started
-        _report(step, path, seconds=seconds, per_step=per_step, as_json=args.json)
+        _report(step, path, seconds=seconds, per_step=per_step, as_json=saving.json)
     return path
 
 
@@ -197,15 +196,10 @@ def _peak_memory() -> dict[str, int]:
 
 def _print_vocabulary(folder: Path, as_json: bool) -> int:
     vocabulary = load_vocabulary(folder)
-    if vocabulary is None:
-        raise UserError(f"{folder} has no vocabulary.json: cannot list its words")
-    if as_json:
+    if as_json and vocabulary is not None:
         print(json.dumps(vocabulary, ensure_ascii=False))
     else:
-        for title, words in listed(vocabulary).items():
-            print(f"{title} ({len(words)}): {', '.join(words)}\n")
-        if vocabulary.get("backgrounds"):
-            print("If the prompt names no background, it is mostly white, with some seeds a color.")
+        print_vocabulary(vocabulary, str(folder))
     return 0
 
 

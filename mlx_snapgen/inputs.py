@@ -33,7 +33,7 @@ class Fitted(NamedTuple):
     """A picture in the size of a drawing."""
 
     image: Image.Image
-    """RGB."""
+    """RGB, or RGBA if alpha is kept."""
     changes: list[str]
     """What had to be changed, for a notice; empty if nothing."""
 
@@ -71,14 +71,17 @@ def picture_size(source: Source) -> Size:
         raise UserError(f"{source}: {error}") from None
 
 
-def read_picture(source: Source) -> tuple[Image.Image, list[str]]:
+def read_picture(source: Source, *, keep_alpha: bool = False) -> tuple[Image.Image, list[str]]:
     """A picture in RGB and sRGB, upright, transparent parts over white; what was changed.
+
+    Args:
+        keep_alpha: see `decode.to_rgb`.
 
     Raises:
         UserError: no such file, not a picture, damaged, or too large.
     """
     try:
-        return to_rgb(_upright(source))
+        return to_rgb(_upright(source), keep_alpha=keep_alpha)
     except Unusable as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -150,17 +153,23 @@ def fit(picture: Image.Image, size: Size, *, how: str, is_mask: bool = False) ->
         return picture.resize((width, height), filter_)
     scale = min(across, down)
     inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    whole = Image.new(picture.mode, (width, height), "black" if is_mask else "white")
+    ground = "black" if is_mask else "white" if picture.mode == "RGB" else (0, 0, 0, 0)
+    whole = Image.new(picture.mode, (width, height), ground)
     place = (width - inner[0]) // 2, (height - inner[1]) // 2
     whole.paste(picture.resize(inner, filter_), place)
     return whole
 
 
-def fitted_picture(source: Source, size: Size, *, how: str) -> Fitted:
-    """A picture to start from, in the (height, width) of the drawing."""
-    image, changes = read_picture(source)
+def fitted_picture(source: Source, size: Size, *, how: str, keep_alpha: bool = False) -> Fitted:
+    """A picture to start from, in the (height, width) of the drawing.
+
+    Args:
+        keep_alpha: see `decode.to_rgb`.
+    """
+    image, changes = read_picture(source, keep_alpha=keep_alpha)
     fitted = fit(image, size, how=how)
-    words = {"crop": "cut", "pad": "padded with white", "stretch": "stretched"}
+    ground = " with white" if image.mode == "RGB" else ""
+    words = {"crop": "cut", "pad": f"padded{ground}", "stretch": "stretched"}
     return _noted(image, fitted, word=words[how], changes=changes)
 
 

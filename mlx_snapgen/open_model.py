@@ -6,21 +6,28 @@ from pathlib import Path
 
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, local_folder, quiet
-from mlx_snapgen.checkpoint.language_models import QWEN_FILES
+from mlx_snapgen.checkpoint.language_models import TEXT_FILES
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 from mlx_snapgen.lora.adapters import remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
-from mlx_snapgen.public.first_use import INDEX, PublicModel, describe, is_public, open_public
+from mlx_snapgen.public.first_use import (
+    INDEX,
+    MINIT2I,
+    PublicModel,
+    describe,
+    is_public,
+    open_public,
+)
 from mlx_snapgen.public.layouts import kind_of
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.folder import CONFIG, TeacherFolder, is_teacher, load_teacher_config
 from mlx_snapgen.tensor_files import read_header
 
-DESCRIPTIONS = ("config.json", CONFIG, INDEX)
+DESCRIPTIONS = ("config.json", CONFIG, INDEX, f"{MINIT2I}/transformer/config.json")
 """Files by which a repository is recognized."""
 
-TEACHER_FILES = ("*.json", "*.safetensors", *(f"text_encoder/{name}" for name in QWEN_FILES))
+TEACHER_FILES = ("*.json", "*.safetensors", *(f"text_encoder/{name}" for name in TEXT_FILES))
 
 
 def open_model(

@@ -8,11 +8,12 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mlx_snapgen.alpha import checkerboard, over
 from mlx_snapgen.errors import UserError
 
 
 def to_uint8(pictures: mx.array) -> np.ndarray:
-    """Decoded pictures (..., H, W, 3), about [-1, 1] -> uint8.
+    """Decoded pictures (..., H, W, C), about [-1, 1] -> uint8.
 
     Raises:
         UserError: values that are not finite.
@@ -25,7 +26,7 @@ def to_uint8(pictures: mx.array) -> np.ndarray:
 
 
 def from_uint8(pictures: np.ndarray) -> mx.array:
-    """uint8 pictures (..., H, W, 3) -> float32 in [-1, 1]."""
+    """uint8 pictures (..., H, W, C) -> float32 in [-1, 1]."""
     return mx.array(pictures).astype(mx.float32) / 127.5 - 1
 
 
@@ -44,7 +45,10 @@ def psnr(found: np.ndarray, expected: np.ndarray, *, peak: float = 255.0) -> flo
 def contact_sheet(
     pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int
 ) -> Image.Image:
-    """Pictures (H, W, 3) of one size in rows of `columns`, each over its caption."""
+    """Pictures (H, W, C) of one size in rows of `columns`, each over its caption.
+
+    A fourth channel is alpha, and the colors are times alpha; they are shown on a checkerboard.
+    """
     (height, width), margin, line = pictures[0].shape[:2], 6, 11
     chars = max(width // 6, 8)
     wrapped = [textwrap.wrap(text, chars, max_lines=4, placeholder="...") for text in captions]
@@ -55,6 +59,7 @@ def contact_sheet(
     drawing = ImageDraw.Draw(sheet)
     for k, (picture, text) in enumerate(zip(pictures, wrapped, strict=True)):
         x, y = k % columns * cell_width, k // columns * cell_height
-        sheet.paste(Image.fromarray(picture), (x, y))
+        flat = over(picture, checkerboard(height, width))
+        sheet.paste(Image.fromarray(flat), (x, y))
         drawing.multiline_text((x + 2, y + height), "\n".join(text), fill="black", spacing=0)
     return sheet

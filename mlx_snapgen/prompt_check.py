@@ -310,6 +310,7 @@ def _miscounted(parsed: _Parsed, vocabulary: Mapping[str, Any]) -> Iterator[str]
 
 def _miscolored(parsed: _Parsed, vocabulary: Mapping[str, Any]) -> Iterator[str]:
     colors = [normalize(color) for color in vocabulary.get("colours", ())]
+    colors += ["gray"] * ("grey" in colors)
     able, own = vocabulary.get("recolourable"), vocabulary.get("own_colours", {})
     for thing in parsed.things:
         if not thing.colors:

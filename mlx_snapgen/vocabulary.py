@@ -6,8 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp")
-IRREGULAR = {"mouse": "mice", "cactus": "cacti", "man": "men", "leaf": "leaves", "loaf": "loaves"}
+UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp", "thumbs up")
+IRREGULAR = {
+    **{"mouse": "mice", "cactus": "cacti", "man": "men", "leaf": "leaves", "loaf": "loaves"},
+    "wolf": "wolves",
+}
 """Endings whose plural `pluralize` does not derive."""
 
 NUMBERS = ("one", "two", "three", "four")
@@ -18,6 +21,8 @@ ALL_NUMBERS = {
     **{"eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "twenty": 20, "single": 1},
     **{"couple": 2, "dozen": 12, "hundred": 100, "thousand": 1000},
 }
+ARTICLES = ("a", "an", "the", "another", "same")
+SIZES = ("big", "small", "little", "tiny", "large", "huge", "giant", "gigantic", "enormous", "mini")
 VARIATION = "\N{VARIATION SELECTOR-16}"
 """Follows a character that is shown as an emoji."""
 
@@ -179,7 +184,7 @@ def _emoji_patterns(emoji: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern
 def _spelled(
     run: re.Match[str], one: re.Pattern[str], *, emoji: Mapping[str, str], colors: list[str]
 ) -> str:
-    """A run of emoji in words: "a cat and two dogs"; bare after an article, number or color."""
+    """A run of emoji in words: "a cat and two dogs"; bare after such as "a", "red" or "big"."""
     names = [emoji[symbol[1]] for symbol in one.finditer(run[0])]
     groups = [(name, len(list(some))) for name, some in itertools.groupby(names)]
     last = re.search(r"([^\W_]+)\s*$", run.string[: run.start()])
@@ -190,7 +195,7 @@ def _spelled(
     ]
     number = int(before) if before.isdecimal() else ALL_NUMBERS.get(before)
     name, count = groups[0]
-    if count == 1 and (number or before in (*colors, "a", "an", "the", "another", "same")):
+    if count == 1 and (number or before in (*colors, *SIZES, *ARTICLES)):
         phrases[0] = pluralize(name) if number and number > 1 else name
     words = " and ".join((", ".join(phrases[:-1]), phrases[-1]) if phrases[1:] else phrases)
     start = "" if run.start() == 0 or run.string[run.start() - 1].isspace() else " "

@@ -2,18 +2,33 @@
 
 import tkinter as tk
 from tkinter import ttk
+from typing import Literal
 
 from apps.desktop.menus import SHORTCUTS
 
 
-def show_details(window, message: str, *, details: str | None) -> tk.Toplevel:
+def show_details(
+    window,
+    message: str,
+    *,
+    details: str | None,
+    title: str = "Details",
+    wrap: Literal["none", "word"] = "none",
+) -> tk.Toplevel:
     """A message with its details, to read and to copy."""
-    top = _dialog(window, "Details")
+    top = _dialog(window, title)
     top.geometry("760x420")
     ttk.Label(top, text=message, wraplength=720, padding=12).pack(fill="x")
     buttons = ttk.Frame(top, padding=12)
     buttons.pack(side="bottom", fill="x")
-    text = tk.Text(top, wrap="none", font="TkFixedFont", relief="flat", padx=8, pady=8)
+    text = tk.Text(
+        top,
+        wrap=wrap,
+        font="TkFixedFont" if wrap == "none" else "TkDefaultFont",
+        relief="flat",
+        padx=8,
+        pady=8,
+    )
     text.pack(fill="both", expand=True, padx=12)
     text.insert("1.0", details or "")
     text.configure(state="disabled")

@@ -34,6 +34,8 @@ RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 CHOICES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Weights in memory", "quantize", {"As stored": None, "8 bits": 8, "4 bits": 4}),
     ("Few-step mode", "few_step", {"Automatic": None, "On": True, "Off": False}),
+    ("Low memory", "low_memory", {"Off": False, "On": True}),
+    ("Sizes", "force_size", {"Trained": False, "Exactly": True}),
     ("Modulation (EDT)", "attention_modulation", {"Off": False, "On": True}),
 )
 """Label, field of `ModelChoice` or `DrawSettings`, and label -> value of the choices."""
@@ -110,7 +112,7 @@ class Form(ttk.Notebook):
         """`base` with the values of the form; `UserError` names a wrong field."""
         height, width = self._size()
         names = [name.strip() for name in self.text_encoders.get().split(",") if name.strip()]
-        model, revision = self._model_name()
+        model, revision, base_model = self._model_name()
         values = {field: choices[self._choices[field].get()] for _, field, choices in CHOICES}
         values |= {
             "prompt": self.prompt.get("1.0", "end").strip(),
@@ -118,8 +120,6 @@ class Form(ttk.Notebook):
             "seed": _number("seed", self.seed.get(), kind=int) or 0,
             "height": height,
             "width": width,
-            "force_size": base.draw.force_size
-            and (height, width) == (base.draw.height, base.draw.width),
             "num_inference_steps": _number(
                 "number of steps", self.steps.get(), kind=int, optional=True
             ),
@@ -127,7 +127,7 @@ class Form(ttk.Notebook):
             "num_images": _number("number of pictures", self.num_images.get(), kind=int),
             "model": model,
             "revision": revision,
-            "base": base.choice.base if model == base.choice.model else None,
+            "base": base_model,
             "model_width": self.model_width.get(),
             "loras": tuple(
                 (path, _number("LoRA's scale", scale.get(), kind=float))
@@ -164,6 +164,9 @@ class Form(ttk.Notebook):
         self.guidance.set("" if scale is None else f"{scale:g}")
         self.num_images.set(str(draw.num_images))
         values = vars(draw) | vars(choice)
+        # Old pictures have it whatever their size.
+        if self._config is not None and (draw.height, draw.width) in trained_sizes(self._config):
+            values["force_size"] = False
         for _, field, choices in CHOICES:
             self._choices[field].set(_key(choices, values[field]))
         self.text_encoders.set(", ".join(choice.text_encoders or ()))
@@ -280,14 +283,18 @@ class Form(ttk.Notebook):
             raise UserError(f"the size '{size[:40]}' is not like 192 x 128 (width x height)")
         return int(found[2]), int(found[1])
 
-    def _model_name(self) -> tuple[str | None, str | None]:
+    def _model_name(self) -> tuple[str | None, str | None, str | None]:
+        """Model, revision and base of the form."""
         name = self.model.get().strip()
         if name in ("", DEFAULT_MODEL):
-            return None, None
-        if expanded(name).is_dir() or "@" not in name:
-            return name, None
-        model, _, revision = name.rpartition("@")
-        return model, revision or None
+            return None, None, None
+        file, is_file, rest = name.partition(".safetensors ")
+        source, revision = rest.strip() if is_file else name, None
+        if "@" in source and not expanded(source).is_dir():
+            source, _, revision = source.rpartition("@")
+        if is_file:
+            return f"{file}{is_file.strip()}", revision or None, source
+        return source, revision or None, None
 
     # --- fields ---------------------------------------------------------------------------------
 
@@ -439,7 +446,7 @@ class Form(ttk.Notebook):
         ).grid(sticky="w", pady=(3, 0))
 
     def _choose_folder(self) -> None:
-        model, _ = self._model_name()
+        model, *_ = self._model_name()
         parent = expanded(model).parent if model is not None else Path()
         folder = filedialog.askdirectory(
             parent=self,
@@ -486,7 +493,8 @@ def model_label(choice: ModelChoice) -> str:
     """How the form names a model."""
     if choice.model is None:
         return DEFAULT_MODEL
-    return choice.model + ("" if choice.revision is None else f"@{choice.revision}")
+    name = choice.model if choice.base is None else f"{choice.model} {choice.base}"
+    return name + ("" if choice.revision is None else f"@{choice.revision}")
 
 
 def offered_sizes(config: Description) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mlx_snapgen.alpha import shown
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, whole_file
 
@@ -67,7 +68,7 @@ class History:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The pixels of a picture, RGB; `UserError` for a file that cannot be shown."""
+    """The pixels of a picture to show, RGB; `UserError` for a file that cannot be shown."""
     path = expanded(path)
     try:
         with warnings.catch_warnings():
@@ -75,7 +76,7 @@ def open_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
-                return image.convert("RGB")
+                return shown(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"cannot show {path.name}: {reason}") from None

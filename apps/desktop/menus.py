@@ -105,6 +105,7 @@ def build_menus(window) -> None:
     window.appearance = chosen
 
     help_menu = submenu("Help")
+    item(help_menu, "Words of the Model", command=window.show_words)
     item(help_menu, "Keyboard Shortcuts", command=window.show_shortcuts)
 
     popup = tk.Menu(window, tearoff=False, postcommand=lambda: update_popup(window))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from apps.worker.messages import Converting, Downloading, Event, Loaded, Loading, Picture, Progress
+from mlx_snapgen.errors import plural
 from mlx_snapgen.settings import DrawSettings
 
 
@@ -26,6 +27,7 @@ class Run:
         self.job, self.draws, self._clock = job, settings is not None, clock
         self.num_images = 1 if settings is None else settings.num_images
         self.status = ""
+        self.notices: list[str] = []
         self.share = 0.0
         """Of the work, 0 to 1."""
         self.between_steps = False
@@ -46,7 +48,7 @@ class Run:
         if not count:
             return ""
         each = sum(self._seconds) / count
-        return f"{each:.1f} s" if count == 1 else f"{count} pictures, {each:.1f} s each"
+        return f"{each:.1f} s" if count == 1 else f"{plural(count, 'picture')}, {each:.1f} s each"
 
     def take(self, event: Event) -> None:
         """Update `status` and `share`."""

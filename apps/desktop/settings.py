@@ -46,7 +46,10 @@ class Settings:
         recorded = read_settings(path)
         known = [str(source) for source in (self.draw.image, self.draw.mask, *self.draw.edit)]
         draw, notice = inputs.found(recorded, expanded(path), known=[*known, *self.recent_inputs])
-        restored = dataclasses.replace(self, draw=draw, choice=recorded.choice, seed_locked=True)
+        # No picture records how the model is kept in memory.
+        here = {name: getattr(self.choice, name) for name in ("keep_text_encoders", "low_memory")}
+        choice = dataclasses.replace(recorded.choice, **here)
+        restored = dataclasses.replace(self, draw=draw, choice=choice, seed_locked=True)
         return restored, notice
 
     def with_inputs(self, paths: Sequence[str]) -> "Settings":

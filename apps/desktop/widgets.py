@@ -265,9 +265,10 @@ class Column(ttk.Frame):
     def _scrolled(self, first: float | str, last: float | str) -> None:
         self._bar.set(float(first), float(last))
         if float(first) <= 0 and float(last) >= 1:
-            self._bar.pack_forget()
+            self._bar.place_forget()
         else:
-            self._bar.pack(side="right", fill="y")
+            # Over the margin: packed, it would change the width of all pages.
+            self._bar.place(relx=1, rely=0, relheight=1, anchor="ne")
 
 
 class Slider(ttk.Frame):

@@ -23,6 +23,7 @@ from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
 from apps.desktop.theme import Theme
 from apps.desktop.widgets import Banner, Filmstrip, PictureView, scale
+from apps.desktop.wording import in_window
 from apps.worker.client import Worker
 from apps.worker.messages import (
     Downloading,
@@ -45,6 +46,8 @@ POLL_BUSY, POLL_IDLE = 15, 60
 BUDGET = 0.015
 """Seconds of one poll; the other events wait, so that the window stays responsive."""
 HISTORY_LIMIT = 100
+MOST_NOTICES = 3
+"""Of one job that are shown together, the last ones."""
 
 
 class Window(tk.Tk):
@@ -69,6 +72,7 @@ class Window(tk.Tk):
         self.worker = Worker(self._deliver)
         self.run: Run | None = None
         self._loaded: tuple[ModelChoice, Description] | None = None
+        self._words: dict[str, list[str]] | None = None
         self._wanted = ModelChoice()
         self._browsing = False
         """Whether the user looks at other pictures during a job."""
@@ -303,7 +307,8 @@ class Window(tk.Tk):
             self.update_buttons()
             return image, scaled
         elif isinstance(event, Notice):
-            self.show_error(event.text)
+            run.notices.append(event.text)
+            self.banner.show("\n".join(map(_sentence, run.notices[-MOST_NOTICES:])))
         elif isinstance(event, Failed):
             self._end("")
             self.show_error(event.message, event.details)
@@ -316,11 +321,11 @@ class Window(tk.Tk):
 
     def _adopt(self, event: Loaded, run: Run) -> None:
         before, self._loaded = self._loaded, (event.choice, event.config)
+        self._words = event.words
         other = before is not None and before[1].name != event.config.name
         if before is None or before[1] != event.config:
             self.form.adopt(event.config, forget=other and not run.draws)
-        # The list names no base, without which one file is no model.
-        if event.choice.model is not None and event.choice.base is None:
+        if event.choice.model is not None:
             name = model_label(event.choice)
             others = [m for m in self.settings.recent_models if m != name]
             self.remember(dataclasses.replace(self.settings, recent_models=(name, *others[:7])))
@@ -372,7 +377,7 @@ class Window(tk.Tk):
 
     def show_error(self, text: str, details: str | None = None) -> None:
         """Show an error, as a sentence."""
-        self.banner.show(text[:1].upper() + text[1:], details)
+        self.banner.show(_sentence(text), details)
 
     def report_callback_exception(self, kind, value, trace) -> None:
         """Show a bug in a callback; the window stays open."""
@@ -389,6 +394,17 @@ class Window(tk.Tk):
 
     def show_shortcuts(self) -> None:
         show_shortcuts(self)
+
+    def show_words(self) -> None:
+        """The words that the loaded model understands."""
+        if self._loaded is None:
+            self.show_error("the model is not loaded yet: wait until it is")
+        elif self._words is None:
+            self.show_error(f"{self._loaded[1].name} takes any words")
+        else:
+            title = f"{self._loaded[1].name} understands these words:"
+            listed = "\n\n".join(f"{kind}: {', '.join(w)}" for kind, w in self._words.items())
+            show_details(self, title, details=listed, title="Words of the Model", wrap="word")
 
     def close_soon(self) -> None:
         """Close at the next poll; for signals, which may arrive at any time."""
@@ -415,3 +431,8 @@ class Window(tk.Tk):
             save_settings(self._settings_path, self.settings)
         except OSError as error:
             self.banner.show(f"The settings cannot be saved: {error}")
+
+
+def _sentence(text: str) -> str:
+    text = in_window(text)
+    return text[:1].upper() + text[1:]

@@ -27,7 +27,7 @@ from mlx_snapgen.cli.options import (
     model_choice,
 )
 from mlx_snapgen.description import Description
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import UserError, plural, run_command
 from mlx_snapgen.settings import ModelChoice
 
 KEY_VARIABLE = "MLX_SNAPGEN_API_KEY"
@@ -154,6 +154,7 @@ def main() -> int:
         )
     if len(args.model or []) > 1 and (args.revision or args.loras or args.text_encoders):
         raise UserError("--revision, --lora and --text-encoders are for one --model: give one")
+    choices(args)
     try:
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
@@ -243,12 +244,32 @@ async def _serve(args: argparse.Namespace) -> int:
 
 async def _open_models(jobs: Jobs, args: argparse.Namespace) -> dict[str, Served]:
     """The models of the command line, by name; one that is not on this machine is fetched."""
-    base, opened = model_choice(args), list[tuple[ModelChoice, Description]]()
-    for given in args.model or [None]:
-        choice = dataclasses.replace(base, model=given)
-        with announce(f"opening {given or 'stickers'} ..."):
+    opened = list[tuple[ModelChoice, Description]]()
+    for choice in choices(args):
+        with announce(f"opening {choice.model or 'stickers'} ..."):
             opened.append((choice, await _open(jobs, Job(choice, load=False))))
     return name_models(opened, widths=args.model_widths, aliases=args.aliases)
+
+
+def choices(args: argparse.Namespace) -> list[ModelChoice]:
+    """The models of the command line; `UserError` for bases that belong to none of them."""
+    models, bases = args.model or [None], args.base or []
+    files = [i for i, model in enumerate(models) if str(model).endswith(".safetensors")]
+    if bases and not files:
+        raise UserError("--base is for models that are one .safetensors file: leave it out")
+    if len(bases) == 1:
+        bases = bases * len(files)
+    if bases and len(bases) != len(files):
+        raise UserError(
+            f"--base has {plural(len(bases), 'model')} and --model {plural(len(files), 'file')}: "
+            "give one for all, or one for each file"
+        )
+    plain = model_choice(argparse.Namespace(**vars(args) | {"base": None}))
+    base_of = dict(zip(files, bases, strict=False))
+    return [
+        dataclasses.replace(plain, model=model, base=base_of.get(i))
+        for i, model in enumerate(models)
+    ]
 
 
 async def _open(jobs: Jobs, job: Job) -> Description:

@@ -37,6 +37,7 @@ from mlx_snapgen._version import __version__
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import parse_json
+from mlx_snapgen.settings import trained_sizes
 
 MAX_BODY = 64 << 10
 BODY_SECONDS = 10.0
@@ -107,6 +108,7 @@ class Server:
             "owned_by": "mlx_snapgen",
             "root": model.name,
             "size": "{1}x{0}".format(*config.image_size),
+            "sizes": ["{1}x{0}".format(*size) for size in trained_sizes(config)],
             "any_size": config.abilities().any_size,
             "size_multiple_of": config.size_unit,
             "max_pixels": self.limits.pixels(config),
@@ -178,12 +180,12 @@ class Server:
     async def _answer(
         self, request: Request, wanted: ImageRequest, *, drawing: Drawing
     ) -> Response:
-        data, notices, shape = [], [], {}
+        data, notices, shape = [], [*wanted.notices], {}
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
                 raise _failure(wanted, event)
             if isinstance(event, Notice):
-                notices.append(wanted.form.without_paths(event.text))
+                notices.append(_notice(wanted, event))
             elif isinstance(event, Picture):
                 shape = _shape(wanted, event)
                 if wanted.as_url:
@@ -200,16 +202,19 @@ class Server:
         self, wanted: ImageRequest, drawing: Drawing, *, name: str
     ) -> AsyncIterator[bytes]:
         """Server-sent events, named as in OpenAI's image streaming."""
-        partial = 0
+        partial, notices = 0, [*wanted.notices]
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
                 raise _failure(wanted, event)
+            if isinstance(event, Notice):
+                notices.append(_notice(wanted, event))
             if not isinstance(event, Progress | Picture):
                 continue
             extra = {"created_at": int(time.time()), "quality": "auto", **_shape(wanted, event)}
             if isinstance(event, Picture):
                 partial = 0
                 extra |= {"seed": event.metadata["seed"], "image": event.image}
+                extra |= {"notices": notices} if notices else {}
                 yield _event(f"{name}.completed", event.file, **extra)
             elif event.preview is not None:
                 extra |= {"partial_image_index": partial, "step": event.index + 1}
@@ -228,6 +233,12 @@ def _abilities(config: Description, few_step: bool) -> dict[str, bool]:
         "mask": True,
         "reference_images": can.edit,
     }
+
+
+def _notice(wanted: ImageRequest, event: Notice) -> str:
+    # A client has no command line.
+    text = event.text.removesuffix("; --vocabulary lists all words")
+    return wanted.form.without_paths(text)
 
 
 def _shape(wanted: ImageRequest, event: Progress | Picture) -> dict[str, str]:

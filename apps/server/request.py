@@ -1,7 +1,7 @@
 """Requests to OpenAI's images API, checked, with the parameters of diffusion models.
 
-Extensions: `seed`, `steps`, `guidance`, `negative_prompt`, `few_step`, `attention_modulation`; with
-pictures also `strength` and `fit`.
+Extensions: `seed`, `steps`, `guidance`, `negative_prompt`, `few_step`, `attention_modulation`,
+`upscale`; with pictures also `strength` and `fit`.
 """
 
 import contextlib
@@ -16,16 +16,18 @@ from typing import Any
 from apps.server.models import Served
 from apps.worker.messages import FileFormat, Job
 from mlx_snapgen.description import Description
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, nearest, plural
 from mlx_snapgen.files import parse_json
-from mlx_snapgen.inputs import FITS, picture_size
+from mlx_snapgen.inputs import FITS, nearest_size, picture_size
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.settings import MAX_SEED, DrawSettings, check_size, trained_size
+from mlx_snapgen.settings import MAX_SEED, DrawSettings, check_size, trained_size, trained_sizes
 
 IGNORED = {"input_fidelity", "moderation", "quality", "safety_identifier", "style", "user"}
 """Parameters of OpenAI's models without effect here."""
 MAX_INPUT = 1 << 26
 """Pixels of a picture that a client sends."""
+MAX_UPSCALED = 1 << 22
+"""Pixels of a picture that is enlarged with `upscale`."""
 FORMATS = ("png", "jpeg", "webp")
 BACKGROUNDS = ("auto", "opaque")
 
@@ -108,6 +110,7 @@ class ImageRequest:
     as_url: bool
     stream: bool
     form: Form
+    notices: tuple[str, ...] = ()
 
 
 def parse_request(values: Any, models: Mapping[str, Served], limits: Limits) -> ImageRequest:
@@ -120,11 +123,12 @@ def parse_request(values: Any, models: Mapping[str, Served], limits: Limits) -> 
         raise RequestError("the body must be a JSON object")
     get = _Reader({name: value for name, value in values.items() if value is not None})
     model = models[get.choice("model", list(models))]
-    width, height = _size(get.text("size", 20), model.config, limits)
+    size = _size(get, model, limits)
+    _check_size(size, model.config, limits)
     prompt = get.text("prompt", limits.max_prompt) or ""
     _check_prompt(prompt)
-    settings = DrawSettings(prompt, height=height, width=width)
-    return _request(get, model, limits, settings=settings)
+    settings = DrawSettings(prompt, height=size.drawn[1], width=size.drawn[0])
+    return _request(get, model, limits, settings=settings, size=size)
 
 
 def parse_form(
@@ -139,14 +143,11 @@ def parse_form(
     """
     get = _Reader({name: value for name, value in form.values.items() if value}, is_form=True)
     model = models[get.choice("model", list(models))]
-    config = model.config
-    width = height = None
-    if (size := get.text("size", 20)) not in (None, "auto"):
-        width, height = _size(size, config, limits)
+    config, size = model.config, _size(get, model, limits)
     if not form.images:
         raise RequestError("there is no picture: send it as image", param="image")
     if len(form.images) > limits.max_images:
-        message = f"there are more than {limits.max_images} pictures"
+        message = f"there are more than {plural(limits.max_images, 'picture')}"
         raise RequestError(message, param="image")
     prompt = get.text("prompt", limits.max_prompt) or ""
     if not is_variation:
@@ -154,7 +155,10 @@ def parse_form(
     elif not prompt:
         prompt = _recorded_prompt(form.images[0], limits)
     pictures = _pictures(get, form, model, is_variation=is_variation)
-    settings = DrawSettings(prompt, height=height, width=width, **pictures)
+    settings = DrawSettings(prompt, **pictures)
+    if size.asked is not None:
+        _check_size(size, config, limits)
+        settings = replace(settings, height=size.drawn[1], width=size.drawn[0])
     try:
         for path in form.files:
             height, width = picture_size(path)
@@ -165,7 +169,7 @@ def parse_form(
         raise RequestError(form.without_paths(str(error)), param="image") from None
     assert resolved.height is not None and resolved.width is not None
     _check_pixels(resolved.height, resolved.width, config, limits=limits)
-    return _request(get, model, limits, settings=settings, form=form)
+    return _request(get, model, limits, settings=settings, size=size, form=form)
 
 
 def _pictures(get: "_Reader", form: Form, model: Served, *, is_variation: bool) -> dict[str, Any]:
@@ -190,6 +194,7 @@ def _request(
     limits: Limits,
     *,
     settings: DrawSettings,
+    size: "_Size",
     form: Form = NO_FORM,
 ) -> ImageRequest:
     """The request, with what all endpoints have in common."""
@@ -223,8 +228,15 @@ def _request(
     partial = get.integer("partial_images", least=0, most=limits.max_steps)
     get.check_all_read()
     previews = partial if stream else 0
-    job = Job(model.choice, settings, previews=previews, file_format=file_format)
-    return ImageRequest(job, as_url=as_url, stream=stream, form=form)
+    job = Job(
+        model.choice,
+        settings,
+        previews=previews,
+        file_format=file_format,
+        enlarged=size.enlarged,
+    )
+    notices = size.notices(model)
+    return ImageRequest(job, as_url=as_url, stream=stream, form=form, notices=notices)
 
 
 def _check_prompt(prompt: str) -> None:
@@ -326,20 +338,69 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _size(text: str | None, config: Description, limits: Limits) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Size:
+    """Sizes as (width, height) in pixels."""
+
+    drawn: tuple[int, int]
+    asked: tuple[int, int] | None = None
+    """None: auto."""
+    enlarged: tuple[int, int] | None = None
+    """Of the answer, after drawing; None: as drawn."""
+
+    def notices(self, model: Served) -> tuple[str, ...]:
+        """What the client is to know about the size, if it is not the one that was asked for."""
+        if self.asked in (None, self.enlarged or self.drawn):
+            return ()
+        drawn = "drawn at {}x{}".format(*self.drawn)
+        if trained_sizes(model.config):
+            drawn += f", the nearest size that {model.name} was trained on"
+        if self.enlarged is not None:
+            return (drawn + ", and enlarged to {}x{} in its own shape".format(*self.enlarged),)
+        if (larger := _enlarged(self.drawn, self.asked)) is not None:
+            drawn += "; upscale enlarges it to {}x{}".format(*larger)
+        return (drawn,)
+
+
+def _size(get: "_Reader", model: Served, limits: Limits) -> _Size:
+    """The size of a request: that of the model's sizes with the nearest shape."""
+    text, upscale, config = get.text("size", 20), get.boolean("upscale"), model.config
     height, width = config.image_size
-    if text is not None and text != "auto":
-        found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
-        if not found:
-            raise RequestError(f"the size must be like {width}x{height}, or auto", param="size")
-        # OpenAI's sizes are larger than those of a small model.
-        height, width = trained_size(config, int(found[2]), int(found[1]))
+    if text in (None, "auto"):
+        if upscale:
+            message = "upscale needs the size to enlarge to, such as 1024x1024"
+            raise RequestError(message, param="upscale")
+        return _Size((width, height))
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if not found:
+        raise RequestError(f"the size must be like {width}x{height}, or auto", param="size")
+    asked = int(found[1]), int(found[2])
+    # OpenAI's sizes are larger than those of a small model.
+    drawn = trained_size(config, asked[1], asked[0])
+    if upscale:
+        if math.prod(asked) > MAX_UPSCALED:
+            message = f"{text} is more than the {MAX_UPSCALED} pixels that upscale can have"
+            raise RequestError(message, param="size")
+        if math.prod(drawn) > limits.pixels(config):
+            drawn = nearest_size(drawn, pixels=height * width, unit=config.size_unit)
+    height, width = drawn
+    enlarged = _enlarged((width, height), asked) if upscale else None
+    return _Size((width, height), asked, enlarged)
+
+
+def _enlarged(drawn: tuple[int, int], asked: tuple[int, int]) -> tuple[int, int] | None:
+    """The largest size of the shape of `drawn` within `asked`; None if it is not larger."""
+    scale = min(most / side for most, side in zip(asked, drawn, strict=True))
+    return (round(drawn[0] * scale), round(drawn[1] * scale)) if scale > 1 else None
+
+
+def _check_size(size: _Size, config: Description, limits: Limits) -> None:
+    width, height = size.drawn
     _check_pixels(height, width, config, limits=limits)
     try:
         check_size(config, height, width)
     except UserError as error:
         raise RequestError(str(error), param="size") from None
-    return width, height
 
 
 def _check_pixels(height: int, width: int, config: Description, *, limits: Limits) -> None:

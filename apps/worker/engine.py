@@ -36,22 +36,24 @@ from apps.worker.messages import (
     Picture,
     Progress,
 )
+from mlx_snapgen.alpha import shown
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.memory import BASE_BYTES
+from mlx_snapgen.checkpoint.memory import needed_bytes, transformer_bytes
 from mlx_snapgen.checkpoint.text_encoders import download_sources
+from mlx_snapgen.decode import to_rgb
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.inputs import MAX_REFERENCE
+from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import encode_png, slug
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import (
-    BYTES_PER_PIXEL,
     DrawSettings,
     ModelChoice,
     machine_memory,
 )
 from mlx_snapgen.teachers.folder import TeacherFolder
-from mlx_snapgen.teachers.memory import measure_folder
+from mlx_snapgen.teachers.memory import peak_bytes
+from mlx_snapgen.vocabulary import listed
 
 REPORT_EVERY = 0.1
 """Seconds between two reports of a download."""
@@ -66,7 +68,7 @@ class _Model:
     """A model in memory."""
 
     folder: ModelFolder | TeacherFolder
-    pipeline: SnapGenPipeline
+    pipeline: Pipeline
     bytes: int = 0
     """After its latest job."""
     used: float = 0.0
@@ -183,7 +185,7 @@ class Engine:
             download_sources(folder, self._download(number))
         return folder
 
-    def _load(self, number: int, job: Job) -> SnapGenPipeline:
+    def _load(self, number: int, job: Job) -> Pipeline:
         choice = job.choice
         if loaded := self._models.get(choice):
             self._models.move_to_end(choice)
@@ -194,7 +196,9 @@ class Engine:
             self._make_room(job, folder, kept=0)
             loaded = _Model(folder, SnapGenPipeline.from_pretrained(choice, folder=folder))
             self._models[choice] = loaded
-        self._send(Loaded(number, choice=choice, config=loaded.folder.config))
+        vocabulary = loaded.pipeline.vocabulary
+        words = None if vocabulary is None else listed(vocabulary)
+        self._send(Loaded(number, choice=choice, config=loaded.folder.config, words=words))
         return loaded.pipeline
 
     def _make_room(self, job: Job, folder: ModelFolder | TeacherFolder, *, kept: int) -> None:
@@ -207,7 +211,7 @@ class Engine:
         mx.clear_cache()
         if len(self._models) == kept:
             return
-        needed = _needed(folder, job.settings or DrawSettings())
+        needed = needed_memory(folder, job.choice, job.settings or DrawSettings())
         while others := list(self._models.values())[: len(self._models) - kept]:
             enough = sum(model.bytes for model in others) + needed <= self._memory
             if enough and len(others) < self._keep:
@@ -225,19 +229,24 @@ class Engine:
 
         return report
 
-    def _draw(
-        self, number: int, job: Job, *, settings: DrawSettings, pipeline: SnapGenPipeline
-    ) -> bool:
+    def _draw(self, number: int, job: Job, *, settings: DrawSettings, pipeline: Pipeline) -> bool:
         """Draw a job's pictures; False when it was cancelled."""
         started = time.perf_counter()
+
+        def show(step: GenerationStep) -> Image.Image:
+            picture = step.preview()
+            if job.enlarged is None:
+                return picture
+            return picture.resize(job.enlarged, Image.Resampling.LANCZOS)
+
         for step in pipeline.generate(settings):
             if self._is_cancelled(number):
                 return False
             preview = None
             if not step.final and _has_preview(step.index, step.num_steps, previews=job.previews):
-                picture = step.preview()
+                picture = show(step)
                 form = job.file_format
-                preview = picture.tobytes() if form is None else _encode(picture, form)
+                preview = shown(picture).tobytes() if form is None else _encode(picture, form)
             self._send(
                 Progress(
                     number,
@@ -245,21 +254,25 @@ class Engine:
                     index=step.index,
                     num_steps=step.num_steps,
                     seed=step.seed,
-                    size=(step.metadata["width"], step.metadata["height"]),
+                    size=job.enlarged or (step.metadata["width"], step.metadata["height"]),
                     preview=preview,
                 )
             )
             if step.final:
-                picture = step.preview()
+                picture, metadata = show(step), step.metadata
+                if job.enlarged is not None:
+                    width, height = job.enlarged
+                    how = {"width": width, "height": height, "resampling": "lanczos"}
+                    metadata = metadata | {"upscaled": how}
                 self._send(
                     Picture(
                         number,
                         image=step.image,
                         size=picture.size,
-                        rgb=picture.tobytes(),
-                        file=_encode(picture, job.file_format or FileFormat(), step.metadata),
+                        rgb=shown(picture).tobytes(),
+                        file=_encode(picture, job.file_format or FileFormat(), metadata),
                         name=slug(settings.prompt),
-                        metadata=step.metadata,
+                        metadata=metadata,
                         seconds=time.perf_counter() - started,
                     )
                 )
@@ -278,18 +291,20 @@ class Engine:
             yield
 
 
-def _needed(folder: ModelFolder | TeacherFolder, settings: DrawSettings) -> int:
-    """Estimate of the bytes that drawing takes, with the model."""
-    height, width = folder.config.image_size
-    height, width = settings.height or height, settings.width or width
+def needed_memory(
+    folder: ModelFolder | TeacherFolder, choice: ModelChoice, settings: DrawSettings
+) -> int:
+    """Estimate of the bytes that drawing takes, with the model: the one that the pipeline checks.
+
+    Raises:
+        UserError: settings that the model does not support.
+    """
+    settings = settings.resolved(folder.config)
+    height, width = settings.height, settings.width
+    assert height is not None and width is not None
     if isinstance(folder, TeacherFolder):
-        references = MAX_REFERENCE * len(settings.edit)
-        encoded = max(height * width * (settings.image is not None), min(references, MAX_REFERENCE))
-        sizes = measure_folder(folder)
-        return sizes.peak(height, width, encoded=encoded, references=references)
-    # On the CPU, 16 bits become 32.
-    stored = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
-    return BASE_BYTES + 2 * stored + height * width * BYTES_PER_PIXEL
+        return peak_bytes(folder, settings)(height, width, low_memory=choice.low_memory)
+    return needed_bytes(transformer_bytes(folder, choice), height, width)
 
 
 def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
@@ -308,6 +323,8 @@ def _encode(
     if form.kind == "png":
         return encode_png(picture, metadata)
     buffer = io.BytesIO()
+    if form.kind == "jpeg":
+        picture, _ = to_rgb(picture)
     picture.save(buffer, form.kind, quality=form.quality)
     return buffer.getvalue()
 

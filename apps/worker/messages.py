@@ -32,6 +32,8 @@ class Job:
     """Previews per picture, spread over its steps; None shows every step, 0 none."""
     file_format: FileFormat | None = None
     """Of the pictures and the previews; None: PNG, with previews as pixels."""
+    enlarged: tuple[int, int] | None = None
+    """(width, height) that pictures and previews are scaled to when they are drawn; None: none."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class Opened(Event):
 @dataclass(frozen=True)
 class Loaded(Opened):
     """The model is ready to draw."""
+
+    words: dict[str, list[str]] | None = None
+    """Those that the model understands, by their kind; None: any, or not known."""
 
 
 @dataclass(frozen=True)

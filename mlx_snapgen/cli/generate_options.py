@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_snapgen.cli.options import (
@@ -14,7 +15,7 @@ from mlx_snapgen.cli.options import (
 )
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
-from mlx_snapgen.settings import WIDTH_NAMES
+from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings
 
 EXAMPLES = """
 examples:
@@ -142,6 +143,35 @@ def build_parser() -> argparse.ArgumentParser:
         help="print one JSON object per picture and nothing else (default: off)",
     )
     return parser
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How pictures are saved; the fields are destinations of the parser."""
+
+    output: str | None = None
+    """File or folder; None is the current folder."""
+    metadata: bool = True
+    stepwise_dir: str | None = None
+    json: bool = False
+
+
+def check_together(args: argparse.Namespace, settings: DrawSettings) -> None:
+    """`UserError` for an option that has no effect without another one.
+
+    Args:
+        settings: made of the options, and of the PNG of --config-from-image.
+    """
+    if args.trust_settings and args.config_from_image is None:
+        raise UserError("--trust-settings is for --config-from-image: give a PNG, or leave it out")
+    # In the prompt loop, the others may follow.
+    if args.interactive:
+        return
+    for name in ("mask", "fit"):
+        if getattr(args, name) is not None and settings.image is None:
+            raise UserError(f"--{name} is for --image: give the picture to start from")
+    if args.force_size and settings.height is None and settings.width is None:
+        raise UserError("--force-size is for --height and --width: give one of them")
 
 
 def is_folder(output: str) -> bool:

@@ -1,5 +1,6 @@
 """`python -m mlx_snapgen.generate --interactive`: a loop of prompts, with the model loaded."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -7,12 +8,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from mlx_snapgen.cli.generate_options import build_parser
+from mlx_snapgen.cli.generate_options import Saving, build_parser
+from mlx_snapgen.cli.notices import print_vocabulary
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.inputs import FITS
@@ -35,18 +37,23 @@ class Setting(NamedTuple):
     values: tuple[str, ...] = ()
 
 
+SWITCH = ("on", "off")
+
 SETTINGS = {
     "negative": Setting("--negative-prompt", "negative_prompt", "what to keep out of the picture"),
     "seed": Setting("--seed", "seed", "seed of the next pictures (default: random each time)"),
     "images": Setting("--num-images", "num_images", "number of pictures per prompt"),
+    "width": Setting("--width", "width", "width of the picture in pixels"),
+    "height": Setting("--height", "height", "height of the picture in pixels"),
+    "force-size": Setting(
+        "--force-size", "force_size", "draw sizes that the model was not trained on", SWITCH
+    ),
     "steps": Setting("--steps", "num_inference_steps", "denoising steps"),
     "guidance": Setting("--guidance", "guidance_scale", "guidance scale; 1 is off"),
-    "width": Setting("--model-width", "model_width", "network width", WIDTH_NAMES),
-    "model": Setting(
-        "--model", "model", "folder, Hugging Face repository, or FILE.safetensors and its base"
+    "few-step": Setting("--few-step", "few_step", "the model's few-step mode", SWITCH),
+    "attention-modulation": Setting(
+        "--attention-modulation", "attention_modulation", "that of the EDT paper", SWITCH
     ),
-    "lora": Setting("--lora", "loras", "LoRA file, then its scale"),
-    "quantize": Setting("--quantize", "quantize", "bits per weight in memory", ("none", "4", "8")),
     "image": Setting(
         "--image", "image", "picture to start from, then its strength; last is the last one drawn"
     ),
@@ -54,9 +61,34 @@ SETTINGS = {
     "mask": Setting("--mask", "mask", "picture that is transparent or white where to redraw"),
     "edit": Setting("--edit", "edit", "pictures that the prompt is about, or last"),
     "fit": Setting("--fit", "fit", "how pictures get another aspect ratio", FITS),
+    "model-width": Setting("--model-width", "model_width", "network width", WIDTH_NAMES),
+    "model": Setting(
+        "--model", "model", "folder, Hugging Face repository, or FILE.safetensors and its base"
+    ),
+    "revision": Setting("--revision", "revision", "branch, tag or commit of a repository"),
+    "base": Setting("--base", "base", "model with the other parts of FILE.safetensors"),
+    "lora": Setting("--lora", "loras", "LoRA file, then its scale; several may follow"),
+    "quantize": Setting("--quantize", "quantize", "bits per weight", ("none", "4", "8")),
+    "text-encoders": Setting("--text-encoders", "text_encoders", "load only these, as clip,gemma"),
+    "keep-text-encoders": Setting(
+        "--keep-text-encoders", "keep_text_encoders", "keep them in memory while drawing", SWITCH
+    ),
+    "low-memory": Setting(
+        "--low-memory", "low_memory", "less memory for a public model, slower", SWITCH
+    ),
     "output": Setting("--output", "output", "a .png file, or a folder ending in /"),
+    "metadata": Setting("--metadata", "metadata", "store prompt and settings in pictures", SWITCH),
+    "stepwise-dir": Setting(
+        "--stepwise-dir", "stepwise_dir", "folder for the estimates after each step"
+    ),
 }
-COMMANDS = (*SETTINGS, "size", "show", "help", "quit")
+COMMANDS = (*SETTINGS, "size", "vocabulary", "show", "help", "quit")
+REFUSED = (
+    *("cache-limit", "config-from-image", "interactive", "json", "prompts-file", "trust-settings"),
+)
+"""Options of the command that cannot change here."""
+RENAMED = {"width": "model-width"}
+"""Old name of a setting, with its values -> today's name."""
 HISTORY_LENGTH = 1000
 
 
@@ -67,7 +99,7 @@ Load = Callable[[ModelChoice, DrawSettings], Any]
 class Draw(Protocol):
     """Draws with a pipeline."""
 
-    def __call__(self, pipeline: Any, settings: DrawSettings, *, output: str | None) -> Any:
+    def __call__(self, pipeline: Any, settings: DrawSettings, *, saving: Saving) -> Any:
         """Returns the file of the last picture."""
         ...
 
@@ -78,7 +110,7 @@ class Session:
     Args:
         settings: of the first prompt; lines that start with a colon change them.
         choice: the model; lines that start with a colon select another one.
-        output: file or folder of the pictures; None is the current folder.
+        saving: how pictures are saved.
     """
 
     def __init__(
@@ -86,11 +118,11 @@ class Session:
         settings: DrawSettings,
         choice: ModelChoice,
         *,
-        output: str | None,
+        saving: Saving,
         load: Load,
         draw: Draw,
     ):
-        self._settings, self._choice, self._output = settings, choice, output
+        self._settings, self._choice, self._saving = settings, choice, saving
         self._load, self._draw = load, draw
         self._last: Any = None
         self._pipeline: Any = load(choice, settings)
@@ -121,7 +153,7 @@ class Session:
                 try:
                     self.take(line)
                 except UserError as error:
-                    print(f"error: {error}", file=sys.stderr)
+                    print(f"error: {as_settings(str(error))}", file=sys.stderr)
                 except KeyboardInterrupt:
                     print("stopped", file=sys.stderr)
 
@@ -135,10 +167,8 @@ class Session:
             name, _, value = line[1:].strip().partition(" ")
             self._command(name, value.strip())
         elif line:
-            if self._pipeline is None:
-                self._pipeline = self._load(self._choice, self._settings)
             settings = dataclasses.replace(self._settings, prompt=line)
-            self._last = self._draw(self._pipeline, settings, output=self._output)
+            self._last = self._draw(self._loaded, settings, saving=self._saving)
 
     def complete(self, text: str, before: str) -> list[str]:
         """Completions of `text`, the last word of a line after `before`."""
@@ -156,24 +186,42 @@ class Session:
         return [word for word in known if word.startswith(text)] if text or before else []
 
     def _command(self, name: str, value: str) -> None:
+        if name in RENAMED and value in SETTINGS[RENAMED[name]].values:
+            print(f"warning: :{name} {value} is now :{RENAMED[name]} {value}", file=sys.stderr)
+            name = RENAMED[name]
+        name = OPTIONS.get(name, name)
         if name == "help":
-            for setting, (_, _, text, _) in SETTINGS.items():
-                print(f"  :{setting:10} {text}")
-            print("  :size       WIDTHxHEIGHT of the picture in pixels")
-            print("  :show       all settings\n  :quit       end; so does Ctrl-D")
+            for setting, (_, _, text, values) in SETTINGS.items():
+                more = f" ({', '.join(values)})" if values else ""
+                print(f"  :{setting:20} {text}{more}")
+            print(f"  :{'size':20} WIDTHxHEIGHT of the picture in pixels")
+            print(f"  :{'vocabulary':20} the words that the model understands")
+            print(f"  :{'show':20} all settings\n  :{'quit':20} end; so does Ctrl-D")
             print("A setting without a value is reset to its default.")
         elif name == "show":
-            values = vars(self._settings) | vars(self._choice) | {"output": self._output}
+            values = vars(self._settings) | vars(self._choice) | vars(self._saving)
             for setting, (_, dest, _, _) in SETTINGS.items():
-                print(f"  :{setting:10} {values[dest] or 'default'}")
+                print(f"  :{setting:20} {_shown(values[dest])}")
             size = self._settings.width, self._settings.height
-            print("  :size       " + ("default" if None in size else "{}x{}".format(*size)))
+            print(f"  :{'size':20} " + ("default" if None in size else "{}x{}".format(*size)))
+        elif name == "vocabulary":
+            print_vocabulary(self._loaded.vocabulary, self._loaded.config.name)
         elif name == "size":
             self._size(value)
         elif name in SETTINGS:
             self._set(SETTINGS[name], value)
+        elif name in REFUSED:
+            raise UserError(
+                f":{name} cannot change here: type :quit, and start the command with --{name}"
+            )
         else:
             raise UserError(f"no setting ':{name}'{nearest(name, COMMANDS)}; see :help")
+
+    @property
+    def _loaded(self) -> Any:
+        if self._pipeline is None:
+            self._pipeline = self._load(self._choice, self._settings)
+        return self._pipeline
 
     def _size(self, value: str) -> None:
         found = re.fullmatch(r"([0-9]{1,9})\s*x\s*([0-9]{1,9})", value)
@@ -183,15 +231,22 @@ class Session:
         self._settings = dataclasses.replace(self._settings, width=width, height=height)
 
     def _set(self, setting: Setting, value: str) -> None:
-        if setting.dest in ("loras", "model", "output"):
+        if setting.dest in ("loras", "model", "output", "base", "stepwise_dir"):
             value = os.path.expanduser(value)
-        words = self._words(setting, value) if value else []
-        try:
-            args = build_parser().parse_args(words)
-        except OSError as error:
-            raise UserError(f"cannot use {value[:80]}: {error.strerror}") from None
-        if setting.dest == "output":
-            self._output = args.output
+        if setting.values == SWITCH:
+            args = argparse.Namespace()
+            if value:
+                if value not in SWITCH:
+                    raise UserError(f"{setting.option} takes on or off, not '{value[:40]}'")
+                setattr(args, setting.dest, value == "on")
+        else:
+            try:
+                args = build_parser().parse_args(self._words(setting, value) if value else [])
+            except OSError as error:
+                raise UserError(f"cannot use {value[:80]}: {error.strerror}") from None
+        if hasattr(self._saving, setting.dest):
+            given = getattr(args, setting.dest, getattr(Saving(), setting.dest))
+            self._saving = dataclasses.replace(self._saving, **{setting.dest: given})
         elif hasattr(self._settings, setting.dest):
             names = [setting.dest]
             if setting.dest == "image":
@@ -200,20 +255,23 @@ class Session:
             values = {name: getattr(draw_settings(args), name) for name in names}
             self._settings = dataclasses.replace(self._settings, **values)
         else:
-            before, given = self._choice, model_choice(args)
-            value = getattr(given, setting.dest)
-            self._choice = dataclasses.replace(before, **{setting.dest: value})
-            is_file = str(given.model).endswith(".safetensors")
-            if setting.dest == "model" and (given.base is not None or not is_file):
-                # Only another file keeps the base, and the revision, which is of the base then.
-                self._choice = dataclasses.replace(self._choice, revision=None, base=given.base)
-            self._pipeline = None
-            try:
-                self._pipeline = self._load(self._choice, self._settings)
-            except UserError:
-                # The next prompt loads the previous model again.
-                self._choice = before
-                raise
+            self._choose(setting, model_choice(args))
+
+    def _choose(self, setting: Setting, given: ModelChoice) -> None:
+        """Load the model with another value of one field of its choice."""
+        before, value = self._choice, getattr(given, setting.dest)
+        self._choice = dataclasses.replace(before, **{setting.dest: value})
+        is_file = str(given.model).endswith(".safetensors")
+        if setting.dest == "model" and (given.base is not None or not is_file):
+            # Only another file keeps the base, and the revision, which is of the base then.
+            self._choice = dataclasses.replace(self._choice, revision=None, base=given.base)
+        self._pipeline = None
+        try:
+            self._pipeline = self._load(self._choice, self._settings)
+        except UserError:
+            # The next prompt loads the previous model again.
+            self._choice = before
+            raise
 
     def _words(self, setting: Setting, value: str) -> list[str]:
         """The arguments of the command that stand for a line's value."""
@@ -233,10 +291,43 @@ class Session:
         file, found, base = value.partition(".safetensors ")
         if setting.dest == "model" and found:
             return [f"--model={file}{found.strip()}", f"--base={base.strip()}"]
-        # A LoRA's file and scale are two arguments; a negative prompt is one, also if it starts
-        # with a dash.
-        words = value.split() if setting.dest == "loras" else []
-        return [setting.option, *words] if words else [f"{setting.option}={value}"]
+        if setting.dest == "loras":
+            return _lora_words(value.split())
+        # A negative prompt is one argument, also if it starts with a dash.
+        return [f"{setting.option}={value}"]
+
+
+def _lora_words(words: Sequence[str]) -> list[str]:
+    """Files, each perhaps with a scale, as options."""
+    found: list[str] = []
+    for i, word in enumerate(words):
+        is_scale = i > 0 and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", word)
+        found += [word] if is_scale else ["--lora", word]
+    return found
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, bool):
+        return SWITCH[not value]
+    return "default" if value in (None, "", ()) else value
+
+
+OPTIONS = {option.removeprefix("--"): name for name, (option, *_) in reversed(SETTINGS.items())}
+"""Name of an option -> name of the setting."""
+
+
+def as_settings(text: str) -> str:
+    """A message of the command with the settings of the loop instead of options."""
+
+    def setting(found: re.Match[str]) -> str:
+        name = OPTIONS.get(found[2], found[2])
+        if found[1] or name not in COMMANDS:
+            return found[0]
+        switch = name in SETTINGS and SETTINGS[name].values == SWITCH
+        takes = text[found.end() :].startswith(" takes ")
+        return f":{name} on" if switch and not takes else f":{name}"
+
+    return re.sub(r"(convert\.\w+ )?(?<![\w-])--([a-z][a-z-]*)", setting, text)
 
 
 def history_path() -> Path:

@@ -4,12 +4,14 @@ import resource
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
-from mlx_snapgen.errors import MOST_CHARACTERS, one_line
+from mlx_snapgen.errors import MOST_CHARACTERS, UserError, one_line
+from mlx_snapgen.vocabulary import listed
 
 PATIENCE = 1.5
 """Seconds before `announce` prints."""
@@ -29,11 +31,14 @@ def announce(text: str, *, enabled: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def short_warnings(*, name_prompts: bool = True) -> Iterator[None]:
+def short_warnings(
+    *, name_prompts: bool = True, reword: Callable[[str], str] = str
+) -> Iterator[None]:
     """Print each warning as one line; one that is not about a prompt once.
 
     Args:
         name_prompts: whether a warning about a prompt names it.
+        reword: changes the text.
     """
     shown: set[str] = set()
 
@@ -44,12 +49,23 @@ def short_warnings(*, name_prompts: bool = True) -> Iterator[None]:
             return
         shown.add(text)
         text = text if name_prompts else problem or text
+        text = reword(text)
         tqdm.write(f"note: {one_line(text, MOST_CHARACTERS)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
+
+
+def print_vocabulary(vocabulary: Mapping[str, Any] | None, model: str) -> None:
+    """Print the words that a model understands; `UserError` if that is not known."""
+    if vocabulary is None:
+        raise UserError(f"{model} has no vocabulary.json: cannot list its words")
+    for title, words in listed(vocabulary).items():
+        print(f"{title} ({len(words)}): {', '.join(words)}\n")
+    if vocabulary.get("backgrounds"):
+        print("If the prompt names no background, it is mostly white, with some seeds a color.")
 
 
 def peak_process_bytes() -> int:

@@ -23,6 +23,7 @@ class Parser(argparse.ArgumentParser):
         renamed: old name of an option -> its current name. The old name works and prints a warning.
         only: old name -> the values with which it is the renamed option; with other values it is an
             option that has this name today.
+        silent: print no warning; for options that were parsed before.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class Parser(argparse.ArgumentParser):
         *args: Any,
         renamed: Mapping[str, str] | None = None,
         only: Mapping[str, Collection[str]] | None = None,
+        silent: bool = False,
         **kwargs: Any,
     ):
         kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.renamed, self.only = dict(renamed or {}), dict(only or {})
+        self.silent = silent
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
@@ -45,7 +48,8 @@ class Parser(argparse.ArgumentParser):
             value = value if equals else next(iter(given[i + 1 :]), "")
             if old in self.only and value not in self.only[old]:
                 continue
-            print(f"warning: {old} is now {self.renamed[old]}", file=sys.stderr)
+            if not self.silent:
+                print(f"warning: {old} is now {self.renamed[old]}", file=sys.stderr)
             given[i] = self.renamed[old] + word[len(old) :]
         for i, word in enumerate(given):
             name, _, value = word.partition("=")
@@ -85,6 +89,7 @@ def add_model(
     more = "; several may be given, the first is the default one" if several else ""
     parser.add_argument(
         "--model",
+        action="extend" if several else "store",
         nargs="+" if several else None,
         default=default,
         required=default is None,
@@ -109,11 +114,20 @@ def add_model_widths(
     )
 
 
-def add_model_source(parser: argparse._ActionsContainer, *, quantize: str) -> None:
+def add_model_source(
+    parser: argparse._ActionsContainer, *, quantize: str, several: bool = False
+) -> None:
     """`--revision`, `--base` and `--quantize`, whose help starts with `quantize`."""
     add = parser.add_argument
     add("--revision", metavar="REV", help="branch, tag or commit of a repository (default: main)")
-    add("--base", metavar="MODEL", help=BASE_HELP)
+    more = "; one for all such files, or one for each of them in their order" if several else ""
+    add(
+        "--base",
+        action="extend" if several else "store",
+        nargs="+" if several else None,
+        metavar="MODEL",
+        help=BASE_HELP.replace(" (default", more + " (default"),
+    )
     add(
         "--quantize",
         type=parse_bits,
@@ -125,7 +139,7 @@ def add_model_source(parser: argparse._ActionsContainer, *, quantize: str) -> No
 def add_model_choice(parser: argparse._ActionsContainer, *, several: bool = False) -> None:
     """The fields of `settings.ModelChoice` except the width; None if an option was not given.
 
-    With `several`, `model` is a list.
+    With `several`, `model` and `base` are lists.
     """
     add_model(parser, several=several)
     parser.set_defaults(model=None)
@@ -133,6 +147,7 @@ def add_model_choice(parser: argparse._ActionsContainer, *, several: bool = Fals
         parser,
         quantize="quantize to 4 or 8 bits per weight, or none: the transformer in memory, or, of a "
         "public model, transformer and text encoder in the cache",
+        several=several,
     )
     add = parser.add_argument
     add(

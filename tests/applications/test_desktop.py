@@ -21,7 +21,8 @@ from PIL import Image
 from apps.desktop.history import History
 from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
-from apps.worker.messages import Downloading, Loaded, Progress
+from apps.desktop.wording import in_window
+from apps.worker.messages import Downloading, Loaded, Notice, Progress
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import encode_png, read_metadata
 from mlx_snapgen.settings import DrawSettings, ModelChoice
@@ -426,6 +427,81 @@ def test_a_model_that_failed_does_not_stay_chosen(window, model_folder, data):
     set_form(window, num_inference_steps=1)
     window.generate()
     drawn(window)
+
+
+def test_a_model_of_two_parts_has_one_name():
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    from apps.desktop.form import Form, model_label
+
+    for choice in (
+        ModelChoice("a b.safetensors", base="owner/name"),
+        ModelChoice("~/a.safetensors", revision="main", base="owner/name"),
+        ModelChoice("owner/name", revision="v1"),
+        ModelChoice("folder/name"),
+        ModelChoice("a.safetensors"),
+        ModelChoice(),
+    ):
+        form = SimpleNamespace(model=SimpleNamespace(get=lambda c=choice: model_label(c)))
+        assert Form._model_name(form) == (choice.model, choice.revision, choice.base)
+
+
+def test_the_model_page_has_memory_and_sizes(window, data):
+    set_form(window, num_inference_steps=1, height=64, width=96)
+    window.form._choices["low_memory"].set("On")
+    window.form._choices["force_size"].set("Exactly")
+    window.generate()
+    values = read_metadata(drawn(window).path)
+    assert values["force_size"] is True
+    saved = load_settings(data / "settings.json")[0]
+    assert saved.choice.low_memory and saved.draw.force_size
+    restored, _ = saved.restored(window.strip.entries[0].path, window.inputs)
+    assert restored.choice.low_memory
+    set_form(window)
+    assert window.form._choices["force_size"].get() == "Trained"
+
+
+def test_the_words_of_the_model(window):
+    set_form(window)
+    window.show_words()
+    [dialog] = [w for w in window.winfo_children() if w.winfo_class() == "Toplevel"]
+    [text] = [w for w in dialog.winfo_children() if w.winfo_class() == "Text"]
+    assert "apple" in text.get("1.0", "end") and text.cget("wrap") == "word"
+    dialog.destroy()
+    words, window._words = window._words, None
+    window.show_words()
+    assert window.banner.message.endswith("takes any words")
+    window._words = words
+
+
+def test_all_notes_of_a_picture_are_shown(window):
+    set_form(window, "a zebra", num_inference_steps=1)
+    window.generate()
+    window.worker._deliver(Notice(window.run.job, "drawn at 64 x 32; --force-size draws any size"))
+    drawn(window)
+    first, second = window.banner.message.splitlines()
+    assert first.startswith("Drawn at 64 x 32; Sizes: Exactly")
+    assert second.startswith("The prompt names nothing that this model can draw")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "drawn at 128 x 128; --force-size draws any size, badly",
+            "drawn at 128 x 128; Sizes: Exactly on the page Model draws any size, badly",
+        ),
+        ("--vocabulary lists all words", "Help, Words of the Model lists all words"),
+        (
+            "choose --model-width tiny or --low-memory or --quantize 4",
+            "choose Network width: tiny or Low memory: On or Weights in memory: 4 bits",
+        ),
+        ("with --model-width or --model-widths", "with Network width"),
+        ("quantize it with convert.from_torch --quantize", None),
+        ("is not --lowmemory, nor a--base", None),
+    ],
+)
+def test_messages_name_what_the_window_has(text, shown):
+    assert in_window(text) == (shown or text)
 
 
 def test_another_model_in_a_picture_is_asked_for(window, monkeypatch, tmp_path):

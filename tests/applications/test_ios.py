@@ -13,7 +13,7 @@ import sentencepiece
 
 from apps.ios.vectors import PATH, PROMPTS, TOKENIZER, vectors
 from convert.mil.program import wire_fields
-from mlx_snapgen.config import to_dict
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.stickers.model import STICKERS
 

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.metadata import KEY, read_metadata
 from mlx_snapgen.pipeline import SnapGenPipeline
 from tests.applications.serving import (
     GENERATIONS,
@@ -46,7 +46,7 @@ pytest.importorskip("python_multipart", reason=NO_SERVER)
 from starlette.datastructures import Headers
 
 from apps.server import connection
-from apps.server.__main__ import build_parser
+from apps.server.__main__ import build_parser, choices
 from apps.server.app import Server, create_app
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.models import Served, name_models
@@ -186,6 +186,20 @@ def test_the_old_name_of_the_widths_still_works(capsys):
     assert capsys.readouterr().err == "warning: --model-width is now --model-widths\n"
 
 
+def test_files_have_a_base_each_or_one_for_all():
+    def bases(*options):
+        return [c.base for c in choices(build_parser().parse_args(options))]
+
+    files = "--model", "a.safetensors", "stickers", "b.safetensors"
+    assert bases() == [None]
+    assert bases(*files) == [None] * 3
+    assert bases(*files, "--base", "x") == ["x", None, "x"]
+    assert bases(*files, "--base", "x", "y") == ["x", None, "y"]
+    assert bases(*files[:2], "--base", "x", "--model", *files[2:], "--base", "y") == [
+        *("x", None, "y")
+    ]
+
+
 def named(configs, widths=("full",), aliases=(), **choice):
     """`name_models` of configs whose models are a, b, ..."""
     opened = [
@@ -246,6 +260,11 @@ def test_what_a_model_can_is_listed(port):
         ({"size": "33x32"}, "size", "multiple of 32"),
         ({"size": "big"}, "size", "like 64x32"),
         ({"size": "96000x32"}, "size", "more than the 8192 pixels"),
+        ({"size": "4096x2048", "upscale": True}, "size", "more than the 4194304 pixels that upsc"),
+        ({"size": "0x32", "upscale": True}, "size", "like 64x32"),
+        ({"upscale": True}, "upscale", "needs the size to enlarge to, such as 1024x1024"),
+        ({"size": "auto", "upscale": True}, "upscale", "needs the size"),
+        ({"size": "64x32", "upscale": 2}, "upscale", "true or false"),
         ({"steps": 101}, "steps", "from 1 to 100"),
         ({"guidance": 1e999}, "guidance", "finite"),
         ({"guidance": 10**400}, "guidance", "finite"),
@@ -297,6 +316,51 @@ def test_the_size_is_the_nearest_of_the_training(components, size, drawn):
     models = {"random": Served("random", ModelChoice(), config)}
     wish = parse_request({"prompt": "a cat", "size": size}, models, Limits())
     assert drawn == (wish.job.settings.width, wish.job.settings.height)
+    name = "drawn at {}x{}, the nearest size that random was trained on".format(*drawn)
+    assert [text.partition(";")[0] for text in wish.notices] == ([] if size == "auto" else [name])
+
+
+@pytest.mark.parametrize(
+    ("asked", "drawn", "enlarged", "notice"),
+    [
+        ("1024x1024", (64, 64), (1024, 1024), None),
+        ("1536x1024", (96, 64), (1536, 1024), None),
+        ("1792x1024", (96, 64), (1536, 1024), "and enlarged to 1536x1024 in its own shape"),
+        ("96x64", (96, 64), None, None),
+        ("48x48", (64, 64), None, "drawn at 64x64, the nearest size that random was trained on"),
+    ],
+)
+def test_a_picture_is_enlarged_to_the_size(components, asked, drawn, enlarged, notice):
+    config = dataclasses.replace(
+        components.config, image_size=(64, 64), trained_sizes=((64, 64), (64, 96))
+    )
+    wish = parse({"prompt": "a cat", "size": asked, "upscale": True}, config)
+    assert (wish.job.settings.width, wish.job.settings.height) == drawn
+    assert wish.job.enlarged == enlarged
+    assert [notice in text for text in wish.notices] == ([] if notice is None else [True])
+    assert parse({"prompt": "a cat", "size": asked}, config).job.enlarged is None
+
+
+def test_what_is_too_large_to_draw_is_enlarged_if_asked(components):
+    wish = {"prompt": "a cat", "size": "1024x512"}
+    with pytest.raises(RequestError, match="more than the 8192 pixels"):
+        parse(wish, components.config)
+    found = parse(wish | {"upscale": True}, components.config)
+    assert (found.job.settings.width, found.job.settings.height) == (64, 32)
+    assert (found.job.enlarged, found.notices) == ((1024, 512), ())
+
+
+def test_an_enlarged_picture_records_it(port):
+    wish = {"prompt": "a red apple", "seed": 5, "steps": 2}
+    small = opened(ask(port, **wish)[2]["data"][0]["b64_json"])
+    answer = ask(port, size="256x128", upscale=True, **wish)[2]
+    large = opened(answer["data"][0]["b64_json"])
+    expected = small.resize((256, 128), Image.Resampling.LANCZOS)
+    assert answer["size"] == "256x128" and np.array_equal(large, expected)
+    values = json.loads(large.info[KEY])
+    assert (values["width"], values["height"]) == (64, 32)
+    assert values["upscaled"] == {"width": 256, "height": 128, "resampling": "lanczos"}
+    assert "upscaled" not in json.loads(small.info[KEY])
 
 
 def test_the_limit_of_pixels_is_one_of_their_number(components):
@@ -648,6 +712,15 @@ def test_the_openai_client(port):
     kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [e.type for e in events] == kinds
     assert events[-1].b64_json == picture.data[0].b64_json
+    events = client.images.generate(
+        model="random", prompt="a zebra", stream=True, partial_images=1, size="512x512",
+        extra_body=extra | {"upscale": True},
+    )  # fmt: skip
+    events = list(events)
+    assert [e.size for e in events] == ["512x512"] * 2
+    assert [opened(e.b64_json).size for e in events] == [(512, 512)] * 2
+    [notice] = events[-1].notices
+    assert "nothing that this model can draw" in notice
     with pytest.raises(openai.BadRequestError, match="multiple of"):
         client.images.generate(prompt="a cat", size="33x32")
     with pytest.raises(openai.NotFoundError):
@@ -688,6 +761,11 @@ def test_the_service_files_start_the_server():
         (["--api-key", ""], "no spaces"),
         (["--model", "/no/such/folder"], "no model folder /no/such/folder"),
         (["--model", "a", "b", "--revision", "main"], "are for one --model"),
+        (["--model", "a", "--base", "b"], "--base is for models that are one .safetensors file"),
+        (
+            ["--model", "a.safetensors", "b", "c.safetensors", "--base", *"xyz"],
+            "--base has 3 models and --model 2 files: give one for all, or one for each file",
+        ),
         (["--alias", "gpt-image-1"], "takes NAME=MODEL, not 'gpt-image-1'"),
         (["--unload-after", "0"], "not above 0"),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "cannot listen on"),

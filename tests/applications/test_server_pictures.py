@@ -95,6 +95,17 @@ def test_an_edit_starts_from_the_picture(port, model_folder, tmp_path):
     assert answer["size"] == "32x64"
 
 
+def test_an_edited_picture_is_enlarged(port):
+    wish = (IMAGE, PROMPT, ("steps", 2), ("seed", 1))
+    small = send(port, EDITS, *wish, ("size", "64x32"))[2]
+    large = send(port, EDITS, *wish, ("size", "256x128"), ("upscale", "true"))[2]
+    assert (small["size"], large["size"]) == ("64x32", "256x128")
+    expected = opened(small["data"][0]["b64_json"]).resize((256, 128), Image.Resampling.LANCZOS)
+    assert np.array_equal(opened(large["data"][0]["b64_json"]), expected)
+    status, _, answer = send(port, EDITS, *wish, ("upscale", "true"))
+    assert status == 400 and answer["error"]["param"] == "upscale"
+
+
 def test_a_mask_keeps_what_is_not_transparent(port):
     parts = ("image", picture()), ("mask", hole()), ("prompt", "a cat"), ("seed", 1)
     status, _, answer = send(port, EDITS, *parts)
@@ -228,8 +239,9 @@ def test_clients_that_leave_leave_nothing(port):
         time.sleep(0.05)
 
 
-def read(body, kind=KIND, chunk=1 << 16):
+def read(body, kind=KIND, chunk=1 << 16, reader=None):
     """(`Uploads.read` of a body, the files then)."""
+    reader = reader or uploads.Uploads()
 
     async def run():
         chunks = [body[i : i + chunk] for i in range(0, len(body), chunk)] or [b""]
@@ -243,7 +255,7 @@ def read(body, kind=KIND, chunk=1 << 16):
 
         scope = {"type": "http", "headers": [(b"content-type", kind.encode("latin-1"))]}
         with contextlib.ExitStack() as files:
-            form = await uploads.Uploads().read(Request(scope, receive), files)
+            form = await reader.read(Request(scope, receive), files)
             kept = [path.read_bytes() for path in form.images]
             folders = {path.parents[1] for path in form.images}
             assert all(path.stat().st_mode & 0o077 == 0 for path in folders)
@@ -271,6 +283,10 @@ def test_large_forms_are_refused(monkeypatch):
     with pytest.raises(RequestError, match="too many pictures at once") as error:
         read(encoded(PROMPT, ("image", bytes(3 << 18))))
     assert error.value.status == 429
+    # One after the other there is room.
+    reader = uploads.Uploads()
+    for _ in range(3):
+        read(encoded(PROMPT, ("image", bytes(1 << 18))), reader=reader)
 
 
 # --- the real client, and a public model --------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 import os
 import queue
 import signal
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from apps.worker.client import Worker
-from apps.worker.engine import Engine, Stop
+from apps.worker.engine import Engine, Stop, needed_memory
 from apps.worker.messages import (
     Converting,
     Downloading,
@@ -29,11 +30,15 @@ from apps.worker.messages import (
     Progress,
 )
 from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.memory import BASE_BYTES
 from mlx_snapgen.checkpoint.model import save_pretrained
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.metadata import KEY
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
-from tests.tiny import require
+from mlx_snapgen.teachers.config import KLEIN
+from tests.tiny import FLUX2, FLUX2_AUTOENCODER, TEACHER, require, write_teacher
 
 PATIENCE = 120
 
@@ -45,9 +50,9 @@ class Listener:
         self.events = queue.SimpleQueue()
         self.worker = Worker(self.events.put, **settings)
 
-    def until(self, *kinds, job=None):
-        """All events up to the first of these kinds; `queue.Empty` after `PATIENCE` seconds."""
-        seen, end = [], time.monotonic() + PATIENCE
+    def until(self, *kinds, job=None, patience=PATIENCE):
+        """All events up to the first of these kinds; `queue.Empty` after `patience` seconds."""
+        seen, end = [], time.monotonic() + patience
         while not (seen and isinstance(seen[-1], kinds) and job in (None, seen[-1].job)):
             # A job whose cancel is ignored would send events for ever.
             seen.append(self.events.get(timeout=max(0, end - time.monotonic())))
@@ -127,7 +132,7 @@ def test_a_cancelled_job_ends_within_a_step(listener, job):
     listener.until(Progress)
     listener.worker.cancel(number)
     sent = time.monotonic()
-    assert listener.until(Finished)[-1] == Finished(number, cancelled=True)
+    assert listener.until(Finished, patience=20)[-1] == Finished(number, cancelled=True)
     assert time.monotonic() - sent < 10
     assert listener.result(job)[-1].cancelled is False
 
@@ -184,6 +189,29 @@ def test_a_hung_process_is_replaced_and_the_waiting_jobs_are_drawn(listener, job
     assert isinstance(listener.result(job)[-1], Finished)
 
 
+def test_events_of_a_replaced_process_are_dropped(job):
+    """It may have begun with the next job, which the new one draws from the start."""
+    events, reading = queue.SimpleQueue(), threading.Event()
+
+    def deliver(event):
+        events.put(event)
+        if isinstance(event, Finished):
+            reading.wait(PATIENCE)
+
+    worker = Worker(deliver)
+    try:
+        first, hung, waiting = (worker.submit(j) for j in (job, job, drawing(job, num_images=500)))
+        while events.get(timeout=PATIENCE) != Finished(first, cancelled=False):
+            pass
+        time.sleep(2)  # what the old process sends is not read
+        threading.Timer(0.5, reading.set).start()
+        worker.replace("no step in 5 s")
+        found = [events.get(timeout=PATIENCE) for _ in range(2)]
+        assert [(type(event), event.job) for event in found] == [(Failed, hung), (Loading, waiting)]
+    finally:
+        worker.close()
+
+
 def test_an_interrupt_stops_at_once(listener, job):
     number = listener.worker.submit(drawing(job, num_inference_steps=1000))
     listener.until(Progress)
@@ -211,6 +239,10 @@ def test_models_are_loaded_on_demand_and_freed_when_memory_asks(job, model_folde
     made.worker.close()
     made = Listener(keep=2, memory=1)
     assert loads(made, job, a, a, b, b, a) == [True, False, True, False, True]
+    made.worker.close()
+    # The models fit, but not with a picture.
+    made = Listener(keep=2, memory=BASE_BYTES)
+    assert loads(made, job, a, b, a) == [True, True, True]
     made.worker.close()
     made = Listener(keep=1)
     assert loads(made, job, a, b, b, a) == [True, True, False, True]
@@ -286,3 +318,43 @@ def test_the_models_used_last_stay_in_memory(model_folder):
     with pytest.raises(Stop):
         Engine(connection, keep=2, memory=None, unload_after=None, cache_limit=1 << 30).run()
     assert [event.job for event in sent if isinstance(event, Loading)] == [0, 1, 3, 5]
+
+
+@pytest.fixture
+def klein(tmp_path):
+    parts = {"transformer": FLUX2, "autoencoder": FLUX2_AUTOENCODER}
+    config = replace(TEACHER, kind="flux2", **parts, schedule=KLEIN, few_step=KLEIN)
+    return write_teacher(tmp_path / "klein", config)
+
+
+@pytest.mark.usefixtures("no_language_model")
+@pytest.mark.parametrize(
+    ("model", "settings", "options"),
+    [
+        ("own", {}, {}),
+        ("own", {"height": 64, "width": 96}, {"model_width": "tiny"}),
+        ("klein", {}, {}),
+        ("klein", {}, {"low_memory": True}),
+        ("klein", {"image": "a.png", "mask": "mask.png"}, {}),
+        ("klein", {"image": "a.png", "mask": "mask.png", "edit": ("a.png",)}, {"low_memory": True}),
+        ("klein", {"edit": ("a.png", "a.png"), "height": 320, "width": 32}, {}),
+    ],
+)
+def test_a_job_is_estimated_as_the_pipeline_checks_it(
+    model, settings, options, model_folder, klein, tmp_path, monkeypatch
+):
+    """Models were freed for a job of `low_memory`, and for a mask too few of them."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (256, 320)).save("a.png")
+    Image.new("L", (256, 320), 255).save("mask.png")
+    choice = ModelChoice(str({"own": model_folder, "klein": klein}[model]), **options)
+    drawn = DrawSettings("a red car", **settings)
+    pipe = SnapGenPipeline.from_pretrained(choice)
+    needed = needed_memory(open_model(choice), choice, drawn)
+    for place in ("checkpoint", "teachers"):
+        monkeypatch.setattr(f"mlx_snapgen.{place}.memory.machine_memory", lambda: needed)
+    pipe.generate(drawn)
+    for place in ("checkpoint", "teachers"):
+        monkeypatch.setattr(f"mlx_snapgen.{place}.memory.machine_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match="of memory, and this machine has"):
+        pipe.generate(drawn)

@@ -11,8 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mlx_snapgen.cli.interactive import SETTINGS, Session
+from mlx_snapgen.cli.generate_options import Saving, build_parser
+from mlx_snapgen.cli.interactive import (
+    OPTIONS,
+    REFUSED,
+    SETTINGS,
+    Session,
+    as_settings,
+)
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
@@ -43,14 +51,14 @@ def test_prompts_are_drawn_with_the_settings_so_far(say):
     out, err = say(
         "a red apple",
         ":seed 7",
-        ":width tiny",
+        ":model-width tiny",
         ":steps 2",
         ":size 32x64",
         ":negative a blue car",
         "a blue cat",
         ":seed",
         ":size",
-        ":width",
+        ":model-width",
         "a green car",
         ":quit",
         "never drawn",
@@ -79,7 +87,16 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
         ":seed many": "a whole number expected, not 'many'",
         ":size " + "9" * 5000 + "x1": "the size must be like 192x128",
         ":size big": "the size must be like 192x128 (width x height), not 'big'",
-        ":width huge": "'huge' is not full, small or tiny",
+        ":width huge": "a whole number expected, not 'huge'",
+        ":model-width huge": "'huge' is not full, small or tiny",
+        ":model-width 64": "the picture's width in pixels is :width",
+        ":force-size yes": "error: :force-size takes on or off, not 'yes'",
+        ":low_memory on": "no setting ':low_memory' (did you mean 'low-memory'?)",
+        ":json": ":json cannot change here: type :quit, and start the command with --json",
+        ":prompts-file a.txt": ":prompts-file cannot change here",
+        ":revision main": "only a Hugging Face repository has revisions",
+        ":base someone/x": ":base takes a model that is one .safetensors file",
+        ":text-encoders t5": "t5",
         ":model /no/such/folder": "no model folder /no/such/folder",
         ":lora missing.safetensors 0.5": "missing.safetensors",
         ":output picture.jpg": "neither a name ending in .png nor a folder",
@@ -136,10 +153,81 @@ def test_odd_lines_do_not_end_the_loop(model_folder, tmp_path):
 
 def test_help_and_show_name_every_setting(say):
     out, _ = say(":help", ":seed 5", ":show")
+    lines = [line.split() for line in out.splitlines()]
     for name in SETTINGS:
-        assert out.count(f":{name} ") == 2
-    assert ":seed       5" in out
-    assert ":size       default" in out
+        assert sum(words[0] == f":{name}" for words in lines) == 2
+    assert [":seed", "5"] in lines and [":size", "default"] in lines
+    assert [":force-size", "off"] in lines and [":metadata", "on"] in lines
+
+
+def test_every_option_is_a_setting_or_refused():
+    options = {
+        name.removeprefix("--")
+        for action in build_parser()._actions
+        for name in action.option_strings
+        if name.startswith("--") and not name.startswith("--no-")
+    }
+    assert options == {*OPTIONS, *REFUSED, "vocabulary", "help"}
+
+
+def test_sizes_and_switches(say):
+    out, err = say(
+        ":width 96",
+        ":height 32",
+        ":metadata off",
+        ":stepwise-dir steps",
+        "a red apple",
+        ":width",
+        ":num-images 2",
+        ":metadata",
+        ":stepwise-dir",
+        ":attention-modulation on",
+        ":keep-text-encoders on",
+        ":force-size on",
+        "a blue cat",
+        options=["--seed", "3"],
+    )
+    assert err == ""
+    assert [line.split()[0] for line in out.splitlines()[:3]] == [
+        *("a-red-apple.png", "a-blue-cat.png", "a-blue-cat-1.png")
+    ]
+    with pytest.raises(UserError, match="carries no settings"):
+        settings_of("a-red-apple")
+    assert Image.open("a-red-apple.png").size == (96, 32)
+    assert os.listdir("steps") == ["a-red-apple-seed-3-step-01.png"]
+    values = settings_of("a-blue-cat")
+    assert (values["width"], values["height"]) == (64, 32)
+    assert values["attention_modulation"] and values["force_size"]
+
+
+def test_the_old_name_of_the_network_width(say):
+    _, err = say(":width tiny", "a red apple", options=["--seed", "1"])
+    assert err == "warning: :width tiny is now :model-width tiny\n"
+    assert settings_of("a-red-apple")["model_width"] == "tiny"
+
+
+def test_messages_name_settings(say):
+    _, err = say("a zebra", ":vocabulary", options=["--seed", "1"])
+    assert "; :vocabulary lists all words" in err
+    for text, expected in {
+        "--force-size draws any size": ":force-size on draws any size",
+        "choose --model-width tiny or --quantize 4": "choose :model-width tiny or :quantize 4",
+        "convert it with convert.from_torch --quantize": None,
+        "give --something, or a--fit; see --help": "give --something, or a--fit; see :help",
+        "--image FILE STRENGTH": ":image FILE STRENGTH",
+    }.items():
+        assert as_settings(text) == (expected or text)
+
+
+def test_several_loras():
+    session = Session(
+        DrawSettings(), ModelChoice(), saving=Saving(), load=lambda choice, _: choice,
+        draw=lambda pipeline, settings, *, saving: choices.append(pipeline),
+    )  # fmt: skip
+    choices = []
+    for line in (":lora a.safetensors 0.5 b.safetensors c.safetensors -1", "a cat"):
+        session.take(line)
+    assert choices[0].loras == (("a.safetensors", 0.5), ("b.safetensors", 1), ("c.safetensors", -1))
 
 
 def test_the_model_is_loaded_once_unless_it_changes():
@@ -158,9 +246,9 @@ def test_the_model_is_loaded_once_unless_it_changes():
     session = Session(
         DrawSettings(seed=1),
         ModelChoice("here"),
-        output=None,
+        saving=Saving(),
         load=lambda choice, settings: loads.append(choice) or Pipeline(),
-        draw=lambda pipeline, settings, output: drawn.append((settings, output)),
+        draw=lambda pipeline, settings, saving: drawn.append((settings, saving.output)),
     )
     for line in ("a cat", "", ":seed 3", ":output x.png", "a dog"):
         session.take(line)
@@ -169,10 +257,13 @@ def test_the_model_is_loaded_once_unless_it_changes():
         (DrawSettings("a cat", seed=1), None),
         (DrawSettings("a dog", seed=3), "x.png"),
     ]
-    session.take(":width small")
+    session.take(":model-width small")
     assert loads[1:] == [ModelChoice("here", model_width="small")]
-    assert session.complete(":s", "") == [":seed", ":steps", ":strength", ":size", ":show"]
-    assert session.complete("t", ":width ") == ["tiny"]
+    assert session.complete(":s", "") == [
+        *(":seed", ":steps", ":strength", ":stepwise-dir", ":size", ":show")
+    ]
+    assert session.complete("t", ":model-width ") == ["tiny"]
+    assert session.complete("o", ":low-memory ") == ["on", "off"]
     assert session.complete("a", "a red ") == ["amber", "apple", "apples"]
     assert session.complete("", "") == []
 
@@ -207,7 +298,7 @@ def test_a_terminal_completes_remembers_and_survives_ctrl_c(model_folder, tmp_pa
 
     try:
         until("> ")
-        os.write(ours, b":wi\tti\t\n")  # completes to ":width tiny"
+        os.write(ours, b":model-w\tti\t\n")  # completes to ":model-width tiny"
         until("> ")
         os.write(ours, b"a red app\t\n")
         until("a-red-apple.png")
@@ -227,5 +318,5 @@ def test_a_terminal_completes_remembers_and_survives_ctrl_c(model_folder, tmp_pa
         os.close(ours)
     assert read_metadata(tmp_path / "a-red-apple.png")["model_width"] == "tiny"
     remembered = (tmp_path / "mlx_snapgen" / "prompts").read_text()
-    assert ":width tiny" in remembered
+    assert ":model-width tiny" in remembered
     assert "a red apple" in remembered
