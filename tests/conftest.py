@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.teachers import folder as teacher_folder
 from tests import tiny
 from train.data.stickers.render import find_font
+from train.data.stickers.vocabulary import FLUENT
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell without job control starts background jobs deaf to Ctrl-C, and their children too.
@@ -24,6 +27,23 @@ def font() -> Path:
         return find_font()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def fluent_pictures(tmp_path_factory) -> Path:
+    """A stand-in for the npm package: for each noun a disk of a color that `recolor` finds."""
+    root = tmp_path_factory.mktemp("fluent")
+    folder = root / "package" / "assets"
+    folder.mkdir(parents=True)
+    y, x = np.mgrid[:256, :256] - 127.5
+    alpha = np.rint(255 * np.clip(100 - np.hypot(x, y), 0, 1)).astype(np.uint8)
+    for k, noun in enumerate(FLUENT.nouns):
+        color = (200, 200, 200) if noun.is_gray else (230, 20 + k % 200, 20)
+        rgb = np.broadcast_to(np.uint8(color), (256, 256, 3))
+        rgba = Image.fromarray(np.concatenate([rgb, alpha[..., None]], axis=-1))
+        name = "-".join(f"{ord(c):04x}" for c in noun.emoji if c != "\N{VARIATION SELECTOR-16}")
+        rgba.save(folder / f"{name}.webp", lossless=True, quality=0, method=0)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -21,23 +21,25 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import (
-    TAEW2_1,
     AutoencoderConfig,
-    Flux2TransformerConfig,
     ModelConfig,
-    QwenTransformerConfig,
     SamplerConfig,
     TextEncoderConfig,
     TransformerConfig,
-    ZImageTransformerConfig,
-    to_dict,
 )
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.adapters import add_lora, linear_layers
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+from mlx_snapgen.presets import TAEW2_1
+from mlx_snapgen.public_config import (
+    Flux2TransformerConfig,
+    QwenTransformerConfig,
+    ZImageTransformerConfig,
+)
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
 from train.objectives.distillation import Student

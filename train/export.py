@@ -19,8 +19,8 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import read_text
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
 from mlx_snapgen.settings import check_size
-from train.data.stickers.source import NOTICE, SIZE
-from train.data.stickers.vocabulary import vocabulary_file
+from train.data.stickers.source import NOTICES
+from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
 from train.loop.assemble import save_model
 from train.loop.run import find_folder, recorded, start_from
 from train.objectives.elastic import TextToLatents
@@ -64,7 +64,9 @@ def with_sampling(
     shift = record.get("time_shift", config.sampler.time_shift)
     sampler = dataclasses.replace(config.sampler, time_shift=shift)
     # Older runs did not record the sizes of their pictures; those on stickers have one.
-    known = [SIZE] if record.get("data") == "stickers" else [] if record else config.trained_sizes
+    known = [] if record else config.trained_sizes
+    if collection := COLLECTIONS.get(record.get("data", "")):
+        known = collection.shapes
     trained = tuple((h, w) for h, w in record.get("trained_sizes", known))
     return dataclasses.replace(
         config, image_size=(height, width), trained_sizes=trained, sampler=sampler
@@ -143,9 +145,9 @@ def main() -> None:
         sampler=config.sampler,
     )
     texts = {}
-    if record.get("data") == "stickers":
-        components.vocabulary = vocabulary_file(record.get("num_nouns"))
-        texts = {LICENSE: NOTICE}
+    if collection := COLLECTIONS.get(record.get("data", "")):
+        components.vocabulary = vocabulary_file(record.get("num_nouns"), collection)
+        texts = {LICENSE: NOTICES[collection.name]}
     else:
         if run:
             components.vocabulary = None

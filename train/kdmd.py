@@ -21,8 +21,8 @@ from tqdm import tqdm
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from train.data.conditions import Conditions

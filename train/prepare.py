@@ -19,9 +19,9 @@ from mlx_snapgen.checkpoint.module import read_part
 from mlx_snapgen.checkpoint.text_encoders import chosen_encoders
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded, read_object
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.folder import is_teacher
 from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts

@@ -32,21 +32,23 @@ from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.config import load_config, load_vocabulary
 from mlx_snapgen.checkpoint.language_models import load_gemma, load_qwen
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.t5 import load_t5, t5_config
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.config import to_dict
 from mlx_snapgen.decode import decode
 from mlx_snapgen.draw import read_inputs
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError
 from mlx_snapgen.files import parse_json
 from mlx_snapgen.generate import main as generate
 from mlx_snapgen.inputs import read_picture
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
 from mlx_snapgen.metadata import KEY, find_pictures, read_settings
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
+from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5, T5Encoder
 from mlx_snapgen.prompt_check import check_prompts
 from mlx_snapgen.public.first_use import INDEX, describe
 from mlx_snapgen.public.keymap import KeyMap
@@ -69,6 +71,7 @@ from train.data.preparation import make_samples
 from train.data.prepared import Prepared, write_index
 from train.data.shards import write_shard
 from train.data.source import Record, Skipped
+from train.evaluation.prepared_set import count_shards
 from train.evaluation.prompt_lists import dpg_files, geneval_files
 from train.loop.assemble import new_model
 from train.loop.checkpoint import load_checkpoint, read_log, save_checkpoint
@@ -302,6 +305,31 @@ def _(folder: Path) -> None:
                 functools.partial(read_autoencoder, folder / name / "vae"),
             )
         )
+    )
+
+
+def write_minit2i(folder: Path) -> None:
+    values = {"_class_name": "MiniT2IMMJiTModel"} | parity.MINIT2I
+    text = {"model_type": "t5", "vocab_size": 128, "d_model": 24, "d_kv": 8, "num_heads": 4}
+    text |= {"d_ff": 40, "num_layers": 1, "feed_forward_proj": "gated-gelu"}
+    for path, content in {
+        "transformer/config.json": values,
+        "text_encoder/config.json": text,
+        "scheduler/scheduler_config.json": {"num_inference_steps": 25},
+    }.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content))
+    parity.write_spiece(folder / "text_encoder" / "spiece.model")
+    network = T5Encoder(t5_config(text, folder))
+    weights = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(folder / "text_encoder" / "model.safetensors"), weights)
+
+
+@loader("MiniT2I", write_minit2i, "*/*")
+def _(folder: Path) -> None:
+    read_each(
+        functools.partial(describe, "minit2i", folder, None),
+        functools.partial(load_t5, folder / "text_encoder", FLAN_T5, dims=24),
     )
 
 
@@ -757,7 +785,15 @@ def write_prepared(folder: Path) -> None:
         size=(32, 32),
         texts={},
     )
-    write_shard(folder / "shards" / "000000.safetensors", samples, held_out=0, settings="s")
+    write_shard(
+        folder / "shards" / "000000.safetensors",
+        samples,
+        held_out=0,
+        skipped=[{"key": "d", "reason": "damaged picture", "detail": "cannot be read"}],
+        changed={"transparent parts over white": 1},
+        sizes=[(32, 40)] * 3,
+        settings="s",
+    )
     values = {
         "resolution": 32,
         "autoencoders": {"model": {"config": to_dict(tiny.AUTOENCODER), "digest": "0" * 32}},
@@ -775,6 +811,7 @@ def _(folder: Path) -> None:
     data.read(0, 2)
     data.prompts(0, 2)
     data.validation()
+    count_shards(folder, chunks=1, buckets=[(32, 32)])
 
 
 @loader(

@@ -29,42 +29,44 @@ FLOORS = {
     "mlx_snapgen": f"""
         {COMMANDS}
         pipeline
-        open_model
-        quantize public
+        open_model public_pipeline
+        quantize public generation
         draw teachers
         checkpoint
         lora prompt_check
         networks metadata cli
         settings tensor_files
         inputs
-        config files pictures sampling
-        description decode vocabulary
+        presets
+        config public_config json_values files pictures sampling
+        alpha description decode vocabulary
         errors _blas _kernel_cache _version
     """,
     "mlx_snapgen.networks": """
-        clip efficient_dit flux2 qwen_image z_image
+        clip efficient_dit flux2 minit2i qwen_image z_image
         attention autoencoders text_encoders
         cached
         base elastic layers rope
+        exponentials
     """,
     "mlx_snapgen.networks.autoencoders": """
         registry
         flux2 colors
         kl
         layerwise
-        convolutional dc_ae qwen_image taehv
+        convolutional dc_ae pixels qwen_image taehv
         residual
         base tiling
     """,
     "mlx_snapgen.networks.text_encoders": """
-        clip gemma qwen
+        clip gemma qwen t5
         sentencepiece
         base
     """,
     "mlx_snapgen.checkpoint": """
         model memory
         text_encoders clip_towers
-        clip language_models config
+        clip language_models t5 config
         module hub
     """,
     "mlx_snapgen.lora": """
@@ -86,7 +88,7 @@ FLOORS = {
         keymap stream
     """,
     "mlx_snapgen.teachers": """
-        checkpoint memory
+        checkpoint draw memory
         folder
         flow
         base config
@@ -163,7 +165,7 @@ FLOORS = {
     """,
     "convert.coreml": """
         __main__
-        export compare
+        export compare minit2i
         options packages
         package
     """,
@@ -201,6 +203,7 @@ NO_MLX = (
     "mlx_snapgen.errors",
     "mlx_snapgen.files",
     "mlx_snapgen.metadata",
+    "mlx_snapgen.presets",
     "mlx_snapgen.settings",
     "apps.worker.client",
     "apps.worker.messages",

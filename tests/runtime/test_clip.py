@@ -20,10 +20,10 @@ from mlx_snapgen.checkpoint.model import (
     save_pretrained,
 )
 from mlx_snapgen.checkpoint.text_encoders import download_sources
-from mlx_snapgen.config import TINYCLIP_19M
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.presets import TINYCLIP_19M
 from tests.tiny import make_clip, states_error, with_text_encoder
 
 MERGES = (

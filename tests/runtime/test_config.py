@@ -5,17 +5,15 @@ import json
 import pytest
 
 from mlx_snapgen.config import (
-    TRANSFORMERS,
     AutoencoderConfig,
     ModelConfig,
     SamplerConfig,
     TransformerConfig,
-    from_dict,
     resolution_shift,
-    to_dict,
-    transformer_preset,
 )
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import from_dict, to_dict
+from mlx_snapgen.presets import TRANSFORMERS, transformer_preset
 from train.data.stickers.model import STICKERS
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -116,6 +117,18 @@ def test_each_kind_of_fault_has_its_reason(monkeypatch):
     assert decode(saved(Image.new("RGB", (90, 90))))[0].size == (90, 90)
     with pytest.raises(Unusable):
         header_size(faults["too many pixels"])
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_small_file_does_not_fill_the_memory():
+    """A GIF needs no data for a picture of the size in its header."""
+    gif = bytearray(saved(Image.new("P", (8, 8)), "GIF"))
+    gif[6:10] = struct.pack("<HH", 12000, 12000)
+    with pytest.raises(Unusable, match=f"12000x12000 pixels in {len(gif)} bytes") as error:
+        decode(bytes(gif))
+    assert error.value.reason == "damaged picture"
+    plain = decode(saved(Image.new("1", (8000, 4100)), "PNG"))[0]
+    assert plain.size == (8000, 4100)
 
 
 def heic(image, **options):

@@ -7,12 +7,12 @@ import pytest
 
 from convert.parity import originals
 from convert.parity.originals import fill, relative_difference
-from mlx_snapgen.config import Flux2TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks import flux2
 from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.public.keys.transformers import read_transformer
+from mlx_snapgen.public_config import Flux2TransformerConfig
 from tests.runtime.test_qwen_transformer import to_mx
 from tests.tiny import FLUX2, randomize, require
 

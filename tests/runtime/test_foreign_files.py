@@ -15,13 +15,15 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.module import load_weights
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig, from_dict
-from mlx_snapgen.errors import MOST_CHARACTERS, UserError
+from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
+from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural
 from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
+from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.lora.adapters import adapted_layers
 from mlx_snapgen.lora.files import load_lora, lora_words, read_lora, save_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.public_config import Flux2TransformerConfig
 from mlx_snapgen.settings import DrawSettings
 from tests.layout.graph import ROOT
 from tests.tiny import MODEL, TRANSFORMER, add_random_lora
@@ -72,6 +74,10 @@ def test_json_that_is_read(tmp_path):
         (TransformerConfig, {"hidden_size": True}, "must be a whole number, not true"),
         (TransformerConfig, {"patch_size": 0}, "'patch_size' must be 1 to"),
         (TransformerConfig, {"head_dim": 64.0}, "'head_dim' must be a whole number"),
+        (TransformerConfig, {"widths": [1.0, 0.5, -0.375]}, "widths must start with 1.0 and fall"),
+        (TransformerConfig, {"ffn_ratio": [4.0, -3.0, 4.0]}, "ffn_ratio takes numbers up to 100"),
+        (Flux2TransformerConfig, {"mlp_ratio": -3.0}, "mlp_ratio takes numbers up to 100"),
+        (Flux2TransformerConfig, {"mlp_ratio": 1e8}, "mlp_ratio takes numbers up to 100"),
         (SamplerConfig, {"guidance_scale": 1e300}, "'guidance_scale' must be at most"),
         (SamplerConfig, {"guidance_scale": float("nan")}, "'guidance_scale' must be at most"),
         (SamplerConfig, {"time_shift": "x"}, "'time_shift' must be a number"),
@@ -118,6 +124,11 @@ def test_a_list_of_prompts_is_the_same_from_a_file_and_from_the_input(tmp_path):
 def test_a_prompt_of_another_encoding_is_refused():
     with pytest.raises(UserError, match="the negative prompt has characters"):
         DrawSettings("a cat", negative_prompt="caf\udce9").resolved(MODEL)
+
+
+def test_one_thing_is_singular():
+    counts = [plural(count, "picture") for count in (0, 1, 2, 1200)]
+    assert counts == ["0 pictures", "1 picture", "2 pictures", "1,200 pictures"]
 
 
 # --- paths ------------------------------------------------------------------------------------
@@ -250,14 +261,14 @@ def write_peft(folder, **config):
     return path
 
 
-def test_the_alpha_of_peft_is_beside_the_weights(tmp_path):
-
-    path = write_peft(tmp_path)
+@pytest.mark.parametrize(("config", "alpha"), [({}, 16.0), ({"use_rslora": True}, 32.0)])
+def test_the_alpha_of_peft_is_beside_the_weights(config, alpha, tmp_path):
+    path = write_peft(tmp_path, **config)
     for given in (path, tmp_path):
         network = EfficientDiT(TRANSFORMER)
         load_lora(given, network, name="style")
         alphas = {layer.adapters["style"].alpha for layer in adapted_layers(network).values()}
-        assert alphas == {16.0}
+        assert alphas == {alpha}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +281,6 @@ def test_the_alpha_of_peft_is_beside_the_weights(tmp_path):
     ],
 )
 def test_a_variant_of_peft_is_refused_by_name(config, message, tmp_path):
-
     path = write_peft(tmp_path, **config)
     network = EfficientDiT(TRANSFORMER)
     for given in (path, tmp_path):

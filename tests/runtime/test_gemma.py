@@ -5,6 +5,7 @@ Needs mlx-lm (`pip install -e ".[gemma]"`), the parity tests torch besides (`".[
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import mlx.core as mx
@@ -15,9 +16,10 @@ from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.language_models import load_gemma, load_qwen
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
-from mlx_snapgen.config import GEMMA_3_4B, TextEncoderConfig
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
+from mlx_snapgen.presets import GEMMA_3_4B
 from tests.tiny import states_error, with_text_encoder
 
 # sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
@@ -167,6 +169,13 @@ def test_folders_that_hold_no_gemma_are_one_line(mlx_lm, folder, tmp_path):
     with pytest.raises(UserError, match="cannot load Gemma from") as error:
         load_gemma(tmp_path, CONFIG)
     assert "\n" not in str(error.value)
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    values = json.loads((odd / "config.json").read_text())
+    for pattern in (-3, 10**9):
+        values["text_config"]["sliding_window_pattern"] = pattern
+        (odd / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=f"'sliding_window_pattern' cannot be {pattern}"):
+            load_gemma(odd, CONFIG)
 
 
 # --- parity -------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from PIL import Image, ImageDraw
 from mlx_snapgen.draw import Inputs
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
+from mlx_snapgen.generation import PictureWarning
 from mlx_snapgen.inputs import fit, nearest_size, picture_hash
 from mlx_snapgen.metadata import find_pictures, read_metadata, read_settings, save_picture
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pictures import from_uint8
-from mlx_snapgen.pipeline import PictureWarning, SnapGenPipeline
+from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.sampling import Start, cut_schedule, denoise, get_noise, get_schedule
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.config import KLEIN
@@ -302,7 +303,10 @@ def test_what_is_no_picture_is_one_line(capsys, tmp_path):
         ("--image", "good.png", "1.5"): "strength must be above 0 and at most 1, not 1.5",
         ("--image", "good.png", "a cat"): "a number expected, not 'a cat' (prompts go before it)",
         ("--image", "good.png", ".5", "a cat"): "'a cat' follows a file and its strength",
-        ("--mask", "good.png"): "a mask needs the picture that it is for: give an image too",
+        ("--mask", "good.png"): "--mask is for --image: give the picture to start from",
+        ("--fit", "pad"): "--fit is for --image: give the picture to start from",
+        ("--force-size",): "--force-size is for --height and --width: give one of them",
+        ("--trust-settings",): "--trust-settings is for --config-from-image: give a PNG, or leave",
         ("--image", "good.png", "--mask", "none.png"): "argument --mask: no picture none.png",
         ("--image", "good.png", "--mask", "small.png"): "the mask has 32x16 pixels and the picture "
         "64x32: both must have the same size",

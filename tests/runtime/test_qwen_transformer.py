@@ -139,7 +139,10 @@ def test_axes_must_fill_a_head():
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
-        ({"_class_name": "FluxTransformer2DModel"}, "expected one of QwenImageTransformer2DModel"),
+        (
+            {"_class_name": "FluxTransformer2DModel"},
+            "expected one of MiniT2IMMJiTModel, QwenImageTransformer2DModel",
+        ),
         ({"use_layer3d_rope": True}, "variant of Qwen-Image with use_layer3d_rope"),
         ({"out_channels": 7}, "do not make latents of one kind"),
         ({"num_layers": None}, "'num_layers' must be a whole number, not null"),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.config import FOUR_STEPS
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import linear_layers
+from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import KLEIN, LIGHTNING, TRANSFORMERS, Schedule
@@ -261,7 +261,8 @@ def test_k_dmd_takes_a_teacher_of_two_sets_of_weights(components, model_folder, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "billions"), [("qwen-image", 20.43), ("z-image", 6.15), ("flux2", 3.88)]
+    ("kind", "billions"),
+    [("qwen-image", 20.43), ("z-image", 6.15), ("flux2", 3.88), ("minit2i", 0.26)],
 )
 def test_the_defaults_are_the_public_sizes(kind, billions):
     """Arrays are lazy: nothing of this is allocated."""

@@ -15,7 +15,7 @@ from mlx_snapgen.checkpoint.text_encoders import (
     load_tokenizer,
     new_text_encoder,
 )
-from mlx_snapgen.config import GEMMA_3_4B, TINYCLIP_19M, TextEncoderConfig
+from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
@@ -27,6 +27,7 @@ from mlx_snapgen.networks.text_encoders.sentencepiece import (
     TransformerTextEncoder,
 )
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.presets import GEMMA_3_4B, TINYCLIP_19M
 from tests.tiny import TEXT, tokenizer_bytes
 from train.objectives.elastic import TextToLatents
 
