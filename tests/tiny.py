@@ -27,6 +27,7 @@ from mlx_snapgen.config import (
     TextEncoderConfig,
     TransformerConfig,
 )
+from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.adapters import add_lora, linear_layers
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -41,7 +42,7 @@ from mlx_snapgen.public_config import (
     ZImageTransformerConfig,
 )
 from mlx_snapgen.teachers.config import TeacherConfig
-from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS
+from mlx_snapgen.teachers.folder import FORMAT_VERSION, NETWORKS
 from train.objectives.distillation import Student
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
@@ -191,13 +192,13 @@ TEACHER = TeacherConfig(transformer=QWEN, autoencoder=AUTOENCODER)
 
 
 @functools.cache
-def tokenizer_bytes() -> bytes:
-    """A sentencepiece model of `VOCAB_SIZE` tokens."""
+def tokenizer_bytes(first: int = 0) -> bytes:
+    """A sentencepiece model of `VOCAB_SIZE` tokens; `first` chooses the captions."""
     pairs = itertools.product(COLORS, NOUNS, COLORS, NOUNS)
     captions = [f"a {a} {b} next to a {c} {d}" for a, b, c, d in pairs]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions[:60]),
+        sentence_iterator=iter(captions[first : first + 60]),
         model_writer=model,
         vocab_size=VOCAB_SIZE,
         model_type="bpe",

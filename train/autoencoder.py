@@ -1,7 +1,8 @@
 """Train an autoencoder on pictures: `python -m train.autoencoder --data SOURCE --run-dir DIR`.
 
 Training uses random crops of 64 px, an L1 loss on values and on neighbor differences (edges), and a
-small KL term that keeps the latents near a unit Gaussian. `train.new` measures the mean and the
+small KL term that keeps the latents near a unit Gaussian. It starts from the principal components
+of the pictures. `train.new` measures the mean and the
 standard deviation of the latents per channel, to normalize the latents for the transformer.
 
 `--decoder-only --init-from MODEL` trains the decoder of MODEL further, on noisy latents of its
@@ -32,6 +33,7 @@ from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import DEFAULT, SIZES, STATISTICS_SEED, config_of, load_autoencoder
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig, warmup_of
+from train.loop.principal_components import start_from_components
 from train.loop.run import claim, find_folder, recorded
 from train.loop.trainer import Trainer
 from train.objectives.autoencoder import Reconstruction
@@ -41,6 +43,8 @@ from train.options.data import data_from
 VALIDATION_PICTURES = 48
 SHOWN = 8
 """Of these, on the sheet after a checkpoint."""
+START_CROP = 64
+"""Side in pixels of the crops whose principal components are the start."""
 PICTURES_ONLY = "pictures_only"
 """Setting of runs that also use pictures without a caption."""
 
@@ -71,6 +75,15 @@ def needs_no_captions(run_dir: Path) -> bool:
     # Only the first process has the folder of the run.
     flag = mx.array(float(found and group.rank() == 0))
     return bool(mx.distributed.all_sum(flag, group=group).item())
+
+
+def first_crops(source: Any, args: argparse.Namespace) -> mx.array:
+    """512 crops of the first pictures, of at most `START_CROP` pixels per side."""
+    size = min(args.crop, START_CROP)
+    found = [crops(source, k, count=16, size=size, seed=args.seed) for k in range(32)]
+    # Batches may have pictures of different shapes.
+    size = min(batch.shape[1] for batch in found)
+    return mx.concatenate([batch[:, :size, :size] for batch in found])
 
 
 def sizes(
@@ -157,6 +170,9 @@ def main() -> int:
         sheet.save(trainer.sample_path("reconstructions"))
         return {metric: psnr(decoded, validation)}
 
+    if not args.init_from and latest_checkpoint(args.run_dir) is None:
+        with announce("finding the principal components of the pictures ..."):
+            start_from_components(model, first_crops(source, args))
     ahead: Any = Prefetched(source)
 
     def batches(number: int) -> Batch:

@@ -1,9 +1,10 @@
 """Write an untrained model folder: `python -m train.new OUT --preset NAME ...`.
 
-The transformer has random weights. The autoencoder is copied. Public text encoders are used from
-their source and are not trained; `--tokenizer` adds one that is trained with the model. The latent
-channels and text widths of the transformer follow from these parts. The command prints the sizes of
-all parts, the memory that training needs, and the commands that follow.
+The transformer has random weights, or with `--weights-from` those of a model where they fit. The
+autoencoder is copied. Public text encoders are used from their source and are not trained;
+`--tokenizer` adds one that is trained with the model. The latent channels and text widths of the
+transformer follow from these parts. The command prints the sizes of all parts, the memory that
+training needs, and the commands that follow.
 """
 
 import shlex
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.checkpoint.module import cast
+from mlx_snapgen.checkpoint.text_encoders import encoder_names
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.efficient_dit import count_parameters
@@ -33,6 +35,7 @@ from train.loop.assemble import (
 from train.loop.autoencoder import keep_statistics, kept_statistics, load_autoencoder
 from train.loop.config import TrainingConfig
 from train.loop.run import find_folder
+from train.loop.warm_start import take_weights
 from train.options.new import check_autoencoder, parse, pictures_of, statistics_source
 
 SIDES = (256, 512, 1024)
@@ -170,6 +173,15 @@ def main() -> None:
         sampler=preset.sampler,
         unconditional=preset.unconditional,
     )
+    if args.start is not None:
+        configs = args.start.config.text_encoders
+        pairs = zip(encoder_names(configs), configs, strict=True)
+        names = [name for name, config in pairs if is_trained(config)]
+        with announce(f"loading {args.weights_from} ..."):
+            taken, total = take_weights(
+                components, load_pretrained(args.start, text_encoders=names)
+            )
+        print(f"{taken / total:.0%} of the weights to train are those of {args.weights_from}")
     with announce(f"writing {args.output} ..."):
         save_model(args.output, components)
     if measured:

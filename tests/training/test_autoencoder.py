@@ -26,6 +26,7 @@ from train import new
 from train.data.open import open_data
 from train.loop.autoencoder import load_autoencoder
 from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
+from train.loop.principal_components import start_from_components
 from train.objectives.autoencoder import Reconstruction
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
@@ -88,6 +89,65 @@ def test_levels_and_alpha():
         dataclasses.replace(config, decoder_channels=(8, 8), decoder_blocks=(1, 1))
     with pytest.raises(UserError, match="one number each"):
         dataclasses.replace(config, encoder_blocks=(1,))
+
+
+def smooth_pictures(count, side):
+    """Random colors that change slowly, (count, side, side, 3) in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    coarse = np.cumsum(np.cumsum(rng.normal(size=(count, side, side, 3)), 1), 2)
+    return mx.array((coarse / np.abs(coarse).max((1, 2, 3), keepdims=True)).astype(np.float32))
+
+
+def test_training_starts_with_the_principal_components():
+    """With room for all of a patch on the way, the latents are those of a singular value
+    decomposition of the patches, and decoding loses no more than it does."""
+    mx.random.seed(0)
+    model = ConvolutionalAutoencoder(
+        dataclasses.replace(CONFIG, encoder_channels=(48, 192), decoder_channels=(200, 50, 16))
+    )
+    pictures = smooth_pictures(20, 32)
+    start_from_components(model, pictures)
+    patches = np.array(space_to_depth(pictures, 8), np.float64).reshape(-1, 192)
+    left, singular, _ = np.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    latents, log_var = model.encoder(pictures)
+    found = np.array(latents).reshape(-1, 4)
+    scores = left[:, :4] * np.sqrt(len(patches) - 1)
+    np.testing.assert_allclose(np.abs(found.T @ scores / len(patches)), np.eye(4), atol=2e-2)
+    np.testing.assert_allclose(np.array(log_var), -6)
+    lost = np.sum(singular[4:] ** 2) / patches.size
+    error = mx.square(model.decoder(latents) - pictures).mean().item()
+    # 3x3 convolutions also have the neighbors.
+    assert 0.1 * lost < error <= lost * 1.01
+
+
+def test_narrow_layers_keep_the_first_components():
+    """Layers with fewer channels than their targets, pictures with fewer positions than values."""
+    mx.random.seed(0)
+    model, pictures = ConvolutionalAutoencoder(CONFIG), smooth_pictures(2, 16)
+    before = mx.square(model.decoder(model.encoder(pictures)[0]) - pictures).mean().item()
+    start_from_components(model, pictures)
+    error = mx.square(model.decoder(model.encoder(pictures)[0]) - pictures).mean().item()
+    assert error < min(0.25 * before, 0.5 * mx.var(pictures).item())
+
+
+def test_flat_pictures_are_a_start():
+    model = ConvolutionalAutoencoder(CONFIG)
+    start_from_components(model, mx.full((2, 16, 16, 3), 0.5))
+    found = model.decoder(model.encoder(mx.full((1, 16, 16, 3), 0.5))[0])
+    np.testing.assert_allclose(np.array(found), 0.5, atol=1e-3)
+
+
+def test_the_start_of_pictures_of_several_shapes(uncompiled, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(12):
+        size = ((96, 96), (64, 128), (32, 160))[k % 3]
+        Image.new("RGB", size, (20 * k, 100, 50)).save(folder / f"{k}.png")
+    given = ["--data", folder, "--run-dir", tmp_path / "run", "--resolution", 96, "--crop", 64]
+    given += ["--channels", 8, "--batch-size", 2, "--steps", 1]
+    monkeypatch.setattr(sys, "argv", ["autoencoder", *map(str, given)])
+    command.main()
+    assert latest_checkpoint(tmp_path / "run").name == "step_1"
 
 
 # --- training the decoder alone -----------------------------------------------------------------
@@ -218,7 +278,7 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
         cut = command.crops
         patch.setattr(command, "crops", lambda s, n, **o: numbers.append(n) or cut(s, n, **o))
         run(command, *more, "--steps", 2)
-    assert numbers == [0, 1, 2, 3]
+    assert numbers[-4:] == [0, 1, 2, 3]  # after those of the principal components
     assert [path.name for path in checkpoints(tmp_path / "many")] == ["step_1", "step_2"]
     # Runs of earlier versions used the pictures that have captions.
     old = [*given, "--run-dir", tmp_path / "old"]

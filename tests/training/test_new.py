@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from PIL import Image
 
 from mlx_snapgen.checkpoint.model import load_autoencoder, load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.config import SamplerConfig
+from mlx_snapgen.config import AutoencoderConfig, SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
 from tests import tiny
 from tests.runtime.test_clip import MERGES, write_folder
@@ -155,6 +157,43 @@ def test_the_preset_of_the_built_in_model(components, parts, run):
     assert (config.image_size, config.unconditional) == ((128, 128), "empty prompt")
     assert config.sampler == SamplerConfig(28, 2.0, 4.0)
     assert config.text_encoders[0].max_length == 24
+
+
+def test_weights_of_another_model_where_they_fit(components, parts, run, capsys):
+    """Other latents and another tokenizer: all other layers and the tokens in common are copied."""
+    save_pretrained(parts / "model", components)
+    (parts / "own.model").write_bytes(tiny.tokenizer_bytes(60))
+    write_autoencoder(parts / "other", AutoencoderConfig(latent_channels=3))
+    given = ["--preset", parts / "model", "--autoencoder", parts / "other"]
+    given += ["--tokenizer", parts / "own.model"]
+    run(parts / "out", *given, "--weights-from", parts / "model")
+    assert re.search(r"\d\d% of the weights to train are those of", capsys.readouterr().out)
+    run(parts / "random", *given)
+    new, old, fresh = (load_pretrained(parts / name) for name in ("out", "model", "random"))
+    networks = [flat_parameters(model.transformer) for model in (new, old, fresh)]
+
+    def stored(weight):
+        return weight.astype(mx.bfloat16).astype(mx.float32)
+
+    copied = 0
+    for name, value in networks[0].items():
+        same = networks[1][name].shape == value.shape
+        copied += same
+        assert mx.array_equal(value, stored(networks[1 if same else 2][name])), name
+    assert 0 < copied < len(networks[0])
+    ours, theirs, untrained = (model.text_encoders[0] for model in (new, old, fresh))
+    assert mx.array_equal(ours.layers[0].linear1.weight, stored(theirs.layers[0].linear1.weight))
+    known = theirs.tokenizer.pieces()
+    for k, piece in enumerate(ours.tokenizer.pieces()):
+        of = theirs if piece in known else untrained
+        row = of.token_embedding.weight[known.index(piece) if piece in known else k]
+        assert mx.array_equal(ours.token_embedding.weight[k], stored(row)), piece
+    assert ours.tokenizer.pieces() != known
+    (parts / "run" / "step_1").mkdir(parents=True)
+    (parts / "run" / "step_1" / "state.json").write_text("{}")
+    for start, message in (("run", "is a run: write a model with train.export"), ("none", "none")):
+        with pytest.raises(UserError, match=message):
+            run(parts / "more", *given, "--weights-from", parts / start)
 
 
 def test_gemma_is_used_from_its_folder(parts, run):

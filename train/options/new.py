@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.checkpoint.config import load_config
+from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
     AutoencoderConfig,
@@ -22,6 +22,7 @@ from train.data.open import open_data
 from train.data.stickers.model import FLUENT_STICKERS, STICKERS
 from train.data.text import is_trained
 from train.loop.autoencoder import STATISTICS_SEED
+from train.loop.checkpoint import latest_checkpoint
 from train.loop.run import recorded
 from train.options.common import add_seed, check_at_least
 
@@ -141,6 +142,12 @@ def parse() -> argparse.Namespace:
         help="height and width of the pictures that the model draws by default, in pixels "
         f"(default: the preset's, mostly {RESOLUTION})",
     )
+    add(
+        "--weights-from",
+        metavar="NAME|FOLDER|REPO",
+        help="start from the weights of this model of ours where names and shapes agree, and from "
+        "its embeddings of the same tokens (default: random weights)",
+    )
     add_seed(parser)
     args = parser.parse_args()
     if (args.out is None) == (args.output is None):
@@ -151,7 +158,15 @@ def parse() -> argparse.Namespace:
     if not (args.text_encoders or args.tokenizer):
         raise UserError("a model needs a text encoder: give --text-encoder, --tokenizer or both")
     args.preset = _with_sizes(args, read_preset(args.preset))
+    args.start = _start(args.weights_from) if args.weights_from else None
     return args
+
+
+def _start(model: str) -> ModelFolder:
+    """The model of `--weights-from`; `UserError` if it is none of ours."""
+    if latest_checkpoint(expanded(model)) is not None:
+        raise UserError(f"--weights-from {model} is a run: write a model with train.export first")
+    return ModelFolder.open(model)
 
 
 def pictures_of(args: argparse.Namespace, run: Path) -> list[str]:

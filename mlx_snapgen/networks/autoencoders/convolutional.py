@@ -47,6 +47,11 @@ class Encoder(nn.Module):
         self.out = nn.Linear(channels[-1], 2 * config.latent_channels)
         self._levels = len(channels)
 
+    def projections(self) -> list[nn.Linear]:
+        """The layers before each level, and the last one."""
+        levels = range(2, self._levels + 1)
+        return [self.patch, *(self[_down(i)] for i in levels), self.out]
+
     def __call__(self, pictures: mx.array) -> tuple[mx.array, mx.array]:
         x = self.patch(space_to_depth(pictures, 4))
         for i in range(1, self._levels + 1):
@@ -79,6 +84,10 @@ class Decoder(nn.Module):
                 self[f"up{i}"] = nn.Linear(width, 4 * channels[i])
         self.out = nn.Conv2d(channels[-1], 4 * config.picture_channels, 3, padding=1)
         self._levels = len(channels)
+
+    def projections(self) -> list[nn.Linear | nn.Conv2d]:
+        """The layer before the first level, those after each level, and the last one."""
+        return [self.inp, *(self[f"up{i}"] for i in range(1, self._levels)), self.out]
 
     def __call__(self, latents: mx.array) -> mx.array:
         x = self.inp(latents)

@@ -42,6 +42,10 @@ class SentencePieceTokenizer:
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
 
+    def pieces(self) -> list[str]:
+        """The text of each token, in the order of their numbers."""
+        return [self._processor.id_to_piece(k) for k in range(self.vocab_size)]
+
     def encode(self, prompt: str) -> list[int]:
         """See `Tokenizer.encode`."""
         return self._processor.encode(normalize(prompt))
