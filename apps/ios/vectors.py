@@ -17,9 +17,11 @@ import mlx_snapgen  # noqa: F401  before mlx: otherwise MLX links its slow refer
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.alpha import straight
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
+from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guide
 
 PATH = Path(__file__).parent / "Tests/vectors.json"
@@ -52,8 +54,7 @@ def vectors() -> dict:
             {"prompt": prompt, "tokens": row[0].tolist(), "mask": mask[0].astype(mx.int32).tolist()}
         )
     values = [-1.5, -1.0, -0.75, 0.0, 0.25, 0.5, 0.999, 1.0, 1.25, -0.3, 0.1, 0.7]
-    bytes_ = np.full((4, 4), 255)
-    bytes_[:, :3] = np.round((np.clip(np.reshape(values, (3, 4)), -1, 1).T + 1) * 127.5)
+    alpha = [-0.98, -0.9, 0.0, 0.97]
     cond, uncond = [0.5, -1.0, 2.0], [0.25, 1.0, 2.0]
     return {
         "max_length": MAX_LENGTH,
@@ -72,8 +73,20 @@ def vectors() -> dict:
             "scale": 4.0,
             "guided": guide(mx.array(cond), mx.array(uncond), 4.0).tolist(),
         },
-        "pixels": {"values": values, "bytes": bytes_.reshape(-1).astype(int).tolist()},
+        "pixels": [
+            {"values": v, "bytes": _pixels(v)}
+            for v in (values, [*map(min, values, 3 * alpha), *alpha])
+        ],
     }
+
+
+def _pixels(values: list[float]) -> list[int]:
+    """Bytes of red, green, blue and alpha, colors times alpha, of (channel, 4 pixels) values."""
+    picture = to_uint8(mx.array(values).reshape(-1, 4).T)
+    if picture.shape[1] == 3:
+        picture = np.pad(picture, [(0, 0), (0, 1)], constant_values=255)
+    alpha = straight(picture[None])[0, :, 3:]
+    return np.concatenate([np.minimum(picture[:, :3], alpha), alpha], axis=1).reshape(-1).tolist()
 
 
 def _flat(latents: mx.array) -> Any:

@@ -156,8 +156,11 @@ actor Drawing {
     private func decode(_ latents: [Float], with decoder: Network) throws -> CGImage {
         try Task.checkCancellation()
         let values = try decoder(["latents": latents])
-        // Three colors; how many pixels a latent covers depends on the autoencoder.
-        let side = Int(Double(values.count / (3 * shape[2] * shape[3])).squareRoot())
+        // A latent covers a square of pixels whose side is a power of two, so only the values of
+        // three channels divide by three.
+        let perLatent = values.count / (shape[2] * shape[3])
+        let channels = perLatent.isMultiple(of: 3) ? 3 : 4
+        let side = Int(Double(perLatent / channels).squareRoot())
         return try makePicture(values, height: side * shape[2], width: side * shape[3])
     }
 }

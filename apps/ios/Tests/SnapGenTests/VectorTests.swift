@@ -47,7 +47,7 @@ private struct Vectors: Decodable {
     let noise: [Noise]
     let denoise: [Denoise]
     let guide: Guide
-    let pixels: Pixels
+    let pixels: [Pixels]
 }
 
 final class VectorTests: XCTestCase {
@@ -154,7 +154,8 @@ final class VectorTests: XCTestCase {
     }
 
     func testPixels() throws {
-        let vector = try load().pixels
-        XCTAssertEqual(try pixels(vector.values, height: 1, width: 4), vector.bytes)
+        for vector in try load().pixels {
+            XCTAssertEqual(try pixels(vector.values, height: 1, width: 4), vector.bytes)
+        }
     }
 }

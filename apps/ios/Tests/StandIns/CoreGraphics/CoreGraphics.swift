@@ -21,6 +21,7 @@ public final class CGDataProvider {
 }
 
 public enum CGImageAlphaInfo: UInt32, Sendable {
+    case premultipliedLast = 1
     case noneSkipLast = 5
 }
 
