@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.inputs import fitted_mask, fitted_picture, fitted_reference, picture_name
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
+from mlx_snapgen.networks.apart import apart
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
@@ -105,6 +107,14 @@ def encode_for(
     return text, mask
 
 
+def batch_texts(texts: Sequence[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
+    """The results of `encode_for` for one prompt each, as its result for all of them."""
+    if len(texts) == 1:
+        return texts[0]
+    text, mask = (mx.stack(list(parts), axis=1) for parts in zip(*texts, strict=True))
+    return text.reshape(-1, *text.shape[2:]), mask.reshape(-1, *mask.shape[2:])
+
+
 def denoise_latents(
     network: Callable[..., mx.array],
     text: mx.array,
@@ -117,6 +127,8 @@ def denoise_latents(
     start: Start | None = None,
 ) -> Iterator[Step]:
     """Go from the seeds' noise to latents (B, h, w, C), yielding after every step.
+
+    On the CPU each picture is the same, bit for bit, in batches of all sizes.
 
     Args:
         network: `EfficientDiT`, or a function with the same arguments.
@@ -132,7 +144,7 @@ def denoise_latents(
     sampler, factor = settings.sampler(config), config.autoencoder.downsampling
     shape = settings.height // factor, settings.width // factor, config.transformer.latent_channels
     velocity = guided_velocity(
-        network,
+        _of_each(network, len(seeds)),
         text,
         mask,
         sampler.guidance_scale,
@@ -146,6 +158,18 @@ def denoise_latents(
     schedule = get_schedule(sampler.num_inference_steps, settings.time_shift)
     fresh_noise = noise if sampler.fresh_noise else None
     yield from denoise(velocity, noise(0), schedule, fresh_noise, start=start)
+
+
+def _of_each(network: Callable[..., mx.array], pictures: int) -> Callable[..., mx.array]:
+    """`network` for a batch of pictures at one noise level, each computed as it is alone."""
+    if pictures == 1:
+        return network
+
+    def call(*inputs: mx.array, **settings: Any) -> mx.array:
+        with apart(pictures):
+            return network(*inputs, **settings)
+
+    return call
 
 
 def in_mode(
@@ -181,18 +205,21 @@ def draw_latents(
     config = components.config
     config.transformer.width_index(share)
     settings = (settings or DrawSettings()).resolved(config)
-    text, mask = encode_for(
-        settings,
-        prompts,
-        config=config,
-        encode=lambda some: encode_prompts(
-            some, components.text_encoders, transformer=components.transformer
-        ),
-    )
+    # One by one: the states of a prompt depend on the size of its batch.
+    texts = [
+        encode_for(
+            settings,
+            [prompt],
+            config=config,
+            encode=lambda some: encode_prompts(
+                some, components.text_encoders, transformer=components.transformer
+            ),
+        )
+        for prompt in prompts
+    ]
     *_, last = denoise_latents(
         network or in_mode(components.transformer, settings, config=config, adapter=adapter),
-        text,
-        mask,
+        *batch_texts(texts),
         seeds=seeds,
         settings=settings,
         config=config,
@@ -235,7 +262,8 @@ def draw_pictures(
             share=share,
             adapter=adapter,
         )
-        pictures.append(to_uint8(components.autoencoder.decode(latents)))
+        # One by one: on the CPU, this is faster, and a picture does not depend on its batch.
+        pictures += [to_uint8(components.autoencoder.decode(one[None])) for one in latents]
         if progress is not None:
-            progress(len(pictures[-1]))
+            progress(len(latents))
     return np.concatenate(pictures)

@@ -1,31 +1,32 @@
 """Draw pictures from the command line: `python -m mlx_snapgen.generate "a red apple"`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import load_vocabulary
 from mlx_snapgen.cli.generate_options import Saving, build_parser, check_together, is_folder
-from mlx_snapgen.cli.interactive import Session, as_settings
 from mlx_snapgen.cli.notices import (
     announce,
     peak_process_bytes,
     print_vocabulary,
     short_warnings,
+    write_line,
 )
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import UserError, plural, run_command
+from mlx_snapgen.files import expanded
 from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import (
     MAX_PIXELS,
@@ -53,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.cache_limit is not None:
         mx.set_cache_limit(args.cache_limit)
     saving = Saving(args.output, args.metadata, args.stepwise_dir, json=args.json)
-    reword = as_settings if args.interactive else str
+    reword: Callable[[str], str] = str
+    if args.interactive:
+        from mlx_snapgen.cli.interactive import as_settings
+
+        reword = as_settings
     with short_warnings(name_prompts=args.prompts_file is not None, reword=reword):
         settings, choice, origin = _settings(args)
         check_together(args, settings)
@@ -61,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print_vocabulary(open_model(choice).path, args.json)
         load = functools.partial(_load, origin=origin)
         if args.interactive:
+            from mlx_snapgen.cli.interactive import Session
+
             session = Session(settings, choice, saving=saving, load=load, draw=_draw)
             if settings.prompt:
                 session.take(settings.prompt)
@@ -73,8 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command = 'python -m mlx_snapgen.generate "a red apple"'
                 raise UserError(f"the prompt is empty: say what to draw, such as {command}")
             pipeline = load(choice, settings)
-            for prompt in prompts:
-                _draw(pipeline, dataclasses.replace(settings, prompt=prompt), saving=saving)
+            if _is_file(args.prompts_file):
+                _draw(pipeline, settings, saving=saving, prompts=prompts)
+            else:
+                # A program that writes to a pipe may wait for the picture before the next prompt.
+                for prompt in prompts:
+                    _draw(pipeline, dataclasses.replace(settings, prompt=prompt), saving=saving)
     if not args.json:
         peak = _peak_memory()
         process = peak.get("peak_process_bytes")
@@ -83,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             + (f", {process / 2**20:.0f} MiB in all" if process else "")
         )
     return 0
+
+
+def _is_file(prompts: str | None) -> bool:
+    return prompts not in (None, "-") and expanded(prompts).is_file()
 
 
 def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict[str, Any]]:
@@ -132,58 +147,112 @@ def _load(choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, A
     return pipeline
 
 
-def _draw(pipeline: Pipeline, settings: DrawSettings, *, saving: Saving) -> Path:
-    """Draw, save and report all pictures of one prompt; returns the last one's file."""
-    name, steps, output = slug(settings.prompt), pipeline.generate(settings), saving.output
-    target = Path(output or ".") / f"{name}.png"
-    if output is not None and not is_folder(output):
-        target = Path(output)
-    path = target
-    for k in range(settings.num_images):
-        started, count = time.perf_counter(), f"{k + 1}/{settings.num_images}"
-        # A terminal shows a progress bar instead.
-        with announce(f"drawing {name} {count} ...", enabled=not sys.stderr.isatty()):
-            step, per_step = _last_step(steps, count, name=name, folder=saving.stepwise_dir)
-            path = save_picture(
-                step.preview(), target, metadata=step.metadata if saving.metadata else None
-            )
-        seconds = time.perf_counter() - started
-        _report(step, path, seconds=seconds, per_step=per_step, as_json=saving.json)
-    return path
+def _draw(
+    pipeline: Pipeline,
+    settings: DrawSettings,
+    *,
+    saving: Saving,
+    prompts: Iterable[str] | None = None,
+) -> Path:
+    """Draw, save and report all pictures of the prompt, or of each of `prompts`.
 
-
-def _last_step(
-    steps: Iterator[GenerationStep], count: str, *, name: str, folder: str | None
-) -> tuple[GenerationStep, float]:
-    """Draw one picture with a progress bar; returns its last step, and seconds per step.
-
-    Each step's estimate is saved in `folder`, unless that is None.
+    Returns the last one's file.
     """
-    with tqdm(desc=count, bar_format=BAR, leave=False, disable=None) as bar:
-        started = time.perf_counter()
-        for step in steps:
-            bar.total = step.num_steps
-            bar.set_description_str(f"{count} seed {step.seed}", False)
-            per_step = (time.perf_counter() - started) / (step.index + 1)
-            bar.set_postfix_str(f"{per_step:.2f} s/step", False)
-            bar.update()
-            if folder is not None:
-                file = f"{name}-seed-{step.seed}-step-{step.index + 1:02d}.png"
-                save_picture(step.decode(step.x0), Path(folder) / file)
-            if step.final:
-                return step, per_step
-    raise AssertionError("every picture has a final step")
+    if prompts is None:
+        steps, total = pipeline.generate(settings), f"/{settings.num_images}"
+    else:
+        steps, total = pipeline.generate_prompts(prompts, settings), ""
+    name = f"{slug(settings.prompt)} " if prompts is None else ""
+    paths: list[Path] = []
+    drawn = True
+    # The number of pictures of a prompts file is known at its end.
+    while drawn and (prompts is not None or len(paths) < settings.num_images):
+        count = f"{len(paths) + 1}{total}"
+        # A terminal shows a progress bar instead.
+        with announce(f"drawing {name}{count} ...", enabled=not sys.stderr.isatty()):
+            drawn = _draw_batch(steps, count, total=total, saving=saving)
+        paths += drawn
+    return paths[-1]
 
 
-def _report(
-    step: GenerationStep, path: Path, *, seconds: float, per_step: float, as_json: bool
-) -> None:
-    if as_json:
+@contextlib.contextmanager
+def _progress(description: str) -> Iterator[Any]:
+    """A progress bar in a terminal; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=description, bar_format=BAR, leave=False) as bar:
+        yield bar
+
+
+def _draw_batch(
+    steps: Iterator[GenerationStep], count: str, *, total: str, saving: Saving
+) -> list[Path]:
+    """Draw, save and report the pictures of the next batch, of which there may be none.
+
+    Args:
+        count: the number of the first one.
+        total: follows the number of the last one.
+    """
+    batch, finished, per_step = range(0), [], 0.0
+    started = time.perf_counter()
+    paths: list[Path] = []
+    try:
+        with _progress(count) as bar:
+            for step in steps:
+                batch = step.batch
+                if saving.stepwise_dir is not None:
+                    name = f"{slug(step.metadata['prompt'])}-seed-{step.seed}"
+                    file = f"{name}-step-{step.index + 1:02d}.png"
+                    save_picture(step.decode(step.x0), Path(saving.stepwise_dir) / file)
+                if step.final:
+                    finished.append(step)
+                if step.image == batch[-1]:
+                    per_step = (time.perf_counter() - started) / (step.index + 1)
+                    if bar is not None:
+                        several = f"{batch[0] + 1}-{batch[-1] + 1}{total}"
+                        text = f"{count} seed {step.seed}" if len(batch) == 1 else several
+                        bar.total = step.num_steps
+                        bar.set_description_str(text, False)
+                        bar.set_postfix_str(f"{per_step:.2f} s/step", False)
+                        bar.update()
+                    if step.final:
+                        break
+        for step in finished:
+            paths.append(_save(step, per_step / len(batch), saving=saving))
+    except KeyboardInterrupt:
+        if len(batch) > 1 and len(paths) < len(batch):
+            lost = plural(len(batch) - len(paths), "unfinished picture")
+            write_line(f"lost {lost} of this batch; --batch-size 1 draws one by one")
+        raise
+    return paths
+
+
+def _save(step: GenerationStep, per_step: float, *, saving: Saving) -> Path:
+    """Decode, save and report a picture; `per_step` are the seconds that each of its steps took."""
+    started = time.perf_counter()
+    path = save_picture(
+        step.preview(),
+        _target(saving.output, step.metadata["prompt"]),
+        metadata=step.metadata if saving.metadata else None,
+    )
+    seconds = per_step * step.num_steps + time.perf_counter() - started
+    if saving.json:
         result = {"path": str(path), "seconds": round(seconds, 3)}
         result |= {"seconds_per_step": round(per_step, 3), **_peak_memory()}
         print(json.dumps(result | step.metadata), flush=True)
     else:
         print(f"{path} (seed {step.seed}, {seconds:.1f} s, {per_step:.2f} s/step)", flush=True)
+    return path
+
+
+def _target(output: str | None, prompt: str) -> Path:
+    """The file of a picture, if there is none yet."""
+    if output is not None and not is_folder(output):
+        return Path(output)
+    return Path(output or ".") / f"{slug(prompt)}.png"
 
 
 def _peak_memory() -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ class GenerationStep:
     """Everything that is needed to reproduce the picture."""
     rough: Callable[[mx.array], Image.Image] | None = None
     """`decode` for previews, if the decoder is slow."""
+    batch: range = range(1)
+    """Indices of the pictures that are drawn together with this one, which take turns."""
 
     @property
     def final(self) -> bool:
@@ -68,6 +71,27 @@ class GenerationStep:
         With a slow decoder it is rough before the last step; `decode` is exact.
         """
         return (self.decode if self.final or self.rough is None else self.rough)(self.x0)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A picture to draw."""
+
+    image: int
+    seed: int
+    settings: DrawSettings
+    """Resolved."""
+    inputs: Inputs
+
+
+def _drawings(resolved: Iterable[tuple[DrawSettings, Inputs]]) -> Iterator[_Drawing]:
+    """The pictures to draw with resolved settings, one after another."""
+    numbers = itertools.count()
+    for settings, inputs in resolved:
+        assert settings.seed is not None
+        for k in range(settings.num_images):
+            seed = settings.seed + k
+            yield _Drawing(next(numbers), seed, settings=settings, inputs=inputs)
 
 
 @contextlib.contextmanager
@@ -130,6 +154,10 @@ class Pipeline(ABC):
     def generate(self, prompt: str | DrawSettings, **settings: Any) -> Iterator[GenerationStep]:
         """Draw a prompt, yielding after every step; stop iterating to cancel.
 
+        Pictures are drawn in batches of `DrawSettings.batch_size`: the first step of all pictures
+        of a batch, then the second one of all. On the CPU a picture does not depend on its batch;
+        elsewhere, the difference is at most one level of 255.
+
         Arguments are those of `__call__` and are checked at once. Warns with `PromptWarning` about
         a prompt that is too long or has words that the model does not understand (see
         `check_prompts`), and about a size that the model was not trained on, and with
@@ -137,7 +165,26 @@ class Pipeline(ABC):
         """
         if not isinstance(prompt, DrawSettings):
             prompt = DrawSettings(prompt)
-        wanted = dataclasses.replace(prompt, **settings)
+        resolved = self._resolve(dataclasses.replace(prompt, **settings), alone=True)
+        return self._steps([resolved])
+
+    def generate_prompts(
+        self, prompts: Iterable[str], settings: DrawSettings
+    ) -> Iterator[GenerationStep]:
+        """Draw `num_images` pictures of each prompt; a batch may have several prompts.
+
+        As `generate`, but a prompt is read and checked when its batch is drawn. If that fails, the
+        pictures before it are drawn first.
+        """
+        wanted = (dataclasses.replace(settings, prompt=prompt) for prompt in prompts)
+        return self._steps(map(self._resolve, wanted))
+
+    def _resolve(self, wanted: DrawSettings, *, alone: bool = False) -> tuple[DrawSettings, Inputs]:
+        """Checked settings, with their batch size, and the pictures to start from.
+
+        Args:
+            alone: no other prompt's pictures are in a batch with these.
+        """
         # Without words, a picture to start from is varied.
         if not isinstance(wanted.prompt, str) or not (wanted.prompt.strip() or wanted.image):
             raise UserError("the prompt is empty: say what to draw")
@@ -148,14 +195,17 @@ class Pipeline(ABC):
                 warnings.warn(
                     f"drawn at {resolved.width} x {resolved.height}, the nearest size that this "
                     "model was trained on; --force-size draws any size, badly",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 break
+        count = self._batch_size(resolved)
+        count = min(count, resolved.num_images) if alone else count
+        resolved = dataclasses.replace(resolved, batch_size=count)
         self._check(resolved)
         inputs = read_inputs(resolved, unit=self.config.size_unit, keep_alpha=self._has_alpha)
         for text in inputs.notices:
-            warnings.warn(text, PictureWarning, stacklevel=2)
-        return self._steps(resolved, inputs)
+            warnings.warn(text, PictureWarning, stacklevel=3)
+        return resolved, inputs
 
     def describe(self) -> dict[str, Any]:
         """The part of a picture's metadata that all pictures of this pipeline share."""
@@ -181,9 +231,16 @@ class Pipeline(ABC):
     def _check(self, settings: DrawSettings) -> None:
         """Check memory and warn about prompts, before anything is computed."""
 
+    def _batch_size(self, settings: DrawSettings) -> int:
+        """Pictures to draw at a time, if there are so many."""
+        return 1
+
     @abstractmethod
-    def _encode(self, settings: DrawSettings) -> Any:
-        """The text that `_denoise` takes; the text encoders are freed if they can be loaded."""
+    def _encode(self, settings: list[DrawSettings]) -> Any:
+        """The text of a batch, one settings for each picture, that `_denoise` takes.
+
+        The text encoders are freed if they can be loaded again.
+        """
 
     @abstractmethod
     def _denoise(
@@ -199,40 +256,81 @@ class Pipeline(ABC):
         """The autoencoder for pictures to start from."""
         return self.autoencoder
 
-    def _steps(self, settings: DrawSettings, inputs: Inputs) -> Iterator[GenerationStep]:
+    def _steps(self, resolved: Iterable[tuple[DrawSettings, Inputs]]) -> Iterator[GenerationStep]:
         with no_cache() if self.choice.low_memory else contextlib.nullcontext():
-            encoded = dataclasses.replace(
-                settings,
-                prompt=self._translate(settings.prompt),
-                negative_prompt=self._translate(settings.negative_prompt),
+            inputs, given = None, Given()
+            for batch in self._batches(_drawings(resolved)):
+                first = batch[0]
+                if first.inputs is not inputs:
+                    inputs = first.inputs
+                    given = self._encode_pictures(first.settings, inputs)
+                yield from self._draw(batch, given)
+
+    def _batches(self, drawings: Iterable[_Drawing]) -> Iterator[list[_Drawing]]:
+        batch: list[_Drawing] = []
+        size = None
+        try:
+            for drawing in drawings:
+                size = size or drawing.settings.batch_size
+                batch.append(drawing)
+                if len(batch) == size:
+                    yield batch
+                    batch = []
+        except UserError:
+            if batch:
+                yield batch
+            raise
+        if batch:
+            yield batch
+
+    def _draw(self, batch: list[_Drawing], given: Given) -> Iterator[GenerationStep]:
+        encoded = [
+            dataclasses.replace(
+                drawing.settings,
+                prompt=self._translate(drawing.settings.prompt),
+                negative_prompt=self._translate(drawing.settings.negative_prompt),
             )
-            text = self._encode(encoded)
-            given = self._encode_pictures(settings, inputs)
-            metadata = self.describe() | record_settings(settings)
-            if encoded.prompt != settings.prompt:
-                metadata["encoded_prompt"] = encoded.prompt
-            is_slow = not has_fast_decoder(self.autoencoder.config)
-            assert settings.seed is not None
-            for k in range(settings.num_images):
-                seed = settings.seed + k
-                for step in self._denoise(text, settings, seeds=[seed], given=given):
-                    if not mx.isfinite(step.x_t).all().item():
-                        raise UserError(
-                            f"latents are not finite at step {step.index + 1} of {step.num_steps} "
-                            f"(seed {seed}): the weights are damaged, or {metadata['dtype']} or a "
-                            f"guidance scale of {settings.guidance_scale:g} is too much for them"
-                        )
-                    yield GenerationStep(
-                        image=k,
-                        seed=seed,
-                        index=step.index,
-                        num_steps=step.num_steps,
-                        sigma=step.sigma,
-                        x0=step.x_t if step.final else step.x0,
-                        decode=lambda latents: inputs.over(self.decode(latents)),
-                        metadata=metadata | {"seed": seed},
-                        rough=(lambda x: inputs.over(self._rough(x))) if is_slow else None,
+            for drawing in batch
+        ]
+        text, settings = self._encode(encoded), batch[0].settings
+        metadata = self._metadata(batch, encoded)
+        images = range(batch[0].image, batch[-1].image + 1)
+        is_slow = not has_fast_decoder(self.autoencoder.config)
+        seeds = [drawing.seed for drawing in batch]
+        for step in self._denoise(text, settings, seeds=seeds, given=given):
+            for k, drawing in enumerate(batch):
+                x_t, x0 = step.x_t[k : k + 1], step.x0[k : k + 1]
+                if not mx.isfinite(x_t).all().item():
+                    others = f"; the {len(batch)} pictures of its batch are lost"
+                    raise UserError(
+                        f"latents are not finite at step {step.index + 1} of {step.num_steps} "
+                        f"(seed {drawing.seed}): the weights are damaged, or "
+                        f"{metadata[k]['dtype']} or a guidance scale of "
+                        f"{settings.guidance_scale:g} is too much for them"
+                        + (others if len(batch) > 1 else "")
                     )
+                over = drawing.inputs.over
+                yield GenerationStep(
+                    image=drawing.image,
+                    seed=drawing.seed,
+                    index=step.index,
+                    num_steps=step.num_steps,
+                    sigma=step.sigma,
+                    x0=x_t if step.final else x0,
+                    decode=lambda latents, over=over: over(self.decode(latents)),
+                    metadata=metadata[k],
+                    rough=(lambda x, over=over: over(self._rough(x))) if is_slow else None,
+                    batch=images,
+                )
+
+    def _metadata(self, batch: list[_Drawing], encoded: list[DrawSettings]) -> list[dict[str, Any]]:
+        """Everything that is needed to reproduce each picture of a batch."""
+        common, found = self.describe(), []
+        for drawing, one in zip(batch, encoded, strict=True):
+            found.append(common | record_settings(drawing.settings) | {"seed": drawing.seed})
+            if one.prompt != drawing.settings.prompt:
+                found[-1]["encoded_prompt"] = one.prompt
+        return found
 
     def _encode_pictures(self, settings: DrawSettings, inputs: Inputs) -> Given:
         """The latents of the pictures that `_denoise` starts from."""

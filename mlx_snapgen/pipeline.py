@@ -5,12 +5,12 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.memory import check_memory
+from mlx_snapgen.checkpoint.memory import batch_size, check_memory, transformer_bytes
 from mlx_snapgen.checkpoint.model import (
     Components,
     load_pretrained,
@@ -19,7 +19,7 @@ from mlx_snapgen.checkpoint.model import (
 )
 from mlx_snapgen.checkpoint.module import Quantization
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
-from mlx_snapgen.draw import denoise_latents, encode_for, in_mode
+from mlx_snapgen.draw import batch_texts, denoise_latents, encode_for, in_mode
 from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.generation import Given, Pipeline
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
@@ -27,12 +27,12 @@ from mlx_snapgen.lora.files import load_lora, lora_words, read_lora
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.prompt_check import check_prompts
-from mlx_snapgen.public_pipeline import PublicPipeline
-from mlx_snapgen.quantize.runtime import quantize_transformer
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
-from mlx_snapgen.teachers.folder import TeacherFolder
 from mlx_snapgen.vocabulary import translate
+
+if TYPE_CHECKING:
+    from mlx_snapgen.teachers.folder import TeacherFolder
 
 
 class PromptWarning(UserWarning):
@@ -84,7 +84,7 @@ class SnapGenPipeline(Pipeline):
         cls,
         model: str | Path | ModelChoice | None = None,
         *,
-        folder: ModelFolder | TeacherFolder | None = None,
+        folder: "ModelFolder | TeacherFolder | None" = None,
         dtype: mx.Dtype | None = None,
         **choice: Any,
     ) -> Pipeline:
@@ -107,7 +107,9 @@ class SnapGenPipeline(Pipeline):
         # Record the commit that a branch or tag refers to now.
         chosen = dataclasses.replace(chosen, model=folder.source, revision=folder.revision)
         share = check_choice(folder.config, chosen).share
-        if isinstance(folder, TeacherFolder):
+        if not isinstance(folder, ModelFolder):
+            from mlx_snapgen.public_pipeline import PublicPipeline
+
             chosen = dataclasses.replace(chosen, quantize=folder.quantize)
             return PublicPipeline(folder, chosen, dtype=dtype)
         chosen = dataclasses.replace(chosen, quantize=chosen.quantize or None)
@@ -130,6 +132,8 @@ class SnapGenPipeline(Pipeline):
         if chosen.loras:
             components = _with_loras(components, chosen.loras, share=share)
         if chosen.quantize is not None:
+            from mlx_snapgen.quantize.runtime import quantize_transformer
+
             quantize_transformer(components.transformer, chosen.quantize)
         made = cls(components, chosen, reload_text_encoders=reload)
         made._folder = folder
@@ -158,28 +162,41 @@ class SnapGenPipeline(Pipeline):
     def _check(self, settings: DrawSettings) -> None:
         if self._folder is not None:
             assert settings.height is not None and settings.width is not None
-            size = {"height": settings.height, "width": settings.width}
-            check_memory(self._folder, self.choice, **size)
+            check_memory(
+                self._folder,
+                self.choice,
+                height=settings.height,
+                width=settings.width,
+                pictures=settings.batch_size or 1,
+                guided=settings.guidance_scale != 1,
+            )
         for text in check_prompts(
             settings,
             self._prompts.tokenizers,
             vocabulary=self.vocabulary,
             lora_words=self._lora_words,
         ):
-            warnings.warn(PromptWarning(text, settings.prompt), stacklevel=3)
+            warnings.warn(PromptWarning(text, settings.prompt), stacklevel=4)
 
     def _translate(self, prompt: str) -> str:
         return translate(prompt, self.vocabulary, lora_words=self._lora_words)
 
-    def _encode(self, settings: DrawSettings) -> tuple[mx.array, mx.array]:
-        text, mask = encode_for(
-            settings,
-            [settings.prompt],
-            config=self.config,
-            encode=lambda prompts: self._prompts(prompts, self.transformer),
-        )
+    def _batch_size(self, settings: DrawSettings) -> int:
+        weights = 0 if self._folder is None else transformer_bytes(self._folder, self.choice)
+        return batch_size(settings, self.choice, transformer=weights)
+
+    def _encode(self, settings: list[DrawSettings]) -> tuple[mx.array, mx.array]:
+        found: dict[str, tuple[mx.array, mx.array]] = {}
+        for one in settings:
+            if one.prompt not in found:
+                found[one.prompt] = encode_for(
+                    one,
+                    [one.prompt],
+                    config=self.config,
+                    encode=lambda prompts: self._prompts(prompts, self.transformer),
+                )
         self._prompts.free()
-        return text, mask
+        return batch_texts([found[one.prompt] for one in settings])
 
     def _denoise(
         self,

@@ -25,6 +25,7 @@ BYTES_PER_PIXEL = 600
 """Memory that drawing takes at least. Measured at 2048 x 2048: 715 with the default model, and 670
 with Qwen-Image's decoder alone."""
 MAX_STEPS = 1000
+MAX_BATCH = 256
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0
 """Default `DrawSettings.strength`, without and with a mask."""
 
@@ -206,6 +207,8 @@ class DrawSettings:
     seed: int | None = 0
     """Of the first picture; picture k has the seed `seed` + k. None: a random seed."""
     num_images: int = 1
+    batch_size: int | None = None
+    """Pictures that are drawn at a time; they do not depend on it. None: by the memory."""
     image: Source | None = None
     """Picture to start from: a file, or a picture in memory. It is fitted to height x width; None
     for these is a size of its aspect ratio, if the model can draw all sizes."""
@@ -239,6 +242,8 @@ class DrawSettings:
         scale = mode.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if not math.isfinite(scale):
             raise UserError(f"guidance_scale must be a finite number, got {scale}")
+        if self.batch_size is not None:
+            whole_number("batch_size", self.batch_size, least=1, most=MAX_BATCH)
         few_step = config.few_step is not None and mode is config.few_step
         self._check_abilities(config, few_step=few_step, guidance_scale=scale)
         steps = whole_number("num_inference_steps", steps, least=1, most=MAX_STEPS)
@@ -320,6 +325,11 @@ class DrawSettings:
             raise UserError(f"{who} takes no negative prompt: leave it out")
         if not can.attention_modulation and self.attention_modulation:
             raise UserError(f"{who} has no attention modulation: leave it out")
+        if not can.batches and (self.batch_size or 1) > 1:
+            raise UserError(
+                f"{config.name} is a public model, which draws pictures one by one: leave out "
+                "--batch-size"
+            )
 
     def sampler(self, config: ModelConfig) -> SamplerConfig:
         """The sampler of settings that are `resolved`."""

@@ -38,7 +38,7 @@ from apps.worker.messages import (
 )
 from mlx_snapgen.alpha import shown
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.memory import needed_bytes, transformer_bytes
+from mlx_snapgen.checkpoint.memory import batch_size, needed_bytes, transformer_bytes
 from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.decode import to_rgb
 from mlx_snapgen.errors import UserError
@@ -231,7 +231,7 @@ class Engine:
 
     def _draw(self, number: int, job: Job, *, settings: DrawSettings, pipeline: Pipeline) -> bool:
         """Draw a job's pictures; False when it was cancelled."""
-        started = time.perf_counter()
+        started, denoising = time.perf_counter(), 0.0
 
         def show(step: GenerationStep) -> Image.Image:
             picture = step.preview()
@@ -242,11 +242,11 @@ class Engine:
         for step in pipeline.generate(settings):
             if self._is_cancelled(number):
                 return False
-            preview = None
+            preview, decoding = None, time.perf_counter()
             if not step.final and _has_preview(step.index, step.num_steps, previews=job.previews):
                 picture = show(step)
                 form = job.file_format
-                preview = shown(picture).tobytes() if form is None else _encode(picture, form)
+                preview = encode_picture(picture, form) if form else shown(picture).tobytes()
             self._send(
                 Progress(
                     number,
@@ -259,6 +259,10 @@ class Engine:
                 )
             )
             if step.final:
+                if step.image == step.batch[0]:
+                    # Of the steps, which the pictures of a batch share, and then of each decoding.
+                    denoising = (decoding - started) / len(step.batch)
+                    started = decoding
                 picture, metadata = show(step), step.metadata
                 if job.enlarged is not None:
                     width, height = job.enlarged
@@ -270,10 +274,10 @@ class Engine:
                         image=step.image,
                         size=picture.size,
                         rgb=shown(picture).tobytes(),
-                        file=_encode(picture, job.file_format or FileFormat(), metadata),
+                        file=encode_picture(picture, job.file_format or FileFormat(), metadata),
                         name=slug(settings.prompt),
                         metadata=metadata,
-                        seconds=time.perf_counter() - started,
+                        seconds=denoising + time.perf_counter() - started,
                     )
                 )
                 started = time.perf_counter()
@@ -303,8 +307,11 @@ def needed_memory(
     height, width = settings.height, settings.width
     assert height is not None and width is not None
     if isinstance(folder, TeacherFolder):
-        return peak_bytes(folder, settings)(height, width, low_memory=choice.low_memory)
-    return needed_bytes(transformer_bytes(folder, choice), height, width)
+        return peak_bytes(folder, choice, settings=settings)(height, width)
+    transformer = transformer_bytes(folder, choice)
+    count = min(batch_size(settings, choice, transformer=transformer), settings.num_images)
+    guided = settings.guidance_scale != 1
+    return needed_bytes(transformer, height, width, pictures=count, guided=guided)
 
 
 def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
@@ -316,15 +323,15 @@ def _has_preview(index: int, num_steps: int, *, previews: int | None) -> bool:
     return any(index == (k + 1) * before // (count + 1) for k in range(count))
 
 
-def _encode(
+def encode_picture(
     picture: Image.Image, form: FileFormat, metadata: Mapping[str, Any] | None = None
 ) -> bytes:
     """A picture as the bytes of a file."""
+    if form.opaque or form.kind == "jpeg":
+        picture, _ = to_rgb(picture)
     if form.kind == "png":
         return encode_png(picture, metadata)
     buffer = io.BytesIO()
-    if form.kind == "jpeg":
-        picture, _ = to_rgb(picture)
     picture.save(buffer, form.kind, quality=form.quality)
     return buffer.getvalue()
 

@@ -15,6 +15,8 @@ class FileFormat:
     """png, jpeg or webp. A PNG has the settings as metadata."""
     quality: int = 100
     """Of JPEG and WebP, 0 to 100."""
+    opaque: bool = False
+    """Transparent parts are over white, as always in JPEG."""
 
 
 @dataclass(frozen=True)

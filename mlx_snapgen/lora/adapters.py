@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.networks.apart import product
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
 
@@ -82,7 +83,7 @@ class LoRALinear(nn.Module):
         y = self.linear(x, share) if elastic else self.linear(x)
         for adapter in self.active():
             a, b = self.matrices(adapter, share)
-            y = y + (adapter.scale * ((x @ a.T) @ b.T)).astype(y.dtype)
+            y = y + (adapter.scale * product(product(x, a), b)).astype(y.dtype)
         return y
 
     def sliced(self, share: float) -> dict[str, Any]:

@@ -270,12 +270,15 @@ def load_lora(
     alphas = peft_alphas(
         path, config, {layer: len(parts["a"]) for layer, parts in by_layer.items()}
     )
-    adapters = {}
+    adapters, finite = {}, []
     for layer, parts in by_layer.items():
         dtype = mx.float32 if trainable else layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
         alpha = float(parts["alpha"]) if "alpha" in parts else alphas[layer]
         adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight))
+        finite += [mx.isfinite(a).all(), mx.isfinite(b).all()]
+    if not all(mx.array(finite).tolist()):
+        raise UserError(f"{path} is damaged: it has weights that are not finite; get it again")
     made_for = header.get("base_model")
     if base_model and made_for and base_model != made_for:
         warnings.warn(

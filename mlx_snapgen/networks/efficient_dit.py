@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks.apart import pictures_apart
 from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
 from mlx_snapgen.networks.exponentials import gelu, silu
@@ -261,6 +262,7 @@ class EfficientDiT(nn.Module):
 
         Args:
             x_t: H and W must divide by twice the patch size.
+            t: inside `apart` the same for all pictures.
             text: joined states (B, L, text_width) from `encode_text`. Where no token of a picture
                 counts, cross-attention adds nothing.
             share: one of `config.widths`.
@@ -281,7 +283,10 @@ class EfficientDiT(nn.Module):
         grid = Grid(height // patch, row // patch)
         x = space_to_depth(x_t, patch).reshape(b, grid.height * grid.width, -1)
         x = self.patch_embed(x.astype(self.patch_embed.bias.dtype), share)
-        embedding, modulation = self.time(t, share=share)
+        count = pictures_apart()
+        embedding, modulation = self.time(t[::count], share=share)
+        if count > 1:
+            embedding, modulation = (mx.repeat(a, count, axis=0) for a in (embedding, modulation))
 
         def run(block: Block, x: mx.array, grid: Grid, modulated: bool = False) -> mx.array:
             settings = {"mask": mask, "grid": grid, "share": share, "modulate_attention": modulated}

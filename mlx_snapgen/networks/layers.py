@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_snapgen.networks.apart import pictures_apart
 from mlx_snapgen.networks.exponentials import exponential_weights, float32_on_cpu
 
 
@@ -96,7 +97,7 @@ def attend(
     """
     scale = 1 / math.sqrt(q.shape[-1])
     if float32_on_cpu(q):
-        return _attend_in_cache(q * scale, k, v, mask=mask, modulation=modulation)
+        return _attend_apart(q * scale, k, v, mask=mask, modulation=modulation)
     if modulation is None:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     share = q.shape[1] // k.shape[1]
@@ -105,15 +106,33 @@ def attend(
     return (weights * modulation.astype(q.dtype)) @ v
 
 
+def _attend_apart(
+    q: mx.array, k: mx.array, v: mx.array, *, mask: mx.array | None, modulation: mx.array | None
+) -> mx.array:
+    """`_attend_in_cache` of a batch of pictures, each with the parts that it has alone."""
+    (b, heads, n, _), keys, count = q.shape, k.shape[2], pictures_apart()
+    rows = max(16, PART_OF_SCORES // (b // count * heads * keys))
+    size = max(1, PART_OF_SCORES // (heads * n * keys)) if count > 1 else b
+    out = []
+    for start in range(0, b, size):
+        here = slice(start, start + size)
+        own = mask[here] if mask is not None and mask.ndim == 4 and len(mask) == b else mask
+        out.append(
+            _attend_in_cache(q[here], k[here], v[here], rows=rows, mask=own, modulation=modulation)
+        )
+    return mx.concatenate(out) if len(out) > 1 else out[0]
+
+
 def _attend_in_cache(
     q: mx.array,
     k: mx.array,
     v: mx.array,
     *,
+    rows: int,
     mask: mx.array | None,
     modulation: mx.array | None,
 ) -> mx.array:
-    """`attend` as it runs on the CPU, for q that is scaled.
+    """`attend` as it runs on the CPU, for q that is scaled, `rows` queries at a time.
 
     The query heads of one kv head are one product, so that k and v are not copied. The weights are
     divided by their sums after the product with v, which has fewer numbers.
@@ -122,7 +141,6 @@ def _attend_in_cache(
     kv_heads, keys = k.shape[1:3]
     share = heads // kv_heads
     k = k.swapaxes(-1, -2)
-    rows = max(16, PART_OF_SCORES // (b * heads * keys))
     out = []
     starts = range(0, n, rows)
     for start, part in zip(starts, mx.split(q, starts[1:], axis=2), strict=True):

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
-from mlx_snapgen.networks.elastic import ElasticLinear, extract, slice_groups
+from mlx_snapgen.networks.elastic import ElasticLinear, extract, narrowed, slice_groups
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder
 from mlx_snapgen.settings import WIDTH_NAMES, WIDTHS
@@ -86,6 +86,37 @@ def test_slice_rule_keeps_the_head_of_every_group():
     cut = layer.sliced(0.5)["weight"]
     columns = [0, 1, 4, 5, 8, 9, 12, 13]
     np.testing.assert_array_equal(np.array(cut), np.array(layer.weight)[:4, columns])
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("sliced", [(True, True), (True, False), (False, True)])
+def test_a_part_is_added_where_its_slice_is(groups, sliced):
+    how = {"slice_in": sliced[0], "slice_out": sliced[1]}
+    layer = ElasticLinear(16, 8, in_groups=groups[0], out_groups=groups[1], **how)
+    for whole, name in ((mx.arange(128.0).reshape(8, 16), "weight"), (mx.arange(8.0), "bias")):
+        part = 1000 + layer.sliced(0.5)[name]
+        layer[name] = whole
+        _, [slope] = mx.vjp(lambda w, n=name: layer.update({n: w}).sliced(0.5)[n], [whole], [part])
+        layer[name] = whole
+        np.testing.assert_array_equal(layer.add_to_slice(whole, part, 0.5), whole + slope)
+
+
+@pytest.mark.parametrize("width", CONFIG.widths[1:])
+def test_a_narrowed_network_is_the_sub_network_and_whole_again_after(network, width):
+    x_t, t, states = inputs()
+    before = dict(tree_flatten(network.parameters()))
+    expected = run(network, x_t, t, states, share=width)
+    with narrowed(network, width) as layers:
+        found = run(network, x_t, t, states, share=width)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        sizes = {name: value.shape for name, value in tree_flatten(network.parameters())}
+        with pytest.raises(ValueError, match="other"):
+            run(network, x_t, t, states, share=1.0)
+    alone = {f"{path}.{k}" for path, layer in layers.items() for k in layer.sliced(width)}
+    smaller = {name for name in before if sizes[name] != before[name].shape}
+    assert smaller and smaller <= alone
+    after = dict(tree_flatten(network.parameters()))
+    assert all(after[name] is before[name] for name in before)
 
 
 def test_quantized_layer_equals_its_dequantized_weights_and_refuses_a_width():

@@ -500,3 +500,22 @@ def test_stickers_is_a_model_s_name(capsys):
     assert main(["a red apple", *FAST, "--model", "stickers", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["model"], result["model_name"]) == (None, "stickers")
+
+
+def test_drawing_imports_no_more_than_it_uses(tmp_path):
+    """What takes long to import is put off until a model, an option or a terminal needs it."""
+    code = (
+        "import sys\n"
+        "from mlx_snapgen import generate\n"
+        "generate.main(['a red apple', '--steps', '1', '--output', sys.argv[1]])\n"
+        "print(*sorted(sys.modules), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "apple.png")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert {"mlx.core", "mlx_snapgen.pipeline"} < imported
+    unused = "tqdm huggingface_hub mlx_lm transformers torch readline mlx_snapgen.public"
+    unused += " mlx_snapgen.teachers mlx_snapgen.public_config mlx_snapgen.public_pipeline"
+    unused += " mlx_snapgen.quantize mlx_snapgen.cli.interactive mlx_snapgen.networks.flux2"
+    assert not imported & set(unused.split())

@@ -1,0 +1,87 @@
+"""Several pictures in one pass on the CPU, each with exactly the numbers that it has alone.
+
+A BLAS library chooses its kernel by the shape of a product, so that a row may be rounded in another
+way if more rows are multiplied with it. `apart` marks a batch of pictures, and `product` multiplies
+them together only if that gives the same bits; otherwise it multiplies each picture by itself. On a
+GPU, and in other types than float32, all pictures are multiplied together.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_snapgen.networks.exponentials import float32_on_cpu
+
+_PICTURES = ContextVar("pictures", default=1)
+LEAST_COMPARED = 1 << 12
+"""Numbers that are compared at least before rows count as equal."""
+
+
+@contextlib.contextmanager
+def apart(pictures: int) -> Iterator[None]:
+    """Inside, a network is called with a batch of so many pictures.
+
+    Row j * pictures + k of the batch is of picture k, and has j = 0, 1 with guidance. All pictures
+    have the same noise level.
+    """
+    token = _PICTURES.set(pictures)
+    try:
+        yield
+    finally:
+        _PICTURES.reset(token)
+
+
+def pictures_apart() -> int:
+    """The number of pictures in the batch that the network computes; 1 outside of `apart`."""
+    return _PICTURES.get()
+
+
+def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """x (B, N, in) or (B, in), weight (out, in), bias (out,) -> x W^T + bias.
+
+    In two dimensions, as those of the time embedding, x is of one picture.
+    """
+    count = pictures_apart()
+    if count == 1 or x.ndim != 3 or not float32_on_cpu(x):
+        return _product(x, weight, bias)
+    b, n, _ = x.shape
+    shape = b // count, count, n, *weight.shape
+    if _rows_are_equal(shape, bias is not None):
+        return _product(x, weight, bias)
+    x = x.reshape(b // count, count, n, -1)
+    parts = [_product(x[:, k], weight, bias) for k in range(count)]
+    return mx.stack(parts, axis=1).reshape(b, n, -1)
+
+
+def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _rows_are_equal(shape: tuple[int, ...], has_bias: bool) -> bool:
+    """Whether the product of all pictures has the bits of the pictures' own products.
+
+    The kernel depends on the shape alone, so that random numbers show it.
+
+    Args:
+        shape: rows of the batch per picture, pictures, tokens, outputs, inputs.
+    """
+    each, count, n, out, inputs = shape
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, np.float32))
+
+    weight, bias = normal(out, inputs), normal(out) if has_bias else None
+    for _ in range(math.ceil(LEAST_COMPARED / (each * count * n * out))):
+        x = normal(each, count, n, inputs)
+        together = _product(x.reshape(each * count, n, inputs), weight, bias)
+        alone = mx.stack([_product(x[:, k], weight, bias) for k in range(count)], axis=1)
+        if not mx.array_equal(together.reshape(alone.shape), alone).item():
+            return False
+    return True
