@@ -5,7 +5,12 @@ the machine and its load. The suite `blocks` compares one block of dense attenti
 `ladder` is the paper's ablation A to D, `widths` the three network widths, and `peers` our network
 beside PyTorch's: the same one, SANA and PixArt-Sigma. It needs torch and diffusers (pip install
 "mlx_snapgen[parity]"), the folder convert/ of the repository, and 16 GB of memory in float32, as
-the networks take turns; --preset chooses some of them.
+the networks take turns; --preset chooses some of them. `training` compares an elastic training step
+with its parts, and needs the folder train/; `memory` is the peak of a step for each width, picture
+size and type of the weights, each in a process of its own.
+
+Where the time goes in one step: --profile. On a computer that is busy with other work, use
+OPENBLAS_NUM_THREADS=1 and --cpu-seconds.
 """
 
 import argparse
@@ -15,15 +20,21 @@ import importlib
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from mlx_snapgen import profile
+from mlx_snapgen.checkpoint.memory import GROUP_SIZE, needed_bytes, weight_bytes
+from mlx_snapgen.checkpoint.module import matrices
+from mlx_snapgen.cli.notices import peak_process_bytes
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError, run_command
@@ -31,6 +42,7 @@ from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttent
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder, transformer_preset
+from mlx_snapgen.settings import machine_memory
 
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""
@@ -49,21 +61,28 @@ SUITES = {
         "pixart-sigma",
     ),
 }
+OWN_TABLE = ("training", "memory")
+"""Suites that are no list of networks."""
+MEMORY_SIZES = (256, 512, 1024)
+"""Picture sides in pixels."""
+MEMORY_TYPES = ("float32", "bfloat16", "8 bits", "4 bits")
 TEXT_TOKENS = 154
 """77 of each text encoder."""
 PEERS_TEXT_TOKENS = 300
 """Those of SANA and PixArt-Sigma."""
 
 
-def time_calls(run: Callable[[], Any], repeats: int) -> dict[str, float]:
+def time_calls(
+    run: Callable[[], Any], repeats: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Seconds of `run` (median, minimum, maximum), and peak memory in bytes, after a warm-up."""
     mx.eval(run())
     mx.reset_peak_memory()
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         mx.eval(run())
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return {
         "seconds": statistics.median(seconds),
         "seconds_min": min(seconds),
@@ -73,16 +92,19 @@ def time_calls(run: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def time_in_turn(
-    runs: Mapping[str, Callable[[], Any]], repeats: int
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Seconds of each of `runs`, by name, as in `time_calls`; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in tqdm(range(1 + repeats), desc="rounds", leave=False, disable=None):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if i > 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {
         name: {"seconds": statistics.median(s), "seconds_min": min(s), "seconds_max": max(s)}
         for name, s in seconds.items()
@@ -90,18 +112,25 @@ def time_in_turn(
 
 
 def make_step(
-    name: str, *, height: int, width: int, dtype: mx.Dtype, text_tokens: int
+    name: str, *, height: int, width: int, dtype: mx.Dtype, text_tokens: int, bits: int = 0
 ) -> tuple[int, Callable[[], mx.array]]:
     """Number of weights of a preset, and a function that computes a denoising step.
 
     Args:
         height, width: of the picture in pixels.
         text_tokens: of both text encoders together.
+        bits: per weight of the linear layers; 0 does not quantize.
     """
     config = dataclasses.replace(TRANSFORMERS[name], widths=(1.0,))
     network = EfficientDiT(config)
     network.set_dtype(dtype)
-    mx.eval(network.parameters())
+    if bits:
+        chosen = set(matrices(network, GROUP_SIZE))
+        nn.quantize(
+            network, GROUP_SIZE, bits, class_predicate=lambda path, _: path in chosen
+        )  # also on the CPU, where each call dequantizes
+    for _, weights in tree_flatten(network.parameters()):
+        mx.eval(weights)  # one by one, so that the peak is that of a step
     side = preset_autoencoder(name).downsampling
     x_t = mx.random.normal((1, height // side, width // side, config.latent_channels)).astype(dtype)
     length = text_tokens // len(config.text_dims)
@@ -123,6 +152,7 @@ def measure_block(
     width: int,
     dtype: mx.Dtype,
     repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Self-attention of one Down-stage block."""
     module = (SparseSelfAttention if sparse else SelfAttention)(config)
@@ -132,7 +162,7 @@ def measure_block(
     h = mx.random.normal((1, grid.height * grid.width, config.hidden_size)).astype(dtype)
     weights: Any = tree_flatten(module.parameters())
     parameters = sum(p.size for _, p in weights)
-    return {"parameters": parameters, **time_calls(lambda: module(h, grid), repeats)}
+    return {"parameters": parameters, **time_calls(lambda: module(h, grid), repeats, clock=clock)}
 
 
 def measure(name: str, base: TransformerConfig, **how: Any) -> dict[str, float]:
@@ -144,9 +174,82 @@ def measure(name: str, base: TransformerConfig, **how: Any) -> dict[str, float]:
     mx.clear_cache()
     if name in SUITES["blocks"]:
         return measure_block(base, name == "assa-block", **how)
-    repeats = how.pop("repeats")
+    repeats, clock = how.pop("repeats"), how.pop("clock")
     parameters, run = make_step(name, **how, text_tokens=TEXT_TOKENS)
-    return {"parameters": parameters, **time_calls(run, repeats)}
+    flops = sum(profile.count_flops(run).values())
+    return {"parameters": parameters, "flops": flops, **time_calls(run, repeats, clock=clock)}
+
+
+def measure_memory(names: Sequence[str], *, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Peak memory of a step of each network of `names`, size and type, measured and estimated.
+
+    Measured is what fits in half of the machine's memory, except bfloat16 on the CPU, where it is
+    about fifty times slower.
+    """
+    rows: list[dict[str, Any]] = []
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    wanted = [(name, size, kind) for name in names for size in sizes for kind in MEMORY_TYPES]
+    for name, size, kind in tqdm(wanted, desc="rows", leave=False, disable=None):
+        row = {"preset": name, "size": size, "type": kind}
+        row["estimate"] = estimate_peak(TRANSFORMERS[name], size=size, kind=kind)
+        if row["estimate"] < machine_memory() / 2 and not (on_cpu and kind == "bfloat16"):
+            code = (
+                "import sys; from mlx_snapgen import benchmark; benchmark.print_peak(*sys.argv[1:])"
+            )
+            command = [sys.executable, "-c", code, name, str(size), kind]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            row |= json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+    return rows
+
+
+def estimate_peak(config: TransformerConfig, *, size: int, kind: str) -> int:
+    """Estimate of the bytes of a process that computes a step; `kind` is one of `MEMORY_TYPES`."""
+    bits = int(kind.split()[0]) if kind.endswith("bits") else 0
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    whole = 4 if kind == "float32" or (bits and on_cpu) else 2
+    return needed_bytes(weight_bytes(count_parameters(config), bits, whole=whole), size, size)
+
+
+def print_peak(name: str, size: str, kind: str) -> None:
+    """Print the peak of one step in this process, a row of `measure_memory`, as JSON."""
+    gpu = mx.default_device().type == mx.DeviceType.gpu
+    bits = int(kind.split()[0]) if kind.endswith("bits") else 0
+    dtype = "bfloat16" if bits and gpu else "float32" if bits else kind
+    mx.set_cache_limit(0)  # otherwise freed memory counts, and the peak depends on the backend
+    how: Any = {"height": int(size), "width": int(size), "text_tokens": TEXT_TOKENS, "bits": bits}
+    _, step = make_step(name, dtype=getattr(mx, dtype), **how)
+    mx.reset_peak_memory()
+    mx.eval(step())
+    print(json.dumps({"peak_bytes": mx.get_peak_memory(), "process_bytes": peak_process_bytes()}))
+
+
+def memory_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of `measure_memory` as aligned text; a dash: not measured."""
+    lines = [
+        f"{'preset':<14}{'px':>5}  {'weights':<9}{'arrays':>9}{'process':>9}{'estimate':>10}  MiB"
+    ]
+    for row in rows:
+        found = [
+            f"{row[name] / 2**20:.0f}" if name in row else "-"
+            for name in ("peak_bytes", "process_bytes", "estimate")
+        ]
+        lines.append(
+            f"{row['preset']:<14}{row['size']:>5}  {row['type']:<9}"
+            f"{found[0]:>9}{found[1]:>9}{found[2]:>10}"
+        )
+    return "\n".join(lines)
+
+
+def training_table(seconds: Mapping[str, float]) -> str:
+    """The seconds of `train.loop.speed.measure_training` as aligned text, with their ratios."""
+    full = seconds["full"]
+    lines = [f"{'part of a step':<24}{'seconds':>9}{'of full':>9}{'arithmetic':>12}"]
+    for name, value in seconds.items():
+        alone = seconds.get(f"{name.removeprefix('full + ')} alone")
+        parts = f"{1 + alone / full:>12.2f}" if alone is not None else ""
+        lines.append(f"{name:<24}{value:>9.4f}{value / full:>9.2f}{parts}")
+    return "\n".join(lines)
 
 
 def what_is_missing(name: str) -> str:
@@ -158,7 +261,13 @@ def what_is_missing(name: str) -> str:
 
 
 def measure_peers(
-    names: Sequence[str], *, height: int, width: int, dtype: mx.Dtype, repeats: int
+    names: Sequence[str],
+    *,
+    height: int,
+    width: int,
+    dtype: mx.Dtype,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Measure presets and networks of PyTorch, which are all in memory and take turns."""
     how: Any = {"height": height, "width": width, "text_tokens": PEERS_TEXT_TOKENS}
@@ -177,13 +286,19 @@ def measure_peers(
             gpu = mx.default_device().type == mx.DeviceType.gpu
             kind = str(dtype).removeprefix("mlx.core.")
             made[name] = peers.make_peer(name, dtype=kind, gpu=gpu, **how)
-    results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats)
+    results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
     return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
 
 
 def table(results: dict[str, dict[str, float]], suites: Iterable[Iterable[str]]) -> str:
-    """The results as aligned text; speed-ups are against the first row of the suite."""
-    lines = [f"{'preset':<18}{'params':>9}{'s/step':>10}{'speed-up':>10}{'peak GiB':>10}  paper ms"]
+    """The results as aligned text; speed-ups are against the first row of the suite.
+
+    TFLOP are those of the products in a step, "less" the factor by which they are fewer.
+    """
+    lines = [
+        f"{'preset':<18}{'params':>9}{'s/step':>10}{'speed-up':>10}{'TFLOP':>8}{'less':>7}"
+        f"{'peak GiB':>10}  paper ms"
+    ]
     for suite in suites:
         rows = [name for name in suite if name in results]
         for name in rows:
@@ -192,6 +307,11 @@ def table(results: dict[str, dict[str, float]], suites: Iterable[Iterable[str]])
             lines.append(
                 f"{name:<18}{r['parameters'] / 1e6:>8.1f}M{r['seconds']:>10.3f}"
                 f"{first['seconds'] / r['seconds']:>9.2f}x"
+                + (
+                    f"{r['flops'] / 1e12:>8.2f}{first['flops'] / r['flops']:>6.2f}x"
+                    if "flops" in r and "flops" in first
+                    else f"{'-':>8}{'-':>7}"
+                )
                 + (f"{r['peak_bytes'] / 2**30:>10.2f}" if "peak_bytes" in r else f"{'-':>10}")
                 + (f"  {paper} ({2000 / paper:.2f}x)" if paper else "")
             )
@@ -208,9 +328,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--suite",
-        choices=[*SUITES, "all"],
+        choices=[*SUITES, *OWN_TABLE, "all"],
         default="all",
-        help="networks to measure (default: all, which is all but peers)",
+        help="what to measure (default: all, which is ladder, widths and blocks)",
     )
     add(
         "--preset",
@@ -221,9 +341,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--size",
         type=integer(32),
-        default=1024,
         metavar="PX",
-        help="picture height and width in pixels (default: %(default)s)",
+        help="picture height and width in pixels (default: 1024; for the suite memory 256, 512 and "
+        "1024; the suite training always has 256)",
     )
     for side in ("height", "width"):
         text = f"picture {side} in pixels (default: --size)"
@@ -241,6 +361,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="type of weights and activations (default: float32 on a CPU, bfloat16 on a GPU)",
     )
     add(
+        "--profile",
+        action="store_true",
+        help="print seconds and share of each kind of operation in one step (default: off)",
+    )
+    add(
+        "--cpu-seconds",
+        action="store_true",
+        help="count the CPU seconds of all threads instead of time, for a busy computer (default: "
+        "off)",
+    )
+    add(
         "--json",
         action="store_true",
         help="print one JSON object instead of a table (default: off)",
@@ -250,25 +381,83 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    height = args.size if args.height is None else args.height
-    width = args.size if args.width is None else args.width
-    peers = args.suite == "peers"
-    suites = [SUITES[args.suite]] if args.suite != "all" else list(SUITES.values())[:-1]
+    if args.profile and args.suite in OWN_TABLE:
+        raise UserError(f"--profile is of networks: leave it out with --suite {args.suite}")
+    if args.suite == "training":
+        measure_suite_training(args)
+        return
+    suites = list(SUITES.values())[:-1]
+    if args.suite != "all":
+        suites = [SUITES[args.suite if args.suite in SUITES else "widths"]]
     if args.preset:
         suites = [args.preset]
     names = list(dict.fromkeys(name for suite in suites for name in suite))
+    _check_sides(args, names)
+    if args.suite == "memory":
+        measure_suite_memory(args, names)
+    elif args.profile:
+        print_profiles(args, names)
+    else:
+        measure_networks(args, names, suites=suites)
+
+
+def _sides(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width in pixels."""
+    size = 1024 if args.size is None else args.size
+    return size if args.height is None else args.height, size if args.width is None else args.width
+
+
+def _check_sides(args: argparse.Namespace, names: Sequence[str]) -> None:
     for name in names:
-        if name not in SUITES["blocks"] and not (peers and name in SUITES["peers"]):
+        if name not in SUITES["blocks"] and not (args.suite == "peers" and name in SUITES["peers"]):
             transformer_preset(name)
         factor = preset_autoencoder(name.removesuffix("-pytorch")).downsampling
         unit = max(32, 2 * factor)
-        for side in (height, width):
+        for side in _sides(args):
             if side % unit:
                 raise UserError(f"{name}: picture sides must be multiples of {unit}, got {side}")
-    gpu = mx.default_device().type == mx.DeviceType.gpu
-    dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    how = {"height": height, "width": width, "dtype": getattr(mx, dtype), "repeats": args.repeats}
-    if peers:
+
+
+def _clock(args: argparse.Namespace) -> Callable[[], float]:
+    return time.process_time if args.cpu_seconds else time.perf_counter
+
+
+def measure_suite_training(args: argparse.Namespace) -> None:
+    """Print the seconds of the parts of an elastic training step."""
+    if importlib.util.find_spec("train") is None:
+        raise UserError("the suite training needs the folder train/ of the repository")
+    # This package does not import the other ones.
+    speed = importlib.import_module("train.loop.speed")
+    seconds = speed.measure_training(repeats=args.repeats, clock=_clock(args))
+    _print(args.json, {"device": _device(), "seconds": seconds}, text=training_table(seconds))
+
+
+def measure_suite_memory(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Print the peak memory of a step of each network."""
+    sizes = MEMORY_SIZES if args.size is None else (args.size,)
+    rows = measure_memory([n for n in names if n in TRANSFORMERS], sizes=sizes)
+    _print(args.json, {"device": _device(), "rows": rows}, text=memory_table(rows))
+
+
+def print_profiles(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Print the seconds of each kind of operation in a step of each network."""
+    how, values, title = _how(args)
+    profiles: dict[str, dict[str, profile.Part]] = {}
+    for name in (name for name in names if name in TRANSFORMERS):
+        _, step = make_step(name, **how, text_tokens=TEXT_TOKENS)
+        profiles[name] = profile.profile(step, clock=_clock(args))
+    seconds = {name: {k: part.seconds for k, part in p.items()} for name, p in profiles.items()}
+    tables = [f"{name}, {title}\n{profile.table(parts)}" for name, parts in profiles.items()]
+    _print(args.json, values | {"seconds": seconds}, text="\n\n".join(tables))
+
+
+def measure_networks(
+    args: argparse.Namespace, names: Sequence[str], *, suites: Iterable[Iterable[str]]
+) -> None:
+    """Print seconds and peak memory of a step of each network or block."""
+    how, values, title = _how(args)
+    how |= {"repeats": args.repeats, "clock": _clock(args)}
+    if args.suite == "peers":
         results = measure_peers(names, **how)
     else:
         results = {}
@@ -276,16 +465,25 @@ def main() -> None:
             print(f"[{i + 1}/{len(names)}] {name} ...", end=" ", file=sys.stderr, flush=True)
             results[name] = measure(name, TRANSFORMERS["small"], **how)
             print(f"{results[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
-    setting = {
-        "height": height,
-        "width": width,
-        "dtype": dtype,
-        "device": mx.default_device().type.name,
-    }
-    if args.json:
-        print(json.dumps(setting | {"presets": results}, indent=1))
-    else:
-        print(f"{height}x{width} px, {dtype}, {setting['device']}\n{table(results, suites)}")
+    _print(args.json, values | {"presets": results}, text=f"{title}\n{table(results, suites)}")
+
+
+def _device() -> str:
+    return mx.default_device().type.name
+
+
+def _how(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """How to make networks, the same as JSON values, and as a title."""
+    (height, width), gpu = _sides(args), mx.default_device().type == mx.DeviceType.gpu
+    dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    size = {"height": height, "width": width}
+    values = size | {"dtype": dtype, "device": _device()}
+    title = f"{height}x{width} px, {dtype}, {_device()}"
+    return size | {"dtype": getattr(mx, dtype)}, values, title
+
+
+def _print(as_json: bool, values: Mapping[str, Any], *, text: str) -> None:
+    print(json.dumps(values, indent=1) if as_json else text, flush=True)
 
 
 def command() -> None:

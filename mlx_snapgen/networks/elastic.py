@@ -5,11 +5,14 @@ attention, the leading channels elsewhere. Parameters tied to the hidden length 
 modulation) exist once per width. `extract` makes a stand-alone network of one width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_snapgen.networks.apart import product
 
 
 def slice_groups(x: mx.array, axis: int, *, groups: int, share: float) -> mx.array:
@@ -51,6 +54,8 @@ class ElasticLinear(nn.Module):
             self.bias = mx.zeros((out_dims,))
         self.slice_in, self.slice_out = slice_in, slice_out
         self.in_groups, self.out_groups = in_groups, out_groups
+        # Of the sub-network whose weights the layer has, see `narrowed`.
+        self._share = 1.0
 
     def slice_inputs(self, x: mx.array, share: float) -> mx.array:
         """Cut x (..., in_dims) to the inputs of the sub-network of `share`."""
@@ -66,20 +71,62 @@ class ElasticLinear(nn.Module):
 
     def sliced(self, share: float) -> dict[str, mx.array]:
         """Weight and bias of the sub-network of `share`."""
+        if share == self._share:
+            return {name: self[name] for name in ("weight", "bias") if name in self}
+        if self._share != 1.0 and (self.slice_in or self.slice_out):
+            raise ValueError(
+                f"narrowed to {self._share:g}, the layer has no other width: {share:g}"
+            )
         weight = self.slice_inputs(self.slice_outputs(self.weight, share), share)
         if "bias" not in self:
             return {"weight": weight}
         return {"weight": weight, "bias": self.slice_outputs(self.bias, share)}
 
+    def add_to_slice(self, whole: mx.array, part: mx.array, share: float) -> mx.array:
+        """A weight or bias of full width with that of the sub-network of `share` added to it.
+
+        Beside it no array of full width is made, as the gradient of a slice would be.
+        """
+        runs: list[int] = []
+        kept: list[slice] = []
+        for axis in range(whole.ndim):
+            groups = (self.out_groups, self.in_groups)[axis]
+            length = whole.shape[axis] // groups
+            is_sliced = (self.slice_out, self.slice_in)[axis]
+            runs += [groups, length]
+            kept += [slice(None), slice(round(length * share) if is_sliced else length)]
+        cells = whole.reshape(runs)
+        before = cells[tuple(kept)]
+        cells[tuple(kept)] = before + part.reshape(before.shape)
+        return cells.reshape(whole.shape)
+
     def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
-        p = self.sliced(share)
-        if "bias" in p:
-            return mx.addmm(p["bias"], x, p["weight"].T)
-        return x @ p["weight"].T
+        return product(x, **self.sliced(share))
 
     def to_quantized(self, group_size: int = 64, bits: int = 4, **kwargs: Any) -> nn.Module:
         """Quantized layer of this width alone (`mlx.nn.quantize` calls this)."""
         return QuantizedElasticLinear.from_linear(self, group_size, bits, **kwargs)
+
+
+@contextmanager
+def narrowed(network: nn.Module, share: float) -> Iterator[dict[str, ElasticLinear]]:
+    """Inside, each `ElasticLinear` of `network` has the weights of the sub-network of `share` only.
+
+    So the gradients of these weights have its size. Yields the layers by path.
+    """
+    layers = {path: m for path, m in network.named_modules() if isinstance(m, ElasticLinear)}
+    whole = {path: layer.sliced(1.0) for path, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            # One copy that forward and backward pass share: products copy a slice each time.
+            cut = {name: mx.contiguous(value) for name, value in layer.sliced(share).items()}
+            layer.update(cut)
+            layer._share = share
+        yield layers
+    finally:
+        for path, layer in layers.items():
+            layer._share = 1.0
+            layer.update(whole[path])
 
 
 class QuantizedElasticLinear(nn.QuantizedLinear):
@@ -105,15 +152,14 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
             return weight.astype(after.dtype)
 
         @mx.custom_function
-        def product(x: mx.array) -> mx.array:
-            weight = dense(x).T
-            return mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
+        def dense_product(x: mx.array) -> mx.array:
+            return product(x, dense(x), self.bias if "bias" in self else None)
 
-        @product.vjp
+        @dense_product.vjp
         def backward(_x, cotangent, _):
             return cotangent @ dense(cotangent)
 
-        return product(x)  # pyright: ignore[reportReturnType]  no types in mlx
+        return dense_product(x)  # pyright: ignore[reportReturnType]  no types in mlx
 
 
 class PerWidth(nn.Module):

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.checkpoint.text_encoders import new_text_encoder
 from mlx_snapgen.config import ModelConfig, resolution_shift
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.elastic import ElasticLinear, narrowed
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.base import TextStates, Tokenizer
 from mlx_snapgen.sampling import add_noise, shift_time
@@ -190,7 +191,6 @@ def elastic_gradients(
         gradients like `model.trainable_parameters()`, and the metrics of all losses.
     """
     transformer, encoders = model.transformer, model.text_encoders
-    params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
     trained = [flat_parameters(encoder.trainable_parameters()) for encoder in encoders]
 
     def encode(*flat: mx.array) -> list[mx.array]:
@@ -203,14 +203,25 @@ def elastic_gradients(
             joined = text_states(model, batch, trained=states)
             return loss(*transformer.encode_text(joined), share, full)
 
+        params = {k: v for k, v in model.trainable_parameters().items() if k != "text_encoders"}
         return value_and_grad(model, of_states, [states], parameters=params)
+
+    def sub_gradients(share: float, full: mx.array):
+        with narrowed(transformer, share) as layers:
+            value, (grads, of_text) = gradients(share, full)
+
+        def cut(path: str, grad: mx.array) -> "mx.array | SliceGradient":
+            layer = layers.get(path.rpartition(".")[0].removeprefix("transformer."))
+            return grad if layer is None else SliceGradient(grad, layer, share)
+
+        return value, (tree_map_with_path(cut, grads), of_text)
 
     text_params = [p for parameters in trained for p in parameters.values()]
     states = encode(*text_params)
     (_, (full, metrics)), grads = gradients(1.0, None)
     sub_grads = []
     for share in shares:
-        (_, (_, more)), grads_of_share = gradients(share, mx.stop_gradient(full))
+        (_, (_, more)), grads_of_share = sub_gradients(share, mx.stop_gradient(full))
         sub_grads.append(grads_of_share)
         metrics |= more
     grads = add_balanced(grads, *sub_grads)
@@ -232,17 +243,41 @@ def _chunks(flat: Sequence[mx.array], like: Sequence[Collection[str]]) -> list[l
     return out
 
 
+@dataclass(frozen=True)
+class SliceGradient:
+    """The gradient of a layer's weight or bias in the sub-network of `share`, of its size."""
+
+    value: mx.array
+    layer: ElasticLinear
+    share: float
+
+    def added_to(self, whole: mx.array, scale: mx.array) -> mx.array:
+        """`whole`, of the full network, with `scale` times this gradient in its place."""
+        return self.layer.add_to_slice(whole, scale * self.value, self.share)
+
+
 def add_balanced(full, *subs):
-    """full + the sum of s_i * subs[i], with s_i such that all parts have the same global norm."""
+    """full + the sum of s_i * subs[i], with s_i such that all parts have the same global norm.
+
+    A leaf of `subs` may be a `SliceGradient`.
+    """
+
+    def add(whole: mx.array, part: "mx.array | SliceGradient", scale: mx.array) -> mx.array:
+        if isinstance(part, SliceGradient):
+            return part.added_to(whole, scale).astype(whole.dtype)
+        return (whole + scale * part).astype(whole.dtype)
+
     norm, *others = (_norm(tree) for tree in (full, *subs))
     total = full
     for sub, other in zip(subs, others, strict=True):
         scale = norm / mx.maximum(other, 1e-12)
-        total = tree_map(lambda a, b, s=scale: (a + s * b).astype(a.dtype), total, sub)
+        total = tree_map(functools.partial(add, scale=scale), total, sub)
     return total
 
 
 def _norm(tree: Any) -> mx.array:
     # In float32: a sum of bfloat16 stops growing at 256 times its terms.
-    squares = (g.astype(mx.float32).square().sum() for g in flat_parameters(tree).values())
+    flat: Any = tree_flatten(tree)
+    leaves = (g.value if isinstance(g, SliceGradient) else g for _, g in flat)
+    squares = (g.astype(mx.float32).square().sum() for g in leaves)
     return mx.sqrt(functools.reduce(mx.add, squares))

@@ -1,0 +1,132 @@
+"""The benchmark: what its tables count, on networks of a few thousand parameters."""
+
+import dataclasses
+import json
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_snapgen import benchmark, profile
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks import attention, efficient_dit
+from mlx_snapgen.networks.elastic import ElasticLinear
+from mlx_snapgen.presets import TRANSFORMERS
+from tests.tiny import TRANSFORMER
+
+SMALL = dataclasses.replace(
+    TRANSFORMER, widths=(1.0,), blocks=(2, 3, 1), latent_channels=16, text_dims=(16, 16)
+)
+HOW = {"height": 64, "width": 64, "dtype": mx.float32}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    monkeypatch.setitem(TRANSFORMERS, "small", SMALL)
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--preset", "small", *options])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_profile_has_every_operation_of_the_network(monkeypatch):
+    monkeypatch.setitem(TRANSFORMERS, "small", SMALL)
+    _, step = benchmark.make_step("small", **HOW, text_tokens=8)
+    before = mx.array(step())
+    functions = [owner.__dict__[name] for some in profile.KINDS.values() for owner, name in some]
+    parts = profile.profile(step)
+    again = [owner.__dict__[name] for some in profile.KINDS.values() for owner, name in some]
+    assert again == functions and mx.array_equal(step(), before)
+    assert list(parts) == [*profile.KINDS, profile.OTHERS]
+    network = efficient_dit.EfficientDiT(SMALL)
+    linear = [m for _, m in network.named_modules() if isinstance(m, (ElasticLinear, nn.Linear))]
+    # The two text projections ran before.
+    assert parts["products"].calls == len(linear) - 2
+    sparse, dense = 3, 3
+    calls = {kind: part.calls for kind, part in parts.items()}
+    assert calls["attention in bands"] == sparse
+    assert calls["attention to all"] == 2 * sparse + 2 * dense  # with that to the text
+    assert calls["norms"] == 2 * 6 + 1 + 2 * 6
+    assert calls["activations"] == 6 + 2
+    assert calls["RoPE"] == 3 * sparse + 2 * dense
+    # A hidden layer of the FFN: Down and Up have 16 tokens, Middle 4.
+    ratios = {16: SMALL.ffn_ratio[0], 4: SMALL.ffn_ratio[1]}
+    for tokens, ratio in ratios.items():
+        shape = (1, tokens, round(SMALL.hidden_size * ratio))
+        assert parts["activations"].shapes[shape] == 3
+    assert all(part.seconds >= 0 for kind, part in parts.items() if kind != profile.OTHERS)
+    lines = profile.table(parts).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [*parts, "sum"]
+    assert lines[-1].endswith("100.0%")
+
+
+def test_the_parts_of_a_profile_add_up_to_the_step():
+    """With a clock that counts its own ticks, no time is lost or counted twice."""
+    ticks = iter(range(10**6))
+    network = nn.Linear(4, 4)
+    parts = profile.profile(lambda: network(network(mx.ones((2, 4)))), clock=lambda: next(ticks))
+    assert parts["products"].seconds == 2 and parts["products"].shapes == {(2, 4): 2}
+    assert parts[profile.OTHERS].seconds == 3  # between five ticks of the step and its products
+    assert sum(part.seconds for part in parts.values()) == 5
+
+
+def test_flops_are_those_of_the_products():
+    layer = nn.Linear(6, 5)
+    q, k = mx.zeros((1, 4, 10, 8)), mx.zeros((1, 2, 7, 8))
+    flops = profile.count_flops(lambda: (layer(mx.zeros((3, 6))), attention.attend_all(q, k, k)))
+    assert flops == {"linear layers": 2 * 3 * 6 * 5, "attention": 4 * 4 * 10 * 7 * 8}
+
+
+def test_profiles_and_cpu_seconds_are_options(run):
+    out = json.loads(run("--size", "64", "--profile", "--json"))
+    assert list(out["seconds"]["small"]) == [*profile.KINDS, profile.OTHERS]
+    assert run("--size", "64", "--profile", "--cpu-seconds").startswith("small, 64x64 px")
+    result = json.loads(run("--size", "64", "--repeats", "1", "--json"))["presets"]["small"]
+    assert result["flops"] > 0 and result["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("suite", ["memory", "training"])
+def test_a_suite_without_networks_has_no_profile(run, suite):
+    with pytest.raises(UserError, match=f"leave it out with --suite {suite}"):
+        run("--suite", suite, "--profile")
+
+
+def test_memory_is_measured_in_a_process_for_each_row(run, monkeypatch):
+    started = []
+
+    def start(command, **_):
+        started.append(command[3:])
+        peak = {"peak_bytes": 1 << 20, "process_bytes": 2 << 20}
+        return type("Done", (), {"stdout": json.dumps(peak)})
+
+    monkeypatch.setattr(benchmark.subprocess, "run", start)
+    rows = json.loads(run("--suite", "memory", "--json"))["rows"]
+    kinds = [(row["size"], row["type"]) for row in rows]
+    assert kinds == [(px, t) for px in (256, 512, 1024) for t in benchmark.MEMORY_TYPES]
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    measured = [k for k in kinds if not (on_cpu and k[1] == "bfloat16")]
+    assert [(int(px), kind) for _, px, kind in started] == measured
+    sizes = {row["type"]: row["estimate"] for row in rows if row["size"] == 1024}
+    assert sizes["4 bits"] < sizes["8 bits"] < sizes["bfloat16"] < sizes["float32"]
+    table = run("--suite", "memory", "--size", "512").splitlines()
+    assert len(table) == 1 + 4 and table[1].split()[:5] == ["small", "512", "float32", "1", "2"]
+    if on_cpu:
+        assert table[2].split()[3:5] == ["-", "-"]
+
+
+def test_the_peak_of_a_process_includes_the_weights(monkeypatch, capsys):
+    limit = mx.set_cache_limit(0)
+    monkeypatch.setitem(TRANSFORMERS, "small", SMALL)
+    try:
+        found = []
+        for kind in ("float32", "8 bits"):
+            benchmark.print_peak("small", "64", kind)
+            found.append(json.loads(capsys.readouterr().out))
+    finally:
+        mx.set_cache_limit(limit)
+    weights = 4 * efficient_dit.count_parameters(SMALL)
+    assert found[0]["peak_bytes"] > weights and found[0]["process_bytes"] > weights
