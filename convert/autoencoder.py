@@ -13,7 +13,6 @@ import json
 import shutil
 from pathlib import Path
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from convert.options import add_output, parse
@@ -23,7 +22,7 @@ from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser, add_model
 from mlx_snapgen.errors import run_command
-from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.files import check_new, new_folder, save_tensors
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
@@ -45,7 +44,7 @@ def swap_autoencoder(model: Path, autoencoder: Autoencoder, output: Path) -> Non
         weights = dict(tree_flatten(autoencoder.parameters()))
         path = partial / "autoencoder.safetensors"
         path.unlink()  # may be a link into a cache
-        mx.save_safetensors(str(path), weights, {"format": "mlx"})
+        save_tensors(path, weights, {"format": "mlx"})
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.formats import CONFIG as TEACHER_CONFIG
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -54,7 +55,6 @@ from mlx_snapgen.public_config import (
     ZImageTransformerConfig,
 )
 from mlx_snapgen.teachers.config import KLEIN, MINIT2I, TURBO, TeacherConfig
-from mlx_snapgen.teachers.folder import CONFIG as TEACHER_CONFIG
 from mlx_snapgen.teachers.folder import FORMAT_VERSION as TEACHER_FORMAT_VERSION
 from mlx_snapgen.teachers.folder import NETWORKS, quantizable
 

@@ -25,10 +25,10 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import BASE_HELP, Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
+from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.open_model import describe_public
 from mlx_snapgen.public.first_use import fetch_public
 from mlx_snapgen.public.teachers import convert_teacher
-from mlx_snapgen.teachers.folder import is_teacher
 
 FEW_STEP_FILES = ("transformer/*.json", "transformer/*.safetensors")
 """Of the repository of a distilled model; the rest is as in the teacher's."""

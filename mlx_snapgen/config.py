@@ -48,10 +48,14 @@ class TransformerConfig:
 
     def __post_init__(self):
         falling = list(self.widths) == sorted(self.widths, reverse=True)
-        if self.widths[0] != 1.0 or not falling or self.widths[-1] <= 0:
+        if self.widths[:1] != (1.0,) or not falling or self.widths[-1] <= 0:
             raise UserError(f"widths must start with 1.0 and fall, above 0, got {self.widths}")
         if self.head_dim % 4:
             raise UserError(f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}")
+        if self.hidden_size % self.head_dim:
+            raise UserError(f"hidden_size, {self.hidden_size}, must divide by head_dim")
+        if self.frequency_dim % 2:
+            raise UserError(f"frequency_dim must be even, got {self.frequency_dim}")
         if len(self.blocks) != 3 or len(self.ffn_ratio) != 3:
             raise UserError("blocks and ffn_ratio take three numbers: Down, Middle, Up")
         if not all(1 / self.hidden_size <= ratio <= 100 for ratio in self.ffn_ratio):
@@ -288,7 +292,7 @@ class ModelConfig:
 
     def abilities(self, *, few_step: bool = False) -> Abilities:
         """See `Description.abilities`; both modes can do the same."""
-        return Abilities()
+        return Abilities(alpha=self.autoencoder.picture_channels == 4)
 
     def time_shift(
         self, height: int, width: int, *, few_step: bool = False, num_inference_steps: int = 0

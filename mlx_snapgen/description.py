@@ -53,6 +53,10 @@ class Abilities:
     """Whether it takes pictures to edit."""
     any_size: bool = False
     """Whether it draws all sizes well, not its default alone."""
+    batches: bool = True
+    """Whether it draws several pictures at a time."""
+    alpha: bool = False
+    """Whether its pictures have transparent parts."""
 
 
 class Description(Protocol):

@@ -28,8 +28,10 @@ def expanded(path: str | Path) -> Path:
     """A path from a user, with the home folder in place of ~; "~name" stays without such a user.
 
     Raises:
-        UserError: the system refuses it: too long, in a folder of another user, with a null byte.
+        UserError: it is empty, too long, in a folder of another user, or has a null byte.
     """
+    if path == "":
+        raise UserError("the name of a file or folder is empty")
     found = Path(os.path.expanduser(path))
     try:
         os.lstat(found)

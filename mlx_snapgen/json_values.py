@@ -52,6 +52,25 @@ def whole_number(value: Any, key: str) -> int:
     return _read(int, value, key)
 
 
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
+SIZES += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""What config.json of a language model in Hugging Face's format may contain, also for its text."""
+
+
+def check_sizes(values: dict[str, Any], path: object) -> None:
+    """Sizes of a language model that another library builds in memory before it reads weights.
+
+    Raises:
+        UserError: names `path`, the model's config.json; a size is no whole number or out of range.
+    """
+    text = values.get("text_config", {})
+    if not isinstance(text, dict):
+        raise UserError(f"{path}: 'text_config' must be an object, not {_shown(text)}")
+    for key, value in [(k, found[k]) for found in (values, text) for k in SIZES if k in found]:
+        if whole_number(value, key) > MOST_LAYERS and "layers" in key:
+            raise UserError(f"{path}: '{key}' must be 0 to {MOST_LAYERS}, not {_shown(value)}")
+
+
 def _read(kind: Any, value: Any, key: str) -> Any:
     """`value` as the type of a dataclass's field; `UserError` names `key`."""
     if isinstance(kind, types.UnionType):

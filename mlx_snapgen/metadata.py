@@ -81,7 +81,7 @@ def record_settings(settings: DrawSettings) -> dict[str, Any]:
     Of pictures to start from, it has the name and the hash.
     """
     values = dict(vars(settings))
-    del values["num_images"]
+    del values["num_images"], values["batch_size"]
     pictures = {name: values.pop(name) for name in ("image", "mask", "edit")}
     if settings.image is None:
         del values["strength"], values["fit"]

@@ -3,26 +3,23 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, local_folder, quiet
 from mlx_snapgen.checkpoint.language_models import TEXT_FILES
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
+from mlx_snapgen.formats import CONFIG, INDEX, MINIT2I, is_public, is_teacher
 from mlx_snapgen.lora.adapters import remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
-from mlx_snapgen.public.first_use import (
-    INDEX,
-    MINIT2I,
-    PublicModel,
-    describe,
-    is_public,
-    open_public,
-)
-from mlx_snapgen.public.layouts import kind_of
 from mlx_snapgen.settings import ModelChoice
-from mlx_snapgen.teachers.folder import CONFIG, TeacherFolder, is_teacher, load_teacher_config
 from mlx_snapgen.tensor_files import read_header
+
+# The modules of public models are imported when there is one: they take longer than all others.
+if TYPE_CHECKING:
+    from mlx_snapgen.public.first_use import PublicModel
+    from mlx_snapgen.teachers.folder import TeacherFolder
 
 DESCRIPTIONS = ("config.json", CONFIG, INDEX, f"{MINIT2I}/transformer/config.json")
 """Files by which a repository is recognized."""
@@ -36,7 +33,7 @@ def open_model(
     progress: DownloadProgress | None = None,
     converting: DownloadProgress | None = None,
     say: Callable[[str], object] | None = None,
-) -> ModelFolder | TeacherFolder:
+) -> "ModelFolder | TeacherFolder":
     """Find the model of `choice` and read its config; a public model is fetched and converted.
 
     A repository is recognized by its configs before any weights are fetched. So is a LoRA that is
@@ -53,13 +50,10 @@ def open_model(
     for path, _ in choice.loras:
         read_lora(path)
     if choice.base is not None or is_file(choice.model):
-        model = _with_fitting_loras(
-            describe_file(choice.model or "stickers", base=choice.base, revision=choice.revision),
-            choice,
+        model = describe_file(
+            choice.model or "stickers", base=choice.base, revision=choice.revision
         )
-        return open_public(
-            model, bits=choice.quantize, progress=progress, converting=converting, say=say
-        )
+        return _open_public(model, choice, progress=progress, converting=converting, say=say)
     folder, commit = _described(choice.model, choice.revision)
     name = str(choice.model)
     if is_teacher(folder):
@@ -67,10 +61,8 @@ def open_model(
             folder = find_model(name, revision=commit, files=TEACHER_FILES, progress=progress)
         return _open(choice, folder, commit)
     if is_public(folder):
-        model = _with_fitting_loras(describe(name, folder, commit), choice)
-        return open_public(
-            model, bits=choice.quantize, progress=progress, converting=converting, say=say
-        )
+        model = _describe(name, folder, commit)
+        return _open_public(model, choice, progress=progress, converting=converting, say=say)
     if commit is None:
         return ModelFolder.open(choice.model)
     if not (folder / "config.json").is_file():
@@ -100,7 +92,7 @@ def _described(model: str | None, revision: str | None) -> tuple[Path, str | Non
     return folder, folder.name if local_folder(model) is None else None
 
 
-def describe_public(model: str, *, revision: str | None, base: str | None) -> PublicModel:
+def describe_public(model: str, *, revision: str | None, base: str | None) -> "PublicModel":
     """A public model in diffusers' format, or one file of it; see `describe_file`.
 
     Raises:
@@ -111,10 +103,16 @@ def describe_public(model: str, *, revision: str | None, base: str | None) -> Pu
     folder, commit = _described(model, revision)
     if not is_public(folder):
         raise UserError(f"{model} is not in diffusers' format: it has no {INDEX}")
-    return describe(model, folder, commit)
+    return _describe(model, folder, commit)
 
 
-def describe_file(file: str, *, base: str | None, revision: str | None) -> PublicModel:
+def _describe(source: str, folder: Path, commit: str | None) -> "PublicModel":
+    from mlx_snapgen.public.first_use import describe
+
+    return describe(source, folder, commit)
+
+
+def describe_file(file: str, *, base: str | None, revision: str | None) -> "PublicModel":
     """The public model whose transformer is one file, and whose other parts are those of `base`.
 
     Args:
@@ -128,6 +126,8 @@ def describe_file(file: str, *, base: str | None, revision: str | None) -> Publi
     if path.suffix != ".safetensors" or not path.is_file():
         what = "--base takes a model that is one .safetensors file, not" if base else "no file"
         raise UserError(f"{what} {file}")
+    from mlx_snapgen.public.layouts import kind_of
+
     kind = kind_of(read_header(path)[0])
     if kind is None:
         raise UserError(f"{file} is no transformer of a public model that can be drawn with")
@@ -139,22 +139,35 @@ def describe_file(file: str, *, base: str | None, revision: str | None) -> Publi
     folder, commit = _described(base, revision)
     if not is_public(folder):
         raise UserError(f"{base} is not in diffusers' format: choose --base {BASES[kind]}")
-    model = describe(base, folder, commit)
+    model = _describe(base, folder, commit)
     if model.kind != kind:
         raise UserError(f"{file} is not of {model.name}'s kind: choose --base {BASES[kind]}")
     return dataclasses.replace(model, file=path)
 
 
-def _with_fitting_loras(model: PublicModel, choice: ModelChoice) -> PublicModel:
-    """`model`; `UserError` if a LoRA of `choice` does not fit its network."""
+def _open_public(
+    model: "PublicModel",
+    choice: ModelChoice,
+    *,
+    progress: DownloadProgress | None,
+    converting: DownloadProgress | None,
+    say: Callable[[str], object] | None,
+) -> "TeacherFolder":
+    """See `open_public`; before it, `UserError` if a LoRA of `choice` does not fit the network."""
+    from mlx_snapgen.public.first_use import open_public
+
     for path, _ in choice.loras:
         load_lora(path, model.network, name="fitting")
         remove_lora(model.network)
-    return model
+    return open_public(
+        model, bits=choice.quantize, progress=progress, converting=converting, say=say
+    )
 
 
-def _open(choice: ModelChoice, folder: Path, commit: str | None) -> TeacherFolder:
+def _open(choice: ModelChoice, folder: Path, commit: str | None) -> "TeacherFolder":
     """The folder that `convert.teacher` wrote."""
+    from mlx_snapgen.teachers.folder import TeacherFolder, load_teacher_config
+
     config = load_teacher_config(folder)
     stored = (config.quantization or {"bits": 0})["bits"]
     if choice.quantize not in (None, stored):

@@ -64,13 +64,14 @@ class PublicPipeline(Pipeline):
         return super().decode(latents)
 
     def _check(self, settings: DrawSettings) -> None:
-        check_memory(self._folder, settings, low_memory=self.choice.low_memory)
+        check_memory(self._folder, self.choice, settings=settings)
 
-    def _encode(self, settings: DrawSettings) -> Condition:
-        empty = PROMPT_FORMATS[self.config.kind].empty
-        text = away = self._text(settings.prompt or empty)
-        if settings.guidance_scale != 1:
-            away = self._text(settings.negative_prompt or empty)
+    def _encode(self, settings: list[DrawSettings]) -> Condition:
+        [one] = settings
+        text = away = self._text(one.prompt)
+        if one.guidance_scale != 1:
+            prompt_format = PROMPT_FORMATS[self.config.kind]
+            away = self._text(prompt_format.unconditional(one.negative_prompt))
         while len(self._texts) > CACHED_PROMPTS:
             self._texts.popitem(last=False)
         if not self.choice.keep_text_encoders:

@@ -11,7 +11,7 @@ from pathlib import Path
 from apps.desktop.inputs import Inputs
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, parse_json, whole_file
-from mlx_snapgen.metadata import read_settings
+from mlx_snapgen.metadata import MAX_PIXELS, read_settings
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 FIRST = DrawSettings("a red apple to the left of a blue car")
@@ -39,13 +39,19 @@ class Settings:
     """Files that pictures were drawn from, the latest first."""
 
     def restored(self, path: Path, inputs: Inputs) -> tuple["Settings", str]:
-        """These settings with those in a picture, and a notice of missing files, or "".
+        """These settings with those in a picture, and a notice of what is not taken, or "".
 
         `UserError` if the picture has no settings.
         """
-        recorded = read_settings(path)
+        recorded = read_settings(path, max_pixels=None)
         known = [str(source) for source in (self.draw.image, self.draw.mask, *self.draw.edit)]
         draw, notice = inputs.found(recorded, expanded(path), known=[*known, *self.recent_inputs])
+        assert draw.height is not None and draw.width is not None
+        if draw.height * draw.width > MAX_PIXELS:
+            size = f"{draw.width} x {draw.height}"
+            draw = dataclasses.replace(draw, height=self.draw.height, width=self.draw.width)
+            more = f"{size} is more than {MAX_PIXELS >> 20} megapixels: the form keeps its size"
+            notice = f"{notice}; {more}" if notice else more
         # No picture records how the model is kept in memory.
         here = {name: getattr(self.choice, name) for name in ("keep_text_encoders", "low_memory")}
         choice = dataclasses.replace(recorded.choice, **here)

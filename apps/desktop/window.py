@@ -203,7 +203,9 @@ class Window(tk.Tk):
             settings = dataclasses.replace(settings, draw=draw)
         self.remember(settings.with_inputs(self.form.start.paths))
         self.banner.hide()
-        self._start(Job(settings.choice, self.form.effective(settings.draw)))
+        # One by one: each preview shows how one picture develops.
+        draw = dataclasses.replace(self.form.effective(settings.draw), batch_size=1)
+        self._start(Job(settings.choice, draw))
 
     def load_model(self) -> None:
         """Load the model of the form, after downloading it if necessary."""

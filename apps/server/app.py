@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
 
@@ -22,11 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.models import Served
 from apps.server.request import (
-    BACKGROUNDS,
     FORMATS,
     ImageRequest,
     Limits,
     RequestError,
+    backgrounds,
     is_loopback,
     parse_form,
     parse_request,
@@ -113,7 +114,7 @@ class Server:
             "size_multiple_of": config.size_unit,
             "max_pixels": self.limits.pixels(config),
             "output_formats": list(FORMATS),
-            "background": list(BACKGROUNDS),
+            "background": backgrounds(config),
             "modes": [
                 {
                     "few_step": mode == few_step,
@@ -202,7 +203,9 @@ class Server:
         self, wanted: ImageRequest, drawing: Drawing, *, name: str
     ) -> AsyncIterator[bytes]:
         """Server-sent events, named as in OpenAI's image streaming."""
-        partial, notices = 0, [*wanted.notices]
+        # Of each picture; those of a batch take turns.
+        partial: Counter[int] = Counter()
+        notices = [*wanted.notices]
         while not isinstance(event := await drawing.get(), Finished):
             if isinstance(event, Failed):
                 raise _failure(wanted, event)
@@ -212,14 +215,13 @@ class Server:
                 continue
             extra = {"created_at": int(time.time()), "quality": "auto", **_shape(wanted, event)}
             if isinstance(event, Picture):
-                partial = 0
                 extra |= {"seed": event.metadata["seed"], "image": event.image}
                 extra |= {"notices": notices} if notices else {}
                 yield _event(f"{name}.completed", event.file, **extra)
             elif event.preview is not None:
-                extra |= {"partial_image_index": partial, "step": event.index + 1}
+                extra |= {"partial_image_index": partial[event.image], "step": event.index + 1}
                 extra |= {"steps": event.num_steps, "seed": event.seed, "image": event.image}
-                partial += 1
+                partial[event.image] += 1
                 yield _event(f"{name}.partial_image", event.preview, **extra)
 
 
@@ -242,10 +244,10 @@ def _notice(wanted: ImageRequest, event: Notice) -> str:
 
 
 def _shape(wanted: ImageRequest, event: Progress | Picture) -> dict[str, str]:
-    assert wanted.job.file_format is not None
-    size = "{}x{}".format(*event.size)
-    kind = wanted.job.file_format.kind
-    return {"size": size, "output_format": kind, "background": "opaque"}
+    form = wanted.job.file_format
+    assert form is not None
+    size, background = "{}x{}".format(*event.size), "opaque" if form.opaque else "transparent"
+    return {"size": size, "output_format": form.kind, "background": background}
 
 
 def _event(name: str, file: bytes, **extra: Any) -> bytes:

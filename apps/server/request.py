@@ -29,7 +29,6 @@ MAX_INPUT = 1 << 26
 MAX_UPSCALED = 1 << 22
 """Pixels of a picture that is enlarged with `upscale`."""
 FORMATS = ("png", "jpeg", "webp")
-BACKGROUNDS = ("auto", "opaque")
 
 
 class RequestError(Exception):
@@ -184,7 +183,10 @@ def _pictures(get: "_Reader", form: Form, model: Served, *, is_variation: bool) 
     if more and not can_edit:
         raise RequestError(f"{model.name} takes one picture at a time", param="image")
     if can_edit and not is_variation and form.mask is None and strength is None:
-        return {"edit": form.images, "fit": fit}
+        if form.values.get("fit"):
+            message = "pictures to edit are not fitted: send strength or a mask too, or no fit"
+            raise RequestError(message, param="fit")
+        return {"edit": form.images}
     return {"image": first, "mask": form.mask, "strength": strength, "edit": more, "fit": fit}
 
 
@@ -215,12 +217,7 @@ def _request(
         model.config.sampler_for(settings.num_inference_steps, settings.few_step)
     except UserError as error:
         raise RequestError(str(error), param="few_step") from None
-    file_format = _file_format(get)
-    if get.choice("background", [*BACKGROUNDS, "transparent"]) == "transparent":
-        raise RequestError(
-            f"{model.name} draws opaque pictures only: use background auto or opaque",
-            param="background",
-        )
+    file_format = _file_format(get, model)
     stream = get.boolean("stream") or False
     as_url = get.choice("response_format", ["b64_json", "url"]) == "url"
     if stream and as_url:
@@ -317,15 +314,29 @@ class _Reader:
         return self._get(name, bool, what="true or false")
 
 
-def _file_format(get: _Reader) -> FileFormat:
+def backgrounds(config: Description) -> list[str]:
+    """Values of `background` for a model."""
+    return ["auto", "opaque", *(["transparent"] if config.abilities().alpha else [])]
+
+
+def _file_format(get: _Reader, model: Served) -> FileFormat:
     kind = get.choice("output_format", list(FORMATS))
+    known = backgrounds(model.config)
+    background = get.choice("background", ["auto", "opaque", "transparent"])
+    if background not in known:
+        message = f"{model.name} draws opaque pictures only: use background auto or opaque"
+        raise RequestError(message, param="background")
+    if background == "transparent" and kind == "jpeg":
+        message = "a JPEG cannot be transparent: use output_format png or webp"
+        raise RequestError(message, param="background")
     quality = get.integer("output_compression", least=0, most=100)
     if kind == "png" and quality not in (None, 100):
         raise RequestError(
             "output_compression is for jpeg and webp: a PNG loses nothing",
             param="output_compression",
         )
-    return FileFormat(kind, 100 if quality is None else quality)
+    opaque = kind == "jpeg" or background == "opaque" or "transparent" not in known
+    return FileFormat(kind, 100 if quality is None else quality, opaque)
 
 
 def is_loopback(host: str) -> bool:

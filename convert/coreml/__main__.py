@@ -55,9 +55,9 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
+from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.quantize.palettes import load_palettes
 from mlx_snapgen.settings import check_size, check_width
-from mlx_snapgen.teachers.folder import is_teacher
 
 
 def main() -> None:

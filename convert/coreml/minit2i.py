@@ -14,10 +14,11 @@ from mlx_snapgen.checkpoint.t5 import TOKENIZER
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, new_folder
+from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.t5 import T5PromptEncoder
 from mlx_snapgen.public_config import MiniT2ITransformerConfig
-from mlx_snapgen.teachers.folder import CONFIG, load_network, load_prompts, load_teacher_config
+from mlx_snapgen.teachers.folder import load_network, load_prompts, load_teacher_config
 
 
 def export_minit2i(folder: Path, output: Path, *, target: str, precision: str) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Drawings that start from pictures against diffusers' pipelines, for `convert.parity`.
-
-Unlike `pipelines`, this compares whole `PublicPipeline`s, from files to pictures.
-"""
+"""Drawings against diffusers' pipelines, from files to pictures, for `convert.parity`."""
 
 import contextlib
 import sys
@@ -23,8 +20,10 @@ from convert.parity.originals import (
 )
 from convert.parity.transformers import Pairs
 from mlx_snapgen.generation import PictureWarning, Pipeline
+from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.public.keys.transformers import read_transformer
 from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import DrawSettings
@@ -35,6 +34,7 @@ SIZE = (48, 80)
 REFERENCES = ((90, 75), (64, 130))
 """Of the pictures to edit; they are cut to 80x64 and 64x128."""
 SEED = 5
+FOUR_STEPS = DrawSettings(PROMPT, seed=SEED, num_inference_steps=4)
 
 
 def make_z_images(folder: Path) -> None:
@@ -65,6 +65,14 @@ def _make(folder: Path, **pipelines: Any) -> None:
     mask = np.zeros(SIZE, np.uint8)
     mask[16:, 32:64] = 255
     Image.fromarray(mask).save(folder / "mask.png")
+
+
+def compare_z_image_prompt(folder: Path) -> Pairs:
+    return _compare_prompt(folder, "ZImagePipeline")
+
+
+def compare_qwen_prompt(folder: Path) -> Pairs:
+    return _compare_prompt(folder, "QwenImagePipeline")
 
 
 def compare_z_image_img2img(folder: Path) -> Pairs:
@@ -103,12 +111,44 @@ def compare_klein_edit(folder: Path) -> Pairs:
         edit = tuple(str(folder / f"{k + 1}.png") for k in range(count))
         drawn = _drawn(ours, theirs, settings, edit=edit, guidance_scale=scale)
         yield f"{count} edited", *drawn
+    yield _with_lora(folder, "turbo", "Flux2KleinPipeline")
+
+
+def _compare_prompt(folder: Path, name: str) -> Pairs:
+    """Without and with guidance, and with a LoRA."""
+    few = _few_steps(folder)
+    for what, model, scale in (("4 steps", few, 1.0), ("guided", "base", 3.5)):
+        ours, theirs = _pipelines(folder, model, name)
+        yield what, *_drawn(ours, theirs, FOUR_STEPS, guidance_scale=scale)
+    yield _with_lora(folder, few, name)
+
+
+def _with_lora(folder: Path, model: str, name: str) -> tuple[str, mx.array, Any]:
+    """A random LoRA of all layers in the blocks, at 0.8."""
+    rng, tensors = np.random.default_rng(0), {}
+    network: Any = read_transformer(folder / model / "transformer")
+    layers: dict[str, Any] = dict(linear_layers(network))
+    for path, layer in layers.items():
+        if path.split(".")[0] in network.BLOCKS:
+            rows, columns = layer.weight.shape
+            down, up = rng.normal(size=(3, columns)), rng.normal(size=(rows, 3)) / columns
+            for part, matrix in (("lora_A", down), ("lora_B", up)):
+                tensors[f"transformer.{path}.{part}.weight"] = mx.array(matrix.astype(np.float32))
+    lora = folder / "lora.safetensors"
+    mx.save_safetensors(str(lora), tensors, {"format": "pt"})
+    ours, theirs = _pipelines(folder, model, name, loras=((str(lora), 0.8),))
+    theirs.load_lora_weights(str(lora), adapter_name="lora")
+    theirs.set_adapters("lora", 0.8)
+    return "with LoRA", *_drawn(ours, theirs, FOUR_STEPS, guidance_scale=1.0)
+
+
+def _few_steps(folder: Path) -> str:
+    return "turbo" if (folder / "turbo").is_dir() else "base"
 
 
 def _compare(folder: Path, name: str, *, masked: bool) -> Pairs:
     """With strengths that divide the steps and that do not, without and with guidance."""
-    few = "turbo" if (folder / "turbo").is_dir() else "base"
-    whole = 1.0 if masked else 0.5
+    few, whole = _few_steps(folder), 1.0 if masked else 0.5
     for model, steps, strength, scale in ((few, 4, 0.6, 1.0), ("base", 3, whole, 3.5)):
         ours, theirs = _pipelines(folder, model, name)
         settings = _settings(folder, masked=masked, num_inference_steps=steps, strength=strength)
@@ -121,7 +161,7 @@ def _settings(folder: Path, *, masked: bool, **settings: Any) -> DrawSettings:
     return DrawSettings(PROMPT, image=str(folder / "0.png"), mask=mask, seed=SEED, **settings)
 
 
-def _pipelines(folder: Path, model: str, name: str) -> tuple[Pipeline, Any]:
+def _pipelines(folder: Path, model: str, name: str, **choice: Any) -> tuple[Pipeline, Any]:
     """Ours, and diffusers' of a class."""
     here = folder / f"{model}-here"
     if not here.exists():
@@ -130,7 +170,7 @@ def _pipelines(folder: Path, model: str, name: str) -> tuple[Pipeline, Any]:
     diffusers.utils.logging.disable_progress_bar()
     theirs = getattr(diffusers, name).from_pretrained(folder / model)
     theirs.set_progress_bar_config(disable=True)
-    return SnapGenPipeline.from_pretrained(here), theirs
+    return SnapGenPipeline.from_pretrained(here, **choice), theirs
 
 
 def _drawn(

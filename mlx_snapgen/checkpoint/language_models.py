@@ -13,7 +13,7 @@ from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.files import read_object
-from mlx_snapgen.json_values import MOST_LAYERS
+from mlx_snapgen.json_values import MOST_LAYERS, check_sizes
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
 from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder
@@ -37,7 +37,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
             'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
         ) from None
     try:
-        read_object(folder / "config.json")
+        check_sizes(read_object(folder / "config.json"), folder / "config.json")
         check_files(folder)
         model, values = cast(Any, load_model(folder, lazy=True))
         tokenizer = load_tokenizer(folder)
@@ -84,6 +84,7 @@ def load_qwen(
     if kind not in prompt_format.model_types:
         known = " or ".join(prompt_format.model_types)
         raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
+    check_sizes(values, folder / "config.json")
     try:
         check_files(folder)
         model, _ = load_model(

@@ -15,7 +15,7 @@ from mlx_snapgen.cli.options import (
 )
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
-from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings
+from mlx_snapgen.settings import MAX_BATCH, WIDTH_NAMES, DrawSettings
 
 EXAMPLES = """
 examples:
@@ -74,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="number of pictures; each gets the next seed (default: 1)",
+    )
+    add(
+        "--batch-size",
+        type=integer(1, MAX_BATCH),
+        metavar="N",
+        help="number of pictures to draw at a time, also of several lines of --prompts-file; 1 "
+        "draws one by one (default: up to 8 small ones, by the memory)",
     )
     add_sampling(picture)
     add_pictures(parser.add_argument_group("pictures to start from"))

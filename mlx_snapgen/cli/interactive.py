@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from mlx_snapgen.cli.generate_options import Saving, build_parser
 from mlx_snapgen.cli.notices import print_vocabulary
 from mlx_snapgen.cli.options import draw_settings, model_choice
+from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.inputs import FITS
 from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, ModelChoice
@@ -43,6 +44,9 @@ SETTINGS = {
     "negative": Setting("--negative-prompt", "negative_prompt", "what to keep out of the picture"),
     "seed": Setting("--seed", "seed", "seed of the next pictures (default: random each time)"),
     "images": Setting("--num-images", "num_images", "number of pictures per prompt"),
+    "batch-size": Setting(
+        "--batch-size", "batch_size", "pictures drawn at a time (default: by the memory)"
+    ),
     "width": Setting("--width", "width", "width of the picture in pixels"),
     "height": Setting("--height", "height", "height of the picture in pixels"),
     "force-size": Setting(
@@ -201,7 +205,7 @@ class Session:
         elif name == "show":
             values = vars(self._settings) | vars(self._choice) | vars(self._saving)
             for setting, (_, dest, _, _) in SETTINGS.items():
-                print(f"  :{setting:20} {_shown(values[dest])}")
+                print(f"  :{setting:20} {as_typed(dest, values[dest])}")
             size = self._settings.width, self._settings.height
             print(f"  :{'size':20} " + ("default" if None in size else "{}x{}".format(*size)))
         elif name == "vocabulary":
@@ -228,7 +232,7 @@ class Session:
         if value and not found:
             raise UserError(f"the size must be like 192x128 (width x height), not '{value[:40]}'")
         width, height = (int(found[1]), int(found[2])) if found else (None, None)
-        self._settings = dataclasses.replace(self._settings, width=width, height=height)
+        self._change(width=width, height=height)
 
     def _set(self, setting: Setting, value: str) -> None:
         if setting.dest in ("loras", "model", "output", "base", "stepwise_dir"):
@@ -252,10 +256,18 @@ class Session:
             if setting.dest == "image":
                 # Without a picture, it has neither strength nor mask.
                 names += ["strength"] if value else ["strength", "mask"]
-            values = {name: getattr(draw_settings(args), name) for name in names}
-            self._settings = dataclasses.replace(self._settings, **values)
+            self._change(**{name: getattr(draw_settings(args), name) for name in names})
         else:
             self._choose(setting, model_choice(args))
+
+    def _change(self, **values: Any) -> None:
+        """Change settings, unless the loaded model cannot draw with a new value."""
+        changed = dataclasses.replace(self._settings, **values)
+        if (config := getattr(self._pipeline, "config", None)) is not None:
+            fault = _fault(changed, config)
+            if fault is not None and fault != _fault(self._settings, config):
+                raise UserError(fault)
+        self._settings = changed
 
     def _choose(self, setting: Setting, given: ModelChoice) -> None:
         """Load the model with another value of one field of its choice."""
@@ -306,10 +318,30 @@ def _lora_words(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _shown(value: Any) -> Any:
+def _fault(settings: DrawSettings, config: Description) -> str | None:
+    """Why a model does not draw with settings; None if it does."""
+    try:
+        settings.resolved(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def as_typed(dest: str, value: Any) -> Any:
+    """A value as it is typed."""
+    if value in (None, "", ()):
+        return "default"
     if isinstance(value, bool):
         return SWITCH[not value]
-    return "default" if value in (None, "", ()) else value
+    if dest == "quantize":
+        return value or "none"
+    if dest == "loras":
+        return " ".join(f"{file} {scale:g}" for file, scale in value)
+    if dest == "text_encoders":
+        return ",".join(value)
+    if dest in ("image", "mask", "edit"):
+        return shlex.join(map(str, value if dest == "edit" else [value]))
+    return value
 
 
 OPTIONS = {option.removeprefix("--"): name for name, (option, *_) in reversed(SETTINGS.items())}

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError, one_line
 from mlx_snapgen.vocabulary import listed
 
@@ -17,10 +15,20 @@ PATIENCE = 1.5
 """Seconds before `announce` prints."""
 
 
+def write_line(text: str) -> None:
+    """Print `text` on stderr, above the progress bars if there are any."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:  # importing it takes longer than all that a short command prints
+        print(text, file=sys.stderr)
+
+
 @contextmanager
 def announce(text: str, *, enabled: bool = True) -> Iterator[None]:
     """Print `text` as a line if the work in this context takes longer than `PATIENCE`."""
-    timer = threading.Timer(PATIENCE, lambda: tqdm.write(text, file=sys.stderr))
+    timer = threading.Timer(PATIENCE, lambda: write_line(text))
     timer.daemon = True
     if enabled:
         timer.start()
@@ -50,7 +58,7 @@ def short_warnings(
         shown.add(text)
         text = text if name_prompts else problem or text
         text = reword(text)
-        tqdm.write(f"note: {one_line(text, MOST_CHARACTERS)}", file=sys.stderr)
+        write_line(f"note: {one_line(text, MOST_CHARACTERS)}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

@@ -30,6 +30,7 @@ from mlx_snapgen.checkpoint.hub import (
 from mlx_snapgen.checkpoint.t5 import TOKENIZER, t5_config
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import check_writable, read_object
+from mlx_snapgen.formats import INDEX, find_minit2i
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder
 from mlx_snapgen.public.convert import convert
@@ -49,14 +50,9 @@ from mlx_snapgen.teachers.memory import GROUP_SIZE, measure, text_bytes
 PIPELINES = ("ZImagePipeline", "QwenImagePipeline", "Flux2KleinPipeline")
 """`_class_name` in model_index.json of the models that can be drawn with, except MiniT2I."""
 
-MINIT2I = "minit2i-b-16"
-"""Folder in MiniT2I's repository with the model that is drawn with. Its text encoder is in another
-repository."""
-
 FLAN_T5 = r"google/flan-t5-[a-z]+"
 """Names of that repository."""
 
-INDEX = "model_index.json"
 CONFIGS = (
     INDEX,
     "transformer/config.json",
@@ -72,6 +68,9 @@ WEIGHTS = ("transformer", "vae", "text_encoder")
 MINIT2I_CONFIGS = "transformer/config.json", "scheduler/scheduler_config.json"
 TEXT_CONFIG = "config.json"
 TEXT_ENCODER = "text_encoder"
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+"""Suffixes of files that a folder of a model may have, too."""
 
 DEFAULT_BITS = (0, 8, 4)
 """Quantizations to choose from: the first that leaves half of the machine's memory free, or the
@@ -129,20 +128,6 @@ class Folders(NamedTuple):
     """Of the text encoder."""
 
 
-def is_public(folder: Path) -> bool:
-    """Whether a folder is a model in diffusers' format."""
-    return (folder / INDEX).is_file() or _inside(folder) is not None
-
-
-def _inside(folder: Path) -> str | None:
-    """Where MiniT2I is in a folder, "" or ending in /; None for other models."""
-    for inside in ("", f"{MINIT2I}/"):
-        path = folder / inside / "transformer" / "config.json"
-        if path.is_file() and read_object(path).get("_class_name") == "MiniT2IMMJiTModel":
-            return inside
-    return None
-
-
 def cache_folder() -> Path:
     """Folder of converted models: $MLX_SNAPGEN_CACHE, or mlx_snapgen in the user's cache."""
     given = os.environ.get("MLX_SNAPGEN_CACHE")
@@ -158,7 +143,7 @@ def describe(source: str, folder: Path, commit: str | None) -> PublicModel:
         UserError: a model that cannot be drawn with, a config that is missing, or no mlx-lm, which
             all known models except MiniT2I need.
     """
-    if (inside := _inside(folder)) is not None:
+    if (inside := find_minit2i(folder)) is not None:
         return _describe_minit2i(Place(source, folder, commit), inside)
     if importlib.util.find_spec("mlx_lm") is None:
         raise UserError('public models need mlx-lm: pip install "mlx_snapgen[teacher]"')
@@ -299,14 +284,27 @@ def _target(model: PublicModel, bits: int) -> Path:
         name = f"{model.source.replace('/', '--')}-{model.commit[:12]}"
     else:
         name = f"{model.folder.name}-{_identity(model.folder)}"
+    suffix = f"-{bits}bit" if bits else "-whole"
     if model.file is not None:
         name = f"{model.file.stem}-{_identity(model.file)}-{name}"
-    return cache_folder() / f"{name}-{f'{bits}bit' if bits else 'whole'}"
+    elif model.commit is None:
+        # Earlier versions counted all files.
+        before = _identity(model.folder, every=True)
+        converted = cache_folder() / f"{model.folder.name}-{before}{suffix}"
+        if converted.is_dir():
+            return converted
+    return cache_folder() / (name + suffix)
 
 
-def _identity(path: Path) -> str:
-    """Hexadecimal digits that change with a file, or with the files of a folder."""
+def _identity(path: Path, *, every: bool = False) -> str:
+    """Hexadecimal digits that change with a file, or with the files of a folder.
+
+    Args:
+        every: count hidden files and pictures, too, which no model needs.
+    """
     files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+    if not every:
+        files = [p for p in files if not (p.name.startswith(".") or p.suffix.lower() in PICTURES)]
     stats = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     identity = json.dumps([str(path.resolve()), stats])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]

@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_snapgen.checkpoint.language_models import TEXT_FILES
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, new_folder, read_object
+from mlx_snapgen.files import check_new, new_folder, read_object, save_tensors
+from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import checked, from_dict, to_dict
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -36,7 +36,7 @@ from mlx_snapgen.teachers.config import (
     Schedule,
     TeacherConfig,
 )
-from mlx_snapgen.teachers.folder import CONFIG, FORMAT_VERSION, NETWORKS, TeacherNetwork
+from mlx_snapgen.teachers.folder import FORMAT_VERSION, NETWORKS, TeacherNetwork
 from mlx_snapgen.tensor_files import read_header
 
 SCHEDULES = {
@@ -153,8 +153,7 @@ def convert_teacher(
         values = {"format_version": FORMAT_VERSION} | to_dict(config)
         (partial / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
         if weights := dict(tree_flatten(autoencoder.parameters())):
-            path = str(partial / "autoencoder.safetensors")
-            mx.save_safetensors(path, weights, {"format": "mlx"})
+            save_tensors(partial / "autoencoder.safetensors", weights, {"format": "mlx"})
         for name, (folder, part) in networks.items():
             if part is None:
                 converted = partial / "converted"

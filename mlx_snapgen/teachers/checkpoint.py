@@ -7,13 +7,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.sampling import guide
 from mlx_snapgen.teachers.base import Condition, Teacher
-from mlx_snapgen.teachers.folder import is_teacher, load_flow_teacher
+from mlx_snapgen.teachers.folder import load_flow_teacher
 
 
 class CheckpointTeacher:

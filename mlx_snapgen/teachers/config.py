@@ -170,6 +170,7 @@ class TeacherConfig:
             part_of_text_encoders=False,
             edit=self.kind == "flux2",
             any_size=not self.trained_sizes,
+            batches=False,
         )
 
     def sampler_for(

@@ -61,9 +61,6 @@ def draw_public(
     Args:
         settings: as for `denoise_public`, and the negative prompt.
     """
-    condition = teacher.encode(prompts)
-    if settings.guidance_scale != 1 and settings.negative_prompt.strip():
-        away = teacher.encode([settings.negative_prompt])
-        condition = condition._replace(empty_text=away.text, empty_mask=away.mask)
+    condition = teacher.encode(prompts, settings.negative_prompt)
     *_, last = denoise_public(teacher, condition, seeds=seeds, settings=settings)
     return last.x_t

@@ -11,7 +11,7 @@ from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import get_lora_weights, lora_weights
 from mlx_snapgen.networks.layers import space_to_depth
-from mlx_snapgen.networks.text_encoders.base import PublicTextEncoder
+from mlx_snapgen.networks.text_encoders.base import Prompt, PublicTextEncoder
 from mlx_snapgen.sampling import get_schedule, guide
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.config import Schedule, TeacherConfig
@@ -39,7 +39,7 @@ class FlowTeacher:
         self.config, self.prompts = config, prompts
         self.network: Any = network
         self.few_step_network: Any = few_step_network
-        self._empty: tuple[mx.array, mx.array] | None = None
+        self._away: dict[Prompt, tuple[mx.array, mx.array]] = {}
 
     @property
     def feature_dims(self) -> int:
@@ -56,13 +56,14 @@ class FlowTeacher:
         """Whether the teacher takes pictures to edit."""
         return self.config.abilities().edit
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """See `Teacher.encode`."""
+    def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Condition:
+        """See `Teacher.encode`, and `PromptFormat.unconditional` of the negative prompt."""
         if self.prompts is None:
             raise UserError("this teacher's text encoder was freed: load the teacher again")
-        if self._empty is None:
-            self._empty = self.prompts([self.prompts.prompt_format.empty])
-        return Condition(*self.prompts(prompts), *self._empty)
+        away = self.prompts.prompt_format.unconditional(negative_prompt)
+        if away not in self._away:
+            self._away = {away: self.prompts([away])}
+        return Condition(*self.prompts(prompts), *self._away[away])
 
     def free_text_encoder(self) -> None:
         """Free the memory of the text encoder; `encode` fails after that."""

@@ -31,6 +31,7 @@ from mlx_snapgen.checkpoint.module import (
 from mlx_snapgen.checkpoint.t5 import load_t5
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object
+from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -46,7 +47,6 @@ from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.flow import FlowTeacher
 
 FORMAT_VERSION = 1
-CONFIG = "teacher.json"
 
 NETWORKS = {
     "qwen-image": QwenTransformer,
@@ -63,11 +63,6 @@ PROMPT_FORMATS = {
 """`TeacherConfig.kind` -> class of the transformer, and how its prompts are encoded."""
 
 TeacherNetwork = QwenTransformer | ZImageTransformer | Flux2Transformer | MiniT2ITransformer
-
-
-def is_teacher(folder: Path) -> bool:
-    """Whether `folder` contains a public teacher."""
-    return (folder / CONFIG).is_file()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,10 +10,12 @@ import mlx.core as mx
 from mlx_snapgen.checkpoint.memory import BASE_BYTES, smaller_size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import MAX_REFERENCE, picture_size
+from mlx_snapgen.lora.files import lora_file
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.minit2i import MiniT2ITransformer
-from mlx_snapgen.settings import BYTES_PER_PIXEL, DrawSettings, machine_memory
+from mlx_snapgen.settings import BYTES_PER_PIXEL, DrawSettings, ModelChoice, machine_memory
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherFolder, TeacherNetwork, quantizable
+from mlx_snapgen.tensor_files import read_header
 
 GROUP_SIZE = 64
 DECODER_BYTES, UNTILED_BYTES = 1 << 30, 1300 << 20
@@ -35,9 +37,9 @@ class Sizes:
     """What decides how much memory a model takes, in bytes; not all parts are there at once."""
 
     network: int
-    """The transformer, in all its modes."""
+    """The transformer, in all its modes, with its LoRAs."""
     text: int
-    """The text encoder, which is freed before denoising."""
+    """The text encoder."""
     unpacked: int
     """The largest matrix while it is used, where it is dequantized for that: on the CPU."""
     token: int
@@ -53,6 +55,7 @@ class Sizes:
         width: int,
         *,
         low_memory: bool = False,
+        keep_text_encoders: bool = False,
         encoded: int = 0,
         references: int = 0,
     ) -> int:
@@ -60,6 +63,7 @@ class Sizes:
 
         Args:
             low_memory: the transformer is freed before decoding.
+            keep_text_encoders: the text encoder is not freed before denoising.
             encoded: pixels of the largest picture to start from; 0: there is none.
             references: pixels of all pictures that the network sees besides.
         """
@@ -72,11 +76,10 @@ class Sizes:
                 self.network + encoded * ENCODER_BYTES_PER_PIXEL,
                 kept + max(UNTILED_BYTES, DECODER_BYTES + pixels * BYTES_PER_PIXEL),
             ]
-        return BASE_BYTES + max(
-            self.text + self.unpacked,
-            self.network + self.unpacked + tokens * self.token,
-            *pictures,
-        )
+        drawing = max(self.network + self.unpacked + tokens * self.token, *pictures)
+        if keep_text_encoders:
+            return BASE_BYTES + self.text + drawing
+        return BASE_BYTES + max(self.text + self.unpacked, drawing)
 
 
 def measure(
@@ -129,33 +132,40 @@ def float_bytes() -> int:
     return 4 if mx.default_device().type == mx.DeviceType.cpu else 2
 
 
-def measure_folder(folder: TeacherFolder) -> Sizes:
-    """The sizes of a model on disk."""
+def measure_folder(folder: TeacherFolder, loras: Iterable[str] = ()) -> Sizes:
+    """The sizes of a model on disk, with LoRAs by their files or folders."""
     config, path = folder.config, folder.path
+    networks = 1 + any(path.glob("few_step-*.safetensors"))
     how = config.quantization or {"bits": 0}
     text: Iterable[Path] = (path / config.text_encoder).glob("*.safetensors")
-    return measure(
+    sizes = measure(
         NETWORKS[config.kind](config.transformer),
         **how,
-        networks=1 + any(path.glob("few_step-*.safetensors")),
+        networks=networks,
         text=sum(file.stat().st_size for file in text),
     )
+    headers = (read_header(lora_file(lora))[0] for lora in loras)
+    count = sum(math.prod(tensor.shape) for header in headers for tensor in header.values())
+    return replace(sizes, network=sizes.network + count * float_bytes() * networks)
 
 
-def peak_bytes(folder: TeacherFolder, settings: DrawSettings) -> Callable[..., int]:
+def peak_bytes(
+    folder: TeacherFolder, choice: ModelChoice, *, settings: DrawSettings
+) -> Callable[..., int]:
     """Estimate of the peak of drawing with resolved settings: a function of height and width in
-    pixels, and of `low_memory` (see `Sizes.peak`)."""
-    sizes = measure_folder(folder)
+    pixels, and of fields of the choice that are to be others."""
+    sizes = measure_folder(folder, [lora for lora, _ in choice.loras])
     edit = [min(math.prod(picture_size(source)), MAX_REFERENCE) for source in settings.edit]
     starts = settings.image is not None
     is_reference = settings.mask is not None and folder.config.abilities().edit
 
-    def peak(height: int, width: int, *, low_memory: bool) -> int:
-        drawn = height * width
+    def peak(height: int, width: int, **changes: bool) -> int:
+        drawn, chosen = height * width, replace(choice, **changes)
         return sizes.peak(
             height,
             width,
-            low_memory=low_memory,
+            low_memory=chosen.low_memory,
+            keep_text_encoders=chosen.keep_text_encoders,
             encoded=max([drawn * starts, *edit]),
             references=sum(edit) + drawn * is_reference,
         )
@@ -163,7 +173,7 @@ def peak_bytes(folder: TeacherFolder, settings: DrawSettings) -> Callable[..., i
     return peak
 
 
-def check_memory(folder: TeacherFolder, settings: DrawSettings, *, low_memory: bool) -> None:
+def check_memory(folder: TeacherFolder, choice: ModelChoice, *, settings: DrawSettings) -> None:
     """`UserError` with what would fit, unless a picture of these settings fits into this machine.
 
     Args:
@@ -172,16 +182,16 @@ def check_memory(folder: TeacherFolder, settings: DrawSettings, *, low_memory: b
     memory, unit = machine_memory(), folder.config.size_unit
     height, width = settings.height, settings.width
     assert height is not None and width is not None
-    peak = peak_bytes(folder, settings)
-    needed = peak(height, width, low_memory=low_memory)
+    peak = peak_bytes(folder, choice, settings=settings)
+    needed = peak(height, width)
     if needed <= memory:
         return
     choices = []
+    if peak(height, width, keep_text_encoders=False) <= memory:
+        choices.append("text encoders that are not kept in memory")
     if peak(height, width, low_memory=True) <= memory:
         choices.append("--low-memory")
-    choices += smaller_size(
-        height, width, unit=unit, fits=lambda h, w: peak(h, w, low_memory=low_memory) <= memory
-    )
+    choices += smaller_size(height, width, unit=unit, fits=lambda h, w: peak(h, w) <= memory)
     if (folder.config.quantization or {"bits": 16})["bits"] > 4:
         choices.append("the model converted with --quantize 4")
     if not choices:

@@ -17,7 +17,7 @@ from apps.desktop.inputs import Inputs
 from apps.desktop.settings import MAX_INPUTS, Settings, load_settings, save_settings
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import fitted_mask, picture_hash, read_picture
-from mlx_snapgen.metadata import encode_png, read_metadata, read_settings
+from mlx_snapgen.metadata import encode_png, read_metadata, read_settings, save_picture
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.config import TeacherConfig
 from tests.applications.windows import assert_fits, click, drawn, set_form, two_pictures
@@ -190,6 +190,14 @@ def test_a_picture_is_drawn_over_and_restored(window, start, photo):
     window.pictures.use_settings()
     assert draw_of(window).image is None
     assert "photo.png, not found" in window.banner.message
+    # Another's picture may be larger than the window draws unasked.
+    set_form(window, height=32, width=64, num_inference_steps=2)
+    large = entry.path.with_name("large.png")
+    save_picture(Image.new("RGB", (8, 8)), large, metadata=values | {"height": 4096, "width": 2048})
+    window.pictures.open_picture(large)
+    restored = draw_of(window)
+    assert (restored.height, restored.width, restored.num_inference_steps) == (32, 64, 4)
+    assert "2048 x 4096 is more than 4 megapixels: the form keeps its size" in window.banner.message
 
 
 def test_only_painted_parts_are_redrawn(window, start, photo):

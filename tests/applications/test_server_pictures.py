@@ -354,6 +354,8 @@ def test_a_public_model_edits_several_pictures(model_folder, tmp_path, monkeypat
         found = read_metadata(saved(answer["data"][0], tmp_path / "a.png"))
         assert [edit["name"] for edit in found["edit"]] == ["my picture.png"] * 2
         assert "image" not in found
+        status, _, answer = send(port, EDITS, *two, *wish, ("fit", "pad"))
+        assert (status, answer["error"]["param"]) == (400, "fit")
         for path, more in ((EDITS, [("mask", hole(64, 64))]), (VARIATIONS, [])):
             status, _, answer = send(port, path, ("image", picture(64, 64)), *wish, *more)
             assert status == 200, answer

@@ -105,8 +105,16 @@ def test_a_folder_in_diffusers_format_draws_the_pipelines_picture(public, cache,
     assert len([*cache.iterdir()]) == 1
     assert read_metadata("first.png")["quantize"] == 0
     assert read_metadata("first.png")["model"] == str(folder)
-    main(["--config-from-image", "first.png", "--trust-settings", "--output", "third.png"])
+    more = [folder / ".DS_Store", folder / "drawn.png"]
+    try:
+        for path in more:
+            path.write_bytes(b"no part of the model")
+        main(["--config-from-image", "first.png", "--trust-settings", "--output", "third.png"])
+    finally:
+        for path in more:
+            path.unlink()
     assert np.array_equal(pixels("third.png"), pixels("first.png"))
+    assert len([*cache.iterdir()]) == 1
 
 
 def test_the_quantization_is_chosen_by_the_machines_memory(public, cache, monkeypatch, capsys):

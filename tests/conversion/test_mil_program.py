@@ -192,6 +192,46 @@ def test_a_result_of_another_shape_is_an_error(tmp_path):
         run(package, {"x": X})
 
 
+@pytest.mark.parametrize(
+    ("good", "bad", "words"),
+    [
+        ((2, "z"), (2, "q"), "no operation makes the output 'q'"),
+        (entry(2, "x", argument("x")), entry(2, "x", argument("q")), "no value 'q' for .* 'y_op'"),
+        (entry(2, "x", argument("x")), entry(2, "x", argument("z")), "no value 'z' for .* 'y_op'"),
+        (entry(2, "x", argument("x")), entry(2, "xxxxxx", argument()), "'y_op' lacks a value"),
+        ((1, "p"), (1, "w"), "two values of the name 'w'"),
+        ((1, "val"), (1, "vax"), "the operation 'w_op' lacks a value"),
+        ((1, "weights/weight.bin"), (1, "../../../weight.bi"), "outside of the package"),
+    ],
+)
+def test_wrong_names_are_told(package, good, bad, words):
+    model = package / "Data/com.apple.CoreML/model.mlmodel"
+    data, good, bad = model.read_bytes(), message(good), message(bad)
+    if good[2:].startswith(b"weights"):
+        good, bad = good[2:], bad[2:]
+    assert good in data and len(good) == len(bad)
+    model.write_bytes(data.replace(good, bad, 1))
+    with pytest.raises(UserError, match=words):
+        run(package, {"x": X})
+    if "outside" not in words:
+        with pytest.raises(UserError, match=words):
+            summary(package)
+
+
+def test_too_few_bytes_of_a_constant_are_an_error():
+    with pytest.raises(ValueError, match="1 bytes for uint4"):
+        unpack(np.zeros(1, np.uint8), TensorType("uint4", (1 << 40,)))
+
+
+@pytest.mark.parametrize("values", ["text", ["a"], {"one": "text"}, {"one": 3}, {"one": {}}])
+@pytest.mark.parametrize("name", ["one", 3, 10**30, None])
+def test_a_manifest_of_other_values_is_an_error(package, name, values):
+    manifest = {"rootModelIdentifier": name, "itemInfoEntries": values}
+    (package / "Manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"no \.mlpackage"):
+        Package(package)
+
+
 def test_wrong_inputs_are_named(package):
     interpreter = Interpreter(package)
     with pytest.raises(UserError, match=r"no input 'xs' \(did you mean 'x'\?\)"):

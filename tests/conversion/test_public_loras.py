@@ -237,6 +237,16 @@ def test_a_wrong_alpha_is_noticed(model, tmp_path):
     assert relative_difference(*outputs) > 1e-2
 
 
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    network = model[2]
+    tensors = named(every_layer(network), "diffusers", alpha=None)
+    key = next(iter(tensors))
+    tensors[key] = np.full_like(tensors[key], np.nan)
+    path = write(tmp_path / "nan.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(UserError, match=r"nan.safetensors is damaged: .* not finite"):
+        load_lora(path, network)
+
+
 def test_joined_layers_beside_their_parts_count_once(model, tmp_path):
     kind, _, network, _ = model
     if kind == "qwen-image":

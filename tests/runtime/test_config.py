@@ -42,6 +42,9 @@ def test_unknown_key_names_the_nearest(values, hint):
     [
         ({"widths": (0.5, 1.0)}, "start with 1.0"),
         ({"widths": (1.0, 0.3)}, "cuts through a head"),
+        ({"widths": ()}, "start with 1.0"),
+        ({"hidden_size": 2080}, "2080, must divide by head_dim"),
+        ({"frequency_dim": 1}, "must be even, got 1"),
         ({"head_dim": 6, "hidden_size": 60}, "divide by 4"),
         ({"blocks": (3, 0, 2)}, "three positive numbers"),
         ({"num_kv_heads": 7}, "do not divide by num_kv_heads, 7"),

@@ -20,6 +20,7 @@ from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.presets import GEMMA_3_4B
+from mlx_snapgen.public.keys.gemma import gemma_config
 from tests.tiny import states_error, with_text_encoder
 
 # sqrt(24) is not what bfloat16 makes of it; two of three layers see a window of 4 tokens only.
@@ -176,6 +177,38 @@ def test_folders_that_hold_no_gemma_are_one_line(mlx_lm, folder, tmp_path):
         (odd / "config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match=f"'sliding_window_pattern' cannot be {pattern}"):
             load_gemma(odd, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_hidden_layers": 2**63}, r"'num_hidden_layers' must be 0 to 4194304, not 9223"),
+        ({"num_hidden_layers": 257}, r"config.json: 'num_hidden_layers' must be 0 to 256, not 257"),
+        ({"num_hidden_layers": 2.5}, "'num_hidden_layers' must be a whole number, not 2.5"),
+        ({"hidden_size": -8}, "'hidden_size' must be 1 to"),
+        ({"vocab_size": 10**9}, "'vocab_size' must be 1 to"),
+        ({"num_key_value_heads": "2"}, "'num_key_value_heads' must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_sizes_out_of_range_are_refused_before_the_network_is_built(
+    mlx_lm, folder, tmp_path, monkeypatch, nested, values, words
+):
+    """mlx-lm builds as many layers as the config has, until no memory is left."""
+
+    def build(*_, **__):
+        raise AssertionError("the network is built")
+
+    monkeypatch.setattr("mlx_lm.utils.load_model", build)
+    given = {"text_config": TEXT | values} if nested else TEXT | values
+    kinds = {"gemma3": lambda: load_gemma(tmp_path, CONFIG)}
+    kinds["qwen2_5_vl"] = lambda: load_qwen(tmp_path, QWEN_IMAGE, dims=24)
+    kinds["gemma3_text"] = lambda: gemma_config(given, tmp_path / "config.json")
+    for kind, load in kinds.items():
+        given["model_type"] = kind
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        with pytest.raises(UserError, match=words):
+            load()
 
 
 # --- parity -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from mlx_snapgen.cli.interactive import (
     SETTINGS,
     Session,
     as_settings,
+    as_typed,
 )
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
@@ -112,12 +113,12 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
 
 
 def test_a_size_that_the_machine_cannot_hold_does_not_end_the_loop(say):
-    _, err = say(":size 16384x16384", "a red apple", ":size", "a blue cat", options=["--seed", "1"])
+    _, err = say(":size 16384x16384", "a blue cat", options=["--seed", "1"])
     assert err == (
         "error: 16384 x 16384 is more than the 134217728 pixels that a picture can have: choose a "
         "smaller size\n"
     )
-    assert Path("a-blue-cat.png").exists() and not Path("a-red-apple.png").exists()
+    assert Path("a-blue-cat.png").exists()
 
 
 def test_odd_lines_do_not_end_the_loop(model_folder, tmp_path):
@@ -198,6 +199,46 @@ def test_sizes_and_switches(say):
     values = settings_of("a-blue-cat")
     assert (values["width"], values["height"]) == (64, 32)
     assert values["attention_modulation"] and values["force_size"]
+
+
+def test_what_the_model_cannot_do_is_refused_at_once(say):
+    out, err = say(
+        ":few-step on",
+        ":size 100x64",
+        "a red apple",
+        ":mask last",
+        ":edit last",
+        ":show",
+        options=["--seed", "3"],
+    )
+    faults = (
+        "no few-step mode",
+        "width must be",
+        "a mask needs",
+        "cannot edit",
+    )
+    for line, fault in zip(err.splitlines(), faults, strict=True):
+        assert fault in line
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    names = ":few-step", ":size", ":mask", ":edit"
+    assert {shown[name] for name in names} == {"default"} and shown[":steps"] == "1"
+
+
+def test_settings_are_shown_as_they_are_typed():
+    settings = DrawSettings(edit=("a b.png", "c.png"), image="a b.png", guidance_scale=2.5)
+    choice = ModelChoice(loras=(("a.safetensors", 0.5), ("b.safetensors", 1.0)), quantize=0)
+    values = vars(settings) | vars(choice) | {"text_encoders": ("clip", "gemma"), "json": False}
+    expected = {
+        "edit": "'a b.png' c.png",
+        "image": "'a b.png'",
+        "guidance_scale": 2.5,
+        "loras": "a.safetensors 0.5 b.safetensors 1",
+        "quantize": "none",
+        "text_encoders": "clip,gemma",
+        "low_memory": "off",
+        "few_step": "default",
+    }
+    assert {name: as_typed(name, values[name]) for name in expected} == expected
 
 
 def test_the_old_name_of_the_network_width(say):

@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_one_line_before_it_is_loaded(model_folder, monkeyp
     folder = ModelFolder.open(model_folder)
     whole = memory.transformer_bytes(folder, ModelChoice())
     monkeypatch.setattr(memory, "BASE_BYTES", 0)
-    needed = memory.needed_bytes(whole, 32, 64)
+    needed = memory.needed_bytes(whole, 32, 64, guided=True)
     monkeypatch.setattr(memory, "machine_memory", lambda: needed - 1)
     with pytest.raises(UserError, match=r"at 64 x 32 needs about .* GiB") as error:
         pipe.generate("a red apple", height=32, width=64)

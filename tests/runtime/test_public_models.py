@@ -16,12 +16,15 @@ from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public_pipeline import PublicPipeline
 from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers import folder as teacher_folder
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE, LIGHTNING, TURBO, Z_IMAGE
-from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
+from mlx_snapgen.teachers.draw import draw_public
+from mlx_snapgen.teachers.folder import PROMPT_FORMATS, load_flow_teacher, load_network
 from tests.tiny import (
     FLUX2,
     FLUX2_AUTOENCODER,
     TEACHER,
+    Reader,
     write_lightning_lora,
     write_teacher,
 )
@@ -122,6 +125,7 @@ def test_abilities_come_from_the_config_alone():
         part_of_text_encoders=False,
         edit=True,
         any_size=True,
+        batches=False,
     )
 
 
@@ -135,6 +139,7 @@ def test_abilities_come_from_the_config_alone():
         ("qwen-image", ("--few-step",), "this model has no few-step mode"),
         ("klein", ("--height", "40"), "height must be a positive multiple of 16 pixels"),
         ("klein", ("--attention-modulation",), r"FLUX\.2 klein has no attention modulation"),
+        ("klein", ("--batch-size", "4"), "draws pictures one by one: leave out --batch-size"),
         ("klein", ("--model-width", "tiny"), "no width 'tiny', only full"),
         ("klein", ("--lora", "x.safetensors"), r"no LoRA file x\.safetensors"),
         ("klein", ("--text-encoders", "clip"), "has one text encoder"),
@@ -152,11 +157,50 @@ def test_what_a_model_cannot_do_is_one_line_before_it_is_loaded(
     assert "\n" not in str(error.value)
 
 
+def test_the_prompt_loop_refuses_a_batch_at_once(folders, monkeypatch, capsys):
+    lines = ("a red car", ":batch-size 4", ":batch-size 1", "a red cat")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    main(["--interactive", "--model", str(folders["klein"]), "--steps", "1", *SIZE])
+    out, err = capsys.readouterr()
+    assert "one by one: leave out :batch-size" in err and err.count("error") == 1
+    assert "a-red-cat.png" in out
+
+
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(folders):
     options = ("--steps", "2", "--guidance", "3")
     plain, _ = drawn(folders["z-image"], *options)
     away, _ = drawn(folders["z-image"], *options, "--negative-prompt", "blue")
     assert np.abs(plain.astype(int) - away).max() > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "encoded"),
+    [
+        ("qwen-image", ("a cat", ""), {"a cat", " "}),
+        ("qwen-image", ("", ""), {"", " "}),
+        ("z-image", (" ", " \t"), {" ", " \t"}),
+    ],
+)
+def test_prompts_are_encoded_as_they_are(folders, name, prompts, encoded, monkeypatch):
+    """By the pipeline and by `draw_public`; without a negative prompt, the model's own is."""
+    asked = set()
+
+    class Recorder(Reader):
+        def __call__(self, prompts):
+            asked.update(prompts)
+            return super().__call__(prompts)
+
+    monkeypatch.setattr(teacher_folder, "load_qwen", lambda *_, **__: Recorder())
+    monkeypatch.setattr(Recorder, "prompt_format", PROMPT_FORMATS[MODELS[name].kind])
+    pipe, picture = SnapGenPipeline.from_pretrained(folders[name]), Image.new("RGB", (32, 32))
+    settings = DrawSettings(prompts[0], negative_prompt=prompts[1], height=32, width=32)
+    settings = dataclasses.replace(settings, num_inference_steps=1, guidance_scale=3.0)
+    next(pipe.generate(settings, image=picture))
+    assert asked == encoded
+    asked.clear()
+    teacher, _ = load_flow_teacher(folders[name])
+    draw_public(teacher, prompts[:1], seeds=[0], settings=settings.resolved(teacher.config))
+    assert asked == encoded
 
 
 def test_the_text_encoder_is_freed_before_denoising_and_its_states_are_kept(folders, monkeypatch):
@@ -188,7 +232,9 @@ def test_interactive(folders, model_folder, monkeypatch, capsys):
         ":size 32x32",
         "a red car",
         ":guidance 3",
+        ":edit photo.png",
         "a blue car",
+        ":edit",
         f":model {folders['qwen-image']}",
         ":steps 2",
         "a green car",
@@ -197,8 +243,11 @@ def test_interactive(folders, model_folder, monkeypatch, capsys):
         ":size 64x32",
         "a red apple",
     ]
+    Image.new("RGB", (64, 64), "blue").save("photo.png")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     main(["--interactive", "--model", str(folders["klein"]), "--seed", "1", "--output", "loop/"])
     names = {p.stem for p in Path("loop").glob("*.png")}
-    assert names == {"a-red-car", "a-green-car", "a-red-apple"}
+    assert names == {"a-red-car", "a-blue-car", "a-green-car", "a-red-apple"}
+    assert [p["name"] for p in read_metadata("loop/a-blue-car.png")["edit"]] == ["photo.png"]
+    assert not read_metadata("loop/a-green-car.png").get("edit")
     assert "error: FLUX.2 klein has no guidance" in capsys.readouterr().err

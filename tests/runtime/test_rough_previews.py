@@ -1,5 +1,7 @@
 """Previews without a decoder, and drawing with little memory."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,14 +16,18 @@ from mlx_snapgen.cli.options import model_choice
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
+from mlx_snapgen.lora.files import save_lora
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.colors import fit_colors, has_fast_decoder, rough_picture
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers import memory
 from mlx_snapgen.teachers.config import LIGHTNING
+from mlx_snapgen.teachers.folder import load_network
 from tests.runtime.test_public_models import MODELS, SIZE, folders  # noqa: F401
-from tests.tiny import TEACHER, write_teacher
+from tests.tiny import TEACHER, add_random_lora, write_teacher
 
 DRAWN = {"height": 32, "width": 48, "seed": 5}
 pytestmark = pytest.mark.usefixtures("no_language_model")
@@ -133,8 +139,32 @@ def test_less_memory_is_estimated_and_offered(folders, monkeypatch):  # noqa: F8
     assert most - least == memory.DECODER_BYTES + 1024**2 * memory.BYTES_PER_PIXEL
     small = sizes.peak(256, 256), sizes.peak(256, 256, low_memory=True)
     assert small[0] - small[1] == memory.UNTILED_BYTES
-    monkeypatch.setattr(memory, "measure_folder", lambda _: sizes)
+    monkeypatch.setattr(memory, "measure_folder", lambda *_: sizes)
     monkeypatch.setattr(memory, "machine_memory", lambda: least)
     with pytest.raises(UserError, match="choose --low-memory or the"):
         SnapGenPipeline.from_pretrained(folders["klein"]).generate("a red car")
     SnapGenPipeline.from_pretrained(folders["klein"], low_memory=True).generate("a red car")
+
+
+def test_kept_text_encoders_and_loras_are_counted(folders, tmp_path, monkeypatch):  # noqa: F811
+    folder, choice = folders["klein"], ModelChoice(str(folders["klein"]))
+    settings = DrawSettings("a red car").resolved(open_model(choice).config)
+    network = load_network(folder, MODELS["klein"])
+    add_random_lora(network, rank=4)
+    lora = tmp_path / "a.safetensors"
+    save_lora(lora, network, name="style", dtype=mx.float16)
+    held = sum(2 * value.nbytes for value in mx.load(str(lora)).values() if value.ndim > 1)
+
+    def peak(**changes):
+        chosen = dataclasses.replace(choice, **changes)
+        return memory.peak_bytes(open_model(choice), chosen, settings=settings)(1024, 1024)
+
+    assert 0 < held <= peak(loras=((str(lora), 0.5),)) - peak() < 1.01 * held
+    (folder / "text_encoder" / "model.safetensors").write_bytes(bytes(10_000))
+    assert peak(keep_text_encoders=True) - peak() == 10_000
+    monkeypatch.setattr(memory, "machine_memory", peak)
+    SnapGenPipeline.from_pretrained(folder).generate("a red car")
+    with pytest.raises(UserError, match="choose text encoders that are not kept"):
+        SnapGenPipeline.from_pretrained(folder, keep_text_encoders=True).generate("a red car")
+    with pytest.raises(UserError, match="1024 x 1024 needs about"):
+        SnapGenPipeline.from_pretrained(folder, loras=((str(lora), 1.0),)).generate("a red car")

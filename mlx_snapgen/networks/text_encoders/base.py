@@ -74,6 +74,14 @@ class PromptFormat(NamedTuple):
     is_filled: bool = False
     """Prompts are padded to `max_length`, and the padding counts as text."""
 
+    def unconditional(self, negative_prompt: str = "") -> Prompt:
+        """The prompt to guide away from: `empty` without a negative prompt.
+
+        Prompts and negative prompts, also blank ones, are encoded as they are, as in diffusers'
+        pipelines.
+        """
+        return negative_prompt or self.empty
+
 
 class PublicTextEncoder(Protocol):
     """The text encoder of a public model."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import check_sizes
 from mlx_snapgen.public.keymap import KeyMap, Row, numberless
 
 GEMMA_FILES = (
@@ -23,8 +24,9 @@ def gemma_config(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """config.json of the text network only, with the names that mlx-lm reads.
 
     Raises:
-        UserError: another network, or missing sizes.
+        UserError: another network, or sizes that are missing or out of range.
     """
+    check_sizes(values, path)
     if values.get("model_type") not in ("gemma3", "gemma3_text"):
         raise UserError(f"{path} describes a {values.get('model_type')}, not a Gemma 3")
     if values.get("quantization") or values.get("quantization_config"):
@@ -53,7 +55,7 @@ def gemma_config(values: dict[str, Any], path: Path) -> dict[str, Any]:
         # Without a full layer, the pattern is longer than the network.
         text["sliding_window_pattern"] = whole[0] + 1 if whole else len(layers) + 1
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-        if not isinstance(text.get(key), int):
+        if key not in text:
             raise UserError(f"{path} lacks {key}: it does not describe a Gemma 3")
     return text
 
