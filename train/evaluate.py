@@ -19,12 +19,20 @@ these scenes after encoding and decoding.
 """
 
 import argparse
+import contextlib
+import errno
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
+from mlx_snapgen.checkpoint.memory import (
+    check_memory,
+    default_batch_size,
+    transformer_bytes,
+)
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import draw_settings, model_choice
@@ -42,6 +50,7 @@ from train.data.stickers.vocabulary import known_nouns
 from train.evaluation.measures import Measurement
 from train.evaluation.models import MeasuredModel, OwnModel, PublicModel
 from train.evaluation.prompt_lists import (
+    PROMPTS,
     PromptFiles,
     claim_folder,
     dpg_files,
@@ -52,7 +61,7 @@ from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
 from train.loop.teacher import prepared_parts
-from train.options.data import data_from
+from train.options.data import check_not_empty, data_from
 from train.options.evaluate import parse
 
 
@@ -61,6 +70,21 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _writing(folder: Path | None) -> Iterator[None]:
+    """`UserError` if a file of the output cannot be written in the block."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if folder is None or not (full or str(error.filename).startswith(str(folder))):
+            raise
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror or error}); it has what was measured so "
+            "far: delete it, and run the command again"
+        ) from None
 
 
 def _recorded(args: argparse.Namespace, settings: DrawSettings) -> dict[str, Any]:
@@ -84,7 +108,9 @@ def _recorded(args: argparse.Namespace, settings: DrawSettings) -> dict[str, Any
 
 def _sized(args: argparse.Namespace) -> DrawSettings:
     """The settings with exactly the size of --height and --width."""
-    return replace(draw_settings(args), height=args.height, width=args.width, force_size=True)
+    size = {"height": args.height, "width": args.width, "force_size": True}
+    # Measured models draw in batches of any size, also public ones.
+    return replace(draw_settings(args), **size, batch_size=None)
 
 
 def _held_out(args: argparse.Namespace, model: MeasuredModel) -> list[Samples]:
@@ -98,6 +124,7 @@ def _held_out(args: argparse.Namespace, model: MeasuredModel) -> list[Samples]:
             "warning: the data keeps no pictures for validation: measured on pictures to train on",
             file=sys.stderr,
         )
+        check_not_empty(source)
         part = source
     for prepared in prepared_parts(part) if isinstance(model, OwnModel) else ():
         prepared.check_text_states(config.text_encoders)
@@ -133,7 +160,9 @@ def _measure(args: argparse.Namespace, model: MeasuredModel, widths: list[Width]
     if args.output:
         _make_folder(args.output)
     recorded = {"data": args.data, "clip": args.clip} | _recorded(args, resolved)
-    print(measurement.run(recorded), end="")
+    with _writing(args.output):
+        table = measurement.run(recorded)
+    print(table, end="")
     print(
         plural(measurement.count, "picture")
         + (", compared with decoded latents of the data" if clip is not None else "")
@@ -160,7 +189,7 @@ def _draw_list(
     recorded = _recorded(args, resolved)
     del recorded["batch_size"]
     size = {"height": resolved.height, "width": resolved.width, "model_width": width.name}
-    claim_folder(args.output, recorded | size)
+    claim_folder(args.output, recorded | size | {PROMPTS: listed.digest})
     draw_files(
         model,
         listed,
@@ -223,7 +252,9 @@ def _score_stickers(args: argparse.Namespace, components: Components, widths: li
         "validation_scenes": args.validation_scenes,
     }
     recorded |= _recorded(args, evaluation.settings.resolved(components.config))
-    print(evaluation.scores(recorded, validation_scenes=args.validation_scenes), end="")
+    with _writing(args.output):
+        table = evaluation.scores(recorded, validation_scenes=args.validation_scenes)
+    print(table, end="")
 
 
 def main() -> None:
@@ -264,9 +295,19 @@ def _load(args: argparse.Namespace) -> MeasuredModel:
             raise UserError(f"LoRAs on {folder.config.name} cannot be measured: leave out --lora")
         with announce(f"loading {folder.config.name} ..."):
             return PublicModel(*load_flow_teacher(folder.path))
-    args.batch_size = args.batch_size or 16
     if choice.quantize:
         raise UserError("--quantize is for public models: leave it out")
+    size = args.height or folder.config.image_size[0], args.width or folder.config.image_size[1]
+    if args.batch_size is None:
+        args.batch_size = default_batch_size(transformer_bytes(folder, choice), *size, most=16)
+    check_memory(
+        folder,
+        choice,
+        height=size[0],
+        width=size[1],
+        pictures=args.batch_size,
+        guided=_sized(args).resolved(folder.config).guidance_scale != 1,
+    )
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder, few_step=True)
     if args.lora:

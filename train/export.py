@@ -22,12 +22,19 @@ from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICES
 from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
 from train.loop.assemble import save_model
-from train.loop.run import find_folder, recorded, start_from
+from train.loop.checkpoint import latest_checkpoint
+from train.loop.run import SETTINGS, find_folder, recorded, start_from
 from train.objectives.elastic import TextToLatents
 from train.options.common import add_output, add_removed, check_new
 from train.options.data import MOST_SIDE
 
 LICENSE = "LICENSE"
+OTHER_RUNS = {
+    "autoencoder": "{} is a run of train.autoencoder: give it to train.new --autoencoder",
+    "few_step": "{} is a run of train.kdmd: give the LoRA that it wrote with --few-step-lora",
+    "rank": "{} is a run of train.lora, which wrote its LoRA: give that to generate --lora",
+}
+"""Setting in the record of a run of another command -> what to do."""
 REMOVED = {
     "--autoencoder": "give --model, a folder that train.new writes from the same parts",
     "--tokenizer": "give --model, a folder that train.new writes from the same parts",
@@ -39,6 +46,10 @@ REMOVED = {
 def find_recorded_model(run: Path, record: dict[str, Any]) -> ModelFolder:
     """The model that a run trained; `UserError` if it is not recorded or not there."""
     name = record.get("model")
+    if latest_checkpoint(run) is None:
+        raise UserError(f"{run} holds no checkpoint: train it first")
+    if name is None and OTHER_RUNS.keys() & record.keys():
+        raise UserError(next(text for key, text in OTHER_RUNS.items() if key in record).format(run))
     if name is None:
         raise UserError(
             f"{run} does not record its model: write one from the same parts with python -m "
@@ -48,6 +59,24 @@ def find_recorded_model(run: Path, record: dict[str, Any]) -> ModelFolder:
         return ModelFolder.open(name)
     except UserError as error:
         raise UserError(f"{error}: give the model that {run} trained with --model") from None
+
+
+def is_record(record: dict[str, Any]) -> bool:
+    """Whether what is read of a record here has its types."""
+
+    def is_size(value: Any) -> bool:
+        return type(value) is list and len(value) == 2 and {*map(type, value)} == {int}
+
+    shift, nouns = record.get("time_shift"), record.get("num_nouns")
+    sizes = record.get("trained_sizes", [])
+    return (
+        isinstance(record.get("data"), str)
+        and is_size(record.get("image_size", [1, 1]))
+        and isinstance(sizes, list)
+        and all(map(is_size, sizes))
+        and (shift is None or (type(shift) in (int, float) and shift > 0))
+        and (nouns is None or type(nouns) is int)
+    )
 
 
 def with_sampling(
@@ -129,6 +158,10 @@ def main() -> None:
         args.model, run = str(run), None
     # Runs of older versions have no record; they trained on stickers.
     record: dict[str, Any] = {"data": "stickers"} | recorded(run) if run else {}
+    if run and not is_record(record):
+        raise UserError(
+            f"{run / SETTINGS} is damaged: delete it, and give --model and --resolution"
+        )
     if args.model:
         model = ModelFolder.open(args.model)
     elif run:

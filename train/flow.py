@@ -58,7 +58,8 @@ def main() -> int:
         start_from(model, start)
     model.transformer.checkpoint_blocks(args.save_memory)
     batches = options.make_batches(args, source, autoencoder, model=model)
-    options.claim_run(args, source, folder, components=components, trained=model)
+    own = {"mask_ratio": args.mask_ratio, "distillation_weight": args.distillation_weight}
+    options.claim_run(args, source, folder, components=components, trained=model, options=own)
     options.print_passes(args, source)
     trainer = Trainer(
         model,

@@ -32,7 +32,7 @@ from train.loop.teacher import check_teacher_latents, conditions_for, open_teach
 from train.loop.trainer import Trainer
 from train.objectives.distillation import Distillation, Student, fit_to_teacher
 from train.options import supernetwork as options
-from train.options.common import TEACHER_HELP, add_number, add_teacher_source
+from train.options.common import TEACHER_HELP, add_number, add_teacher_source, check_at_least
 
 
 def make_student(components: Components, *, feature_dims: int) -> Student:
@@ -53,6 +53,7 @@ def main() -> int:
         parser, "--guidance", 1.0, "guidance scale of a teacher with the same latents; 1 is off"
     )
     args = parser.parse_args()
+    check_at_least(args, 0, "guidance")
     folder = options.check(args)
     start = args.init_from and find_folder(args.init_from)
     source = options.open_source(args, folder.config)
@@ -84,6 +85,7 @@ def main() -> int:
         components=components,
         trained=student,
         fixed={"teacher_digest": teacher_digest},
+        options={"guidance": args.guidance},
     )
     options.print_passes(args, source)
     if latest_checkpoint(args.run_dir) is None:

@@ -14,6 +14,7 @@ few-step teacher itself. Training needs captions (`--data` or `--prompts-file`),
 """
 
 import dataclasses
+from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import expanded
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.files import load_lora, save_lora
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
@@ -31,7 +33,7 @@ from train.data.source import MAY_CHANGE
 from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.roles import kdmd_roles
-from train.loop.run import claim, digest_model
+from train.loop.run import OPTIONS, check_sizes, claim, digest_model, digest_path
 from train.loop.teacher import conditions_for, open_teacher, same_latents
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
@@ -59,7 +61,8 @@ def main() -> int:
         few_step=FEW_STEP if args.few_step_lora else None,
         unconditional=config.unconditional_prompt,
     )
-    teacher, weights = own, {"model_digest": digest_model(folder)}
+    teacher = own
+    weights: dict[str, Any] = {"model_digest": digest_model(folder)}
     if args.teacher:
         teacher, autoencoder, weights["teacher_digest"] = open_teacher(args)
         if not same_latents(components.autoencoder, autoencoder):
@@ -84,11 +87,21 @@ def main() -> int:
         seed=args.seed,
         student=None if teacher is own else Conditions(own),
     )
-    newer = {"few_step": to_dict(sampler), **weights}
+    lora = args.few_step_lora
+    weights["few_step_digest"] = digest_path(expanded(lora)) if lora else None
+    newer = {"few_step": to_dict(sampler), **weights, **prompts.newer}
+    used = {
+        "guidance": guidance,
+        "alpha": args.alpha,
+        "student_every": args.student_every,
+        "model_widths": [width.name for width in widths],
+        "sizes": args.sizes and [list(size) for size in args.sizes],
+    }
+    check_sizes(args.run_dir, model)
     claim(
         args.run_dir,
-        prompts.settings | newer,
-        may_change=MAY_CHANGE,
+        prompts.settings | newer | {OPTIONS: used},
+        may_change=(*MAY_CHANGE, OPTIONS),
         newer=newer,
         unrecorded={"data": "stickers"},
     )

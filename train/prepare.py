@@ -21,9 +21,10 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded, read_object
+from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.teachers.folder import is_teacher
+from mlx_snapgen.teachers.folder import load_teacher_config
 from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts
 from train.data.imagefolder import bucket_sizes
 from train.data.open import is_prepared, is_stickers, open_records
@@ -42,8 +43,6 @@ CAPTION = "caption"
 """Column of the captions if none is chosen."""
 RESOLUTION = 256
 """By default, if there is only an autoencoder."""
-TEACHER_RESOLUTION = 1024
-"""Of the public models that are teachers."""
 TOKENS = 32
 """Tokens of a caption, for the estimate of a shard's size."""
 
@@ -234,7 +233,7 @@ def default_resolution(args: argparse.Namespace, teacher: Path | None) -> int:
         return read_object(args.output / SETTINGS).get("resolution", RESOLUTION)
     folder = teacher or expanded(Path(args.model))
     if teacher is not None and is_teacher(teacher):
-        return TEACHER_RESOLUTION
+        return load_teacher_config(teacher).image_size[0]
     no_model = folder.is_dir() and not (folder / "config.json").is_file()
     if no_model or (folder.is_dir() and read_part(folder, "autoencoder") is not None):
         return RESOLUTION

@@ -52,6 +52,15 @@ def test_flow_trains_and_its_run_is_exported(
         "trained_sizes": [list(MODEL.image_size)],
         "time_shift": MODEL.sampler.time_shift,
         "noises_per_picture": 1,
+        "options": {
+            "drop_caption": 0.1,
+            "time_shift": MODEL.sampler.time_shift,
+            "model_widths": ["full", "small"],
+            "sub_networks": 1,
+            "init_from": None,
+            "mask_ratio": 0.4,
+            "distillation_weight": 1.0,
+        },
     } | {name: record[name] for name in ("autoencoder_digest", "tokenizer_digests")}
     assert [len(digest) for digest in record["tokenizer_digests"]] == [32, 32]
     assert list((made / "samples").iterdir())

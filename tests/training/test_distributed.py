@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -189,6 +190,16 @@ def test_a_process_that_ends_before_the_first_step_ends_the_job(tmp_path, lost, 
     assert other.returncode == 1, err
     assert f"process {lost} of 2 is gone, training ends at step 0; resume, in every" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sum_without_the_other_process_is_its_loss(monkeypatch, rank):
+    """mlx may return what was in memory."""
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: mx.full(x.shape, 255))
+    group, lost = SimpleNamespace(size=lambda: 2, rank=lambda: rank), []
+    with pytest.raises(ValueError):
+        train.loop.distributed.PeerWatch(group, lost.append)
+    assert lost == [1 - rank]
 
 
 @pytest.mark.parametrize("event", ["SIGINT", "SIGTERM"])

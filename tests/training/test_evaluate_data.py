@@ -1,9 +1,11 @@
 """`train.evaluate` on pictures, and on the prompts of GenEval and DPG-Bench."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -195,6 +197,16 @@ def test_without_a_clip_only_the_loss_is_measured_and_prompts_make_the_sheet(
     assert Image.open(output / "sheet.png").width == 2 * (64 + 6)
 
 
+def test_a_full_disk_says_what_to_do(model_folder, pictures, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(measures, "whole_file", full)
+    arguments = ["--model", model_folder, "--data", pictures, *FAST, "--model-widths", "tiny"]
+    with pytest.raises(UserError, match=r"out \(No space left .*: delete it, and run the command"):
+        run(monkeypatch, *arguments, "--output", tmp_path / "out")
+
+
 def test_geneval_and_dpg_are_drawn_and_resumed(model_folder, tmp_path, monkeypatch, capsys):
     line = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a cat"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
@@ -209,6 +221,9 @@ def test_geneval_and_dpg_are_drawn_and_resumed(model_folder, tmp_path, monkeypat
     assert (output / "00000" / "samples" / "0001.png").exists()
     with pytest.raises(UserError, match="pictures with other seed"):
         run(monkeypatch, *arguments, "--output", output, "--seed", 3)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line | {"prompt": "a dog"}) + "\n")
+    with pytest.raises(UserError, match="pictures with other prompts"):
+        run(monkeypatch, *arguments, "--output", output)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "1.txt").write_text("a cat")
     # The size of the options is drawn, also by a model that was trained on another one.

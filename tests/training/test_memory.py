@@ -5,6 +5,7 @@ import gc
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.networks import attention
@@ -13,6 +14,8 @@ from mlx_snapgen.presets import TRANSFORMERS
 from tests.tiny import randomize
 from train.evaluation import memory
 from train.evaluation.memory import STATE, training_memory
+from train.loop.config import TrainingConfig
+from train.loop.optimizer import Optimizers, Role
 
 CONFIG = TransformerConfig(
     hidden_size=128,
@@ -65,8 +68,26 @@ def test_the_estimate_is_near_what_is_measured(monkeypatch, config, side, batch_
     settings = {"batch_size": batch_size, "save_memory": save_memory, "text_tokens": 24}
     found = measured(config, side, **settings)
     estimate = training_memory(config, latents=(side, side), **settings)
-    estimate -= STATE * count_parameters(config)
+    estimate -= STATE["muon"] * count_parameters(config)
     assert estimate == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_of_each_optimizer(optimizer):
+    """Of `small`, from shapes: nothing is computed."""
+    network = EfficientDiT(TRANSFORMERS["small"])
+    parameters = network.trainable_parameters()
+    optimizers = Optimizers(TrainingConfig(1, optimizer=optimizer), [Role("model")])
+    optimizers.init(parameters)
+    held = [parameters, parameters, optimizers.state]  # weights, averages
+    found = sum(value.nbytes for _, value in tree_flatten(held))
+    count = count_parameters(TRANSFORMERS["small"])
+    assert STATE[optimizer] * count == pytest.approx(found, rel=0.02)
+    settings = {"latents": (128, 128), "batch_size": 1, "optimizer": optimizer}
+    more = training_memory(TRANSFORMERS["small"], **settings)
+    settings["optimizer"] = "muon"
+    less = training_memory(TRANSFORMERS["small"], **settings)
+    assert more - less == (STATE[optimizer] - STATE["muon"]) * count
 
 
 def test_what_the_papers_networks_take():

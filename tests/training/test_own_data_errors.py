@@ -1,6 +1,7 @@
 """Mistakes and damage in a user's own data, by the commands: one clear line and exit code 2."""
 
 import json
+import shutil
 import sys
 import tarfile
 
@@ -12,7 +13,7 @@ from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.errors import run_command
 from tests import tiny
 from tests.training.test_prepare import write_pictures
-from train import export, flow, kdmd, prepare
+from train import evaluate, export, flow, kdmd, new, prepare
 from train.loop.checkpoint import latest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -162,3 +163,130 @@ def test_a_full_disk_leaves_a_run_that_resumes(
     assert latest_checkpoint(tmp_path / "run").name == "step_1" and not made.exists()
     run(flow, *options, "--steps", 2)
     assert latest_checkpoint(tmp_path / "run").name == "step_2"
+
+
+def prepare_options(pictures, output, model, *more):
+    return [pictures, "--output", output, "--model", model, "--resolution", 64, *more]
+
+
+def test_a_shard_of_another_set_is_refused(prepared, pictures, model_folder, run, fails, tmp_path):
+    """With the same arrays: training would not notice."""
+    other, made = tmp_path / "other", tmp_path / "made"
+    run(prepare, *prepare_options(pictures, other, model_folder, "--batch-size", 3))
+    shutil.copytree(prepared, made)
+    shard = "shards/000000.safetensors"
+    shutil.copy(other / shard, made / shard)
+    message = f"{made / shard} belongs to another set"
+    assert message in fails(flow, *training(model_folder, tmp_path / "run", made))
+    shutil.copy(prepared / shard, made / shard)
+    index = json.loads((made / "index.json").read_text())
+    for counts in (index["shards"][0]["counts"], index["buckets"][0]):
+        counts[0] -= 1000
+        (made / "index.json").write_text(json.dumps(index))
+        error = fails(flow, *training(model_folder, tmp_path / "run", made))
+        assert "index.json is damaged: delete it, and run train.prepare again" in error
+        counts[0] += 1000
+    row = next(i for i, n in enumerate(index["shards"][0]["counts"]) if n)
+    index["shards"][0]["counts"][row] += 1
+    (made / "index.json").write_text(json.dumps(index))
+    assert message in fails(flow, *training(model_folder, tmp_path / "run", made))
+
+
+def test_data_that_is_all_kept_for_validation(
+    pictures, model_folder, run, fails, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare, "LEAST_TO_HOLD_OUT", 1)
+    made = tmp_path / "made"
+    run(prepare, *prepare_options(pictures, made, model_folder, "--held-out", 0.9999))
+    assert json.loads((made / "report.json").read_text())["training"] == 0
+    assert (made / "sheet.png").exists()
+    message = "has no pictures for training: prepare them with a lower --held-out"
+    options = training(model_folder, tmp_path / "run", made)
+    assert message in fails(flow, *options)
+    assert message in fails(kdmd, *options, "--output", tmp_path / "k.safetensors")
+    measured = ["--model", model_folder, "--data", made, "--model-widths", "tiny"]
+    run(evaluate, *measured, "--steps", 1)
+    assert f"{COUNT} pictures" in capsys.readouterr().err
+    index = json.loads((made / "index.json").read_text())
+    (made / "index.json").write_text(json.dumps(index | {"shards": []}))
+    assert message in fails(evaluate, *measured)
+
+
+def test_a_run_folder_of_something_else_stays_as_it_is(prepared, model_folder, fails, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(prepared / "settings.json", unfinished)
+    for folder in (prepared, unfinished, model_folder):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        error = fails(flow, *training(model_folder, folder, prepared))
+        assert f"{folder} holds no run, but " in error
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", ["--model", "--run-dir", "--data"])
+def test_an_empty_name(option, prepared, model_folder, fails, tmp_path):
+    """As of a variable of the shell that is not set: it would be the current folder."""
+    options = training(model_folder, tmp_path / "run", prepared, option, "")
+    assert "the name of a file or folder is empty" in fails(flow, *options)
+
+
+def test_columns_of_captions_that_are_not_there(
+    pictures, model_folder, run, fails, tmp_path, capsys
+):
+    made = prepare_options(pictures, tmp_path / "made", model_folder, "--captions", "text")
+    assert "text is there twice" in fails(prepare, *made, "text")
+    run(prepare, *made, "txet", "--dry-run")
+    message = f"warning: none of the first {COUNT} pictures has a caption 'txet'"
+    assert message in capsys.readouterr().err.splitlines()
+
+
+def test_options_that_change_when_a_run_is_resumed(
+    prepared, pictures, model_folder, run, fails, tmp_path, capsys
+):
+    options = training(model_folder, tmp_path / "run", prepared)
+    run(flow, *options)
+    capsys.readouterr()
+    run(flow, *options, "--steps", 2, "--drop-caption", 0.5, "--mask-ratio", 0.2)
+    said = capsys.readouterr().err.splitlines()
+    line = "resuming with other settings: drop_caption 0.1 -> 0.5, mask_ratio 0.0 -> 0.2"
+    assert line in said
+    error = fails(flow, *options, "--steps", 3, "--optimizer", "adamw")
+    assert "was trained with optimizer muon, not adamw: give muon" in error
+    record = (tmp_path / "run" / "settings.json").read_text()
+    lora = tmp_path / "lora.safetensors"
+    error = fails(kdmd, *options[:6], "--batch-size", 2, "--output", lora)
+    assert "does not fit this model (use another run folder)" in error
+    assert (tmp_path / "run" / "settings.json").read_text() == record
+    for name, value in (("image_size", [1]), ("trained_sizes", [3]), ("time_shift", "x")):
+        changed = json.dumps(json.loads(record) | {name: value})
+        (tmp_path / "run" / "settings.json").write_text(changed)
+        error = fails(export, "--run", tmp_path / "run", "--output", tmp_path / "model")
+        assert "settings.json is damaged: delete it, and give --model" in error
+    error = fails(export, "--run", pictures, "--output", tmp_path / "model")
+    assert "holds no checkpoint: train it first" in error
+    (tmp_path / "run" / "settings.json").write_text(record)
+    made = ["--output", tmp_path / "made", "--preset", model_folder]
+    tokenizer = tmp_path / "own.model"
+    tokenizer.write_bytes(tiny.tokenizer_bytes())
+    error = fails(new, *made, "--autoencoder", tmp_path / "run", "--tokenizer", tokenizer)
+    assert "run is a run of another command than train.autoencoder" in error
+
+
+def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
+    model_folder, run, fails, tmp_path
+):
+    def options(name, prompts, *more):
+        (tmp_path / "prompts.txt").write_text(prompts)
+        given = ["--model", model_folder, "--run-dir", tmp_path / name, "--batch-size", 1]
+        given += ["--model-widths", "tiny", "--rank", 1, "--student-every", 1]
+        given += ["--prompts-file", tmp_path / "prompts.txt"]
+        return [*given, "--validation-prompts", "a car", "--few-steps", 1, *more]
+
+    lora = tmp_path / "teacher.safetensors"
+    run(kdmd, *options("a", "a car", "--steps", 1, "--output", lora))
+    last = ["--steps", 2, "--output", tmp_path / "b.safetensors"]
+    message = "a run with other few-step LoRA:"
+    assert message in fails(kdmd, *options("a", "a car", *last, "--few-step-lora", lora))
+    assert "a run with other prompts:" in fails(kdmd, *options("a", "a cat", *last))
+    error = fails(export, "--run", tmp_path / "a", "--output", tmp_path / "model")
+    assert "a is a run of train.kdmd: give the LoRA that it wrote" in error

@@ -29,10 +29,15 @@ from mlx_snapgen.decode import decode
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import lock_folder
+from mlx_snapgen.formats import CONFIG
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.pictures import from_uint8, to_uint8
+from mlx_snapgen.presets import PIXELS
+from mlx_snapgen.public_config import MiniT2ITransformerConfig
 from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.teachers.config import MINIT2I, TeacherConfig
 from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests import tiny
 from tests.training.test_new import write_autoencoder
@@ -920,6 +925,7 @@ def test_the_default_resolution_is_that_of_the_model_or_teacher(
     assert default(pictures, "--model", tmp_path / "model") == 64  # as many pixels, about
     assert default(*drawing, tmp_path / "model") == 64
     assert default(*drawing, tiny.write_teacher(tmp_path / "teacher")) == 1024
+    assert default(*drawing, minit2i(tmp_path / "minit2i")) == 512
     write_autoencoder(tmp_path / "vae", tiny.QWEN_AUTOENCODER)
     assert default(pictures, "--model", tmp_path / "vae") == 256
     # Earlier versions began sets at 256 pixels.
@@ -929,6 +935,21 @@ def test_the_default_resolution_is_that_of_the_model_or_teacher(
     path = tmp_path / "set" / "settings.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"resolution": 256}))
     assert default(pictures, "--model", tmp_path / "model") == 256
+
+
+def minit2i(folder):
+    """A teacher's folder without weights."""
+    folder.mkdir()
+    config = TeacherConfig("minit2i", MiniT2ITransformerConfig(), PIXELS, schedule=MINIT2I)
+    (folder / CONFIG).write_text(json.dumps({"format_version": 1} | to_dict(config)))
+    return folder
+
+
+def test_a_teacher_draws_no_size_that_it_was_not_trained_on(prompts, monkeypatch, tmp_path):
+    output, teacher = tmp_path / "set", minit2i(tmp_path / "minit2i")
+    with pytest.raises(UserError, match=r"on 512x512 pixels, not on 64x64: .*--resolution 512"):
+        run(monkeypatch, *drawing(output, teacher, prompts))
+    assert not output.exists()
 
 
 def test_other_resolutions_are_refused(pictures, model_folder, monkeypatch, tmp_path):

@@ -140,6 +140,9 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
     claim_folder(output, {"model": "m", "steps": 4})
     with pytest.raises(UserError, match="has pictures with other steps: choose another --output"):
         claim_folder(output, {"model": "m", "steps": 8})
+    claim_folder(output, {"model": "m", "steps": 4, "prompts": "1"})  # not recorded before
+    with pytest.raises(UserError, match="has pictures with other prompts"):
+        claim_folder(output, {"model": "m", "steps": 4, "prompts": "2"})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("")
     with pytest.raises(UserError, match="exists already"):

@@ -16,6 +16,7 @@ from PIL import Image
 import train.lora
 from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.lora.adapters import linear_layers, train_only
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.pipeline import SnapGenPipeline
@@ -23,7 +24,6 @@ from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers import folder as teacher_folder
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE, Z_IMAGE
 from mlx_snapgen.teachers.folder import (
-    CONFIG,
     NETWORKS,
     TeacherFolder,
     load_flow_teacher,

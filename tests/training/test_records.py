@@ -16,6 +16,7 @@ from PIL import Image
 from mlx_snapgen.decode import decode
 from mlx_snapgen.errors import UserError
 from train.data.open import open_records
+from train.data.readers import tars
 from train.data.readers.folder import PictureFolderRecords
 from train.data.readers.tars import TarRecords
 from train.data.selection import Filter, choose_column, held_out, parse_captions
@@ -251,14 +252,42 @@ def test_names_of_tar_members(tmp_path):
             add(tar, "e.json", b"[" * 100_000)
             add(tar, "f.png", b"f")
             add(tar, "f.json", json.dumps({"caption": "f \ud800"}).encode())
-        first, *others, last = TarRecords([path]).records()
+        first, *damaged, last, no_picture, no_caption = TarRecords([path]).records()
         assert first.captions == {"text": "ein Bild", "short": "kurz"}
         assert first.read() == b"picture" and first.key == f"{form}.tar:{long}/schön"
-        assert [r.reason for r in others] == [
-            *("no picture", "no caption", "caption not in UTF-8", "damaged JSON")
-        ]
-        assert "follow each other" in others[0].detail
+        assert [r.reason for r in damaged] == ["caption not in UTF-8", "damaged JSON"]
+        assert [r.reason for r in (no_picture, no_caption)] == ["no picture", "no caption"]
         assert last.captions == {"caption": "f ?"}
+
+
+def test_members_that_do_not_follow_each_other(tmp_path, monkeypatch):
+    """As in a tar of a folder without --sort=name; a sample twice, and one without its caption."""
+    names = ["c.txt", "a.png", "b.png", "x.png", "a.png", "c.png", "a.txt", "b.txt"]
+    for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / f"set{suffix}", mode) as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 1
+                tar.addfile(info, io.BytesIO(name[:1].encode()))
+    source = TarRecords([tmp_path / "set.tar"])
+
+    def found(source):
+        return [
+            (r.key[-1], r.reason) if isinstance(r, Skipped) else (r.key[-1], r.captions["text"])
+            for r in source.records()
+        ]
+
+    expected = [("a", "no caption"), ("c", "c"), ("a", "a"), ("b", "b"), ("x", "no caption")]
+    assert found(source) == expected and source.count() == 5
+    for record in source.records():
+        if isinstance(record, Record):
+            assert record.read() == record.key[-1].encode()
+            assert source.at(record.place).captions == record.captions
+    assert [r.key for r in source.records(2)] == [f"set.tar:{name}" for name in "abx"]
+    packed = list(TarRecords([tmp_path / "set.tar.gz"]).records())
+    assert len(packed) == 8 and "follow each other" in packed[0].detail
+    monkeypatch.setattr(tars, "WAITING", 1)
+    assert sum(isinstance(r, Record) for r in source.records()) < 3
 
 
 def test_several_files_and_patterns_are_one_set(tmp_path):

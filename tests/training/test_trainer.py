@@ -577,6 +577,7 @@ def test_settings_that_change_the_data_must_stay_on_resume(tmp_path, capsys):
     for options, match in (
         ({"accumulate": 2, "batch_size": 32}, "with batch_size 64, not 32: give 64"),
         ({"accumulate": 2, "seed": 1}, "with seed 0, not 1: give 0"),
+        ({"accumulate": 2, "optimizer": "muon"}, "with optimizer adamw, not muon: give adamw"),
         ({}, r"with 2 micro-batches a step \(processes x accumulate\), not 1 x 1"),
     ):
         with pytest.raises(UserError, match=match):
@@ -756,6 +757,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
     with pytest.raises(UserError, match=r"not finite at step 8: .* resume from .*step_4"):
         run.run()
     assert [c.name for c in checkpoints(tmp_path)] == ["step_4"]
+    run = trainer(tmp_path / "new", batches=lambda k: {"x": batches(k)["x"] * np.nan})
+    with pytest.raises(UserError, match=r"at step 1: lower the learning rate and start again"):
+        run.run()
 
 
 def test_validation_is_logged_and_may_write_pictures(tmp_path):

@@ -14,13 +14,14 @@ from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.decode import Size
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.formats import CONFIG, is_teacher
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.draw import draw_public
-from mlx_snapgen.teachers.folder import CONFIG, is_teacher, load_flow_teacher
+from mlx_snapgen.teachers.folder import load_flow_teacher, load_teacher_config
 from train.data.preparation import CaptionEncoder, Chunk, Encoder, half, make_samples
 from train.data.shards import Sample
 from train.data.source import TEACHER
@@ -152,18 +153,19 @@ def open_drawing(
         UserError: no teacher, or one that cannot draw so.
     """
     if is_teacher(folder):
-        teacher, autoencoder = load_flow_teacher(folder)
+        config = load_teacher_config(folder)
         wanted = _public_settings(
-            teacher.config,
+            config,
             size=size,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
+        teacher, autoencoder = load_flow_teacher(folder)
 
         def draw_with_teacher(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
             return draw_public(teacher, prompts, seeds=seeds, settings=wanted)
 
-        states = teacher_states(teacher, teacher.config.transformer.text_dims)
+        states = teacher_states(teacher, config.transformer.text_dims)
         return draw_with_teacher, Teacher(states, autoencoder, teacher_settings(folder))
     components = load_pretrained(folder)
     settings = DrawSettings(
@@ -192,6 +194,12 @@ def _public_settings(
     if size[0] % config.size_unit or size[1] % config.size_unit:
         raise UserError(
             f"{size[0]}x{size[1]} pixels: both sides must be multiples of {config.size_unit}"
+        )
+    if config.trained_sizes and size not in config.trained_sizes:
+        known = " or ".join("{}x{}".format(*each) for each in config.trained_sizes)
+        raise UserError(
+            f"{config.name} was trained on {known} pixels, not on {size[0]}x{size[1]}: choose "
+            f"--resolution {config.image_size[0]}"
         )
     count, scale = num_inference_steps or config.schedule.num_inference_steps, guidance_scale
     return DrawSettings(

@@ -142,7 +142,7 @@ def build_index(
     if not ends:
         text = f": {skipped.total()} skipped, such as {_line(first)}" if first else ""
         what = "usable picture" if filter.pictures_only else "picture with a caption"
-        raise UserError(f"no {what} in {source.settings()['path']}{text}")
+        raise UserError(f"no {what} in {paths_of(source)}{text}")
     if len(ends) < LEAST_TO_HOLD_OUT or held.all():
         held[:] = False
     return Index(
@@ -154,6 +154,12 @@ def build_index(
         dict(skipped),
         state.hexdigest(),
     )
+
+
+def paths_of(source: RecordSource) -> str:
+    """The files or the folder of a source, for messages."""
+    paths = source.settings()["path"]
+    return paths if isinstance(paths, str) else ", ".join(paths)
 
 
 def _line(skipped: Skipped) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError
 from train.data.imagefolder import fit
-from train.data.index import Index, cached_index
+from train.data.index import Index, cached_index, paths_of
 from train.data.order import BatchOrder, LocalOrder, fixed_rows
 from train.data.selection import HELD_OUT, CaptionWeights, Filter, choose_column, fixed_draw
 from train.data.source import Record, RecordSource, Skipped
@@ -189,7 +189,7 @@ class RecordPictures:
                     self._report(row, error)
             else:
                 raise UserError(
-                    f"{self.source.settings()['path']}: {MOST_DAMAGED} pictures in a row cannot be "
+                    f"{paths_of(self.source)}: {MOST_DAMAGED} pictures in a row cannot be "
                     "read; were files deleted or changed?"
                 )
         return found

@@ -47,6 +47,10 @@ FORMAT_VERSION = 1
 EMPTY = "empty.safetensors"
 MODEL = "model"
 """Name of the model's own autoencoder."""
+EMPTY_PART = {
+    TRAIN: "has no pictures for training: prepare them with a lower --held-out",
+    VALIDATION: "has no pictures for validation",
+}
 OPEN_SHARDS = 64
 """Shards that are open at the same time; macOS allows 256 open files by default."""
 
@@ -155,12 +159,14 @@ class Prepared:
             self._files: list[str] = [shard["file"] for shard in index["shards"]]
             key = "counts" if part == TRAIN else "validation"
             counts = np.array([shard[key] for shard in index["shards"]], np.int64)
-            counts = counts.reshape(len(self._files), len(self.sizes))
+            self._counts = counts.reshape(len(self._files), len(self.sizes))
+            self._settings: str | None = index.get("settings")
         except (LookupError, TypeError, ValueError, OverflowError):
-            raise UserError(f"{self.folder / INDEX} is damaged: prepare the set again") from None
+            path = self.folder / INDEX
+            raise UserError(f"{path} is damaged: delete it, and run train.prepare again") from None
         # Row of a bucket at which each shard ends.
-        self._ends = np.cumsum(counts, 0).T.copy()
-        self.counts: list[int] = counts.sum(0).tolist()
+        self._ends = np.cumsum(self._counts, 0).T.copy()
+        self.counts: list[int] = self._counts.sum(0).tolist()
         self.captions = self._weights(captions)
         self.wanted: set[str] = {*self.autoencoders, *self.text_states} - {TEACHER}
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -218,8 +224,8 @@ class Prepared:
             raise UserError(f"{self.folder} has no latents of the {name}: prepare it with --{name}")
         if found["digest"] != describe_autoencoder(autoencoder)["digest"]:
             raise UserError(
-                f"{self.folder} has latents of another autoencoder ({found['config']['kind']}, "
-                f"{found['config']['latent_channels']} channels): prepare the pictures with "
+                f"{self.folder} has latents of another autoencoder ({found['config'].get('kind')}, "
+                f"{found['config'].get('latent_channels')} channels): prepare the pictures with "
                 "--model and this model, or make a model with train.new and --autoencoder MODEL, "
                 "the model that the set was prepared for"
             )
@@ -230,8 +236,8 @@ class Prepared:
         for name, found in self.text_states.items():
             if name.startswith("text_encoder_") and known.get(name) != found:
                 raise UserError(
-                    f"{self.folder} has text states of a {found['kind']} text encoder that this "
-                    "model does not have: prepare the pictures with --model and this model"
+                    f"{self.folder} has text states of a {found.get('kind')} text encoder that "
+                    "this model does not have: prepare the pictures with --model and this model"
                 )
 
     def check_files(self) -> None:
@@ -269,12 +275,12 @@ class Prepared:
 
     def order(self, count: int) -> BatchOrder:
         """The order of batches of `count` samples; `UserError` if the part is empty."""
-        self._not_empty()
+        self.check_not_empty()
         return BatchOrder(self.counts, batch_size=count, seed=self.seed)
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`: captions, in an order of their own."""
-        order = BatchOrder([self._not_empty()], batch_size=count, seed=self.seed)
+        order = BatchOrder([self.check_not_empty()], batch_size=count, seed=self.seed)
         rows = order(number)[1]
         ends = np.cumsum(self.counts)
         buckets = np.searchsorted(ends, rows, side="right")
@@ -302,9 +308,10 @@ class Prepared:
             for start in range(0, len(rows), count):
                 yield self._read(bucket, rows[start : start + count]).to_mlx()
 
-    def _not_empty(self) -> int:
+    def check_not_empty(self) -> int:
+        """The number of samples; `UserError` if this part has none."""
         if not self.num_samples:
-            raise UserError(f"{self.folder} has no pictures for {self.part}")
+            raise UserError(f"{self.folder} {EMPTY_PART[self.part]}")
         return self.num_samples
 
     def _read(
@@ -362,12 +369,24 @@ class Prepared:
     def _shard(self, i: int) -> Shard:
         with self._lock:
             if i not in self._open:
-                self._open[i] = Shard(self.folder / self._files[i])
+                self._open[i] = self._open_shard(i)
             self._open.move_to_end(i)
             while len(self._open) > OPEN_SHARDS:
                 # It is closed when no other thread reads it any more.
                 self._open.popitem(last=False)
             return self._open[i]
+
+    def _open_shard(self, i: int) -> Shard:
+        """A shard; `UserError` if it is one of another set, or not the one that was indexed."""
+        shard = Shard(self.folder / self._files[i])
+        found = [shard.count(group_name(self.part, size)) for size in self.sizes]
+        others = self._settings not in (None, shard.metadata.get("settings"))
+        if others or found != self._counts[i].tolist():
+            raise UserError(
+                f"{shard.path} belongs to another set, or has another position in this set: "
+                "delete it, and run train.prepare again"
+            )
+        return shard
 
 
 MOST_INDEX = 2**30
@@ -381,12 +400,15 @@ def _check_index(index: Mapping[str, Any]) -> None:
         if not set(map(type, values)) <= {kind}:
             raise ValueError
 
-    check((index["resolution"], *(n for size in index["buckets"] for n in size)), int)
+    sides = (index["resolution"], *(n for size in index["buckets"] for n in size))
+    check(sides, int)
     check(index["captions"], str)
     check((index["text_states"], index["autoencoders"]), dict)
     check((*index["text_states"].values(), *index["autoencoders"].values()), dict)
-    if MODEL not in index["autoencoders"]:
-        raise LookupError
+    check((found["digest"] for found in index["autoencoders"].values()), str)
+    check((found["config"] for found in index["autoencoders"].values()), dict)
+    if MODEL not in index["autoencoders"] or min(sides) < 1:
+        raise ValueError
     for shard in index["shards"]:
         check((shard["file"],), str)
         path = PurePosixPath(shard["file"])
@@ -403,6 +425,9 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
         if (folder / SETTINGS).is_file() and (folder / SHARDS).is_dir():
             raise UserError(f"{folder} is not complete: run its train.prepare again to resume")
         raise UserError(f"{folder} is not a set that train.prepare wrote: it has no {INDEX}")
-    index = read_object(path, most=MOST_INDEX)
+    try:
+        index = read_object(path, most=MOST_INDEX)
+    except UserError as error:
+        raise UserError(f"{error}: run its train.prepare again") from None
     check_version(path, index.get("format_version"), reads=FORMAT_VERSION)
     return index, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

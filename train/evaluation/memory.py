@@ -5,8 +5,9 @@ from mlx_snapgen.networks.attention import MANY_SCORES, PART_SCORES
 from mlx_snapgen.networks.efficient_dit import count_parameters
 
 # Measured with MLX's peak memory on the CPU.
-STATE = 16
-"""Bytes for each trained parameter: weights, averages and two moments in float32."""
+STATE = {"adamw": 16, "muon": 12}
+"""Bytes for each parameter of the transformer: weights, averages and moments in float32. AdamW has
+two moments. Muon has one for the matrices inside the blocks, which are nearly all of a network."""
 UPDATE = 420
 """Bytes of the update, beside state and gradients, for each entry of a hidden x hidden matrix: new
 state exists beside the old one in a few layers at a time."""
@@ -24,6 +25,7 @@ def training_memory(
     text_tokens: int = 77,
     text_parameters: int = 0,
     compute_bytes: int = 4,
+    optimizer: str = "muon",
 ) -> int:
     """Peak memory in bytes of a training step of the transformer and the trained text encoders.
 
@@ -37,6 +39,7 @@ def training_memory(
         text_tokens: tokens of all text encoders together.
         text_parameters: parameters of text encoders that are trained too.
         compute_bytes: of a number in the forward and backward pass: 4, or 2 for bfloat16.
+        optimizer: of the transformer.
     """
     parameters = count_parameters(config) + text_parameters
     # One tree of gradients for each width, in float32.
@@ -62,7 +65,8 @@ def training_memory(
         held = max(compute_bytes * kept, gradients + compute_bytes * (states + scores))
         step = held + 1.5 * compute_bytes * states
     update = 4 * parameters + UPDATE * config.hidden_size**2
-    return round(STATE * parameters + max(step, update))
+    state = STATE[optimizer] * count_parameters(config) + STATE["adamw"] * text_parameters
+    return round(state + max(step, update))
 
 
 def _of_block(

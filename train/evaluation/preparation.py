@@ -180,6 +180,13 @@ class Preparation:
                 "give a smaller --shard-size",
                 file=sys.stderr,
             )
+        for column in self.index["captions"]:
+            if not any(sample.captions[column] for sample in samples):
+                print(
+                    f"warning: none of the first {plural(len(samples), 'picture')} has a caption "
+                    f"'{column}'",
+                    file=sys.stderr,
+                )
         each = sum(sample.nbytes for sample in samples) / len(samples)
         seconds /= len(samples)
         rate = f"about {_rate(1 / seconds)} pictures/s, {each / 1e3:.1f} kB each"

@@ -1,5 +1,6 @@
 """What people read about a prepared set: report.json, skipped.jsonl, sizes.png and sheet.png."""
 
+import itertools
 import json
 import sys
 from collections import Counter
@@ -140,10 +141,10 @@ class Shown:
 
 
 def choose_shown(folder: Path, *, chunks: int, buckets: Sequence[Size], column: str) -> list[Shown]:
-    """The first samples of each bucket in the first shard that has any."""
-    for chunk in range(chunks):
+    """The first samples of each bucket in the first shard that has any, if possible to train on."""
+    for part, chunk in itertools.product((TRAIN, VALIDATION), range(chunks)):
         with Shard(shard_path(folder, chunk)) as shard:
-            groups = [(group_name(TRAIN, size), size) for size in buckets]
+            groups = [(group_name(part, size), size) for size in buckets]
             groups = [(group, size) for group, size in groups if shard.count(group)]
             rounds = max((shard.count(group) for group, _ in groups), default=0)
             places = (

@@ -4,6 +4,7 @@ The scorers need networks that are not part of this project: they run in their o
 Files that exist are kept, so that an interrupted run resumes.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mlx_snapgen.settings import DrawSettings
 from train.evaluation.models import MeasuredModel
 
 SETTINGS = "settings.json"
+PROMPTS = "prompts"
+"""Setting: `PromptFiles.digest`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ class PromptFiles:
     files: list[ListedFile]
     texts: Mapping[str, str]
     scorer: str
+
+    @property
+    def digest(self) -> str:
+        """A hash of the prompts, the same for more pictures of each."""
+        prompts = [*dict.fromkeys(file.prompt for file in self.files)]
+        text = json.dumps([prompts, dict(self.texts)])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def geneval_files(path: Path, *, per_prompt: int, seed: int) -> PromptFiles:
@@ -138,7 +148,9 @@ def claim_folder(output: Path, recorded: Mapping[str, Any]) -> None:
     path = output / SETTINGS
     if path.is_file():
         then = read_object(path)
-        if changed := [name for name in recorded if then.get(name) != recorded[name]]:
+        # Earlier versions did not record the prompts.
+        known = [name for name in recorded if name != PROMPTS or name in then]
+        if changed := [name for name in known if then.get(name) != recorded[name]]:
             raise UserError(
                 f"{output} has pictures with other {' and '.join(changed)}: choose another "
                 "--output or delete it"

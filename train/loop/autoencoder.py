@@ -16,6 +16,7 @@ from mlx_snapgen.files import read_object, whole_file
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from train.data.source import PictureSource
@@ -59,7 +60,10 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     if (folder / "config.json").is_file():
         return checkpoint_model.load_autoencoder(folder)
     model = make_autoencoder(config_of(folder))
-    model.update(dict(tree_unflatten(list(load_ema(folder).items()))))
+    weights = load_ema(folder)
+    if not weights.keys() <= flat_parameters(model).keys():
+        raise UserError(f"{folder} is a run of another command than train.autoencoder")
+    model.update(dict(tree_unflatten(list(weights.items()))))
     if model.config.kind != DEFAULT.kind:
         return model  # its latents are not trained, and their statistics are in its config
     found = kept_statistics(folder)

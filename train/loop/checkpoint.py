@@ -112,12 +112,14 @@ def load_checkpoint(
     expected: Mapping[str, dict],
     *,
     split_optimizer: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+    check: Callable[[dict], None] = lambda state: None,
 ) -> tuple[dict, dict]:
     """Read a checkpoint into memory.
 
     Args:
         expected: trees like those saved; names and shapes must agree.
         split_optimizer: see `Optimizers.split`.
+        check: called with the state before the trees are compared.
 
     Returns:
         trees by name, nested like the expected ones, and the state.
@@ -131,6 +133,7 @@ def load_checkpoint(
         good = [c for c in checkpoints(checkpoint.parent) if c != checkpoint and _is_whole(c)]
         way_out = f"delete it to resume from {good[-1]}" if good else "delete it to start again"
         raise UserError(f"{checkpoint} is damaged ({_line(error)}): {way_out}") from None
+    check(state)
     trees["optimizer"] = split_optimizer(trees["optimizer"])
     for name, tree in trees.items():
         where, what = checkpoint / f"{name}.safetensors", "this model (use another run folder)"

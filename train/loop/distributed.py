@@ -94,8 +94,10 @@ class PeerWatch:
             try:
                 self._meet(group)
                 self._check_complete(group)
-            except RuntimeError:
-                self._fail(group)  # of mlx, which may notice the loss first
+            except (RuntimeError, ValueError):
+                # Of mlx, which may notice the loss first, or of its sum without the lost process,
+                # which has whatever was in memory: no JSON.
+                self._fail(group)
                 raise
 
     def _meet(self, group: mx.distributed.Group) -> None:
@@ -107,11 +109,7 @@ class PeerWatch:
             _broadcast(group, [host or socket.gethostname(), port, self._token.hex()])
             threading.Thread(target=self._accept, args=(group.size(),), daemon=True).start()
             return
-        try:
-            host, port, token = _broadcast(group, None)
-        except ValueError:
-            self._lost(0)  # what mlx returns without the first process is no JSON
-            raise
+        host, port, token = _broadcast(group, None)
         try:
             connection = socket.create_connection((host, port), timeout=10)
             connection.sendall(_HELLO.pack(bytes.fromhex(token), group.rank()))

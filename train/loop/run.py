@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,19 @@ WORDS = {
     "frozen_text_encoders": "files of public text encoders",
     "model_digest": "files of the model",
     "teacher_digest": "files of the teacher",
+    "few_step_digest": "few-step LoRA",
+    "prompts_digest": "prompts",
+    "index": "prepared pictures",
+    "buckets": "shapes of pictures",
+    "captions": "columns of captions",
 }
 """Settings -> what a user calls them; others have their own names."""
+OPTIONS = "options"
+"""Setting with the options that a resumed run may change, which prints a line."""
+OTHERS = ("config.json", "index.json", "shards")
+"""In folders of models and of prepared pictures, not of runs."""
+KEYS_OF_OTHERS = ("records_in_shard", "attention_modulation")
+"""In settings.json of `train.prepare`, and of the prompt lists of `train.evaluate`."""
 BLOCK, BLOCKS = 1 << 14, 64
 """Bytes of a block, and blocks of a large file, that `digest_files` reads."""
 
@@ -68,14 +80,32 @@ def claim(
         free = {*may_change, *(name for name in newer if name not in then)}
         fixed = [name for name in settings if name not in free]
         changed = [WORDS.get(n, n) for n in fixed if then.get(n) != settings[n]]
+        if "data" in changed:
+            changed = ["data"]  # the others follow from it
         if changed:
             raise UserError(
                 f"{run_dir} holds a run with other {' and '.join(changed)}: give another "
                 "--run-dir, or delete it to start again"
             )
+        before, now = then.get(OPTIONS, {}), settings.get(OPTIONS, {})
+        if is_main and (new := [name for name in now if before.get(name, now[name]) != now[name]]):
+            texts = [f"{name} {before[name]} -> {now[name]}" for name in new]
+            print(f"resuming with other settings: {', '.join(texts)}", file=sys.stderr)
     if is_main:
         with writing(run_dir), whole_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def check_run_folder(run_dir: Path) -> None:
+    """`UserError` for a folder of something else, whose files a run would mix with its own."""
+    if latest_checkpoint(run_dir) is not None:
+        return
+    found = next((name for name in OTHERS if (run_dir / name).exists()), None)
+    path = run_dir / SETTINGS
+    if found is None and path.is_file() and any(key in read_object(path) for key in KEYS_OF_OTHERS):
+        found = SETTINGS
+    if found is not None:
+        raise UserError(f"{run_dir} holds no run, but {found} of something else: give a new folder")
 
 
 def claim_training(
@@ -86,6 +116,7 @@ def claim_training(
     trained: nn.Module,
     sampling: dict[str, Any],
     fixed: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """`claim` with the settings of a source, see `MAY_CHANGE`, and those for `train.export`.
 
@@ -93,9 +124,11 @@ def claim_training(
         trained: the networks to train; those of an earlier checkpoint must have the same sizes.
         sampling: "image_size", "trained_sizes" and "time_shift" of the exported model.
         fixed: what else a resumed run must have in common.
+        options: see `OPTIONS`.
     """
-    _check_sizes(run_dir, trained)
+    check_sizes(run_dir, trained)
     used = {"model": model_reference(model), "model_name": model.config.name} | sampling
+    used |= {OPTIONS: options}
     claim(
         run_dir,
         source | used | fixed,
@@ -105,7 +138,11 @@ def claim_training(
     )
 
 
-def _check_sizes(run_dir: Path, trained: nn.Module) -> None:
+def check_sizes(run_dir: Path, trained: nn.Module) -> None:
+    """`UserError` if the checkpoint of a run is of other networks.
+
+    It comes before `claim`, which replaces the record.
+    """
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         return
@@ -137,14 +174,29 @@ def digest_files(folder: Path, patterns: Sequence[str] = WEIGHTS) -> str:
             continue
         size = path.stat().st_size
         state.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with open(path, "rb") as file:
-            starts = range(0, size, BLOCK)
-            if len(starts) > BLOCKS:
-                starts = [k * (size - BLOCK) // (BLOCKS - 1) for k in range(BLOCKS)]
-            for start in starts:
-                file.seek(start)
-                state.update(file.read(BLOCK))
+        for part in _parts(path, size):
+            state.update(part)
     return state.hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """`digest_files` of a folder, or the same of one file, whatever its name."""
+    if path.is_dir():
+        return digest_files(path)
+    state = hashlib.blake2b(digest_size=16)
+    for part in _parts(path, path.stat().st_size):
+        state.update(part)
+    return state.hexdigest()
+
+
+def _parts(path: Path, size: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        starts = range(0, size, BLOCK)
+        if len(starts) > BLOCKS:
+            starts = [k * (size - BLOCK) // (BLOCKS - 1) for k in range(BLOCKS)]
+        for start in starts:
+            file.seek(start)
+            yield file.read(BLOCK)
 
 
 def digest_model(model: ModelFolder) -> str:

@@ -233,15 +233,19 @@ class Trainer:
         started, steps = time.perf_counter(), 0
         agreed = False
         with bar:
+            bar.set_postfix_str("the first step compiles and takes longest")
             # Several processes stop by `agreed` of the last step, which is the same in all.
             while self.step < config.steps and not (agreed or (self._stop and self._alone)):
                 metrics, agreed = self._train_step()
                 self.step, steps = self.step + 1, steps + 1
+                if steps == 1:
+                    bar.set_postfix_str("", refresh=False)
                 bar.update()
                 if not all(math.isfinite(v) for v in metrics.values()):
+                    saved = latest_checkpoint(self.run_dir)
                     raise UserError(
                         f"the loss is not finite at step {self.step}: lower the learning rate and "
-                        f"resume from {latest_checkpoint(self.run_dir)}"
+                        + (f"resume from {saved}" if saved else "start again")
                     )
                 for name, value in metrics.items():
                     self._history.setdefault(name, []).append(value)
@@ -362,9 +366,11 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`; a foreign or damaged one is a `UserError`."""
         trees, state = load_checkpoint(
-            checkpoint, self._trees(), split_optimizer=self.optimizers.split
+            checkpoint,
+            self._trees(),
+            split_optimizer=self.optimizers.split,
+            check=functools.partial(self._check_settings, checkpoint),
         )
-        self._check_settings(checkpoint, state)
         self._set_trees(trees)
         self.step, self._history = int(state["step"]), state.get("history", {})
 
@@ -398,11 +404,11 @@ class Trainer:
         self.step = int(_number(from_first(mx.array(self.step))))
 
     def _check_settings(self, checkpoint: Path, state: dict) -> None:
-        """Refuse changed settings that change the data of later steps; print other changes."""
+        """Refuse settings that change the data of later steps, or the state; print others."""
         now = json.loads(json.dumps(asdict(self.config)))
         # Missing settings take today's defaults; old checkpoints take those of their version.
         then = now | {"accumulate": 1} | state["training"]
-        for name in ("batch_size", "seed"):
+        for name in ("batch_size", "seed", "optimizer"):
             if then[name] != now[name]:
                 raise UserError(
                     f"{checkpoint} was trained with {name} {then[name]}, not {now[name]}: "

@@ -8,9 +8,10 @@ from typing import Any
 from mlx_snapgen.cli.options import BASE_HELP, finite_number, integer
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_writable
+from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import Width, check_width, held_widths
 from train.loop.config import TrainingConfig
+from train.loop.run import check_run_folder
 
 
 def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -27,9 +28,10 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
 
 
 def _run_folder(text: str) -> Path:
-    folder = Path(text)
     try:
+        folder = expanded(text)
         check_writable(folder)
+        check_run_folder(folder)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return folder

@@ -2,12 +2,16 @@
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_snapgen.cli.options import finite_number, integer
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
+from train.data.index import paths_of
 from train.data.open import SOURCES, open_data
 from train.data.selection import HELD_OUT, Filter, parse_captions
 from train.options.common import add_number
@@ -146,7 +150,7 @@ def data_from(
         pictures_only: see `open_data`.
     """
     check_data(args, unit=unit)
-    return open_data(
+    source = open_data(
         args.data,
         size=(args.resolution, args.resolution) if args.resolution else size,
         unit=unit,
@@ -160,6 +164,30 @@ def data_from(
         resolution=args.resolution,
         pictures_only=pictures_only,
     )
+    if mx.distributed.init().rank() == 0:
+        _print_skipped(source)
+    return source
+
+
+def _print_skipped(source: Any) -> None:
+    """A line on the pictures that direct sources leave out."""
+    for part in getattr(source, "sources", [source]):
+        index = getattr(part, "index", None)
+        if index is not None and index.skipped:
+            count = sum(index.skipped.values())
+            why = ", ".join(f"{number:,}: {reason}" for reason, number in index.skipped.items())
+            share = f"{count:,} of {count + len(index.held):,} pictures skipped"
+            print(
+                f"{paths_of(part.source)}: {share} ({why}); train.prepare names each",
+                file=sys.stderr,
+            )
+
+
+def check_not_empty(source: Any) -> None:
+    """`UserError` for prepared data whose pictures are all kept for validation."""
+    for part in getattr(source, "sources", [source]):
+        if hasattr(part, "check_not_empty"):
+            part.check_not_empty()
 
 
 def size_pair(text: str) -> Size:

@@ -67,7 +67,8 @@ def parse() -> argparse.Namespace:
         "--batch-size",
         type=integer(1, MOST),
         metavar="N",
-        help="pictures per batch (default: 16, of a public model 1)",
+        help="pictures per batch (default: 16, or as many as half of the memory holds; of a public "
+        "model 1)",
     )
     _add_measures(parser)
     add_data(parser, required=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from train.options.common import (
     check_learning_rate,
     check_new_lora,
 )
-from train.options.data import add_data, check_data, data_from, size_pair
+from train.options.data import add_data, check_data, check_not_empty, data_from, size_pair
 
 NUM_PREVIEWS = 8
 BY_RESOLUTION = "resolution"
@@ -139,7 +140,7 @@ def parse() -> argparse.Namespace:
     check_new_lora(args.output)
     check_at_least(args, 1, "steps", "student_every", "batch_size", "accumulate", "rank")
     check_at_least(args, 1, "checkpoint_every")
-    check_at_least(args, 0, "seed")
+    check_at_least(args, 0, "seed", "guidance")
     check_at_most(args, MOST_RANK, "rank")
     check_learning_rate(args.learning_rate)
     if args.teacher and args.few_step_lora:
@@ -180,6 +181,7 @@ class Prompts:
         size: of previews.
         data: that of `--data`, or None.
         settings: see `PictureSource`.
+        newer: settings that runs of earlier versions did not record.
     """
 
     batches: PromptBatches
@@ -187,6 +189,7 @@ class Prompts:
     size: Size
     data: Any
     settings: dict[str, Any]
+    newer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def previews(self) -> list[str]:
         """Prompts to draw after every checkpoint."""
@@ -205,13 +208,17 @@ def open_prompts(args: argparse.Namespace, config: ModelConfig) -> Prompts:
     side = args.resolution
     size = (side, side) if side else config.image_size
     if args.prompts_file:
-        source = PromptList(list(read_prompts(args.prompts_file)), args.seed)
+        prompts = list(read_prompts(args.prompts_file))
+        source = PromptList(prompts, args.seed)
+        digest = hashlib.blake2b("\n".join(prompts).encode(), digest_size=8).hexdigest()
         sizes = args.sizes or [size]
         batches = sized_prompts(source, sizes, seed=args.seed)
-        return Prompts(batches, source, sizes[0], None, {"data": "prompts"})
+        newer = {"prompts_digest": digest}
+        return Prompts(batches, source, sizes[0], None, {"data": "prompts"}, newer)
     data = data_from(
         args, size=config.image_size, unit=config.size_unit, seed=args.seed, run_dir=args.run_dir
     )
+    check_not_empty(data)
     shares = {} if args.sizes else sizes_in(data)
     sizes = args.sizes or list(shares) or [size]
     if prepared_parts(data):

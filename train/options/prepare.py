@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
+from train.data.selection import parse_captions
 from train.options.common import (
     MOST_SEED,
     TEACHER_HELP,
@@ -134,6 +135,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     filter_from(args)
+    parse_captions(args.captions or ())  # a column twice
     if weighted := [text for text in args.captions or () if "=" in text]:
         raise UserError(f"--captions {weighted[0]}: give the columns here, weights in training")
     check_at_least(args, 1, "batch_size", "shard_size")

@@ -43,7 +43,7 @@ from train.options.common import (
     validation_batch,
     widths_of,
 )
-from train.options.data import add_data, check_data, data_from, picture_size
+from train.options.data import add_data, check_data, check_not_empty, data_from, picture_size
 
 NUM_PREVIEWS = 8
 WARMUP = 200
@@ -154,7 +154,7 @@ def check(args: argparse.Namespace) -> ModelFolder:
     check_at_least(args, 1, *at_least_1, "sub_networks")
     check_at_least(args, 0, "seed", "drop_caption", "final_learning_rate")
     check_at_least(args, 0, "ema_decay", "validation_pictures")
-    check_at_most(args, 1, "drop_caption", "ema_decay")
+    check_at_most(args, 1, "drop_caption", "ema_decay", "final_learning_rate")
     check_learning_rate(args.learning_rate)
     if args.time_shift is not None and args.time_shift <= 0:
         raise UserError(f"--time-shift must be above 0, got {args.time_shift}")
@@ -170,13 +170,15 @@ def check(args: argparse.Namespace) -> ModelFolder:
 def open_source(args: argparse.Namespace, config: ModelConfig) -> Any:
     """The data of the options for a model: see `open_data`."""
     with announce("reading the data ..."):
-        return data_from(
+        source = data_from(
             args,
             size=config.image_size,
             unit=config.size_unit,
             seed=args.seed,
             run_dir=args.run_dir,
         )
+    check_not_empty(source)
+    return source
 
 
 def load_model(args: argparse.Namespace, folder: ModelFolder, source: Any) -> Components:
@@ -230,6 +232,7 @@ def claim_run(
     components: Components,
     trained: TextToLatents,
     fixed: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Record what `train.export` needs, and what must stay when the run is resumed.
 
@@ -237,6 +240,7 @@ def claim_run(
         components: the model, loaded from `folder`.
         trained: its networks.
         fixed: what else must stay.
+        options: of the command, see `OPTIONS`.
     """
     size = picture_size(args, source, size=folder.config.image_size)
     sampling = {
@@ -258,6 +262,14 @@ def claim_run(
         trained=trained,
         sampling=sampling,
         fixed=fixed,
+        options={
+            "drop_caption": args.drop_caption,
+            "time_shift": args.time_shift,
+            "model_widths": [width.name for width in args.model_widths],
+            "sub_networks": args.sub_networks,
+            "init_from": args.init_from and str(args.init_from),
+            **(options or {}),
+        },
     )
 
 

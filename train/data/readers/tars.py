@@ -1,4 +1,6 @@
-"""WebDataset tars: the members of a sample follow each other and share the name before its dot.
+"""WebDataset tars: the members of a sample share the name before its dot.
+
+They should follow each other; others are joined as far as memory allows, in uncompressed tars only.
 
 A sample has a picture (`.jpg`, `.png`, `.webp`, ...) and captions: in a `.txt`, in further texts
 such as `.short.txt` (column "short"), or in the texts of a `.json`.
@@ -24,6 +26,8 @@ from train.data.source import Record, Skipped
 
 COUNTED = 2**34
 """Bytes of tars up to which a pass over their headers counts the samples."""
+WAITING = 2**16
+"""Samples of a tar that may wait for the rest of their members."""
 BLOCK = tarfile.BLOCKSIZE
 COMPRESSED = (".gz", ".tgz")
 
@@ -35,6 +39,10 @@ class Member(NamedTuple):
     offset: int
     size: int
     data: bytes | None = None
+
+
+Sample = tuple[str, list[Member]]
+"""Name and members."""
 
 
 class TarRecords:
@@ -55,7 +63,7 @@ class TarRecords:
         sizes = [path.stat().st_size for path in self.paths]
         if self.compressed or sum(sizes) > COUNTED:
             return None
-        return sum(1 for path in self.paths for _ in _samples(path))
+        return sum(1 for path in self.paths for _ in self._samples(path))
 
     @functools.cached_property
     def compressed(self) -> Path | None:
@@ -65,7 +73,9 @@ class TarRecords:
     def records(self, start: int = 0) -> Iterator[Record | Skipped]:
         """See `RecordSource`; a damaged tar ends with one skipped record."""
         samples = (
-            (number, sample) for number, path in enumerate(self.paths) for sample in _samples(path)
+            (number, sample)
+            for number, path in enumerate(self.paths)
+            for sample in self._samples(path)
         )
         for number, sample in itertools.islice(samples, start, None):
             if isinstance(sample, Skipped):
@@ -93,6 +103,13 @@ class TarRecords:
         """See `RecordSource`."""
         return {"data": "tar", "path": [str(path) for path in self.paths]}
 
+    def _samples(self, path: Path) -> "Iterator[Sample | Skipped]":
+        """See `_samples`, joined."""
+        samples = _samples(path)
+        if _is_compressed(path):  # its pictures would be in memory
+            return samples
+        return _joined(samples, pictures_only=self.pictures_only)
+
     def _check_order(self) -> None:
         if self.compressed:
             raise UserError(
@@ -104,10 +121,11 @@ class TarRecords:
         path, key = self.paths[number], f"{self.names[number]}:{sample}"
         picture = next((m for m in members if f".{m.name}" in SUFFIXES), None)
         texts = [m for m in members if _is_text(m.name)]
+        together = _TOGETHER if len(members) == 1 and _is_compressed(path) else ""
         if picture is None:
-            return Skipped(key, "no picture", _TOGETHER if len(members) == 1 else "")
+            return Skipped(key, "no picture", together)
         if not texts and not self.pictures_only:
-            return Skipped(key, "no caption", _TOGETHER if len(members) == 1 else "")
+            return Skipped(key, "no caption", together)
         try:
             captions = _captions(path, texts)
         except _Unreadable as error:
@@ -122,7 +140,9 @@ class TarRecords:
         return Record(key, captions, read, place)
 
 
-_TOGETHER = "the members of a sample must follow each other; write the tar with --sort=name"
+_TOGETHER = (
+    "the members of a sample must follow each other in a compressed tar; write it with --sort=name"
+)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -202,7 +222,43 @@ class _Damaged(Exception):
     """A tar ends in the middle, or has something else where a member starts."""
 
 
-def _samples(path: Path) -> Iterator[tuple[str, list[Member]] | Skipped]:
+def _joined(
+    samples: Iterator[Sample | Skipped], *, pictures_only: bool
+) -> Iterator[Sample | Skipped]:
+    """The samples, with pictures and captions joined that do not follow each other.
+
+    Incomplete samples wait for their other part, at most `WAITING` of them.
+    """
+
+    def missing(members: list[Member]) -> list[bool]:
+        picture = any(f".{m.name}" in SUFFIXES for m in members)
+        return [not picture, not (pictures_only or any(_is_text(m.name) for m in members))]
+
+    waiting: dict[str, list[Member]] = {}
+    ending = []
+    for item in samples:
+        if isinstance(item, Skipped):
+            ending.append(item)
+            continue
+        name, members = item
+        before = waiting.get(name, [])
+        if not any(missing(members)):
+            yield item
+        elif missing(members) != missing(before) and not any(missing(before + members)):
+            del waiting[name]
+            yield name, before + members
+        elif before:
+            yield item  # the same part twice
+        else:
+            waiting[name] = members
+            if len(waiting) > WAITING:
+                first = next(iter(waiting))
+                yield first, waiting.pop(first)
+    yield from waiting.items()
+    yield from ending
+
+
+def _samples(path: Path) -> Iterator[Sample | Skipped]:
     """(name, members) of the whole samples of a tar, and if it is damaged, a line on that."""
     sample = ""
     members: list[Member] = []
