@@ -24,6 +24,10 @@ from mlx_snapgen.errors import UserError, nearest
 TUPLES = {"concat": "values", "einsum": "values", "stack": "values"}
 """Operation -> its parameter with several values."""
 
+DAMAGE = (UserError, ValueError, TypeError, LookupError)
+DAMAGE += (AttributeError, ArithmeticError, MemoryError)
+"""What operations raise for arguments of wrong types, shapes or sizes."""
+
 
 class Interpreter:
     """One function of a package, ready to run. Weights stay in their memory-mapped file.
@@ -162,7 +166,7 @@ class Interpreter:
                     name: self._rounded(value, kind)
                     for value, (name, kind) in zip(made, operation.outputs.items(), strict=True)
                 }
-        except (UserError, ValueError, TypeError, IndexError, KeyError) as error:
+        except DAMAGE as error:
             raise UserError(f"{self._where(index, operation)}: {error}") from error
         for name, kind in operation.outputs.items():
             if not _fits(rounded[name], kind):

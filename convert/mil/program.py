@@ -211,12 +211,38 @@ def _function(message: _Message) -> Function:
     if opset not in blocks:
         raise ValueError(f"no block for {opset}")
     block = blocks[opset]
-    return Function(
+    function = Function(
         {i.text(1): _type(i.message(2)) for i in message.messages(1)},
         [bytes(name).decode() for name in block.all(2)],
         [_operation(m) for m in block.messages(3)],
         opset,
     )
+    _check_names(function)
+    return function
+
+
+def _check_names(function: Function) -> None:
+    """`ValueError` for a value that is read before an operation makes it, or made twice."""
+    made, constant = set(function.inputs), set[str]()
+    for operation in function.operations:
+        known = constant if operation.is_constant else made
+        read = [b for bindings in operation.inputs.values() for b in bindings]
+        unknown = [b for b in read if isinstance(b, str) and b not in known]
+        if operation.type == "const":
+            is_complete = [type(b) for b in operation.inputs.get("val", ())] == [Literal]
+        else:
+            is_complete = all(operation.inputs.values())
+        if not is_complete:
+            raise ValueError(f"the operation '{operation.name}' lacks a value")
+        if unknown:
+            raise ValueError(f"no value '{unknown[0]}' for the operation '{operation.name}'")
+        if twice := made & operation.outputs.keys():
+            raise ValueError(f"two values of the name '{min(twice)}'")
+        made |= operation.outputs.keys()
+        if operation.is_constant:
+            constant |= operation.outputs.keys()
+    if absent := [name for name in function.outputs if name not in made]:
+        raise ValueError(f"no operation makes the output '{absent[0]}'")
 
 
 class Package:
@@ -271,6 +297,8 @@ class Package:
             return constant
         if constant.file not in self._files:
             path = self.model_file.parent / constant.file.removeprefix("@model_path/")
+            if ".." in path.parts or not path.is_relative_to(self.model_file.parent):
+                raise UserError(f"{self.model_file} reads {path}, which is outside of the package")
             self._files[constant.file] = WeightFile(path)
         return self._files[constant.file].read(constant)
 
@@ -285,7 +313,7 @@ def _model_file(path: Path) -> Path:
         if ".." in found.parts or not found.is_relative_to(path):
             raise ValueError(f"{item['path']} is outside of the package")
         return found
-    except (UserError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{path} is no .mlpackage: its Manifest.json cannot be read ({error!r})"
         ) from None

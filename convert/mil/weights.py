@@ -127,7 +127,13 @@ class WeightFile:
 
 
 def unpack(raw: np.ndarray, kind: TensorType) -> np.ndarray:
-    """Stored bytes -> the tensor; elements of less than a byte from the lowest bit on."""
+    """Stored bytes -> the tensor; elements of less than a byte from the lowest bit on.
+
+    Raises:
+        ValueError: there are too few bytes for the type.
+    """
+    if raw.nbytes * 8 < kind.num_elements * kind.bits:
+        raise ValueError(f"{raw.nbytes} bytes for {kind}")  # numpy would add zeros
     if kind.bits >= 8:
         return raw.view(kind.numpy).reshape(kind.sizes)
     values = unpack_bits(raw, kind.bits, kind.num_elements)

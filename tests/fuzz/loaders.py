@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from mlx_snapgen.decode import decode
 from mlx_snapgen.draw import read_inputs
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError
 from mlx_snapgen.files import parse_json
+from mlx_snapgen.formats import INDEX
 from mlx_snapgen.generate import main as generate
 from mlx_snapgen.inputs import read_picture
 from mlx_snapgen.json_values import to_dict
@@ -50,7 +52,7 @@ from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5, T5Encoder
 from mlx_snapgen.prompt_check import check_prompts
-from mlx_snapgen.public.first_use import INDEX, describe
+from mlx_snapgen.public.first_use import describe
 from mlx_snapgen.public.keymap import KeyMap
 from mlx_snapgen.public.keys.autoencoders import AUTOENCODERS, read_autoencoder
 from mlx_snapgen.public.kinds import find_kind
@@ -91,6 +93,23 @@ class Loader(NamedTuple):
 
 
 LOADERS: dict[str, Loader] = {}
+PROGRESS: list[tuple[float, float]] = []
+"""When the reader of an input reported progress: seconds of computing, and of the clock.
+
+Long legal inputs take long; without progress for long, a user sees a hang.
+"""
+MOST_SECONDS = 60
+"""Of computing for one input, also with progress: a loop that prints forever ends here."""
+
+
+class TooLong(BaseException):
+    """An input took more than `MOST_SECONDS`; no reader catches this."""
+
+
+def report_progress() -> None:
+    PROGRESS.append((time.process_time(), time.perf_counter()))
+    if (seconds := PROGRESS[-1][0] - PROGRESS[0][0]) > MOST_SECONDS:
+        raise TooLong(f"took {seconds:.0f} s of computing, with progress")
 
 
 def loader(name: str, write: Callable[[Path], Any], *files: str) -> Callable:
@@ -667,15 +686,31 @@ def write_prompts(folder: Path) -> None:
     (folder / "lines.txt").write_text("\n".join(lines))
 
 
+class Typed(io.TextIOWrapper):
+    """A user who types, and sees a line taken when the next one is read."""
+
+    def readline(self, size: int = -1, /) -> str:
+        report_progress()
+        return super().readline(size)
+
+
+class Shown(io.StringIO):
+    """A terminal, where each picture has a line."""
+
+    def write(self, text: str, /) -> int:
+        report_progress()
+        return super().write(text)
+
+
 @loader("prompt loop", write_prompts, "lines.txt")
 def _(folder: Path) -> None:
     """A session of `generate --interactive`: each mistake is one line, and the loop goes on."""
     stdin, stderr = sys.stdin, io.StringIO()
-    sys.stdin = io.TextIOWrapper(io.BytesIO((folder / "lines.txt").read_bytes()), "utf-8")
+    sys.stdin = Typed(io.BytesIO((folder / "lines.txt").read_bytes()), "utf-8")
     before = os.getcwd()
     os.chdir(folder)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stdout(Shown()), contextlib.redirect_stderr(stderr):
             assert generate(["--interactive", "--model", "model", "--steps", "1"]) == 0
     finally:
         os.chdir(before)

@@ -3,7 +3,7 @@
     SNAPGEN_FUZZ=10000 python -m pytest tests/fuzz          # this many inputs, instead of 500
     SNAPGEN_FUZZ=731:732 python -m pytest tests/fuzz        # input 731 alone, from a failure
 
-The inputs depend only on their number.
+The inputs depend only on their number, which also gives the loader.
 """
 
 import os
@@ -15,21 +15,26 @@ import time
 import traceback
 import warnings
 
+import numpy as np
 import pytest
 
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError
+from tests.fuzz import loaders
 from tests.fuzz.damage import damaged
-from tests.fuzz.loaders import LOADERS
+from tests.fuzz.loaders import LOADERS, PROGRESS, Loader, TooLong, report_progress
 
 COUNT = 500
 SECONDS = 5
-"""Of computing; an input that waits for something has ten times as long."""
+"""Of computing between two reports of progress; for an input that waits for something, ten times
+as long."""
 MEGABYTES = 500
 
 
-def numbers() -> range:
+def numbers(name: str) -> list[int]:
+    """The inputs of a loader."""
     start, _, end = os.environ.get("SNAPGEN_FUZZ", str(COUNT)).rpartition(":")
-    return range(int(start or 0), int(end))
+    ours = list(LOADERS).index(name)
+    return [n for n in range(int(start or 0), int(end)) if n % len(LOADERS) == ours]
 
 
 def peak() -> float:
@@ -40,16 +45,21 @@ def peak() -> float:
 
 def fault(name: str, folder) -> str | None:
     """What is wrong with how a loader takes the folder; None: nothing."""
-    before, started, waiting = peak(), time.process_time(), time.perf_counter()
+    before = peak()
+    PROGRESS.clear()
+    report_progress()
     try:
         LOADERS[name].read(folder)
     except UserError as error:
         message = str(error)
         if len(message) > MOST_CHARACTERS or not message.isprintable():
             return f"a message of {len(message)} characters: {message!r}"
+    except TooLong as error:
+        return str(error)
     except Exception:
         return traceback.format_exc(limit=-3)
-    seconds, waited = time.process_time() - started, time.perf_counter() - waiting
+    PROGRESS.append((time.process_time(), time.perf_counter()))
+    seconds, waited = np.diff(PROGRESS, axis=0).max(axis=0)
     if seconds > SECONDS or waited > 10 * SECONDS:
         return f"took {seconds:.1f} s of computing, {waited:.1f} s in all"
     if (grown := peak() - before) > MEGABYTES:
@@ -57,19 +67,17 @@ def fault(name: str, folder) -> str | None:
     return None
 
 
+@pytest.fixture(scope="module", params=LOADERS)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    """Name of a loader -> the folder of its good sample."""
+def sample(name, tmp_path_factory):
+    """The folder of a loader's good sample."""
     folder = tmp_path_factory.mktemp("good")
-    found = {}
-    for name, loader in LOADERS.items():
-        (folder / name).mkdir()
-        try:
-            loader.write(folder / name)
-        except pytest.skip.Exception:
-            continue
-        found[name] = folder / name
-    return found
+    LOADERS[name].write(folder)
+    return folder
 
 
 def files(name: str, folder) -> list:
@@ -77,24 +85,37 @@ def files(name: str, folder) -> list:
     return sorted(paths)
 
 
-def test_good_samples_are_read(samples, tmp_path):
-    for name, sample in samples.items():
-        assert files(name, sample)
-        copy = shutil.copytree(sample, tmp_path / name)
-        try:
-            LOADERS[name].read(copy)
-        except UserError as error:
-            # The folder of pickles has one that could run code.
-            assert name == "pickle" and "holds more than weights" in str(error)
+@pytest.fixture(autouse=True)
+def no_progress():
+    PROGRESS.clear()
+
+
+def test_a_good_sample_is_read(name, sample, tmp_path):
+    assert files(name, sample)
+    copy = shutil.copytree(sample, tmp_path / "copy")
+    try:
+        LOADERS[name].read(copy)
+    except UserError as error:
+        # The folder of pickles has one that could run code.
+        assert name == "pickle" and "holds more than weights" in str(error)
+
+
+def test_a_loop_that_reports_progress_for_ever_ends(monkeypatch):
+    def read(folder):
+        while True:
+            report_progress()
+
+    monkeypatch.setattr(loaders, "MOST_SECONDS", 0.1)
+    monkeypatch.setitem(LOADERS, "for ever", Loader(lambda folder: None, read))
+    assert fault("for ever", None) == "took 0 s of computing, with progress"
 
 
 @pytest.mark.timeout(24 * 3600 if "SNAPGEN_FUZZ" in os.environ else 300)
-def test_damaged_inputs_end_in_one_line(samples, tmp_path):
-    faults, names = [], list(samples)
-    for number in numbers():
+def test_damaged_inputs_end_in_one_line(name, sample, tmp_path):
+    faults = []
+    for number in numbers(name):
         rng = random.Random(number)
-        name = names[number % len(names)]
-        folder = shutil.copytree(samples[name], tmp_path / "input")
+        folder = shutil.copytree(sample, tmp_path / "input")
         for path in rng.sample(files(name, folder), 1):
             path.write_bytes(damaged(path.read_bytes(), path.name, rng))
         with warnings.catch_warnings():

@@ -30,7 +30,7 @@ FLOORS = {
         {COMMANDS}
         pipeline
         open_model public_pipeline
-        quantize public generation
+        quantize public generation profile
         draw teachers
         checkpoint
         lora prompt_check
@@ -38,6 +38,7 @@ FLOORS = {
         settings tensor_files
         inputs
         presets
+        formats
         config public_config json_values files pictures sampling
         alpha description decode vocabulary
         errors _blas _kernel_cache _version
@@ -47,6 +48,7 @@ FLOORS = {
         attention autoencoders text_encoders
         cached
         base elastic layers rope
+        apart
         exponentials
     """,
     "mlx_snapgen.networks.autoencoders": """
@@ -144,10 +146,11 @@ FLOORS = {
         base losses
     """,
     "train.loop": """
+        speed
         trainer autoencoder
         roles teacher
         assemble run plot optimizer
-        checkpoint config distributed palettes
+        checkpoint config distributed palettes principal_components warm_start
     """,
     "train.evaluation": """
         drift measures palettes prompt_lists public stickers
