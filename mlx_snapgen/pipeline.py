@@ -20,32 +20,19 @@ from mlx_snapgen.checkpoint.model import (
 from mlx_snapgen.checkpoint.module import Quantization
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
 from mlx_snapgen.draw import batch_texts, denoise_latents, encode_for, in_mode
-from mlx_snapgen.errors import UserError, one_line
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.generation import Given, Pipeline
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
 from mlx_snapgen.lora.files import load_lora, lora_words, read_lora
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.open_model import open_model
-from mlx_snapgen.prompt_check import check_prompts
+from mlx_snapgen.prompt_check import PromptWarning, check_prompts
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
 from mlx_snapgen.vocabulary import translate
 
 if TYPE_CHECKING:
     from mlx_snapgen.teachers.folder import TeacherFolder
-
-
-class PromptWarning(UserWarning):
-    """The picture may not show everything that the prompt names.
-
-    Args:
-        problem: what the picture may not show.
-        prompt: named in the message, so that Python also prints it for the next prompt.
-    """
-
-    def __init__(self, problem: str, prompt: str):
-        super().__init__(f'"{one_line(prompt, 60)}": {problem}')
-        self.problem = problem
 
 
 class SnapGenPipeline(Pipeline):

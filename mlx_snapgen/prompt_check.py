@@ -45,6 +45,19 @@ MOST_SHOWN = 200
 """Characters of a prompt that are quoted."""
 
 
+class PromptWarning(UserWarning):
+    """The picture may not show everything that the prompt names.
+
+    Args:
+        problem: what the picture may not show.
+        prompt: named in the message, so that Python also prints it for the next prompt.
+    """
+
+    def __init__(self, problem: str, prompt: str):
+        super().__init__(f'"{one_line(prompt, 60)}": {problem}')
+        self.problem = problem
+
+
 def check_prompts(
     settings: DrawSettings,
     tokenizers: Sequence[Any],

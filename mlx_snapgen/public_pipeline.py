@@ -1,5 +1,6 @@
 """Text to picture with a public model: `PublicPipeline`."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.base import Prompt
+from mlx_snapgen.prompt_check import PromptWarning, check_prompts
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.base import Condition
@@ -65,6 +67,8 @@ class PublicPipeline(Pipeline):
 
     def _check(self, settings: DrawSettings) -> None:
         check_memory(self._folder, self.choice, settings=settings)
+        for text in check_prompts(settings, (), vocabulary=None):
+            warnings.warn(PromptWarning(text, settings.prompt), stacklevel=4)
 
     def _encode(self, settings: list[DrawSettings]) -> Condition:
         [one] = settings

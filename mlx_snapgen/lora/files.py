@@ -277,7 +277,7 @@ def load_lora(
         alpha = float(parts["alpha"]) if "alpha" in parts else alphas[layer]
         adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight))
         finite += [mx.isfinite(a).all(), mx.isfinite(b).all()]
-    if not all(mx.array(finite).tolist()):
+    if not mx.all(mx.array(finite)).item():
         raise UserError(f"{path} is damaged: it has weights that are not finite; get it again")
     made_for = header.get("base_model")
     if base_model and made_for and base_model != made_for:

@@ -21,7 +21,7 @@ from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 PROMPTS = ("a cat", "three apples on a blue background", "a green car to the left of a cat")
-pytestmark = pytest.mark.filterwarnings("ignore::mlx_snapgen.pipeline.PromptWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::mlx_snapgen.prompt_check.PromptWarning")
 SMALLEST = DrawSettings(num_inference_steps=1)
 
 

@@ -16,7 +16,8 @@ from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates
-from mlx_snapgen.pipeline import PromptWarning, SnapGenPipeline
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.prompt_check import PromptWarning
 from mlx_snapgen.sampling import get_noise, get_schedule
 from mlx_snapgen.teachers.checkpoint import load_teacher
 

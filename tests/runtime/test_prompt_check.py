@@ -12,8 +12,8 @@ from mlx_snapgen.checkpoint.config import ModelFolder, load_vocabulary
 from mlx_snapgen.cli.notices import short_warnings
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.pipeline import PromptWarning, SnapGenPipeline
-from mlx_snapgen.prompt_check import check_prompts
+from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.prompt_check import PromptWarning, check_prompts
 from mlx_snapgen.settings import DrawSettings, trained_size
 from mlx_snapgen.vocabulary import listed, nouns, translate
 from tests.tiny import MODEL

@@ -166,11 +166,13 @@ def test_the_prompt_loop_refuses_a_batch_at_once(folders, monkeypatch, capsys):
     assert "a-red-cat.png" in out
 
 
-def test_a_negative_prompt_takes_the_place_of_the_empty_one(folders):
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(folders, capsys):
     options = ("--steps", "2", "--guidance", "3")
     plain, _ = drawn(folders["z-image"], *options)
     away, _ = drawn(folders["z-image"], *options, "--negative-prompt", "blue")
     assert np.abs(plain.astype(int) - away).max() > 2
+    drawn(folders["z-image"], "--steps", "1", "--guidance", "1", "--negative-prompt", "blue")
+    assert "negative prompt has no effect at a guidance scale of 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
