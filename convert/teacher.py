@@ -27,7 +27,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
 from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.open_model import describe_public
-from mlx_snapgen.public.first_use import fetch_public
+from mlx_snapgen.public.files import fetch_public
 from mlx_snapgen.public.teachers import convert_teacher
 
 FEW_STEP_FILES = ("transformer/*.json", "transformer/*.safetensors")

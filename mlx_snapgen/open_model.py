@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, local_folder, quiet
 from mlx_snapgen.checkpoint.language_models import TEXT_FILES
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.description import Description
+from mlx_snapgen.errors import UserError, of_settings
 from mlx_snapgen.files import expanded
 from mlx_snapgen.formats import CONFIG, INDEX, MINIT2I, is_public, is_teacher
 from mlx_snapgen.lora.adapters import remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
-from mlx_snapgen.settings import ModelChoice
+from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
 from mlx_snapgen.tensor_files import read_header
 
 # The modules of public models are imported when there is one: they take longer than all others.
 if TYPE_CHECKING:
-    from mlx_snapgen.public.first_use import PublicModel
+    from mlx_snapgen.public.description import PublicModel
     from mlx_snapgen.teachers.folder import TeacherFolder
 
 DESCRIPTIONS = ("config.json", CONFIG, INDEX, f"{MINIT2I}/transformer/config.json")
@@ -30,6 +31,7 @@ TEACHER_FILES = ("*.json", "*.safetensors", *(f"text_encoder/{name}" for name in
 def open_model(
     choice: ModelChoice,
     *,
+    settings: DrawSettings | None = None,
     progress: DownloadProgress | None = None,
     converting: DownloadProgress | None = None,
     say: Callable[[str], object] | None = None,
@@ -40,6 +42,7 @@ def open_model(
     missing, or does not fit a public model.
 
     Args:
+        settings: a model that cannot draw with them is not fetched; None: not known yet.
         progress: see `find_model`.
         converting, say: see `open_public`.
 
@@ -53,16 +56,23 @@ def open_model(
         model = describe_file(
             choice.model or "stickers", base=choice.base, revision=choice.revision
         )
-        return _open_public(model, choice, progress=progress, converting=converting, say=say)
+        return _open_public(
+            model, choice, settings=settings, progress=progress, converting=converting, say=say
+        )
     folder, commit = _described(choice.model, choice.revision)
     name = str(choice.model)
     if is_teacher(folder):
+        from mlx_snapgen.teachers.folder import load_teacher_config
+
         if commit is not None:
+            _check(load_teacher_config(folder), choice, settings=settings)
             folder = find_model(name, revision=commit, files=TEACHER_FILES, progress=progress)
         return _open(choice, folder, commit)
     if is_public(folder):
         model = _describe(name, folder, commit)
-        return _open_public(model, choice, progress=progress, converting=converting, say=say)
+        return _open_public(
+            model, choice, settings=settings, progress=progress, converting=converting, say=say
+        )
     if commit is None:
         return ModelFolder.open(choice.model)
     if not (folder / "config.json").is_file():
@@ -70,7 +80,22 @@ def open_model(
             f"{name} is not a model that can be drawn with: it has neither the config.json of this "
             f"package nor {INDEX}"
         )
-    return ModelFolder.fetch(name, load_config(folder), commit=commit, progress=progress)
+    config = load_config(folder)
+    _check(config, choice, settings=settings)
+    return ModelFolder.fetch(name, config, commit=commit, progress=progress)
+
+
+def vocabulary_folder(choice: ModelChoice) -> Path:
+    """Folder of the model of `choice` with its vocabulary, which a public model does not have.
+
+    Raises:
+        UserError: as `open_model`; a public model is not fetched.
+    """
+    if choice.base is None and not is_file(choice.model):
+        folder, _ = _described(choice.model, choice.revision)
+        return folder if is_teacher(folder) or is_public(folder) else open_model(choice).path
+    model = choice.model or "stickers"
+    return describe_file(model, base=choice.base, revision=choice.revision).folder
 
 
 BASES = {
@@ -83,7 +108,7 @@ BASES = {
 
 def is_file(model: str | None) -> bool:
     """Whether a model is the name of one file, there or not."""
-    return str(model).endswith(".safetensors")
+    return str(model).endswith(".safetensors") and not expanded(str(model)).is_dir()
 
 
 def _described(model: str | None, revision: str | None) -> tuple[Path, str | None]:
@@ -107,7 +132,7 @@ def describe_public(model: str, *, revision: str | None, base: str | None) -> "P
 
 
 def _describe(source: str, folder: Path, commit: str | None) -> "PublicModel":
-    from mlx_snapgen.public.first_use import describe
+    from mlx_snapgen.public.description import describe
 
     return describe(source, folder, commit)
 
@@ -149,19 +174,34 @@ def _open_public(
     model: "PublicModel",
     choice: ModelChoice,
     *,
+    settings: DrawSettings | None,
     progress: DownloadProgress | None,
     converting: DownloadProgress | None,
     say: Callable[[str], object] | None,
 ) -> "TeacherFolder":
-    """See `open_public`; before it, `UserError` if a LoRA of `choice` does not fit the network."""
+    """See `open_public`; before it, `UserError` for what the model does not support, or a LoRA of
+    `choice` that does not fit the network."""
     from mlx_snapgen.public.first_use import open_public
 
+    check_choice(model.config, choice)
+    settings = _check(model.config, choice, settings=settings)
     for path, _ in choice.loras:
         load_lora(path, model.network, name="fitting")
         remove_lora(model.network)
     return open_public(
-        model, bits=choice.quantize, progress=progress, converting=converting, say=say
+        model, choice, settings=settings, progress=progress, converting=converting, say=say
     )
+
+
+def _check(
+    config: Description, choice: ModelChoice, *, settings: DrawSettings | None
+) -> DrawSettings | None:
+    """Resolved settings; `UserError` for what the model of `config` does not support."""
+    if settings is None:
+        return None
+    with of_settings():
+        check_choice(config, choice)
+        return settings.resolved(config)
 
 
 def _open(choice: ModelChoice, folder: Path, commit: str | None) -> "TeacherFolder":

@@ -60,15 +60,8 @@ def convert(
     check_new(out)
     work = out.parent / f".{out.name}.partial"
     with _claimed(work):
-        weights = source.weights(work / "spool", dtype=dtype)
-        kind = find_kind(source, weights, kind)
-        accounts = _account(source, weights, kind)
-        plan = KINDS[kind].plan(source, weights)
+        kind, plan, accounts = read_plan(source, kind, spool=work / "spool", dtype=dtype)
         _check_output(plan, out, is_quantized=quantization is not None)
-        if plan.expected is not None:
-            keys = KINDS[kind].keys
-            check_complete(keys, weights, plan.weights, plan.expected, where=source.path)
-        del weights
         how = None if quantization is None else dict(quantization)
         entries = _entries(plan, dtype, how)
         wanted = [_identity(source), kind, str(dtype), how]
@@ -114,6 +107,23 @@ def convert(
             (made / name_).write_bytes(data)
         _put(made / name if config is None else made, out)
     return report
+
+
+def read_plan(
+    source: Source, kind: str | None, *, spool: Path, dtype: mx.Dtype | None = None
+) -> tuple[str, Plan, dict[str, Any]]:
+    """Kind and plan of a checkpoint, lazily, and the report on its keys.
+
+    Arguments and errors are those of `convert` and of `Source.weights`.
+    """
+    weights = source.weights(spool, dtype=dtype)
+    kind = find_kind(source, weights, kind)
+    accounts = _account(source, weights, kind)
+    plan = KINDS[kind].plan(source, weights)
+    if plan.expected is not None:
+        keys = KINDS[kind].keys
+        check_complete(keys, weights, plan.weights, plan.expected, where=source.path)
+    return kind, plan, accounts
 
 
 def _check_output(plan: Plan, out: Path, *, is_quantized: bool) -> None:
@@ -210,7 +220,10 @@ def _entries(plan: Plan, dtype: mx.Dtype | None, how: Mapping[str, int] | None) 
     """The output's tensors in order; removes the weights from the plan."""
     quantized = set(plan.matrices(how["group_size"])) if how else set()
     if how and not quantized:
-        raise UserError(f"no matrix has rows that {how['group_size']} divides: nothing to quantize")
+        raise UserError(
+            f"{how['group_size']} divides the rows of no matrix, so that nothing can be quantized: "
+            "choose another group size, or do not quantize"
+        )
     entries = []
     for key in list(plan.weights):
         value = plan.weights.pop(key)

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_snapgen.checkpoint import clip, clip_towers, t5
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import read_bytes
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
@@ -160,7 +161,7 @@ def _gemma(source: Source, public: Weights) -> Plan:
     config = gemma_config(config_of(source), source.folder / "config.json")
     weights = GEMMA_KEYS.weights(public)
     files = {
-        path.name: path.read_bytes()
+        path.name: read_bytes(path)
         for name in GEMMA_FILES
         if (path := source.folder / name).is_file()
     }

@@ -1,27 +1,30 @@
 """Write a public flow model as a teacher's folder (see `mlx_snapgen.teachers.folder`)."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from mlx_snapgen.checkpoint.language_models import TEXT_FILES
+from mlx_snapgen.checkpoint.language_models import TEXT_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
-from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_new, new_folder, read_object, save_tensors
+from mlx_snapgen.errors import UserError, naming
+from mlx_snapgen.files import check_new, check_regular, new_folder, read_object, save_tensors
 from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import checked, from_dict, to_dict
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.presets import PIXELS
-from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.convert import convert, read_plan
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.public.keys.transformers import make_transformer
+from mlx_snapgen.public.kinds import Plan
 from mlx_snapgen.public.source import find_source, part_source
 from mlx_snapgen.public_config import MiniT2ITransformerConfig
 from mlx_snapgen.teachers.config import (
@@ -36,7 +39,7 @@ from mlx_snapgen.teachers.config import (
     Schedule,
     TeacherConfig,
 )
-from mlx_snapgen.teachers.folder import FORMAT_VERSION, NETWORKS, TeacherNetwork
+from mlx_snapgen.teachers.folder import FORMAT_VERSION, NETWORKS, PROMPT_FORMATS, TeacherNetwork
 from mlx_snapgen.tensor_files import read_header
 
 SCHEDULES = {
@@ -56,25 +59,31 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
     Raises:
         UserError: an unsupported kind of schedule.
     """
-    values = read_object(folder / "scheduler_config.json")
-    for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
-        if values.get(key):
-            raise UserError(f"{folder}: a schedule with {key} is not supported")
-    try:
-        if values.get("use_dynamic_shifting"):
-            if values.get("time_shift_type", "exponential") != "exponential":
-                raise UserError(f"{folder}: only an exponential time shift is supported")
-            shifts = values["base_shift"], values["max_shift"]
-            tokens = values["base_image_seq_len"], values["max_image_seq_len"]
-        else:
-            shifts, tokens = (math.log(values["shift"]),) * 2, like.tokens
-            like = dataclasses.replace(like, is_empirical=False)
-        terminal = values.get("shift_terminal") or 0.0
-        return checked(
-            dataclasses.replace(like, log_shifts=shifts, tokens=tokens, terminal=terminal)
-        )
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} does not describe a flow-matching schedule: {error!r}") from None
+    path = folder / "scheduler_config.json"
+    values = read_object(path)
+    with naming(path):
+        for key in ("karras", "exponential", "beta"):
+            if values.get(f"use_{key}_sigmas"):
+                raise UserError(f"a schedule with use_{key}_sigmas is not supported")
+        if values.get("invert_sigmas"):
+            raise UserError("a schedule with invert_sigmas is not supported")
+        try:
+            if values.get("use_dynamic_shifting"):
+                if values.get("time_shift_type", "exponential") != "exponential":
+                    raise UserError("only an exponential time shift is supported")
+                shifts = values["base_shift"], values["max_shift"]
+                tokens = values["base_image_seq_len"], values["max_image_seq_len"]
+            else:
+                if not values["shift"] > 0:
+                    raise UserError(f"'shift' must be positive, got {values['shift']}")
+                shifts, tokens = (math.log(values["shift"]),) * 2, like.tokens
+                like = dataclasses.replace(like, is_empirical=False)
+            terminal = values.get("shift_terminal") or 0.0
+            return checked(
+                dataclasses.replace(like, log_shifts=shifts, tokens=tokens, terminal=terminal)
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"does not describe a flow-matching schedule: {error!r}") from None
 
 
 def convert_teacher(
@@ -132,6 +141,8 @@ def convert_teacher(
         networks[FEW_STEP] = folder, part
     draws_pixels = kind == "minit2i"
     text_source = text_source or source / "text_encoder"
+    if text_encoder is None and text_part is None:
+        check_text_encoder(text_source, source / "tokenizer", network=network)
     autoencoder = make_autoencoder(PIXELS) if draws_pixels else read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
@@ -139,14 +150,15 @@ def convert_teacher(
     schedule, few_step = read_schedules(
         source, network, has_few_step=few_step_lora is not None or few_step_model is not None
     )
-    config = TeacherConfig(
-        kind=kind,
-        transformer=network.config,
-        autoencoder=autoencoder.config,
-        schedule=schedule,
-        few_step=few_step,
-        quantization=quantization,
-    )
+    with naming(source):
+        config = TeacherConfig(
+            kind=kind,
+            transformer=network.config,
+            autoencoder=autoencoder.config,
+            schedule=schedule,
+            few_step=few_step,
+            quantization=quantization,
+        )
     if text_encoder is not None:
         config = dataclasses.replace(config, text_encoder=text_encoder)
     with new_folder(output) as partial:
@@ -178,6 +190,44 @@ def convert_teacher(
             shutil.rmtree(partial / "converted", ignore_errors=True)
 
 
+def check_text_encoder(folder: Path, tokenizer: Path, *, network: TeacherNetwork) -> Plan:
+    """The plan of a text encoder's conversion.
+
+    Only configs and headers are read: conversions take minutes.
+
+    Args:
+        folder: of the text encoder.
+        tokenizer: its folder; not of a T5, which has its own.
+        network: the transformer.
+
+    Raises:
+        UserError: a text encoder or tokenizer that is damaged or does not fit.
+    """
+    kind = next(kind for kind, made in NETWORKS.items() if isinstance(network, made))
+    _, plan, _ = read_plan(find_source(str(folder)), TEXT_KINDS[kind], spool=folder)
+    # mlx-lm reads no FP8.
+    if TEXT_KINDS[kind] == "t5" or importlib.util.find_spec("mlx_lm") is None or is_fp8(folder):
+        return plan
+    paths: dict[Path, Path] = {}
+
+    def link(path: Path, place: Path) -> None:
+        place.unlink(missing_ok=True)
+        place.symlink_to(path.absolute())
+        paths[place] = path
+
+    with tempfile.TemporaryDirectory() as together:
+        for one in (tokenizer, folder):
+            _copy(one, Path(together), put=link)
+        try:
+            load_qwen(Path(together), PROMPT_FORMATS[kind], dims=network.config.text_dims)
+        except UserError as error:
+            text = str(error)
+            for place, path in (paths | {Path(together): folder.parent}).items():
+                text = text.replace(str(place), str(path))
+            raise UserError(text) from None
+    return plan
+
+
 def is_fp8(folder: Path) -> bool:
     """Whether some weights in a folder are stored in FP8."""
     return any(
@@ -196,7 +246,8 @@ def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
     kind = part.config.pop("kind", None)
     if not isinstance(kind, str) or kind not in NETWORKS:
         raise UserError(f"{given} is not a teacher's transformer, but a {kind}")
-    return kind, NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config)), part
+    with naming(given / "config.json"):
+        return kind, NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config)), part
 
 
 def _few_step_network(model: Path, like: TeacherNetwork) -> tuple[Path, Part | None]:
@@ -266,4 +317,5 @@ def _copy(source: Path, target: Path, *, put: Callable[[Path, Path], object]) ->
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         if any(path.match(pattern) for pattern in TEXT_FILES):
+            check_regular(path)
             put(path, target / path.name)

@@ -10,6 +10,10 @@ text_encoder/                the language model and its tokenizer, unless the co
 A model that draws pixels has no autoencoder.safetensors.
 """
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from mlx_snapgen.checkpoint.module import (
     on_device,
 )
 from mlx_snapgen.checkpoint.t5 import load_t5
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import ModelError, UserError, naming
 from mlx_snapgen.files import read_object
 from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.lora.files import load_lora
@@ -79,6 +83,29 @@ class TeacherFolder:
     """Bits of this conversion of `source`; None if `source` is what was converted."""
 
 
+def cache_folder() -> Path:
+    """Folder of converted models: $MLX_SNAPGEN_CACHE, or mlx_snapgen in the user's cache."""
+    given = os.environ.get("MLX_SNAPGEN_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_snapgen"
+
+
+@contextmanager
+def _way_out(folder: Path) -> Iterator[None]:
+    """Errors name a folder of the cache, because deleting it converts the model again."""
+    try:
+        yield
+    except UserError as error:
+        if folder.parent != cache_folder():
+            raise ModelError(error) from None
+        reason = re.sub(r"[:,] (get it again|python -m .*)$", "", str(error))
+        reason = reason.replace(f"{folder}/", "")
+        raise ModelError(
+            f"delete {folder} and run the command again: it is damaged ({reason})"
+        ) from None
+
+
 def load_flow_teacher(
     folder: Path, *, lazy: bool = False, dtype: mx.Dtype | None = None
 ) -> tuple[FlowTeacher, Autoencoder]:
@@ -109,6 +136,11 @@ def load_flow_teacher(
 
 def load_teacher_config(folder: Path) -> TeacherConfig:
     """`teacher.json` of a folder; `UserError` when it is missing, foreign or too new."""
+    with _way_out(folder):
+        return _read_config(folder)
+
+
+def _read_config(folder: Path) -> TeacherConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(
@@ -116,13 +148,11 @@ def load_teacher_config(folder: Path) -> TeacherConfig:
         )
     values = read_object(path)
     check_version(folder, values.pop("format_version", None), reads=FORMAT_VERSION)
-    try:
+    with naming(path):
         config = teacher_config(values)
         if config.quantization is not None:
             check_quantization({"transformer": config.quantization}, ["transformer"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config
+        return config
 
 
 def load_networks(
@@ -149,11 +179,12 @@ def load_network(
             for the network of the few-step mode.
     """
     network = NETWORKS[config.kind](config.transformer)
-    paths = tuple(sorted(folder.glob(f"{name}-*.safetensors")))
-    if not paths:
-        raise UserError(f"{folder} is incomplete: it has no {name}-*.safetensors")
-    part = Part(paths, config.transformer, config.quantization)
-    load_stored(network, part, packed=True)
+    with _way_out(folder):
+        paths = tuple(sorted(folder.glob(f"{name}-*.safetensors")))
+        if not paths:
+            raise UserError(f"{folder} is incomplete: it has no {name}-*.safetensors")
+        part = Part(paths, config.transformer, config.quantization)
+        load_stored(network, part, packed=True)
     dequantize_on_cpu(network)
     cast(network, dtype)
     network.freeze()
@@ -168,7 +199,9 @@ def load_teacher_autoencoder(folder: Path, config: TeacherConfig) -> Autoencoder
     autoencoder = make_autoencoder(config.autoencoder)
     if not flat_parameters(autoencoder):
         return autoencoder
-    load_stored(autoencoder, Part((folder / "autoencoder.safetensors",), config.autoencoder, None))
+    part = Part((folder / "autoencoder.safetensors",), config.autoencoder, None)
+    with _way_out(folder):
+        load_stored(autoencoder, part)
     cast(autoencoder, mx.float32)
     return autoencoder
 
@@ -177,12 +210,13 @@ def load_prompts(
     folder: Path, config: TeacherConfig, *, dtype: mx.Dtype | None
 ) -> PublicTextEncoder:
     """The text encoder, in the teacher's folder or at the place in its config."""
-    source = folder / config.text_encoder
-    if not source.is_dir():
-        source = find_model(config.text_encoder, files=TEXT_FILES)
     prompt_format = PROMPT_FORMATS[config.kind]
     load = load_t5 if prompt_format is FLAN_T5 else load_qwen
-    return load(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
+    with _way_out(folder):
+        source = folder / config.text_encoder
+        if not source.is_dir():
+            source = find_model(config.text_encoder, files=TEXT_FILES)
+        return load(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 
 def quantizable(network: TeacherNetwork, group_size: int) -> set[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 
@@ -27,7 +28,7 @@ from mlx_snapgen.networks.text_encoders import t5 as t5_module
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder, T5Tokenizer, buckets
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.public import first_use
+from mlx_snapgen.public import description, estimate, first_use
 from mlx_snapgen.public.keys.transformers import TRANSFORMER_KEYS, minit2i_transformer_config
 from mlx_snapgen.public.kinds import KINDS
 from mlx_snapgen.public_config import MiniT2ITransformerConfig, T5Config
@@ -171,6 +172,11 @@ def test_tokens_are_those_of_transformers(tmp_path):
         expected = theirs(prompt, truncation=True, max_length=256).input_ids
         assert ours.encode(prompt, max_length=256) == expected
     assert (ours.end, ours.pad) == (1, 0)
+    long = SPIECE_TEXT * 20
+    cut = ours.cut(long, max_length=256)
+    kept = ours._processor.decode(ours.encode(long, max_length=256)[:-1])
+    assert f"{kept}{cut}".split() == long.split() and cut
+    assert ours.cut("two cats", max_length=256) == ""
 
 
 def test_distances_are_in_the_buckets_of_transformers():
@@ -204,6 +210,17 @@ def test_another_text_encoder_is_refused(public, tmp_path, changes, hint):
     path = tmp_path / "copy" / "minit2i-b-16" / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=hint):
+        open_model(ModelChoice("copy"))
+
+
+def test_a_damaged_tokenizer_is_found_before_anything_is_converted(public, tmp_path, monkeypatch):
+    shutil.copytree(public, tmp_path / "copy")
+    path = tmp_path / "copy" / "minit2i-b-16" / "text_encoder" / "spiece.model"
+    path.write_bytes(path.read_bytes()[:50])
+    monkeypatch.setattr(first_use, "convert", None)
+    with pytest.raises(
+        UserError, match=r"cannot read the tokenizer .*spiece\.model: it is not a sent"
+    ):
         open_model(ModelChoice("copy"))
 
 
@@ -307,6 +324,19 @@ def test_the_repository_draws_without_mlx_lm(public, hub, cache, monkeypatch, ca
     assert np.array_equal(pictures[0], pictures[2])
 
 
+def test_a_folders_own_text_encoder_is_not_replaced_by_that_of_the_hub(public, tmp_path):
+    shutil.copytree(public, tmp_path / "model")
+    path = tmp_path / "model" / "minit2i-b-16" / "text_encoder" / "config.json"
+    path.unlink()
+    with pytest.raises(UserError) as error:
+        main(["a red apple", *OPTIONS, str(tmp_path / "model")])
+    told = f"{tmp_path / 'model'} is incomplete: it has no minit2i-b-16/text_encoder/config.json"
+    assert str(error.value) == told
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="it is a pipe"):
+        main(["a red apple", *OPTIONS, str(tmp_path / "model")])
+
+
 def test_what_is_missing_or_foreign_is_one_line(hub, tmp_path):
     def refused():
         with pytest.raises(UserError) as error:
@@ -389,9 +419,9 @@ def test_quantized_weights_draw_nearly_the_same(tmp_path, bits):
 def test_memory_is_estimated_from_sizes(public, monkeypatch):
     """Without an autoencoder: B/16 in 16 bits needs little more than its network."""
     monkeypatch.setattr("mlx_snapgen.teachers.memory.float_bytes", lambda: 2)
-    model = first_use.describe(str(public), public, None)
+    model = description.describe(str(public), public, None)
     large = dataclasses.replace(model, network=MiniT2ITransformer(MiniT2ITransformerConfig()))
-    assert 0.7e9 < first_use._memory(large, 0, 2 * 341_000_000) < 1.1e9
+    assert 0.7e9 < estimate.peak_memory(large, 0, 2 * 341_000_000) < 1.1e9
 
 
 # --- LoRAs --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.module import read_part
 from mlx_snapgen.config import AutoencoderConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.json_values import checked, from_dict, whole_number
 from mlx_snapgen.networks.autoencoders import dc_ae
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -110,6 +110,9 @@ def qwen_image_config(values: dict[str, Any]) -> AutoencoderConfig:
     for key, only in (("attn_scales", []), ("input_channels", 3)):
         if values.get(key, only) != only:
             raise UserError(f"only {key} {only} is supported, got {values[key]}")
+    for key in ("latents_mean", "latents_std"):
+        if not isinstance(values[key], list) or len(values[key]) != values["z_dim"]:
+            raise UserError(f"{key} needs a number for each of {values['z_dim']} channels")
     if values["dim_mult"][0] != 1:
         raise UserError(f"only a dim_mult that starts with 1 is supported: {values['dim_mult']}")
     base = whole_number(values["base_dim"], "base_dim")
@@ -173,7 +176,7 @@ def kl_config(values: dict[str, Any]) -> AutoencoderConfig:
         encoder_blocks=(count,) * len(channels),
         decoder_blocks=(count + 1,) * len(channels),
         latents_mean=(values["shift_factor"] or 0.0,) * latents,
-        latents_std=(1 / values["scaling_factor"],) * latents,
+        latents_std=(_std(values),) * latents,
     )
 
 
@@ -285,7 +288,7 @@ def dc_ae_config(values: dict[str, Any]) -> AutoencoderConfig:
         "encoder_blocks": values["encoder_layers_per_block"],
         "decoder_blocks": values["decoder_layers_per_block"][::-1],
         "latents_mean": [0.0] * latents,
-        "latents_std": [1 / values["scaling_factor"]] * latents,
+        "latents_std": [_std(values)] * latents,
     }
     return from_dict(AutoencoderConfig, config)
 
@@ -352,6 +355,13 @@ def _taehv_rows() -> list[Row]:
 TAEHV_KEYS = KeyMap("TAEHV autoencoder", *_taehv_rows())
 
 
+def _std(values: dict[str, Any]) -> float:
+    """The standard deviation of the latents in diffusers' config."""
+    if values["scaling_factor"] == 0:
+        raise UserError("'scaling_factor' must not be 0")
+    return 1 / values["scaling_factor"]
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 
@@ -361,10 +371,11 @@ def _described(
     """A `PublicAutoencoder.config` that reads config.json and names it in errors."""
 
     def config(source: Source, public: Weights) -> AutoencoderConfig:
+        path = source.folder / "config.json"
         try:
-            return checked(read(config_of(source), public))
+            with naming(path):
+                return checked(read(config_of(source), public))
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            path = source.folder / "config.json"
             raise UserError(f"{path} does not describe an autoencoder: {error!r}") from None
 
     return config

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.module import shapes
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import checked, whole_number
 from mlx_snapgen.public.keymap import KeyMap, Row, fill, numberless, same
@@ -86,7 +86,8 @@ def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, TeacherNe
         )
     kind, read = CONFIGS[name]
     try:
-        return kind, NETWORKS[kind](checked(read(values)))
+        with naming(path):
+            return kind, NETWORKS[kind](checked(read(values)))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} does not describe a known transformer: {error!r}") from None
 
