@@ -14,14 +14,15 @@ from mlx_snapgen.lora.files import lora_file
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.minit2i import MiniT2ITransformer
 from mlx_snapgen.settings import BYTES_PER_PIXEL, DrawSettings, ModelChoice, machine_memory
+from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherFolder, TeacherNetwork, quantizable
 from mlx_snapgen.tensor_files import read_header
 
 GROUP_SIZE = 64
-DECODER_BYTES, UNTILED_BYTES = 1 << 30, 1300 << 20
-"""Of the decoder and one tile, to which larger pictures add `BYTES_PER_PIXEL`; and of a picture of
-one tile, which is decoded at once. FLUX.2's decoder took 1298 MiB at 256 pixels on the CPU, in
-float32, and 1039 at 512."""
+DECODER_BYTES, DECODER_BYTES_PER_PIXEL, UNTILED_BYTES = 600 << 20, 1150, 1300 << 20
+"""Of the decoder with one tile; of a picture's widest features; and of a picture of one tile, which
+is decoded at once. FLUX.2's decoder, with 190 MiB of weights, took 1298 MiB at 256 pixels on the
+CPU, in float32, 845 at 512 and 1711 at 1024; Flux's takes the same."""
 ENCODER_BYTES_PER_PIXEL = 8000
 """Of a picture to start from, while it is encoded at once. FLUX.2's encoder took 1952 MiB at 512
 pixels on the CPU, in float32."""
@@ -74,7 +75,7 @@ class Sizes:
         if self.has_autoencoder:
             pictures = [
                 self.network + encoded * ENCODER_BYTES_PER_PIXEL,
-                kept + max(UNTILED_BYTES, DECODER_BYTES + pixels * BYTES_PER_PIXEL),
+                kept + max(UNTILED_BYTES, DECODER_BYTES + pixels * DECODER_BYTES_PER_PIXEL),
             ]
         drawing = max(self.network + self.unpacked + tokens * self.token, *pictures)
         if keep_text_encoders:
@@ -144,6 +145,11 @@ def measure_folder(folder: TeacherFolder, loras: Iterable[str] = ()) -> Sizes:
         networks=networks,
         text=sum(file.stat().st_size for file in text),
     )
+    return with_loras(sizes, loras, networks=networks)
+
+
+def with_loras(sizes: Sizes, loras: Iterable[str], *, networks: int = 1) -> Sizes:
+    """`sizes` with LoRAs, by their files or folders, in each of the networks."""
     headers = (read_header(lora_file(lora))[0] for lora in loras)
     count = sum(math.prod(tensor.shape) for header in headers for tensor in header.values())
     return replace(sizes, network=sizes.network + count * float_bytes() * networks)
@@ -155,9 +161,16 @@ def peak_bytes(
     """Estimate of the peak of drawing with resolved settings: a function of height and width in
     pixels, and of fields of the choice that are to be others."""
     sizes = measure_folder(folder, [lora for lora, _ in choice.loras])
+    return _peak(sizes, folder.config, choice=choice, settings=settings)
+
+
+def _peak(
+    sizes: Sizes, config: TeacherConfig, *, choice: ModelChoice, settings: DrawSettings
+) -> Callable[..., int]:
+    """See `peak_bytes`."""
     edit = [min(math.prod(picture_size(source)), MAX_REFERENCE) for source in settings.edit]
     starts = settings.image is not None
-    is_reference = settings.mask is not None and folder.config.abilities().edit
+    is_reference = settings.mask is not None and config.abilities().edit
 
     def peak(height: int, width: int, **changes: bool) -> int:
         drawn, chosen = height * width, replace(choice, **changes)
@@ -179,10 +192,18 @@ def check_memory(folder: TeacherFolder, choice: ModelChoice, *, settings: DrawSe
     Args:
         settings: resolved.
     """
-    memory, unit = machine_memory(), folder.config.size_unit
+    sizes = measure_folder(folder, [lora for lora, _ in choice.loras])
+    check_sizes(sizes, folder.config, choice=choice, settings=settings)
+
+
+def check_sizes(
+    sizes: Sizes, config: TeacherConfig, *, choice: ModelChoice, settings: DrawSettings
+) -> None:
+    """`check_memory` for a model of these sizes."""
+    memory, unit = machine_memory(), config.size_unit
     height, width = settings.height, settings.width
     assert height is not None and width is not None
-    peak = peak_bytes(folder, choice, settings=settings)
+    peak = _peak(sizes, config, choice=choice, settings=settings)
     needed = peak(height, width)
     if needed <= memory:
         return
@@ -192,11 +213,11 @@ def check_memory(folder: TeacherFolder, choice: ModelChoice, *, settings: DrawSe
     if peak(height, width, low_memory=True) <= memory:
         choices.append("--low-memory")
     choices += smaller_size(height, width, unit=unit, fits=lambda h, w: peak(h, w) <= memory)
-    if (folder.config.quantization or {"bits": 16})["bits"] > 4:
+    if (config.quantization or {"bits": 16})["bits"] > 4:
         choices.append("the model converted with --quantize 4")
     if not choices:
         choices.append("a smaller model")
     raise UserError(
-        f"{folder.config.name} at {width} x {height} needs about {needed / 2**30:.1f} GiB of "
+        f"{config.name} at {width} x {height} needs about {needed / 2**30:.1f} GiB of "
         f"memory, and this machine has {memory / 2**30:.1f}: choose {' or '.join(choices)}"
     )

@@ -111,7 +111,9 @@ def check_keys(source, path, extra, *, gone):
         ({"_class_name": "AutoencoderKLWan"}, "expected an AutoencoderKLQwenImage"),
         ({"input_channels": 4}, "only input_channels 3"),
         ({"attn_scales": [0.5]}, "only attn_scales"),
-        ({"z_dim": None, "latents_std": None}, "does not describe"),
+        ({"latents_std": None}, "latents_std needs a number for each of 4 channels"),
+        ({"latents_mean": []}, "latents_mean needs a number for each of 4 channels"),
+        ({"dim_mult": None}, "does not describe"),
     ],
 )
 def test_other_networks_are_refused(tmp_path, values, hint):
@@ -121,8 +123,8 @@ def test_other_networks_are_refused(tmp_path, values, hint):
         "dim_mult": [1, 2, 4, 4],
         "num_res_blocks": 1,
         "z_dim": 4,
-        "latents_mean": [],
-        "latents_std": [],
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
     }
     (tmp_path / "config.json").write_text(json.dumps(config | values))
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(1)})

@@ -71,6 +71,22 @@ def test_qwen_image_reads_as_its_pipeline_does(qwen, monkeypatch):
     assert relative_difference(condition.empty_text[:, : empty.shape[1]], empty) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["qwen", "z_image"])
+def test_the_end_of_a_prompt_that_its_pipeline_ignores_is_known(kind, request):
+    _, _, teacher, _ = request.getfixturevalue(kind)
+    prompts, most = teacher.prompts, teacher.prompts.prompt_format.max_length
+    long = " ".join(f"{i} cats" for i in range(most))
+    cut = prompts.cut(long)
+    tokens, mask = prompts.tokenize([long])
+    kept = prompts._tokenizer.decode(tokens[0].tolist())
+    assert mask.all() and len(cut) > 100
+    assert kept.endswith(long.removesuffix(cut).strip()) and long.endswith(cut)
+    # Only the end of the template does not fit.
+    [row] = prompts.tokenize([""])[1].tolist()
+    assert prompts.cut("a" * (most + prompts.prompt_format.dropped - sum(row) + 1)) == ""
+    assert prompts.cut("") == ""
+
+
 MLX = ("language_model.model.", "vision_tower.", "language_model.lm_head.")
 NESTED = ("model.language_model.", "model.visual.", "lm_head.")
 

@@ -66,12 +66,24 @@ def test_sizes_that_dc_ae_cannot_have(changes, message):
 @pytest.mark.parametrize("size", [(16, 24), (10, 6)])
 def test_layers_in_tiles_equal_decoding_at_once(monkeypatch, size):
     """Tiles smaller than the picture, with sides that they do not divide."""
-    monkeypatch.setattr(layerwise.run_level, "__kwdefaults__", {"tile": 13})
-    monkeypatch.setattr(layerwise.run_convolution, "__kwdefaults__", {"tile": 13})
+    monkeypatch.setattr(layerwise.run_layers, "__kwdefaults__", {"tile": 13})
     decoder = randomize(make_autoencoder(FLUX2_AUTOENCODER), 0).decoder
     latents = mx.random.normal((2, *size, 4), key=mx.random.key(1))
     whole, tiled = (np.array(decoder(latents, tile=side)) for side in (None, 4))
     np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_layers_in_tiles_hold_the_features_of_one_picture():
+    """Those of the widest layer, and a few bands."""
+    config = dataclasses.replace(FLUX2_AUTOENCODER, decoder_channels=(32, 32, 64, 32))
+    decoder = randomize(make_autoencoder(config), 0).decoder
+    x = mx.zeros((1, 40, 24, 32))
+    mx.eval(x, decoder.parameters())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    layers = {"norm": decoder.conv_norm_out, "conv": decoder.conv_out}
+    layerwise.run_layers(decoder.up_blocks, x, tile=16, **layers)
+    assert mx.get_peak_memory() - before < 1.3 * (320 * 192 * 64 * 4)
 
 
 def test_latents_of_flux2_are_normalized_in_patches():
@@ -83,6 +95,18 @@ def test_latents_of_flux2_are_normalized_in_patches():
     assert mx.allclose(model.denormalize(found), latents, atol=1e-5)
     with pytest.raises(UserError, match="choose a picture size that divides by 16"):
         model.decode(latents[:, :3])
+
+
+def test_latents_without_a_mean_have_mean_0():
+    zero = dataclasses.replace(
+        QWEN_AUTOENCODER, latents_mean=(0.0,) * QWEN_AUTOENCODER.latent_channels
+    )
+    latents = mx.random.normal((1, 2, 2, QWEN_AUTOENCODER.latent_channels), key=mx.random.key(0))
+    found, expected = (
+        make_autoencoder(config).denormalize(latents)
+        for config in (dataclasses.replace(zero, latents_mean=()), zero)
+    )
+    assert mx.array_equal(found, expected) and not mx.array_equal(found, latents)
 
 
 def test_tiles_have_no_more_margin_than_they_need():

@@ -42,16 +42,19 @@ class Autoencoder(nn.Module):
         """Normalized latents (B, h, w, C) -> pictures (B, f h, f w, 3), about [-1, 1]."""
         return self.decoder(self.denormalize(latents))
 
+    def _statistics(self) -> tuple[mx.array, mx.array]:
+        return mx.array(self.config.latents_mean or (0.0,)), mx.array(self.config.latents_std)
+
     def normalize(self, latents: mx.array) -> mx.array:
         """The encoder's latents -> normalized ones."""
         if not self.config.latents_std:
             return latents
-        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        mean, std = self._statistics()
         return (latents - mean) / std
 
     def denormalize(self, latents: mx.array) -> mx.array:
         """Normalized latents -> the decoder's input."""
         if not self.config.latents_std:
             return latents
-        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        mean, std = self._statistics()
         return (latents * std.astype(latents.dtype)) + mean.astype(latents.dtype)

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.layerwise import run_convolution, run_level
+from mlx_snapgen.networks.autoencoders.layerwise import run_layers
 from mlx_snapgen.networks.autoencoders.residual import Decoder, Encoder, Family
 from mlx_snapgen.networks.autoencoders.tiling import TILE
 
@@ -43,9 +43,7 @@ class KLDecoder(Decoder):
             return super().__call__(latents)
         x = self.post_quant_conv(latents) if "post_quant_conv" in self else latents
         x = self.mid_block(self.conv_in(x), in_turn=True)
-        for level in self.up_blocks:
-            x = run_level(level, x)
-        return run_convolution(self.conv_norm_out, self.conv_out, x)
+        return run_layers(self.up_blocks, x, norm=self.conv_norm_out, conv=self.conv_out)
 
 
 class KLAutoencoder(Autoencoder):

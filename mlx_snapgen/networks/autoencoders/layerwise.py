@@ -3,16 +3,19 @@
 A group norm uses statistics of the whole picture, so the picture cannot be decoded tile by tile.
 But a norm with known statistics is a factor and an offset for each channel, and what is between two
 norms, a convolution, is local. The result is the same as at once, except for rounding.
+
+The features between two layers are those of the whole picture. A layer frees them band by band as
+it computes its own, so that no two layers' features are in memory at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.networks.autoencoders.residual import Level, ResidualBlock
-from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
+from mlx_snapgen.networks.autoencoders.tiling import Bands, Stage, run_bands
 from mlx_snapgen.networks.exponentials import silu
 
 TILE = 128
@@ -20,38 +23,45 @@ TILE = 128
 convolution, a tile of 512 channels then takes 300 MB."""
 
 
-def run_level(level: Level, x: mx.array, *, tile: int = TILE) -> mx.array:
-    """`level(x)` in tiles. They are evaluated one by one."""
-    for block in level.resnets:
-        x = _run_block(block, x, tile=tile)
-    for upsample in level.get("upsamplers", []):
-        # Its convolution runs on tiles of twice the side.
-        x = run_stages([Stage(upsample, 2, 1)], x, tile=-(-tile // 2))
-        mx.eval(x)
-    return x
+def run_layers(
+    levels: Sequence[Level], x: mx.array, *, norm: Any, conv: nn.Module, tile: int = TILE
+) -> mx.array:
+    """The levels, then `conv(silu(norm(x)))`, in tiles; evaluated."""
+    bands = Bands([x])
+    for level in levels:
+        for block in level.resnets:
+            bands = _run_block(block, bands, tile=tile)
+        for upsample in level.get("upsamplers", []):
+            # Its convolution runs on tiles of twice the side.
+            bands = Bands(run_bands([Stage(upsample, 2, 1)], bands, tile=-(-tile // 2)))
+    return mx.concatenate(list(_run_convolution(norm, conv, bands, tile=tile)), axis=1)
 
 
-def run_convolution(norm: Any, conv: nn.Module, x: mx.array, *, tile: int = TILE) -> mx.array:
-    """`conv(silu(norm(x)))` in tiles, for a 3x3 convolution; evaluated."""
+def _run_block(block: ResidualBlock, x: Bands, *, tile: int) -> Bands:
+    shortcut = block.get("conv_shortcut")
+    h, skip, out = Bands(), x if shortcut is None else Bands(), Bands()
+    for band in _run_convolution(block.norm1, block.conv1, x, tile=tile, keep=shortcut is None):
+        if shortcut is not None:
+            skip.append(shortcut(x.part(h.bottom, h.bottom + band.shape[1])))
+        h.append(band)
+    for band in _run_convolution(block.norm2, block.conv2, h, tile=tile):
+        out.append(band + skip.part(out.bottom, out.bottom + band.shape[1]))
+    return out
+
+
+def _run_convolution(
+    norm: Any, conv: nn.Module, x: Bands, *, tile: int, keep: bool = False
+) -> Iterator[mx.array]:
+    """`conv(silu(norm(x)))` for a 3x3 convolution (see `run_bands`)."""
     factor, offset = _as_factor_and_offset(norm, x, rows=max(1, tile**2 // x.shape[2]))
 
     def run(part: mx.array) -> mx.array:
         return conv(silu(part * factor + offset))
 
-    x = run_stages([Stage(run, 1, 1)], x, tile=tile)
-    mx.eval(x)
-    return x
+    return run_bands([Stage(run, 1, 1)], x, tile=tile, keep=keep)
 
 
-def _run_block(block: ResidualBlock, x: mx.array, *, tile: int) -> mx.array:
-    h = run_convolution(block.norm1, block.conv1, x, tile=tile)
-    h = run_convolution(block.norm2, block.conv2, h, tile=tile)
-    h = h + (block.conv_shortcut(x) if "conv_shortcut" in block else x)
-    mx.eval(h)
-    return h
-
-
-def _as_factor_and_offset(norm: Any, x: mx.array, *, rows: int) -> tuple[mx.array, mx.array]:
+def _as_factor_and_offset(norm: Any, x: Bands, *, rows: int) -> tuple[mx.array, mx.array]:
     """The group norm of x (B, H, W, C) as `x * factor + offset`, both (B, 1, 1, C) in float32.
 
     Args:
@@ -63,7 +73,7 @@ def _as_factor_and_offset(norm: Any, x: mx.array, *, rows: int) -> tuple[mx.arra
     def mean_of(function: Callable[[mx.array], mx.array]) -> mx.array:
         total = mx.zeros((b, 1, groups, 1))
         for i in range(0, height, rows):
-            part = x[:, i : i + rows].reshape(b, -1, groups, channels // groups)
+            part = x.part(i, min(i + rows, height)).reshape(b, -1, groups, channels // groups)
             total = total + function(part.astype(mx.float32)).sum(axis=(1, 3), keepdims=True)
             mx.eval(total)
         return total / (height * width * channels // groups)

@@ -7,7 +7,7 @@ seams to blend, and the expensive last stages compute almost nothing twice.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -46,26 +46,78 @@ def run_stages(stages: Sequence[Stage], x: mx.array, *, tile: int | None) -> mx.
             whole. Tiles are evaluated one by one, so a tiled call cannot be compiled or
             differentiated.
     """
-    _, h, w, _ = x.shape
-    if tile is None or max(h, w) <= tile:
+    if tile is None or max(x.shape[1:3]) <= tile:
         for stage in stages:
             x = stage.run(x)
         return x
+    return mx.concatenate(list(run_bands(stages, Bands([x]), tile=tile)), axis=1)
+
+
+class Bands:
+    """A picture (B, H, W, C) in bands of rows, which are freed from the top as they are used."""
+
+    def __init__(self, bands: Iterable[mx.array] = ()):
+        self.bottom = self._top = 0
+        self._bands: list[mx.array] = []
+        for band in bands:
+            self.append(band)
+
+    def append(self, band: mx.array) -> None:
+        """Add rows (B, h, W, C) below, evaluated."""
+        mx.eval(band)
+        self._bands.append(band)
+        self.bottom += band.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, H, W, C), of which H counts freed rows too."""
+        b, _, w, c = self._bands[0].shape
+        return b, self.bottom, w, c
+
+    def part(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> mx.array:
+        """Rows `top` to `bottom` and columns `left` to `right` of the picture."""
+        parts, start = [], self._top
+        for band in self._bands:
+            end = start + band.shape[1]
+            if top < end and start < bottom:
+                parts.append(band[:, max(0, top - start) : bottom - start, left:right])
+            start = end
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+    def free(self, row: int) -> None:
+        """Free the bands that are completely above `row`, and what MLX keeps of freed arrays."""
+        while self._bands and self._top + self._bands[0].shape[1] <= row:
+            self._top += self._bands.pop(0).shape[1]
+        mx.clear_cache()
+
+
+def run_bands(
+    stages: Sequence[Stage], x: Bands, *, tile: int, keep: bool = False
+) -> Iterator[mx.array]:
+    """The rows of tiles of `run_stages`, from the top; evaluated.
+
+    Args:
+        keep: do not free the rows of x that are no longer needed. Otherwise those that made a band
+            are freed when the next one is asked for.
+    """
+    _, h, w, _ = x.shape
     # Margin that each stage's output needs, the last one's first.
     needs = [0]
     for stage in reversed(stages):
         needs.append(math.ceil((needs[-1] + stage.reach) / stage.scale))
     margin, *needs = reversed(needs)
-    rows = []
     for top, bottom in _spans(h, tile):
         row = []
         for left, right in _spans(w, tile):
             sides = [min(margin, room) for room in (top, h - bottom, left, w - right)]
-            part = x[:, top - sides[0] : bottom + sides[1], left - sides[2] : right + sides[3]]
+            part = x.part(top - sides[0], bottom + sides[1], left - sides[2], right + sides[3])
             row.append(_run_tile(stages, part, sides=sides, needs=needs))
             mx.eval(row[-1])
-        rows.append(mx.concatenate(row, axis=2))
-    return mx.concatenate(rows, axis=1)
+        part, row = None, mx.concatenate(row, axis=2)
+        mx.eval(row)
+        yield row
+        if not keep:
+            x.free(bottom - margin)
 
 
 def _run_tile(
