@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import check_regular, open_regular
 from mlx_snapgen.public.stream import Entry, write_tensors
 
 MAPPED_BYTES = 2**27
@@ -49,7 +50,7 @@ def _check_names(path: Path) -> None:
     is_long = False
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         # An old file has four pickles, one after the other.
-        files: list[Any] = [stack.enter_context(open(path, "rb"))] * 4
+        files: list[Any] = [stack.enter_context(open(path, "rb", opener=open_regular))] * 4
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
             names = [name for name in archive.namelist() if name.endswith(".pkl")]
@@ -79,6 +80,7 @@ class _Pickle:
         self.num_read, self.is_mapped = 0, True
         load = self.torch.load
         try:
+            check_regular(self.path)
             try:
                 state = load(self.path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before 2020 cannot be memory-mapped

@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+import mlx_snapgen._interrupts  # noqa: F401
 from mlx_snapgen._blas import load_openblas
+from mlx_snapgen._interrupts import interrupts_blocked
 from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen._version import __version__
 
@@ -12,8 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["OPENBLAS", "SnapGenPipeline", "__version__"]
 
 make_private_cache()
-OPENBLAS = load_openblas()
-"""Name of the OpenBLAS library that was loaded before mlx (Linux only), or None."""
+with interrupts_blocked():  # the threads of both libraries would take it from `find_compiler`
+    OPENBLAS = load_openblas()
+    """Name of the OpenBLAS library that was loaded before mlx (Linux only), or None."""
+    import numpy  # noqa: F401
 
 
 def __getattr__(name: str):

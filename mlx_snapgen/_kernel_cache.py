@@ -21,15 +21,20 @@ def make_private_cache() -> Path | None:
     MLX compiles its first kernel.
 
     Returns:
-        The folder; None where MLX has no such cache (not Linux). If the user's cache folder cannot
-        be used, it is a new temporary folder.
+        The folder; None where MLX has no such cache (not Linux), or where no folder can be written.
+        If the user's cache folder cannot be used, it is a new temporary folder.
     """
     if not sys.platform.startswith("linux"):
         return None
-    python_s_own = tempfile.gettempdir()
+    try:
+        python_s_own = tempfile.gettempdir()
+    except OSError:
+        python_s_own = None
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home) / "mlx_snapgen" / "kernels"
     if not _make_private(folder):
+        if python_s_own is None:
+            return None
         folder = Path(tempfile.mkdtemp(prefix="mlx_snapgen-kernels-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tempfile.tempdir = python_s_own

@@ -1,5 +1,6 @@
 """Errors: one line and exit code 2 for a user's mistake, a traceback for a bug."""
 
+import contextlib
 import difflib
 import errno
 import io
@@ -8,7 +9,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +28,14 @@ class UserError(Exception):
         super().__init__(one_line(message, MOST_CHARACTERS))
 
 
+class SettingsError(UserError):
+    """Settings that a model cannot draw with, found while it is opened."""
+
+
+class ModelError(UserError):
+    """A model that cannot be loaded: its files are damaged or gone."""
+
+
 def one_line(text: object, most: int) -> str:
     """`text` in one line of at most `most` characters, with "..." for what is cut in the middle."""
     line = str(text)
@@ -37,6 +46,26 @@ def one_line(text: object, most: int) -> str:
         start = (most - 5) * 2 // 3
         line = f"{line[:start]} ... {line[len(line) - (most - 5 - start) :]}"
     return line
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """A `UserError` in this context names `path`, as its own message may."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def of_settings() -> Iterator[None]:
+    """A `UserError` in this context is a `SettingsError`."""
+    try:
+        yield
+    except UserError as error:
+        raise SettingsError(error) from None
 
 
 def plural(count: int, word: str) -> str:
@@ -63,12 +92,36 @@ def _has_no_reader(stream: TextIO) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
+def _open_standard_streams() -> None:
+    """Standard streams that the caller has closed get /dev/null.
+
+    Otherwise the next file that is opened has one of their numbers, and MLX takes 0 for an error.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        reason = f"the current folder is gone ({error.strerror})"
+        raise UserError(f"{reason}: change to another one") from None
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit.
 
     Exit codes: 0, its own, 2 after a `UserError`, a full disk or a file that the system refuses,
     130 after Ctrl-C, 141 without a message if the reader of the output has gone, as with `| head`.
     """
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         # A file's name may have bytes that are no text, and a terminal may have few characters.
         if isinstance(stream, io.TextIOWrapper):
@@ -77,6 +130,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
+            _check_folder()
             code = main() or 0
             sys.stdout.flush()
         except RuntimeError:

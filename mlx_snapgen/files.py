@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,13 +29,14 @@ def expanded(path: str | Path) -> Path:
     """A path from a user, with the home folder in place of ~; "~name" stays without such a user.
 
     Raises:
-        UserError: it is empty, too long, in a folder of another user, or has a null byte.
+        UserError: it is empty, too long, in a folder of another user, a circle of links, or has a
+            null byte.
     """
     if path == "":
         raise UserError("the name of a file or folder is empty")
     found = Path(os.path.expanduser(path))
     try:
-        os.lstat(found)
+        os.stat(found)
     except (FileNotFoundError, NotADirectoryError):
         pass  # it may be a file to write
     except (OSError, ValueError) as error:
@@ -66,6 +68,12 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"no permission to write into {existing}")
+    try:
+        # Some file systems, such as /proc, permit what they do not support.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into {existing}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -141,7 +149,7 @@ def _hidden_folder(parent: Path) -> tuple[Path, int]:
         hidden = Path(tempfile.mkdtemp(prefix=HIDDEN, dir=parent))
         # Another process may take it for abandoned until it is locked, and delete it.
         with contextlib.suppress(FileNotFoundError):
-            lock = os.open(hidden, os.O_RDONLY)
+            lock = os.open(hidden, os.O_DIRECTORY)
             with contextlib.suppress(OSError):  # some network drives have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if hidden.is_dir():
@@ -153,7 +161,7 @@ def _delete_abandoned(parent: Path) -> None:
     """Delete the hidden folders of processes that were killed."""
     for hidden in parent.glob(f"{HIDDEN}*"):
         with contextlib.suppress(OSError):
-            lock = os.open(hidden, os.O_RDONLY)
+            lock = os.open(hidden, os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(hidden)
@@ -213,7 +221,7 @@ def lock_folder(folder: Path, *, shared: bool = False) -> bool:
     folder = folder.resolve()
     if folder in _locks:
         return False
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder, os.O_DIRECTORY)
     try:
         fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -249,10 +257,38 @@ MOST_INTEGER = 2**64
 """Of JSON, in absolute value."""
 
 
+def check_regular(path: str | Path) -> None:
+    """`OSError` for a folder, and for a pipe, socket or device, which may block or never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    for what, is_one in _OTHERS.items():
+        if is_one(mode):
+            raise OSError(errno.EINVAL, f"it is a {what}, not a file", str(path))
+
+
+_OTHERS = {
+    "pipe": stat.S_ISFIFO,
+    "socket": stat.S_ISSOCK,
+    "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """The descriptor of a file of unknown origin, also as the `opener` of `open`.
+
+    Raises:
+        OSError: see `check_regular`.
+    """
+    if not flags & os.O_CREAT or os.path.exists(path):
+        check_regular(path)
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
     """The contents of a file; `UserError` if it cannot be read or is larger than `most` bytes."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             data = file.read(most + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

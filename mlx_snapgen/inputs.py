@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from mlx_snapgen.decode import Size, Unusable, header_size, to_rgb, upright
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import expanded, open_regular
 
 Source = str | Path | Image.Image
 """A picture's file, or a picture in memory."""
@@ -94,9 +93,7 @@ def _upright(source: Source) -> Image.Image:
 def _read(path: str | Path) -> bytes:
     path = expanded(path)
     try:
-        with open(path, "rb", opener=_open) as file:
-            if not path.is_file():
-                raise UserError(f"{path} is not a file: give a picture")
+        with open(path, "rb", opener=open_regular) as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"no picture {path}") from None
@@ -105,11 +102,6 @@ def _read(path: str | Path) -> bytes:
     if len(data) > MAX_BYTES:
         raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: give a smaller picture")
     return data
-
-
-def _open(path: str, flags: int) -> int:
-    # A pipe without a writer would block.
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def nearest_size(size: Size, *, pixels: int, unit: int) -> Size:

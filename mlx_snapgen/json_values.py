@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any, cast
 
-from mlx_snapgen.errors import UserError, nearest, one_line
+from mlx_snapgen.errors import UserError, naming, nearest, one_line
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -63,12 +63,13 @@ def check_sizes(values: dict[str, Any], path: object) -> None:
     Raises:
         UserError: names `path`, the model's config.json; a size is no whole number or out of range.
     """
-    text = values.get("text_config", {})
-    if not isinstance(text, dict):
-        raise UserError(f"{path}: 'text_config' must be an object, not {_shown(text)}")
-    for key, value in [(k, found[k]) for found in (values, text) for k in SIZES if k in found]:
-        if whole_number(value, key) > MOST_LAYERS and "layers" in key:
-            raise UserError(f"{path}: '{key}' must be 0 to {MOST_LAYERS}, not {_shown(value)}")
+    with naming(path):
+        text = values.get("text_config", {})
+        if not isinstance(text, dict):
+            raise UserError(f"'text_config' must be an object, not {_shown(text)}")
+        for key, value in [(k, found[k]) for found in (values, text) for k in SIZES if k in found]:
+            if whole_number(value, key) > MOST_LAYERS and "layers" in key:
+                raise UserError(f"'{key}' must be 0 to {MOST_LAYERS}, not {_shown(value)}")
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:
@@ -91,6 +92,8 @@ def _read(kind: Any, value: Any, key: str) -> Any:
         raise UserError(f"'{key}' must be {least} to {MOST[int]}, not {_shown(value)}")
     if kind is float and not abs(value) <= MOST[float]:
         raise UserError(f"'{key}' must be at most {MOST[float]:g}, not {_shown(value)}")
+    if kind is float and key.endswith("eps") and value < 0:
+        raise UserError(f"'{key}' must be 0 or more, not {_shown(value)}")
     if kind in (str, tuple) and len(value) > MOST[kind]:
         raise UserError(f"'{key}' is longer than {MOST[kind]}")
     if kind is not tuple:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.files import expanded, open_regular, whole_file
 from mlx_snapgen.inputs import describe_picture, picture_hash
 from mlx_snapgen.settings import (
     MAX_SEED,
@@ -106,7 +106,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata of a picture; `UserError` if it has none. Its pixels are not read."""
     path = expanded(path)
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with open(path, "rb", opener=open_regular) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 kind = image.format

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import parse_json
+from mlx_snapgen.files import open_regular, parse_json
 
 BYTES = {
     **{"BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8},
@@ -40,7 +40,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or 8 + length > size:
                 raise UserError(f"{path} is truncated, or no safetensors file: get it again")

@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import urllib.parse
 
 from huggingface_hub import constants
 
@@ -28,7 +29,7 @@ class Hub:
 
         class Answers(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                path = self.path.split("?")[0]
+                path = urllib.parse.unquote(self.path.split("?")[0])
                 repo = next((repo for repo in hub.folders if f"/{repo}/" in f"{path}/"), None)
                 if path.startswith("/api/models/") and repo:
                     return self.say(hub.tree(repo) if "/tree/" in path else hub.info(repo))

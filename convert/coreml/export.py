@@ -18,9 +18,14 @@ from convert.coreml.options import ExportSettings
 from convert.coreml.package import Network, line, write_package
 from convert.libraries import import_coremltools
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
-from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained
+from mlx_snapgen.checkpoint.model import (
+    Components,
+    check_few_step_width,
+    fuse_few_step,
+    load_pretrained,
+)
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.json_values import to_dict
@@ -42,6 +47,9 @@ def load_for_export(
     """
     share = parse_width(widths[0]).share if len(widths) == 1 else None
     components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=few_step)
+    for width in widths:
+        if note := check_few_step_width(components, width):
+            write_line(f"note: {note}")
     fuse_few_step(components)
     return components
 

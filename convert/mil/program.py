@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.mil.weights import DTYPES, Blob, TensorType, WeightFile, unpack
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import read_object
+from mlx_snapgen.files import read_bytes, read_object
 
 Constant = np.ndarray | str | list | Blob
 
@@ -261,7 +261,7 @@ class Package:
         self.model_file = _model_file(self.path)
         self._files: dict[str, WeightFile] = {}
         try:
-            model = _Message(memoryview(self.model_file.read_bytes()))
+            model = _Message(memoryview(read_bytes(self.model_file, most=2**31)))
             if not model.has(502):
                 raise UserError(
                     f"{self.path} is no ML Program: convert with convert_to='mlprogram'"

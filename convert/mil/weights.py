@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import check_regular
 
 _SENTINEL = 0xDEADBEEF
 
@@ -99,6 +100,7 @@ class WeightFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            check_regular(path)
             self._data = np.memmap(path, np.uint8, mode="r")
             version = struct.unpack("<II", bytes(self._data[:8]))[1]
         except (OSError, ValueError, struct.error) as error:

@@ -31,7 +31,7 @@ from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, token
 from convert.pytorch.parts import Decoder, LatentDecoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import check_regular, expanded
 
 
 class TimestepEmbedder(nn.Module):
@@ -382,6 +382,7 @@ def load(folder: str | Path, attend: Attend = attend_fused) -> Model:
     for name, network in networks.items():
         path = folder / f"{name}.safetensors"
         try:
+            check_regular(path)
             network.load_state_dict(safetensors.torch.load_file(path))
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"{path} does not fit: {' '.join(str(error).split())}") from None

@@ -12,8 +12,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
-from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import MOST_BYTES, decode_text, read_json, read_text
+from mlx_snapgen.errors import UserError, naming
+from mlx_snapgen.files import MOST_BYTES, decode_text, open_regular, read_json, read_text
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
@@ -124,7 +124,9 @@ def describe(
             "num_layers": len({k.split(".")[1] for k in weights if k.startswith("layers.")}),
             "max_length": weights["position_embedding"].shape[0],
         }
-        config = from_dict(TextEncoderConfig, sizes | _heads_and_activation(folder, hidden_size))
+        with naming(folder):
+            settings = _heads_and_activation(folder, hidden_size)
+            config = from_dict(TextEncoderConfig, sizes | settings)
         tokenizer = ClipTokenizer(_merges(folder, vocab_size), config.max_length)
     except WRONG_KIND as error:
         raise UserError(f"{folder} holds no CLIP text encoder: {error!r}") from None
@@ -202,7 +204,7 @@ def _merges(folder: Path, vocab_size: int) -> bytes:
         lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     elif path := next(iter(sorted(folder.glob("bpe_simple_vocab*.txt.gz"))), None):
         try:
-            with gzip.open(path) as file:
+            with open(path, "rb", opener=open_regular) as packed, gzip.open(packed) as file:
                 lines = decode_text(file.read(MOST_BYTES), path).split("\n")[1:]
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} is damaged ({error}): get it again") from None

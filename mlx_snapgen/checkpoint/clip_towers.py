@@ -21,7 +21,7 @@ from mlx_snapgen.checkpoint.module import (
     shapes,
 )
 from mlx_snapgen.config import ClipConfig, PictureEncoderConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_json
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.clip import Clip
@@ -132,7 +132,8 @@ def describe(folder: Path, weights: Mapping[str, mx.array]) -> tuple[ClipConfig,
             "patch_size": patch_size,
             "image_size": side * patch_size,
         }
-        config = from_dict(PictureEncoderConfig, sizes | _settings(folder, hidden_size))
+        with naming(folder):
+            config = from_dict(PictureEncoderConfig, sizes | _settings(folder, hidden_size))
         projection_size = len(weights["picture_projection.weight"])
     except clip.WRONG_KIND as error:
         raise UserError(f"{folder} holds no CLIP picture encoder: {error!r}") from None
@@ -193,7 +194,8 @@ def load_clip_towers(source: str | Path) -> Clip:
         check_fit(shapes(weights), shapes(model.parameters()), path)
         model.update(tree_unflatten(list(weights.items())))
     else:
-        config = from_dict(ClipConfig, part.config)
+        with naming(folder / "config.json"):
+            config = from_dict(ClipConfig, part.config)
         tokenizer = ClipTokenizer.from_file(folder / TOKENIZER, config.text.max_length)
         model = Clip(config, tokenizer)
         load_stored(model, part)

@@ -14,7 +14,7 @@ from mlx_snapgen.checkpoint.hub import (
 )
 from mlx_snapgen.checkpoint.module import Part, check_quantization, check_version
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_json
 from mlx_snapgen.json_values import from_dict
 
@@ -98,7 +98,7 @@ def load_config(folder: Path) -> ModelConfig:
     if not isinstance(values, dict) or "format_version" not in values:
         raise UserError(f"{folder} is not an mlx_snapgen model: config.json has no format_version")
     check_version(folder, values.pop("format_version"))
-    try:
+    with naming(path):
         config = from_dict(ModelConfig, values)
         components = [
             "transformer",
@@ -106,8 +106,6 @@ def load_config(folder: Path) -> ModelConfig:
             *(f"text_encoder_{i}" for i in range(len(config.text_encoders))),
         ]
         check_quantization(config.quantization or {}, components)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     dims = tuple(encoder.hidden_size for encoder in config.text_encoders)
     if dims != config.transformer.text_dims:
         raise UserError(

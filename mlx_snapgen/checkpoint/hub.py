@@ -1,6 +1,7 @@
 """Find a model: a folder, a Hugging Face repository, or the model that comes with the package."""
 
 import contextlib
+import glob
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,10 @@ def find_model(
             raise UserError(f"{folder} is a folder: only a Hugging Face repository has revisions")
         return folder
     repo = str(model)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+    name = r"[\w-][\w.-]*/[\w-][\w.-]*"
+    if found := re.match(rf"https?://(?:huggingface\.co|hf\.co)/({name})", repo):
+        raise UserError(f"no model folder {repo}: give the repository as {found[1]}")
+    if not re.fullmatch(name, repo):
         raise UserError(f"no model folder {repo}")
     return _download(repo, revision=revision, files=files, progress=progress)
 
@@ -144,12 +148,14 @@ def _download(
     import huggingface_hub
     from huggingface_hub import errors
 
+    # A name may have brackets.
+    patterns = [glob.escape(name) for name in files] if whole else list(files)
     shown = {} if progress is None else {"tqdm_class": _reporting_bar(repo, progress)}
 
     def snapshot(**kwargs: Any) -> Path:
         folder = Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(files), **shown, **kwargs
+                repo, revision=revision, allow_patterns=patterns, **shown, **kwargs
             )
         )
         missing = [name for name in files if whole and not (folder / name).is_file()]

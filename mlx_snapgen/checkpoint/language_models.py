@@ -1,9 +1,10 @@
 """Public language models as text encoders, through mlx-lm."""
 
 import dataclasses
+import glob
 import types
 import typing
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import mlx.nn as nn
 from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, one_line
-from mlx_snapgen.files import read_object
+from mlx_snapgen.files import check_regular, read_object
 from mlx_snapgen.json_values import MOST_LAYERS, check_sizes
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
@@ -39,18 +40,19 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
     try:
         check_sizes(read_object(folder / "config.json"), folder / "config.json")
         check_files(folder)
-        model, values = cast(Any, load_model(folder, lazy=True))
-        tokenizer = load_tokenizer(folder)
+        model, values = cast(Any, load_model(_Folder(folder), lazy=True))
     except Exception as error:
-        # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
+        # mlx-lm raises exceptions of many kinds for an incomplete folder.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load Gemma from {folder}: {reason}") from None
     if values["model_type"] not in ("gemma3", "gemma3_text"):
         raise UserError(f"{folder} holds a {values['model_type']}, not a Gemma 3")
+    tokenizer = TextTokenizer(load_tokenizer, folder)
     if tokenizer.bos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no begin mark, bos_token")
     text = getattr(model, "language_model", model).model
     check_arguments(text.args, folder)
+    tokenizer.check(text.args.vocab_size, "a red apple", 0)
     pattern = text.args.sliding_window_pattern
     if not 1 <= pattern <= MOST_LAYERS:
         name = folder / "config.json"
@@ -88,15 +90,16 @@ def load_qwen(
     try:
         check_files(folder)
         model, _ = load_model(
-            folder, lazy=True, get_model_classes=lambda config: (_Tower, _Arguments)
+            _Folder(folder), lazy=True, get_model_classes=lambda config: (_Tower, _Arguments)
         )
-        tokenizer = load_tokenizer(folder)
     except Exception as error:
-        # mlx-lm and transformers raise exceptions of many kinds for an incomplete folder.
+        # mlx-lm raises exceptions of many kinds for an incomplete folder.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the language model in {folder}: {reason}") from None
+    tokenizer = TextTokenizer(load_tokenizer, folder)
     tower: Any = model.model
     check_arguments(tower.args, folder)
+    tokenizer.check(tower.args.vocab_size, prompt_format.template, prompt_format.dropped)
     layers = prompt_format.joined_layers
     width = tower.args.hidden_size * max(1, len(layers))
     if width != dims:
@@ -116,6 +119,80 @@ def load_qwen(
     if dtype is not None:
         tower.set_dtype(dtype)
     return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
+
+
+class TextTokenizer:
+    """A tokenizer of transformers, whose files are of unknown origin.
+
+    Args:
+        load: `mlx_lm.utils.load_tokenizer`.
+        folder: of its files.
+
+    Raises:
+        UserError: names the files. transformers raises exceptions of many kinds, also later.
+    """
+
+    def __init__(self, load: Any, folder: Path):
+        self._vocab_size = 2**31
+        names = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+        names += ("added_tokens.json",)
+        there = [name for name in names if (folder / name).is_file()]
+        absent = "" if names[1] in there else f", which has no {names[1]}"
+        self._where = f"cannot read {' and '.join(there) or 'a tokenizer'} in {folder}{absent}"
+        try:
+            self._tokenizer = load(folder)
+        except Exception as error:
+            wrong = _is_of_config(error, folder)
+            where = f"cannot read {folder / 'config.json'}" if wrong else self._where
+            raise UserError(f"{where}: {error}") from None
+        self.bos_token_id: int | None = self._id("bos_token_id")
+        self.pad_token_id: int | None = self._id("pad_token_id")
+
+    def _id(self, name: str) -> int | None:
+        found = getattr(self._tokenizer, name)
+        if found is not None and not isinstance(found, int):
+            raise UserError(f"{self._where}: its {name} is {found!r}")
+        return found
+
+    def check(self, vocab_size: int, text: str, least: int) -> None:
+        """`UserError` unless a text has over `least` tokens, all in a network of `vocab_size`."""
+        self._vocab_size = vocab_size
+        self._checked([n for n in (self.bos_token_id, self.pad_token_id) if n is not None])
+        if len(self.encode(text)) <= least:
+            raise UserError(f"{self._where}: it splits a text into too few tokens")
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The token ids of a text; `UserError` if the tokenizer cannot encode it."""
+        try:
+            return self._checked(
+                self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self._where}: {error!r}") from None
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids."""
+        return self._tokenizer.decode(tokens)
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        if odd := next((n for n in tokens if not 0 <= n < self._vocab_size), None):
+            raise UserError(
+                f"{self._where}: it has the token {odd}, its network has {self._vocab_size}"
+            )
+        return tokens
+
+
+def _is_of_config(error: Exception, folder: Path) -> bool:
+    """Whether transformers, which reads config.json for the tokenizer, refuses a value of that."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as found:
+        return str(found) == str(error)
+    return False
 
 
 def check_arguments(args: Any, folder: Path) -> None:
@@ -140,9 +217,22 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def check_files(folder: Path) -> None:
-    """`UserError` if a safetensors file of the folder is damaged: mlx-lm does not look."""
-    for path in sorted(folder.glob("*.safetensors")):
-        read_header(path)
+    """An error if a safetensors file is damaged, or a file is none: mlx-lm does not look."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            read_header(path)
+        elif path.exists() and (path.suffix or not path.is_dir()):  # .git and the like are folders
+            check_regular(path)
+
+
+class _Folder(PosixPath):
+    """A folder for mlx-lm's `load_model`, which takes `folder / "model*.safetensors"` as a pattern.
+
+    Brackets in the folder's own name must be none.
+    """
+
+    def __truediv__(self, name: Any) -> Path:
+        return Path(glob.escape(str(self)) if "*" in str(name) else str(self), name)
 
 
 class _Arguments(dict):

@@ -34,16 +34,17 @@ from mlx_snapgen.checkpoint.module import (
 )
 from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, load_text_encoder
 from mlx_snapgen.config import AutoencoderConfig, ModelConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors
 from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.lora.adapters import (
+    adapted_layers,
     fuse_lora,
     get_lora_weights,
     set_lora_weights,
     without_lora,
 )
-from mlx_snapgen.lora.files import load_lora, save_lora
+from mlx_snapgen.lora.files import check_lora_width, load_lora, save_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -73,6 +74,14 @@ class Components:
             if encoder is not None and encoder.config.source is None
         }
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, **encoders}
+
+
+def check_few_step_width(components: Components, width: str) -> str | None:
+    """A line on a few-step mode that was not trained at this width, or None."""
+    layers = adapted_layers(components.transformer).values()
+    trained = [m.adapters[FEW_STEP].widths for m in layers if FEW_STEP in m.adapters]
+    name = f"the few-step mode of {components.config.name}"
+    return check_lora_width(name, trained[0], width) if trained else None
 
 
 def fuse_few_step(components: Components) -> None:
@@ -253,7 +262,8 @@ def load_autoencoder(model: Model = None) -> Autoencoder:
         part = ModelFolder.open(model).parts["autoencoder"]
         config = part.config
     else:
-        config = from_dict(AutoencoderConfig, part.config)
+        with naming(part.paths[0].with_name("config.json")):
+            config = from_dict(AutoencoderConfig, part.config)
     autoencoder = make_autoencoder(config)
     load_stored(autoencoder, part)
     materialize(autoencoder, mx.float32)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, naming, nearest
 from mlx_snapgen.files import check_link, read_object
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear
 from mlx_snapgen.networks.layers import flat_parameters
@@ -65,7 +65,8 @@ def read_part(folder: Path, name: str) -> Part | None:
     if found != name or not isinstance(values.get(name), dict):
         raise UserError(f"{folder} holds a part '{found}', not '{name}'")
     quantization = values.get("quantization") or {}
-    check_quantization(quantization, [name])
+    with naming(path):
+        check_quantization(quantization, [name])
     quantization = quantization.get(name)
     return Part((folder / f"{name}.safetensors",), values[name], quantization)
 

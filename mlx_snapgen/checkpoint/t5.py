@@ -12,7 +12,7 @@ from mlx_snapgen.checkpoint.module import (
     dequantize_on_cpu,
     load_stored,
 )
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
@@ -50,10 +50,8 @@ def t5_config(values: dict[str, Any], path: Path) -> T5Config:
     found = {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
     if missing := [name for name in list(names)[:6] if name not in values]:
         raise UserError(f"{path} lacks {missing[0]}")
-    try:
+    with naming(path):
         return from_dict(T5Config, found)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def load_t5(

@@ -13,7 +13,7 @@ from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model
 from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, load_gemma
 from mlx_snapgen.checkpoint.module import Part, load_stored, read_part
 from mlx_snapgen.config import TextEncoderConfig
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, naming, nearest
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextStates, encode_states
@@ -114,7 +114,8 @@ def _load_clip(folder: Path) -> ClipTextEncoder:
     part = read_part(folder, "text_encoder_0")
     if part is None:
         return clip.load_clip(folder)
-    config = from_dict(TextEncoderConfig, part.config)
+    with naming(folder / "config.json"):
+        config = from_dict(TextEncoderConfig, part.config)
     if config.kind != "clip":
         raise UserError(f"{folder} holds a {config.kind} text encoder, not a CLIP")
     return _load_stored(folder / "tokenizer_0.model", config, part)

@@ -52,7 +52,7 @@ from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5, T5Encoder
 from mlx_snapgen.prompt_check import check_prompts
-from mlx_snapgen.public.first_use import describe
+from mlx_snapgen.public.description import describe
 from mlx_snapgen.public.keymap import KeyMap
 from mlx_snapgen.public.keys.autoencoders import AUTOENCODERS, read_autoencoder
 from mlx_snapgen.public.kinds import find_kind

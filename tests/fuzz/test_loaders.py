@@ -100,6 +100,28 @@ def test_a_good_sample_is_read(name, sample, tmp_path):
         assert name == "pickle" and "holds more than weights" in str(error)
 
 
+def put_folder(path):
+    (path / "inside").mkdir(parents=True)
+
+
+STREAMS = "settings in a PNG", "server", "form of the server", "prompt loop"
+"""Loaders that get the contents of their files, not the files."""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("put", [os.mkfifo, put_folder, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_ends_in_one_line(name, sample, tmp_path, put):
+    faults = []
+    for i, path in enumerate([] if name in STREAMS else files(name, sample)[:8]):
+        folder = shutil.copytree(sample, tmp_path / str(i))
+        other = folder / path.relative_to(sample)
+        other.unlink()
+        put(other)
+        if found := fault(name, folder):
+            faults.append(f"{other.name}: {found}")
+    assert not faults, "\n".join(faults)
+
+
 def test_a_loop_that_reports_progress_for_ever_ends(monkeypatch):
     def read(folder):
         while True:

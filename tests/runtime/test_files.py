@@ -14,6 +14,7 @@ from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import (
     check_new,
+    check_writable,
     expanded,
     has_lock,
     lock_folder,
@@ -32,6 +33,15 @@ ROOT = Path(__file__).parents[2]
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system of Linux")
+def test_a_folder_that_takes_no_files_is_refused():
+    """Before anything is computed, also for those who have all permissions."""
+    with pytest.raises(UserError, match=r"(cannot|no permission to) write into /proc"):
+        check_writable(Path("/proc/none"))
+    check_writable(Path("new/folder"))
+    assert not [*Path().iterdir()]
 
 
 def permissions(path):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -11,6 +14,7 @@ import huggingface_hub
 import mlx.core as mx
 import pytest
 
+from apps.desktop.history import open_image
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.module import load_weights
 from mlx_snapgen.cli.options import Parser
@@ -18,15 +22,23 @@ from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural
 from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
+from mlx_snapgen.inputs import picture_size
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.lora.adapters import adapted_layers
 from mlx_snapgen.lora.files import load_lora, lora_words, read_lora, save_lora
+from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.networks.text_encoders.clip import ClipTokenizer
+from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.public_config import Flux2TransformerConfig
-from mlx_snapgen.settings import DrawSettings
+from mlx_snapgen.public.source import find_source
+from mlx_snapgen.public_config import Flux2TransformerConfig, T5Config
+from mlx_snapgen.settings import DrawSettings, ModelChoice
+from mlx_snapgen.tensor_files import read_header
 from tests.layout.graph import ROOT
 from tests.tiny import MODEL, TRANSFORMER, add_random_lora
+from train.data.imagefolder import read_picture as read_training_picture
+from train.data.shards import Shard
 
 # --- JSON -------------------------------------------------------------------------------------
 
@@ -81,6 +93,7 @@ def test_json_that_is_read(tmp_path):
         (SamplerConfig, {"guidance_scale": 1e300}, "'guidance_scale' must be at most"),
         (SamplerConfig, {"guidance_scale": float("nan")}, "'guidance_scale' must be at most"),
         (SamplerConfig, {"time_shift": "x"}, "'time_shift' must be a number"),
+        (T5Config, {"norm_eps": -1e-6}, "'norm_eps' must be 0 or more, not -1e-06"),
     ],
 )
 def test_values_of_a_config_have_types_and_ranges(kind, values, message):
@@ -168,11 +181,98 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
             read(link)
 
 
+def test_a_circle_of_links_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        expanded(tmp_path / "loop" / "a.png")
+
+
 def test_a_source_that_cannot_be_read_is_not_called_an_output(tmp_path):
     message = "cannot read /nowhere/a: No such file"
     with pytest.raises(UserError, match=message), new_folder(tmp_path / "out"):
         Path("/nowhere/a").read_bytes()
     assert not (tmp_path / "out").exists()
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    before = os.getcwd()
+    os.chdir(path.parent)  # an address has at most 108 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def make_device(path):
+    path.symlink_to("/dev/zero")
+
+
+READERS = {
+    "JSON": read_json,
+    "tensors": read_header,
+    "settings of a picture": read_metadata,
+    "picture": picture_size,
+    "prompts": read_prompts,
+    "picture to show": open_image,
+    "tokenizer": lambda path: ClipTokenizer.from_file(path, 8),
+    "model": lambda path: open_model(ModelChoice(str(path))),
+    "LoRA": read_lora,
+    "training picture": read_training_picture,
+    "shard": Shard,
+    "specification": lambda path: find_source(str(path)),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (make_pipe, "it is a pipe, not a file"),
+        (make_socket, "it is a socket, not a file"),
+        (make_device, "it is a device, not a file"),
+        (Path.mkdir, "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_file_is_refused_before_it_blocks(tmp_path, reader, make, what):
+    path = tmp_path / "x.safetensors"
+    make(path)
+    named = {"model", "LoRA", "specification"}
+    with pytest.raises(UserError, match=None if reader in named else what):
+        READERS[reader](path)
+
+
+@pytest.mark.timeout(20)
+def test_a_shells_pipe_has_prompts():
+    read, write = os.pipe()
+    os.write(write, b"a red apple\n")
+    os.close(write)
+    assert list(read_prompts(f"/dev/fd/{read}")) == ["a red apple"]
+    os.close(read)
+
+
+def test_every_file_is_opened_where_pipes_are_refused():
+    """Except files of this package and of the system, and those in hidden folders of its own."""
+    own = {
+        *("mlx_snapgen/settings.py", "mlx_snapgen/public/stream.py", "mlx_snapgen/_blas.py"),
+        *("mlx_snapgen/public/convert.py", "mlx_snapgen/cli/prompts_file.py"),
+        *("train/data/index.py", "train/data/stickers/vocabulary.py"),
+        *("train/data/stickers/render.py", "train/loop/distributed.py"),
+        *("apps/desktop/pictures.py", "apps/desktop/system.py"),
+    }
+    opened = r'\bopen\([^)]*"r?b?"\)|\.read_(bytes|text)\(|(Image|gzip)\.open\(path|np\.load\('
+    found = {
+        str(path.relative_to(ROOT))
+        for name in ("mlx_snapgen", "train", "convert", "apps")
+        for path in ROOT.glob(f"{name}/**/*.py")
+        if re.search(opened, path.read_text(encoding="utf-8")) and "parity" not in path.parts
+    }
+    assert found <= own
 
 
 # --- what a command prints --------------------------------------------------------------------
@@ -182,6 +282,19 @@ def command(body):
     """Arguments of a process whose `main` is this expression."""
     code = f"from mlx_snapgen.errors import run_command; run_command(lambda: {body})"
     return [sys.executable, "-c", code]
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', tmp_path / "gone", *command("print(1)")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the current folder is gone (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly():
@@ -195,6 +308,98 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_command_without_standard_streams_ends_as_with_them(tmp_path, closed):
+    """MLX cannot open a file as number 0, and Python has no stream for a closed number."""
+    path = tmp_path / "a.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones(3)})
+    code = f"""
+from pathlib import Path
+from mlx_snapgen.errors import UserError, run_command
+
+def main():
+    from mlx_snapgen.tensor_files import load_tensors
+    found = load_tensors(Path({str(path)!r}))["a"].sum().item()
+    print(found)
+    raise UserError(found)
+
+run_command(main)
+"""
+    close = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {close}', sys.executable, code],
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == (b"" if 1 in closed else b"3.0\n")
+    assert done.stderr == (b"" if 2 in closed else b"error: 3.0\n")
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlx_snapgen.settings":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["mlx_snapgen.generate", "train.export", "convert.to_torch", "apps.server"]
+)
+def test_ctrl_c_while_a_command_imports_has_no_traceback(tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], env=environment, cwd=ROOT, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX's compiler on Linux")
+@pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="no compiler for the CPU")
+def test_ctrl_c_while_mlx_looks_for_its_compiler_is_not_lost(tmp_path):
+    """The C library ignores SIGINT meanwhile, and other threads must not take it."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\nkill -INT 0\n")
+    compiler.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment.pop("OPENBLAS_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", "import mlx_snapgen.networks.layers; print('lost')"],
+        env=environment,
+        capture_output=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")
+
+
+def test_no_destructor_can_swallow_ctrl_c():
+    """Python ignores exceptions in `__del__`, a KeyboardInterrupt too."""
+    files = [f for n in ("mlx_snapgen", "train", "apps") for f in ROOT.glob(f"{n}/**/*.py")]
+    assert not [f for f in files if "def __del__" in f.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize(("name", "is_beside"), [("train", False), ("other", True)])
+def test_ctrl_c_in_a_program_of_others_stays_pythons(tmp_path, name, is_beside):
+    """In a package of the same name as ours, and in one that is installed beside it."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("import mlx_snapgen")
+    (tmp_path / name / "a.py").write_text("import signal; print(signal.getsignal(2))")
+    if is_beside:
+        (tmp_path / "mlx_snapgen").symlink_to(ROOT / "mlx_snapgen")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path if is_beside else ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", f"{name}.a"], env=environment, cwd=tmp_path, capture_output=True
+    )
+    assert b"default_int_handler" in done.stdout
 
 
 def test_names_of_files_are_printed_whatever_their_bytes():

@@ -4,9 +4,11 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+from mlx_snapgen._kernel_cache import make_private_cache
 from tests.layout.graph import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="MLX has no such cache elsewhere")
@@ -30,6 +32,19 @@ def run(cache, temporary):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def test_without_a_folder_to_write_into_the_package_is_imported(tmp_path, monkeypatch):
+    def refuse():
+        raise FileNotFoundError
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    for name in ("TMPDIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert make_private_cache() == tmp_path / "mlx_snapgen" / "kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert make_private_cache() is None
 
 
 def mode(path):

@@ -95,6 +95,10 @@ class PublicTextEncoder(Protocol):
         """
         ...
 
+    def cut(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into `max_length`; "" if all of it fits."""
+        ...
+
 
 class TextEncoder(Protocol):
     """A network that encodes prompts."""

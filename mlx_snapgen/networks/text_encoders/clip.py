@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.text_encoders.base import padded
 from mlx_snapgen.networks.text_encoders.sentencepiece import TransformerTextEncoder
 
@@ -63,7 +64,7 @@ class ClipTokenizer:
     def from_file(cls, path: Path, max_length: int) -> "ClipTokenizer":
         """Read a file of merges."""
         try:
-            return cls(path.read_bytes(), max_length)
+            return cls(read_bytes(path), max_length)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 

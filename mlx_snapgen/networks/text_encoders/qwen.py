@@ -63,17 +63,25 @@ class QwenPromptEncoder:
     def tokenize(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """Prompts -> tokens (B, L) and mask (B, L), including the first tokens of the template."""
         most = self.prompt_format.dropped + self.prompt_format.max_length
-        rows = [
-            self._tokenizer.encode(
-                self.prompt_format.template.replace("{}", prompt or ""), add_special_tokens=False
-            )[:most]
-            for prompt in prompts
-        ]
+        rows = [self._encode(self._filled(prompt))[:most] for prompt in prompts]
         kept = max(len(row) - self.prompt_format.dropped for row in rows)
         length = self.prompt_format.dropped + -(-kept // PAD_TO) * PAD_TO
         if self.prompt_format.is_filled:
             length = most
         return padded(rows, length, pad=self._tokenizer.pad_token_id or 0)
+
+    def cut(self, prompt: str) -> str:
+        """See `PublicTextEncoder.cut`."""
+        _, end = self.prompt_format.template.split("{}")
+        tokens = self._encode(self._filled(prompt))
+        most = self.prompt_format.dropped + self.prompt_format.max_length
+        return self._tokenizer.decode(tokens[most : len(tokens) - len(self._encode(end))]).strip()
+
+    def _filled(self, prompt: Prompt) -> str:
+        return self.prompt_format.template.replace("{}", prompt or "")
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def __call__(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """Prompts -> states (B, L, D), zero where padded, and mask (B, L); evaluated.

@@ -18,6 +18,14 @@ from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
 from mlx_snapgen.networks.text_encoders.base import Tokenizer, normalize, padded
 
 
+def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """The processor of a serialized model; `UserError` if it is none."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:  # its text names a line of sentencepiece's source
+        raise UserError("it is not a sentencepiece model") from None
+
+
 class SentencePieceTokenizer:
     """Sentencepiece tokens between begin and end marks, padded to a fixed length.
 
@@ -28,14 +36,14 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, max_length: int):
         self.model, self.max_length = model, max_length
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = load_processor(model)
 
     @classmethod
     def from_file(cls, path: Path, max_length: int) -> "SentencePieceTokenizer":
         """Read a sentencepiece `.model` file."""
         try:
             return cls(read_bytes(path), max_length)
-        except (UserError, RuntimeError) as error:
+        except UserError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 
     @property

@@ -11,13 +11,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import sentencepiece
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.exponentials import gelu
 from mlx_snapgen.networks.layers import merge_heads, split_heads
 from mlx_snapgen.networks.text_encoders.base import PAD_TO, Prompt, PromptFormat, padded
+from mlx_snapgen.networks.text_encoders.sentencepiece import load_processor
 from mlx_snapgen.public_config import T5Config
 from mlx_snapgen.settings import check_unicode
 
@@ -146,17 +146,17 @@ class T5Tokenizer:
 
     def __init__(self, model: bytes):
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = load_processor(model)
         self.end, self.pad = self._processor.eos_id(), self._processor.pad_id()
         if self.end < 0 or self.pad < 0:
-            raise RuntimeError("it has no end mark or no padding")
+            raise UserError("it has no end mark or no padding")
 
     @classmethod
     def from_file(cls, path: Path) -> "T5Tokenizer":
         """Read a `spiece.model`; `UserError` for one that is missing or damaged."""
         try:
             return cls(read_bytes(path))
-        except (UserError, RuntimeError) as error:
+        except UserError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error}") from None
 
     @property
@@ -168,12 +168,20 @@ class T5Tokenizer:
         check_unicode(prompt, "prompt")
         return [*self._processor.encode(prompt)[: max_length - 1], self.end]
 
+    def cut(self, prompt: str, *, max_length: int) -> str:
+        """The end of a prompt that `encode` drops."""
+        return self._processor.decode(self._processor.encode(prompt)[max_length - 1 :])
+
 
 class T5PromptEncoder:
     """Prompts -> states of a T5. A `PublicTextEncoder`."""
 
     def __init__(self, network: T5Encoder, tokenizer: T5Tokenizer, *, prompt_format: PromptFormat):
         self.network, self.tokenizer, self.prompt_format = network, tokenizer, prompt_format
+
+    def cut(self, prompt: str) -> str:
+        """See `PublicTextEncoder.cut`."""
+        return self.tokenizer.cut(prompt, max_length=self.prompt_format.max_length)
 
     def __call__(self, prompts: Sequence[Prompt]) -> tuple[mx.array, mx.array]:
         """See `PublicTextEncoder.__call__`; of absent text no token counts."""
