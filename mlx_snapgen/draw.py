@@ -13,16 +13,20 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.inputs import fitted_mask, fitted_picture, fitted_reference, picture_name
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.apart import apart
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import (
+    DENOISING,
+    Progress,
     Start,
     Step,
     denoise,
     get_noise,
     get_schedule,
     guided_velocity,
+    last_step,
 )
 from mlx_snapgen.settings import DrawSettings
 
@@ -190,6 +194,7 @@ def draw_latents(
     share: float = 1.0,
     network: Callable[..., mx.array] | None = None,
     adapter: str = FEW_STEP,
+    progress: Progress | None = None,
 ) -> mx.array:
     """Latents (B, h, w, C) of one picture for each prompt, all in one batch.
 
@@ -198,6 +203,7 @@ def draw_latents(
         settings: everything except prompts and seeds; None uses the model's defaults.
         network: computes the velocity instead of the model's transformer.
         adapter: name of the few-step mode's adapter in the transformer.
+        progress: see `last_step`.
 
     Raises:
         UserError: the model does not have the width `share`, or does not support the settings.
@@ -217,7 +223,7 @@ def draw_latents(
         )
         for prompt in prompts
     ]
-    *_, last = denoise_latents(
+    steps = denoise_latents(
         network or in_mode(components.transformer, settings, config=config, adapter=adapter),
         *batch_texts(texts),
         seeds=seeds,
@@ -225,7 +231,23 @@ def draw_latents(
         config=config,
         share=share,
     )
-    return last.x_t
+    return last_step(steps, progress).x_t
+
+
+def decode_each(
+    autoencoder: Autoencoder, latents: mx.array, progress: Progress | None = None
+) -> list[np.ndarray]:
+    """Latents (B, h, w, C) -> B arrays (1, H, W, C) of uint8, decoded one by one.
+
+    Args:
+        progress: see `last_step`.
+    """
+    pictures = []
+    for one in latents:
+        pictures.append(to_uint8(autoencoder.decode(one[None])))
+        if progress is not None:
+            progress(1 - DENOISING)
+    return pictures
 
 
 def draw_pictures(
@@ -237,13 +259,12 @@ def draw_pictures(
     share: float = 1.0,
     adapter: str = FEW_STEP,
     batch_size: int = 16,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Draw one picture for each prompt; arguments are those of `draw_latents`.
 
     Args:
         batch_size: pictures per batch.
-        progress: called with the number of pictures that were just finished.
 
     Returns:
         uint8 (B, H, W, 3), RGB; of a model with alpha (B, H, W, 4), the colors times alpha.
@@ -261,9 +282,8 @@ def draw_pictures(
             settings=settings,
             share=share,
             adapter=adapter,
+            progress=progress,
         )
         # One by one: on the CPU, this is faster, and a picture does not depend on its batch.
-        pictures += [to_uint8(components.autoencoder.decode(one[None])) for one in latents]
-        if progress is not None:
-            progress(len(latents))
+        pictures += decode_each(components.autoencoder, latents, progress)
     return np.concatenate(pictures)

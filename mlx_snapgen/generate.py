@@ -24,7 +24,7 @@ from mlx_snapgen.cli.notices import (
     write_line,
 )
 from mlx_snapgen.cli.options import draw_settings, model_choice
-from mlx_snapgen.cli.prompts_file import read_prompts
+from mlx_snapgen.cli.prompts_file import count_prompts, read_prompts
 from mlx_snapgen.errors import UserError, plural, run_command
 from mlx_snapgen.files import expanded
 from mlx_snapgen.generation import GenerationStep, Pipeline
@@ -37,7 +37,7 @@ from mlx_snapgen.metadata import (
     save_picture,
     slug,
 )
-from mlx_snapgen.open_model import open_model
+from mlx_snapgen.open_model import open_model, vocabulary_folder
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, choice, origin = _settings(args)
         check_together(args, settings)
         if args.vocabulary:
-            return _print_vocabulary(open_model(choice).path, args.json)
+            return _print_vocabulary(vocabulary_folder(choice), args.json)
         load = functools.partial(_load, origin=origin)
         if args.interactive:
             from mlx_snapgen.cli.interactive import Session
@@ -73,15 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 session.take(settings.prompt)
             session.run()
         else:
-            prompts = iter([settings.prompt])
+            prompts, count = iter([settings.prompt]), 0
             if args.prompts_file is not None:
+                if _is_file(args.prompts_file):
+                    count = count_prompts(args.prompts_file)
                 prompts = read_prompts(args.prompts_file)
             elif not settings.prompt.strip():
                 command = 'python -m mlx_snapgen.generate "a red apple"'
                 raise UserError(f"the prompt is empty: say what to draw, such as {command}")
             pipeline = load(choice, settings)
-            if _is_file(args.prompts_file):
-                _draw(pipeline, settings, saving=saving, prompts=prompts)
+            if count:
+                _draw(pipeline, settings, saving=saving, prompts=prompts, count=count)
             else:
                 # A program that writes to a pipe may wait for the picture before the next prompt.
                 for prompt in prompts:
@@ -127,7 +129,7 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
 
 def _load(choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]) -> Pipeline:
     """Load the pipeline, after a check that the model supports the width and the settings."""
-    folder = open_model(choice)
+    folder = open_model(choice, settings=settings)
     check_choice(folder.config, choice)
     settings.resolved(folder.config)
     dtype = None
@@ -153,24 +155,29 @@ def _draw(
     *,
     saving: Saving,
     prompts: Iterable[str] | None = None,
+    count: int = 1,
 ) -> Path:
     """Draw, save and report all pictures of the prompt, or of each of `prompts`.
 
+    Args:
+        count: number of prompts.
+
     Returns the last one's file.
     """
+    total = f"/{count * settings.num_images}"
     if prompts is None:
-        steps, total = pipeline.generate(settings), f"/{settings.num_images}"
+        steps = pipeline.generate(settings)
     else:
-        steps, total = pipeline.generate_prompts(prompts, settings), ""
+        steps = pipeline.generate_prompts(prompts, settings)
     name = f"{slug(settings.prompt)} " if prompts is None else ""
     paths: list[Path] = []
     drawn = True
-    # The number of pictures of a prompts file is known at its end.
+    # Of a prompts file, what cannot be read is reported when its turn comes.
     while drawn and (prompts is not None or len(paths) < settings.num_images):
-        count = f"{len(paths) + 1}{total}"
+        number = f"{len(paths) + 1}{total}"
         # A terminal shows a progress bar instead.
-        with announce(f"drawing {name}{count} ...", enabled=not sys.stderr.isatty()):
-            drawn = _draw_batch(steps, count, total=total, saving=saving)
+        with announce(f"drawing {name}{number} ...", enabled=not sys.stderr.isatty()):
+            drawn = _draw_batch(steps, number, total=total, saving=saving)
         paths += drawn
     return paths[-1]
 

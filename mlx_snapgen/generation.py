@@ -21,6 +21,7 @@ from mlx_snapgen.metadata import record_choice, record_settings
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.colors import fit_colors, has_fast_decoder, rough_picture
 from mlx_snapgen.pictures import from_uint8, to_uint8
+from mlx_snapgen.prompt_check import PromptWarning
 from mlx_snapgen.sampling import Start, Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 
@@ -159,9 +160,10 @@ class Pipeline(ABC):
         elsewhere, the difference is at most one level of 255.
 
         Arguments are those of `__call__` and are checked at once. Warns with `PromptWarning` about
-        a prompt that is too long or has words that the model does not understand (see
-        `check_prompts`), and about a size that the model was not trained on, and with
-        `PictureWarning` about changes of the pictures to start from, which are also read at once.
+        a prompt that is too long (for a public model only when it is encoded) or has words that the
+        model does not understand (see `check_prompts`), and about a size that the model was not
+        trained on, and with `PictureWarning` about changes of the pictures to start from, which
+        are also read at once.
         """
         if not isinstance(prompt, DrawSettings):
             prompt = DrawSettings(prompt)
@@ -242,6 +244,10 @@ class Pipeline(ABC):
         The text encoders are freed if they can be loaded again.
         """
 
+    def _encoding_notes(self, settings: DrawSettings) -> Iterator[str]:
+        """Lines about the prompts of a picture that only their encoding shows."""
+        yield from ()
+
     @abstractmethod
     def _denoise(
         self, text: Any, settings: DrawSettings, *, seeds: list[int], given: Given
@@ -293,6 +299,11 @@ class Pipeline(ABC):
             for drawing in batch
         ]
         text, settings = self._encode(encoded), batch[0].settings
+        for drawing, one in zip(batch, encoded, strict=True):
+            # Once for all pictures of a prompt.
+            if drawing.seed == drawing.settings.seed:
+                for line in self._encoding_notes(one):
+                    warnings.warn(PromptWarning(line, one.prompt), stacklevel=3)
         metadata = self._metadata(batch, encoded)
         images = range(batch[0].image, batch[-1].image + 1)
         is_slow = not has_fast_decoder(self.autoencoder.config)

@@ -13,6 +13,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.memory import batch_size, check_memory, transformer_bytes
 from mlx_snapgen.checkpoint.model import (
     Components,
+    check_few_step_width,
     load_pretrained,
     load_text_encoders,
     save_pretrained,
@@ -23,7 +24,7 @@ from mlx_snapgen.draw import batch_texts, denoise_latents, encode_for, in_mode
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generation import Given, Pipeline
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
-from mlx_snapgen.lora.files import load_lora, lora_words, read_lora
+from mlx_snapgen.lora.files import check_lora_width, load_lora, lora_words, read_lora
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.prompt_check import PromptWarning, check_prompts
@@ -65,6 +66,10 @@ class SnapGenPipeline(Pipeline):
         # Of the merged LoRAs; None: any.
         self._lora_words: list[str] | None = []
         self._folder: ModelFolder | None = None
+        self._lora_notes: list[str | None] = []
+        """On the LoRAs."""
+        self._few_step_note = check_few_step_width(components, self.choice.model_width)
+        self._is_untrained = components.transformer.is_untrained
 
     @classmethod
     def from_pretrained(
@@ -102,7 +107,8 @@ class SnapGenPipeline(Pipeline):
         chosen = dataclasses.replace(chosen, quantize=chosen.quantize or None)
         check_memory(folder, chosen)
         # A missing file is found before the model is loaded.
-        words = [lora_words(read_lora(path)[1]) for path, _ in chosen.loras]
+        headers = [read_lora(path)[1] for path, _ in chosen.loras]
+        words = [lora_words(header) for header in headers]
         components = load_pretrained(
             folder,
             dtype=dtype,
@@ -124,6 +130,10 @@ class SnapGenPipeline(Pipeline):
             quantize_transformer(components.transformer, chosen.quantize)
         made = cls(components, chosen, reload_text_encoders=reload)
         made._folder = folder
+        made._lora_notes = [
+            check_lora_width(path, header.get("model_widths", ""), chosen.model_width)
+            for (path, _), header in zip(chosen.loras, headers, strict=True)
+        ]
         made._lora_words = None if None in words else [w for some in words for w in some or ()]
         return made
 
@@ -157,6 +167,8 @@ class SnapGenPipeline(Pipeline):
                 pictures=settings.batch_size or 1,
                 guided=settings.guidance_scale != 1,
             )
+        for text in self._general_notes(settings):
+            warnings.warn(text, stacklevel=4)
         for text in check_prompts(
             settings,
             self._prompts.tokenizers,
@@ -164,6 +176,14 @@ class SnapGenPipeline(Pipeline):
             lora_words=self._lora_words,
         ):
             warnings.warn(PromptWarning(text, settings.prompt), stacklevel=4)
+
+    def _general_notes(self, settings: DrawSettings) -> Iterator[str]:
+        """Why the pictures of any prompt may be bad."""
+        if self._is_untrained:
+            yield f"{self.config.name} is not trained yet, so that it draws noise"
+        yield from filter(None, self._lora_notes)
+        if settings.few_step and (text := self._few_step_note):
+            yield text
 
     def _translate(self, prompt: str) -> str:
         return translate(prompt, self.vocabulary, lora_words=self._lora_words)

@@ -80,8 +80,7 @@ def check_prompts(
         text, meaningless = translate(text, vocabulary, lora_words=lora_words), ""
         for tokenizer in filter(None, tokenizers):
             if cut := tokenizer.cut(text):
-                cut = one_line(cut, MOST_SHOWN)
-                yield f"the {what} is longer than {tokenizer.max_length} tokens, cut: '{cut}'"
+                yield too_long(what, cut, max_length=tokenizer.max_length)
             if unknown := tokenizer.unknown(text):
                 meaningless = " ".join(unknown)
                 # The joiner and the selectors of emoji are invisible.
@@ -101,6 +100,16 @@ def check_prompts(
                 yield f"not understood: {listed}; --vocabulary lists all words"
             if what == "prompt":
                 yield from _misunderstood(parsed, vocabulary)
+
+
+def too_long(what: str, cut: str, *, max_length: int) -> str:
+    """The line about a prompt whose end is ignored.
+
+    Args:
+        what: "prompt" or "negative prompt".
+        cut: that end.
+    """
+    return f"the {what} is longer than {max_length} tokens, cut: '{one_line(cut, MOST_SHOWN)}'"
 
 
 def _listed(words: Sequence[str], known: Sequence[str]) -> str:

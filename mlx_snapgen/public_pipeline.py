@@ -4,6 +4,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 from PIL import Image
@@ -15,7 +16,7 @@ from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.base import Prompt
-from mlx_snapgen.prompt_check import PromptWarning, check_prompts
+from mlx_snapgen.prompt_check import PromptWarning, check_prompts, too_long
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.base import Condition
@@ -31,6 +32,15 @@ from mlx_snapgen.teachers.folder import (
 from mlx_snapgen.teachers.memory import check_memory
 
 CACHED_PROMPTS = 32
+
+
+class _Text(NamedTuple):
+    """An encoded prompt."""
+
+    states: mx.array
+    mask: mx.array
+    cut: str
+    """Its end, if that is ignored."""
 
 
 class PublicPipeline(Pipeline):
@@ -54,7 +64,7 @@ class PublicPipeline(Pipeline):
         found = next(value.dtype for value in values if mx.issubdtype(value.dtype, mx.floating))
         super().__init__(folder.config, choice, autoencoder=autoencoder, dtype=found)
         self._add_loras()
-        self._texts: OrderedDict[Prompt, tuple[mx.array, mx.array]] = OrderedDict()
+        self._texts: OrderedDict[Prompt, _Text] = OrderedDict()
 
     def save_pretrained(self, folder: str | Path, quantize: Quantization | None = None) -> None:
         """Not for a public model, which `convert.teacher` writes."""
@@ -72,23 +82,36 @@ class PublicPipeline(Pipeline):
 
     def _encode(self, settings: list[DrawSettings]) -> Condition:
         [one] = settings
-        text = away = self._text(one.prompt)
-        if one.guidance_scale != 1:
-            prompt_format = PROMPT_FORMATS[self.config.kind]
-            away = self._text(prompt_format.unconditional(one.negative_prompt))
+        text, *away = (self._text(prompt) for prompt in self._prompts(one).values())
+        [away] = away or [text]
         while len(self._texts) > CACHED_PROMPTS:
             self._texts.popitem(last=False)
         if not self.choice.keep_text_encoders:
             self.teacher.free_text_encoder()
-        return Condition(*text, *away)
+        return Condition(text.states, text.mask, away.states, away.mask)
 
-    def _text(self, prompt: Prompt) -> tuple[mx.array, mx.array]:
+    def _prompts(self, settings: DrawSettings) -> dict[str, Prompt]:
+        """The prompts that are encoded."""
+        prompts: dict[str, Prompt] = {"prompt": settings.prompt}
+        if settings.guidance_scale != 1:
+            prompt_format = PROMPT_FORMATS[self.config.kind]
+            prompts["negative prompt"] = prompt_format.unconditional(settings.negative_prompt)
+        return prompts
+
+    def _encoding_notes(self, settings: DrawSettings) -> Iterator[str]:
+        most = PROMPT_FORMATS[self.config.kind].max_length
+        for what, prompt in self._prompts(settings).items():
+            if cut := self._texts[prompt].cut:
+                yield too_long(what, cut, max_length=most)
+
+    def _text(self, prompt: Prompt) -> _Text:
         if prompt not in self._texts:
             if self.teacher.prompts is None:
                 self.teacher.prompts = load_prompts(
                     self._folder.path, self.config, dtype=self._dtype
                 )
-            self._texts[prompt] = self.teacher.prompts([prompt])
+            states, mask = self.teacher.prompts([prompt])
+            self._texts[prompt] = _Text(states, mask, self.teacher.prompts.cut(prompt or ""))
         self._texts.move_to_end(prompt)
         return self._texts[prompt]
 

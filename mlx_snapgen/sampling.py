@@ -173,3 +173,19 @@ def denoise(
             x0 = blend(x0, start.x0, start.redrawn)
         mx.eval(x_t, x0)
         yield Step(i, x_t, x0=x0, sigma=sigma, num_steps=len(schedule) - 1)
+
+
+Progress = Callable[[float], object]
+"""Called with the number of pictures that were just finished, which may be parts of one."""
+DENOISING = 0.9
+"""Part of a picture's work that `Progress` counts for all its steps; decoding is the rest."""
+
+
+def last_step(steps: Iterator[Step], progress: Progress | None = None) -> Step:
+    """The last of some steps."""
+    last = None
+    for last in steps:
+        if progress is not None:
+            progress(DENOISING * len(last.x_t) / last.num_steps)
+    assert last is not None
+    return last

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.description import Description
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, naming, nearest
 from mlx_snapgen.inputs import FITS, Source, check_reference, nearest_size, picture_size
 
 MAX_SEED = 2**63 - 1
@@ -89,16 +89,21 @@ def check_size(config: Description, height: int, width: int) -> None:
             raise UserError(
                 f"{name} must be a positive multiple of {unit} pixels: {side} is not, {good} is"
             )
-    pixels, memory = height * width, machine_memory()
-    if pixels > MOST_PIXELS:
+    if height * width > MOST_PIXELS:
         raise UserError(
             f"{width} x {height} is more than the {MOST_PIXELS} pixels that a picture can have: "
             "choose a smaller size"
         )
-    if pixels * BYTES_PER_PIXEL > memory:
+    check_pixels(height, width)
+
+
+def check_pixels(height: int, width: int, bytes_per_pixel: float = BYTES_PER_PIXEL) -> None:
+    """`UserError` if pictures of this size do not fit into memory."""
+    needed, memory = height * width * bytes_per_pixel, machine_memory()
+    if needed > memory:
         raise UserError(
-            f"{width} x {height} takes at least {pixels * BYTES_PER_PIXEL / 2**30:.1f} GiB of "
-            f"memory, and this machine has {memory / 2**30:.1f}: choose a smaller size"
+            f"{width} x {height} takes at least {needed / 2**30:.1f} GiB of memory, and this "
+            f"machine has {memory / 2**30:.1f}: choose a smaller size"
         )
 
 
@@ -196,7 +201,7 @@ class DrawSettings:
     """Draw exactly this height and width, also if the model was not trained on it."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """1 disables guidance and takes half the time."""
+    """At least 0; 1 disables guidance and takes half the time."""
     few_step: bool | None = None
     """Whether to use the model's few-step mode; None decides by the number of steps (see
     `ModelConfig.sampler_for`)."""
@@ -240,8 +245,8 @@ class DrawSettings:
         steps = self.num_inference_steps
         steps = mode.num_inference_steps if steps is None else steps
         scale = mode.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        if not math.isfinite(scale):
-            raise UserError(f"guidance_scale must be a finite number, got {scale}")
+        if not 0 <= scale < math.inf:
+            raise UserError(f"guidance_scale must be a finite number from 0, got {scale}")
         if self.batch_size is not None:
             whole_number("batch_size", self.batch_size, least=1, most=MAX_BATCH)
         few_step = config.few_step is not None and mode is config.few_step
@@ -273,7 +278,9 @@ class DrawSettings:
         if self.edit and not config.abilities().edit:
             raise UserError(f"{config.name} cannot edit pictures: use a FLUX.2 klein model")
         for source in self.edit:
-            check_reference(*picture_size(source))
+            size = picture_size(source)
+            with naming(source if isinstance(source, str | Path) else "edit"):
+                check_reference(*size)
         if self.image is None:
             for name in ("strength", "mask"):
                 if getattr(self, name) is not None:

@@ -288,6 +288,9 @@ class Reader:
 
     prompt_format = QWEN_IMAGE
 
+    def cut(self, prompt):
+        return prompt[self.prompt_format.max_length :]
+
     def __call__(self, prompts):
         prompts = [prompt or " " for prompt in prompts]
         count = max(map(len, prompts))

@@ -66,6 +66,25 @@ def short_warnings(
         yield
 
 
+@contextmanager
+def picture_bar(
+    total: int, name: str, *, initial: int = 0, leave: bool = False
+) -> Iterator[Callable[[float], object]]:
+    """A bar of pictures; yields what advances it by a number of them, also by parts of one."""
+    from tqdm import tqdm  # as in `write_line`
+
+    with tqdm(
+        total=total,
+        desc=name,
+        initial=initial,
+        leave=leave,
+        unit="picture",
+        bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
+        # The sum of the parts may be a bit more than the whole.
+        yield lambda count: bar.update(min(count, total - bar.n))
+
+
 def print_vocabulary(vocabulary: Mapping[str, Any] | None, model: str) -> None:
     """Print the words that a model understands; `UserError` if that is not known."""
     if vocabulary is None:

@@ -69,8 +69,10 @@ class Parser(argparse.ArgumentParser):
                 message = f"unknown option {first}{nearest(first, self._option_string_actions)}"
             elif re.fullmatch(r"[0-9]*\.?[0-9]+", first):
                 message = f"unexpected '{first}': a number goes right after its option or file"
-            else:
+            elif any(a.dest == "prompt" and not a.option_strings for a in self._actions):
                 message = f"unexpected '{first}': put the whole prompt in quotes"
+            else:
+                message = f"unexpected '{first}'"
         raise UserError(f"{message}; see --help")
 
 
@@ -210,7 +212,7 @@ def add_steps_and_guidance(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--guidance",
         dest="guidance_scale",
-        type=finite_number,
+        type=guidance_scale,
         metavar="G",
         help="classifier-free guidance scale; 1 is off and twice as fast (default: the model's)",
     )
@@ -373,6 +375,13 @@ def new_png(text: str) -> Path:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return path
+
+
+def guidance_scale(text: str) -> float:
+    """An argparse type: a finite number from 0."""
+    if (number := finite_number(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
 
 
 def finite_number(text: str) -> float:

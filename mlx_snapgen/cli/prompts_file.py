@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import decode_text, expanded
+from mlx_snapgen.files import check_regular, decode_text, expanded
 
 
 def read_prompts(path: str | Path) -> Iterator[str]:
@@ -28,10 +28,29 @@ def read_prompts(path: str | Path) -> Iterator[str]:
         return _prompts(lines, nullcontext(), name="stdin")
     path = expanded(path)
     try:
+        # A shell's <(command) is a pipe in /dev/fd.
+        if not (path.is_fifo() and path.is_relative_to("/dev")):
+            check_regular(path)
         file = open(path, "rb")  # noqa: SIM115  (closed by the generator)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return _prompts(file, file, name=str(path))
+
+
+def count_prompts(path: str | Path) -> int:
+    """The number of prompts in a file, up to a line that cannot be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    count = 0
+    try:
+        for _ in read_prompts(path):
+            count += 1
+    except UserError:
+        if not count:
+            raise
+    return count
 
 
 def _prompts(lines: Any, closing: Any, *, name: str) -> Iterator[str]:

@@ -33,12 +33,15 @@ class Adapter(nn.Module):
         b: (out, rank).
         alpha: the update is scaled by alpha / rank.
         weight: a further factor, a plain number; at 0 the layer ignores the adapter.
+        widths: names of the network's widths that it was trained at, with commas; "": not known.
     """
 
-    def __init__(self, a: mx.array, b: mx.array, *, alpha: float, weight: float = 1.0):
+    def __init__(
+        self, a: mx.array, b: mx.array, *, alpha: float, weight: float = 1.0, widths: str = ""
+    ):
         super().__init__()
         self.a, self.b = a, b
-        self.alpha, self.weight = alpha, weight
+        self.alpha, self.weight, self.widths = alpha, weight, widths
 
     @property
     def rank(self) -> int:
@@ -99,7 +102,9 @@ class LoRALinear(nn.Module):
         other = LoRALinear(linear)
         for name, adapter in self.adapters.items():
             pair = self.matrices(adapter, share)
-            other.adapters[name] = Adapter(*pair, alpha=adapter.alpha, weight=adapter.weight)
+            other.adapters[name] = Adapter(
+                *pair, alpha=adapter.alpha, weight=adapter.weight, widths=adapter.widths
+            )
         return other
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.config import SamplerConfig
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, nearest, one_line
 from mlx_snapgen.files import expanded, parse_json, save_tensors, whole_file
 from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.lora.adapters import (
@@ -57,6 +57,7 @@ def save_lora(
     base_model: str | None = None,
     few_step: SamplerConfig | None = None,
     words: Sequence[str] = (),
+    widths: Sequence[str] = (),
     dtype: mx.Dtype | None = None,
     with_alpha: bool = True,
 ) -> None:
@@ -64,7 +65,8 @@ def save_lora(
 
     The header has rank, alpha, name and format, `base_model`, the name of the model that the
     adapter was trained for, and `few_step`, the sampler of a few-step mode (see
-    `few_step_sampler`), and `words`, new words that it was trained on (see `lora_words`). The
+    `few_step_sampler`), `words`, new words that it was trained on (see `lora_words`), and
+    `model_widths`, the names of the widths that it was trained at, or else the adapter's. The
     adapter's weight is not written: it is the user's choice. `dtype` is
     the floating type to store; None keeps the adapter's. Without alpha, B is scaled instead:
     diffusers refuses alphas beside the keys of FLUX.2, and takes them wrongly for Z-Image.
@@ -98,6 +100,8 @@ def save_lora(
         header["few_step"] = json.dumps(to_dict(few_step))
     if words:
         header["words"] = json.dumps(list(words))
+    if trained := ",".join(widths) or next(iter(found.values())).widths:
+        header["model_widths"] = trained
     try:
         with whole_file(path, replace=False) as partial:
             save_tensors(partial, tensors, header)
@@ -144,6 +148,21 @@ def lora_words(header: Mapping[str, str]) -> list[str] | None:
 
 
 MOST_WORDS = 1000
+
+
+def check_lora_width(what: str, trained: str, width: str) -> str | None:
+    """A line on a LoRA that was not trained at the width that draws; None if it was.
+
+    Args:
+        what: the LoRA, or the mode that it is for.
+        trained: `Adapter.widths`, or the header's `model_widths`.
+        width: name of the width.
+    """
+    names = [name for name in trained.split(",") if name]
+    if not names or width in names:
+        return None
+    at = one_line(", ".join(names), 60)
+    return f"{what} was trained at model width {at}, not at {width}, where it may draw badly"
 
 
 def few_step_sampler(path: str | Path) -> SamplerConfig:
@@ -275,7 +294,8 @@ def load_lora(
         dtype = mx.float32 if trainable else layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
         alpha = float(parts["alpha"]) if "alpha" in parts else alphas[layer]
-        adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight))
+        trained = header.get("model_widths", "")
+        adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight), widths=trained)
         finite += [mx.isfinite(a).all(), mx.isfinite(b).all()]
     if not mx.all(mx.array(finite)).item():
         raise UserError(f"{path} is damaged: it has weights that are not finite; get it again")

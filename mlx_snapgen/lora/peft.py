@@ -28,7 +28,7 @@ MOST_ALPHA = 1e6
 def config_beside(path: Path) -> dict[str, str]:
     """The entry of the header for PEFT's config in the folder of the weights; {} without one."""
     beside = path.with_name(PEFT_CONFIG)
-    if path.stem != Path(PEFT_FILES[0]).stem or not beside.is_file():
+    if path.stem != Path(PEFT_FILES[0]).stem or not beside.exists():
         return {}
     return {CONFIG_KEY: json.dumps(read_object(beside))}
 

@@ -223,6 +223,12 @@ class EfficientDiT(nn.Module):
         # A norm's weight is never quantized.
         return self.text[0].norm.weight.dtype
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the head has its first weights, zeros: the pictures would be noise."""
+        weight = self.head.linear.weight
+        return mx.issubdtype(weight.dtype, mx.floating) and not weight.any().item()
+
     def checkpoint_blocks(self, enabled: bool = True) -> None:
         """See `VelocityNetwork.checkpoint_blocks`."""
         self._checkpoint = enabled

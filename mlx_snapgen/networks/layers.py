@@ -8,8 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_snapgen._interrupts import find_compiler
 from mlx_snapgen.networks.apart import pictures_apart
 from mlx_snapgen.networks.exponentials import exponential_weights, float32_on_cpu
+
+find_compiler()
 
 
 @mx.compile

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from mlx_snapgen.sampling import Start, Step, denoise, get_noise
+from mlx_snapgen.sampling import Progress, Start, Step, denoise, get_noise, last_step
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.flow import FlowTeacher, shifted_levels
@@ -54,13 +54,19 @@ def denoise_public(
 
 
 def draw_public(
-    teacher: FlowTeacher, prompts: Sequence[str], *, seeds: Sequence[int], settings: DrawSettings
+    teacher: FlowTeacher,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    settings: DrawSettings,
+    progress: Progress | None = None,
 ) -> mx.array:
     """Latents (B, h, w, C) of one picture for each prompt, all in one batch.
 
     Args:
         settings: as for `denoise_public`, and the negative prompt.
+        progress: see `last_step`.
     """
     condition = teacher.encode(prompts, settings.negative_prompt)
-    *_, last = denoise_public(teacher, condition, seeds=seeds, settings=settings)
-    return last.x_t
+    steps = denoise_public(teacher, condition, seeds=seeds, settings=settings)
+    return last_step(steps, progress).x_t

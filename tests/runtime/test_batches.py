@@ -100,10 +100,17 @@ def test_rows_that_a_product_rounds_in_another_way_are_found(monkeypatch):
 
 
 def test_the_evaluation_draws_what_is_drawn_alone(components):
+    done = []
+
     def draw(prompts, seeds):
-        return draw_pictures(components, prompts, seeds=seeds, settings=SMALLEST)
+        return draw_pictures(
+            components, prompts, seeds=seeds, settings=SMALLEST, progress=done.append
+        )
 
     together = draw(PROMPTS, [4, 2, 7])
+    # Each step and each decoded picture.
+    assert len(done) == SMALLEST.num_inference_steps + len(PROMPTS)
+    assert sum(done) == pytest.approx(len(PROMPTS))
     for picture, prompt, seed in zip(together, PROMPTS, (4, 2, 7), strict=True):
         assert np.array_equal(picture, draw([prompt], [seed])[0])
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import warnings
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -18,8 +19,8 @@ from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.draw import draw_latents, draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora, fuse_lora, remove_lora, set_lora_weights, train_only
-from mlx_snapgen.lora.files import load_lora
-from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.lora.files import load_lora, save_lora
+from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings
 from tests.tiny import add_random_lora, velocity
@@ -120,6 +121,40 @@ def test_the_number_of_steps_chooses_the_mode(folder, model_folder):
     assert first(base)["few_step"] is False
     with pytest.raises(UserError, match="no few-step mode"):
         base("a cat", few_step=True)
+
+
+def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tmp_path):
+    """Also after an export of an export, and not with the steps of the base."""
+    model = load_pretrained(folder, few_step=True)
+    file, first = tmp_path / "few.safetensors", tmp_path / "first"
+    save_lora(file, model.transformer, name=FEW_STEP, widths=["full", "small"])
+    fresh = load_pretrained(folder)
+    load_lora(file, fresh.transformer, weight=0.0, name=FEW_STEP)
+    fresh.config = dataclasses.replace(fresh.config, few_step=MODE)
+    save_pretrained(first, fresh)
+    save_pretrained(tmp_path / "second", load_pretrained(first, few_step=True))
+    text = "the few-step mode of random was trained at model width full, small, not at tiny"
+    for name in ("first", "second"):
+        pipe = SnapGenPipeline.from_pretrained(tmp_path / name, model_width="tiny")
+        with pytest.warns(UserWarning, match=text):
+            next(pipe.generate("a cat"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            next(pipe.generate("a cat", few_step=False))
+            next(SnapGenPipeline.from_pretrained(tmp_path / name).generate("a cat"))
+    with pytest.warns(UserWarning, match="few.safetensors was trained at model width full, small"):
+        next(
+            SnapGenPipeline.from_pretrained(
+                folder, model_width="tiny", loras=((str(file), 1.0),)
+            ).generate("a cat", few_step=False)
+        )
+
+
+def test_an_untrained_model_is_told(components, tmp_path):
+    plain = dataclasses.replace(components, transformer=EfficientDiT(components.config.transformer))
+    save_pretrained(tmp_path / "new", plain)
+    with pytest.warns(UserWarning, match="random is not trained yet, so that it draws noise"):
+        next(SnapGenPipeline.from_pretrained(tmp_path / "new").generate("a cat"))
 
 
 def test_two_pictures_at_once_do_not_disturb_each_other(folder):
@@ -239,6 +274,27 @@ def test_the_validation_loss_is_of_the_mode_that_draws(folder, font, tmp_path, m
         components, validation_set(components, ValidationStickers(100), count=2), share=0.375
     )
     assert row["validation_losses"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--few-step", "--no-few-step"])
+def test_a_note_says_that_the_loss_is_without_the_mode(
+    folder, tmp_path, monkeypatch, capsys, option
+):
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    command = [
+        "evaluate",
+        "--model",
+        str(folder),
+        "--data",
+        str(tmp_path),
+        "--model-widths",
+        "full",
+    ]
+    monkeypatch.setattr("sys.argv", [*command, "--pictures", "1", option])
+    evaluate.main()
+    note = "the validation loss is that of the model without its few-step mode"
+    assert (note in capsys.readouterr().err) == (option == "--few-step")
 
 
 def test_a_core_ml_export_has_it_fused(folder):

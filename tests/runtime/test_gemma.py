@@ -92,7 +92,7 @@ def write_gemma(folder, mlx_lm, multimodal=True, quantize=None, words=WORDS):
 
 @pytest.fixture(scope="module")
 def folder(mlx_lm, tmp_path_factory):
-    return write_gemma(tmp_path_factory.mktemp("gemma") / "tiny", mlx_lm)
+    return write_gemma(tmp_path_factory.mktemp("gemma") / "tiny [x]", mlx_lm)
 
 
 def test_a_prompt_is_padded_on_the_right_after_its_mark(folder):

@@ -173,15 +173,18 @@ def test_slugs(prompt, name):
 
 
 def test_prompts_file(run, model_folder, monkeypatch):
+    monkeypatch.setattr("mlx_snapgen.cli.notices.PATIENCE", 0)
     Path("prompts.txt").write_text("\ufeff# two\na red apple\n\n  a blue cat  \n# end\n", "utf-8")
-    loads = []
+    loads, said = [], []
     load = SnapGenPipeline.from_pretrained
+    monkeypatch.setattr("mlx_snapgen.cli.notices.write_line", said.append)
     monkeypatch.setattr(
         SnapGenPipeline, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k)
     )
     run("--prompts-file", "prompts.txt", *FAST, "--seed", "1", "--output", "out/")
     assert sorted(os.listdir("out")) == ["a-blue-cat.png", "a-red-apple.png"]
     assert len(loads) == 1
+    assert "drawing 1/2 ..." in said
 
 
 def test_prompts_are_read_as_they_come(run, monkeypatch):
@@ -198,7 +201,8 @@ def test_prompts_are_read_as_they_come(run, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"# nothing\n", "has no prompts"), (b"\xff\xfe\n", "cannot read")]
 )
-def test_bad_prompts_files(capsys, model_folder, content, message):
+def test_bad_prompts_files(capsys, monkeypatch, model_folder, content, message):
+    monkeypatch.setattr("mlx_snapgen.pipeline.load_pretrained", None)
     Path("prompts.txt").write_bytes(content)
     arguments = ("--prompts-file", "prompts.txt", "--model", str(model_folder))
     assert message in fails(capsys, *arguments)
@@ -397,6 +401,7 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch):
         (["a", "--steps", "0"], "not between 1 and"),
         (["a", "--steps", "few"], "a whole number expected, not 'few'"),
         (["a", "--guidance", "nan"], "finite"),
+        (["a", "--guidance", "-1"], "-1 is below 0"),
         (["a", "--seed", "1", ".6"], "'.6': a number goes right after"),
         (["a", "--seed", "-1"], "-1 is below 0"),
         (["a", "--num-images", "0"], "0 is below 1"),
@@ -428,6 +433,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(
     [
         (["--width", "100"], "100 is not, 96 is"),
         (["--model", "nowhere"], "no model folder nowhere"),
+        (["--model", "https://huggingface.co/a/b/tree/main"], "give the repository as a/b"),
         (["--revision", "main"], "only a Hugging Face repository has revisions"),
     ],
 )
@@ -484,7 +490,9 @@ def test_one_command_reads_the_config_once_and_looks_the_hub_up_twice(model_fold
     recording = True
 
     def record(event, arguments):
-        if recording and event == "open" and str(arguments[0]).endswith("config.json"):
+        # The opener of `open` raises the event again, without a mode.
+        is_first = recording and event == "open" and arguments[1] is not None
+        if is_first and str(arguments[0]).endswith("config.json"):
             opened.append(arguments[0])
 
     sys.addaudithook(record)

@@ -297,7 +297,7 @@ def test_what_is_no_picture_is_one_line(capsys, tmp_path):
         ("--image", "text.png"): "text.png: not a picture that can be read here",
         ("--image", "bomb.png"): "bomb.png: more than 178956970 pixels: make it smaller",
         ("--image", "folder.png"): "folder.png: Is a directory",
-        ("--image", "pipe.png"): "pipe.png is not a file: give a picture",
+        ("--image", "pipe.png"): "pipe.png: it is a pipe, not a file",
         ("--image", "bad.png"): "bad.png: cannot be read",
         ("--image", "good.png", "0"): "strength must be above 0 and at most 1, not 0",
         ("--image", "good.png", "1.5"): "strength must be above 0 and at most 1, not 1.5",
@@ -330,7 +330,7 @@ def test_what_is_no_picture_is_one_line(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("no_language_model")
-def test_editing(klein):
+def test_editing(klein, tmp_path):
     """The numbers are compared with diffusers in tests/conversion/test_parity.py."""
     pipe = SnapGenPipeline.from_pretrained(klein)
     settings = {"height": 32, "width": 48, "seed": 1}
@@ -342,6 +342,9 @@ def test_editing(klein):
     assert DrawSettings("x", edit=(picture(90, 180),)).resolved(KLEIN_CONFIG).height == 720
     with pytest.raises(UserError, match="a picture of 64x63 pixels cannot be edited"):
         DrawSettings("x", edit=(picture(63, 64),)).resolved(KLEIN_CONFIG)
+    picture(63, 64).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"small\.png: a picture of 64x63 pixels cannot"):
+        DrawSettings("x", edit=(picture(90, 180), tmp_path / "small.png")).resolved(KLEIN_CONFIG)
     with pytest.raises(UserError, match=r"no picture none\.png"):
         pipe.generate("x", edit=("none.png",))
 

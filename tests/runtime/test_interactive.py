@@ -88,6 +88,7 @@ def test_mistakes_are_one_line_and_the_loop_goes_on(say):
         ":seed many": "a whole number expected, not 'many'",
         ":size " + "9" * 5000 + "x1": "the size must be like 192x128",
         ":size big": "the size must be like 192x128 (width x height), not 'big'",
+        ":guidance -1": "-1 is below 0",
         ":width huge": "a whole number expected, not 'huge'",
         ":model-width huge": "'huge' is not full, small or tiny",
         ":model-width 64": "the picture's width in pixels is :width",

@@ -275,6 +275,7 @@ def test_the_package_offers_the_pipeline():
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1"),
         ({"num_inference_steps": 1.5}, "num_inference_steps must be a whole number"),
         ({"guidance_scale": float("nan")}, "finite number"),
+        ({"guidance_scale": -0.5}, "guidance_scale must be a finite number from 0, got -0.5"),
         ({"num_images": 0}, "num_images must be"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": 2**63 - 1, "num_images": 2}, "seed must be"),

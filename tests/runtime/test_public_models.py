@@ -175,6 +175,21 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(folders, capsys):
     assert "negative prompt has no effect at a guidance scale of 1" in capsys.readouterr().err
 
 
+def test_the_end_of_a_long_prompt_is_named(folders, monkeypatch, capsys):
+    """Once for each prompt, also if its states are kept; not without guidance."""
+    long = "car " * 256
+    lines = (f"{long}and sun", f"{long}and sun", ":negative a red hat", ":guidance 2", "a cat")
+    lines = (*lines, f":negative {long}or moon", "a cat", ":guidance 1", "a cat")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    options = (*SIZE, "--steps", "1", "--num-images", "2")
+    main(["--interactive", "--model", str(folders["qwen-image"]), *options])
+    notes = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    assert notes == [
+        *["note: the prompt is longer than 1024 tokens, cut: 'and sun'"] * 2,
+        "note: the negative prompt is longer than 1024 tokens, cut: 'or moon'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "prompts", "encoded"),
     [
