@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.files import check_writable
 
 
 def main() -> int:
@@ -27,6 +28,8 @@ def main() -> int:
         help="folder where the window stores its settings and pictures (default: %(default)s)",
     )
     args = parser.parse_args()
+    if args.data != parser.get_default("data"):
+        check_writable(args.data)
     try:
         import tkinter
 

@@ -1,5 +1,6 @@
 """The latest pictures, as PNG files in a folder."""
 
+import contextlib
 import re
 import time
 import warnings
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mlx_snapgen.alpha import shown
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.files import expanded, open_regular, whole_file
 
 THUMBNAIL = 84
 """Pixels of the longer side."""
@@ -59,7 +60,8 @@ class History:
         with whole_file(path) as partial:
             partial.write_bytes(png)
         for old in self.paths()[self.limit :]:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder of such a name
+                old.unlink()
         return Entry(path)
 
     def delete(self, entry: Entry) -> None:
@@ -73,7 +75,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with open(path, "rb", opener=open_regular) as file, Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
                 return shown(image)

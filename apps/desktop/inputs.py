@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import open_regular, whole_file
 from mlx_snapgen.inputs import picture_hash
 from mlx_snapgen.metadata import Recorded, encode_png
 from mlx_snapgen.settings import DrawSettings
@@ -33,7 +33,8 @@ class Inputs:
     def keep_file(self, path: Path, name: str) -> str:
         """The path of a copy that stays when the history deletes `path`."""
         try:
-            return self._keep(name, path.read_bytes())
+            with open(path, "rb", opener=open_regular) as file:
+                return self._keep(name, file.read())
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apps.desktop.inputs import Inputs
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, parse_json, whole_file
+from mlx_snapgen.files import expanded, open_regular, parse_json, whole_file
 from mlx_snapgen.metadata import MAX_PIXELS, read_settings
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
@@ -93,7 +93,8 @@ def load_settings(path: Path) -> tuple[Settings, str | None]:
     A damaged file is renamed. Unknown settings, and those of the wrong type, are ignored.
     """
     try:
-        data = path.read_bytes()
+        with open(path, "rb", opener=open_regular) as file:
+            data = file.read()
     except FileNotFoundError:
         return Settings(), None
     except OSError as error:

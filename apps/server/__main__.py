@@ -210,7 +210,7 @@ async def _serve(args: argparse.Namespace) -> int:
     )
     watching = asyncio.ensure_future(jobs.watch())
     try:
-        models = await _open_models(jobs, args)
+        models = await open_models(jobs, args)
         default = next(iter(models))
         with announce(f"loading {default} ..."):
             await _open(jobs, Job(models[default].choice))
@@ -242,10 +242,13 @@ async def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _open_models(jobs: Jobs, args: argparse.Namespace) -> dict[str, Served]:
+async def open_models(jobs: Jobs, args: argparse.Namespace) -> dict[str, Served]:
     """The models of the command line, by name; one that is not on this machine is fetched."""
     opened = list[tuple[ModelChoice, Description]]()
+    # Every model must have one of the widths; a public one has full alone, and is refused at once.
+    width = "full" if "full" in args.model_widths else args.model_widths[0]
     for choice in choices(args):
+        choice = dataclasses.replace(choice, model_width=width)
         with announce(f"opening {choice.model or 'stickers'} ..."):
             opened.append((choice, await _open(jobs, Job(choice, load=False))))
     return name_models(opened, widths=args.model_widths, aliases=args.aliases)

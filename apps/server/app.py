@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hmac
 import json
+import logging
 import re
 import secrets
 import time
@@ -43,6 +44,8 @@ from mlx_snapgen.settings import trained_sizes
 MAX_BODY = 64 << 10
 BODY_SECONDS = 10.0
 """How long a client may take to send its request."""
+
+_log = logging.getLogger("uvicorn.error")
 
 
 class Server:
@@ -234,6 +237,7 @@ def _abilities(config: Description, few_step: bool) -> dict[str, bool]:
         "image": True,
         "mask": True,
         "reference_images": can.edit,
+        "batches": can.batches,
     }
 
 
@@ -256,8 +260,13 @@ def _event(name: str, file: bytes, **extra: Any) -> bytes:
 
 
 def _failure(wanted: ImageRequest, event: Failed) -> RequestError:
+    if event.internal:
+        _log.error("%s", "\n".join(filter(None, (event.message, event.details))))
+        message = "the model cannot be loaded or drawn with: the reason is in the server's log"
+        return RequestError(message, 500)
     message = wanted.form.without_paths(event.message)
-    return RequestError(message, 400 if event.details is None else 500)
+    status = 400 if event.details is None else 500
+    return RequestError(message, status, param=wanted.form.param(event.message))
 
 
 async def _read_json(request: Request) -> Any:

@@ -73,8 +73,6 @@ class Jobs:
         self._most = waiting + 1
         self._timeout = timeout
         self._quiet = 0
-        self.restarts = 0
-        """How often a hung worker was replaced."""
         self._open: dict[int, Drawing] = {}
         self._seconds = 1.0
         self.served = 0
@@ -100,6 +98,11 @@ class Jobs:
             self.worker.cancel(drawing.number)
 
     @property
+    def restarts(self) -> int:
+        """How often a worker that hung or died was replaced, or will be by the next job."""
+        return self.worker.ends
+
+    @property
     def stalled(self) -> bool:
         """Whether half of the timeout has passed without an event of an open job."""
         return 2 * self._quiet > self._timeout
@@ -111,7 +114,6 @@ class Jobs:
             # Ticks are counted, not seconds: time in which this process did not run does not count.
             self._quiet = self._quiet + TICK if self._open else 0
             if self._quiet > self._timeout:
-                self.restarts += 1
                 self._quiet = 0
                 message = f"the drawing process made no step in {self._timeout} s (--step-timeout)"
                 await asyncio.to_thread(self.worker.replace, message)

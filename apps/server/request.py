@@ -99,6 +99,12 @@ class Form:
             text = text.replace(str(path), path.name)
         return text
 
+    def param(self, text: str) -> str | None:
+        """The parameter that an error is about: its text starts with that, or with a path."""
+        starts = {"the mask ": "mask", "strength ": "strength"}
+        starts |= {str(path): "mask" if path == self.mask else "image" for path in self.files}
+        return next((name for start, name in starts.items() if text.startswith(start)), None)
+
 
 NO_FORM = Form({}, ())
 
@@ -165,7 +171,8 @@ def parse_form(
                 raise UserError(f"{path}: {width}x{height} is more than {MAX_INPUT} pixels")
         resolved = settings.resolved(config)
     except UserError as error:
-        raise RequestError(form.without_paths(str(error)), param="image") from None
+        param = form.param(str(error)) or "image"
+        raise RequestError(form.without_paths(str(error)), param=param) from None
     assert resolved.height is not None and resolved.width is not None
     _check_pixels(resolved.height, resolved.width, config, limits=limits)
     return _request(get, model, limits, settings=settings, size=size, form=form)
@@ -205,7 +212,7 @@ def _request(
         settings,
         negative_prompt=get.text("negative_prompt", limits.max_prompt) or "",
         num_inference_steps=get.integer("steps", least=1, most=limits.max_steps),
-        guidance_scale=get.number("guidance"),
+        guidance_scale=get.number("guidance", least=0),
         few_step=get.boolean("few_step"),
         attention_modulation=get.boolean("attention_modulation") or False,
         seed=get.integer(
@@ -224,6 +231,7 @@ def _request(
         raise RequestError("a stream carries b64_json, not url", param="response_format")
     partial = get.integer("partial_images", least=0, most=limits.max_steps)
     get.check_all_read()
+    # OpenAI's documents give it a meaning for streams only.
     previews = partial if stream else 0
     job = Job(
         model.choice,
@@ -233,6 +241,8 @@ def _request(
         enlarged=size.enlarged,
     )
     notices = size.notices(model)
+    if partial and not stream:
+        notices = (*notices, "partial_images has no effect without stream")
     return ImageRequest(job, as_url=as_url, stream=stream, form=form, notices=notices)
 
 
@@ -303,11 +313,13 @@ class _Reader:
             raise RequestError(f"{name} must be from {least} to {most}{hint}", param=name)
         return value
 
-    def number(self, name: str) -> float | None:
+    def number(self, name: str, *, least: float = -1e6) -> float | None:
         value = self._get(name, (int, float), what="a number")
         # An integer may be too long for a float, too.
         if value is not None and not (abs(value) <= 1e6 and math.isfinite(value)):
             raise RequestError(f"{name} must be a finite number, at most 1e6", param=name)
+        if value is not None and value < least:
+            raise RequestError(f"{name} must be at least {least:g}, got {value:g}", param=name)
         return value
 
     def boolean(self, name: str) -> bool | None:
@@ -366,9 +378,12 @@ class _Size:
         drawn = "drawn at {}x{}".format(*self.drawn)
         if trained_sizes(model.config):
             drawn += f", the nearest size that {model.name} was trained on"
+        elif self.asked is not None and any(side % model.config.size_unit for side in self.asked):
+            drawn += f", the nearest size in multiples of {model.config.size_unit} pixels"
         if self.enlarged is not None:
             return (drawn + ", and enlarged to {}x{} in its own shape".format(*self.enlarged),)
-        if (larger := _enlarged(self.drawn, self.asked)) is not None:
+        larger = _enlarged(self.drawn, self.asked) if _can_upscale(self.asked) else None
+        if larger is not None:
             drawn += "; upscale enlarges it to {}x{}".format(*larger)
         return (drawn,)
 
@@ -387,16 +402,22 @@ def _size(get: "_Reader", model: Served, limits: Limits) -> _Size:
         raise RequestError(f"the size must be like {width}x{height}, or auto", param="size")
     asked = int(found[1]), int(found[2])
     # OpenAI's sizes are larger than those of a small model.
+    unit = config.size_unit
     drawn = trained_size(config, asked[1], asked[0])
+    drawn = max(unit, round(drawn[0] / unit) * unit), max(unit, round(drawn[1] / unit) * unit)
     if upscale:
-        if math.prod(asked) > MAX_UPSCALED:
+        if not _can_upscale(asked):
             message = f"{text} is more than the {MAX_UPSCALED} pixels that upscale can have"
             raise RequestError(message, param="size")
         if math.prod(drawn) > limits.pixels(config):
-            drawn = nearest_size(drawn, pixels=height * width, unit=config.size_unit)
+            drawn = nearest_size(drawn, pixels=height * width, unit=unit)
     height, width = drawn
     enlarged = _enlarged((width, height), asked) if upscale else None
     return _Size((width, height), asked, enlarged)
+
+
+def _can_upscale(asked: tuple[int, int]) -> bool:
+    return math.prod(asked) <= MAX_UPSCALED
 
 
 def _enlarged(drawn: tuple[int, int], asked: tuple[int, int]) -> tuple[int, int] | None:

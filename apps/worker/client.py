@@ -52,6 +52,8 @@ class Worker:
         self._open: dict[int, Job] = {}
         self._cancelled: set[int] = set()
         self._closed = False
+        self.ends = 0
+        """How often the process has hung or ended by itself."""
 
     @property
     def pid(self) -> int | None:
@@ -106,6 +108,7 @@ class Worker:
             if process is None or not waiting:
                 return
             self._process = None
+            self.ends += 1
             process.kill()
             hung = next(iter(waiting))
             del self._open[hung], waiting[hung]
@@ -171,6 +174,7 @@ class Worker:
             if self._process is not process:
                 return
             self._process = None
+            self.ends += 1
             lost, self._open = list(self._open), {}
         for number in lost:
             message = f"the drawing process ended unexpectedly ({_ending(process.exitcode)})"

@@ -41,7 +41,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.memory import batch_size, needed_bytes, transformer_bytes
 from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.decode import to_rgb
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import ModelError, SettingsError, UserError
 from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import encode_png, slug
 from mlx_snapgen.open_model import open_model
@@ -155,7 +155,7 @@ class Engine:
             with self._notices(number):
                 finished = not self._is_cancelled(number)
                 if finished and job.settings is None and not job.load:
-                    folder = self._open(number, job.choice)
+                    folder = self._open(number, job)
                     self._send(Opened(number, choice=job.choice, config=folder.config))
                 elif finished:
                     pipeline = self._load(number, job)
@@ -166,17 +166,19 @@ class Engine:
         except Stop:
             raise
         except UserError as error:
-            self._send(Failed(number, str(error)))
+            self._send(Failed(number, str(error), internal=isinstance(error, ModelError)))
         except Exception as error:
             # Possibly out of memory: free the models, which can be loaded again.
             self._models.clear()
             message = f"{type(error).__name__}: {error}"
-            self._send(Failed(number, message, details=traceback.format_exc()))
+            details = traceback.format_exc()
+            self._send(Failed(number, message, details=details, internal=True))
 
-    def _open(self, number: int, choice: ModelChoice) -> ModelFolder | TeacherFolder:
+    def _open(self, number: int, job: Job) -> ModelFolder | TeacherFolder:
         """The model on this machine: fetched and, if it is a public one, converted."""
         folder = open_model(
-            choice,
+            job.choice,
+            settings=job.settings,
             progress=self._download(number),
             converting=self._download(number, Converting),
             say=lambda line: self._send(Notice(number, line)),
@@ -192,9 +194,11 @@ class Engine:
             self._make_room(job, loaded.folder, kept=1)
         else:
             self._send(Loading(number))
-            folder = self._open(number, choice)
+            with _loading():
+                folder = self._open(number, job)
             self._make_room(job, folder, kept=0)
-            loaded = _Model(folder, SnapGenPipeline.from_pretrained(choice, folder=folder))
+            with _loading():
+                loaded = _Model(folder, SnapGenPipeline.from_pretrained(choice, folder=folder))
             self._models[choice] = loaded
         vocabulary = loaded.pipeline.vocabulary
         words = None if vocabulary is None else listed(vocabulary)
@@ -293,6 +297,17 @@ class Engine:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = show
             yield
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """What is wrong in this context is the model, except for settings."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except UserError as error:
+        raise ModelError(error) from None
 
 
 def needed_memory(

@@ -128,6 +128,9 @@ class Failed(Event):
     message: str
     details: str | None = None
     """Traceback of a bug; None for a user's mistake."""
+    internal: bool = False
+    """The message may name files of this machine that a server's clients must not see: the model
+    cannot be loaded, or there is a bug."""
 
 
 @dataclass(frozen=True)

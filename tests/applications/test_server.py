@@ -10,6 +10,7 @@ import http.client
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import plistlib
@@ -47,13 +48,13 @@ pytest.importorskip("python_multipart", reason=NO_SERVER)
 from starlette.datastructures import Headers
 
 from apps.server import connection
-from apps.server.__main__ import build_parser, choices
+from apps.server.__main__ import build_parser, choices, open_models
 from apps.server.app import Server, create_app
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.models import Served, name_models
 from apps.server.request import Limits, RequestError, parse_request
 from apps.worker.engine import encode_picture
-from apps.worker.messages import Finished, Job, Progress
+from apps.worker.messages import Failed, Finished, Job, Progress
 from mlx_snapgen.cli.options import model_choice
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.config import TeacherConfig
@@ -200,6 +201,25 @@ def test_the_old_name_of_the_widths_still_works(capsys):
     assert capsys.readouterr().err == "warning: --model-width is now --model-widths\n"
 
 
+@pytest.mark.parametrize(("widths", "opened"), [(["small", "full"], "full"), (["tiny"], "tiny")])
+def test_a_model_is_opened_at_one_of_the_widths(widths, opened):
+    """A public one of another width is then refused before it is fetched."""
+    asked = []
+
+    class Worker:
+        def submit(self, job):
+            asked.append(job.choice.model_width)
+            return self
+
+        async def get(self):
+            return Failed(0, "no such model")
+
+    args = build_parser().parse_args(["--model-widths", *widths])
+    with pytest.raises(UserError, match="no such model"):
+        asyncio.run(open_models(Worker(), args))
+    assert asked == [opened]
+
+
 def test_files_have_a_base_each_or_one_for_all():
     def bases(*options):
         return [c.base for c in choices(build_parser().parse_args(options))]
@@ -257,7 +277,7 @@ def test_what_a_model_can_is_listed(port):
     assert full["output_formats"] == ["png", "jpeg", "webp"]
     [mode] = full["modes"]
     assert (mode["few_step"], mode["steps"], mode["guidance"]) == (False, 2, 3.0)
-    assert mode["abilities"]["negative_prompt"] is True
+    assert mode["abilities"]["negative_prompt"] is mode["abilities"]["batches"] is True
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -271,7 +291,6 @@ def test_what_a_model_can_is_listed(port):
         ({"prompt": "a" * 4001}, "prompt", "4000"),
         ({"n": 11}, "n", "from 1 to 10"),
         ({"n": True}, "n", "a whole number"),
-        ({"size": "33x32"}, "size", "multiple of 32"),
         ({"size": "big"}, "size", "like 64x32"),
         ({"size": "96000x32"}, "size", "more than the 8192 pixels"),
         ({"size": "4096x2048", "upscale": True}, "size", "more than the 4194304 pixels that upsc"),
@@ -281,6 +300,7 @@ def test_what_a_model_can_is_listed(port):
         ({"size": "64x32", "upscale": 2}, "upscale", "true or false"),
         ({"steps": 101}, "steps", "from 1 to 100"),
         ({"guidance": 1e999}, "guidance", "finite"),
+        ({"guidance": -1}, "guidance", "at least 0"),
         ({"guidance": 10**400}, "guidance", "finite"),
         ({"n": 1.5}, "n", "a whole number, such as 1"),
         ({"size": "256x256"}, "size", r"use auto \(64x32\), or .* --max-pixels 65536"),
@@ -375,6 +395,30 @@ def test_a_picture_is_enlarged_to_the_size(components, asked, drawn, enlarged, n
     assert parse({"prompt": "a cat", "size": asked}, config).job.enlarged is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "drawn"), [("33x32", (32, 32)), ("49x50", (64, 64)), ("5x70", (32, 64))]
+)
+def test_a_size_that_is_no_multiple_is_rounded(components, asked, drawn):
+    wish = parse({"prompt": "a cat", "size": asked}, components.config)
+    assert (wish.job.settings.width, wish.job.settings.height) == drawn
+    name = "drawn at {}x{}, the nearest size in multiples of 32 pixels".format(*drawn)
+    assert [text.partition(";")[0] for text in wish.notices] == [name]
+    assert not parse({"prompt": "a cat", "size": "64x64"}, components.config).notices
+
+
+def test_partial_images_are_for_streams(components):
+    """As OpenAI documents them; they must be a number all the same."""
+    wish = {"prompt": "a cat", "partial_images": 2}
+    found = parse(wish, components.config)
+    assert (found.job.previews, found.stream) == (0, False)
+    assert found.notices == ("partial_images has no effect without stream",)
+    streamed = parse(wish | {"stream": True}, components.config)
+    assert (streamed.job.previews, streamed.notices) == (2, ())
+    assert not parse(wish | {"partial_images": 0}, components.config).notices
+    with pytest.raises(RequestError, match="partial_images must be a whole number"):
+        parse(wish | {"partial_images": "two"}, components.config)
+
+
 def test_what_is_too_large_to_draw_is_enlarged_if_asked(components):
     wish = {"prompt": "a cat", "size": "1024x512"}
     with pytest.raises(RequestError, match="more than the 8192 pixels"):
@@ -382,6 +426,50 @@ def test_what_is_too_large_to_draw_is_enlarged_if_asked(components):
     found = parse(wish | {"upscale": True}, components.config)
     assert (found.job.settings.width, found.job.settings.height) == (64, 32)
     assert (found.job.enlarged, found.notices) == ((1024, 512), ())
+
+
+def test_enlarging_is_not_advised_where_it_is_refused(components):
+    for asked, advised in (("2048x2048", True), ("4096x4096", False)):
+        config = dataclasses.replace(
+            components.config, image_size=(64, 64), trained_sizes=((64, 64),)
+        )
+        wish = {"prompt": "a cat", "size": asked}
+        [notice] = parse(wish, config).notices
+        assert ("; upscale enlarges it" in notice) == advised
+        if not advised:
+            with pytest.raises(RequestError, match="pixels that upscale can have"):
+                parse(wish | {"upscale": True}, config)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_is_gone_is_no_fault_of_the_client(components, caplog, monkeypatch, stream):
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    drawing = Drawing(1)
+    told = "delete /srv/cache/turbo and run the command again: it is damaged"
+    drawing.put(Failed(1, told, internal=True))
+    jobs = SimpleNamespace(submit=lambda job: drawing, cancel=lambda drawing: None)
+    served = {"random": Served("random", ModelChoice(), components.config)}
+    app = create_app(Server(jobs, served, limits=Limits()), None)
+    sent = []
+
+    async def receive():
+        if sent_body:
+            await asyncio.sleep(60)
+        sent_body.append(True)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    sent_body, body = [], json.dumps({"prompt": "a cat", "stream": stream}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": GENERATIONS, "headers": headers}
+    scope |= {"query_string": b"", "root_path": ""}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 500
+    error = json.loads(sent[1]["body"])["error"]
+    assert error["type"] == "server_error" and "/srv" not in error["message"]
+    assert told in caplog.text
 
 
 def test_an_enlarged_picture_records_it(port):
@@ -438,6 +526,44 @@ def test_bodies_that_are_none(port):
     message = ask(port, "GET", "/images/generations")[2]["error"]["message"]
     assert message == "nothing at /images/generations: the API is under /v1, such as /v1/models"
     assert ask(port, prompt="a cat", steps=1, model="gpt")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "path"),
+    [("localhost", GENERATIONS), ("localhost", "/nowhere"), ("elsewhere.example", GENERATIONS)],
+)
+def test_a_body_that_breaks_is_no_fault_of_the_server(host, path, capsys, caplog):
+    """Before and after the answer, which may need no body."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()
+    jobs = SimpleNamespace(stalled=False, served=0, restarts=0)
+    server = connection.make_server(create_app(Server(jobs, {}, limits=Limits()), None))
+    sock = socket.create_server(("127.0.0.1", 0))
+
+    async def serve():
+        async def send(*parts):
+            reader, writer = await asyncio.open_connection(*sock.getsockname())
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(0.1)
+            found = await reader.read()
+            writer.close()
+            return found
+
+        serving = asyncio.ensure_future(server.serve(sockets=[sock]))
+        broken = b"zz\r\nxx\r\n"
+        answers = [await send(head + broken), await send(head, broken)]
+        answers.append(await send(head, b"2\r\n{}\r\n", broken))
+        server.should_exit = True
+        await serving
+        return answers
+
+    answers = asyncio.run(serve())
+    assert all(answer.startswith(b"HTTP/1.1 4") for answer in answers), answers
+    assert answers[0].startswith(b"HTTP/1.1 400")
+    assert (b" 403 " in answers[1]) is (host != "localhost")
+    assert "Traceback" not in capsys.readouterr().err + caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_only_this_machine_without_a_key(port):
@@ -717,6 +843,7 @@ def test_a_second_signal_ends_at_once(model_folder):
 def test_a_worker_that_dies_is_replaced(server):
     process, port = server
     worker = worker_of(process)
+    before = ask(port, "GET", "/health")[2]["worker_restarts"]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, port, prompt="a cat", steps=100, n=10)
         while ask(port, "GET", "/health")[2]["open_requests"] == 0:
@@ -725,6 +852,7 @@ def test_a_worker_that_dies_is_replaced(server):
         status, _, body = answer.result()
     assert (status, body["error"]["type"]) == (500, "server_error")
     assert ask(port, prompt="a cat", steps=1)[0] == 200
+    assert ask(port, "GET", "/health")[2]["worker_restarts"] == before + 1
 
 
 # --- the command, with a key --------------------------------------------------------------------
@@ -774,8 +902,8 @@ def test_the_openai_client(port):
     assert [opened(e.b64_json).size for e in events] == [(512, 512)] * 2
     [notice] = events[-1].notices
     assert "nothing that this model can draw" in notice
-    with pytest.raises(openai.BadRequestError, match="multiple of"):
-        client.images.generate(prompt="a cat", size="33x32")
+    with pytest.raises(openai.BadRequestError, match="more than the 8192"):
+        client.images.generate(prompt="a cat", size="330x320")
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="a cat", model="dall-e-2")
 

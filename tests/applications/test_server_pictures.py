@@ -143,6 +143,8 @@ def test_streams_have_names_of_their_own(port):
 # --- what is refused ----------------------------------------------------------------------------
 
 PROMPT, IMAGE = ("prompt", "a cat"), ("image", picture())
+BLACK = io.BytesIO()
+Image.new("L", (64, 32)).save(BLACK, "png")
 
 
 @pytest.mark.parametrize(
@@ -154,18 +156,21 @@ PROMPT, IMAGE = ("prompt", "a cat"), ("image", picture())
         ([PROMPT, IMAGE, IMAGE], "image", "random takes one picture at a time"),
         ([PROMPT, *[IMAGE] * 11], "image", "more than 10 pictures"),
         ([PROMPT, IMAGE, ("mask", hole()), ("mask", hole())], "mask", "more than one mask"),
-        ([PROMPT, IMAGE, ("mask", hole(32))], "image", "the mask has 32x32 pixels"),
+        ([PROMPT, IMAGE, ("mask", hole(32))], "mask", "the mask has 32x32 pixels"),
+        ([PROMPT, IMAGE, ("mask", BLACK.getvalue())], "mask", "the mask selects nothing"),
+        ([PROMPT, IMAGE, ("mask", b"no picture")], "mask", "my picture.png: not a picture"),
+        ([PROMPT, IMAGE, ("mask", hole()), ("strength", "2")], "strength", "strength must"),
         ([PROMPT, ("image", b"no picture")], "image", "my picture.png: not a picture"),
         ([PROMPT, ("image", picture()[:40])], "image", "my picture.png: "),
         ([PROMPT, ("image", b"")], "image", "my picture.png: "),
         ([PROMPT, PROMPT, IMAGE], "prompt", "more than one prompt"),
-        ([PROMPT, IMAGE, ("strength", "0")], "image", "strength must be above 0"),
+        ([PROMPT, IMAGE, ("strength", "0")], "strength", "strength must be above 0"),
         ([PROMPT, IMAGE, ("strength", "much")], "strength", "must be a number"),
         ([PROMPT, IMAGE, ("strength", "1e999")], "strength", "must be a"),
         ([PROMPT, IMAGE, ("n", "11")], "n", "from 1 to 10"),
         ([PROMPT, IMAGE, ("n", "true")], "n", "a whole number"),
         ([PROMPT, IMAGE, ("stream", "1")], "stream", "true or false"),
-        ([PROMPT, IMAGE, ("size", "33x32")], "size", "multiple of 32"),
+        ([PROMPT, IMAGE, ("size", "330x320")], "size", "more than the 8192 pixels"),
         ([PROMPT, IMAGE, ("fit", "big")], "fit", "known: crop, pad, stretch"),
         ([PROMPT, IMAGE, ("model", "gpt")], "model", "known: random"),
         ([PROMPT, IMAGE, ("background", "transparent")], "background", "opaque pictures only"),
@@ -196,6 +201,10 @@ def test_a_damaged_picture_is_one_line(port):
     status, _, answer = send(port, EDITS, PROMPT, ("image", data[: len(data) // 2]))
     message = answer["error"]["message"]
     assert (status, message.startswith("my picture.png: cannot be read")) == (400, True)
+    assert answer["error"]["param"] == "image"
+    cut = ("mask", data[: len(data) // 2])
+    status, _, answer = send(port, EDITS, PROMPT, ("image", data), cut)
+    assert (status, answer["error"]["param"]) == (400, "mask"), answer
     assert ask(port, "GET", "/health")[2]["worker_restarts"] == 0
 
 
@@ -347,6 +356,7 @@ def test_a_public_model_edits_several_pictures(model_folder, tmp_path, monkeypat
         assert (mode["few_step"], mode["steps"], mode["guidance"]) == (True, 4, 1.0)
         can = mode["abilities"]
         assert (can["reference_images"], can["negative_prompt"]) == (True, False)
+        assert can["batches"] is False
         two = ("image[]", picture(64, 64)), ("image[]", picture(96, 64))
         wish = ("model", "gpt-image-1"), PROMPT, ("size", "64x64"), ("steps", 2), ("seed", 1)
         status, _, answer = send(port, EDITS, *two, *wish)
@@ -362,6 +372,17 @@ def test_a_public_model_edits_several_pictures(model_folder, tmp_path, monkeypat
             found = read_metadata(saved(answer["data"][0], tmp_path / "a.png"))
             assert found["image"] and "edit" not in found
         assert ask(port, prompt="a cat", steps=1)[0] == 200
+        wish = {"prompt": "a cat", "model": "FLUX.2 klein", "steps": 2, "seed": 3}
+        one = ask(port, size="70x73", **wish)[2]
+        assert (one["size"], one["notices"][0].partition(",")[0]) == ("64x80", "drawn at 64x80")
+        _, _, data = ask(port, size="64x80", n=2, stream=True, partial_images=1, **wish)
+        events = [json.loads(line[6:]) for line in data.splitlines() if line[:6] == b"data: "]
+        # One by one: no turns.
+        assert [(e["image"], e["seed"]) for e in events] == [(0, 3), (0, 3), (1, 4), (1, 4)]
+        assert events[1]["b64_json"] == one["data"][0]["b64_json"]
+        answer = ask(port, size="64x64", **wish | {"prompt": "car " * 800 + "moon"})[2]
+        [notice] = answer["notices"]
+        assert notice.startswith("the prompt is longer than 512 tokens") and "moon'" in notice
         wish = {"prompt": "a cat", "model": "FLUX.2 klein", "negative_prompt": "a dog"}
         status, _, answer = ask(port, size="64x64", **wish)
         assert (status, "no negative prompt" in answer["error"]["message"]) == (400, True)

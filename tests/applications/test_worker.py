@@ -148,12 +148,12 @@ def test_a_waiting_job_can_be_cancelled(listener, job):
 def test_mistakes_are_messages_and_bugs_have_details(listener, job):
     failed = listener.result(drawing(job, height=33))[-1]
     assert "multiple of" in failed.message
-    assert failed.details is None
+    assert failed.details is None and not failed.internal
     failed = listener.result(replace(job, choice=ModelChoice("/no/such/folder")))[-1]
-    assert "no model folder" in failed.message
+    assert "no model folder" in failed.message and failed.internal
     failed = listener.result(drawing(job, negative_prompt=7, guidance_scale=2.0))[-1]
     assert isinstance(failed, Failed)
-    assert "Traceback" in failed.details
+    assert "Traceback" in failed.details and failed.internal
     events = listener.result(drawing(job, prompt="zzz"))
     assert [type(e) for e in events[:2]] == [Loading, Loaded]  # a bug gives the memory back
     notices = [e.text for e in events if isinstance(e, Notice)]
@@ -288,6 +288,10 @@ def test_a_public_model_is_converted_and_drawn(tmp_path, monkeypatch):
     choice = ModelChoice(str(folder), quantize=0)
     job = Job(choice, DrawSettings("a red car", height=32, width=48, num_inference_steps=2))
     made = Listener()
+    failed = made.result(drawing(job, guidance_scale=3.0))[-1]
+    assert failed.message == "Z-Image-Turbo has no guidance: leave out the guidance scale 3"
+    assert failed.details is None and not failed.internal
+    assert not (tmp_path / "cache").exists(), "it is refused before the conversion"
     events = made.result(job)
     [notice] = [e for e in events if isinstance(e, Notice)]
     assert notice.text.startswith("Z-Image-Turbo (") and "converting it once" in notice.text
