@@ -20,12 +20,16 @@ import mlx.core as mx
 import numpy as np
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME = 0.2
+"""Seconds between signals that have one cause."""
 
 
 class StopSignals:
     """In the block, the first Ctrl-C, SIGTERM or SIGHUP calls `stop`; a second ends the process.
 
-    `stop` gets the signal's number, and runs in a thread.
+    `stop` gets the signal's number, and runs in a thread, which may have to wait for seconds while
+    mlx compiles a step. Signals within `SAME` seconds of the first are not a second one: `timeout`
+    and job managers signal both a process and its group.
     """
 
     def __init__(self, stop: Callable[[int], None]):
@@ -48,14 +52,16 @@ class StopSignals:
         self._sender.close()
 
     def _listen(self) -> None:
-        stopping = False
+        first = None
         while received := self._receiver.recv(1):
             number = received[0]
             if number not in self._previous:
                 continue
-            if stopping:
-                os._exit(128 + number)
-            stopping = True
+            if first is not None:
+                if time.monotonic() - first > SAME:
+                    os._exit(128 + number)
+                continue
+            first = time.monotonic()
             if number == signal.SIGHUP:
                 # The terminal is closed; printing there would end the run.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
