@@ -33,13 +33,14 @@ from mlx_snapgen.checkpoint.memory import (
     default_batch_size,
     transformer_bytes,
 )
-from mlx_snapgen.checkpoint.model import Components, load_pretrained
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.checkpoint.model import Components, check_few_step_width, load_pretrained
+from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, plural, run_command
+from mlx_snapgen.files import lock_folder, unlock_folder
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.open_model import open_model
-from mlx_snapgen.settings import DrawSettings, Width, check_width, held_widths
+from mlx_snapgen.settings import WIDTHS, DrawSettings, Width, check_width, held_widths
 from mlx_snapgen.teachers.folder import TeacherFolder, load_flow_teacher
 from train.data.encoded import as_latents, check_channels
 from train.data.mixture import channels_in
@@ -62,29 +63,50 @@ from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
 from train.loop.teacher import prepared_parts
 from train.options.data import check_not_empty, data_from
-from train.options.evaluate import parse
+from train.options.evaluate import UNFINISHED, parse
 
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+FILES = (
+    *("table.md", "results.json", "losses.png", "sheet.png", "gallery.png"),
+    *(f"{name}_scenes.png" for name in ("rendered", "reconstructed")),
+    *(f"{width.name}.png" for width in WIDTHS),
+)
+"""Of an output, which the next command replaces if it is unfinished."""
 
 
 @contextlib.contextmanager
 def _writing(folder: Path | None) -> Iterator[None]:
-    """`UserError` if a file of the output cannot be written in the block."""
-    try:
+    """In the block, the output's folder counts as unfinished.
+
+    Raises:
+        UserError: a file of the output cannot be written.
+    """
+    if folder is None:
         yield
+        return
+    mark = folder / UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lock_folder(folder):
+            raise UserError(f"another process measures into {folder}: choose another --output")
+        if mark.exists():
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+        mark.touch()
+        yield
+        mark.unlink()
+    except KeyboardInterrupt:
+        print(f"{folder}: run the same command again to start over", file=sys.stderr)
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        if folder is None or not (full or str(error.filename).startswith(str(folder))):
+        if not (full or str(error.filename).startswith(str(folder))):
             raise
         raise UserError(
             f"cannot write to {folder} ({error.strerror or error}); it has what was measured so "
-            "far: delete it, and run the command again"
+            "far: run the same command again to start over"
         ) from None
+    finally:
+        unlock_folder(folder)
 
 
 def _recorded(args: argparse.Namespace, settings: DrawSettings) -> dict[str, Any]:
@@ -113,36 +135,37 @@ def _sized(args: argparse.Namespace) -> DrawSettings:
     return replace(draw_settings(args), **size, batch_size=None)
 
 
-def _held_out(args: argparse.Namespace, model: MeasuredModel) -> list[Samples]:
-    """The samples to measure on."""
+def _held_out(args: argparse.Namespace, model: MeasuredModel) -> tuple[list[Samples], str]:
+    """The samples to measure on, and what they are."""
     config = model.config
     # Not --seed: the same pictures and captions for every model and seed.
     source = data_from(args, size=config.image_size, unit=config.size_unit, seed=0)
-    part = source.validation()
+    part, name = source.validation(), "held-out pictures"
     if part is None:
         print(
             "warning: the data keeps no pictures for validation: measured on pictures to train on",
             file=sys.stderr,
         )
         check_not_empty(source)
-        part = source
+        part, name = source, "training pictures"
     for prepared in prepared_parts(part) if isinstance(model, OwnModel) else ():
         prepared.check_text_states(config.text_encoders)
     sources = [as_latents(s, model.autoencoder) for s in getattr(part, "sources", [part])]
     # As equal as possible; all in one order, so that fewer pictures are the first of more.
     counts = [len(range(i, args.pictures, len(sources))) for i in range(len(sources))]
     with announce("reading the validation part ..."):
-        return [
+        batches = [
             samples
             for latents, count in zip(sources, counts, strict=True)
             for samples in held_out_batches(latents, count, batch_size=args.batch_size)
         ]
+    return batches, name
 
 
 def _measure(args: argparse.Namespace, model: MeasuredModel, widths: list[Width]) -> None:
     settings = _sized(args)
     resolved = settings.resolved(model.config)
-    batches = _held_out(args, model)
+    batches, measured_on = _held_out(args, model)
     clip = None
     if args.clip:
         with announce(f"loading {args.clip} ..."):
@@ -151,14 +174,13 @@ def _measure(args: argparse.Namespace, model: MeasuredModel, widths: list[Width]
         model,
         widths=widths,
         batches=batches,
+        measured_on=measured_on,
         clip=clip,
         settings=settings,
         prompts=args.prompts,
         batch_size=args.batch_size,
         output=args.output,
     )
-    if args.output:
-        _make_folder(args.output)
     recorded = {"data": args.data, "clip": args.clip} | _recorded(args, resolved)
     with _writing(args.output):
         table = measurement.run(recorded)
@@ -238,13 +260,14 @@ def _score_stickers(args: argparse.Namespace, components: Components, widths: li
         output=args.output,
         ceilings=args.ceilings,
     )
-    if args.output:
-        _make_folder(args.output)
     if args.gallery:
-        evaluation.gallery(args.output / "gallery.png")
+        with _writing(args.output):
+            evaluation.gallery(args.output / "gallery.png")
         return
     if args.noun:
-        print(evaluation.noun(args.noun), end="")
+        with _writing(args.output):
+            table = evaluation.noun(args.noun)
+        print(table, end="")
         return
     recorded = {
         "num_nouns": evaluation.num_nouns,
@@ -270,6 +293,15 @@ def main() -> None:
     config = model.config
     names = args.model_widths or [width.name for width in held_widths(config)]
     widths = [check_width(config, name) for name in names]
+    if isinstance(model, OwnModel) and _sized(args).resolved(config).few_step:
+        for width in widths[:1] if listed is not None else widths:
+            if note := check_few_step_width(model.components, width.name):
+                write_line(f"note: {note}")
+        if listed is None and not args.is_stickers:
+            write_line(
+                "note: the validation loss is that of the model without its few-step mode; "
+                "pictures are drawn with it"
+            )
     if listed is not None:
         _draw_list(args, model, listed=listed, width=widths[0])
     elif not args.is_stickers:
@@ -310,6 +342,8 @@ def _load(args: argparse.Namespace) -> MeasuredModel:
     )
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder, few_step=True)
+    if components.transformer.is_untrained:
+        write_line(f"warning: {args.model} is not trained yet, so that it draws noise")
     if args.lora:
         name = components.config.name
         load_lora(args.lora, components.transformer, name="scored", base_model=name)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded
 from mlx_snapgen.json_values import to_dict
@@ -53,6 +53,8 @@ def main() -> int:
         components = load_pretrained(folder)
     components.config = dataclasses.replace(components.config, few_step=sampler)
     network, config = components.transformer, components.config
+    if network.is_untrained:
+        write_line(f"warning: {args.model} is not trained yet: the student learns noise from it")
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
     own = CheckpointTeacher(
@@ -127,8 +129,15 @@ def main() -> int:
         roles=kdmd_roles(shares),
     )
     if trainer.run() and trainer.is_main:
-        with trainer.averaged():
-            save_lora(args.output, network, name=STUDENT, base_model=config.name, few_step=sampler)
+        with trainer.averaged(), announce(f"writing {args.output} ..."):
+            save_lora(
+                args.output,
+                network,
+                name=STUDENT,
+                base_model=config.name,
+                few_step=sampler,
+                widths=[width.name for width in widths],
+            )
         print(args.output)
     return trainer.exit_code
 

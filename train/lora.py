@@ -227,7 +227,13 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         arguments=arguments,
         validate=Validation(components, data, prompts, width=trained[0].name),
     )
-    return finish(args, trainer, base_model=config.name, captions=captions)
+    return finish(
+        args,
+        trainer,
+        base_model=config.name,
+        captions=captions,
+        widths=[width.name for width in trained],
+    )
 
 
 def finish(
@@ -236,17 +242,23 @@ def finish(
     *,
     base_model: str,
     captions: Sequence[str],
+    widths: Sequence[str] = (),
     with_alpha: bool = True,
 ) -> int:
-    """Train, and write the LoRA; returns the exit code."""
+    """Train, and write the LoRA; returns the exit code.
+
+    Args:
+        widths: names of those of an elastic network.
+    """
     if trainer.run() and trainer.is_main:
-        with trainer.averaged():
+        with trainer.averaged(), announce(f"writing {args.output} ..."):
             save_lora(
                 args.output,
                 trainer.model,
                 name=NAME,
                 base_model=base_model,
                 words=caption_words(captions),
+                widths=widths,
                 with_alpha=with_alpha,
             )
         model = "" if args.model == "stickers" else f" --model {args.model}"

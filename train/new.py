@@ -10,6 +10,7 @@ training needs, and the commands that follow.
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -91,13 +92,20 @@ def print_memory(components: Components) -> None:
 
 
 def next_commands(
-    model: Path, sources: Sequence[str], *, resolution: int
+    model: Path,
+    sources: Sequence[str],
+    *,
+    resolution: int,
+    is_elastic: bool,
+    captions: Sequence[str] = (),
 ) -> dict[str, list[list[str]]]:
     """The commands that follow: heading -> their words.
 
     Args:
         sources: the user's SOURCEs.
         resolution: of the model's pictures, in pixels.
+        is_elastic: whether it has several widths.
+        captions: options that choose the pictures' captions.
     """
 
     def named(part: str, suffix: str = "") -> str:
@@ -109,12 +117,15 @@ def next_commands(
         """The commands that prepare the data, and how training names it."""
         size = ["--resolution", str(resolution)]
         command = ["train.prepare", *sources, "--output", name, "--model", str(model), *size]
-        return ([], list(sources)) if rendered else ([[*command, *options]], [name])
+        return ([], list(sources)) if rendered else ([[*command, *captions, *options]], [name])
 
     prepare, prepared = data(named("data"))
     trained, four, teacher = named("trained"), named("4"), ["--teacher", TEACHER]
     few_step, student = (named(part, ".safetensors") for part in ("few-step", "kdmd"))
     kdmd = ["train.kdmd", "--model", trained, "--data", *prepared]
+    full = ["--model-widths", "full"]
+    widths = [] if is_elastic else full
+    measure = ["train.evaluate", "--model", trained, "--data", *prepared]
     prepare_kd, prepared_kd = data(named("kd-data"), *teacher)
     kd = ["train.kd", "--model", str(model), *teacher]
     return {
@@ -122,11 +133,15 @@ def next_commands(
             *prepare,
             ["train.flow", "--model", str(model), "--data", *prepared, "--run-dir", named("run")],
             ["train.export", "--run", named("run"), "--output", trained],
+            [*measure, "--output", named("measures")],
             ["mlx_snapgen.generate", PROMPT, "--model", trained],
         ],
         "then, to draw in four steps": [
-            [*kdmd, "--model-widths", "full", "--run-dir", named("few-step"), "--output", few_step],
-            [*kdmd, "--few-step-lora", few_step, "--run-dir", named("kdmd"), "--output", student],
+            [*kdmd, *full, "--run-dir", named("few-step"), "--output", few_step],
+            [
+                *(*kdmd, *widths, "--few-step-lora", few_step),
+                *("--run-dir", named("kdmd"), "--output", student),
+            ],
             ["train.export", "--model", trained, "--few-step-lora", student, "--output", four],
             ["mlx_snapgen.generate", PROMPT, "--model", four],
         ],
@@ -138,9 +153,9 @@ def next_commands(
     }
 
 
-def print_commands(model: Path, sources: Sequence[str], *, resolution: int) -> None:
+def print_commands(model: Path, sources: Sequence[str], **of_model: Any) -> None:
     """Print `next_commands`."""
-    for heading, commands in next_commands(model, sources, resolution=resolution).items():
+    for heading, commands in next_commands(model, sources, **of_model).items():
         print(f"{heading}:")
         for words in commands:
             print("python -m " + shlex.join(words))
@@ -191,7 +206,16 @@ def main() -> None:
     sources = pictures_of(args, folder)
     if not sources or not all(map(is_there, sources)):
         sources = [PICTURES]
-    print_commands(args.output, sources, resolution=min(preset.size))
+    captions = ["--captions", *args.captions] if args.captions else []
+    if args.caption_template is not None:
+        captions += ["--caption-template", args.caption_template]
+    print_commands(
+        args.output,
+        sources,
+        resolution=min(preset.size),
+        is_elastic=len(held_widths(components.config)) > 1,
+        captions=captions,
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.folder import load_teacher_config
 from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts
+from train.data.encoded import check_encoding
 from train.data.imagefolder import bucket_sizes
 from train.data.open import is_prepared, is_stickers, open_records
 from train.data.preparation import CaptionEncoder, Encoder, PictureSet, Reader, of_encoder
@@ -168,14 +169,18 @@ def prepare(args: argparse.Namespace) -> Preparation:
         with announce(f"loading {args.teacher} ..."):
             teacher = open_teacher_texts(folder)
     model = load_model(args, teacher)
+    encoder = model.encoder
+    with announce("measuring the autoencoder ..."):
+        autoencoders = [encoder.autoencoder, *encoder.others.values()]
+        check_encoding(autoencoders, args.resolution, batch_size=args.batch_size)
     columns = args.captions or [CAPTION]
-    size = chunk_size(model.encoder, args=args, columns=len(columns))
+    size = chunk_size(encoder, args=args, columns=len(columns))
     index = describe(model, args, columns=columns)
     buckets = [(height, width) for height, width in index["buckets"]]
     work = PictureSet(
         source,
         Reader(buckets, filter_from(args), columns=columns, named=bool(args.captions)),
-        encoder=model.encoder,
+        encoder=encoder,
         chunk_size=size,
         workers=args.workers,
     )
@@ -300,14 +305,22 @@ def is_complete(folder: Path) -> bool:
 
 def main() -> None:
     args = parse()
-    if is_complete(args.output):
-        part, parts = args.shard
-        if parts > 1:
-            # The parts run at the same time, and a small set has fewer shards than parts.
-            print(f"{args.output} is complete: nothing is left for part {part} of {parts}")
-            return
-        raise UserError(f"{args.output} is a complete set already: choose another name")
-    (draw(args) if args.draw_with else prepare(args)).run(args.dry_run)
+    done = is_complete(args.output)
+    part, parts = args.shard
+    if done and parts > 1:
+        # The parts run at the same time, and a small set has fewer shards than parts.
+        print(f"{args.output} is complete: nothing is left for part {part} of {parts}")
+        return
+    work = draw(args) if args.draw_with else prepare(args)
+    if not done:
+        work.run(args.dry_run)
+    elif changed := work.changed():
+        raise UserError(
+            f"{args.output} is a complete set already, with other {' and '.join(changed)}: choose "
+            "another name"
+        )
+    else:
+        print(f"{args.output} is complete")
 
 
 if __name__ == "__main__":

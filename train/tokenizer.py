@@ -22,6 +22,8 @@ from train.options.data import add_data, check_data, data_from
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-&:"
 """These are in every vocabulary, so that no English prompt has an unknown character."""
+NUM_MARKS = 4
+"""Pieces that are no text: for unknown characters, begin, end and padding."""
 
 
 def read_captions(source: Any, most: int) -> Iterator[str]:
@@ -47,11 +49,12 @@ def train_tokenizer(
     """
     lines = [normalize(caption) for caption in captions] + list(words) * 20
     try:
-        return _train(lines, vocab_size), vocab_size
+        # Fewer than the marks would be another error, which is not about the captions.
+        return _train(lines, max(vocab_size, NUM_MARKS)), vocab_size
     except RuntimeError as error:
         possible = re.search(r"too high.*<= (\d+)", str(error))
         if possible is None:
-            reason = " ".join(str(error).split())
+            reason = re.sub(r"^\w+: src/\S+ ", "", " ".join(str(error).split()))
             if fewest := re.search(r"required_chars\. \d+ vs (\d+)", reason):
                 reason = f"the captions need at least {fewest.group(1)}"
             raise UserError(f"no vocabulary of {vocab_size} pieces: {reason}") from None

@@ -11,8 +11,9 @@ from PIL import Image
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.adapters import add_lora, get_lora_weights
-from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
+from mlx_snapgen.lora.files import few_step_sampler, load_lora, read_lora, save_lora
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.presets import FOUR_STEPS
 from tests.tiny import MODEL, make_components, randomize
@@ -61,7 +62,9 @@ def test_flow_trains_and_its_run_is_exported(
             "mask_ratio": 0.4,
             "distillation_weight": 1.0,
         },
-    } | {name: record[name] for name in ("autoencoder_digest", "tokenizer_digests")}
+    } | {name: record[name] for name in ("autoencoder_digest", "tokenizer_digests", "networks")}
+    networks = MODEL.transformer, *MODEL.text_encoders
+    assert record["networks"] == [to_dict(config) for config in networks]
     assert [len(digest) for digest in record["tokenizer_digests"]] == [32, 32]
     assert list((made / "samples").iterdir())
     assert {"validation_full", "validation_small"} <= read_log(made)[-1].keys()
@@ -229,6 +232,7 @@ def test_k_dmd_writes_a_lora(font, model_folder, run, tmp_path):
     teacher = ["--few-step-lora", tmp_path / "few.safetensors"]
     run(kdmd, *common, *data, *teacher, "--few-steps", 3, "--fresh-noise", "--output", made)
     assert few_step_sampler(made) == SamplerConfig(3, 1.0, 3.0, fresh_noise=True)
+    assert read_lora(made)[1]["model_widths"] == "tiny"
     assert few_step_sampler(tmp_path / "few.safetensors") == FOUR_STEPS
     assert latest_checkpoint(tmp_path / "run").name == "step_2"
     fresh = load_pretrained(model_folder).transformer
@@ -283,6 +287,10 @@ def test_a_tokenizer_of_few_captions_is_as_large_as_they_allow(run, tmp_path, ca
     assert 0 not in processor.encode("zwei rote äpfel") + processor.encode("quick, 10!")
     assert capsys.readouterr().out.endswith(f"made.model: {processor.vocab_size()} pieces\n")
     assert processor.vocab_size() < 100
+    for count in (3, 9):
+        message = rf"^no vocabulary of {count} pieces: the captions need at least \d+$"
+        with pytest.raises(UserError, match=message):
+            run(tokenizer, "--data", tmp_path, "-o", tmp_path / "b", "--vocab-size", count)
 
 
 def test_a_run_folder_keeps_its_settings(tmp_path):
@@ -309,6 +317,9 @@ def test_k_dmd_trains_all_widths_that_a_model_has(run, tmp_path, monkeypatch):
     options = ["--model", tmp_path / "model", "--run-dir", tmp_path / "run", "--steps", 1]
     options += ["--prompts-file", tmp_path / "prompts.txt", "--batch-size", 2, "--rank", 2]
     options += ["--output", tmp_path / "made.safetensors", "--time-shift", "resolution"]
+    with pytest.raises(UserError, match=r"--steps 1 never trains the student, .* give at least"):
+        run(kdmd, *options)
+    options += ["--student-every", 1]
     with pytest.raises(UserError, match="no width 'tiny', only full; choose one with --model-"):
         run(kdmd, *options, "--model-widths", "tiny")
     with pytest.raises(UserError, match="--time-shift: it must be above 0 or resolution, got 0"):

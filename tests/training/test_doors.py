@@ -25,7 +25,7 @@ from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
 from tests import tiny
 from tests.runtime.test_clip import MERGES, write_folder
 from tests.training.test_new import SIZES, write_autoencoder
-from train import export, flow, new, prepare
+from train import autoencoder, export, flow, new, prepare, tokenizer
 from train.data.prepared import Prepared
 from train.evaluation.validation import flow_losses
 from train.loop.checkpoint import latest_checkpoint, load_ema, read_log
@@ -229,6 +229,16 @@ def test_the_full_width_is_always_trained(prepared, model, run, tmp_path):
     assert not mx.allclose(one[:, rows], before[:, rows], rtol=0, atol=1e-9)
     help = " ".join(supernetwork.new_parser("flow", "").format_help().split())
     assert "every step trains full too" in help
+
+
+def test_help_lists_prepared_folders_where_they_are_taken(monkeypatch, capsys):
+    for command, taken in ((autoencoder, False), (tokenizer, True)):
+        monkeypatch.setattr("sys.argv", ["train", "--help"])
+        with pytest.raises(SystemExit):
+            command.main()
+        said = " ".join(capsys.readouterr().out.split())
+        assert "folder of pictures, .tar" in said
+        assert ("a folder that train.prepare wrote" in said) == taken
 
 
 def test_latents_of_another_model_are_refused(prepared, model_folder, run, tmp_path):

@@ -35,7 +35,7 @@ from train.data.source import Samples
 from train.data.stickers import render
 from train.evaluation import measures
 from train.evaluation.clip_measures import clip_score, cmmd, embed_pictures, embed_texts
-from train.evaluation.measures import HELD_OUT, MeasuredRow, table
+from train.evaluation.measures import MeasuredRow, table
 from train.evaluation.validation import flow_losses, sample_seed
 
 CAPTIONS = ["a red apple", "a blue car", "a cat", "an ice cream cone", "a green cat"]
@@ -81,7 +81,10 @@ def test_table_leaves_out_what_is_not_measured():
         "| full | 0.6000 |",
         "| tiny | 1.5000 |",
     ]
-    rows = [MeasuredRow("full", [0.5], 23.456, 0.1234, 1.0), MeasuredRow(HELD_OUT, None, 30.0)]
+    rows = [
+        MeasuredRow("full", [0.5], 23.456, 0.1234, 1.0),
+        MeasuredRow("held-out pictures", None, 30.0),
+    ]
     assert table(rows).splitlines()[2:] == [
         "| full | 0.5000 | 23.46 | 0.123 | 1.00 |",
         "| held-out pictures |  | 30.00 |  |  |",
@@ -105,7 +108,7 @@ def test_measures_on_a_folder_of_pictures(
     results = json.loads((output / "results.json").read_text())
     assert results["pictures"] == 5 and results["held_out_pictures"] == "decoded latents"
     assert results["noise_levels"][0] == 0.0625
-    assert [row["name"] for row in results["rows"]] == ["full", "tiny", HELD_OUT]
+    assert [row["name"] for row in results["rows"]] == ["full", "tiny", "training pictures"]
     assert results["settings"]["clip"] == str(clip_folder)
     plots = ["losses.png"] * bool(find_spec("matplotlib"))
     for name in ("sheet.png", *plots):
@@ -203,8 +206,33 @@ def test_a_full_disk_says_what_to_do(model_folder, pictures, tmp_path, monkeypat
 
     monkeypatch.setattr(measures, "whole_file", full)
     arguments = ["--model", model_folder, "--data", pictures, *FAST, "--model-widths", "tiny"]
-    with pytest.raises(UserError, match=r"out \(No space left .*: delete it, and run the command"):
+    with pytest.raises(UserError, match=r"out \(No space left .*: run the same command again"):
         run(monkeypatch, *arguments, "--output", tmp_path / "out")
+
+
+def test_an_interrupted_output_is_written_again_and_a_complete_one_refused(
+    model_folder, pictures, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "out"
+    arguments = ["--model", model_folder, "--data", pictures, *FAST, "--output", output]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "contact_sheet", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, *arguments)
+    assert f"{output}: run the same command again to start over" in capsys.readouterr().err
+    (output / "small.png").write_bytes(b"of a wider model")
+    (output / "mine.txt").write_text("stays")
+    run(monkeypatch, *arguments, "--model-widths", "tiny")
+    (row,) = json.loads((output / "results.json").read_text())["rows"]
+    assert row["name"] == "tiny"
+    assert (output / "sheet.png").is_file() and (output / "mine.txt").is_file()
+    assert not (output / "small.png").exists()
+    with pytest.raises(UserError, match="exists"):
+        run(monkeypatch, *arguments)
 
 
 def test_geneval_and_dpg_are_drawn_and_resumed(model_folder, tmp_path, monkeypatch, capsys):

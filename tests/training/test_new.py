@@ -218,6 +218,7 @@ def test_gemma_is_used_from_its_folder(parts, run):
         (["--autoencoder", "pipe"], r"python -m convert\.from_torch .*pipe --output OUT --sub"),
         (["--text-encoder", "nowhere"], "no model folder nowhere"),
         (["--tokenizer", "nothing"], "cannot read the tokenizer"),
+        (["--tokenizer", "sizes.json"], r"sizes\.json: it is not a sentencepiece model$"),
         (["--resolution", "100"], "100x100 do not divide by 32"),
         (["--seed", "-1"], "--seed must not be negative"),
         (["--encoder-size", "0"], "0 is not between"),
@@ -252,7 +253,7 @@ def call(monkeypatch, command, *options):
 
 
 def write_pictures(folder, seed):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for k in range(6):
         name = f"{seed}-{k}"
@@ -265,7 +266,9 @@ def write_pictures(folder, seed):
 
 TRAIN = ["--steps", 1, "--batch-size", 2, "--validation-prompts", "x"]
 SHORT = {
-    **dict.fromkeys(("train.flow", "train.kd", "train.kdmd"), TRAIN),
+    **dict.fromkeys(("train.flow", "train.kd"), TRAIN),
+    "train.kdmd": [*TRAIN, "--student-every", 1],
+    "train.evaluate": ["--steps", 1, "--pictures", 2],
     "mlx_snapgen.generate": ["--steps", 1],
 }
 
@@ -290,7 +293,7 @@ def test_every_printed_command_works(autoencoder_run, run, monkeypatch, capsys):
     said = capsys.readouterr().out
     commands = [shlex.split(line)[2:] for line in said.splitlines() if line.startswith("python -m")]
     assert [words[0] for words in commands].count("train.kdmd") == 2
-    assert {"train.prepare", "train.kd"} < {words[0] for words in commands}
+    assert {"train.prepare", "train.kd", "train.evaluate"} < {words[0] for words in commands}
     for command, *words in commands:
         words = ["my new-trained" if word == "TEACHER" else word for word in words]
         assert "PICTURES" not in words
@@ -298,11 +301,48 @@ def test_every_printed_command_works(autoencoder_run, run, monkeypatch, capsys):
     assert load_pretrained("my new-4", few_step=True).config.few_step is not None
 
 
+def test_printed_commands_have_the_options_of_captions(autoencoder_run, run, monkeypatch, capsys):
+    classes = write_pictures(autoencoder_run.parent / "classes" / "apple", 1)
+    for text in classes.glob("*.txt"):
+        text.unlink()
+    more = ["--data", "classes", "--captions", "text", "--caption-template", "a photo of a {}"]
+    run("new", *of_run(*more))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "train.prepare" in line]
+    assert all("--captions text --caption-template 'a photo of a {}'" in line for line in lines)
+    call(monkeypatch, *shlex.split(lines[0])[2:])
+    assert len(lines) == 2 and "6 pictures" in capsys.readouterr().out
+    for option, message in (("--caption-template", "where the name"), ("--captions", "x=2: give")):
+        with pytest.raises(UserError, match=message):
+            run("other", *of_run(option, "x=2"))
+
+
 def test_stickers_are_not_prepared():
-    commands = new.next_commands(Path("new"), ["stickers:nouns=9"], resolution=128)
+    commands = new.next_commands(Path("new"), ["stickers:nouns=9"], resolution=128, is_elastic=True)
     words = [words for group in commands.values() for words in group]
     assert all("train.prepare" not in command for command in words)
     assert "stickers:nouns=9" in words[0]
+
+
+def test_the_printed_commands_are_those_of_the_readme():
+    """Up to names, order of options, and those that follow from the model."""
+    text = Path("train/README.md").read_text().partition("## A model of your own")[2]
+    readme = [line.split()[2:] for line in text.split("```")[1].strip().splitlines()]
+    groups = new.next_commands(Path("my-new"), ["pictures"], resolution=256, is_elastic=False)
+    names = {
+        **{"my-new-data": "prepared", "my-new-run": "runs/flow", "my-new-trained": "my-model"},
+        **{"my-new-measures": "measures", "my-new-few-step": "runs/few-step"},
+        **{"my-new-few-step.safetensors": "few-step.safetensors", "my-new-4": "my-model-4"},
+        **{"my-new-kdmd": "runs/kdmd", "my-new-kdmd.safetensors": "kdmd.safetensors"},
+        "a prompt": '"a prompt"',
+    }
+    printed = [
+        " ".join(names.get(word, word) for word in words).split()
+        for words in [*groups["next"], *groups["then, to draw in four steps"]]
+    ]
+    # The README draws once, at the end.
+    del printed[4]
+    start = next(k for k, words in enumerate(readme) if words[0] == "train.prepare")
+    assert list(map(sorted, printed)) == list(map(sorted, readme[start:]))
 
 
 def test_all_models_of_a_run_have_the_same_latents(autoencoder_run, run, capsys):

@@ -1,5 +1,6 @@
 """Mistakes and damage in a user's own data, by the commands: one clear line and exit code 2."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -9,12 +10,15 @@ import mlx.core as mx
 import pytest
 
 from mlx_snapgen import files
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.errors import run_command
 from tests import tiny
 from tests.training.test_prepare import write_pictures
-from train import evaluate, export, flow, kdmd, new, prepare
+from train import autoencoder, evaluate, export, flow, kdmd, new, prepare
+from train.evaluation.memory import training_memory
 from train.loop.checkpoint import latest_checkpoint
+from train.loop.run import command_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -75,16 +79,59 @@ def test_a_truncated_tar_gives_its_whole_pictures(pictures, model_folder, run, t
     assert latest_checkpoint(tmp_path / "run").name == "step_1"
 
 
+def test_pictures_that_do_not_fit_into_memory(
+    pictures, model_folder, run, monkeypatch, fails, tmp_path, capsys
+):
+    options = ["--output", tmp_path / "made", "--model", model_folder]
+    flow_options = training(model_folder, tmp_path / "run", pictures)
+    monkeypatch.setattr("mlx_snapgen.settings.machine_memory", lambda: 2**34)
+    for command, given in (
+        (prepare, [pictures, *options]),
+        (flow, flow_options),
+        (kdmd, [*flow_options, "--student-every", 1, "--output", tmp_path / "k.safetensors"]),
+    ):
+        error = fails(command, *given, "--resolution", 16384)
+        assert "16384 x 16384 takes at least 150.0 GiB of memory" in error
+    given = ["--data", pictures, "--run-dir", tmp_path / "a"]
+    for name in ("--resolution", "--crop"):
+        assert "GiB of memory" in fails(autoencoder, *given, "--batch-size", 64, name, 16384)
+    # What an autoencoder needs is measured.
+    resolution = "--resolution", 64
+    with monkeypatch.context() as patch:
+        patch.setattr("train.data.encoded.machine_memory", lambda: 0)
+        error = fails(prepare, pictures, *options, *resolution)
+        assert "encoding 8 pictures of 64 x 64 at a time takes about" in error
+        assert "choose a smaller --resolution" in error
+        assert "encoding 2 pictures of 64 x 64" in fails(flow, *flow_options, *resolution)
+    assert not (tmp_path / "made").exists() and not (tmp_path / "run" / "step_1").exists()
+    # Of a step, calculated: twice the memory is refused, and more than there is gets a line.
+    monkeypatch.setattr("train.options.supernetwork.machine_memory", lambda: 1)
+    error = fails(flow, *flow_options, *resolution)
+    assert "a step takes about" in error and "--batch-size with --accumulate, or --save-m" in error
+    calculated = training_memory(
+        ModelFolder.open(model_folder).config.transformer, latents=(8, 8), batch_size=2
+    )
+    monkeypatch.setattr("train.options.supernetwork.machine_memory", lambda: calculated * 2 // 3)
+    capsys.readouterr()
+    run(flow, *flow_options, *resolution)
+    assert "warning: a step takes about 0.0 GiB" in capsys.readouterr().err
+
+
 def test_empty_captions_and_broken_pictures_are_counted(model_folder, run, tmp_path, capsys):
-    write_pictures(tmp_path / "source", 4)
+    write_pictures(tmp_path / "source", 8)
     (tmp_path / "source" / "000.txt").write_text(" \n")
     (tmp_path / "source" / "001.png").write_bytes(b"no picture")
+    (tmp_path / "source" / "002.txt").unlink()
+    data = (tmp_path / "source" / "003.png").read_bytes()
+    (tmp_path / "source" / "003.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "source" / "004.txt").write_bytes(b"\xff")
     options = ["--output", tmp_path / "made", "--model", model_folder, "--resolution", 64]
     run(prepare, tmp_path / "source", *options)
     said = capsys.readouterr().out.splitlines()[-1]
-    assert "2 pictures" in said and "1 skipped: empty caption" in said
+    assert "3 pictures" in said and "1 skipped: empty caption" in said
+    assert said.endswith(f"; 2 more skipped, see {tmp_path}/made/skipped.jsonl")
     lines = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"] for line in lines] == ["000.png", "001.png"]
+    assert [json.loads(line)["key"] for line in lines] == [f"00{k}.png" for k in range(5)]
 
 
 def test_a_parquet_file_without_the_column(model_folder, fails, tmp_path):
@@ -107,7 +154,7 @@ def test_a_parquet_file_without_the_column(model_folder, fails, tmp_path):
         (
             "pictures",
             ["--captions", "txet"],
-            "6 skipped, such as 000.png: no caption (it has: text)",
+            "6 skipped, such as 000.png: no caption (no txet (did you mean 'text'?); it has: text;",
         ),
     ],
 )
@@ -116,7 +163,7 @@ def test_data_that_cannot_be_used(data, more, message, model_folder, fails, tmp_
     options = training(model_folder, tmp_path / "run", given, *more)
     assert message in fails(flow, *options)
     assert not (tmp_path / "run" / "settings.json").exists()
-    lora = ["--output", tmp_path / "k.safetensors"]
+    lora = ["--student-every", 1, "--output", tmp_path / "k.safetensors"]
     assert message in fails(kdmd, *options, *lora)
 
 
@@ -203,7 +250,8 @@ def test_data_that_is_all_kept_for_validation(
     message = "has no pictures for training: prepare them with a lower --held-out"
     options = training(model_folder, tmp_path / "run", made)
     assert message in fails(flow, *options)
-    assert message in fails(kdmd, *options, "--output", tmp_path / "k.safetensors")
+    lora = ["--student-every", 1, "--output", tmp_path / "k.safetensors"]
+    assert message in fails(kdmd, *options, *lora)
     measured = ["--model", model_folder, "--data", made, "--model-widths", "tiny"]
     run(evaluate, *measured, "--steps", 1)
     assert f"{COUNT} pictures" in capsys.readouterr().err
@@ -221,6 +269,41 @@ def test_a_run_folder_of_something_else_stays_as_it_is(prepared, model_folder, f
         error = fails(flow, *training(model_folder, folder, prepared))
         assert f"{folder} holds no run, but " in error
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command", ["autoencoder", "flow", "kd", "kdmd", "lora"])
+def test_a_run_is_not_written_among_the_pictures(command, pictures, model_folder, fails, tmp_path):
+    given = ["--data", pictures]
+    if command != "autoencoder":
+        given += ["--model", model_folder]
+    if command in ("kdmd", "lora"):
+        given += ["--output", tmp_path / "lora.safetensors"]
+    if command == "kd":
+        given += ["--teacher", model_folder]
+    before = sorted(pictures.iterdir())
+    module = importlib.import_module(f"train.{command}")
+    error = fails(module, *given, "--run-dir", pictures)
+    assert error == f"--run-dir {pictures} has the pictures: give a folder elsewhere"
+    error = fails(module, *given, "--run-dir", pictures / "run")
+    assert "is inside" in error and sorted(pictures.iterdir()) == before
+
+
+COMMANDS = [
+    ({"few_step": {}, "teacher_digest": "a", "options": {}}, "train.kdmd"),
+    ({"model": "m", "rank": 4}, "train.lora"),
+    ({"model": "m", "average_bits": 5}, "train.palettes"),
+    ({"autoencoder": {}}, "train.autoencoder"),
+    ({"model": "m", "teacher_digest": "a", "options": {}}, "train.kd"),
+    ({"model": "m", "autoencoder": "a", "options": {"mask_ratio": 0}}, "train.flow"),
+    ({"model": "m"}, None),  # an earlier version's
+    ({"options": 1}, None),
+]
+
+
+@pytest.mark.parametrize(("record", "command"), COMMANDS)
+def test_the_command_of_a_run(record, command, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    assert command_of(tmp_path) == command
 
 
 @pytest.mark.parametrize("option", ["--model", "--run-dir", "--data"])
@@ -252,10 +335,24 @@ def test_options_that_change_when_a_run_is_resumed(
     assert line in said
     error = fails(flow, *options, "--steps", 3, "--optimizer", "adamw")
     assert "was trained with optimizer muon, not adamw: give muon" in error
+    moved = tmp_path / "moved"
+    shutil.copytree(model_folder, moved)
+    run(flow, *options, "--steps", 2, "--model", moved)
+    line = f"resuming with other settings: model {model_folder.resolve()} -> {moved.resolve()}"
+    assert line in capsys.readouterr().err.splitlines()
     record = (tmp_path / "run" / "settings.json").read_text()
+    config = json.loads((moved / "config.json").read_text())
+    config["transformer"]["num_bands"] = 1
+    (moved / "config.json").write_text(json.dumps(config))
+    error = fails(flow, *options, "--steps", 3, "--model", moved)
+    assert "a run with other settings of the networks to train:" in error
     lora = tmp_path / "lora.safetensors"
     error = fails(kdmd, *options[:6], "--batch-size", 2, "--output", lora)
-    assert "does not fit this model (use another run folder)" in error
+    assert f"{tmp_path / 'run'} holds a run of train.flow: give another folder" in error
+    made = tmp_path / "set"
+    shutil.copytree(tmp_path / "run", made)
+    error = fails(prepare, *prepare_options(pictures, made, model_folder))
+    assert f"{made} holds a run of train.flow: give another folder" in error
     assert (tmp_path / "run" / "settings.json").read_text() == record
     for name, value in (("image_size", [1]), ("trained_sizes", [3]), ("time_shift", "x")):
         changed = json.dumps(json.loads(record) | {name: value})

@@ -400,10 +400,17 @@ def test_a_full_disk_is_one_line_and_resumable(
 
 
 def test_finished_and_other_sets_are_refused(
-    pictures, model_folder, prepared, small_shards, monkeypatch, tmp_path
+    pictures, model_folder, prepared, small_shards, monkeypatch, tmp_path, capsys
 ):
-    with pytest.raises(UserError, match="is a complete set already"):
-        run(monkeypatch, *arguments(pictures, prepared, model_folder))
+    before = contents(prepared)
+    run(monkeypatch, *arguments(pictures, prepared, model_folder))
+    assert capsys.readouterr().out == f"{prepared} is complete\n"
+    with pytest.raises(UserError, match="is a complete set already, with other filter: choose"):
+        run(monkeypatch, *arguments(pictures, prepared, model_folder), "--min-side", 5)
+    fewer = write_pictures(tmp_path / "fewer", 39)
+    with pytest.raises(UserError, match="is a complete set already, with other files: choose"):
+        run(monkeypatch, *arguments(fewer, prepared, model_folder))
+    assert contents(prepared) == before
     output = tmp_path / "set"
     run(monkeypatch, *arguments(pictures, output, model_folder), "--shard", "1/2")
     with pytest.raises(UserError, match="an unfinished set with other filter and batch_size"):

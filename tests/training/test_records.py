@@ -17,6 +17,7 @@ from mlx_snapgen.decode import decode
 from mlx_snapgen.errors import UserError
 from train.data.open import open_records
 from train.data.readers import tars
+from train.data.readers.captions import default_column
 from train.data.readers.folder import PictureFolderRecords
 from train.data.readers.tars import TarRecords
 from train.data.selection import Filter, choose_column, held_out, parse_captions
@@ -126,6 +127,48 @@ def test_records_can_be_read_again_at_their_place(tmp_path, kind):
         samples()[3][1],
     )
     assert again.place == found[3].place
+
+
+@pytest.mark.parametrize("kind", ["metadata", "tar", "tar.gz", "parquet"])
+def test_without_a_text_column_the_first_of_the_first_record_is_the_caption(tmp_path, kind):
+    rows = [{"short": "s0", "long": "l0"}, {"long": "l1", "short": "s1"}, {"n": 1, "long": "l2"}]
+    path = tmp_path / f"set.{kind}"
+    if kind == "metadata":
+        path.mkdir()
+        lines = [{"file_name": f"{k}.png", **row} for k, row in enumerate(rows)]
+        (path / "metadata.jsonl").write_text("bad\n" + "\n".join(map(json.dumps, lines)))
+        for k in range(3):
+            (path / f"{k}.png").write_bytes(encoded())
+    elif kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        columns = {name: [row.get(name) for row in rows] for name in ("short", "long")}
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"image": [encoded()] * 3, **columns}), path)
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as tar:
+            for k, row in enumerate(rows):
+                for suffix, data in (("png", encoded()), ("json", json.dumps(row).encode())):
+                    info = tarfile.TarInfo(f"{k}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    source = open_records([str(path)])
+    found = [r for r in source.records() if isinstance(r, Record)]
+    if kind != "tar.gz":
+        found += [source.at(r.place) for r in found]
+    chosen = [Filter().with_captions(r, {}) for r in found]
+    texts = [getattr(r, "captions", None) for r in chosen]
+    assert texts == [{"short": "s0"}, {"short": "s1"}, None] * (1 if kind == "tar.gz" else 2)
+    assert chosen[2].detail == "no short; it has: long; choose with --captions"
+    wrong = Filter().with_captions(found[0], {"shrt": 1})
+    assert "no shrt (did you mean 'short'?); it has: short, long; choose" in wrong.detail
+
+
+def test_the_default_column_prefers_names_like_text_and_what_others_have():
+    assert default_column([{"url": "u", "n": 1, "llava_caption": "c"}]) == "llava_caption"
+    assert default_column([{"n": 1}, {"short": "s"}]) == "short"
+    assert default_column([{"short": "s", "caption": None}]) == "text"
+    assert default_column([]) == "text"
 
 
 def test_raw_bytes_and_lists_of_captions_in_parquet(tmp_path):

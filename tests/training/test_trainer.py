@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
@@ -28,8 +29,10 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import save_tensors
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from train.loop import optimizer
 from train.loop.checkpoint import append_log, checkpoints, latest_checkpoint, load_ema, read_log
 from train.loop.config import TrainingConfig, warmup_of
+from train.loop.distributed import SAME
 from train.loop.optimizer import Role, scheduled_rate
 from train.loop.run import claim
 from train.loop.trainer import Trainer
@@ -355,11 +358,15 @@ def test_saved_memory_includes_that_of_attention_scores(monkeypatch, width):
     assert peaks[1] < 0.6 * peaks[0], peaks
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, capsys, number):
+# `timeout` signals the process, and then its group.
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)]
+)
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, capsys, number, times):
     def interrupted(k):
         if k == 5:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
             time.sleep(0.1)
         return batches(k)
 
@@ -379,6 +386,7 @@ def stubborn(run_dir):
 
     def interrupted(k):
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2 * SAME)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(600)
 
@@ -777,6 +785,32 @@ def test_validation_is_logged_and_may_write_pictures(tmp_path):
     assert names == [f"{s:07d}_cat.png" for s, _ in scores]
 
 
+def test_the_bar_names_what_follows_the_steps(tmp_path, capsys):
+    """Nothing that a checkpoint needs time for is silent, and nothing is named that is not done."""
+    run = trainer(tmp_path, steps=4)
+    run.validate = None
+    assert run.run()
+    said = capsys.readouterr().err
+    places = [said.index(f"{text} ...") for text in ("saving step_4", "drawing loss.png")]
+    assert places == sorted(places)
+    assert "validation" not in said and "sample pictures" not in said
+    # Without a bar of 4 steps out of 2.
+    shorter = trainer(tmp_path, steps=2)
+    assert shorter.run()
+    said = capsys.readouterr().err
+    assert said.endswith(f"{tmp_path} is complete, with 4 steps\n") and "step/s" not in said
+
+
+def test_pictures_without_metrics_leave_no_line_in_the_log(tmp_path, monkeypatch):
+    calls = []
+    for _ in range(2):
+        run = trainer(tmp_path, steps=4, log_every=2)
+        run.validate = lambda run: calls.append(run.step) or {}
+        assert run.run()
+    assert calls == [4]  # not once more when the run is complete
+    assert all("loss" in entry for entry in read_log(tmp_path))
+
+
 def test_curves_are_drawn(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     assert train.loop.plot.plot_log(tmp_path) is None
@@ -811,6 +845,25 @@ def test_schedule_warms_up_and_decays():
     rising = [values[s // 5] * max(values[s], s < 10) for s in range(0, 50, 5)]
     assert fifth[:10] == pytest.approx(rising, rel=1e-5)
     assert fifth[10:] == pytest.approx(values[50::5])
+
+
+def test_muon_steps_are_those_of_mlx(monkeypatch):
+    # Groups of several matrices, of two after a full one, and of one.
+    shapes = [(8, 8)] * 5 + [(8, 24)] * 3 + [(24, 8)] * 2 + [(12, 4)]
+    monkeypatch.setattr(optimizer, "BATCHED", 3 * 64)
+    mx.random.seed(0)
+    start = {"layers": [{"weight": mx.random.normal(shape)} for shape in shapes]}
+    steps = [tree_map(lambda p: mx.random.normal(p.shape), start) for _ in range(3)]
+    found = []
+    for muon in (optim.Muon(0.02, weight_decay=0.0), optimizer.Muon(0.02)):
+        weights = start
+        muon.init(weights)
+        for gradients in steps:
+            weights = muon.apply_gradients(gradients, {**weights, "other": mx.zeros(3)})
+        found.append(dict(tree_flatten([weights, muon.state])))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, atol=1e-6, err_msg=name)
 
 
 def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):

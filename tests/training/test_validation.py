@@ -69,18 +69,21 @@ def direct(components, groups, share):
     return np.mean(losses, axis=0)
 
 
-def measure(components, batches, *widths):
+def measure(components, batches, *widths, progress=None):
     return flow_losses(
         components.transformer,
         components.text_encoders,
         batches=batches,
         shares=[w.share for w in widths],
+        progress=progress,
     )
 
 
 def test_losses_are_the_formula_for_every_width_and_size(components):
-    part = Part()
-    found = measure(components, part.batches(2), FULL, TINY)
+    part, done = Part(), []
+    found = measure(components, part.batches(2), FULL, TINY, progress=done.append)
+    assert sum(done) == pytest.approx(len(CAPTIONS))
+    assert len(done) == len(list(part.batches(2))) * NUM_LEVELS * 2
     for share, losses in found.items():
         assert len(losses) == NUM_LEVELS == 8
         np.testing.assert_allclose(losses, direct(components, part.all, share), rtol=1e-4)

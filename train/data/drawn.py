@@ -14,6 +14,7 @@ from mlx_snapgen.checkpoint.model import Components, load_pretrained
 from mlx_snapgen.decode import Size
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import read_bytes
 from mlx_snapgen.formats import CONFIG, is_teacher
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
@@ -252,5 +253,5 @@ def open_teacher_texts(folder: Path) -> Teacher:
 def teacher_settings(folder: Path) -> dict[str, str]:
     """See `Teacher.settings`."""
     path = folder / (CONFIG if is_teacher(folder) else "config.json")
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(read_bytes(path), digest_size=16).hexdigest()
     return {"name": folder.resolve().name, "config": digest}

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present_prompts
 from mlx_snapgen.pictures import from_uint8
+from mlx_snapgen.settings import machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
 from train.data.mixture import channels_in
 from train.data.source import Batch, LatentSource, Samples
@@ -29,6 +30,38 @@ def check_channels(config: AutoencoderConfig, channels: int) -> None:
             f"the pictures have {what[channels]}, those of the autoencoder have "
             f"{what[config.picture_channels]}"
         )
+
+
+PROBE = 128
+"""Side in pixels of the picture that `check_encoding` measures."""
+
+
+def check_encoding(autoencoders: Iterable[Autoencoder], side: int, *, batch_size: int) -> None:
+    """`UserError` if a batch of pictures with as many pixels as a square cannot be encoded.
+
+    Encoders take 0.8 to 29 kB of memory for each pixel on a CPU, so that a small picture is
+    encoded to measure it.
+
+    Args:
+        side: of the square, in pixels.
+    """
+    memory = machine_memory()
+    for autoencoder in autoencoders:
+        mx.eval(autoencoder.parameters())
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        picture = mx.zeros((1, PROBE, PROBE, autoencoder.config.picture_channels))
+        mx.eval(autoencoder.encode(picture))
+        each = (mx.get_peak_memory() - before) * (side / PROBE) ** 2
+        needed = before + batch_size * each
+        if needed > memory:
+            fits = int((memory - before) / each)
+            instead = f"--batch-size {fits}" if fits > 0 else "a smaller --resolution"
+            raise UserError(
+                f"encoding {batch_size} pictures of {side} x {side} at a time takes about "
+                f"{needed / 2**30:.1f} GiB of memory, and this machine has {memory / 2**30:.1f}: "
+                f"choose {instead}"
+            )
 
 
 class EncodedPictures:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError, plural
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import expanded, open_regular
 from train.data.readers.folder import METADATA, PictureFolderRecords
 from train.data.source import Skipped
 from train.data.streams import Stream
@@ -103,7 +103,8 @@ def read_picture(path: Path, *, has_alpha: bool = False) -> Image.Image:
         UserError: it cannot be read.
     """
     try:
-        picture, _ = decode(path.read_bytes(), keep_alpha=has_alpha)
+        with open(path, "rb", opener=open_regular) as file:
+            picture, _ = decode(file.read(), keep_alpha=has_alpha)
         return picture.convert("RGBA") if has_alpha else picture
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

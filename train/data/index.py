@@ -19,7 +19,7 @@ from mlx_snapgen.files import whole_file
 from train.data.headers import quick_size
 from train.data.imagefolder import nearest_size
 from train.data.selection import LEAST_TO_HOLD_OUT, CaptionWeights, Filter, held_out
-from train.data.source import Record, RecordSource, Skipped
+from train.data.source import Record, RecordSource, Skipped, describe_skipped
 
 START, HEADER = 1 << 12, 1 << 16
 """Bytes of a file that are read first, and next; most have their size there."""
@@ -140,7 +140,7 @@ def build_index(
             flush()
     flush()
     if not ends:
-        text = f": {skipped.total()} skipped, such as {_line(first)}" if first else ""
+        text = f": {skipped.total()} skipped, such as {describe_skipped(first)}" if first else ""
         what = "usable picture" if filter.pictures_only else "picture with a caption"
         raise UserError(f"no {what} in {paths_of(source)}{text}")
     if len(ends) < LEAST_TO_HOLD_OUT or held.all():
@@ -160,11 +160,6 @@ def paths_of(source: RecordSource) -> str:
     """The files or the folder of a source, for messages."""
     paths = source.settings()["path"]
     return paths if isinstance(paths, str) else ", ".join(paths)
-
-
-def _line(skipped: Skipped) -> str:
-    detail = f" ({skipped.detail})" if skipped.detail else ""
-    return f"{skipped.key}: {skipped.reason}{detail}"
 
 
 def cached_index(

@@ -28,10 +28,11 @@ STICKERS = "stickers"
 SETTINGS_OF_STICKERS = ("nouns", "categories", "pictures")
 TARS = (".tar", ".tar.gz", ".tgz")
 PARQUET = (".parquet",)
-SOURCES = (
-    "a folder that train.prepare wrote, a folder of pictures, .tar or .parquet files (also a "
-    f'pattern in quotes, such as "set/*.tar"), or {STICKERS}'
+PICTURES = (
+    "a folder of pictures, .tar or .parquet files (also a pattern in quotes, such as "
+    f'"set/*.tar"), or {STICKERS}'
 )
+SOURCES = f"a folder that train.prepare wrote, {PICTURES}"
 
 
 def open_data(

@@ -25,7 +25,7 @@ from train.data.imagefolder import fit, nearest_bucket
 from train.data.pictures import open_picture
 from train.data.selection import Filter
 from train.data.shards import Sample
-from train.data.source import Record, RecordSource, Skipped
+from train.data.source import Record, RecordSource, Skipped, describe_skipped
 from train.data.text import padded_length
 
 T = TypeVar("T")
@@ -161,6 +161,7 @@ class PictureSet:
     def _first(self) -> list[Sample]:
         pictures: list[Item] = []
         reasons: Counter[str] = Counter()
+        first: Skipped | None = None
         for record in self.source.records():
             item = record if isinstance(record, Skipped) else self.decode(record)
             if isinstance(item, Picture):
@@ -168,11 +169,13 @@ class PictureSet:
             else:
                 skipped = item.skipped if isinstance(item, Rejected) else item
                 reasons[skipped.reason] += 1
+                first = first or skipped
             if len(pictures) == self.encoder.batch_size:
                 break
         if not pictures:
             why = ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3))
-            raise UserError(f"no picture can be used ({why or 'there are none'})")
+            such = f", such as {describe_skipped(first)}" if first else ""
+            raise UserError(f"no picture can be used ({why or 'there are none'}){such}")
         return self.encoder.chunk(pictures).samples
 
     def pixels(self, keys: Collection[str]) -> dict[str, np.ndarray]:

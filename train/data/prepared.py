@@ -22,7 +22,7 @@ from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, read_object, whole_file
+from mlx_snapgen.files import expanded, read_bytes, read_object, whole_file
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
@@ -430,4 +430,4 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
     except UserError as error:
         raise UserError(f"{error}: run its train.prepare again") from None
     check_version(path, index.get("format_version"), reads=FORMAT_VERSION)
-    return index, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return index, hashlib.blake2b(read_bytes(path, most=MOST_INDEX), digest_size=8).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_snapgen.decode import Size
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, nearest
 from train.data.source import Record, Skipped
 
 HELD_OUT = 0.01
@@ -58,8 +58,12 @@ class Filter:
         names = list(weights) or list(record.captions)[:1]
         found = {name: text for name in names if (text := record.captions.get(name))}
         if not found and not self.pictures_only:
-            there = ", ".join(name for name, text in record.captions.items() if text)
-            return Skipped(record.key, "no caption", f"it has: {there}" if there else "")
+            there = [name for name, text in record.captions.items() if text]
+            hint = nearest(names[0], there) if names else ""
+            text = (
+                f"no {', '.join(names)}{hint}; it has: {', '.join(there)}; choose with --captions"
+            )
+            return Skipped(record.key, "no caption", text if there else "")
         long = {name: text for name, text in found.items() if len(text) >= self.min_caption}
         fitting = {k: v for k, v in long.items() if len(v) <= (self.max_caption or len(v))}
         if not fitting and not self.pictures_only:

@@ -27,7 +27,7 @@ import numpy as np
 
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import parse_json, whole_file
+from mlx_snapgen.files import open_regular, parse_json, whole_file
 from mlx_snapgen.tensor_files import check_entry
 from train.data.selection import held_out as is_held_out
 
@@ -199,9 +199,10 @@ class Shard:
     """
 
     def __init__(self, path: Path):
-        self.path, self._file = path, -1
+        self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            # Without `__del__`, in which Python would ignore Ctrl-C: the file closes itself.
+            self._file = open(path, "rb", buffering=0, opener=open_regular)  # noqa: SIM115
         except OSError as error:
             raise UserError(
                 f"cannot read {path} ({error.strerror}): run train.prepare again, or get the file"
@@ -221,7 +222,7 @@ class Shard:
         except (UserError, ValueError, LookupError, TypeError, AttributeError):
             raise self._damaged() from None
         self._start = 8 + length
-        if os.fstat(self._file).st_size != self._start + end:
+        if os.fstat(self._file.fileno()).st_size != self._start + end:
             raise self._damaged()
 
     def __enter__(self) -> "Shard":
@@ -232,21 +233,16 @@ class Shard:
 
     def close(self) -> None:
         """Close the file; dropping the last reference does so too."""
-        file, self._file = self._file, -1
-        if file >= 0:
-            os.close(file)
-
-    def __del__(self):
-        self.close()
+        self._file.close()
 
     def _damaged(self) -> UserError:
         return UserError(f"{self.path} is damaged: delete it, and run train.prepare again")
 
     def _read(self, offset: int, count: int) -> bytes:
         try:
-            data = os.pread(self._file, count, offset)
+            data = os.pread(self._file.fileno(), count, offset)
             while len(data) < count:
-                more = os.pread(self._file, count - len(data), offset + len(data))
+                more = os.pread(self._file.fileno(), count - len(data), offset + len(data))
                 if not more:
                     raise self._damaged()
                 data += more

@@ -82,6 +82,12 @@ class Skipped:
     detail: str = ""
 
 
+def describe_skipped(skipped: Skipped) -> str:
+    """A line for messages."""
+    detail = f" ({skipped.detail})" if skipped.detail else ""
+    return f"{skipped.key}: {skipped.reason}{detail}"
+
+
 class RecordSource(Protocol):
     """A set of captioned pictures, read in order; memory does not grow with the set.
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.sampling import DENOISING, Progress
 from train.data.encoded import rows
 from train.data.source import Batch
 from train.data.streams import Stream
@@ -46,13 +47,20 @@ class Trajectories:
         self.text, self.mask = (mx.concatenate(list(x)) for x in zip(*encoded, strict=True))
         mx.eval(self.text, self.mask)
         self.states: dict[float, Batch] = {}
-        with tqdm(total=len(captions) * len(shares), desc="trajectories", unit="picture") as bar:
+        total = len(captions) * len(shares)
+        with picture_bar(total, "trajectories", leave=True) as progress:
             for share in shares:
                 states: list[Batch] = []
                 for k, some in enumerate(chunks):
                     numbers = range(k * CHUNK, k * CHUNK + len(some))
-                    states += _seen(components, some, first_seed, share=share, numbers=numbers)
-                    bar.update(len(some))
+                    states += _seen(
+                        components,
+                        some,
+                        first_seed,
+                        share=share,
+                        numbers=numbers,
+                        progress=progress,
+                    )
                 self.states[share] = {
                     name: mx.concatenate([state[name] for state in states]) for name in states[0]
                 }
@@ -88,6 +96,7 @@ def _seen(
     *,
     share: float,
     numbers: Sequence[int],
+    progress: Progress,
 ) -> list[Batch]:
     """Inputs and velocities of the transformer, step by step, while it draws pictures `numbers`."""
     states: list[Batch] = []
@@ -101,5 +110,10 @@ def _seen(
         return v
 
     seeds = [first_seed + number for number in numbers]
-    mx.eval(draw_latents(components, captions, seeds=seeds, share=share, network=watched))
+    mx.eval(
+        draw_latents(
+            components, captions, seeds=seeds, share=share, network=watched, progress=progress
+        )
+    )
+    progress(len(captions) * (1 - DENOISING))
     return states

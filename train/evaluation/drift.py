@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.lora.adapters import active_adapters
-from mlx_snapgen.sampling import add_noise
+from mlx_snapgen.sampling import Progress, add_noise
 from mlx_snapgen.settings import parse_width
 from train.data.encoded import CHUNK, EncodedFolder, rows
 from train.data.source import Batch
@@ -34,22 +35,25 @@ class Validation:
         self.previews = Previews(components, prompts, widths=[width])
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        with trainer.averaged():
-            metrics = {"validation_loss": self.loss()}
+        measured = [*self.data.buckets, *([self.data.prior] if self.data.prior else [])]
+        total = sum(min(FIXED, len(batch["latents"])) for batch in measured)
+        with trainer.averaged(), picture_bar(total, "validation loss") as progress:
+            metrics = {"validation_loss": self.loss(progress)}
             if self.data.prior:
-                metrics["prior_drift"] = self.drift(self.data.prior)
+                metrics["prior_drift"] = self.drift(self.data.prior, progress)
         return metrics | self.previews(trainer)
 
-    def loss(self) -> float:
+    def loss(self, progress: Progress = lambda count: None) -> float:
         """Mean squared error of the velocity, over pictures of each size and fixed noise."""
         errors = []
         for bucket in self.data.buckets:
             for x_t, t, eps, some in _levels(bucket):
                 v = velocity(self.network, some, x_t, t=t, share=self.share)
                 errors.append(np.array(per_sample(v - (eps - some["latents"]))))
+                progress(len(x_t) / LEVELS)
         return _mean(errors)
 
-    def drift(self, prior: Batch) -> float:
+    def drift(self, prior: Batch, progress: Progress = lambda count: None) -> float:
         """Mean squared change of the velocity on the prior samples."""
         changes = []
         for x_t, t, _, some in _levels(prior):
@@ -57,6 +61,7 @@ class Validation:
             with active_adapters(self.network):
                 before = velocity(self.network, some, x_t, t=t, share=self.share)
             changes.append(np.array(per_sample(v - before)))
+            progress(len(x_t) / LEVELS)
         return _mean(changes)
 
 

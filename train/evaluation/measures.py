@@ -8,7 +8,7 @@ names.
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.pictures import contact_sheet, to_uint8
@@ -28,16 +29,13 @@ from train.evaluation.validation import NUM_LEVELS
 COLUMNS = 8
 """Pictures in a row of a sheet, at most."""
 
-HELD_OUT = "held-out pictures"
-"""Name of the row of the pictures that were not drawn."""
-
 
 @dataclass(frozen=True)
 class MeasuredRow:
     """One line of the table; None is not measured.
 
     Attributes:
-        name: a width, or `HELD_OUT`.
+        name: a width, or `Measurement.measured_on`.
         validation_losses: see `flow_losses`.
         seconds_per_picture: of drawing, in batches.
     """
@@ -71,7 +69,8 @@ class Measurement:
     """How to measure a model.
 
     Attributes:
-        batches: the held-out samples, all of a batch of one size.
+        batches: the samples to measure on, all of a batch of one size.
+        measured_on: what they are: the name of their row.
         clip: None measures the validation loss alone.
         settings: of the drawings; picture i of the set has the seed `settings.seed` + i.
         prompts: of the sheet; None: the first captions.
@@ -82,6 +81,7 @@ class Measurement:
     model: MeasuredModel
     widths: Sequence[Width]
     batches: Sequence[Samples]
+    measured_on: str
     clip: Clip | None
     settings: DrawSettings
     prompts: Sequence[str] | None
@@ -90,7 +90,7 @@ class Measurement:
 
     @property
     def count(self) -> int:
-        """Number of held-out pictures."""
+        """Number of pictures to measure on."""
         return sum(len(samples.captions) for samples in self.batches)
 
     def run(self, recorded: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ class Measurement:
             captions = [c for samples in self.batches for c in samples.captions]
             texts = embed_texts(self.clip, captions)
             real = self._held_out_embeddings()
-            rows.append(MeasuredRow(HELD_OUT, clip_score=clip_score(real, texts)))
+            rows.append(MeasuredRow(self.measured_on, clip_score=clip_score(real, texts)))
         self._write_results(rows, recorded)
         if self.output:
             self._plot(losses)
@@ -125,28 +125,26 @@ class Measurement:
 
     def _losses(self) -> dict[float, list[float]]:
         shares = [width.share for width in self.widths]
-        return self.model.losses(self._with_bar("validation loss"), shares)
-
-    def _with_bar(self, text: str) -> Iterator[Samples]:
-        """The batches, with a bar that counts pictures."""
-        with tqdm(total=self.count, desc=text, unit="picture", leave=False) as bar:
-            for samples in self.batches:
-                yield samples
-                bar.update(len(samples.captions))
+        with picture_bar(self.count, "validation loss") as progress:
+            return self.model.losses(self.batches, shares, progress=progress)
 
     def _decoded(self, samples: Samples) -> np.ndarray:
         return to_uint8(self.model.autoencoder.decode(samples.latents))
 
     def _held_out_embeddings(self) -> np.ndarray:
         assert self.clip is not None
-        batches = self._with_bar("CLIP: held-out pictures")
-        return np.concatenate([embed_pictures(self.clip, list(self._decoded(s))) for s in batches])
+        found = []
+        with picture_bar(self.count, f"CLIP: {self.measured_on}") as progress:
+            for samples in self.batches:
+                found.append(embed_pictures(self.clip, list(self._decoded(samples))))
+                progress(len(samples.captions))
+        return np.concatenate(found)
 
     def _drawn_embeddings(self, width: Width) -> tuple[np.ndarray, float]:
         """Embeddings of one picture for each held-out caption, and seconds per picture."""
         assert self.clip is not None
         found, seconds, first = [], 0.0, self.settings.seed or 0
-        with tqdm(total=self.count, desc=width.name, unit="picture", leave=False) as bar:
+        with picture_bar(self.count, width.name) as progress:
             for samples in self.batches:
                 started = time.perf_counter()
                 pictures = self.model.draw(
@@ -155,7 +153,7 @@ class Measurement:
                     settings=self._sized(samples),
                     share=width.share,
                     batch_size=self.batch_size,
-                    progress=bar.update,
+                    progress=progress,
                 )
                 seconds += time.perf_counter() - started
                 first += len(pictures)
@@ -177,6 +175,7 @@ class Measurement:
         results = {
             "settings": recorded,
             "pictures": self.count,
+            "measured_on": self.measured_on,
             "held_out_pictures": "decoded latents",
             "noise_levels": levels,
             "rows": [asdict(row) for row in rows],
@@ -223,10 +222,10 @@ class Measurement:
             samples = max(self.batches, key=lambda batch: len(batch.captions))
             prompts, settings = samples.captions[:COLUMNS], self._sized(samples)
             rows.append(self._decoded(replace(samples, latents=samples.latents[:COLUMNS])))
-            labels += [f"{HELD_OUT}: {prompt}" for prompt in prompts]
+            labels += [f"{self.measured_on}: {prompt}" for prompt in prompts]
         first = self.settings.seed or 0
         total = len(self.widths) * len(prompts)
-        with tqdm(total=total, desc="sheet", unit="picture", leave=False) as bar:
+        with picture_bar(total, "sheet") as progress:
             for width in self.widths:
                 rows.append(
                     self.model.draw(
@@ -235,7 +234,7 @@ class Measurement:
                         settings=settings,
                         share=width.share,
                         batch_size=self.batch_size,
-                        progress=bar.update,
+                        progress=progress,
                     )
                 )
                 labels += [f"{width.name}: {prompt}" for prompt in prompts]

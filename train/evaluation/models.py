@@ -1,14 +1,14 @@
 """Models to measure behind one interface: those of this project, and public ones."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import draw_pictures
+from mlx_snapgen.draw import decode_each, draw_pictures
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.pictures import to_uint8
+from mlx_snapgen.sampling import Progress
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.draw import draw_public
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -28,7 +28,7 @@ class MeasuredModel(Protocol):
     def autoencoder(self) -> Autoencoder: ...
 
     def losses(
-        self, batches: Iterable[Samples], shares: Sequence[float]
+        self, batches: Iterable[Samples], shares: Sequence[float], *, progress: Progress
     ) -> dict[float, list[float]]:
         """See `flow_losses`."""
         ...
@@ -41,7 +41,7 @@ class MeasuredModel(Protocol):
         settings: DrawSettings,
         share: float,
         batch_size: int,
-        progress: Callable[[int], object],
+        progress: Progress,
     ) -> np.ndarray:
         """See `draw_pictures`."""
         ...
@@ -55,11 +55,11 @@ class OwnModel:
         self.config, self.autoencoder = components.config, components.autoencoder
 
     def losses(
-        self, batches: Iterable[Samples], shares: Sequence[float]
+        self, batches: Iterable[Samples], shares: Sequence[float], *, progress: Progress
     ) -> dict[float, list[float]]:
         # The few-step LoRA, if the model has one, is off: the loss is that of the velocity.
         transformer, encoders = self.components.transformer, self.components.text_encoders
-        return flow_losses(transformer, encoders, batches=batches, shares=shares)
+        return flow_losses(transformer, encoders, batches=batches, shares=shares, progress=progress)
 
     def draw(self, prompts: Sequence[str], **settings: Any) -> np.ndarray:
         return draw_pictures(self.components, prompts, **settings)
@@ -72,9 +72,9 @@ class PublicModel:
         self.teacher, self.config, self.autoencoder = teacher, teacher.config, autoencoder
 
     def losses(
-        self, batches: Iterable[Samples], shares: Sequence[float]
+        self, batches: Iterable[Samples], shares: Sequence[float], *, progress: Progress
     ) -> dict[float, list[float]]:
-        found = teacher_losses(self.teacher, batches)
+        found = teacher_losses(self.teacher, batches, progress)
         return {share: found for share in shares}
 
     def draw(
@@ -85,15 +85,17 @@ class PublicModel:
         settings: DrawSettings,
         share: float,
         batch_size: int,
-        progress: Callable[[int], object],
+        progress: Progress,
     ) -> np.ndarray:
         settings, pictures = settings.resolved(self.config), []
         for start in range(0, len(prompts), batch_size):
             chunk = slice(start, start + batch_size)
             latents = draw_public(
-                self.teacher, prompts[chunk], seeds=seeds[chunk], settings=settings
+                self.teacher,
+                prompts[chunk],
+                seeds=seeds[chunk],
+                settings=settings,
+                progress=progress,
             )
-            decoded = [to_uint8(self.autoencoder.decode(one[None])) for one in latents]
-            pictures += decoded
-            progress(len(decoded))
+            pictures += decode_each(self.autoencoder, latents, progress)
         return np.concatenate(pictures)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.pictures import decibels
+from mlx_snapgen.sampling import DENOISING
 from train.data.trajectories import Trajectories
 from train.evaluation.previews import Previews
 from train.loop.trainer import Trainer
@@ -79,23 +80,28 @@ def compare(
     titles = ["width", "network", "velocity, dB", "latents, dB", *(["score"] if score else [])]
     lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
     named = {"float32": components.transformer} | dict(networks)
-    with tqdm(total=len(widths) * len(named), desc="comparison", leave=False) as bar:
+    total = len(widths) * len(named) * len(captions)
+    with picture_bar(total, "comparison") as progress:
+
+        def draw(share: float, network: EfficientDiT | None = None) -> mx.array:
+            return draw_latents(
+                components, captions, seeds=seeds, share=share, network=network, progress=progress
+            )
+
         for name, share in widths.items():
-            expected = draw_latents(components, captions, seeds=seeds, share=share)
+            expected = draw(share)
             for label, network in named.items():
                 line = [name, label, "", ""]
                 if network is not components.transformer:
                     velocity = velocity_psnr(network, held_out, widths={name: share})[name]
-                    found = draw_latents(
-                        components, captions, seeds=seeds, share=share, network=network
-                    )
+                    found = draw(share, network)
                     errors = np.array((found - expected).square().mean(axis=(1, 2, 3)))
                     latents = decibels(float(np.median(errors)), _range(expected))
                     line = [name, label, f"{velocity:.1f}", f"{latents:.1f}"]
                 if score:
                     line.append(score(dataclasses.replace(components, transformer=network), share))
                 lines.append(line)
-                bar.update()
+                progress(len(captions) * (1 - DENOISING))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

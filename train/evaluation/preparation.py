@@ -27,6 +27,8 @@ LONG_SHARD = 1800
 """Seconds."""
 MOST_ENLARGED = 0.1
 """Share of enlarged pictures above which there is a warning."""
+SHOWN_REASONS = 3
+"""Reasons for skipped pictures in the last line, the most frequent ones."""
 RESUME = "run the same command again to resume"
 
 
@@ -118,6 +120,12 @@ class Preparation:
             return
         self._describe(chunks, time.perf_counter() - started)
 
+    def changed(self) -> list[str]:
+        """The settings that the folder's set has with other values."""
+        then = read_object(self.folder / SETTINGS)
+        now = json.loads(json.dumps(self.settings))
+        return [name for name in now if then.get(name) != now[name]]
+
     def _check(self) -> None:
         """`UserError` if the folder has something else than the beginning of this set."""
         path = self.folder / SETTINGS
@@ -125,8 +133,7 @@ class Preparation:
             if self.folder.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
                 raise UserError(f"{self.folder} exists already: choose another name or delete it")
             return
-        then, now = read_object(path), json.loads(json.dumps(self.settings))
-        if changed := [name for name in now if then.get(name) != now[name]]:
+        if changed := self.changed():
             raise UserError(
                 f"{self.folder} holds an unfinished set with other {' and '.join(changed)}: give "
                 "the same options to resume it, or another --output"
@@ -276,7 +283,10 @@ class Preparation:
                 f"--min-side, or prepare them at a lower --resolution",
                 file=sys.stderr,
             )
-        reasons = [f"; {n:,} skipped: {reason}" for reason, n in counts.skipped.most_common(3)]
+        shown = counts.skipped.most_common(SHOWN_REASONS)
+        reasons = [f"; {n:,} skipped: {reason}" for reason, n in shown]
+        if more := counts.skipped.total() - sum(n for _, n in shown):
+            reasons.append(f"; {more:,} more skipped, see {folder}/skipped.jsonl")
         print(
             f"{folder} is complete: {plural(counts.total, 'picture')}, {_size(counts.bytes)}"
             + "".join(reasons)

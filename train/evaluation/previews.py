@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -40,7 +41,8 @@ class Previews:
         self.prompts, self.adapter = list(prompts), adapter
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        with trainer.averaged():
+        total = len(self.widths) * len(self.prompts)
+        with trainer.averaged(), picture_bar(total, "sample pictures") as progress:
             rows = [
                 draw_pictures(
                     self.components,
@@ -49,6 +51,7 @@ class Previews:
                     share=parse_width(name).share,
                     adapter=self.adapter,
                     batch_size=self.batch_size,
+                    progress=progress,
                 )
                 for name in self.widths
             ]

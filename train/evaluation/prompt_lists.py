@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mlx_snapgen.alpha import straight
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, parse_json, read_object, read_text, whole_file
 from mlx_snapgen.settings import DrawSettings
@@ -187,7 +187,7 @@ def draw_files(
             _write(output / name, text)
     missing = [file for file in listed.files if not (output / file.path).is_file()]
     total, left = (sum(len(f.seeds) for f in files) for files in (listed.files, missing))
-    with tqdm(total=total, initial=total - left, desc="drawing", unit="picture") as bar:
+    with picture_bar(total, "drawing", initial=total - left, leave=True) as progress:
         for files in _batches(missing, batch_size):
             pictures = model.draw(
                 [file.prompt for file in files for _ in file.seeds],
@@ -195,7 +195,7 @@ def draw_files(
                 settings=settings,
                 share=share,
                 batch_size=batch_size,
-                progress=bar.update,
+                progress=progress,
             )
             for file in files:
                 own, pictures = pictures[: len(file.seeds)], pictures[len(file.seeds) :]

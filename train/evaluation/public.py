@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.memory import BASE_BYTES
+from mlx_snapgen.cli.notices import announce, picture_bar
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import contact_sheet, to_uint8
-from mlx_snapgen.sampling import add_noise
+from mlx_snapgen.sampling import Progress, add_noise, last_step
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.draw import denoise_public
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -82,13 +83,20 @@ class PublicValidation:
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         self.network.checkpoint_blocks(False)
+        measured = sum(min(FIXED, len(latents)) for latents in self.data.latents)
         with trainer.averaged():
-            metrics = {"validation_loss": self.loss()}
-            latents = [self.draw(prompt, seed=k) for k, prompt in enumerate(self.prompts)]
+            with picture_bar(measured, "validation loss") as progress:
+                metrics = {"validation_loss": self.loss(progress)}
+            with picture_bar(len(self.prompts), "sample pictures") as progress:
+                latents = [
+                    self.draw(prompt, seed=k, progress=progress)
+                    for k, prompt in enumerate(self.prompts)
+                ]
         self.network.checkpoint_blocks()
         mx.clear_cache()
-        autoencoder = load_teacher_autoencoder(self.folder.path, self.folder.config)
-        pictures = [to_uint8(autoencoder.decode(x0))[0] for x0 in latents]
+        with announce("decoding the sample pictures ..."):
+            autoencoder = load_teacher_autoencoder(self.folder.path, self.folder.config)
+            pictures = [to_uint8(autoencoder.decode(x0))[0] for x0 in latents]
         if pictures:
             sheet = contact_sheet(pictures, self.prompts, columns=len(pictures))
             sheet.save(trainer.sample_path("previews"))
@@ -96,7 +104,7 @@ class PublicValidation:
         mx.clear_cache()
         return metrics
 
-    def loss(self) -> float:
+    def loss(self, progress: Progress = lambda count: None) -> float:
         """Mean squared error of the velocity, over pictures of each size and fixed noise."""
         errors = []
         for bucket, latents in enumerate(self.data.latents):
@@ -109,19 +117,27 @@ class PublicValidation:
                     x_t = add_noise(x0, eps, expand(t, x0))
                     v = self.network(x_t, t, some["text"], some["mask"])
                     errors.append(np.array(per_sample(v - (eps - x0))))
+                    progress(1 / LEVELS)
         return float(np.mean(np.concatenate(errors).astype(np.float64)))
 
-    def draw(self, prompt: Prompt, *, seed: int, steps: int | None = None) -> mx.array:
+    def draw(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int,
+        steps: int | None = None,
+        progress: Progress | None = None,
+    ) -> mx.array:
         """Latents (1, h, w, C) of a prompt, in the first size of the data.
 
         Args:
             steps: of the model's sampler; fewer give the estimate after them. None: all.
+            progress: see `last_step`.
         """
         drawn = denoise_public(
             self.teacher, self.data.condition(prompt), seeds=[seed], settings=self.settings
         )
-        *_, last = itertools.islice(drawn, steps)
-        return last.x0
+        return last_step(itertools.islice(drawn, steps), progress).x0
 
 
 def estimate_public(validation: PublicValidation, *, memory: int, accumulate: int) -> Estimate:

@@ -18,11 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, picture_bar
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.text_encoders.base import TextStates, encode_states
 from mlx_snapgen.pictures import from_uint8
-from mlx_snapgen.sampling import add_noise, get_noise
+from mlx_snapgen.sampling import Progress, add_noise, get_noise
 from mlx_snapgen.settings import Width
 from mlx_snapgen.teachers.base import Teacher
 from train.data.mixture import num_samples
@@ -83,6 +83,7 @@ def flow_losses(
     *,
     batches: Iterable[Samples],
     shares: Sequence[float],
+    progress: Progress | None = None,
 ) -> dict[float, list[float]]:
     """Mean squared error of the velocity at the noise levels (k + .5) / `NUM_LEVELS`.
 
@@ -105,17 +106,19 @@ def flow_losses(
         eps = _noise(samples)
         for share in shares:
             velocity = _velocity(transformer, text, mask, share=share)
-            sums[share] += _errors(velocity, x0, eps=eps)
+            sums[share] += _errors(velocity, x0, eps=eps, progress=progress, parts=len(shares))
         total += len(samples.captions)
     return {share: (errors / max(total, 1)).tolist() for share, errors in sums.items()}
 
 
-def teacher_losses(teacher: Teacher, batches: Iterable[Samples]) -> list[float]:
+def teacher_losses(
+    teacher: Teacher, batches: Iterable[Samples], progress: Progress | None = None
+) -> list[float]:
     """`flow_losses` of a teacher, without guidance."""
     sums, total = np.zeros(NUM_LEVELS), 0
     for samples in batches:
         velocity = partial(teacher.velocity, condition=teacher.encode(samples.captions))
-        sums += _errors(velocity, samples.latents, eps=_noise(samples))
+        sums += _errors(velocity, samples.latents, eps=_noise(samples), progress=progress)
         total += len(samples.captions)
     return (sums / max(total, 1)).tolist()
 
@@ -173,14 +176,27 @@ def _velocity(
     return lambda x_t, t: transformer(x_t.astype(text.dtype), t, text, mask, share=share)
 
 
-def _errors(velocity: Velocity, x0: mx.array, *, eps: mx.array) -> np.ndarray:
-    """Sum over a batch of the mean squared error of the velocity, at each noise level."""
+def _errors(
+    velocity: Velocity,
+    x0: mx.array,
+    *,
+    eps: mx.array,
+    progress: Progress | None = None,
+    parts: int = 1,
+) -> np.ndarray:
+    """Sum over a batch of the mean squared error of the velocity, at each noise level.
+
+    Args:
+        parts: calls of this function for each picture.
+    """
     sums = np.zeros(NUM_LEVELS)
     for k in range(NUM_LEVELS):
         sigma = (k + 0.5) / NUM_LEVELS
         v = velocity(add_noise(x0, eps, sigma), mx.full((len(x0),), sigma))
         error = (v.astype(mx.float32) - (eps - x0)).square().mean(axis=(1, 2, 3))
         sums[k] = error.sum().item()
+        if progress is not None:
+            progress(len(x0) / (NUM_LEVELS * parts))
     return sums
 
 
@@ -209,9 +225,14 @@ class FlowValidation:
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Metrics for the log: `validation_WIDTH`."""
         shares = [width.share for width in self.widths]
-        with trainer.averaged(), announce("measuring the validation loss ..."):
+        total = sum(len(samples.captions) for samples in self.batches)
+        with trainer.averaged(), picture_bar(total, "validation loss") as progress:
             losses = flow_losses(
-                self.transformer, self.encoders, batches=self.batches, shares=shares
+                self.transformer,
+                self.encoders,
+                batches=self.batches,
+                shares=shares,
+                progress=progress,
             )
         return {f"validation_{w.name}": float(np.mean(losses[w.share])) for w in self.widths}
 
@@ -253,7 +274,12 @@ def noise_seed(index: int, caption: str) -> int:
 
 
 def validation_losses(
-    components: Components, data: ValidationSet, *, share: float, batch_size: int = 32
+    components: Components,
+    data: ValidationSet,
+    *,
+    share: float,
+    batch_size: int = 32,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Mean squared error of the velocity at the noise levels (k + .5) / NUM_LEVELS."""
     sums = np.zeros(NUM_LEVELS)
@@ -264,5 +290,6 @@ def validation_losses(
             captions, components.text_encoders, transformer=components.transformer
         )
         velocity = _velocity(components.transformer, text, mask, share=share)
-        sums += _errors(velocity, data.latents[chosen], eps=data.noise[chosen])
+        latents, noise = data.latents[chosen], data.noise[chosen]
+        sums += _errors(velocity, latents, eps=noise, progress=progress)
     return (sums / len(data.captions)).tolist()

@@ -15,7 +15,7 @@ from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.checkpoint.module import cast, read_part
 from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, new_text_encoder
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -69,10 +69,13 @@ def public_encoder(source: str) -> Any:
     }
     values = _read(folder / "config.json")
     if str(values.get("model_type")) in ("gemma3", "gemma3_text"):
-        return load_source(folder, dataclasses.replace(_gemma_config(values), **reference))
+        with naming(folder / "config.json"):
+            config = _gemma_config(values)
+        return load_source(folder, dataclasses.replace(config, **reference))
     part = read_part(folder, "text_encoder_0")
     if part is not None:
-        config = from_dict(TextEncoderConfig, part.config)
+        with naming(folder / "config.json"):
+            config = from_dict(TextEncoderConfig, part.config)
         return load_source(folder, dataclasses.replace(config, **reference))
     encoder = clip.load_clip(folder)
     encoder.config = dataclasses.replace(encoder.config, **reference)

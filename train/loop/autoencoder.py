@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.checkpoint import model as checkpoint_model
 from mlx_snapgen.config import AutoencoderConfig
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object, whole_file
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -85,7 +85,8 @@ def kept_statistics(run: Path) -> dict[str, tuple[float, ...]] | None:
     if checkpoint is None or not (checkpoint / STATISTICS).is_file():
         return None
     values = read_object(checkpoint / STATISTICS)
-    config = from_dict(AutoencoderConfig, {n: values.get(n) for n in STATISTICS_FIELDS})
+    with naming(checkpoint / STATISTICS):
+        config = from_dict(AutoencoderConfig, {n: values.get(n) for n in STATISTICS_FIELDS})
     return {name: getattr(config, name) for name in STATISTICS_FIELDS}
 
 
@@ -110,4 +111,5 @@ def config_of(run: Path) -> AutoencoderConfig:
     values = recorded(run).get("autoencoder")
     if values is None and old.is_file():
         values = read_object(old)
-    return DEFAULT if values is None else from_dict(AutoencoderConfig, values)
+    with naming(run):
+        return DEFAULT if values is None else from_dict(AutoencoderConfig, values)

@@ -22,6 +22,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import (
     has_lock,
     lock_folder,
+    open_regular,
     read_text,
     save_tensors,
     whole_file,
@@ -190,14 +191,14 @@ def _flush(path: Path) -> None:
 
 def append_log(run_dir: Path, entry: dict) -> None:
     """Add a line to the run's log."""
-    with open(run_dir / LOG, "a") as f:
+    with open(run_dir / LOG, "a", opener=open_regular) as f:
         f.write(json.dumps(entry) + "\n")
 
 
 def read_log(run_dir: Path) -> list[dict]:
     """The run's log; an incomplete last line is ignored. `UserError` for a damaged one."""
     path = run_dir / LOG
-    lines = read_text(path).split("\n")[:-1] if path.is_file() else []
+    lines = read_text(path).split("\n")[:-1] if path.exists() else []
     entries = [_entry(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     return [entry for entry in entries if entry]
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_snapgen.checkpoint.model import Components, fuse_few_step, load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.model import (
+    Components,
+    check_few_step_width,
+    fuse_few_step,
+    load_pretrained,
+    save_pretrained,
+)
+from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.files import read_text
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file
@@ -21,6 +28,9 @@ def load_alone(folder: Path, widths: Sequence[str]) -> Components:
     """
     share = parse_width(widths[0]).share if len(widths) == 1 else None
     components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=True)
+    for width in widths:
+        if note := check_few_step_width(components, width):
+            write_line(f"note: {note}")
     fuse_few_step(components)
     config = dataclasses.replace(
         components.config, sampler=components.config.sampler_for(), few_step=None

@@ -15,8 +15,10 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.hub import BUILT_IN, find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
-from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, read_object, whole_file
+from mlx_snapgen.config import ModelConfig
+from mlx_snapgen.errors import UserError, naming
+from mlx_snapgen.files import expanded, open_regular, read_object, whole_file
+from mlx_snapgen.json_values import from_dict, to_dict
 from train.data.source import MAY_CHANGE
 from train.data.text import is_trained
 from train.loop.checkpoint import latest_checkpoint, load_ema, lock_run, writing
@@ -37,12 +39,26 @@ WORDS = {
     "index": "prepared pictures",
     "buckets": "shapes of pictures",
     "captions": "columns of captions",
+    "networks": "settings of the networks to train",
 }
 """Settings -> what a user calls them; others have their own names."""
+NETWORKS = "networks"
+"""Setting with the configs of the networks that are trained."""
+MODEL = "model"
+"""Setting with the model of a run; another path may have the same one."""
 OPTIONS = "options"
 """Setting with the options that a resumed run may change, which prints a line."""
 OTHERS = ("config.json", "index.json", "shards")
 """In folders of models and of prepared pictures, not of runs."""
+RUNS = {
+    "few_step": "train.kdmd",
+    "rank": "train.lora",
+    "average_bits": "train.palettes",
+    "autoencoder": "train.autoencoder",
+    "teacher_digest": "train.kd",
+    "mask_ratio": "train.flow",
+}
+"""Setting or option in the record of a run -> its command, the first that is there."""
 KEYS_OF_OTHERS = ("records_in_shard", "attention_modulation")
 """In settings.json of `train.prepare`, and of the prompt lists of `train.evaluate`."""
 BLOCK, BLOCKS = 1 << 14, 64
@@ -87,7 +103,9 @@ def claim(
                 f"{run_dir} holds a run with other {' and '.join(changed)}: give another "
                 "--run-dir, or delete it to start again"
             )
-        before, now = then.get(OPTIONS, {}), settings.get(OPTIONS, {})
+        before, now = (
+            {n: s[n] for n in (MODEL,) if n in s} | s.get(OPTIONS, {}) for s in (then, settings)
+        )
         if is_main and (new := [name for name in now if before.get(name, now[name]) != now[name]]):
             texts = [f"{name} {before[name]} -> {now[name]}" for name in new]
             print(f"resuming with other settings: {', '.join(texts)}", file=sys.stderr)
@@ -96,13 +114,37 @@ def claim(
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-def check_run_folder(run_dir: Path) -> None:
-    """`UserError` for a folder of something else, whose files a run would mix with its own."""
+def command_of(run_dir: Path) -> str | None:
+    """The command that trained a run; None if there is no run or no record of it."""
+    record = recorded(run_dir)
+    options = record.get(OPTIONS)
+    names = {*record, *(options if isinstance(options, dict) else ())}
+    if "model" in record:
+        names.discard("autoencoder")  # earlier versions of train.flow recorded theirs
+    return next((command for name, command in RUNS.items() if name in names), None)
+
+
+def check_no_run(folder: Path) -> None:
+    """`UserError` for a folder of a run, where something else is to be written."""
+    command = command_of(folder)
+    if command is not None or latest_checkpoint(folder) is not None:
+        what = "a training run" if command is None else f"a run of {command}"
+        raise UserError(f"{folder} holds {what}: give another folder")
+
+
+def check_run_folder(run_dir: Path, command: str) -> None:
+    """`UserError` for a folder of something else, whose files a run would mix with its own.
+
+    Args:
+        command: that trains in the folder, such as "train.flow".
+    """
     if latest_checkpoint(run_dir) is not None:
+        if command_of(run_dir) not in (None, command):
+            raise UserError(f"{run_dir} holds a run of {command_of(run_dir)}: give another folder")
         return
     found = next((name for name in OTHERS if (run_dir / name).exists()), None)
     path = run_dir / SETTINGS
-    if found is None and path.is_file() and any(key in read_object(path) for key in KEYS_OF_OTHERS):
+    if found is None and path.exists() and any(key in read_object(path) for key in KEYS_OF_OTHERS):
         found = SETTINGS
     if found is not None:
         raise UserError(f"{run_dir} holds no run, but {found} of something else: give a new folder")
@@ -127,8 +169,9 @@ def claim_training(
         options: see `OPTIONS`.
     """
     check_sizes(run_dir, trained)
-    used = {"model": model_reference(model), "model_name": model.config.name} | sampling
+    used = {MODEL: model_reference(model), "model_name": model.config.name} | sampling
     used |= {OPTIONS: options}
+    fixed = fixed | {NETWORKS: _describe_networks(model.config, run_dir)}
     claim(
         run_dir,
         source | used | fixed,
@@ -136,6 +179,22 @@ def claim_training(
         newer=fixed,
         unrecorded={"data": "stickers"},
     )
+
+
+def _describe_networks(config: ModelConfig, run_dir: Path) -> list[dict[str, Any]]:
+    """The configs of the networks to train, as the run recorded them if these are the same.
+
+    Configs of the same sizes may differ, such as in the number of heads.
+    """
+    configs = [config.transformer, *(c for c in config.text_encoders if is_trained(c))]
+    before = recorded(run_dir).get(NETWORKS)
+    if isinstance(before, list) and len(before) == len(configs):
+        # The same, also if they were recorded with fewer fields.
+        with naming(run_dir / SETTINGS):
+            found = [from_dict(type(c), d) for c, d in zip(configs, before, strict=True)]
+        if found == configs:
+            return before
+    return [to_dict(c) for c in configs]
 
 
 def check_sizes(run_dir: Path, trained: nn.Module) -> None:
@@ -190,7 +249,7 @@ def digest_path(path: Path) -> str:
 
 
 def _parts(path: Path, size: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         starts = range(0, size, BLOCK)
         if len(starts) > BLOCKS:
             starts = [k * (size - BLOCK) // (BLOCKS - 1) for k in range(BLOCKS)]
@@ -211,9 +270,7 @@ def recorded(run_dir: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    return read_object(path)
+    return read_object(path) if path.exists() else None
 
 
 def find_folder(path: Path) -> Path:

@@ -67,7 +67,7 @@ class Trainer:
         run_dir: folder of the run; created, or resumed from when it holds a checkpoint.
         arguments: step -> the `step` of the objective's gradients (one compilation for each).
         validate: called with the trainer after every checkpoint, only in the first process; may
-            write pictures to `sample_path`, and returns metrics to log.
+            write pictures to `sample_path`, and returns metrics to log. It shows its own progress.
         roles: groups of parameters, each with its own optimizer and gradient clip.
     """
 
@@ -92,6 +92,7 @@ class Trainer:
         self._history: dict[str, list[float]] = {}
         self._stop, self._signal = False, 0
         self._saving = threading.Lock()
+        self._bar: tqdm | None = None
         if mx.default_device() == mx.Device(mx.cpu):
             # The CPU backend's default cache of freed buffers is too small for a training step.
             mx.set_cache_limit(4 << 30)
@@ -196,7 +197,8 @@ class Trainer:
         finished = self.step >= self.config.steps
         if self.is_main:
             stopped = f"stopped at step {self.step}; {self._resume_hint()}"
-            print(f"{self.run_dir} is complete" if finished else stopped, file=sys.stderr)
+            more = f", with {self.step:,} steps" if self.step > self.config.steps else ""
+            print(f"{self.run_dir} is complete{more}" if finished else stopped, file=sys.stderr)
         return finished
 
     def _resume(self) -> None:
@@ -207,7 +209,8 @@ class Trainer:
             lock_run(self.run_dir)
             remove_partials(self.run_dir)
             if checkpoint:
-                self.load(checkpoint)
+                with self._doing(f"loading {checkpoint}"):
+                    self.load(checkpoint)
             plotted = is_plotted(self.run_dir)
             with writing(self.run_dir):
                 rewind_log(self.run_dir, self._is_kept)
@@ -229,7 +232,10 @@ class Trainer:
 
     def _loop(self) -> None:
         config = self.config
-        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.is_main)
+        # A run that is longer already has no bar.
+        hidden = not self.is_main or self.step > config.steps
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=hidden)
+        self._bar = None if hidden else bar
         started, steps = time.perf_counter(), 0
         agreed = False
         with bar:
@@ -262,6 +268,7 @@ class Trainer:
                     self._check_complete()
                     self._checkpoint()
                     started += time.perf_counter() - before
+        self._bar = None
         self._check_complete()
         self.save()
         # Wait for all: mpirun ends the job when one process ends, even if another still saves. A
@@ -327,22 +334,38 @@ class Trainer:
         validate = self.validate
         if validate is None:
             return
-        with (
-            announce(f"step {self.step}: validation and sample pictures ..."),
-            writing(self.run_dir),
-        ):
+        with writing(self.run_dir):
             metrics = self._again(lambda: validate(self))
-        # The line is also there without metrics, so that a resumed run can tell.
-        self._log(metrics)
+            if metrics:
+                self._log(metrics)
+            else:
+                self._validated.touch()
+
+    @property
+    def _validated(self) -> Path:
+        """File that tells a resumed run of a validation without metrics after this step."""
+        return self.run_dir / f"step_{self.step}" / "validated"
 
     def _is_validated(self) -> bool:
-        """Whether the log has the line of the validation after this step."""
+        """Whether the validation after this step is done."""
         lines = (entry for entry in read_log(self.run_dir) if entry["step"] == self.step)
-        return any(SECONDS not in entry for entry in lines)
+        return self._validated.exists() or any(SECONDS not in entry for entry in lines)
 
     def _plot(self) -> None:
-        with writing(self.run_dir):
+        with self._doing("drawing loss.png"), writing(self.run_dir):
             plot_log(self.run_dir)
+
+    @contextlib.contextmanager
+    def _doing(self, text: str) -> Iterator[None]:
+        """Show `text` behind the bar in the block; without a bar, as a line if it takes long."""
+        if self._bar is None:
+            with announce(f"{text} ..."):
+                yield
+            return
+        before = self._bar.postfix or ""
+        self._bar.set_postfix_str(f"{text} ...")
+        yield
+        self._bar.set_postfix_str(before)
 
     def save(self) -> None:
         """Write `step_N` whole or not at all, then prune old checkpoints.
@@ -358,7 +381,8 @@ class Trainer:
             "processes": self.group.size(),
             "history": self._history,
         }
-        with self._saving, writing(self.run_dir):
+        step = f"saving step_{self.step}"
+        with self._doing(step), self._saving, writing(self.run_dir):
             save_checkpoint(
                 self.run_dir, self._trees(), state=state, keep=self.config.keep_checkpoints
             )

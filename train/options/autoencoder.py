@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels
 from train.data.open import is_prepared
 from train.loop.autoencoder import DEFAULT, SIZES
 from train.options.common import (
@@ -36,7 +37,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add_run_dir(parser)
-    add_data(parser, resolution=str(RESOLUTION))
+    add_data(parser, resolution=str(RESOLUTION), prepared=False)
     add_number(parser, "--steps", 6000, "training steps")
     add_number(parser, "--batch-size", 32, "crops per micro-batch in each process")
     add_number(parser, "--accumulate", 1, "micro-batches per step in each process")
@@ -99,7 +100,8 @@ def parse() -> argparse.Namespace:
         raise UserError(
             "--init-from has its own sizes: omit --latent-channels, --channels and --factor"
         )
-    check_data(args, unit=UNIT)
+    check_data(args, unit=UNIT, bytes_per_pixel=3 * args.batch_size)
+    check_pixels(args.crop, args.crop, BYTES_PER_PIXEL * args.batch_size)
     for spec in args.data:
         if is_prepared(spec):
             raise UserError(f"--data: {spec} holds latents; give the pictures themselves")

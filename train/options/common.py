@@ -1,7 +1,8 @@
 """Options and checks that several commands share."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import Width, check_width, held_widths
+from train.data.open import is_stickers
 from train.loop.config import TrainingConfig
 from train.loop.run import check_run_folder
 
@@ -19,7 +21,7 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
     shown = f" (default: {default})" if default else ""
     parser.add_argument(
         "--run-dir",
-        type=_run_folder,
+        type=partial(_run_folder, command=parser.prog.split()[-1]),
         required=default is None,
         metavar="DIR",
         help="folder for the checkpoints, log.jsonl, loss.png and sample pictures; name the "
@@ -27,11 +29,11 @@ def add_run_dir(parser: argparse.ArgumentParser, *, default: str | None = None) 
     )
 
 
-def _run_folder(text: str) -> Path:
+def _run_folder(text: str, command: str) -> Path:
     try:
         folder = expanded(text)
         check_writable(folder)
-        check_run_folder(folder)
+        check_run_folder(folder, command)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return folder
@@ -145,6 +147,15 @@ def widths_of(args: argparse.Namespace, config: Description) -> list[Width]:
 def validation_batch(args: argparse.Namespace) -> int:
     """Pictures at a time after a checkpoint: no more than fit into the memory of a step."""
     return min(16, args.batch_size)
+
+
+def check_outside(option: str, folder: Path, *, sources: Iterable[str | Path]) -> None:
+    """`UserError` if the folder of an option is one of the folders of pictures, or inside one."""
+    for source in (expanded(source) for source in sources if not is_stickers(str(source))):
+        if not source.is_dir() or not folder.resolve().is_relative_to(source.resolve()):
+            continue
+        where = "has" if folder.resolve() == source.resolve() else f"is inside {source}, which has"
+        raise UserError(f"{option} {folder} {where} the pictures: give a folder elsewhere")
 
 
 def check_new(output: Path) -> None:

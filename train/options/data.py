@@ -11,10 +11,12 @@ import mlx.core as mx
 from mlx_snapgen.cli.options import finite_number, integer
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels
 from train.data.index import paths_of
-from train.data.open import SOURCES, open_data
+from train.data.open import PICTURES, SOURCES, open_data
+from train.data.readers.folder import check_template
 from train.data.selection import HELD_OUT, Filter, parse_captions
-from train.options.common import add_number
+from train.options.common import add_number, check_outside
 
 INDEX_FOLDER = "data-index"
 """Folder in a run's folder with the indexes of its pictures."""
@@ -22,12 +24,22 @@ MOST_SIDE = 2**14
 
 
 def add_data(
-    parser: argparse.ArgumentParser, *, required: bool = True, resolution: str = "the model's"
+    parser: argparse.ArgumentParser,
+    *,
+    required: bool = True,
+    resolution: str = "the model's",
+    prepared: bool = True,
 ) -> None:
-    """The options of `data_from`; `resolution` is what `--resolution` means by default."""
+    """The options of `data_from`.
+
+    Args:
+        resolution: what `--resolution` means by default.
+        prepared: whether the command takes folders of train.prepare.
+    """
+    sources = SOURCES if prepared else PICTURES
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data", nargs="+", required=required, metavar="SOURCE", help=f"pictures: {SOURCES}")
+    add("--data", nargs="+", required=required, metavar="SOURCE", help=f"pictures: {sources}")
     add(
         "--weights",
         nargs="+",
@@ -57,20 +69,8 @@ def add_selection(group: argparse._ActionsContainer, *, weights: bool = True) ->
     Args:
         weights: whether `--captions` takes weights.
     """
+    add_captions(group, weights=weights)
     add = group.add_argument
-    how = "with weights to choose one for each sample at random" if weights else "one or more"
-    add(
-        "--captions",
-        nargs="+",
-        metavar="COLUMN[=W]" if weights else "COLUMN",
-        help=f"columns of captions, {how} (default: the first)",
-    )
-    add(
-        "--caption-template",
-        metavar="TEXT",
-        help="caption of pictures in a folder that have none, with {} for the name of their "
-        "folder, such as 'a photo of a {}' (default: leave them out)",
-    )
     add_number(group, "--min-side", 1, "shortest side of a picture, in pixels")
     add_number(group, "--max-aspect", 4.0, "largest ratio of a picture's sides")
     add_number(group, "--min-caption", 1, "shortest caption, in characters")
@@ -86,6 +86,32 @@ def add_selection(group: argparse._ActionsContainer, *, weights: bool = True) ->
         HELD_OUT,
         "share of the pictures to keep for validation; sets of fewer than 100 pictures keep none",
     )
+
+
+def add_captions(group: argparse._ActionsContainer, *, weights: bool) -> None:
+    """`--captions`, which may take weights, and `--caption-template`."""
+    add = group.add_argument
+    how = "with weights to choose one for each sample at random" if weights else "one or more"
+    add(
+        "--captions",
+        nargs="+",
+        metavar="COLUMN[=W]" if weights else "COLUMN",
+        help=f"columns of captions, {how} (default: text or caption, or else the first)",
+    )
+    add(
+        "--caption-template",
+        metavar="TEXT",
+        help="caption of pictures in a folder that have none, with {} for the name of their "
+        "folder, such as 'a photo of a {}' (default: leave them out)",
+    )
+
+
+def check_captions(args: argparse.Namespace) -> None:
+    """`UserError` for invalid values of the options of `add_captions` without weights."""
+    check_template(args.caption_template)
+    parse_captions(args.captions or ())  # a column twice
+    if weighted := [text for text in args.captions or () if "=" in text]:
+        raise UserError(f"--captions {weighted[0]}: give the columns here, weights in training")
 
 
 def filter_from(args: argparse.Namespace) -> Filter:
@@ -106,10 +132,19 @@ def filter_from(args: argparse.Namespace) -> Filter:
     return Filter(args.min_side, args.max_aspect, args.min_caption, args.max_caption)
 
 
-def check_data(args: argparse.Namespace, *, unit: int) -> None:
-    """`UserError` for invalid values of the options of `add_data`."""
+def check_data(
+    args: argparse.Namespace, *, unit: int, bytes_per_pixel: float = BYTES_PER_PIXEL
+) -> None:
+    """`UserError` for invalid values of the options of `add_data`.
+
+    Args:
+        unit: sides of pictures are multiples of this.
+        bytes_per_pixel: that the command needs at least.
+    """
     filter_from(args)
     parse_captions(args.captions or ())
+    if (run_dir := getattr(args, "run_dir", None)) is not None:
+        check_outside("--run-dir", run_dir, sources=args.data or ())
     if args.weights is not None:
         if len(args.weights) != len(args.data or ()):
             given, wanted = len(args.weights), len(args.data or ())
@@ -118,6 +153,8 @@ def check_data(args: argparse.Namespace, *, unit: int) -> None:
             raise UserError("--weights must be above 0")
     if args.resolution is not None and args.resolution % unit:
         raise UserError(f"--resolution {args.resolution}: give a multiple of {unit} pixels")
+    if args.resolution is not None:
+        check_pixels(args.resolution, args.resolution, bytes_per_pixel)
 
 
 def picture_size(args: argparse.Namespace, source: Any, *, size: Size) -> Size:

@@ -22,6 +22,8 @@ from train.options.data import MOST_SIDE, add_data, filter_from
 
 LISTS = ("geneval", "dpg")
 STICKERS_ALONE = ("noun", "gallery")
+UNFINISHED = ".unfinished"
+"""File in an output while it is not complete."""
 
 
 def parse() -> argparse.Namespace:
@@ -42,8 +44,8 @@ def parse() -> argparse.Namespace:
         "-o",
         type=Path,
         metavar="DIR",
-        help="folder for tables and sheets; must not exist, or for --geneval and --dpg be that of "
-        "the interrupted command (default: none, print a table)",
+        help="folder for tables and sheets; must not exist, or be that of the interrupted command, "
+        "which --geneval and --dpg resume (default: none, print a table)",
     )
     add_model_widths(parser, default=None)
     add("--lora", type=Path, metavar="FILE", help="merge this LoRA of train.lora (default: none)")
@@ -172,7 +174,7 @@ def _check(args: argparse.Namespace) -> None:
         if len(args.model_widths or ()) > 1:
             raise UserError(f"{modes[0]} draws with one width: give one of --model-widths")
         check_writable(args.output)
-    elif args.output:
+    elif args.output and not (args.output / UNFINISHED).exists():
         check_new(args.output)
     if args.is_stickers:
         needs_data = [name for name in ("clip", "prompts_file") if getattr(args, name) is not None]

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
+from mlx_snapgen.cli.options import (
+    Parser,
+    add_model,
+    add_model_widths,
+    finite_number,
+    guidance_scale,
+    integer,
+)
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.decode import Size
@@ -108,13 +115,15 @@ def parse() -> argparse.Namespace:
         f"(default: {source} off)",
     )
     add_model_widths(parser, default=None)
-    add_number(parser, "--steps", 2000, "iterations; each trains the critic")
+    add_number(
+        parser, "--steps", 2000, "iterations, at least --student-every; each trains the critic"
+    )
     add_number(parser, "--student-every", 5, "train the student once every N iterations")
     add_number(parser, "--batch-size", 32, "prompts per micro-batch in each process")
     add_number(parser, "--accumulate", 1, "micro-batches per iteration in each process")
     add(
         "--guidance",
-        type=finite_number,
+        type=guidance_scale,
         metavar="G",
         help="guidance scale of the teacher (default: the model's)",
     )
@@ -140,6 +149,11 @@ def parse() -> argparse.Namespace:
     check_new_lora(args.output)
     check_at_least(args, 1, "steps", "student_every", "batch_size", "accumulate", "rank")
     check_at_least(args, 1, "checkpoint_every")
+    if args.steps < args.student_every:
+        raise UserError(
+            f"--steps {args.steps} never trains the student, whose turn is every "
+            f"{args.student_every} iterations: give at least --steps {args.student_every}"
+        )
     check_at_least(args, 0, "seed", "guidance")
     check_at_most(args, MOST_RANK, "rank")
     check_learning_rate(args.learning_rate)

@@ -15,6 +15,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 from mlx_snapgen.settings import check_size
 from mlx_snapgen.teachers.config import TeacherConfig
+from train.loop.run import check_run_folder
 from train.options.common import (
     MOST_RANK,
     add_drop_caption,
@@ -25,6 +26,7 @@ from train.options.common import (
     check_at_least,
     check_at_most,
     check_new_lora,
+    check_outside,
     check_tuning,
 )
 
@@ -137,7 +139,10 @@ def parse(
     args = parser.parse_args(argv)
     name = expanded(args.data).resolve().name or "pictures"
     args.output = expanded(args.output or Path(f"{name}.safetensors"))
+    if args.run_dir is not None:  # the default may be inside: samples have no caption
+        check_outside("--run-dir", args.run_dir, sources=[args.data])
     args.run_dir = expanded(args.run_dir or Path("runs") / name)
+    check_run_folder(args.run_dir, "train.lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     check_tuning(args)
     check_at_least(args, 1, "accumulate", "rank")

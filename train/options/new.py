@@ -14,7 +14,7 @@ from mlx_snapgen.config import (
     TextEncoderConfig,
     TransformerConfig,
 )
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, naming, nearest
 from mlx_snapgen.files import check_new, expanded, read_json
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.presets import DC_AE, TRANSFORMERS, preset_autoencoder
@@ -25,6 +25,7 @@ from train.loop.autoencoder import STATISTICS_SEED
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.run import recorded
 from train.options.common import add_seed, check_at_least
+from train.options.data import add_captions, check_captions
 
 RESOLUTION = 256
 OWN = TextEncoderConfig(max_length=64)
@@ -135,6 +136,7 @@ def parse() -> argparse.Namespace:
         help="pictures to measure the latents of a run of train.autoencoder on, once for all "
         "models of the run (default: those that it was trained on)",
     )
+    add_captions(parser, weights=False)
     add(
         "--resolution",
         type=integer(1, 2**16),
@@ -155,6 +157,7 @@ def parse() -> argparse.Namespace:
     args.output = args.output or args.out
     check_new(args.output)
     check_at_least(args, 0, "seed")
+    check_captions(args)
     if not (args.text_encoders or args.tokenizer):
         raise UserError("a model needs a text encoder: give --text-encoder, --tokenizer or both")
     args.preset = _with_sizes(args, read_preset(args.preset))
@@ -213,10 +216,8 @@ def _read_transformer(path: Path) -> TransformerConfig:
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f'{path} must hold fields of TransformerConfig: {{"hidden_size": ...}}')
-    try:
+    with naming(path):
         return from_dict(TransformerConfig, values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _with_sizes(args: argparse.Namespace, preset: Preset) -> Preset:

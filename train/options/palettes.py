@@ -6,6 +6,7 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
+from train.loop.run import check_run_folder
 from train.options.common import (
     add_number,
     add_output,
@@ -61,6 +62,7 @@ def parse(description: str | None) -> argparse.Namespace:
     args = parser.parse_args()
     args.output = expanded(args.output)
     args.run_dir = expanded(args.run_dir or Path("runs") / args.output.name)
+    check_run_folder(args.run_dir, "train.palettes")
     check_tuning(args)
     check_at_least(args, 0, "score")
     if not 4 <= args.quantize <= 8:

@@ -8,15 +8,17 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
-from train.data.selection import parse_captions
+from mlx_snapgen.settings import check_pixels
+from train.loop.run import check_no_run
 from train.options.common import (
     MOST_SEED,
     TEACHER_HELP,
     add_number,
     add_teacher_source,
     check_at_least,
+    check_outside,
 )
-from train.options.data import add_resolution, add_selection, filter_from
+from train.options.data import add_resolution, add_selection, check_captions, filter_from
 
 SHARD_MEGABYTES = 256
 MOST_IN_SHARD = 2048
@@ -135,10 +137,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     filter_from(args)
-    parse_captions(args.captions or ())  # a column twice
-    if weighted := [text for text in args.captions or () if "=" in text]:
-        raise UserError(f"--captions {weighted[0]}: give the columns here, weights in training")
+    check_captions(args)
     check_at_least(args, 1, "batch_size", "shard_size")
+    if args.resolution is not None:
+        check_pixels(args.resolution, args.resolution)
     check_at_least(args, 0, "seed")
     if args.draw_with is None:
         if given := [name for name in FLAGS_OF_DRAWING if getattr(args, name) is not None]:
@@ -157,9 +159,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--draw-with draws with one teacher: leave out --teacher")
     if args.text_states and args.model is None:
         raise UserError("--text-states takes --model MODEL, whose text encoders they are")
-    for source in map(expanded, args.sources):
-        if source.is_dir() and args.output.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"--output {args.output} is inside {source}: write it elsewhere")
+    check_outside("--output", args.output, sources=args.sources)
+    check_no_run(args.output)
     check_writable(args.output)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.settings import Width
-from train.data.encoded import EncodedBatches, as_latents
+from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.settings import Width, machine_memory
+from train.data.encoded import EncodedBatches, as_latents, check_encoding
 from train.data.mixture import Prefetched, num_samples, sizes_in
 from train.data.prepared import describe_autoencoder
 from train.data.prompts import spread
 from train.data.text import KnownPrompts, is_trained
+from train.evaluation.memory import training_memory
 from train.evaluation.previews import previews_of
 from train.evaluation.validation import FlowValidation, held_out_batches
 from train.loop.config import TrainingConfig, warmup_of
@@ -212,7 +215,17 @@ def shares_of(args: argparse.Namespace) -> list[float]:
 def make_batches(
     args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> EncodedBatches:
-    """Batches of the data for a model, read ahead in the background."""
+    """Batches of the data for a model, read ahead in the background.
+
+    Raises:
+        UserError: the machine has too little memory for a batch.
+    """
+    size = picture_size(args, source, size=model.config.image_size)
+    if not prepared_parts(source):
+        side = round(math.sqrt(size[0] * size[1]))
+        with announce("measuring the autoencoder ..."):
+            check_encoding([autoencoder], side, batch_size=args.batch_size)
+    _check_training_memory(args, model, size)
     return EncodedBatches(
         as_latents(Prefetched(source), autoencoder),
         model.encoders,
@@ -222,6 +235,39 @@ def make_batches(
         absent=model.config.unconditional == "absent",
         noises_per_picture=args.noises_per_picture,
     )
+
+
+def _check_training_memory(
+    args: argparse.Namespace, model: TextToLatents, size: tuple[int, int]
+) -> None:
+    """A line if a step may need more memory than there is; `UserError` if it is twice as much.
+
+    Args:
+        size: (height, width) of the pictures in pixels.
+    """
+    config, factor = model.config, model.config.autoencoder.downsampling
+    own = sum(p.size for encoder in model.text_encoders for p in flat_parameters(encoder).values())
+    needed = training_memory(
+        config.transformer,
+        latents=(size[0] // factor, size[1] // factor),
+        batch_size=args.batch_size,
+        save_memory=args.save_memory,
+        sub_networks=args.sub_networks if len(args.model_widths) > 1 else 0,
+        text_tokens=sum(e.max_length for e in config.text_encoders),
+        text_parameters=own,
+        compute_bytes=training_config(args).dtype.size,
+        optimizer=args.optimizer,
+    )
+    memory = machine_memory()
+    text = (
+        f"a step takes about {needed / 2**30:.1f} GiB of memory, and this machine has "
+        f"{memory / 2**30:.1f}: choose a smaller --batch-size with --accumulate"
+        + ("" if args.save_memory else ", or --save-memory")
+    )
+    if needed > 2 * memory:
+        raise UserError(text)
+    if needed > memory and mx.distributed.init().rank() == 0:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def claim_run(

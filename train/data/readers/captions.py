@@ -1,7 +1,7 @@
 """Captions in text files and JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 FIRST = ("text", "caption")
@@ -32,8 +32,36 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return values
 
 
-def text_columns(values: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of a JSON object, the main caption first; "" if it has none."""
+def by_preference(names: Iterable[str]) -> list[str]:
+    """Columns of captions: those of `FIRST`, others named like them, and the rest in order."""
+    names = list(names)
+    main = [name for name in FIRST if name in names]
+    main += [name for name in names if any(word in name.lower() for word in FIRST)]
+    return list(dict.fromkeys([*main, *names]))
+
+
+def default_column(objects: Iterable[Mapping[str, Any]]) -> str:
+    """The column of the main caption in records that have none of `FIRST`.
+
+    The first of the file's records that has texts decides, so that all have the same column.
+    """
+    for values in objects:
+        if any(name in values for name in FIRST):
+            break
+        if texts := [name for name, text in values.items() if isinstance(text, str)]:
+            return by_preference(texts)[0]
+    return FIRST[0]
+
+
+def text_columns(
+    values: Mapping[str, Any], default: Callable[[], str] = lambda: FIRST[0]
+) -> dict[str, str]:
+    """The texts of a JSON object, the main caption first; "" if it has none.
+
+    Args:
+        default: the column of the main caption if it is none of `FIRST`.
+    """
     texts = {name: one_line(text) for name, text in values.items() if isinstance(text, str)}
-    main = next((name for name in FIRST if name in texts), FIRST[0])
+    named = any(name in values for name in FIRST)
+    main = next((name for name in FIRST if name in texts), FIRST[0] if named else default())
     return {main: texts.pop(main, "")} | texts

@@ -1,25 +1,33 @@
 """A folder of pictures, with subfolders.
 
 Captions come from `metadata.jsonl` files (lines of `file_name`, relative to the file's folder,
-`text` or `caption`, and any further texts), from a `.txt` beside a picture, or else from the name
+`text` or `caption`, and any further texts; without these two the first text of the file's first
+line is the main one), from a `.txt` beside a picture, or else from the name
 of the picture's folder and a template, as for ImageNet.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded
-from train.data.readers.captions import decode_text, one_line, parse_object, text_columns
+from mlx_snapgen.files import expanded, open_regular
+from train.data.readers.captions import (
+    decode_text,
+    default_column,
+    one_line,
+    parse_object,
+    text_columns,
+)
 from train.data.source import Record, Skipped
 
 METADATA = "metadata.jsonl"
@@ -50,10 +58,12 @@ class PictureFolderRecords:
     def __init__(self, folder: Path, *, template: str | None = None, pictures_only: bool = False):
         self.folder, self.template = expanded(folder), template
         self.pictures_only = pictures_only
+        # `os.path.join` would take a tenth of the time of an index.
+        self._root = os.path.join(self.folder, "")
+        self._default = functools.cache(self._default_column)
         if not self.folder.is_dir():
             raise UserError(f"no folder {folder}: give one with pictures and their captions")
-        if template is not None and template.count("{}") != 1:
-            raise UserError(f"--caption-template '{template}': put {{}} where the name belongs")
+        check_template(template)
 
     def count(self) -> int:
         """See `RecordSource`."""
@@ -67,7 +77,7 @@ class PictureFolderRecords:
     def at(self, place: Sequence[Any], *, captions_only: bool = False) -> Record | Skipped:
         """See `RecordSource`."""
         name = str(place[0])
-        path = os.path.join(self.folder, name)
+        path = self._root + name
         key = f"{name}#{place[3]}" if len(place) == 4 and place[3] else name
         if not os.path.isfile(path):
             named = f"named in {place[1]}, but not there" if len(place) == 4 else ""
@@ -96,10 +106,10 @@ class PictureFolderRecords:
         """See `RecordSource`."""
         state = hashlib.blake2b(digest_size=16)
         for folder, names in self._walk(lambda _: None):
-            absolute = os.path.join(self.folder, folder)
+            absolute = os.path.join(self._root, folder, "")
             for name in names:
                 try:
-                    info = os.stat(os.path.join(absolute, name))
+                    info = os.stat(absolute + name)
                 except OSError:
                     continue
                 time = f" {info.st_mtime_ns}" if times else ""
@@ -113,17 +123,28 @@ class PictureFolderRecords:
 
     def _captions(self, place: Sequence[Any]) -> dict[str, str] | None:
         if len(place) == 4:
-            with open(self.folder / place[1], "rb") as file:
+            with open(self.folder / place[1], "rb", opener=open_regular) as file:
                 file.seek(place[2])
                 values = parse_object(file.readline())
-            return text_columns({k: v for k, v in values.items() if k != NAME})
+            return text_columns(_without_name(values), lambda: self._default(place[1]))
         if len(place) == 2:
-            return {"text": decode_text(_read(os.path.join(self.folder, place[1])))}
+            return {"text": decode_text(_read(self._root + place[1]))}
         name = Path(place[0]).parent.name
         if self.template is None or not name:
             return None
         name = one_line(name.replace("_", " ").replace("-", " "))
         return {"text": one_line(self.template.replace("{}", name))}
+
+    def _default_column(self, metadata: str) -> str:
+        """See `default_column`, of a metadata file."""
+
+        def objects(file) -> Iterator[dict[str, Any]]:
+            for line in filter(bytes.strip, file):
+                with contextlib.suppress(ValueError):
+                    yield _without_name(parse_object(line))
+
+        with open(self.folder / metadata, "rb", opener=open_regular) as file:
+            return default_column(objects(file))
 
     def _walk(self, failed: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
         """(relative folder, sorted names of its files); hidden ones are left out."""
@@ -153,6 +174,7 @@ class PictureFolderRecords:
 
     def _unnamed(self, folder: str, names: list[str]) -> Iterator[Entry]:
         """The entries of a folder's pictures that are not in the metadata."""
+        start = os.path.join(folder, "") if folder else ""
         stems = {name: os.path.splitext(name) for name in names}
         texts = {_stem(stem): name for name, (stem, end) in stems.items() if end.lower() == ".txt"}
         pictures = {_stem(s) for s, end in stems.values() if end.lower() in SUFFIXES}
@@ -163,9 +185,9 @@ class PictureFolderRecords:
                 captioned = text not in (None, name) and _stem(stem) not in pictures
                 if not captioned or end.lower() in (".json", ".jsonl"):
                     continue
-            path = os.path.join(folder, name)
+            path = start + name
             if not self._is_named(path):
-                yield (path,) if text is None else (path, os.path.join(folder, text))
+                yield (path,) if text is None else (path, start + text)
 
     def _is_named(self, path: str) -> bool:
         if not len(self._named):
@@ -186,7 +208,7 @@ class PictureFolderRecords:
                 continue
             name = os.path.join(folder, METADATA)
             try:
-                with open(self.folder / name, "rb") as file:
+                with open(self.folder / name, "rb", opener=open_regular) as file:
                     yield from self._lines(folder, name, file)
             except OSError as error:
                 raise UserError(f"cannot read {self.folder / name}: {error.strerror}") from None
@@ -224,9 +246,20 @@ class PictureFolderRecords:
         return os.path.relpath(path, self.folder)
 
 
+def check_template(template: str | None) -> None:
+    """`UserError` for a template of captions without {}."""
+    if template is not None and template.count("{}") != 1:
+        raise UserError(f"--caption-template '{template}': put {{}} where the name belongs")
+
+
+def _without_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != NAME}
+
+
 def _read(path: str, most: int = -1) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(most)
+    # Of small files, buffers take as long as all else.
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
+        return file.read(most) or b""
 
 
 def _stem(name: str) -> str:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlx_snapgen.errors import UserError, nearest
-from train.data.readers.captions import FIRST, one_line
+from mlx_snapgen.files import check_regular
+from train.data.readers.captions import by_preference, one_line
 from train.data.readers.tars import file_hash, short_names
 from train.data.source import Record, Skipped
 
@@ -127,9 +128,7 @@ class ParquetRecords:
         if not texts and not self.pictures_only:
             raise UserError(f"{path} has no column of texts; its columns: {there}")
         chosen = list(dict.fromkeys(_base(name, texts) for name in self.columns))
-        main = [name for name in FIRST if name in texts]
-        main += [name for name in texts if any(word in name.lower() for word in FIRST)]
-        return [(named or pictures)[0], *(chosen or dict.fromkeys([*main, *texts]))]
+        return [(named or pictures)[0], *(chosen or by_preference(texts))]
 
     def _group(
         self, number: int, file: Any, group: int, *, first: int, columns: list[str]
@@ -256,6 +255,7 @@ def _has_texts(kind: Any) -> bool:
 def _open(path: Path) -> Any:
     """A parquet file; `UserError` if it cannot be read."""
     try:
+        check_regular(path)
         return pq.ParquetFile(path, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
         why = " ".join(str(error).split())

@@ -6,6 +6,7 @@ A sample has a picture (`.jpg`, `.png`, `.webp`, ...) and captions: in a `.txt`,
 such as `.short.txt` (column "short"), or in the texts of a `.json`.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -15,12 +16,19 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from mlx_snapgen.errors import UserError
-from train.data.readers.captions import decode_text, parse_object, text_columns
+from mlx_snapgen.files import open_regular
+from train.data.readers.captions import (
+    FIRST,
+    decode_text,
+    default_column,
+    parse_object,
+    text_columns,
+)
 from train.data.readers.folder import SUFFIXES
 from train.data.source import Record, Skipped
 
@@ -57,6 +65,7 @@ class TarRecords:
     def __init__(self, paths: Sequence[Path], *, pictures_only: bool = False):
         self.paths, self.pictures_only = list(paths), pictures_only
         self.names = short_names(self.paths)
+        self._default = functools.cache(self._default_column)
 
     def count(self) -> int | None:
         """See `RecordSource`."""
@@ -110,6 +119,19 @@ class TarRecords:
             return samples
         return _joined(samples, pictures_only=self.pictures_only)
 
+    def _default_column(self, number: int) -> str:
+        """See `default_column`, of a tar; texts in files of their own come before those in JSON."""
+        path = self.paths[number]
+
+        def objects() -> Iterator[dict[str, Any]]:
+            for sample in self._samples(path):
+                texts = [] if isinstance(sample, Skipped) else sample[1]
+                with contextlib.suppress(_Unreadable):
+                    main, others, values = _parsed(path, [m for m in texts if _is_text(m.name)])
+                    yield main or dict(list(others.items())[:1]) or values
+
+        return default_column(objects())
+
     def _check_order(self) -> None:
         if self.compressed:
             raise UserError(
@@ -127,7 +149,7 @@ class TarRecords:
         if not texts and not self.pictures_only:
             return Skipped(key, "no caption", together)
         try:
-            captions = _captions(path, texts)
+            captions = _captions(path, texts, lambda: self._default(number))
         except _Unreadable as error:
             return Skipped(key, str(error), f"{sample}.{error.suffix}")
         if not any(captions.values()) and not self.pictures_only:
@@ -180,15 +202,36 @@ class _Unreadable(Exception):
         self.suffix = suffix
 
 
-def _captions(path: Path, texts: Sequence[Member]) -> dict[str, str]:
-    """Captions in the members of a sample; the first is that of .txt, or else that of .json."""
-    main, others, listed = {}, {}, {}
+def _captions(path: Path, texts: Sequence[Member], default: Callable[[], str]) -> dict[str, str]:
+    """Captions in the members of a sample; the first is that of .txt, or else that of .json.
+
+    Args:
+        default: the first column if it is neither.
+    """
+    main, others, values = _parsed(path, texts)
+    listed = text_columns(values) if values else {}
+    ordered = (main, listed, others) if any(list(listed.values())[:1]) else (main, others, listed)
+    captions: dict[str, str] = {}
+    for part in ordered:
+        captions |= {name: text for name, text in part.items() if not captions.get(name)}
+    if not main and not any(name in values for name in FIRST):
+        first = default()
+        if first in captions or not others:
+            captions = {first: captions.get(first, ""), **captions}
+    return captions
+
+
+def _parsed(
+    path: Path, texts: Sequence[Member]
+) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
+    """Of the members of a sample: the caption in .txt, those in further texts, and the JSON."""
+    main, others, values = {}, {}, {}
     for text in texts:
         suffix = text.name
         try:
             data = _contents(path, text)
             if suffix == "json":
-                listed = text_columns(parse_object(data))
+                values = parse_object(data)
             elif suffix == "txt":
                 main["text"] = decode_text(data)
             else:
@@ -199,18 +242,14 @@ def _captions(path: Path, texts: Sequence[Member]) -> dict[str, str]:
             raise _Unreadable("damaged JSON", suffix) from None
         except OSError:
             raise _Unreadable("caption cannot be read", suffix) from None
-    ordered = (main, listed, others) if any(list(listed.values())[:1]) else (main, others, listed)
-    captions: dict[str, str] = {}
-    for part in ordered:
-        captions |= {name: text for name, text in part.items() if not captions.get(name)}
-    return captions
+    return main, others, values
 
 
 def _contents(path: Path, member: Member, *, most: int = -1) -> bytes:
     if member.data is not None:
         return member.data if most < 0 else member.data[:most]
     size = member.size if most < 0 else min(member.size, most)
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         file.seek(member.offset)
         found = file.read(size)
         while len(found) < size and (more := file.read(size - len(found))):
@@ -264,7 +303,10 @@ def _samples(path: Path) -> Iterator[Sample | Skipped]:
     members: list[Member] = []
     ending = None
     try:
-        with cast(IO[bytes], gzip.open(path) if _is_compressed(path) else open(path, "rb")) as file:
+        with (
+            open(path, "rb", opener=open_regular) as stored,
+            cast(IO[bytes], gzip.open(stored) if _is_compressed(path) else stored) as file,
+        ):
             for member in _members(file, seekable=not _is_compressed(path)):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")

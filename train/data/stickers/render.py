@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mlx_snapgen.alpha import straight
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, new_folder
+from mlx_snapgen.files import expanded, new_folder, read_bytes
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.vocabulary import NOTO, Collection, Noun
 
@@ -95,7 +95,7 @@ def _font(path: str | Path | None) -> ImageFont.FreeTypeFont:
     try:
         # Pass bytes, not the path: if Pillow cannot read a file, it silently uses an installed font
         # of the same name.
-        return ImageFont.truetype(io.BytesIO(path.read_bytes()), STRIKE)
+        return ImageFont.truetype(io.BytesIO(read_bytes(path, most=2**30)), STRIKE)
     except OSError as error:
         raise UserError(
             f"{path} holds no bitmaps of {STRIKE} pixels ({error}); {OTHER_FONT}"

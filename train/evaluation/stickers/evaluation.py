@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.lora.adapters import lora_weights
@@ -129,10 +128,12 @@ class Evaluation:
             pictures = self._draw(prompts, width)
             seconds = (time.perf_counter() - started) / len(prompts)
             with (
-                announce(f"{width.name}: measuring the validation loss ..."),
+                picture_bar(validation_scenes, f"{width.name}: validation loss") as progress,
                 lora_weights(self.components.transformer, adapters),
             ):
-                losses = validation_losses(self.components, data, share=width.share)
+                losses = validation_losses(
+                    self.components, data, share=width.share, progress=progress
+                )
             finish(width.name, pictures, losses=losses, seconds=seconds)
         for name, pictures in self._ceilings(prompts):
             finish(name, pictures)
@@ -167,7 +168,7 @@ class Evaluation:
         """A contact sheet of single objects, drawn with the first width."""
         texts = gallery_prompts(GALLERY, self.num_nouns, collection=self.collection)
         first = self.settings.seed or 0
-        with tqdm(total=len(texts), unit="picture") as bar:
+        with picture_bar(len(texts), "gallery", leave=True) as progress:
             pictures = draw_pictures(
                 self.components,
                 texts,
@@ -175,7 +176,7 @@ class Evaluation:
                 settings=self.settings,
                 share=self.widths[0].share,
                 batch_size=self.batch_size,
-                progress=bar.update,
+                progress=progress,
             )
         with whole_file(path) as partial:
             contact_sheet(list(pictures), texts, COLUMNS).save(partial, "PNG")

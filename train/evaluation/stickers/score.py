@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, picture_bar
 from mlx_snapgen.draw import draw_pictures
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.vocabulary import with_article
@@ -70,7 +70,7 @@ def draw(
     """
     first, pictures = settings.seed or 0, []
     collection = collection_of(components)
-    with tqdm(total=len(prompts), desc=name, unit="picture", leave=False) as bar:
+    with picture_bar(len(prompts), name) as progress:
         for size, group in itertools.groupby(prompts, key=lambda prompt: prompt.scene.size):
             chosen = list(group)
             if len(collection.shapes) > 1:
@@ -82,7 +82,7 @@ def draw(
                 settings=settings,
                 share=share,
                 batch_size=batch_size,
-                progress=bar.update,
+                progress=progress,
             )
             pictures.extend(drawn)
     return pictures
