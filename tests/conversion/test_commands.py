@@ -53,7 +53,7 @@ def test_bad_arguments_are_one_line_before_heavy_libraries_are_imported(tmp_path
         check=True,
     )
     for name, (said, modules) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert said.startswith("UserError: ") and "\n" not in said, name
+        assert said.startswith(("UserError: ", "ModelError: ")) and "\n" not in said, name
         assert not HEAVY & set(modules), name
     assert not (tmp_path / "new").exists()
 

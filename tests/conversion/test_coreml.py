@@ -62,7 +62,7 @@ def test_a_resolution_is_one_number_or_two():
         (["--prompts-file", "no-such-file"], "cannot read no-such-file"),
         (["--height", "0"], "0 is below 1"),
         (["--chunks", "0"], "0 is below 1"),
-        (["--prompts-file", "/dev/null"], "/dev/null has no prompts"),
+        (["--prompts-file", "/dev/null"], "cannot read /dev/null: it is a device"),
         (["--prompts-file", str(ROOT / "LICENSE")], "add --quantize BITS"),
         (["--model-width", "tiny"], "transformer.safetensors is missing"),
     ],

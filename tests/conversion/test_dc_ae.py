@@ -107,7 +107,7 @@ def test_the_config_of_sana():
         ({"downsample_block_type": "pixel_unshuffle"}, "with downsample_block_type conv, as in"),
         ({"encoder_layers_per_block": [0, 4, 8, 2, 2, 2]}, "six resolutions with blocks"),
         ({"latent_channels": None}, "does not describe"),
-        ({"scaling_factor": 0}, "does not describe"),
+        ({"scaling_factor": 0}, "'scaling_factor' must not be 0"),
         ({"latent_channels": 0}, "'latent_channels' must be 1 to"),
         ({"decoder_block_out_channels": "123456"}, "'decoder_channels' must be a list"),
     ],

@@ -238,7 +238,7 @@ def test_bits_are_those_of_mlx_and_their_error_is_told(encoder, tmp_path, bits):
 def test_a_group_that_no_row_divides_by_is_told(encoder, tmp_path):
     write_clip(tmp_path / "in", encoder)
     how = {"bits": 4, "group_size": 512}
-    with pytest.raises(UserError, match="no matrix has rows that 512 divides"):
+    with pytest.raises(UserError, match="512 divides the rows of no matrix"):
         convert(find_source(str(tmp_path / "in")), tmp_path / "out", quantization=how)
 
 

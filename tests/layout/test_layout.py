@@ -41,7 +41,7 @@ FLOORS = {
         formats
         config public_config json_values files pictures sampling
         alpha description decode vocabulary
-        errors _blas _kernel_cache _version
+        errors _blas _interrupts _kernel_cache _version
     """,
     "mlx_snapgen.networks": """
         clip efficient_dit flux2 minit2i qwen_image z_image
@@ -81,6 +81,9 @@ FLOORS = {
     """,
     "mlx_snapgen.public": """
         first_use
+        estimate
+        files
+        description
         teachers
         convert
         kinds
