@@ -216,7 +216,7 @@ def lock_folder(folder: Path, *, shared: bool = False) -> bool:
         False if it is locked already.
 
     Raises:
-        OSError: no such folder.
+        OSError: no such folder, or another process has just deleted it.
     """
     folder = folder.resolve()
     if folder in _locks:
@@ -229,6 +229,10 @@ def lock_folder(folder: Path, *, shared: bool = False) -> bool:
         return False
     except OSError:
         pass
+    # Between the two calls, the one who had the lock may have deleted the folder.
+    if not folder.is_dir() or not os.path.samestat(os.fstat(lock), os.stat(folder)):
+        os.close(lock)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     _locks[folder] = lock
     return True
 

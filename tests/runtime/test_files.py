@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all; errors are one line."""
 
+import fcntl
 import os
 import re
 import stat
@@ -182,6 +183,21 @@ def locked_by_another(folder, how):
     command = [sys.executable, "-c", LOCK, str(folder), how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_folder_that_is_deleted_before_the_lock_is_not_locked(
+    empty_folder, monkeypatch, is_made_again
+):
+    def flock(*_):
+        empty_folder.rename(empty_folder.with_name("deleted"))
+        if is_made_again:
+            empty_folder.mkdir()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(FileNotFoundError):
+        lock_folder(empty_folder)
+    assert not has_lock(empty_folder)
 
 
 def test_a_lock_is_held_until_it_is_given_back(empty_folder):
