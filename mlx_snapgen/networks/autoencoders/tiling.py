@@ -97,8 +97,8 @@ def run_bands(
     """The rows of tiles of `run_stages`, from the top; evaluated.
 
     Args:
-        keep: do not free the rows of x that are no longer needed. Otherwise those that made a band
-            are freed when the next one is asked for.
+        keep: keep all rows of x. If false, a row is freed when no later band needs it, before the
+            next band is computed.
     """
     _, h, w, _ = x.shape
     # Margin that each stage's output needs, the last one's first.
