@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_snapgen.cli.notices import announce, peak_process_bytes
+from mlx_snapgen.cli.notices import announce, peak_process_bytes, write_line
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.inputs import fit_reference, read_picture
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
+from mlx_snapgen.prompt_check import too_long
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.draw import denoise_public
 from mlx_snapgen.teachers.flow import FlowTeacher
@@ -82,9 +83,16 @@ def sample(
         time_shift=schedule.time_shift(height * width // cell**2, count),
     )
     condition = teacher.encode([prompt])
+    assert teacher.prompts is not None
+    if cut := teacher.prompts.cut(prompt):
+        most = teacher.prompts.prompt_format.max_length
+        write_line(f"note: {too_long('prompt', cut, max_length=most)}")
     teacher.free_text_encoder()
-    latents = [autoencoder.encode(from_uint8(np.array(picture)[None])) for picture in fitted]
-    mx.eval(latents)
+    latents = []
+    for picture in fitted:
+        pixels = from_uint8(np.array(picture)[None])
+        latents.append(autoencoder.encode(pixels, in_tiles=True))
+        mx.eval(latents)
 
     x0 = mx.array(0.0)
     steps = denoise_public(teacher, condition, seeds=[seed], settings=settings, references=latents)

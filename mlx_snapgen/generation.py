@@ -354,7 +354,7 @@ class Pipeline(ABC):
                 # Colors times alpha, as in training.
                 picture = picture.convert("RGBA").convert("RGBa")
             pixels = from_uint8(np.array(picture)[None])
-            latents.append(encoder.encode(pixels))
+            latents.append(encoder.encode(pixels, in_tiles=True))
             mx.eval(latents)
         mx.clear_cache()
         if inputs.image is None:

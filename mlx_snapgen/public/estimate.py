@@ -123,10 +123,15 @@ def written(folder: Path) -> int:
 
 
 def _incomplete(folder: Path | None) -> int:
-    """Bytes of interrupted downloads of the repository whose snapshot is `folder`."""
+    """Bytes of interrupted downloads, which resume, of the repository whose snapshot is `folder`.
+
+    Their names are those of their blobs. With a random part besides, which newer versions of the
+    hub's client give them, they are what a killed process has left, and are not resumed.
+    """
     blobs = folder.parent.parent / "blobs" if folder is not None else None
     with suppress(OSError):
-        return sum(path.stat().st_size for path in blobs.glob("*.incomplete")) if blobs else 0
+        found = list(blobs.glob("*.incomplete")) if blobs else []
+        return sum(path.stat().st_size for path in found if "." not in path.stem)
     return 0
 
 

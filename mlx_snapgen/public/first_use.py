@@ -191,12 +191,18 @@ def _identity(path: Path, *, every: bool = False) -> str:
     """Hexadecimal digits that change with a file, or with the files of a folder.
 
     Args:
-        every: count hidden files and pictures, too, which no model needs.
+        every: count pictures and what is hidden, such as .git, too, which no model needs.
     """
     files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+    names = {p: p.relative_to(path) for p in files}
     if not every:
-        files = [p for p in files if not (p.name.startswith(".") or p.suffix.lower() in PICTURES)]
-    stats = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        files = [
+            p
+            for p, name in names.items()
+            if not any(part.startswith(".") for part in name.parts)
+            and p.suffix.lower() not in PICTURES
+        ]
+    stats = [[str(names[p]), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     identity = json.dumps([str(path.resolve()), stats])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 

@@ -13,19 +13,23 @@ from mlx_snapgen.inputs import MAX_REFERENCE, picture_size
 from mlx_snapgen.lora.files import lora_file
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.minit2i import MiniT2ITransformer
-from mlx_snapgen.settings import BYTES_PER_PIXEL, DrawSettings, ModelChoice, machine_memory
+from mlx_snapgen.settings import (
+    BYTES_PER_PIXEL,
+    DrawSettings,
+    ModelChoice,
+    has_memory,
+    machine_memory,
+)
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherFolder, TeacherNetwork, quantizable
 from mlx_snapgen.tensor_files import read_header
 
 GROUP_SIZE = 64
-DECODER_BYTES, DECODER_BYTES_PER_PIXEL, UNTILED_BYTES = 600 << 20, 1150, 1300 << 20
-"""Of the decoder with one tile; of a picture's widest features; and of a picture of one tile, which
-is decoded at once. FLUX.2's decoder, with 190 MiB of weights, took 1298 MiB at 256 pixels on the
-CPU, in float32, 845 at 512 and 1711 at 1024; Flux's takes the same."""
-ENCODER_BYTES_PER_PIXEL = 8000
-"""Of a picture to start from, while it is encoded at once. FLUX.2's encoder took 1952 MiB at 512
-pixels on the CPU, in float32."""
+CODER_BYTES, CODER_BYTES_PER_PIXEL, UNTILED_BYTES = 600 << 20, 1150, 1400 << 20
+"""Of an encoder or decoder with one tile; of a picture's widest features; and of a small picture,
+which runs at once. On the CPU, in float32, FLUX.2's decoder, with 190 MiB of weights, took 1298 MiB
+at 256 pixels, 845 at 512 and 1711 at 1024, and its encoder, with 131 MiB, 1398, 623 and 1468;
+Flux's are the same networks. Qwen-Image's encoder took 1098 at 1024."""
 ACTIVATIONS = 40
 """Numbers that a block has in memory, in hidden sizes per token. FLUX.2 klein, in 4 bits at 512
 pixels on the CPU, took 4475 MiB while denoising; the estimate is 4562. Three blocks with a mask at
@@ -73,14 +77,18 @@ class Sizes:
         kept = 0 if low_memory else self.network
         pictures = [kept + pixels * BYTES_PER_PIXEL]
         if self.has_autoencoder:
-            pictures = [
-                self.network + encoded * ENCODER_BYTES_PER_PIXEL,
-                kept + max(UNTILED_BYTES, DECODER_BYTES + pixels * DECODER_BYTES_PER_PIXEL),
-            ]
+            pictures = [kept + _coder_bytes(pixels)]
+            if encoded:
+                pictures.append(self.network + _coder_bytes(encoded))
         drawing = max(self.network + self.unpacked + tokens * self.token, *pictures)
         if keep_text_encoders:
             return BASE_BYTES + self.text + drawing
         return BASE_BYTES + max(self.text + self.unpacked, drawing)
+
+
+def _coder_bytes(pixels: int) -> int:
+    """Of encoding or decoding a picture."""
+    return max(UNTILED_BYTES, CODER_BYTES + pixels * CODER_BYTES_PER_PIXEL)
 
 
 def measure(
@@ -219,5 +227,5 @@ def check_sizes(
         choices.append("a smaller model")
     raise UserError(
         f"{config.name} at {width} x {height} needs about {needed / 2**30:.1f} GiB of "
-        f"memory, and this machine has {memory / 2**30:.1f}: choose {' or '.join(choices)}"
+        f"memory, and {has_memory()} {memory / 2**30:.1f}: choose {' or '.join(choices)}"
     )

@@ -58,6 +58,15 @@ def test_few_steps_draw_another_picture_without_guidance(folder, tmp_path):
         draw(folder, tmp_path / "x.png", "--few-step", "--guidance", "4")
 
 
+def test_a_prompt_that_is_cut_is_noted(folder, tmp_path, capsys):
+    rest = ["--height", "32", "--width", "32", "--steps", "1", "--output"]
+    prompt = "cat " * 300
+    sample_teacher.main([str(folder), prompt, *rest, str(tmp_path / "a.png")])
+    assert "note: the prompt is longer than" in capsys.readouterr().err
+    sample_teacher.main([str(folder), "a cat", *rest, str(tmp_path / "b.png")])
+    assert "longer than" not in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="must be multiples of 16"):
         sample_teacher.main(

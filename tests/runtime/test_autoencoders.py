@@ -1,4 +1,4 @@
-"""Decoders of public models: tiles, attention in pieces, inputs at the edge."""
+"""Autoencoders of public models: tiles, attention in pieces, inputs at the edge."""
 
 import dataclasses
 
@@ -12,7 +12,14 @@ from mlx_snapgen.networks.autoencoders.dc_ae import depthwise
 from mlx_snapgen.networks.autoencoders.qwen_image import QwenAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.autoencoders.tiling import Stage, run_stages
-from tests.tiny import DC_AE, FLUX2_AUTOENCODER, QWEN_AUTOENCODER, TAEHV, randomize
+from tests.tiny import (
+    DC_AE,
+    FLUX2_AUTOENCODER,
+    KL_AUTOENCODER,
+    QWEN_AUTOENCODER,
+    TAEHV,
+    randomize,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,39 @@ def test_layers_in_tiles_hold_the_features_of_one_picture():
     layers = {"norm": decoder.conv_norm_out, "conv": decoder.conv_out}
     layerwise.run_layers(decoder.up_blocks, x, tile=16, **layers)
     assert mx.get_peak_memory() - before < 1.3 * (320 * 192 * 64 * 4)
+
+
+@pytest.mark.parametrize("config", [QWEN_AUTOENCODER, KL_AUTOENCODER, FLUX2_AUTOENCODER])
+@pytest.mark.parametrize("tile", [7, 16])
+def test_encoding_in_tiles_equals_encoding_at_once(monkeypatch, config, tile):
+    monkeypatch.setattr(layerwise.TiledEncoder.in_tiles, "__kwdefaults__", {"tile": tile})
+    model = randomize(make_autoencoder(config), 0)
+    pictures = mx.random.normal((2, 48, 80, 3), key=mx.random.key(1))
+    whole, tiled = (np.array(model.encode(pictures, in_tiles=each)) for each in (False, True))
+    np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_encoding_in_tiles_holds_the_features_of_two_layers():
+    """Those that a block adds to, and those that it computes."""
+    encoder = randomize(make_autoencoder(FLUX2_AUTOENCODER), 0).encoder
+    pictures = mx.zeros((1, 320, 192, 3))
+    mx.eval(pictures)
+    peaks = []
+    for encode in (encoder, lambda x: encoder.in_tiles(x, tile=16)):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(encode(pictures))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 2.6 * (320 * 192 * 32 * 4) < 0.4 * peaks[0]
+
+
+@pytest.mark.parametrize("config", [TAEHV, DC_AE])
+def test_an_encoder_without_tiles_encodes_at_once(config):
+    model = randomize(make_autoencoder(config), 0)
+    pictures = mx.random.normal((1, 64, 64, 3), key=mx.random.key(1))
+    whole, tiled = (model.encode(pictures, in_tiles=each) for each in (False, True))
+    assert mx.array_equal(whole, tiled)
 
 
 def test_latents_of_flux2_are_normalized_in_patches():

@@ -136,7 +136,7 @@ def test_less_memory_is_estimated_and_offered(folders, monkeypatch):  # noqa: F8
     assert config.few_step == LIGHTNING and config.transformer == TEACHER.transformer
     sizes = memory.Sizes(network=8 << 30, text=0, unpacked=0, token=0, unit=16)
     most, least = (sizes.peak(1024, 1024, low_memory=low) for low in (False, True))
-    assert most - least == memory.DECODER_BYTES + 1024**2 * memory.DECODER_BYTES_PER_PIXEL
+    assert most - least == memory.CODER_BYTES + 1024**2 * memory.CODER_BYTES_PER_PIXEL
     small = sizes.peak(256, 256), sizes.peak(256, 256, low_memory=True)
     assert small[0] - small[1] == memory.UNTILED_BYTES
     monkeypatch.setattr(memory, "measure_folder", lambda *_: sizes)

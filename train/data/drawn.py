@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
+from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.decode import Size
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
@@ -18,17 +19,25 @@ from mlx_snapgen.files import read_bytes
 from mlx_snapgen.formats import CONFIG, is_teacher
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.pictures import from_uint8, to_uint8
+from mlx_snapgen.prompt_check import PromptWarning, too_long
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.draw import draw_public
 from mlx_snapgen.teachers.folder import load_flow_teacher, load_teacher_config
-from train.data.preparation import CaptionEncoder, Chunk, Encoder, half, make_samples
+from train.data.preparation import CaptionEncoder, Chunk, Encoder, Measured, half, make_samples
 from train.data.shards import Sample
 from train.data.source import TEACHER
 
+SHORT = 30.0
+"""Seconds of a first batch after which the estimate is made of a second one."""
+
 Draw = Callable[[Sequence[str], Sequence[int]], mx.array]
 """Prompts and seeds -> latents (B, h, w, C)."""
+Cut = Callable[[str], Iterable[tuple[str, int]]]
+"""A prompt -> its end that a text encoder ignores, "" if none, and the tokens of that encoder."""
+MOST_NOTED = 10
+"""Prompts with a line about their end."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,21 @@ class DrawnSet:
         """Number of pictures."""
         return len(self.prompts) * self.per_prompt
 
-    def measure(self, chunk: int) -> tuple[list[Sample], float]:
-        """Samples of the first batch of a chunk, which are kept, and the seconds that they take."""
+    def measure(self, chunk: int) -> Measured:
+        """Of the first batch of a chunk, or of the second if the first is short; both are kept."""
         begin = chunk * self.chunk_size % self.count()
+        seconds = self._keep(begin)
+        following = self._stop(begin)
+        if seconds < SHORT and following < self.count() and following % self.chunk_size:
+            # Most of the first one may be what is compiled or loaded.
+            begin, seconds = following, self._keep(following)
+        return Measured(self._kept[begin], seconds / len(self._kept[begin]))
+
+    def _keep(self, begin: int) -> float:
+        """Draw the batch that begins with this picture; returns the seconds."""
         started = time.perf_counter()
         self._kept[begin] = self._samples(begin, self._stop(begin))
-        return self._kept[begin], time.perf_counter() - started
+        return time.perf_counter() - started
 
     def pixels(self, keys: Collection[str]) -> dict[str, np.ndarray]:
         """There are no originals."""
@@ -167,8 +185,13 @@ def open_drawing(
             return draw_public(teacher, prompts, seeds=seeds, settings=wanted)
 
         states = teacher_states(teacher, config.transformer.text_dims)
-        return draw_with_teacher, Teacher(states, autoencoder, teacher_settings(folder))
+        found: Any = teacher.prompts
+        most = found.prompt_format.max_length
+        draw = with_notes(draw_with_teacher, lambda prompt: [(found.cut(prompt), most)])
+        return draw, Teacher(states, autoencoder, teacher_settings(folder))
     components = load_pretrained(folder)
+    if components.transformer.is_untrained:
+        write_line(f"warning: {folder} is not trained yet: it draws noise")
     settings = DrawSettings(
         height=size[0],
         width=size[1],
@@ -181,7 +204,30 @@ def open_drawing(
     def draw_with_model(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
         return draw_latents(components, prompts, seeds=seeds, settings=settings)
 
-    return draw_with_model, Teacher(states, components.autoencoder, teacher_settings(folder))
+    tokenizers = [encoder.tokenizer for encoder in components.text_encoders if encoder]
+    draw = with_notes(draw_with_model, lambda p: [(t.cut(p), t.max_length) for t in tokenizers])
+    return draw, Teacher(states, components.autoencoder, teacher_settings(folder))
+
+
+def with_notes(draw: Draw, cut: Cut) -> Draw:
+    """`draw`, and a line on stderr about each of the first prompts that are too long."""
+    seen: set[str] = set()
+    noted = 0
+
+    def draw_and_note(prompts: Sequence[str], seeds: Sequence[int]) -> mx.array:
+        nonlocal noted
+        for prompt in prompts:
+            lines = [] if prompt in seen else [(end, most) for end, most in cut(prompt) if end]
+            seen.add(prompt)
+            for end, most in lines if noted < MOST_NOTED else []:
+                problem = too_long("prompt", end, max_length=most)
+                write_line(f"note: {PromptWarning(problem, prompt)}")
+            noted += bool(lines)
+            if lines and noted == MOST_NOTED:
+                write_line("note: no more lines about prompts that are too long")
+        return draw(prompts, seeds)
+
+    return draw_and_note
 
 
 def _public_settings(

@@ -50,7 +50,8 @@ class PublicPictures:
         for bucket in pictures.buckets:
             encoded = []
             for example in bucket:
-                encoded.append(autoencoder.encode(from_uint8(example.pixels[None])))
+                pixels = from_uint8(example.pixels[None])
+                encoded.append(autoencoder.encode(pixels, in_tiles=True))
                 # One at a time: encoders need much memory.
                 mx.eval(encoded)
             self.latents.append(mx.concatenate(encoded))

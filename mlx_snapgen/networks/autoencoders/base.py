@@ -23,10 +23,14 @@ class Autoencoder(nn.Module):
         self.encoder: Any = encoder
         self.decoder: Any = decoder
 
-    def encode(self, pictures: mx.array) -> mx.array:
+    def encode(self, pictures: mx.array, *, in_tiles: bool = False) -> mx.array:
         """Pictures (B, H, W, 3) in [-1, 1] -> normalized latents (B, H/f, W/f, C).
 
         f is `config.downsampling`.
+
+        Args:
+            in_tiles: encode a large picture in tiles if the encoder can (see `TiledEncoder`). This
+                takes less memory, and cannot be compiled or differentiated.
 
         Raises:
             UserError: the height or width is no multiple of f.
@@ -35,7 +39,8 @@ class Autoencoder(nn.Module):
         if h % self.config.downsampling or w % self.config.downsampling:
             factor = self.config.downsampling
             raise UserError(f"a picture of {h}x{w} pixels does not divide by {factor}")
-        mean, _ = self.encoder(pictures)
+        encoder = getattr(self.encoder, "in_tiles", self.encoder) if in_tiles else self.encoder
+        mean, _ = encoder(pictures)
         return self.normalize(mean)
 
     def decode(self, latents: mx.array) -> mx.array:

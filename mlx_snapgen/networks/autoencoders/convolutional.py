@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
+from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 
 
 class ResidualBlock(nn.Module):
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
                 x = self[_down(i)](space_to_depth(x, 2))
             for block in self[f"blocks{i}"]:
                 x = block(x)
-        mean, log_var = mx.split(self.out(x), 2, axis=-1)
+        mean, log_var = split(self.out(x), 2, axis=-1)
         return mean, mx.clip(log_var, -12.0, 4.0)
 
 

@@ -18,7 +18,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, upsample
 from mlx_snapgen.networks.exponentials import silu
-from mlx_snapgen.networks.layers import pack, unpack
+from mlx_snapgen.networks.layers import pack, split, unpack
 
 LEVELS = 6
 """Resolutions, from the picture's to 1/32 of it."""
@@ -156,7 +156,7 @@ class GatedConv(nn.Module):
         self.norm = RMSNorm(channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h, gate = mx.split(self.conv_depth(silu(self.conv_inverted(x))), 2, axis=-1)
+        h, gate = split(self.conv_depth(silu(self.conv_inverted(x))), 2, axis=-1)
         return x + self.norm(self.conv_point(h * silu(gate)))
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import KL, KLDecoder
-from mlx_snapgen.networks.autoencoders.residual import Encoder
+from mlx_snapgen.networks.autoencoders.layerwise import TiledEncoder
 from mlx_snapgen.networks.layers import pack, unpack
 from mlx_snapgen.networks.rope import token_grid
 
@@ -22,7 +22,7 @@ class Flux2Autoencoder(Autoencoder):
     """`AutoencoderConfig.kind` "flux2"; latents have an even height and width."""
 
     def __init__(self, config: AutoencoderConfig):
-        encoder, decoder = Encoder(config, family=FLUX2), KLDecoder(config, family=FLUX2)
+        encoder, decoder = TiledEncoder(config, family=FLUX2), KLDecoder(config, family=FLUX2)
         super().__init__(config, encoder=encoder, decoder=decoder)
 
     def normalize(self, latents: mx.array) -> mx.array:

@@ -8,8 +8,8 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.layerwise import run_layers
-from mlx_snapgen.networks.autoencoders.residual import Decoder, Encoder, Family
+from mlx_snapgen.networks.autoencoders.layerwise import TiledEncoder, run_layers
+from mlx_snapgen.networks.autoencoders.residual import Decoder, Family
 from mlx_snapgen.networks.autoencoders.tiling import TILE
 
 NUM_GROUPS = 32
@@ -50,5 +50,5 @@ class KLAutoencoder(Autoencoder):
     """`AutoencoderConfig.kind` "kl"."""
 
     def __init__(self, config: AutoencoderConfig):
-        encoder, decoder = Encoder(config, family=KL), KLDecoder(config, family=KL)
+        encoder, decoder = TiledEncoder(config, family=KL), KLDecoder(config, family=KL)
         super().__init__(config, encoder=encoder, decoder=decoder)

@@ -1,6 +1,6 @@
-"""Run the decoder of a family with group norms layer by layer, each layer in tiles.
+"""Run an encoder, or the decoder of a family with group norms, layer by layer, each in tiles.
 
-A group norm uses statistics of the whole picture, so the picture cannot be decoded tile by tile.
+A group norm uses statistics of the whole picture, so the picture cannot run tile by tile.
 But a norm with known statistics is a factor and an offset for each channel, and what is between two
 norms, a convolution, is local. The result is the same as at once, except for rounding.
 
@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.networks.autoencoders.residual import Level, ResidualBlock
-from mlx_snapgen.networks.autoencoders.tiling import Bands, Stage, run_bands
+from mlx_snapgen.networks.autoencoders.residual import Downsample, Encoder, Level, ResidualBlock
+from mlx_snapgen.networks.autoencoders.tiling import Bands, Stage, run_bands, spans
 from mlx_snapgen.networks.exponentials import silu
 
 TILE = 128
@@ -37,6 +37,45 @@ def run_layers(
     return mx.concatenate(list(_run_convolution(norm, conv, bands, tile=tile)), axis=1)
 
 
+class TiledEncoder(Encoder):
+    """An encoder that can also take large pictures in tiles."""
+
+    def in_tiles(self, pictures: mx.array, *, tile: int = TILE) -> tuple[mx.array, mx.array]:
+        """As a call, but evaluated: more than 2 x 2 tiles run layer by layer, in tiles.
+
+        Args:
+            tile: longest side of a tile, in pixels of a layer's input.
+        """
+        if max(pictures.shape[1:3]) <= 2 * tile:
+            return self(pictures)
+        x = Bands(run_bands([Stage(self.conv_in, 1, 1)], Bands([pictures]), tile=tile))
+        for level in self.down_blocks:
+            blocks: list[Any] = [level]
+            if isinstance(level, Level):
+                blocks = [*level.resnets, *level.get("downsamplers", [])]
+            for block in blocks:
+                if isinstance(block, Downsample):
+                    x = Bands(_halve(block, x, tile=tile))
+                else:
+                    x = _run_block(block, x, tile=tile)
+        return self.to_latents(x.part(0, x.bottom), in_turn=True)
+
+
+def _halve(block: Downsample, x: Bands, *, tile: int) -> Iterator[mx.array]:
+    """The rows of tiles of `block`, whose pixels need two of x and the next one; evaluated."""
+    _, h, w, _ = x.shape
+    for top, bottom in spans(h // 2, tile // 2):
+        row = []
+        for left, right in spans(w // 2, tile // 2):
+            # One row and one column more: no result depends on the padding that `block` adds.
+            row.append(block(x.part(2 * top, 2 * bottom + 1, 2 * left, 2 * right + 1)))
+            mx.eval(row[-1])
+        row = mx.concatenate(row, axis=2)
+        mx.eval(row)
+        yield row
+        x.free(2 * bottom)
+
+
 def _run_block(block: ResidualBlock, x: Bands, *, tile: int) -> Bands:
     shortcut = block.get("conv_shortcut")
     h, skip, out = Bands(), x if shortcut is None else Bands(), Bands()
@@ -53,12 +92,14 @@ def _run_convolution(
     norm: Any, conv: nn.Module, x: Bands, *, tile: int, keep: bool = False
 ) -> Iterator[mx.array]:
     """`conv(silu(norm(x)))` for a 3x3 convolution (see `run_bands`)."""
-    factor, offset = _as_factor_and_offset(norm, x, rows=max(1, tile**2 // x.shape[2]))
+    normalize = norm
+    if isinstance(norm, nn.GroupNorm):
+        factor, offset = _as_factor_and_offset(norm, x, rows=max(1, tile**2 // x.shape[2]))
 
-    def run(part: mx.array) -> mx.array:
-        return conv(silu(part * factor + offset))
+        def normalize(part: mx.array) -> mx.array:
+            return part * factor + offset
 
-    return run_bands([Stage(run, 1, 1)], x, tile=tile, keep=keep)
+    return run_bands([Stage(lambda x: conv(silu(normalize(x))), 1, 1)], x, tile=tile, keep=keep)
 
 
 def _as_factor_and_offset(norm: Any, x: Bands, *, rows: int) -> tuple[mx.array, mx.array]:

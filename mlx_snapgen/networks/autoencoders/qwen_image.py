@@ -10,7 +10,8 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.residual import Decoder, Encoder, Family
+from mlx_snapgen.networks.autoencoders.layerwise import TiledEncoder
+from mlx_snapgen.networks.autoencoders.residual import Decoder, Family
 
 
 def channel_norm(channels: int) -> nn.RMSNorm:
@@ -32,5 +33,5 @@ class QwenAutoencoder(Autoencoder):
     """`AutoencoderConfig.kind` "qwen-image"."""
 
     def __init__(self, config: AutoencoderConfig):
-        encoder, decoder = Encoder(config, family=QWEN), Decoder(config, family=QWEN)
+        encoder, decoder = TiledEncoder(config, family=QWEN), Decoder(config, family=QWEN)
         super().__init__(config, encoder=encoder, decoder=decoder)

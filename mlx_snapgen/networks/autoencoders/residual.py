@@ -13,7 +13,7 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, upsample
 from mlx_snapgen.networks.exponentials import silu
-from mlx_snapgen.networks.layers import attend
+from mlx_snapgen.networks.layers import attend, split
 
 MAX_SCORES = 2**26
 """Attention scores held at a time: 256 MiB in float32, where 2048 px would take 16 GiB."""
@@ -70,7 +70,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: mx.array, in_turn: bool = False) -> mx.array:
         b, h, w, c = x.shape
         qkv = self.to_qkv(self.norm(x)).reshape(b, 1, h * w, 3 * c)
-        q, k, v = mx.split(qkv, 3, axis=-1)
+        q, k, v = split(qkv, 3, axis=-1)
         rows = max(1, MAX_SCORES // (b * h * w))
         out = []
         for i in range(0, h * w, rows):
@@ -171,10 +171,15 @@ class Encoder(nn.Module):
         x = self.conv_in(pictures)
         for block in self.down_blocks:
             x = block(x)
-        x = self.conv_out(silu(self[self._last_norm](self.mid_block(x))))
+        return self.to_latents(x)
+
+    def to_latents(self, x: mx.array, in_turn: bool = False) -> tuple[mx.array, mx.array]:
+        """What comes after the last resolution; `in_turn` as in `AttentionBlock`."""
+        x = self.mid_block(x, in_turn=in_turn)
+        x = self.conv_out(silu(self[self._last_norm](x)))
         if "quant_conv" in self:
             x = self.quant_conv(x)
-        mean, log_var = mx.split(x, 2, axis=-1)
+        mean, log_var = split(x, 2, axis=-1)
         return mean, mx.clip(log_var, -30.0, 20.0)
 
 

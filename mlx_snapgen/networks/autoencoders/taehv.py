@@ -18,6 +18,7 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.tiling import TILE, Stage, run_stages, upsample
+from mlx_snapgen.networks.layers import split
 
 
 class Block(nn.Module):
@@ -126,7 +127,7 @@ class TinyDecoder(nn.Module):
         return x
 
     def _half(self, x: mx.array) -> mx.array:
-        frames = mx.split(self.grows[1](x), 2, axis=-1)
+        frames = split(self.grows[1](x), 2, axis=-1)
         frames = [self.ups[1](upsample(frame)) for frame in frames]
         return run_frames(self.blocks[2], frames)[1]
 

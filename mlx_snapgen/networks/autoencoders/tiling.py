@@ -1,4 +1,4 @@
-"""Run a convolutional decoder tile by tile, with the same result as on the whole picture.
+"""Run a convolutional network tile by tile, with the same result as on the whole picture.
 
 Tiles have a margin as wide as the network's receptive field. After each stage the margin is trimmed
 to what the following stages need. This removes the pixels that the cut has changed, so there are no
@@ -22,7 +22,7 @@ GiB at 2048 pixels.
 
 
 class Stage(NamedTuple):
-    """A part of a decoder that is local: no attention, no statistics of the whole picture."""
+    """A part of a network that is local: no attention, no statistics of the whole picture."""
 
     run: Callable[[mx.array], mx.array]
     """(B, H, W, C) -> (B, H * scale, W * scale, C')."""
@@ -106,9 +106,9 @@ def run_bands(
     for stage in reversed(stages):
         needs.append(math.ceil((needs[-1] + stage.reach) / stage.scale))
     margin, *needs = reversed(needs)
-    for top, bottom in _spans(h, tile):
+    for top, bottom in spans(h, tile):
         row = []
-        for left, right in _spans(w, tile):
+        for left, right in spans(w, tile):
             sides = [min(margin, room) for room in (top, h - bottom, left, w - right)]
             part = x.part(top - sides[0], bottom + sides[1], left - sides[2], right + sides[3])
             row.append(_run_tile(stages, part, sides=sides, needs=needs))
@@ -135,7 +135,7 @@ def _run_tile(
     return x
 
 
-def _spans(length: int, tile: int) -> list[tuple[int, int]]:
+def spans(length: int, tile: int) -> list[tuple[int, int]]:
     """[0, length) in even pieces of at most `tile`."""
     count = math.ceil(length / tile)
     cuts = [round(i * length / count) for i in range(count + 1)]
