@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_snapgen.networks.exponentials import float32_on_cpu
 
 _PICTURES = ContextVar("pictures", default=1)
+_TRAINED = ContextVar("trained", default=False)
 LEAST_COMPARED = 1 << 12
 """Numbers that are compared at least before rows count as equal."""
 
@@ -41,6 +43,19 @@ def pictures_apart() -> int:
     return _PICTURES.get()
 
 
+@contextlib.contextmanager
+def trained() -> Iterator[None]:
+    """Inside, where products are differentiated, a weight's gradient is laid out as the weight.
+
+    By itself it is a transposed view, which the CPU adds and updates at a third of the speed.
+    """
+    token = _TRAINED.set(True)
+    try:
+        yield
+    finally:
+        _TRAINED.reset(token)
+
+
 def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """x (B, N, in) or (B, in), weight (out, in), bias (out,) -> x W^T + bias.
 
@@ -59,7 +74,25 @@ def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
 
 def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    if _TRAINED.get():
+        y: Any = _trained_product(x, weight, *(() if bias is None else (bias,)))
+        return y
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+@mx.custom_function
+def _trained_product(*primals: mx.array) -> Any:
+    x, weight, *bias = primals
+    return mx.addmm(bias[0], x, weight.T) if bias else x @ weight.T
+
+
+@_trained_product.vjp
+def _trained_product_vjp(primals, cotangent, _):
+    x, weight, *bias = primals
+    rows = cotangent.reshape(-1, cotangent.shape[-1])
+    found = cotangent @ weight, rows.T @ x.reshape(-1, x.shape[-1]), *(rows.sum(0) for _ in bias)
+    # A LoRA in float32 on a network in bfloat16 must not make its whole backward pass float32.
+    return [grad.astype(primal.dtype) for grad, primal in zip(found, primals, strict=True)]
 
 
 @functools.lru_cache(maxsize=1 << 10)

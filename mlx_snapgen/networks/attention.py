@@ -16,7 +16,7 @@ import numpy as np
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth
-from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
+from mlx_snapgen.networks.layers import attend, merge_heads, split, split_heads
 
 MANY_SCORES = 2**24
 """Attention scores of a batch from which on `--save-memory` computes them again."""
@@ -61,7 +61,7 @@ def rope_table(grid: Grid, head_dim: int, *, theta: float) -> tuple[mx.array, mx
 @mx.compile
 def rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate each pair (x[i], x[i + D/2]) of x (B, heads, N, D) by cos and sin (N, D/2)."""
-    x1, x2 = mx.split(x, 2, axis=-1)
+    x1, x2 = split(x, 2, axis=-1)
     return mx.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 

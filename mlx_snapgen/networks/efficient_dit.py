@@ -26,6 +26,7 @@ from mlx_snapgen.networks.layers import (
     modulate,
     sinusoids,
     space_to_depth,
+    split,
 )
 from mlx_snapgen.networks.text_encoders.base import (
     Prompt,
@@ -105,7 +106,7 @@ class Block(nn.Module):
         """
         table = self.modulation(share=share) + modulation
         # six of (B, 1, d)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = mx.split(table, 6, axis=1)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = split(table, 6, axis=1)
         h = modulate(layer_norm(x), shift_a, scale_a)
         x = x + gate_a * self.self_attention(
             h, grid, share=share, modulate=modulate_attention, save_memory=save_memory
@@ -184,7 +185,7 @@ class Head(nn.Module):
         self.linear.weight = mx.zeros_like(self.linear.weight)
 
     def __call__(self, x: mx.array, embedding: mx.array, *, share: float) -> mx.array:
-        shift, scale = mx.split(self.modulation(share=share) + embedding[:, None], 2, axis=1)
+        shift, scale = split(self.modulation(share=share) + embedding[:, None], 2, axis=1)
         return self.linear(modulate(layer_norm(x), shift, scale), share)
 
 

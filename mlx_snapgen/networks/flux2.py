@@ -23,6 +23,7 @@ from mlx_snapgen.networks.layers import (
     modulate,
     pack,
     sinusoids,
+    split,
     split_heads,
     unpack,
 )
@@ -63,7 +64,7 @@ def rope_table(
 
 def swiglu(x: mx.array) -> mx.array:
     """(..., 2 d) -> (..., d)."""
-    gate, value = mx.split(x, 2, axis=-1)
+    gate, value = split(x, 2, axis=-1)
     return silu(gate) * value
 
 
@@ -96,7 +97,7 @@ class Modulation(nn.Module):
         self._count = count
 
     def __call__(self, embedding: mx.array) -> list[mx.array]:
-        return [*mx.split(self.linear(silu(embedding))[:, None], self._count, axis=-1)]
+        return split(self.linear(silu(embedding))[:, None], self._count, axis=-1)
 
 
 class FeedForward(nn.Module):
@@ -202,7 +203,7 @@ class ParallelAttention(nn.Module):
         self, x: mx.array, rope: Rope, *, mask: mx.array | None, save_memory: bool = False
     ) -> mx.array:
         d = self._dims
-        *qkv, hidden = mx.split(self.to_qkv_mlp_proj(x), (d, 2 * d, 3 * d), axis=-1)
+        *qkv, hidden = split(self.to_qkv_mlp_proj(x), (d, 2 * d, 3 * d), axis=-1)
         q, k, v = (split_heads(y, self._head_dim) for y in qkv)
         q, k = rotate(self.norm_q(q), *rope), rotate(self.norm_k(k), *rope)
         out = merge_heads(attend_all(q, k, v, mask=mask, save_memory=save_memory))
@@ -238,7 +239,7 @@ class ModulatedNorm(nn.Module):
         self.linear = nn.Linear(dims, 2 * dims, bias=False)
 
     def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
-        scale, shift = mx.split(self.linear(silu(embedding))[:, None], 2, axis=-1)
+        scale, shift = split(self.linear(silu(embedding))[:, None], 2, axis=-1)
         return modulate(layer_norm(x), shift, scale)
 
 

@@ -1,7 +1,7 @@
 """Layers that several networks share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -67,6 +67,16 @@ def checkpointed(block: nn.Module, inputs: Mapping[str, Any], **settings: Any) -
         return (*mx.depends(grads[:count], grads[count:]), *grads[count:])
 
     return run(*arrays.values(), *trained.values())
+
+
+def split(x: mx.array, at: int | Sequence[int], *, axis: int) -> list[mx.array]:
+    """`mx.split` for networks: a compiled step may compute the same network twice.
+
+    `mx.compile` merges equal operations, and fails with `_Map_base::at` on two equal splits of a
+    computed array (MLX 0.32.4). It does not merge `mx.depends`, which copies no data.
+    """
+    [x] = mx.depends([x], [])
+    return list(mx.split(x, at, axis=axis))
 
 
 def split_heads(x: mx.array, head_dim: int) -> mx.array:
@@ -146,7 +156,7 @@ def _attend_in_cache(
     k = k.swapaxes(-1, -2)
     out = []
     starts = range(0, n, rows)
-    for start, part in zip(starts, mx.split(q, starts[1:], axis=2), strict=True):
+    for start, part in zip(starts, split(q, starts[1:], axis=2), strict=True):
         here = slice(start, start + rows)
         count = part.shape[2]
         by_head = (b, heads, count, keys)

@@ -21,6 +21,7 @@ from mlx_snapgen.networks.layers import (
     depth_to_space,
     merge_heads,
     space_to_depth,
+    split,
     split_heads,
 )
 from mlx_snapgen.networks.rope import Rope, token_grid
@@ -95,7 +96,7 @@ class TextBlock(nn.Module):
 
     def __call__(self, text: mx.array, rope: Rope, *, save_memory: bool = False) -> mx.array:
         """(B, L, d) -> the same shape."""
-        parts = mx.split(self.qkv(self.norm1(text)), 3, axis=-1)
+        parts = split(self.qkv(self.norm1(text)), 3, axis=-1)
         q, k, v = (split_heads(part, self._head_dim) for part in parts)
         q, k = rotate_halves(self.q_norm(q), *rope), rotate_halves(self.k_norm(k), *rope)
         text = text + self.attn_proj(merge_heads(attend_all(q, k, v, save_memory=save_memory)))
@@ -121,7 +122,7 @@ class JointBlock(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """picture (B, N, d), text (B, L, d) -> the same two shapes."""
         joined = [self.txt_qkv(self.txt_norm1(text)), self.img_qkv(self.img_norm1(picture))]
-        parts = mx.split(mx.concatenate(joined, axis=1), 3, axis=-1)
+        parts = split(mx.concatenate(joined, axis=1), 3, axis=-1)
         q, k, v = (split_heads(part, self._head_dim) for part in parts)
         q, k = rotate_halves(self.q_norm(q), *rope), rotate_halves(self.k_norm(k), *rope)
         out, length = merge_heads(attend_all(q, k, v, save_memory=save_memory)), text.shape[1]

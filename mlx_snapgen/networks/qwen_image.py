@@ -20,6 +20,7 @@ from mlx_snapgen.networks.layers import (
     merge_heads,
     pack,
     sinusoids,
+    split,
     split_heads,
     unpack,
 )
@@ -152,7 +153,7 @@ class Block(nn.Module):
         for x, (activate, linear) in ((picture, self.img_mod), (text, self.txt_mod)):
             modulation = linear(activate(embedding))[:, None]
             # shift, scale, gate of attention, then of the MLP: six of (B, 1, d)
-            streams.append((x, mx.split(modulation, 6, axis=-1)))
+            streams.append((x, split(modulation, 6, axis=-1)))
         modulated = [layer_norm(x) * (1 + m[1]) + m[0] for x, m in streams]
         attended = self.attn(*modulated, rope=rope, mask=mask, save_memory=save_memory)
         done = []
@@ -168,7 +169,7 @@ class ModulatedNorm(nn.Module):
         self.linear = nn.Linear(dims, 2 * dims)
 
     def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
-        scale, shift = mx.split(self.linear(silu(embedding))[:, None], 2, axis=-1)
+        scale, shift = split(self.linear(silu(embedding))[:, None], 2, axis=-1)
         return layer_norm(x) * (1 + scale) + shift
 
 

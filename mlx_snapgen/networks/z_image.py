@@ -20,6 +20,7 @@ from mlx_snapgen.networks.layers import (
     merge_heads,
     sinusoids,
     space_to_depth,
+    split,
     split_heads,
 )
 from mlx_snapgen.networks.rope import Rope, axis_frequencies, rotate, token_grid
@@ -99,7 +100,7 @@ class Block(nn.Module):
         scale_a = gate_a = scale_f = gate_f = 1.0
         if embedding is not None:
             modulation = self.adaLN_modulation[0](embedding)[:, None]
-            scale_a, gate_a, scale_f, gate_f = mx.split(modulation, 4, axis=-1)
+            scale_a, gate_a, scale_f, gate_f = split(modulation, 4, axis=-1)
             scale_a, scale_f = 1 + scale_a, 1 + scale_f
             gate_a, gate_f = mx.tanh(gate_a), mx.tanh(gate_f)
         h = self.attention_norm1(x) * scale_a

@@ -386,3 +386,13 @@ def test_many_scores_are_computed_in_parts(rows, monkeypatch):
     found = attend(q, k, v, mask=mask), *mx.grad(run, argnums=(0, 1, 2))(q, k, v)
     for a, b in zip(found, expected, strict=True):
         assert mx.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_splits_of_a_computed_array_compile():
+    """As when a step computes a network twice: `mx.split` itself fails there (MLX 0.32.4)."""
+    x = mx.random.normal((4, 8))
+
+    def product(x):
+        return layers.split(x * 2, 2, axis=0)[0].exp() @ layers.split(x * 2, 2, axis=0)[1].T
+
+    assert mx.allclose(mx.compile(product)(x), product(x), atol=1e-5).item()

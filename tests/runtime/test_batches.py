@@ -99,6 +99,22 @@ def test_rows_that_a_product_rounds_in_another_way_are_found(monkeypatch):
     assert not apart._rows_are_equal((1, 2, 64, 64, 33), False)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 8), (3, 8)])
+@pytest.mark.parametrize("types", [(mx.float32,) * 3, (mx.bfloat16,) + (mx.float32,) * 2])
+def test_gradients_of_a_trained_product_are_those_of_a_product(shape, types):
+    """Also in type: a LoRA in float32 leaves the gradients of a network in bfloat16 as they are."""
+    shapes = shape, (4, 8), (4,)
+    for count in (2, 3):  # without a bias and with one
+        arrays = [mx.random.normal(s, key=mx.random.key(i)) for i, s in enumerate(shapes[:count])]
+        arrays = [x.astype(dtype) for x, dtype in zip(arrays, types, strict=False)]
+        grad = mx.grad(lambda *p: apart.product(*p).square().sum(), argnums=tuple(range(count)))
+        expected = grad(*arrays)
+        with apart.trained():
+            found = grad(*arrays)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype and mx.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_the_evaluation_draws_what_is_drawn_alone(components):
     done = []
 

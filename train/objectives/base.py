@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_snapgen.networks.apart import trained
 from train.data.source import Batch
 
 Metrics = dict[str, mx.array]
@@ -91,6 +92,7 @@ def value_and_grad(
         return loss(*inputs)
 
     argnums = tuple(range(1 + len(inputs)))
-    result = mx.value_and_grad(of_parameters, argnums=argnums)(parameters, *inputs)
+    with trained():
+        result = mx.value_and_grad(of_parameters, argnums=argnums)(parameters, *inputs)
     model.update(parameters)
     return result  # type: ignore[return-value]

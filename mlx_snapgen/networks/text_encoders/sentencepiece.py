@@ -14,7 +14,7 @@ from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.exponentials import gelu
-from mlx_snapgen.networks.layers import attend, merge_heads, split_heads
+from mlx_snapgen.networks.layers import attend, merge_heads, split, split_heads
 from mlx_snapgen.networks.text_encoders.base import Tokenizer, normalize, padded
 
 
@@ -106,7 +106,7 @@ class Layer(nn.Module):
         self._activation = ACTIVATIONS[activation]
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
-        q, k, v = mx.split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
+        q, k, v = split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
         q, k, v = (split_heads(y, self._head_dim) for y in (q, k, v))
         x = x + self.out_proj(merge_heads(attend(q, k, v, mask=mask)))
         return x + self.linear2(self._activation(self.linear1(self.norm2(x))))
