@@ -37,9 +37,9 @@ from mlx_snapgen.metadata import (
     save_picture,
     slug,
 )
-from mlx_snapgen.open_model import open_model, vocabulary_folder
+from mlx_snapgen.open_model import find_description, open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
+from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, choice, origin = _settings(args)
         check_together(args, settings)
         if args.vocabulary:
-            return _print_vocabulary(vocabulary_folder(choice), args.json)
+            return _print_vocabulary(find_description(choice), args.json)
         load = functools.partial(_load, origin=origin)
         if args.interactive:
             from mlx_snapgen.cli.interactive import Session
@@ -128,10 +128,7 @@ def _settings(args: argparse.Namespace) -> tuple[DrawSettings, ModelChoice, dict
 
 
 def _load(choice: ModelChoice, settings: DrawSettings, *, origin: Mapping[str, Any]) -> Pipeline:
-    """Load the pipeline, after a check that the model supports the width and the settings."""
     folder = open_model(choice, settings=settings)
-    check_choice(folder.config, choice)
-    settings.resolved(folder.config)
     dtype = None
     if origin.get("device") == mx.default_device().type.name:
         known = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}

@@ -42,7 +42,7 @@ def open_model(
     missing, or does not fit a public model.
 
     Args:
-        settings: a model that cannot draw with them is not fetched; None: not known yet.
+        settings: checked before a model is fetched, as `choice` is; None: not known yet.
         progress: see `find_model`.
         converting, say: see `open_public`.
 
@@ -64,8 +64,8 @@ def open_model(
     if is_teacher(folder):
         from mlx_snapgen.teachers.folder import load_teacher_config
 
+        _check(load_teacher_config(folder), choice, settings=settings)
         if commit is not None:
-            _check(load_teacher_config(folder), choice, settings=settings)
             folder = find_model(name, revision=commit, files=TEACHER_FILES, progress=progress)
         return _open(choice, folder, commit)
     if is_public(folder):
@@ -74,7 +74,9 @@ def open_model(
             model, choice, settings=settings, progress=progress, converting=converting, say=say
         )
     if commit is None:
-        return ModelFolder.open(choice.model)
+        found = ModelFolder.open(choice.model)
+        _check(found.config, choice, settings=settings)
+        return found
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name} is not a model that can be drawn with: it has neither the config.json of this "
@@ -85,8 +87,8 @@ def open_model(
     return ModelFolder.fetch(name, config, commit=commit, progress=progress)
 
 
-def vocabulary_folder(choice: ModelChoice) -> Path:
-    """Folder of the model of `choice` with its vocabulary, which a public model does not have.
+def find_description(choice: ModelChoice) -> Path:
+    """Folder with the config of the model of `choice`, and its vocabulary if it has one.
 
     Raises:
         UserError: as `open_model`; a public model is not fetched.
@@ -183,7 +185,6 @@ def _open_public(
     `choice` that does not fit the network."""
     from mlx_snapgen.public.first_use import open_public
 
-    check_choice(model.config, choice)
     settings = _check(model.config, choice, settings=settings)
     for path, _ in choice.loras:
         load_lora(path, model.network, name="fitting")
@@ -197,11 +198,9 @@ def _check(
     config: Description, choice: ModelChoice, *, settings: DrawSettings | None
 ) -> DrawSettings | None:
     """Resolved settings; `UserError` for what the model of `config` does not support."""
-    if settings is None:
-        return None
     with of_settings():
         check_choice(config, choice)
-        return settings.resolved(config)
+        return settings and settings.resolved(config)
 
 
 def _open(choice: ModelChoice, folder: Path, commit: str | None) -> "TeacherFolder":

@@ -68,7 +68,11 @@ class SnapGenPipeline(Pipeline):
         self._folder: ModelFolder | None = None
         self._lora_notes: list[str | None] = []
         """On the LoRAs."""
-        self._few_step_note = check_few_step_width(components, self.choice.model_width)
+        source = self.choice.model
+        self._name = components.config.name if source is None else Path(source).resolve().name
+        self._few_step_note = check_few_step_width(
+            components, self.choice.model_width, model=self._name
+        )
         self._is_untrained = components.transformer.is_untrained
 
     @classmethod
@@ -180,7 +184,7 @@ class SnapGenPipeline(Pipeline):
     def _general_notes(self, settings: DrawSettings) -> Iterator[str]:
         """Why the pictures of any prompt may be bad."""
         if self._is_untrained:
-            yield f"{self.config.name} is not trained yet, so that it draws noise"
+            yield f"{self._name} is not trained yet, so that it draws noise"
         yield from filter(None, self._lora_notes)
         if settings.few_step and (text := self._few_step_note):
             yield text

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import secrets
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -102,8 +103,8 @@ def check_pixels(height: int, width: int, bytes_per_pixel: float = BYTES_PER_PIX
     needed, memory = height * width * bytes_per_pixel, machine_memory()
     if needed > memory:
         raise UserError(
-            f"{width} x {height} takes at least {needed / 2**30:.1f} GiB of memory, and this "
-            f"machine has {memory / 2**30:.1f}: choose a smaller size"
+            f"{width} x {height} takes at least {needed / 2**30:.1f} GiB of memory, and "
+            f"{has_memory()} {memory / 2**30:.1f}: choose a smaller size"
         )
 
 
@@ -137,7 +138,30 @@ def check_unicode(text: str, name: str) -> None:
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine, or of its control group on Linux if that has less."""
+    """Bytes of memory that a model may take.
+
+    Those of this machine, of its control group on Linux, or of an NVIDIA GPU, whichever has least:
+    weights are in the machine's memory before they are on the GPU.
+    """
+    return min(_memories().values())
+
+
+def has_memory() -> str:
+    """The start of "this machine has 8.0 GiB", for a message about `machine_memory`."""
+    memories = _memories()
+    return f"this {min(memories, key=lambda name: memories[name])} has"
+
+
+def _memories() -> dict[str, int]:
+    memories = {"machine": _system_memory()}
+    # Without mlx, the process leaves drawing to another one, which checks again.
+    mx = sys.modules.get("mlx.core")
+    if mx is not None and mx.cuda.is_available() and mx.default_device().type == mx.gpu:
+        memories["GPU"] = mx.device_info().get("total_memory", memories["machine"])
+    return memories
+
+
+def _system_memory() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("", *_control_group()):
         with contextlib.suppress(OSError, ValueError):

@@ -104,7 +104,9 @@ def main() -> None:
         )
     check_space(args.output, needed_bytes(config, settings))
     with announce("loading the model ..."):
-        components = load_for_export(folder, settings.widths, few_step=not args.no_few_step)
+        components = load_for_export(
+            folder, settings.widths, few_step=not args.no_few_step, name=args.model
+        )
     components.config = dataclasses.replace(components.config, image_size=size)
     report = export_coreml(components, args.output, settings, palettes=palettes)
     for name in report["not_exported"]:

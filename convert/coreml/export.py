@@ -20,12 +20,12 @@ from convert.libraries import import_coremltools
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
 from mlx_snapgen.checkpoint.model import (
     Components,
-    check_few_step_width,
     fuse_few_step,
     load_pretrained,
+    note_few_step_widths,
 )
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
-from mlx_snapgen.cli.notices import announce, write_line
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.files import check_new, new_folder
 from mlx_snapgen.json_values import to_dict
@@ -37,19 +37,22 @@ from mlx_snapgen.settings import parse_width
 
 
 def load_for_export(
-    folder: Path, widths: Sequence[str] = ("full",), *, few_step: bool = True
+    folder: Path,
+    widths: Sequence[str] = ("full",),
+    *,
+    few_step: bool = True,
+    name: str | None = None,
 ) -> Components:
     """A model in float32 with the sub-network of one width, or the supernetwork for several.
 
     Args:
         few_step: merge the few-step LoRA, if the model has one; otherwise `config.few_step` becomes
             None.
+        name: the model's for messages; None for the one in its config.
     """
     share = parse_width(widths[0]).share if len(widths) == 1 else None
     components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=few_step)
-    for width in widths:
-        if note := check_few_step_width(components, width):
-            write_line(f"note: {note}")
+    note_few_step_widths(components, widths, model=name)
     fuse_few_step(components)
     return components
 

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.module import on_device
 from mlx_snapgen.errors import UserError
@@ -13,6 +11,7 @@ from mlx_snapgen.settings import (
     BYTES_PER_PIXEL,
     DrawSettings,
     ModelChoice,
+    has_memory,
     held_widths,
     machine_memory,
     parse_width,
@@ -48,7 +47,7 @@ def transformer_bytes(folder: ModelFolder, choice: ModelChoice) -> int:
                 count += math.prod(tensor.shape) * (32 // stored["bits"] if packed else 1)
     # A LoRA is merged at full width, before quantization.
     share = 1.0 if choice.loras else parse_width(choice.model_width).share
-    whole = 4 if on_device(None) == mx.float32 else 2
+    whole = 2 if on_device(None) is None else 4
     bits, group_size = choice.quantize, GROUP_SIZE
     if bits is None and len(folder.config.widths) == 1 and not choice.loras:
         bits, group_size = stored["bits"], stored["group_size"]
@@ -170,6 +169,6 @@ def check_memory(
     size = f" at {width} x {height}" if height else ""
     size += f" with a batch of {pictures}" if pictures > 1 else ""
     raise UserError(
-        f"{config.name}{size} needs about {needed() / 2**30:.1f} GiB of memory, and this machine "
-        f"has {memory / 2**30:.1f}: choose {' or '.join(options or ['a smaller model'])}"
+        f"{config.name}{size} needs about {needed() / 2**30:.1f} GiB of memory, and "
+        f"{has_memory()} {memory / 2**30:.1f}: choose {' or '.join(options or ['a smaller model'])}"
     )

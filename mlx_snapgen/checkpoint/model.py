@@ -14,7 +14,7 @@ them), recorded in config.json as `{"transformer": {"bits": 4, "group_size": 32}
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mlx_snapgen.checkpoint.module import (
     read_part,
 )
 from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, load_text_encoder
+from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.config import AutoencoderConfig, ModelConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors
@@ -76,12 +77,28 @@ class Components:
         return {"transformer": self.transformer, "autoencoder": self.autoencoder, **encoders}
 
 
-def check_few_step_width(components: Components, width: str) -> str | None:
-    """A line on a few-step mode that was not trained at this width, or None."""
+def check_few_step_width(
+    components: Components, width: str, *, model: str | None = None
+) -> str | None:
+    """A line on a few-step mode that was not trained at this width, or None.
+
+    Args:
+        model: its name for the line, as of the folder; None for the one in its config, which a
+            copy or an export has from the model that it was made of.
+    """
     layers = adapted_layers(components.transformer).values()
     trained = [m.adapters[FEW_STEP].widths for m in layers if FEW_STEP in m.adapters]
-    name = f"the few-step mode of {components.config.name}"
+    name = f"the few-step mode of {model or components.config.name}"
     return check_lora_width(name, trained[0], width) if trained else None
+
+
+def note_few_step_widths(
+    components: Components, widths: Iterable[str], *, model: str | None = None
+) -> None:
+    """Print the lines of `check_few_step_width` for these widths."""
+    for width in widths:
+        if note := check_few_step_width(components, width, model=model):
+            write_line(f"note: {note}")
 
 
 def fuse_few_step(components: Components) -> None:

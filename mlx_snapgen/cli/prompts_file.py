@@ -1,5 +1,7 @@
 """Files of prompts, one per line."""
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -9,6 +11,9 @@ from typing import Any
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_regular, decode_text, expanded
 
+_OPENED = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
+"""Names of the files that are open in this process."""
+
 
 def read_prompts(path: str | Path) -> Iterator[str]:
     """The prompts in a UTF-8 file, read line by line on demand.
@@ -16,25 +21,36 @@ def read_prompts(path: str | Path) -> Iterator[str]:
     Empty lines and those that start with # are skipped.
 
     Args:
-        path: "-" is stdin. A file is opened immediately, so a missing one is an error of this call.
+        path: "-" is stdin. A shell's <(command), /dev/stdin and other names of what is open in this
+            process may be of any kind, such as a pipe or a terminal. A file is opened immediately,
+            so a missing one is an error of this call.
 
     Raises:
         UserError: no such file, a file that is not UTF-8, or (raised at its end) one without
             prompts.
     """
     if str(path) == "-":
-        # Text of another encoding than UTF-8 in the terminal's locale stays an error.
-        lines = getattr(sys.stdin, "buffer", sys.stdin)
-        return _prompts(lines, nullcontext(), name="stdin")
+        return _stdin_prompts()
     path = expanded(path)
+    opened = None if path.is_file() else _OPENED.fullmatch(str(path))
+    descriptor = opened and int(opened[1] or 0)
+    if descriptor == 0:
+        return _stdin_prompts()
     try:
-        # A shell's <(command) is a pipe in /dev/fd.
-        if not (path.is_fifo() and path.is_relative_to("/dev")):
+        if descriptor is not None:
+            file = open(os.dup(descriptor), "rb")  # noqa: SIM115  (closed by the generator)
+        else:
             check_regular(path)
-        file = open(path, "rb")  # noqa: SIM115  (closed by the generator)
+            file = open(path, "rb")  # noqa: SIM115
+            file.seek(0)  # on macOS a name of an open file has its position
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return _prompts(file, file, name=str(path))
+
+
+def _stdin_prompts() -> Iterator[str]:
+    # Text of another encoding than UTF-8 in the terminal's locale stays an error.
+    return _prompts(getattr(sys.stdin, "buffer", sys.stdin), nullcontext(), name="stdin")
 
 
 def count_prompts(path: str | Path) -> int:

@@ -123,7 +123,7 @@ def test_the_number_of_steps_chooses_the_mode(folder, model_folder):
         base("a cat", few_step=True)
 
 
-def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tmp_path):
+def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tmp_path, capsys):
     """Also after an export of an export, and not with the steps of the base."""
     model = load_pretrained(folder, few_step=True)
     file, first = tmp_path / "few.safetensors", tmp_path / "first"
@@ -133,7 +133,7 @@ def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tm
     fresh.config = dataclasses.replace(fresh.config, few_step=MODE)
     save_pretrained(first, fresh)
     save_pretrained(tmp_path / "second", load_pretrained(first, few_step=True))
-    text = "the few-step mode of random was trained at model width full, small, not at tiny"
+    text = "the few-step mode of (first|second) was trained at model width full, small, not at tiny"
     for name in ("first", "second"):
         pipe = SnapGenPipeline.from_pretrained(tmp_path / name, model_width="tiny")
         with pytest.warns(UserWarning, match=text):
@@ -142,6 +142,8 @@ def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tm
             warnings.simplefilter("error")
             next(pipe.generate("a cat", few_step=False))
             next(SnapGenPipeline.from_pretrained(tmp_path / name).generate("a cat"))
+    load_for_export(first, ["tiny"], name="models/mine")  # as the user gave it
+    assert "note: the few-step mode of models/mine was trained at" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="few.safetensors was trained at model width full, small"):
         next(
             SnapGenPipeline.from_pretrained(
@@ -153,7 +155,7 @@ def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tm
 def test_an_untrained_model_is_told(components, tmp_path):
     plain = dataclasses.replace(components, transformer=EfficientDiT(components.config.transformer))
     save_pretrained(tmp_path / "new", plain)
-    with pytest.warns(UserWarning, match="random is not trained yet, so that it draws noise"):
+    with pytest.warns(UserWarning, match="new is not trained yet, so that it draws noise"):
         next(SnapGenPipeline.from_pretrained(tmp_path / "new").generate("a cat"))
 
 

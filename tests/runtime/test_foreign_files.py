@@ -1,7 +1,9 @@
 """Files, paths and text of unknown origin, at the places where all commands read them."""
 
+import functools
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -118,7 +120,8 @@ def test_a_message_is_one_short_line():
 
 MARKED = b"\xef\xbb\xbf# a comment\r\na red apple\xe2\x80\xa8and a cat\r\n\n\xef\xbb\xbfa dog\n"
 PROMPTS = ["a red apple\u2028and a cat", "a dog"]
-READ = "from mlx_snapgen.cli.prompts_file import *; print(ascii(list(read_prompts('-'))))"
+READ = """import sys; from mlx_snapgen.cli.prompts_file import read_prompts
+print(ascii(list(read_prompts(*sys.argv[1:]))))"""
 
 
 def test_a_list_of_prompts_is_the_same_from_a_file_and_from_the_input(tmp_path):
@@ -126,7 +129,7 @@ def test_a_list_of_prompts_is_the_same_from_a_file_and_from_the_input(tmp_path):
     path.write_bytes(MARKED)
     assert list(read_prompts(path)) == PROMPTS
     done = subprocess.run(
-        [sys.executable, "-c", READ], cwd=ROOT, input=MARKED, capture_output=True, check=True
+        [sys.executable, "-c", READ, "-"], cwd=ROOT, input=MARKED, capture_output=True, check=True
     )
     assert done.stdout.decode().strip() == ascii(PROMPTS)
     path.write_bytes(b"a red apple\na caf\xe9\n")
@@ -247,13 +250,46 @@ def test_what_is_no_file_is_refused_before_it_blocks(tmp_path, reader, make, wha
         READERS[reader](path)
 
 
-@pytest.mark.timeout(20)
-def test_a_shells_pipe_has_prompts():
+def open_pipe():
     read, write = os.pipe()
+    return read, functools.partial(os.close, write), write
+
+
+def open_socket():
+    read, write = (end.detach() for end in socket.socketpair())
+    return read, functools.partial(os.close, write), write
+
+
+def open_terminal():
+    terminal, user = pty.openpty()
+    return user, functools.partial(os.write, terminal, b"\x04"), terminal  # Ctrl-D
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("opened", [open_pipe, open_socket, open_terminal])
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0", None])
+def test_what_is_open_has_prompts_whatever_its_kind(name, opened):
+    read, end, write = opened()
     os.write(write, b"a red apple\n")
-    os.close(write)
-    assert list(read_prompts(f"/dev/fd/{read}")) == ["a red apple"]
+    if name is None:  # a shell's <(command)
+        end()
+        assert list(read_prompts(f"/dev/fd/{read}")) == ["a red apple"]
+    else:
+        command = [sys.executable, "-c", READ, name]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=read, stdout=subprocess.PIPE)
+        end()
+        assert process.communicate()[0].decode().strip() == "['a red apple']"
     os.close(read)
+    os.close(write) if opened is open_terminal else None
+
+
+@pytest.mark.timeout(20)
+def test_a_file_that_is_open_is_read_from_its_start(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red apple\na cat\n")
+    with open(path) as file:
+        for _ in range(2):  # to count them, and to draw them
+            assert list(read_prompts(f"/dev/fd/{file.fileno()}")) == ["a red apple", "a cat"]
 
 
 def test_every_file_is_opened_where_pipes_are_refused():

@@ -5,6 +5,9 @@ import pytest
 import mlx_snapgen  # noqa: F401
 
 # isort: split
+import mlx.core as mx
+
+from mlx_snapgen import settings
 from mlx_snapgen.checkpoint import memory
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import load_pretrained
@@ -28,6 +31,32 @@ def test_the_transformer_is_estimated_from_headers(model_folder):
     assert packed == int(found / 4 * (0.5 + 0.25))
     merged = ModelChoice(loras=(("a.safetensors", 1.0),), model_width="tiny", quantize=4)
     assert memory.transformer_bytes(folder, merged) == found
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "device", "info", "expected"),
+    [
+        (True, mx.gpu, {"total_memory": 10, "free_memory": 1}, (10, "this GPU has")),
+        (True, mx.gpu, {"total_memory": 10**15}, (None, "this machine has")),  # weights pass it
+        (True, mx.gpu, {}, (None, "this machine has")),
+        (True, mx.cpu, {"total_memory": 10}, (None, "this machine has")),
+        (False, mx.gpu, {"memory_size": 10**9}, (None, "this machine has")),  # Metal: shared
+    ],
+)
+def test_memory_is_that_of_the_gpu_if_it_has_its_own(
+    has_cuda, device, info, expected, model_folder, monkeypatch
+):
+    least, text = expected
+    whole = settings.machine_memory()
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert settings.machine_memory() == (least or whole)
+    assert settings.has_memory() == text
+    if least:
+        folder = ModelFolder.open(model_folder)
+        with pytest.raises(UserError, match=r"GiB of memory, and this GPU has 0\.0: choose"):
+            memory.check_memory(folder, ModelChoice())
 
 
 def test_what_does_not_fit_is_one_line_before_it_is_loaded(model_folder, monkeypatch):
