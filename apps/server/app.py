@@ -33,7 +33,7 @@ from apps.server.request import (
     parse_form,
     parse_request,
 )
-from apps.server.uploads import Uploads
+from apps.server.uploads import Uploads, check_length, too_large
 from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.description import Description
@@ -274,13 +274,14 @@ async def _read_json(request: Request) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError("send JSON, with Content-Type: application/json", 415)
+    check_length(request, MAX_BODY, what="body")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY:
-                    raise RequestError(f"the body is larger than {MAX_BODY} bytes", 413)
+                    raise too_large(MAX_BODY, "body")
     except TimeoutError:
         raise RequestError("the body took too long to arrive", 408) from None
     try:
@@ -456,6 +457,10 @@ def create_app(server: Server, api_key: str | None, *, origins: Collection[str] 
     async def refuse(request: Request, error: Any) -> Response:
         return _refuse(error)
 
+    async def failed(request: Request, error: Any) -> Response:
+        # uvicorn prints the traceback.
+        return _refuse(RequestError("the server failed: the reason is in its log", 500))
+
     async def unknown(request: Request, error: Any) -> Response:
         message, path = error.detail, request.url.path
         if error.status_code == 404:
@@ -477,6 +482,7 @@ def create_app(server: Server, api_key: str | None, *, origins: Collection[str] 
         RequestError: refuse,
         404: unknown,
         405: unknown,
+        500: failed,
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     return Guard(app, api_key, origins=origins)

@@ -1,13 +1,18 @@
 """uvicorn with time limits for slow clients."""
 
 import asyncio
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from apps.server.request import RequestError
 
 GRACE = 30
 """Seconds that open requests may take after a signal to end."""
@@ -18,17 +23,35 @@ HEAD_SECONDS = 10.0
 SEND_SECONDS = 30.0
 """How long a response may stay unread; then the connection is dropped."""
 TICK = 1.0
+DRAIN_RATE, MAX_DRAINED = 64 << 10, 256 << 20
+"""Bytes in `TICK` seconds of a body that goes on after the response, so that the client reads the
+response when it has sent all; and of all of them."""
 
 
 class Connection(H11Protocol):
     """A connection that is closed if its client is too slow; uvicorn itself never closes it.
 
-    Without this, clients that open connections and send nothing would block all others.
+    Without this, clients that open connections and send nothing would block all others. uvicorn's
+    own errors are JSON, as those of the application.
     """
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._all, self.app = self.app, self._unless_full
+        # uvicorn's response would be text.
+        self.limit_concurrency = None
+
+    async def _unless_full(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # This task is one of them.
+        if len(self.connections) < CONNECTIONS and len(self.tasks) <= CONNECTIONS:
+            return await self._all(scope, receive, send)
+        headers = {"Retry-After": "10", "Connection": "close"}
+        error = RequestError("too many connections at once", 503, headers=headers)
+        await JSONResponse(error.body(), error.status, headers=headers)(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._unsent = 0
+        self._unsent = self._received = self._drained = 0
         self._waited = self._stuck = 0.0
         self._ticking = self.loop.call_later(TICK, self._tick)
 
@@ -39,21 +62,37 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer a broken request, whose body may break after the application has answered."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            body = json.dumps(RequestError(msg).body()).encode()
+            headers = {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+            }
+            head = h11.Response(status_code=400, headers=[*headers.items()], reason="Bad Request")
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
         if self.cycle is not None:
             # h11 sends nothing after this.
             self.cycle.disconnected = True
 
+    def data_received(self, data: bytes) -> None:
+        self._received += len(data)
+        super().data_received(data)
+
     def on_response_complete(self) -> None:
-        self._waited = 0.0
+        self._waited, self._drained = 0.0, 0
         super().on_response_complete()
 
     def _tick(self) -> None:
         # Ticks are counted, not seconds: time in which this process did not run does not count.
         waiting = self.cycle is None or self.cycle.response_complete
-        self._waited = self._waited + TICK if waiting else 0.0
+        received, self._received = self._received, 0
+        self._drained += received
+        if not waiting:
+            self._waited = 0.0
+        elif received < DRAIN_RATE or self._drained > MAX_DRAINED:
+            self._waited += TICK
         before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
         self._stuck = self._stuck + TICK if 0 < self._unsent == before else 0.0
         if self._waited >= HEAD_SECONDS:
@@ -78,8 +117,8 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         uvicorn.Config(
             app,
             http=Connection,
+            ws="none",
             lifespan="off",
-            limit_concurrency=CONNECTIONS,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=GRACE,
         )

@@ -30,6 +30,16 @@ FORM_SECONDS = 60.0
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
+def check_length(request: Request, most: int, *, what: str) -> None:
+    """`RequestError` for a body whose header gives more than `most` bytes, before any are read."""
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large(most, what)
+
+
+def too_large(most: int, what: str) -> RequestError:
+    return RequestError(f"the {what} is larger than {most} bytes", 413)
+
+
 class Uploads:
     """Reads forms; each one's pictures are in a folder that only this user can read.
 
@@ -52,6 +62,7 @@ class Uploads:
         if kind != "multipart/form-data":
             message = "send the picture in a form, with Content-Type: multipart/form-data"
             raise RequestError(message, 415)
+        check_length(request, MAX_FORM, what="form")
         parser = MultiPartParser(
             request.headers,
             self._body(request, files),
@@ -95,7 +106,7 @@ class Uploads:
             size += len(chunk)
             self._stored += len(chunk)
             if size > MAX_FORM:
-                raise RequestError(f"the form is larger than {MAX_FORM} bytes", 413)
+                raise too_large(MAX_FORM, "form")
             if self._stored > MAX_STORED:
                 headers = {"Retry-After": "10"}
                 raise RequestError("too many pictures at once", 429, headers=headers)

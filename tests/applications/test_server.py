@@ -561,6 +561,9 @@ def test_a_body_that_breaks_is_no_fault_of_the_server(host, path, capsys, caplog
     answers = asyncio.run(serve())
     assert all(answer.startswith(b"HTTP/1.1 4") for answer in answers), answers
     assert answers[0].startswith(b"HTTP/1.1 400")
+    for answer in answers:
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["type"] == "invalid_request_error"
     assert (b" 403 " in answers[1]) is (host != "localhost")
     assert "Traceback" not in capsys.readouterr().err + caplog.text
     assert not [record for record in caplog.records if record.exc_info]

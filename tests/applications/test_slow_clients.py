@@ -87,9 +87,12 @@ async def health(port):
     """Status of an answer that nothing holds up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    line = await reader.readline()
+    answer = await reader.read()
     writer.close()
-    return int(line.split()[1])
+    status = int(answer.split()[1])
+    if status != 200:
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "server_error"
+    return status
 
 
 async def trickle(port, data, every=0.1):
@@ -141,6 +144,57 @@ def test_bytes_now_and_then_do_not_keep_a_connection(components):
     assert all(status == 200 for status, _ in statuses)
     assert max(seconds for _, seconds in statuses) < 0.5 * PATIENCE
     assert still_open <= 1  # the last polite one
+
+
+def test_a_fault_of_the_server_is_json_too(components, monkeypatch):
+    monkeypatch.setattr(Jobs, "stalled", property(lambda self: 1 / 0), raising=True)
+
+    async def run():
+        async with serving(components.config) as (port, *_):
+            return await health(port)
+
+    assert asyncio.run(run()) == 500
+
+
+@pytest.mark.parametrize("path", ["generations", "edits"])
+def test_a_large_body_that_is_refused_at_once_is_read_all_the_same(components, path):
+    """Slowly, for longer than a silent client may wait: clients send all before they read."""
+
+    async def send(port, size):
+        head = {"generations": HEAD, "edits": FORM.partition(b"Content-Length")[0]}[path]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head + b"Content-Length: %d\r\n\r\n" % (70 << 20))
+        first = await reader.readexactly(12)
+        for _ in range(size // (1 << 20)):
+            writer.write(bytes(1 << 20))
+            await writer.drain()
+            await asyncio.sleep(0.03)
+        rest = await reader.read()
+        writer.close()
+        return first + rest
+
+    async def run():
+        async with serving(components.config) as (port, *_):
+            return await send(port, 40 << 20)
+
+    answer = asyncio.run(run())
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"is larger than" in answer
+
+
+def test_a_refused_body_is_not_read_without_end(components, monkeypatch):
+    monkeypatch.setattr(connection, "MAX_DRAINED", 1 << 20)
+
+    async def run():
+        async with serving(components.config) as (port, *_):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+            with pytest.raises(ConnectionError):
+                while True:
+                    writer.write(b"80000\r\n%b\r\n" % bytes(1 << 19))
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(run())
 
 
 def test_silent_crowds_keep_nobody_out_for_long(components, monkeypatch):

@@ -54,9 +54,8 @@ FLOORS = {
     "mlx_snapgen.networks.autoencoders": """
         registry
         flux2 colors
-        kl
+        convolutional dc_ae kl pixels qwen_image taehv
         layerwise
-        convolutional dc_ae pixels qwen_image taehv
         residual
         base tiling
     """,
