@@ -61,9 +61,10 @@ def main() -> int:
     own = {"mask_ratio": args.mask_ratio, "distillation_weight": args.distillation_weight}
     options.claim_run(args, source, folder, components=components, trained=model, options=own)
     options.print_passes(args, source)
+    weights = options.weights_of(args, batches, autoencoder)
     trainer = Trainer(
         model,
-        Flow(args.mask_ratio, args.distillation_weight),
+        Flow(args.mask_ratio, args.distillation_weight, weights),
         batches=batches,
         config=options.training_config(args),
         run_dir=args.run_dir,

@@ -28,7 +28,13 @@ from train.data.distillation import DistillationBatches
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.roles import distillation_roles
 from train.loop.run import find_folder, start_from
-from train.loop.teacher import check_teacher_latents, conditions_for, open_teacher, same_latents
+from train.loop.teacher import (
+    check_teacher,
+    check_teacher_latents,
+    conditions_for,
+    open_teacher,
+    same_latents,
+)
 from train.loop.trainer import Trainer
 from train.objectives.distillation import Distillation, Student, fit_to_teacher
 from train.options import supernetwork as options
@@ -55,6 +61,7 @@ def main() -> int:
     args = parser.parse_args()
     check_at_least(args, 0, "guidance")
     folder = options.check(args)
+    check_teacher(args)
     start = args.init_from and find_folder(args.init_from)
     source = options.open_source(args, folder.config)
 
@@ -77,7 +84,8 @@ def main() -> int:
     batches = options.make_batches(args, source, components.autoencoder, model=student)
     conditions = conditions_for(teacher, source, name=str(args.teacher))
     distilled = DistillationBatches(batches, conditions)
-    objective = Distillation(teacher, args.guidance, same_latents=same)
+    weights = options.weights_of(args, batches, components.autoencoder)
+    objective = Distillation(teacher, args.guidance, same_latents=same, weights=weights)
     options.claim_run(
         args,
         source,

@@ -13,6 +13,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import train.loop.trainer
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.networks import layers
+from mlx_snapgen.networks.elastic import ElasticLinear
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from tests import tiny
@@ -143,6 +145,28 @@ def measured_scale(model, batch, key, width, weight, states):
     return norms[0] / norms[1]
 
 
+@pytest.mark.parametrize("shares", [(), (0.5,)])
+def test_gradients_are_laid_out_as_the_weights(model, batch, shares):
+    """By itself the gradient of x W^T is a transposed view, slow to add and to update with."""
+    found, _ = gradients(model, batch, mx.random.key(0), shares)
+    found = dict(tree_flatten(found))
+    linear = {k: m for k, m in model.named_modules() if isinstance(m, ElasticLinear)}
+    assert linear
+    assert all(memoryview(found[f"{name}.weight"]).c_contiguous for name in linear)
+
+
+def test_weights_are_those_of_the_channels(model, batch):
+    """A loss that weighs one channel alone has no gradient with respect to the others' output."""
+    key, step = mx.random.key(0), ElasticStep((0.5,), 1.0)
+    weights = 8.0 * (mx.arange(8) == 3)
+    grads, metrics = Flow(weights=weights).gradients(model, batch, key, step)
+    _, plain = Flow().gradients(model, batch, key, step)
+    assert all(abs(metrics[k].item() - plain[k].item()) > 1e-3 for k in ("loss", "loss_0.5"))
+    rows = grads["transformer"]["head"]["linear"]["bias"].reshape(-1, 8).T
+    assert rows[3].abs().min().item() > 0
+    assert mx.all(rows[:3] == 0).item() and mx.all(rows[4:] == 0).item()
+
+
 def test_two_sub_networks_in_a_step_are_each_balanced(model, batch):
     """What a second sub-network adds does not depend on the first."""
     key = mx.random.key(3)
@@ -181,6 +205,27 @@ def uncompiled():
 @pytest.fixture
 def even_batch(batch):
     return {name: mx.concatenate([rows, rows[:1]]) for name, rows in batch.items()}
+
+
+def test_a_compiled_step_may_compute_attention_in_parts(monkeypatch):
+    """The text encoders run twice in a step; `mx.compile` must not merge the parts of queries."""
+    monkeypatch.setattr(layers, "PART_OF_SCORES", 1)
+    text = dataclasses.replace(TEXT, max_length=24)
+    mx.random.seed(2)
+    long = TextToLatents(dataclasses.replace(CONFIG, text_encoders=(text,) * 2), [None, None])
+    long.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), long.parameters()))
+    tokens, mask = mx.random.randint(0, 40, (2, 24)), mx.arange(24)[None] < mx.array([[3], [24]])
+    inputs = {"latents": mx.random.normal((2, 4, 4, 8))}
+    inputs |= {f"{name}_{i}": x for i in (0, 1) for name, x in (("tokens", tokens), ("mask", mask))}
+
+    def step(inputs, key):
+        return gradients(long, inputs, key, (0.5,))
+
+    key = mx.random.key(0)
+    expected, _ = step(inputs, key)
+    found, _ = mx.compile(step, inputs=[long.state])(inputs, key)
+    for (name, a), (_, b) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.allclose(a, b, rtol=1e-3, atol=1e-5).item(), name
 
 
 def test_masking_weighs_whole_and_masked_scenes_alike(model, even_batch):

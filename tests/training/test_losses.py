@@ -7,7 +7,7 @@ import pytest
 from mlx_snapgen.sampling import add_noise
 from train.objectives.distillation import features_loss, logit_normal_density, timestep_aware
 from train.objectives.kdmd import dmd_loss, sample_tau
-from train.objectives.losses import expand, per_sample
+from train.objectives.losses import channel_weights, expand, per_sample
 
 
 def test_losses_are_per_sample_over_all_other_axes():
@@ -114,3 +114,22 @@ def test_tau_is_shifted_and_kept_inside():
     tau = np.array(sample_tau(mx.random.key(0), 4000))
     assert tau.min() >= 0.02 and tau.max() <= 0.98
     assert np.median(tau) == pytest.approx(0.75, abs=0.02)
+
+
+class Decoder:
+    """Latents of 3 channels, which change the picture 1, 2 and 0 times as much as they change."""
+
+    def decode(self, latents):
+        return latents * mx.array([1.0, 2.0, 0.0])
+
+
+def test_channels_weigh_what_they_change_in_the_picture():
+    latents = mx.random.normal((2, 40, 40, 3))
+    weights = channel_weights(Decoder(), latents, power=1)
+    assert weights.tolist() == pytest.approx([3 / 5, 12 / 5, 0], rel=0.1)
+    half = channel_weights(Decoder(), latents, power=0.5)
+    assert half.tolist() == pytest.approx([1, 2, 0], rel=0.05)
+    assert channel_weights(Decoder(), latents, power=0) is None
+    error = mx.random.normal((2, 4, 4, 3))
+    expected = (np.array(error) ** 2 * np.array(half)).mean(axis=(1, 2, 3))
+    assert per_sample(error, half).tolist() == pytest.approx(expected.tolist(), rel=1e-5)

@@ -65,11 +65,13 @@ class Distillation:
         same_latents: whether the teacher has the student's latents. If not, a batch has the
             teacher's own of the same pictures, `teacher_latents`, which get the same noise levels.
             Velocities of different latents cannot be compared, so that L_out is left out.
+        weights: of the latents' channels, see `channel_weights`; None: all alike.
     """
 
     teacher: Teacher
     guidance_scale: float = 1.0
     same_latents: bool = True
+    weights: mx.array | None = None
 
     def gradients(
         self, model: Student, batch: Batch, key: mx.array, step: ElasticStep
@@ -92,18 +94,18 @@ class Distillation:
             )
             projected = model.project(student_features, share)
             check_same_tokens(projected, teacher_features)
-            task = per_sample(predicted - v)
+            task = per_sample(predicted - v, self.weights)
             features = features_loss(projected, teacher_features).mean()
             losses = {"loss": task.mean(), "features": features}
             if self.same_latents:
-                output = per_sample(predicted - v_teacher)
+                output = per_sample(predicted - v_teacher, self.weights)
                 losses["output"] = output.mean()
                 total = timestep_aware(task, output, t=t) + features
             else:
                 total = task.mean() + features
             if full is None:
                 return total, (predicted, losses)
-            losses["distillation"] = per_sample(predicted - full).mean()
+            losses["distillation"] = per_sample(predicted - full, self.weights).mean()
             metrics = {f"{name}_{share:g}": value for name, value in losses.items()}
             return total + losses["distillation"], (predicted, metrics)
 

@@ -19,10 +19,12 @@ class Flow:
     Attributes:
         mask_ratio: share of tokens masked in the second half of the batch.
         distillation_weight: of the full network's velocity beside the true one, for sub-networks.
+        weights: of the latents' channels, see `channel_weights`; None: all alike.
     """
 
     mask_ratio: float = 0.0
     distillation_weight: float = 1.0
+    weights: mx.array | None = None
 
     def gradients(
         self, model: TextToLatents, batch: Batch, key: mx.array, step: ElasticStep
@@ -47,15 +49,16 @@ class Flow:
 
         def loss(text: mx.array, mask: mx.array, share: float, full: mx.array | None):
             predicted = model.transformer(x_t, t, text, mask, share=share, keep=keep)
-            diffusion = (predicted - v).square().mean()
+            diffusion = per_sample(predicted - v, self.weights).mean()
             suffix = "" if full is None else f"_{share:g}"
             metrics = {f"loss{suffix}": diffusion}
             if keep is not None:
-                whole, masked = mx.split(per_sample(predicted - v), [(len(x0) + 1) // 2])
+                errors = per_sample(predicted - v, self.weights)
+                whole, masked = mx.split(errors, [(len(x0) + 1) // 2])
                 metrics = {f"loss{suffix}": whole.mean(), f"masked{suffix}": masked.mean()}
             if full is None:
                 return diffusion, (predicted, metrics)
-            distillation = (predicted - full).square().mean()
+            distillation = per_sample(predicted - full, self.weights).mean()
             metrics[f"distillation{suffix}"] = distillation
             return diffusion + self.distillation_weight * distillation, (predicted, metrics)
 

@@ -19,7 +19,7 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
-from mlx_snapgen.settings import Width, machine_memory
+from mlx_snapgen.settings import Width, has_memory, machine_memory
 from train.data.encoded import EncodedBatches, as_latents, check_encoding
 from train.data.mixture import Prefetched, num_samples, sizes_in
 from train.data.prepared import describe_autoencoder
@@ -33,6 +33,7 @@ from train.loop.run import claim_training, digest_files
 from train.loop.teacher import prepared_parts
 from train.loop.trainer import Trainer
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
+from train.objectives.losses import channel_weights
 from train.options.common import (
     MOST,
     add_drop_caption,
@@ -49,6 +50,8 @@ from train.options.common import (
 from train.options.data import add_data, check_data, check_not_empty, data_from, picture_size
 
 NUM_PREVIEWS = 8
+MEASURED = 4
+"""Pictures that --channel-weights decodes."""
 WARMUP = 200
 REMOVED = {
     "--autoencoder": "the autoencoder is that of --model, a folder that train.new writes",
@@ -129,6 +132,14 @@ def new_parser(prog: str, description: str) -> Parser:
     also = "; every step trains full too, but validation and previews are of these alone"
     add_model_widths(parser, default=None, more=also)
     add_number(
+        parser,
+        "--channel-weights",
+        0.0,
+        "weigh the channels of the latents in the losses by what each changes in the decoded "
+        "picture, to this power; 0.5 removes blocks where few channels hold most of the picture, "
+        "as those of train.autoencoder; 0 weighs all alike",
+    )
+    add_number(
         parser, "--sub-networks", 1, "sub-networks to train per step beside the full network"
     )
     add(
@@ -157,7 +168,8 @@ def check(args: argparse.Namespace) -> ModelFolder:
     check_at_least(args, 1, *at_least_1, "sub_networks")
     check_at_least(args, 0, "seed", "drop_caption", "final_learning_rate")
     check_at_least(args, 0, "ema_decay", "validation_pictures")
-    check_at_most(args, 1, "drop_caption", "ema_decay", "final_learning_rate")
+    check_at_least(args, 0, "channel_weights")
+    check_at_most(args, 1, "drop_caption", "ema_decay", "final_learning_rate", "channel_weights")
     check_learning_rate(args.learning_rate)
     if args.time_shift is not None and args.time_shift <= 0:
         raise UserError(f"--time-shift must be above 0, got {args.time_shift}")
@@ -260,7 +272,7 @@ def _check_training_memory(
     )
     memory = machine_memory()
     text = (
-        f"a step takes about {needed / 2**30:.1f} GiB of memory, and this machine has "
+        f"a step takes about {needed / 2**30:.1f} GiB of memory, and {has_memory()} "
         f"{memory / 2**30:.1f}: choose a smaller --batch-size with --accumulate"
         + ("" if args.save_memory else ", or --save-memory")
     )
@@ -268,6 +280,17 @@ def _check_training_memory(
         raise UserError(text)
     if needed > memory and mx.distributed.init().rank() == 0:
         print(f"warning: {text}", file=sys.stderr)
+
+
+def weights_of(
+    args: argparse.Namespace, batches: EncodedBatches, autoencoder: Autoencoder
+) -> mx.array | None:
+    """`channel_weights` on the first pictures of the data, for --channel-weights."""
+    if not args.channel_weights:
+        return None
+    with announce("measuring the channels of the latents ..."):
+        latents = batches.samples(0).latents[:MEASURED]
+        return channel_weights(autoencoder, latents, power=args.channel_weights)
 
 
 def claim_run(
@@ -313,6 +336,7 @@ def claim_run(
             "time_shift": args.time_shift,
             "model_widths": [width.name for width in args.model_widths],
             "sub_networks": args.sub_networks,
+            "channel_weights": args.channel_weights,
             "init_from": args.init_from and str(args.init_from),
             **(options or {}),
         },
