@@ -111,14 +111,16 @@ def sizes(
 
 def main() -> int:
     args = parse()
+    start = args.init_from and find_folder(args.init_from)
+    latents = args.encoder and find_folder(args.encoder)
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
     picture_channels = channels_in(source)
     measured = None
     if args.init_from or args.encoder:
         measured = open_source(args, seed=STATISTICS_SEED, run_dir=args.run_dir)
     mx.random.seed(args.seed)
-    if args.init_from:
-        model = load_autoencoder(find_folder(args.init_from), measured)
+    if start:
+        model = load_autoencoder(start, measured)
         check_channels(model.config, picture_channels)
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
@@ -133,7 +135,7 @@ def main() -> int:
                 picture_channels=picture_channels,
             )
         )
-    encoder = load_autoencoder(find_folder(args.encoder), measured) if args.encoder else None
+    encoder = load_autoencoder(latents, measured) if latents else None
     if encoder and model.config.kind == DEFAULT.kind:
         raise UserError(
             "--encoder needs --init-from an autoencoder of public latents, such as a converted "

@@ -33,7 +33,7 @@ from mlx_snapgen.checkpoint.memory import (
     default_batch_size,
     transformer_bytes,
 )
-from mlx_snapgen.checkpoint.model import Components, check_few_step_width, load_pretrained
+from mlx_snapgen.checkpoint.model import Components, load_pretrained, note_few_step_widths
 from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, plural, run_command
@@ -61,7 +61,7 @@ from train.evaluation.prompt_lists import (
 from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
-from train.loop.teacher import prepared_parts
+from train.loop.teacher import prepared_parts, warn_untrained
 from train.options.data import check_not_empty, data_from
 from train.options.evaluate import UNFINISHED, parse
 
@@ -294,9 +294,8 @@ def main() -> None:
     names = args.model_widths or [width.name for width in held_widths(config)]
     widths = [check_width(config, name) for name in names]
     if isinstance(model, OwnModel) and _sized(args).resolved(config).few_step:
-        for width in widths[:1] if listed is not None else widths:
-            if note := check_few_step_width(model.components, width.name):
-                write_line(f"note: {note}")
+        drawn = [width.name for width in (widths[:1] if listed is not None else widths)]
+        note_few_step_widths(model.components, drawn, model=args.model)
         if listed is None and not args.is_stickers:
             write_line(
                 "note: the validation loss is that of the model without its few-step mode; "
@@ -342,8 +341,7 @@ def _load(args: argparse.Namespace) -> MeasuredModel:
     )
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder, few_step=True)
-    if components.transformer.is_untrained:
-        write_line(f"warning: {args.model} is not trained yet, so that it draws noise")
+    warn_untrained(components.transformer, args.model, "it draws noise")
     if args.lora:
         name = components.config.name
         load_lora(args.lora, components.transformer, name="scored", base_model=name)

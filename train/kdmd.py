@@ -20,12 +20,13 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained
+from mlx_snapgen.checkpoint.model import FEW_STEP, check_few_step_width, load_pretrained
 from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.files import load_lora, save_lora
+from mlx_snapgen.settings import FULL
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from train.data.conditions import Conditions
 from train.data.simulation import STUDENT, Simulation
@@ -33,12 +34,21 @@ from train.data.source import MAY_CHANGE
 from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.roles import kdmd_roles
-from train.loop.run import OPTIONS, check_sizes, claim, digest_model, digest_path
-from train.loop.teacher import conditions_for, open_teacher, same_latents
+from train.loop.run import OPTIONS, check_same, check_sizes, claim, digest_model, digest_path
+from train.loop.teacher import (
+    check_teacher,
+    conditions_for,
+    open_teacher,
+    same_latents,
+    warn_untrained,
+)
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
 from train.options.common import validation_batch, widths_of
 from train.options.kdmd import open_prompts, parse, sampler_of, share_of, training_config
+
+WIDTHS, RANK = "model_widths", "lora_rank"
+"""In the record of a run."""
 
 
 def main() -> int:
@@ -46,6 +56,7 @@ def main() -> int:
     folder, sampler = ModelFolder.open(args.model), sampler_of(args)
     widths = widths_of(args, folder.config)
     shares = [width.share for width in widths]
+    check_teacher(args)
     prompts = open_prompts(args, folder.config)
 
     mx.random.seed(args.seed)
@@ -53,10 +64,12 @@ def main() -> int:
         components = load_pretrained(folder)
     components.config = dataclasses.replace(components.config, few_step=sampler)
     network, config = components.transformer, components.config
-    if network.is_untrained:
-        write_line(f"warning: {args.model} is not trained yet: the student learns noise from it")
+    warn_untrained(network, args.model, "the student learns noise from it")
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
+        # The teacher is the full network.
+        if note := check_few_step_width(components, FULL.name, model=str(args.few_step_lora)):
+            write_line(f"warning: {note}: train it with --model-widths {FULL.name}")
     own = CheckpointTeacher(
         network,
         components.text_encoders,
@@ -96,9 +109,11 @@ def main() -> int:
         "guidance": guidance,
         "alpha": args.alpha,
         "student_every": args.student_every,
-        "model_widths": [width.name for width in widths],
+        WIDTHS: [width.name for width in widths],
+        RANK: args.rank,
         "sizes": args.sizes and [list(size) for size in args.sizes],
     }
+    check_same(args.run_dir, used, options={WIDTHS: "--model-widths", RANK: "--rank"})
     check_sizes(args.run_dir, model)
     claim(
         args.run_dir,

@@ -24,7 +24,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import MOST_WORDS, save_lora
 from mlx_snapgen.open_model import open_model
-from mlx_snapgen.settings import WIDTHS, machine_memory
+from mlx_snapgen.settings import WIDTHS, has_memory, machine_memory
 from mlx_snapgen.teachers.config import NAMES
 from mlx_snapgen.teachers.folder import TeacherFolder, load_network
 from train.data.encoded import EncodedFolder
@@ -44,6 +44,7 @@ from train.evaluation.drift import Validation
 from train.evaluation.estimate import Estimate, estimate, num_trainable
 from train.evaluation.public import PublicValidation, estimate_public, training_memory
 from train.loop.run import claim
+from train.loop.teacher import warn_untrained
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
 from train.objectives.finetune import FineTuning, PublicFineTuning, step_share
@@ -57,7 +58,7 @@ def _print_estimate(args: argparse.Namespace, needed: Estimate, *, pictures: int
     print(f"estimate: {needed.text(args.steps, pictures)}", flush=True)
     if needed.memory > machine_memory():
         print(
-            f"this machine has {machine_memory() / 1e9:.0f} GB: give --save-memory, or a smaller "
+            f"{has_memory()} {machine_memory() / 1e9:.0f} GB: give --save-memory, or a smaller "
             "--batch-size with --accumulate",
             file=sys.stderr,
         )
@@ -89,7 +90,9 @@ def read_examples(
 ) -> list[Example]:
     """The pictures in sizes like `size`, or in that size alone."""
     sizes = bucket_sizes(size, unit) if any_shape else [size]
-    examples, skipped = read_folder(args.data, sizes, has_alpha=has_alpha)
+    examples, skipped = read_folder(
+        args.data, sizes, has_alpha=has_alpha, template=args.caption_template
+    )
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
     print(f"{describe(examples)}, {len(skipped)} skipped")
@@ -137,7 +140,7 @@ def train_public(args: argparse.Namespace, folder: TeacherFolder) -> int:
     )
     if memory > machine_memory():
         raise UserError(
-            f"this machine has {machine_memory() / 1e9:.1f} GB: choose a smaller --resolution, "
+            f"{has_memory()} {machine_memory() / 1e9:.1f} GB: choose a smaller --resolution, "
             "--batch-size 1 with --accumulate, or --quantize 4"
         )
     mx.set_cache_limit(CACHE_BYTES)
@@ -175,6 +178,7 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder)
     network, config = components.transformer, components.config
+    warn_untrained(network, args.model, "with a LoRA it still draws noise")
     shares = [width.share for width in widths_of(args, config)]
     examples = read_examples(
         args,

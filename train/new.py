@@ -19,9 +19,11 @@ from mlx_snapgen.checkpoint.module import cast
 from mlx_snapgen.checkpoint.text_encoders import encoder_names
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import run_command
+from mlx_snapgen.files import expanded
 from mlx_snapgen.networks.efficient_dit import count_parameters
 from mlx_snapgen.settings import held_widths
-from train.data.open import is_stickers, is_there
+from train.data.open import is_prepared, is_stickers, is_there
+from train.data.prepared import Prepared
 from train.data.text import is_trained
 from train.evaluation.memory import training_memory
 from train.loop.assemble import (
@@ -37,7 +39,14 @@ from train.loop.autoencoder import keep_statistics, kept_statistics, load_autoen
 from train.loop.config import TrainingConfig
 from train.loop.run import find_folder
 from train.loop.warm_start import take_weights
-from train.options.new import check_autoencoder, parse, pictures_of, statistics_source
+from train.options.common import check_outside
+from train.options.new import (
+    check_autoencoder,
+    check_columns,
+    parse,
+    pictures_of,
+    statistics_source,
+)
 
 SIDES = (256, 512, 1024)
 BATCH_SIZES = (1, 4, 16, 64)
@@ -97,7 +106,9 @@ def next_commands(
     *,
     resolution: int,
     is_elastic: bool,
+    prepared: bool = False,
     captions: Sequence[str] = (),
+    template: str | None = None,
 ) -> dict[str, list[list[str]]]:
     """The commands that follow: heading -> their words.
 
@@ -105,33 +116,49 @@ def next_commands(
         sources: the user's SOURCEs.
         resolution: of the model's pictures, in pixels.
         is_elastic: whether it has several widths.
-        captions: options that choose the pictures' captions.
+        prepared: whether the sources are folders of `train.prepare` for this model.
+        captions: the columns to train on, or none for the default one.
+        template: see `PictureFolderRecords`.
     """
 
     def named(part: str, suffix: str = "") -> str:
         return f"{model}-{part}{suffix}"
 
     rendered = all(map(is_stickers, sources))
+    columns = ["--captions", *captions] if captions and not rendered else []
+    # Of several columns in a prepared set, training uses the first unless they are named.
+    chosen = columns if len(captions) > 1 or prepared else []
 
-    def data(name: str, *options: str) -> tuple[list[list[str]], list[str]]:
+    def data(
+        pictures: Sequence[str], name: str, *options: str
+    ) -> tuple[list[list[str]], list[str]]:
         """The commands that prepare the data, and how training names it."""
         size = ["--resolution", str(resolution)]
-        command = ["train.prepare", *sources, "--output", name, "--model", str(model), *size]
-        return ([], list(sources)) if rendered else ([[*command, *captions, *options]], [name])
+        command = ["train.prepare", *pictures, "--output", name, "--model", str(model), *size]
+        named_folders = [] if template is None else ["--caption-template", template]
+        return [[*command, *columns, *named_folders, *options]], [name, *chosen]
 
-    prepare, prepared = data(named("data"))
+    if rendered or prepared:
+        prepare, used = [], [*sources, *chosen]
+    else:
+        prepare, used = data(sources, named("data"))
     trained, four, teacher = named("trained"), named("4"), ["--teacher", TEACHER]
     few_step, student = (named(part, ".safetensors") for part in ("few-step", "kdmd"))
-    kdmd = ["train.kdmd", "--model", trained, "--data", *prepared]
+    kdmd = ["train.kdmd", "--model", trained, "--data", *used]
     full = ["--model-widths", "full"]
     widths = [] if is_elastic else full
-    measure = ["train.evaluate", "--model", trained, "--data", *prepared]
-    prepare_kd, prepared_kd = data(named("kd-data"), *teacher)
+    measure = ["train.evaluate", "--model", trained, "--data", *used]
+    if rendered:
+        prepare_kd, used_kd = [], used
+    else:
+        # A teacher may have other latents: the set is made of the pictures again.
+        pictures = [PICTURES] if prepared else sources
+        prepare_kd, used_kd = data(pictures, named("kd-data"), *teacher)
     kd = ["train.kd", "--model", str(model), *teacher]
     return {
         "next": [
             *prepare,
-            ["train.flow", "--model", str(model), "--data", *prepared, "--run-dir", named("run")],
+            ["train.flow", "--model", str(model), "--data", *used, "--run-dir", named("run")],
             ["train.export", "--run", named("run"), "--output", trained],
             [*measure, "--output", named("measures")],
             ["mlx_snapgen.generate", PROMPT, "--model", trained],
@@ -147,7 +174,7 @@ def next_commands(
         ],
         f"or first with a {TEACHER}, which may be a public model": [
             *prepare_kd,
-            [*kd, "--data", *prepared_kd, "--run-dir", named("kd")],
+            [*kd, "--data", *used_kd, "--run-dir", named("kd")],
             ["train.export", "--run", named("kd"), "--output", named("kd-trained")],
         ],
     }
@@ -165,6 +192,9 @@ def main() -> None:
     args = parse()
     folder = find_folder(args.autoencoder)
     check_converted(folder)
+    sources = [spec for spec in pictures_of(args, folder) if is_there(spec)]
+    check_outside("--output" if args.out is None else "OUT", args.output, sources=sources)
+    check_columns(args, sources)
     mx.random.seed(args.seed)
     preset = args.preset
     is_run = not (folder / "config.json").is_file()
@@ -176,6 +206,9 @@ def main() -> None:
             encoders.append(own_encoder(args.tokenizer, preset.own))
     autoencoder = load_autoencoder(folder, source)
     check_autoencoder(preset, autoencoder.config)
+    prepared = bool(sources) and all(map(is_prepared, sources))
+    for spec in sources if prepared else ():
+        Prepared(expanded(spec)).check_autoencoder(autoencoder)
     if preset.round_autoencoder:
         cast(autoencoder, DTYPE)
         cast(autoencoder, mx.float32)
@@ -203,18 +236,14 @@ def main() -> None:
         keep_statistics(folder, autoencoder.config)
     print_sizes(components)
     print_memory(components)
-    sources = pictures_of(args, folder)
-    if not sources or not all(map(is_there, sources)):
-        sources = [PICTURES]
-    captions = ["--captions", *args.captions] if args.captions else []
-    if args.caption_template is not None:
-        captions += ["--caption-template", args.caption_template]
     print_commands(
         args.output,
-        sources,
+        sources if len(sources) == len(pictures_of(args, folder)) > 0 else [PICTURES],
         resolution=min(preset.size),
         is_elastic=len(held_widths(components.config)) > 1,
-        captions=captions,
+        prepared=prepared,
+        captions=args.captions or (),
+        template=args.caption_template,
     )
 
 

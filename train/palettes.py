@@ -39,6 +39,7 @@ from train.evaluation.stickers.score import score_cell
 from train.loop.checkpoint import writing
 from train.loop.palettes import load_alone, save
 from train.loop.run import claim
+from train.loop.teacher import warn_untrained
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
 from train.objectives.finetune import step_share
@@ -55,8 +56,12 @@ def main() -> int:
     for name in args.model_widths:
         check_width(config, name)
     given = list(read_prompts(args.prompts_file)) if args.prompts_file else None
+    too_few = f"--prompts-file: more than {HELD_OUT} prompts are needed, a line for each"
+    if given and len(given) <= HELD_OUT:
+        raise UserError(too_few)
     with announce(f"loading {args.model} ..."):
-        components = load_alone(folder, args.model_widths)
+        components = load_alone(folder, args.model_widths, name=args.model)
+    warn_untrained(components.transformer, args.model, "palettes of it are of no use")
     if args.score:
         known_nouns(components)  # fails early, before sampling
     # In a model of one width, that width has share 1.
@@ -64,7 +69,7 @@ def main() -> int:
     widths = {name: 1.0 if alone else parse_width(name).share for name in args.model_widths}
     captions = given[: args.pictures] if given else known_prompts(components, args.pictures)
     if len(captions) <= HELD_OUT:
-        raise UserError(f"--prompts-file: more than {HELD_OUT} prompts are needed, a line for each")
+        raise UserError(too_few)
     learned, held = captions[HELD_OUT:], captions[:HELD_OUT]
 
     with announce("measuring the sensitivity of each layer ..."):

@@ -36,7 +36,7 @@ from train.data.shards import INDEX, SETTINGS
 from train.data.source import TEACHER, RecordSource
 from train.evaluation.preparation import Preparation
 from train.loop.autoencoder import load_autoencoder
-from train.loop.teacher import find_teacher
+from train.loop.teacher import check_teacher, find_teacher
 from train.options.data import filter_from
 from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
 
@@ -158,6 +158,7 @@ def prepare(args: argparse.Namespace) -> Preparation:
             raise UserError("stickers are rendered in training: there is nothing to prepare")
         if is_prepared(spec):
             raise UserError(f"{spec} is prepared already: give the pictures that it was made of")
+    check_teacher(args)
     source = open_records(args.sources, template=args.caption_template, columns=args.captions or ())
     with announce("reading the names of the files ..."):
         files = fingerprint(source, args.output)
@@ -307,10 +308,12 @@ def main() -> None:
     args = parse()
     done = is_complete(args.output)
     part, parts = args.shard
-    if done and parts > 1:
+    if done:
+        left = f": nothing is left for part {part} of {parts}" if parts > 1 else ""
+        print(f"{args.output} is complete{left}", flush=True)
         # The parts run at the same time, and a small set has fewer shards than parts.
-        print(f"{args.output} is complete: nothing is left for part {part} of {parts}")
-        return
+        if parts > 1:
+            return
     work = draw(args) if args.draw_with else prepare(args)
     if not done:
         work.run(args.dry_run)
@@ -319,8 +322,6 @@ def main() -> None:
             f"{args.output} is a complete set already, with other {' and '.join(changed)}: choose "
             "another name"
         )
-    else:
-        print(f"{args.output} is complete")
 
 
 if __name__ == "__main__":

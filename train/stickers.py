@@ -27,7 +27,14 @@ from train.data.stickers.render import (
 from train.data.stickers.scenes import noun_scene, training_scene, validation_scene
 from train.data.stickers.source import add_num_nouns
 from train.data.stickers.vocabulary import collection_in
-from train.options.common import add_number, add_output, add_seed, check_at_least, check_new
+from train.options.common import (
+    add_number,
+    add_output,
+    add_seed,
+    check_at_least,
+    check_new,
+    check_outside,
+)
 from train.options.data import size_pair
 
 
@@ -80,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_new(output)
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent}; create it first")
+    check_outside("--output", output, sources=[args.pictures] if args.pictures else ())
     check_at_least(args, 1, "count")
     check_at_least(args, 0, "seed")
     if args.pictures:

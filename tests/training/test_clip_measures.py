@@ -1,5 +1,6 @@
 """CLIP score and CMMD are their formulas; on transformers' features they give the same."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,6 +70,18 @@ def test_embeddings_do_not_depend_on_the_batches():
     np.testing.assert_allclose(
         embed_texts(clip, texts), embed_texts(clip, texts, batch_size=2), atol=1e-6
     )
+
+
+def test_clip_in_bfloat16_gives_float32():
+    """As on a GPU, where weights keep the type of the files."""
+    clip, texts, pictures = make_towers(), ["a red apple"], list(some_pictures((24, 24)))
+    exact = embed_texts(clip, texts), embed_pictures(clip, pictures)
+    clip.set_dtype(mx.bfloat16)
+    for found, expected in zip(
+        (embed_texts(clip, texts), embed_pictures(clip, pictures)), exact, strict=True
+    ):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=0.05)
 
 
 def test_measures_equal_those_of_transformers_features(tmp_path):

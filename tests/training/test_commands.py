@@ -280,9 +280,11 @@ def test_the_tokenizer_has_the_vocabulary_in_whole_words(run, tmp_path):
 
 
 def test_a_tokenizer_of_few_captions_is_as_large_as_they_allow(run, tmp_path, capsys):
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("Zwei rote Äpfel")
-    run(tokenizer, "--data", tmp_path, "--output", tmp_path / "made.model")
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (32, 32)).save(data / "a.png")
+    (data / "a.txt").write_text("Zwei rote Äpfel")
+    run(tokenizer, "--data", data, "--output", tmp_path / "made.model")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
     assert 0 not in processor.encode("zwei rote äpfel") + processor.encode("quick, 10!")
     assert capsys.readouterr().out.endswith(f"made.model: {processor.vocab_size()} pieces\n")
@@ -290,7 +292,7 @@ def test_a_tokenizer_of_few_captions_is_as_large_as_they_allow(run, tmp_path, ca
     for count in (3, 9):
         message = rf"^no vocabulary of {count} pieces: the captions need at least \d+$"
         with pytest.raises(UserError, match=message):
-            run(tokenizer, "--data", tmp_path, "-o", tmp_path / "b", "--vocab-size", count)
+            run(tokenizer, "--data", data, "-o", tmp_path / "b", "--vocab-size", count)
 
 
 def test_a_run_folder_keeps_its_settings(tmp_path):

@@ -1,6 +1,7 @@
 """Distillation on prepared data: text states and latents of both models, commands end to end."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -12,12 +13,15 @@ from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import few_step_sampler
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
 from tests.tiny import STUDENT, make_components, randomize, write_teacher
 from tests.training.test_prepare import write_pictures
 from train import export, kd, kdmd, prepare
+from train.data.conditions import Conditions
 from train.data.prepared import Prepared
+from train.data.source import TEACHER
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.teacher import conditions_for, same_latents
 
@@ -103,6 +107,17 @@ def test_states_of_another_teacher_are_not_used(prepared, model_folder, teacher,
     assert not other.stored
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "has text states of another teacher than random" in err
+
+
+def test_states_of_a_teacher_in_bfloat16_are_found_again():
+    """As of teachers on a GPU."""
+    states = mx.random.normal((1, 3, 4), key=mx.random.key(0)).astype(mx.bfloat16)
+    known = Condition(states, mx.ones((1, 3), mx.bool_), states, mx.ones((1, 3), mx.bool_))
+    conditions = Conditions(SimpleNamespace(encode=lambda prompts: known))
+    rounded = np.array(states[0].astype(mx.float32))
+    for found, is_same in ((rounded, True), (-rounded, False), (rounded[:2], False)):
+        samples = SimpleNamespace(states={TEACHER: [found]}, captions=["a cat"])
+        assert conditions.same_states(samples) == is_same
 
 
 def test_kdmd_on_prepared_captions_and_sizes(run, prepared, student, tmp_path):

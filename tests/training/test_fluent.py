@@ -84,7 +84,7 @@ def test_pictures_are_straight_and_started_from_with_alpha(made, tmp_path):
     half = Image.new("RGBA", (256, 256), (200, 100, 0, 128))
     encoded = []
     encode = pipe.autoencoder.encode
-    pipe.autoencoder.encode = lambda x: encoded.append(np.array(x)) or encode(x)
+    pipe.autoencoder.encode = lambda x, **_: encoded.append(np.array(x)) or encode(x)
     pipe("a cat", image=half, strength=0.5, num_inference_steps=2)
     [pixels] = encoded
     expected = np.array([200 * 128 / 255, 100 * 128 / 255, 0, 128])

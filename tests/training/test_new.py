@@ -316,6 +316,57 @@ def test_printed_commands_have_the_options_of_captions(autoencoder_run, run, mon
             run("other", *of_run(option, "x=2"))
 
 
+def test_columns_of_captions_and_data_that_is_prepared(autoencoder_run, run, monkeypatch, capsys):
+    """Every command that reads the data names the columns; prepared data is not prepared again."""
+    for text in Path("pictures").glob("*.txt"):
+        line = {"file_name": text.with_suffix(".png").name, "short": "a car", "long": "a red car"}
+        with open("pictures/metadata.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        text.unlink()
+    small = ["--encoder-size", 32, "--encoder-layers", 1]
+    for more, message in (
+        (["--data", "pictures", "--captions", "short", "lang"], "no such column .did you mean 'lo"),
+        (["--data", "nothing"], "no such file or folder: nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("no", *of_run(*small, *more))
+    with monkeypatch.context() as patch:
+        patch.setattr("train.options.new.FIRST", 2)  # later pictures may have the column
+        run("c", *of_run(*small, "--data", "pictures", "--captions", "short", "lang"))
+        assert "none of the first 2 pictures of pictures has a caption 'lang'" in (
+            capsys.readouterr().err
+        )
+    columns = ["--captions", "short", "long"]
+    for name, data in (("a", "pictures"), ("b", "a-data")):
+        capsys.readouterr()
+        run(name, *of_run(*small, "--data", data, *columns))
+        said = capsys.readouterr().out
+        commands = [shlex.split(line)[2:] for line in said.splitlines() if "python -m" in line]
+        for words in commands:
+            assert ("--captions" in words) == ("--data" in words or words[0] == "train.prepare")
+        if name == "a":
+            call(monkeypatch, *commands[0])
+    assert [words[0] for words in commands[:2]] == ["train.flow", "train.export"]
+    assert commands[0][3:8] == ["--data", "a-data", *columns]
+    assert [words[1] for words in commands if words[0] == "train.prepare"] == ["PICTURES"]
+    with pytest.raises(UserError, match=r"no caption column 'lang' .did you mean"):
+        run("no", *of_run(*small, "--data", "a-data", "--captions", "lang"))
+    with pytest.raises(UserError, match="--data: a-data holds encoded pictures, pictures does not"):
+        run("no", *of_run(*small, "--data", "pictures", "a-data"))
+    write_autoencoder(autoencoder_run.parent / "other", AutoencoderConfig(latent_channels=3))
+    with pytest.raises(UserError, match="latents of another autoencoder"):
+        run("no", *of_run(*small, "--data", "a-data", "--autoencoder", "other"))
+    (autoencoder_run / "latents.json").unlink(missing_ok=True)
+    assert not Path("no").exists()
+
+
+def test_pictures_without_captions_are_told_before_the_commands(autoencoder_run, run, capsys):
+    for text in Path("pictures").glob("*.txt"):
+        text.unlink()
+    run("new", *of_run("--encoder-size", 32, "--encoder-layers", 1))
+    assert "pictures has no picture with a caption" in capsys.readouterr().err
+
+
 def test_stickers_are_not_prepared():
     commands = new.next_commands(Path("new"), ["stickers:nouns=9"], resolution=128, is_elastic=True)
     words = [words for group in commands.values() for words in group]

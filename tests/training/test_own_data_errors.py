@@ -1,5 +1,7 @@
 """Mistakes and damage in a user's own data, by the commands: one clear line and exit code 2."""
 
+import argparse
+import dataclasses
 import importlib
 import json
 import shutil
@@ -13,12 +15,14 @@ from mlx_snapgen import files
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.errors import run_command
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from tests import tiny
 from tests.training.test_prepare import write_pictures
-from train import autoencoder, evaluate, export, flow, kdmd, new, prepare
+from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, new, prepare, tokenizer
 from train.evaluation.memory import training_memory
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.run import command_of
+from train.loop.teacher import open_teacher
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -271,6 +275,55 @@ def test_a_run_folder_of_something_else_stays_as_it_is(prepared, model_folder, f
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_belongs_to_its_command(
+    prepared, model_folder, run, fails, tmp_path
+):
+    folder = tmp_path / "run"
+    options = training(model_folder, folder, prepared)
+    run(flow, *options)
+    shutil.rmtree(folder / "step_1")
+    assert latest_checkpoint(folder) is None
+    record = (folder / "settings.json").read_bytes()
+    error = fails(kd, *options, "--teacher", model_folder)
+    assert error == (
+        f"argument --run-dir: {folder} holds a run of train.flow: give another folder, or delete "
+        "it: it has no checkpoint yet; see --help"
+    )
+    assert (folder / "settings.json").read_bytes() == record
+    run(flow, *options, "--mask-ratio", 0.2)  # nothing is lost
+    assert latest_checkpoint(folder).name == "step_1"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (kd, "--teacher"),
+        (kdmd, "--teacher"),
+        (prepare, "--teacher"),
+        (flow, "--init-from"),
+        (autoencoder, "--init-from"),
+        (autoencoder, "--encoder"),
+    ],
+)
+def test_a_missing_model_is_found_before_the_data_is_read(
+    command, option, pictures, prepared, model_folder, fails, monkeypatch, tmp_path
+):
+    for place in ("options.supernetwork", "options.kdmd", "autoencoder"):
+        monkeypatch.setattr(f"train.{place}.data_from", None)
+    monkeypatch.setattr("train.prepare.open_records", None)
+    options = training(model_folder, tmp_path / "run", prepared)
+    if command is kdmd:
+        options += ["--student-every", 1, "--output", tmp_path / "x.safetensors"]
+    if command is prepare:
+        options = [pictures, "--output", tmp_path / "set", "--model", model_folder]
+    if command is autoencoder:
+        options = ["--run-dir", tmp_path / "run", "--data", pictures]
+    if option == "--encoder":
+        options += ["--init-from", model_folder, "--decoder-only"]
+    missing = tmp_path / "nothing"
+    assert f"{missing}" in fails(command, *options, option, missing)
+
+
 @pytest.mark.parametrize("command", ["autoencoder", "flow", "kd", "kdmd", "lora"])
 def test_a_run_is_not_written_among_the_pictures(command, pictures, model_folder, fails, tmp_path):
     given = ["--data", pictures]
@@ -286,6 +339,83 @@ def test_a_run_is_not_written_among_the_pictures(command, pictures, model_folder
     assert error == f"--run-dir {pictures} has the pictures: give a folder elsewhere"
     error = fails(module, *given, "--run-dir", pictures / "run")
     assert "is inside" in error and sorted(pictures.iterdir()) == before
+
+
+OUTPUTS = {
+    "evaluate": ("--output", "out"),
+    "kdmd": ("--run-dir", "{}/run", "--output", "a.safetensors"),
+    "lora": ("--output", "a.safetensors"),
+    "new": (
+        "--preset=tiny",
+        "--autoencoder={}/model",
+        "--tokenizer",
+        "{}/own.model",
+        "--output",
+        "out",
+    ),
+    "tokenizer": ("--output", "a.model"),
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_outputs_are_not_written_among_the_pictures(
+    command, pictures, model_folder, fails, tmp_path
+):
+    (tmp_path / "model").symlink_to(model_folder)
+    (tmp_path / "own.model").write_bytes(tiny.tokenizer_bytes())
+    given = ["--data", pictures] + ["--model", model_folder] * (command not in ("new", "tokenizer"))
+    *more, name = [word.format(tmp_path) for word in OUTPUTS[command]]
+    before = sorted(pictures.iterdir())
+    module = importlib.import_module(f"train.{command}")
+    error = fails(module, *given, *more, pictures / name)
+    assert f"--output {pictures / name} is inside {pictures}, which has the pictures" in error
+    assert sorted(pictures.iterdir()) == before
+
+
+def test_the_default_run_of_a_lora_gets_no_captions_of_its_samples(
+    pictures, model_folder, fails, monkeypatch
+):
+    monkeypatch.chdir(pictures)
+    given = ["--data", ".", "--model", model_folder, "--caption-template"]
+    assert "give a folder elsewhere" in fails(lora, *given, "a {}")
+    assert "put {} where the name belongs" in fails(lora, *given, "a")
+
+
+def test_class_folders_without_a_template_are_told_of_it(model_folder, fails, tmp_path):
+    classes = write_pictures(tmp_path / "classes" / "red_car", 2)
+    for text in classes.glob("*.txt"):
+        text.unlink()
+    (classes / "metadata.jsonl").unlink(missing_ok=True)
+    data, model = ["--data", classes.parent], ["--model", model_folder]
+    for command, given in (
+        (lora, [*data, *model, "--output", tmp_path / "a.safetensors"]),
+        (flow, [*data, *model, "--run-dir", tmp_path / "run"]),
+        (tokenizer, [*data, "--output", tmp_path / "a.model"]),
+        (prepare, [classes.parent, *model, "--output", tmp_path / "set"]),
+    ):
+        error = fails(command, *given)
+        assert "--caption-template 'a photo of a {}' makes" in error
+
+
+def test_models_that_are_not_trained_are_told_of(pictures, components, run, tmp_path, capsys):
+    network = EfficientDiT(components.config.transformer)
+    save_pretrained(tmp_path / "new", dataclasses.replace(components, transformer=network))
+    (tmp_path / "prompts.txt").write_text("a car")
+    drawing = ["--draw-with", tmp_path / "new", "--prompts-file", tmp_path / "prompts.txt"]
+    tuning = ["--data", pictures, "--model", tmp_path / "new", "--prior-weight", 0]
+    for command, given in (
+        (prepare, [*drawing, "--output", tmp_path / "set", "--steps", 1]),
+        (lora, [*tuning, "--output", tmp_path / "a.safetensors", "--steps", 1]),
+    ):
+        run(command, *given, "--dry-run")
+        assert f"warning: {tmp_path / 'new'} is not trained yet: " in capsys.readouterr().err
+    teacher = argparse.Namespace(teacher=tmp_path / "new", teacher_revision=None, teacher_base=None)
+    open_teacher(teacher)
+    assert "is not trained yet: the student learns noise" in capsys.readouterr().err
+    save_pretrained(tmp_path / "trained", components)
+    teacher.teacher = tmp_path / "trained"
+    open_teacher(teacher)
+    assert capsys.readouterr().err == ""
 
 
 COMMANDS = [
@@ -370,7 +500,7 @@ def test_options_that_change_when_a_run_is_resumed(
 
 
 def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
-    model_folder, run, fails, tmp_path
+    model_folder, run, fails, tmp_path, capsys
 ):
     def options(name, prompts, *more):
         (tmp_path / "prompts.txt").write_text(prompts)
@@ -384,6 +514,17 @@ def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
     last = ["--steps", 2, "--output", tmp_path / "b.safetensors"]
     message = "a run with other few-step LoRA:"
     assert message in fails(kdmd, *options("a", "a car", *last, "--few-step-lora", lora))
+    width = "the few-step mode of {} was trained at model width tiny, not at full"
+    monkey = ["--few-step-lora", lora, *last[:2], "--output", tmp_path / "c.safetensors"]
+    run(kdmd, *options("c", "a car", *monkey))
+    assert width.format(lora) in capsys.readouterr().err
+    wide = fails(kdmd, *options("a", "a car", *last, "--model-widths", "tiny", "small"))
+    assert wide == (
+        f"{tmp_path / 'a'} was trained with --model-widths tiny, not with --model-widths tiny "
+        "small: give --model-widths tiny to resume it, or another --run-dir"
+    )
+    rank = fails(kdmd, *options("a", "a car", *last, "--rank", 2))
+    assert "was trained with --rank 1, not with --rank 2: give --rank 1 to resume" in rank
     assert "a run with other prompts:" in fails(kdmd, *options("a", "a cat", *last))
     error = fails(export, "--run", tmp_path / "a", "--output", tmp_path / "model")
     assert "a is a run of train.kdmd: give the LoRA that it wrote" in error

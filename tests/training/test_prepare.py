@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -42,10 +43,13 @@ from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests import tiny
 from tests.training.test_new import write_autoencoder
 from train import prepare
+from train.data.drawn import DrawnSet
 from train.data.imagefolder import bucket_sizes, fit, nearest_bucket
 from train.data.mixture import Mixture
+from train.data.preparation import Chunk, Picture, PictureSet
 from train.data.prepared import Prepared
-from train.data.shards import Shard, shard_path
+from train.data.shards import Sample, Shard, shard_path
+from train.data.source import Record, Skipped
 from train.options.prepare import parse
 
 SIZE = 64
@@ -405,6 +409,11 @@ def test_finished_and_other_sets_are_refused(
     before = contents(prepared)
     run(monkeypatch, *arguments(pictures, prepared, model_folder))
     assert capsys.readouterr().out == f"{prepared} is complete\n"
+    with monkeypatch.context() as patch:  # before a model is loaded
+        patch.setattr("train.prepare.load_model", None)
+        with pytest.raises(TypeError):
+            run(monkeypatch, *arguments(pictures, prepared, model_folder))
+    assert capsys.readouterr().out == f"{prepared} is complete\n"
     with pytest.raises(UserError, match="is a complete set already, with other filter: choose"):
         run(monkeypatch, *arguments(pictures, prepared, model_folder), "--min-side", 5)
     fewer = write_pictures(tmp_path / "fewer", 39)
@@ -593,7 +602,7 @@ def drawing(output, teacher, prompts, *more):
 
 
 def test_a_drawn_set_is_what_the_teacher_draws(
-    model_folder, components, prompts, monkeypatch, tmp_path
+    model_folder, components, prompts, monkeypatch, tmp_path, capsys
 ):
     output = tmp_path / "set"
     more = "--batch-size", 2, "--steps", 3, "--guidance", 2
@@ -607,12 +616,29 @@ def test_a_drawn_set_is_what_the_teacher_draws(
     expected = draw_latents(components, captions, seeds=range(5, 14), settings=settings)
     assert mx.allclose(batch.latents, expected, rtol=1e-3, atol=5e-3)
     data.check_autoencoder(components.autoencoder)
+    assert "longer than" not in capsys.readouterr().err
     # The shards of a killed command are not drawn again.
     before = contents(output)
     (output / "index.json").unlink()
     shard_path(output, 1).unlink()
     run(monkeypatch, *drawing(output, model_folder, prompts, *more))
     assert contents(output) == before
+
+
+def test_a_prompt_that_is_cut_is_noted_once(
+    model_folder, components, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr("train.data.drawn.MOST_NOTED", 2)
+    path, long = tmp_path / "prompts.txt", " ".join(["an apple"] * 90)
+    path.write_text(f"a cat\n{long} 1\n{long} 2\n{long} 3\n")
+    more = "--steps", 1, "--guidance", 1, "--batch-size", 2
+    run(monkeypatch, *drawing(tmp_path / "set", model_folder, path, *more))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    encoders = components.text_encoders
+    assert len(lines) == 2 * len(encoders)
+    most = encoders[0].tokenizer.max_length
+    assert lines[0].startswith('note: "an apple an apple')
+    assert f"the prompt is longer than {most} tokens, cut: '" in lines[0]
 
 
 def test_pictures_of_a_prompt_are_held_out_together(model_folder, monkeypatch, tmp_path):
@@ -963,3 +989,59 @@ def test_other_resolutions_are_refused(pictures, model_folder, monkeypatch, tmp_
     more = "--resolution", 72
     with pytest.raises(UserError, match="--resolution 72: give a multiple of 32"):
         run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, *more))
+
+
+# --- the estimate ---------------------------------------------------------------------------------
+
+
+class SlowStart:
+    """An encoder and a teacher whose first batch of a size takes half a second longer."""
+
+    batch_size, autoencoder, others, texts = 4, None, {}, {}
+
+    def __init__(self):
+        self.seen = set()
+
+    def chunk(self, pictures):
+        return Chunk(self.encode(pictures))
+
+    def encode(self, pictures):
+        if len(pictures) not in self.seen:
+            time.sleep(0.5)
+        self.seen.add(len(pictures))
+        latents = np.zeros((1, 1, 1), np.float16)
+        return [Sample(p.key, p.size, {"text": "a"}, latents) for p in pictures]
+
+
+def test_the_estimate_is_without_the_start_and_of_all_records():
+    """A record that is left out takes no place, and no time to encode."""
+    records = [
+        Skipped(str(i), "no caption") if i % 2 else Record(str(i), {}, bytes) for i in range(8)
+    ]
+    source = SimpleNamespace(records=lambda start=0: iter(records))
+
+    def decode(record):
+        return Picture(record.key, {"text": "a"}, (8, 8), np.zeros((8, 8, 3), np.uint8), [])
+
+    work = PictureSet(source, decode, encoder=SlowStart(), chunk_size=8, workers=1)
+    measured = work.measure(0)
+    assert len(measured.samples) == 4 and measured.share == 4 / 7
+    assert measured.nbytes == 4 / 7 * measured.samples[0].nbytes
+    assert 0 < measured.seconds < 0.05
+
+
+def test_the_estimate_of_a_drawn_set_is_of_the_second_batch(monkeypatch):
+    given = {"per_prompt": 10, "seed": 0, "size": (8, 8), "column": "text", "chunk_size": 8}
+    slow = SlowStart()
+    work = DrawnSet(None, None, encoder=slow, prompts=["a"], **given)
+    drawn = []
+
+    def samples(begin, end):
+        drawn.append(range(begin, end))
+        return slow.encode([SimpleNamespace(key=str(k), size=(8, 8)) for k in range(begin, end)])
+
+    monkeypatch.setattr(work, "_samples", samples)
+    assert work.measure(0).seconds < 0.05
+    chunks = list(work.chunks(lambda _: True, start=0, progress=lambda _: None))
+    assert [len(chunk.samples) for _, chunk in chunks] == [8, 2]
+    assert drawn == [range(4), range(4, 8), range(8, 10)]  # each once

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlx_snapgen.decode import decode
 from mlx_snapgen.errors import UserError
-from train.data.open import open_records
+from train.data.open import is_there, open_records
 from train.data.readers import tars
 from train.data.readers.captions import default_column
 from train.data.readers.folder import PictureFolderRecords
@@ -185,6 +185,29 @@ def test_raw_bytes_and_lists_of_captions_in_parquet(tmp_path):
     assert record.captions == {"sentences": "one", "sentences.2": "two"}
 
 
+def test_parquet_with_a_caption_that_is_not_utf8_skips_its_row(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    ends = pa.py_buffer(np.array([0, 5, 10, 15], np.int32).tobytes())
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, ends, pa.py_buffer(b"a catb\xffcata dog")])
+    parquet.write_table(pa.table({"image": [encoded()] * 3, "text": texts}), tmp_path / "a.parquet")
+    records = open_records([str(tmp_path / "a.parquet")])
+    for found in (records.records(), map(records.at, [(0, 0, 0), (0, 0, 1), (0, 0, 2)])):
+        first, second, third = found
+        assert (first.captions, third.captions) == ({"text": "a cat"}, {"text": "a dog"})
+        assert (second.key, second.reason) == ("a.parquet:1", "caption not in UTF-8")
+
+
+def test_parquet_whose_names_are_not_utf8_is_one_line(tmp_path):
+    pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", samples(2))
+    damaged = (tmp_path / "a.parquet").read_bytes().replace(b"bytes", b"\xffytes")
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cannot read .*a\.parquet as parquet: 'utf-8' codec"):
+        open_records([str(tmp_path / "a.parquet")])
+
+
 def test_parquet_without_a_column_names_those_that_there_are(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -350,6 +373,21 @@ def test_several_files_and_patterns_are_one_set(tmp_path):
     assert [r.key for r in both.records(3)] == keys[3:]
     third = list(both.records())[2]
     assert both.at(third.place).key == keys[2] and both.at(third.place).read() == third.read()
+
+
+@pytest.mark.parametrize("name", ["set [a]", "set[0]", "x*?[", "[!b]"])
+def test_brackets_in_a_folder_of_a_pattern(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in (name, "set a", "set0"):
+        (tmp_path / folder / "b[1]").mkdir(parents=True)
+        write_tar(tmp_path / folder / "b[1]" / "1.tar", samples(1))
+    patterns = (f"{name}/*/*.tar", f"{name}/b[[]1]/[0-9].tar", f"{name}/b[1]/?.tar")
+    for pattern in (*patterns, str(tmp_path / patterns[0])):
+        assert is_there(pattern)
+        found = open_records([pattern])
+        assert found.count() == 1 and found.settings() == open_records([pattern]).settings()
+    assert open_records(["set[0-9]/*/1.tar"]).count() == 1
+    assert not is_there(f"{name}/[2-9].tar")
 
 
 def test_class_folders_with_a_template(tmp_path):

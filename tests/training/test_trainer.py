@@ -400,6 +400,42 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+def hung_up(run_dir, reader):
+    """Gets SIGHUP twice, as from a shell and the system; runs in a process of its own."""
+
+    def interrupted(k):
+        if k == 5:
+            if not reader:
+                ours, theirs = os.pipe()
+                os.dup2(theirs, 2)
+                os.close(ours)
+                os.close(theirs)
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(2 * SAME)
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+        return batches(k)
+
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    run = trainer(Path(run_dir), batches=interrupted)
+    run.run()
+    print("on a closed terminal", flush=True)
+    sys.exit(run.exit_code)
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_a_closed_terminal_ends_the_run_as_sigterm_does(tmp_path, reader):
+    """Also if nothing can be printed any more, as a terminal or a pipe without a reader."""
+    process = start(f"hung_up({str(tmp_path)!r}, {reader})")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert latest_checkpoint(tmp_path).name == "step_6"
+    assert ("stopped at step 6; resume with: " in said) == reader
+    resumed, straight = trainer(tmp_path), trainer(tmp_path / "straight")
+    assert resumed.run() and straight.run()
+    assert_same(flat(straight), flat(resumed))
+
+
 @pytest.mark.parametrize("at", ["picture", "log"])
 def test_a_validation_that_a_kill_cut_off_is_made_up(tmp_path, monkeypatch, at):
     """Killed between the checkpoint of step 8 and its validation, or before its line is logged."""
@@ -801,6 +837,17 @@ def test_the_bar_names_what_follows_the_steps(tmp_path, capsys):
     assert said.endswith(f"{tmp_path} is complete, with 4 steps\n") and "step/s" not in said
 
 
+def test_a_terminal_that_reports_no_size_shows_the_bar():
+    ours, theirs = os.openpty()
+    assert os.get_terminal_size(theirs).columns == 0
+    code = "import train; from tqdm import tqdm; [k for k in tqdm(range(3), desc='work')]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert "work: 100%|" in said and "3/3" in said
+
+
 def test_pictures_without_metrics_leave_no_line_in_the_log(tmp_path, monkeypatch):
     calls = []
     for _ in range(2):
@@ -823,6 +870,9 @@ def test_curves_are_drawn(tmp_path, capsys, monkeypatch):
     names = ("loss_0.5", "validation_tiny", "grad_norm_projector_375", "grad_norm", "psnr")
     panels = ["loss", "validation", "grad_norm_projector", "grad_norm", "psnr"]
     assert list(map(train.loop.plot.panel_of, names)) == panels
+    shown = ["loss_small", "validation_tiny", "grad_norm_projector_tiny", "grad_norm", "psnr"]
+    assert list(map(train.loop.plot.shown_name, names)) == shown
+    assert train.loop.plot.shown_name("loss_1") == "loss_full"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for _ in range(2):
         assert train.loop.plot.plot_log(tmp_path) is None

@@ -57,7 +57,8 @@ class Conditions:
 
     def same_states(self, samples: Samples) -> bool:
         """Whether the first of these samples has this teacher's states, up to their rounding."""
-        found, own = samples.states[TEACHER][0], np.array(self._cached(samples.captions[0]))
+        found, own = samples.states[TEACHER][0], self._cached(samples.captions[0])
+        own = np.array(own.astype(mx.float32))  # numpy has no bfloat16, of teachers on a GPU
         if found.shape != own.shape:
             return False
         return bool(np.abs(found - own).max() <= ROUNDING * np.abs(own).max())

@@ -14,7 +14,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present_prompts
 from mlx_snapgen.pictures import from_uint8
-from mlx_snapgen.settings import machine_memory
+from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
 from train.data.mixture import channels_in
 from train.data.source import Batch, LatentSource, Samples
@@ -59,7 +59,7 @@ def check_encoding(autoencoders: Iterable[Autoencoder], side: int, *, batch_size
             instead = f"--batch-size {fits}" if fits > 0 else "a smaller --resolution"
             raise UserError(
                 f"encoding {batch_size} pictures of {side} x {side} at a time takes about "
-                f"{needed / 2**30:.1f} GiB of memory, and this machine has {memory / 2**30:.1f}: "
+                f"{needed / 2**30:.1f} GiB of memory, and {has_memory()} {memory / 2**30:.1f}: "
                 f"choose {instead}"
             )
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import expanded, open_regular
-from train.data.readers.folder import METADATA, PictureFolderRecords
+from train.data.readers.folder import METADATA, NO_CAPTION, TEMPLATE_HINT, PictureFolderRecords
 from train.data.source import Skipped
 from train.data.streams import Stream
 
@@ -46,7 +46,7 @@ class Example:
 
 
 def read_folder(
-    folder: Path, buckets: Sequence[Size], *, has_alpha: bool = False
+    folder: Path, buckets: Sequence[Size], *, has_alpha: bool = False, template: str | None = None
 ) -> tuple[list[Example], list[str]]:
     """All readable pictures with a caption in a folder and its subfolders.
 
@@ -56,6 +56,7 @@ def read_folder(
         folder: with pictures and `metadata.jsonl` or `.txt` files.
         buckets: the sizes to crop to; each picture gets the one nearest in shape.
         has_alpha: the examples have an alpha channel.
+        template: see `PictureFolderRecords`.
 
     Returns:
         the examples in the order of their names, and a line for each picture that is skipped.
@@ -64,7 +65,7 @@ def read_folder(
         UserError: no such folder, or no usable picture.
     """
     folder = expanded(folder)
-    captions, skipped = find_captions(folder)
+    captions, skipped = find_captions(folder, template)
     examples = []
     for path, caption in captions:
         try:
@@ -73,6 +74,10 @@ def read_folder(
             skipped.append(str(error))
         else:
             examples.append(Example(path, caption, fit(picture, nearest_bucket(picture, buckets))))
+    if not examples and any(TEMPLATE_HINT in line for line in skipped):
+        raise UserError(
+            f"no picture with a caption in {folder} ({len(skipped)} skipped): {TEMPLATE_HINT}"
+        )
     if not examples:
         examples_of = f" ({len(skipped)} skipped, such as {skipped[0]})" if skipped else ""
         raise UserError(
@@ -83,12 +88,15 @@ def read_folder(
     return examples, skipped
 
 
-def find_captions(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+def find_captions(
+    folder: Path, template: str | None = None
+) -> tuple[list[tuple[Path, str]], list[str]]:
     """(picture, caption) pairs in the order of their paths, and a line for each one skipped."""
     found, skipped = [], []
-    for record in PictureFolderRecords(folder).records():
+    for record in PictureFolderRecords(folder, template=template).records():
         if isinstance(record, Skipped):
-            skipped.append(f"{folder / record.key}: {record.detail or record.reason}")
+            known = f"{NO_CAPTION}; " if record.detail == TEMPLATE_HINT else ""
+            skipped.append(f"{folder / record.key}: {known}{record.detail or record.reason}")
         elif caption := next(iter(record.captions.values())):
             found.append((folder / record.place[0], caption))
         else:

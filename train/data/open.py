@@ -6,6 +6,7 @@ A SOURCE is a folder that `train.prepare` wrote, a folder of pictures, .tar file
 """
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,13 +79,7 @@ def open_data(
     groups = [[spec] for spec in specs] if weights is not None else _together(specs)
     if weights is not None and len(weights) != len(specs):
         raise UserError(f"--weights: {len(weights)} for {len(specs)} of --data; give one for each")
-    prepared = [is_prepared(group[0]) for group in groups]
-    if any(prepared) and not all(prepared):
-        other = groups[prepared.index(False)][0]
-        raise UserError(
-            f"--data: {groups[prepared.index(True)][0]} holds encoded pictures, {other} does not: "
-            f"encode {other} with python -m train.prepare, or train on it alone"
-        )
+    check_one_kind([group[0] for group in groups])
     sources = []
     for group in groups:
         if is_prepared(group[0]):
@@ -134,7 +129,7 @@ def is_stickers(spec: str) -> bool:
 
 def is_there(spec: str) -> bool:
     """Whether a SOURCE can be opened from the current folder."""
-    return is_stickers(spec) or expanded(spec).exists() or bool(glob.glob(spec))
+    return is_stickers(spec) or expanded(spec).is_dir() or bool(_found(spec))
 
 
 def open_records(
@@ -187,14 +182,36 @@ def _kind(name: str) -> tuple[str, ...] | None:
 
 def _files(spec: str) -> list[Path]:
     """The files of a SOURCE in the order of their names; `UserError` if there are none."""
+    check_there(spec)
+    return _found(spec)
+
+
+def _found(spec: str) -> list[Path]:
+    """The files of a pattern, sorted; a folder that exists is no pattern, also with brackets."""
     path = expanded(spec)
     if path.is_file():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    if not found:
+    folder = next((each for each in path.parents if os.path.isdir(each)), Path())
+    pattern = Path(glob.escape(str(folder)), path.relative_to(folder))
+    return sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+
+
+def check_there(spec: str) -> None:
+    """`UserError` unless a SOURCE can be opened from the current folder."""
+    if not is_there(spec):
         hint = nearest(spec, [STICKERS])
         raise UserError(f"no such file or folder: {spec}{hint}; give {SOURCES}")
-    return found
+
+
+def check_one_kind(specs: Sequence[str]) -> None:
+    """`UserError` if some of the SOURCEs are folders of `train.prepare`, and others are not."""
+    prepared = [is_prepared(spec) for spec in specs]
+    if any(prepared) and not all(prepared):
+        other = specs[prepared.index(False)]
+        raise UserError(
+            f"--data: {specs[prepared.index(True)]} holds encoded pictures, {other} does not: "
+            f"encode {other} with python -m train.prepare, or train on it alone"
+        )
 
 
 def _together(specs: Sequence[str]) -> list[list[str]]:

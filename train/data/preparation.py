@@ -6,6 +6,7 @@ alone: pictures are encoded in batches of one bucket within a chunk, in the orde
 
 import contextlib
 import itertools
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -148,21 +149,34 @@ class PictureSet:
             self._counted = [self.source.count()]
         return self._counted[0]
 
-    def measure(self, chunk: int) -> tuple[list[Sample], float]:
-        """Samples of one batch, and the seconds that they take; the first, for any chunk.
+    def measure(self, chunk: int) -> "Measured":
+        """Of one batch, the first, for any chunk.
 
         Raises:
             UserError: no picture can be used.
         """
-        self._first()  # slower than the next
+        _, pictures = self._first()  # slower than the next
+        samples = self.encoder.chunk(pictures).samples
         started = time.perf_counter()
-        return self._first(), time.perf_counter() - started
+        count, _ = self._first()
+        decoding = (time.perf_counter() - started) / count / min(self.workers, os.cpu_count() or 1)
+        # A full batch, as most are: there may be as many shapes as pictures here.
+        batch = [pictures[0]] * self.encoder.batch_size
+        self.encoder.encode(batch)  # what is compiled or loaded takes time once
+        started = time.perf_counter()
+        self.encoder.encode(batch)
+        encoding = (time.perf_counter() - started) / len(batch)
+        share = len(samples) / count
+        return Measured(samples, decoding + share * encoding, share)
 
-    def _first(self) -> list[Sample]:
-        pictures: list[Item] = []
+    def _first(self) -> tuple[int, list[Picture]]:
+        """The number of records read for a batch, and the pictures of the batch."""
+        pictures: list[Picture] = []
         reasons: Counter[str] = Counter()
         first: Skipped | None = None
+        count = 0
         for record in self.source.records():
+            count += 1
             item = record if isinstance(record, Skipped) else self.decode(record)
             if isinstance(item, Picture):
                 pictures.append(item)
@@ -176,7 +190,7 @@ class PictureSet:
             why = ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3))
             such = f", such as {describe_skipped(first)}" if first else ""
             raise UserError(f"no picture can be used ({why or 'there are none'}){such}")
-        return self.encoder.chunk(pictures).samples
+        return count, pictures
 
     def pixels(self, keys: Collection[str]) -> dict[str, np.ndarray]:
         """The cropped pictures of these keys."""
@@ -340,6 +354,25 @@ class Encoder:
             size=pictures[0].size,
             texts=self.texts,
         )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the first samples.
+
+    Attributes:
+        seconds: of a record, without what takes time only once.
+        share: of the records that become samples.
+    """
+
+    samples: list[Sample]
+    seconds: float
+    share: float = 1.0
+
+    @property
+    def nbytes(self) -> float:
+        """Of a record, on the disk."""
+        return self.share * sum(sample.nbytes for sample in self.samples) / len(self.samples)
 
 
 @dataclass

@@ -5,6 +5,7 @@ Both depend on the CLIP that is used: compare only numbers of the same one.
 
 from collections.abc import Sequence
 
+import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
@@ -24,13 +25,14 @@ def embed_pictures(
     """uint8 pictures (H, W, 3) of any sizes -> embeddings (N, E) of norm 1, float32."""
     starts = range(0, len(pictures), batch_size)
     batches = (clip.embed_pictures(pictures[k : k + batch_size]) for k in starts)
-    return np.concatenate([np.array(batch) for batch in batches])
+    return np.concatenate([np.array(batch.astype(mx.float32)) for batch in batches])
 
 
 def embed_texts(clip: Clip, texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
     """Texts -> embeddings (N, E) of norm 1, float32; texts over 75 tokens are cut, as in CLIP."""
     starts = tqdm(range(0, len(texts), batch_size), desc="CLIP: texts", unit="batch", leave=False)
-    return np.concatenate([np.array(clip.embed_texts(texts[k : k + batch_size])) for k in starts])
+    batches = (clip.embed_texts(texts[k : k + batch_size]) for k in starts)
+    return np.concatenate([np.array(batch.astype(mx.float32)) for batch in batches])
 
 
 def clip_score(pictures: np.ndarray, texts: np.ndarray) -> float:

@@ -60,7 +60,7 @@ class Validation:
             v = velocity(self.network, some, x_t, t=t, share=self.share)
             with active_adapters(self.network):
                 before = velocity(self.network, some, x_t, t=t, share=self.share)
-            changes.append(np.array(per_sample(v - before)))
+            changes.append(np.array(per_sample(v - before).astype(mx.float32)))
             progress(len(x_t) / LEVELS)
         return _mean(changes)
 

@@ -18,9 +18,9 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import lock_folder, read_object, unlock_folder, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from train.data.preparation import ENLARGED, Chunk
+from train.data.preparation import ENLARGED, Chunk, Measured
 from train.data.prepared import save_empty, write_index
-from train.data.shards import SETTINGS, Sample, cannot_write, shard_path, write_shard
+from train.data.shards import SETTINGS, cannot_write, shard_path, write_shard
 from train.evaluation.prepared_set import choose_shown, count_shards, plot_sizes, sheet
 
 LONG_SHARD = 1800
@@ -45,8 +45,8 @@ class Work(Protocol):
         """Number of records; None if it is not known."""
         ...
 
-    def measure(self, chunk: int) -> tuple[list[Sample], float]:
-        """Samples of one batch, of this chunk if possible, and the seconds that they take."""
+    def measure(self, chunk: int) -> Measured:
+        """Of the first samples, of this chunk if possible."""
         ...
 
     def chunks(
@@ -179,9 +179,10 @@ class Preparation:
 
     def _print_estimate(self) -> None:
         with announce("measuring the first pictures ..."):
-            samples, seconds = self.work.measure(self._missing())
+            measured = self.work.measure(self._missing())
+            samples, seconds, each = measured.samples, measured.seconds, measured.nbytes
             total = self.work.count()
-        if (long := self.work.chunk_size * seconds / len(samples)) > LONG_SHARD:
+        if (long := self.work.chunk_size * seconds) > LONG_SHARD:
             print(
                 f"a shard takes up to {_duration(long)}, which are lost if the command is killed: "
                 "give a smaller --shard-size",
@@ -194,8 +195,6 @@ class Preparation:
                     f"'{column}'",
                     file=sys.stderr,
                 )
-        each = sum(sample.nbytes for sample in samples) / len(samples)
-        seconds /= len(samples)
         rate = f"about {_rate(1 / seconds)} pictures/s, {each / 1e3:.1f} kB each"
         existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free

@@ -4,11 +4,13 @@ Threads detect both, because the main thread is inside mlx most of the time: Pyt
 handler there, and a collective operation may wait for a lost process forever.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -25,15 +27,26 @@ SAME = 0.2
 
 
 class StopSignals:
-    """In the block, the first Ctrl-C, SIGTERM or SIGHUP calls `stop`; a second ends the process.
+    """In the block, the first Ctrl-C, SIGTERM or SIGHUP calls `stop`; a second signal, except
+    SIGHUP, ends the process.
 
     `stop` gets the signal's number, and runs in a thread, which may have to wait for seconds while
     mlx compiles a step. Signals within `SAME` seconds of the first are not a second one: `timeout`
-    and job managers signal both a process and its group.
+    and job managers signal both a process and its group. SIGHUP is never one: both the shell and
+    the system send it when a terminal is closed.
     """
 
     def __init__(self, stop: Callable[[int], None]):
         self._stop = stop
+        self._closed: int | None = None
+
+    def print(self, text: str) -> None:
+        """Print a line on stderr; after SIGHUP if it still can be, as in a file."""
+        if self._closed is None:
+            print(text, file=sys.stderr)
+            return
+        with contextlib.suppress(OSError):  # the terminal, or a program that read the output
+            os.write(self._closed, f"{text}\n".encode(errors="backslashreplace"))
 
     def __enter__(self) -> "StopSignals":
         # An ignored signal, such as SIGHUP under nohup, stays ignored.
@@ -58,15 +71,16 @@ class StopSignals:
             if number not in self._previous:
                 continue
             if first is not None:
-                if time.monotonic() - first > SAME:
+                if time.monotonic() - first > SAME and number != signal.SIGHUP:
                     os._exit(128 + number)
                 continue
             first = time.monotonic()
             if number == signal.SIGHUP:
-                # The terminal is closed; printing there would end the run.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 1)
-                os.dup2(nowhere, 2)
+                # The terminal is closed; a bar that is printed there would end the run.
+                self._closed, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+                for stream in (1, 2):
+                    if not stat.S_ISREG(os.fstat(stream).st_mode):
+                        os.dup2(nowhere, stream)
             self._stop(number)
         self._receiver.close()
 

@@ -8,29 +8,27 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import (
     Components,
-    check_few_step_width,
     fuse_few_step,
     load_pretrained,
+    note_few_step_widths,
     save_pretrained,
 )
-from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.files import read_text
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file
 from mlx_snapgen.settings import parse_width
 
 
-def load_alone(folder: Path, widths: Sequence[str]) -> Components:
+def load_alone(folder: Path, widths: Sequence[str], *, name: str | None = None) -> Components:
     """A model in float32, with its few-step LoRA merged if it has one.
 
     Args:
         widths: names; a single one loads only that sub-network.
+        name: the model's for messages; None for the one in its config.
     """
     share = parse_width(widths[0]).share if len(widths) == 1 else None
     components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=True)
-    for width in widths:
-        if note := check_few_step_width(components, width):
-            write_line(f"note: {note}")
+    note_few_step_widths(components, widths, model=name)
     fuse_few_step(components)
     config = dataclasses.replace(
         components.config, sampler=components.config.sampler_for(), few_step=None

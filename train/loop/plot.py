@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mlx_snapgen.files import whole_file
+from mlx_snapgen.settings import WIDTHS
 from train.loop.checkpoint import LOG, read_log
 
 PLOT = "loss.png"
@@ -49,7 +50,7 @@ def plot_log(run_dir: Path) -> Path | None:
         for name in names:
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             marker = "." if len(points) < 20 else None
-            axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+            axes.plot(*zip(*points, strict=True), marker=marker, label=shown_name(name))
             lowest = min(lowest, *(value for _, value in points))
             highest = max(highest, *(value for _, value in points))
         axes.set_title(panel, fontsize=9, loc="left")
@@ -66,6 +67,13 @@ def plot_log(run_dir: Path) -> Path | None:
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=80)
     return path
+
+
+def shown_name(name: str) -> str:
+    """A metric as the bar and the curves show it: `loss_0.375` of the log is `loss_tiny`."""
+    start, _, end = name.rpartition("_")
+    found = [w.name for w in WIDTHS if end in (f"{w.share:g}", f"{round(1000 * w.share)}")]
+    return f"{start}_{found[0]}" if start and found else name
 
 
 def panel_of(name: str) -> str:

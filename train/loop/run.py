@@ -138,16 +138,17 @@ def check_run_folder(run_dir: Path, command: str) -> None:
     Args:
         command: that trains in the folder, such as "train.flow".
     """
-    if latest_checkpoint(run_dir) is not None:
-        if command_of(run_dir) not in (None, command):
-            raise UserError(f"{run_dir} holds a run of {command_of(run_dir)}: give another folder")
-        return
-    found = next((name for name in OTHERS if (run_dir / name).exists()), None)
-    path = run_dir / SETTINGS
-    if found is None and path.exists() and any(key in read_object(path) for key in KEYS_OF_OTHERS):
-        found = SETTINGS
+    has_begun, path = latest_checkpoint(run_dir) is not None, run_dir / SETTINGS
+    found = None
+    if not has_begun:
+        found = next((name for name in OTHERS if (run_dir / name).exists()), None)
+        if path.exists() and any(key in read_object(path) for key in KEYS_OF_OTHERS):
+            found = found or SETTINGS
     if found is not None:
         raise UserError(f"{run_dir} holds no run, but {found} of something else: give a new folder")
+    if (other := command_of(run_dir)) not in (None, command):
+        instead = "" if has_begun else ", or delete it: it has no checkpoint yet"
+        raise UserError(f"{run_dir} holds a run of {other}: give another folder{instead}")
 
 
 def claim_training(
@@ -195,6 +196,28 @@ def _describe_networks(config: ModelConfig, run_dir: Path) -> list[dict[str, Any
         if found == configs:
             return before
     return [to_dict(c) for c in configs]
+
+
+def check_same(run_dir: Path, used: dict[str, Any], *, options: dict[str, str]) -> None:
+    """`UserError` for options that must be those of the run, because they choose its networks.
+
+    Args:
+        used: see `OPTIONS`; older runs did not record all.
+        options: names in `used` -> options.
+    """
+    then = recorded(run_dir).get(OPTIONS)
+    if latest_checkpoint(run_dir) is None or not isinstance(then, dict):
+        return
+    for name, option in options.items():
+        if name in then and then[name] != used[name]:
+            before, now = (
+                f"{option} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+                for v in (then[name], used[name])
+            )
+            raise UserError(
+                f"{run_dir} was trained with {before}, not with {now}: give {before} to resume it, "
+                "or another --run-dir"
+            )
 
 
 def check_sizes(run_dir: Path, trained: nn.Module) -> None:

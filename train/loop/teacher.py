@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.open_model import open_model
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.open_model import find_description, open_model
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.base import Teacher
-from mlx_snapgen.teachers.checkpoint import load_teacher
+from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
 from train.data.conditions import Conditions
 from train.data.source import TEACHER
@@ -49,15 +50,33 @@ def find_teacher(model: str, args: argparse.Namespace) -> Path:
     Raises:
         UserError: as `open_model`.
     """
-    revision, base = args.teacher_revision, args.teacher_base
-    return open_model(ModelChoice(model, revision=revision, base=base)).path
+    return open_model(_choice(model, args)).path
+
+
+def check_teacher(args: argparse.Namespace) -> None:
+    """`UserError` if there is no model for --teacher; a public one is not fetched yet."""
+    if args.teacher:
+        find_description(_choice(args.teacher, args))
+
+
+def _choice(model: str, args: argparse.Namespace) -> ModelChoice:
+    return ModelChoice(model, revision=args.teacher_revision, base=args.teacher_base)
 
 
 def open_teacher(args: argparse.Namespace) -> tuple[Teacher, Autoencoder, str]:
     """The teacher of --teacher, its autoencoder, and `digest_files` of its folder."""
     folder = find_teacher(args.teacher, args)
     with announce(f"loading {args.teacher} ..."):
-        return *load_teacher(folder), digest_files(folder)
+        teacher, autoencoder = load_teacher(folder)
+    if isinstance(teacher, CheckpointTeacher):
+        warn_untrained(teacher.network, args.teacher, "the student learns noise from it")
+    return teacher, autoencoder, digest_files(folder)
+
+
+def warn_untrained(network: EfficientDiT, model: str | Path, result: str) -> None:
+    """Print a line if a network has its first weights, as `train.new` writes them."""
+    if network.is_untrained and mx.distributed.init().rank() == 0:
+        write_line(f"warning: {model} is not trained yet: {result}")
 
 
 def prepared_parts(source: Any) -> list[Any]:

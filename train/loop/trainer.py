@@ -48,7 +48,7 @@ from train.loop.checkpoint import (
 from train.loop.config import TrainingConfig
 from train.loop.distributed import GRACE, SILENCE, PeerWatch, StopSignals, is_complete
 from train.loop.optimizer import Optimizers, Role
-from train.loop.plot import is_plotted, plot_log
+from train.loop.plot import is_plotted, plot_log, shown_name
 from train.objectives.base import Objective
 
 T = TypeVar("T")
@@ -182,7 +182,7 @@ class Trainer:
         """
         watch, orderly = PeerWatch(self.group, self._lost), False
         try:
-            with StopSignals(self._interrupt):
+            with StopSignals(self._interrupt) as signals:
                 self._resume()
                 self._loop()
             orderly = True
@@ -198,7 +198,7 @@ class Trainer:
         if self.is_main:
             stopped = f"stopped at step {self.step}; {self._resume_hint()}"
             more = f", with {self.step:,} steps" if self.step > self.config.steps else ""
-            print(f"{self.run_dir} is complete{more}" if finished else stopped, file=sys.stderr)
+            signals.print(f"{self.run_dir} is complete{more}" if finished else stopped)
         return finished
 
     def _resume(self) -> None:
@@ -259,7 +259,7 @@ class Trainer:
                 if regular or self.step == config.steps:
                     means = {name: sum(v) / len(v) for name, v in self._history.items()}
                     seconds = (time.perf_counter() - started) / steps
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                    bar.set_postfix({shown_name(k): f"{v:.4f}" for k, v in means.items()})
                     self._log(means | {SECONDS: seconds})
                 if regular:
                     self._history, started, steps = {}, time.perf_counter(), 0

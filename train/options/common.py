@@ -149,13 +149,18 @@ def validation_batch(args: argparse.Namespace) -> int:
     return min(16, args.batch_size)
 
 
-def check_outside(option: str, folder: Path, *, sources: Iterable[str | Path]) -> None:
-    """`UserError` if the folder of an option is one of the folders of pictures, or inside one."""
+def check_outside(option: str, path: Path, *, sources: Iterable[str | Path]) -> None:
+    """`UserError` if the file or folder of an option is a folder of pictures, or inside one."""
     for source in (expanded(source) for source in sources if not is_stickers(str(source))):
-        if not source.is_dir() or not folder.resolve().is_relative_to(source.resolve()):
+        if not source.is_dir() or not path.resolve().is_relative_to(source.resolve()):
             continue
-        where = "has" if folder.resolve() == source.resolve() else f"is inside {source}, which has"
-        raise UserError(f"{option} {folder} {where} the pictures: give a folder elsewhere")
+        where = "has" if path.resolve() == source.resolve() else f"is inside {source}, which has"
+        what = "name" if path.suffix in FILES else "folder"
+        raise UserError(f"{option} {path} {where} the pictures: give a {what} elsewhere")
+
+
+FILES = (".safetensors", ".model", ".png")
+"""What the names of single files that commands write end with."""
 
 
 def check_new(output: Path) -> None:

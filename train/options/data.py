@@ -98,7 +98,12 @@ def add_captions(group: argparse._ActionsContainer, *, weights: bool) -> None:
         metavar="COLUMN[=W]" if weights else "COLUMN",
         help=f"columns of captions, {how} (default: text or caption, or else the first)",
     )
-    add(
+    add_caption_template(group)
+
+
+def add_caption_template(group: argparse._ActionsContainer) -> None:
+    """`--caption-template`; checked by `check_template`."""
+    group.add_argument(
         "--caption-template",
         metavar="TEXT",
         help="caption of pictures in a folder that have none, with {} for the name of their "
@@ -143,8 +148,9 @@ def check_data(
     """
     filter_from(args)
     parse_captions(args.captions or ())
-    if (run_dir := getattr(args, "run_dir", None)) is not None:
-        check_outside("--run-dir", run_dir, sources=args.data or ())
+    for name in ("run_dir", "output"):
+        if (path := getattr(args, name, None)) is not None:
+            check_outside(f"--{name.replace('_', '-')}", path, sources=args.data or ())
     if args.weights is not None:
         if len(args.weights) != len(args.data or ()):
             given, wanted = len(args.weights), len(args.data or ())

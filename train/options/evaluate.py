@@ -17,7 +17,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_new, check_writable, expanded
 from train.data.open import is_stickers
 from train.data.stickers.source import add_num_nouns
-from train.options.common import MOST, add_number, add_seed, check_at_least
+from train.options.common import MOST, add_number, add_seed, check_at_least, check_outside
 from train.options.data import MOST_SIDE, add_data, filter_from
 
 LISTS = ("geneval", "dpg")
@@ -168,6 +168,8 @@ def _check(args: argparse.Namespace) -> None:
     modes += [f"--{name}" for name in STICKERS_ALONE if getattr(args, name)]
     if len(modes) > 1 and (lists or not args.is_stickers):
         raise UserError(f"{modes[0]} and {modes[1]} are two commands: give one of them")
+    if args.output:
+        check_outside("--output", args.output, sources=args.data or ())
     if lists:
         if args.output is None:
             raise UserError(f"{modes[0]} needs --output, the folder for its pictures")

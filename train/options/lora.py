@@ -15,6 +15,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 from mlx_snapgen.settings import check_size
 from mlx_snapgen.teachers.config import TeacherConfig
+from train.data.readers.folder import check_template
 from train.loop.run import check_run_folder
 from train.options.common import (
     MOST_RANK,
@@ -29,6 +30,7 @@ from train.options.common import (
     check_outside,
     check_tuning,
 )
+from train.options.data import add_caption_template
 
 TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
 """Layers that get an adapter."""
@@ -70,6 +72,7 @@ def parse(
         metavar="FOLDER",
         help="folder of pictures with captions",
     )
+    add_caption_template(parser)
     add_model(parser)
     add_model_source(parser, quantize="train on 4 or 8 bits per weight of a public model, or none")
     add_output(parser, "LoRA file to write (default: FOLDER.safetensors)", required=False)
@@ -138,10 +141,15 @@ def parse(
     )
     args = parser.parse_args(argv)
     name = expanded(args.data).resolve().name or "pictures"
+    if args.output is not None:
+        check_outside("--output", args.output, sources=[args.data])
     args.output = expanded(args.output or Path(f"{name}.safetensors"))
-    if args.run_dir is not None:  # the default may be inside: samples have no caption
-        check_outside("--run-dir", args.run_dir, sources=[args.data])
+    check_template(args.caption_template)
+    given = args.run_dir is not None
     args.run_dir = expanded(args.run_dir or Path("runs") / name)
+    # The default ones may be inside: samples have no caption, unless all pictures get one.
+    if given or args.caption_template is not None:
+        check_outside("--run-dir", args.run_dir, sources=[args.data])
     check_run_folder(args.run_dir, "train.lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     check_tuning(args)
@@ -161,10 +169,10 @@ def parse(
 
 EPILOG = """
 Captions: a .txt file with the caption beside each picture (cat.png, cat.txt), or one metadata.jsonl
-with lines {"file_name": "cat.png", "text": "a cat"}. 10 to 50 pictures of one thing are enough. Use
-the same new word for the thing in every caption. Also describe the rest of the picture: you can
-then change it in a prompt. Pictures may have any size and shape: the command crops each to the
-nearest of a few shapes.
+with lines {"file_name": "cat.png", "text": "a cat"}, or with --caption-template the names of the
+subfolders. 10 to 50 pictures of one thing are enough. Use the same new word for the thing in every
+caption. Also describe the rest of the picture: you can then change it in a prompt. Pictures may
+have any size and shape: the command crops each to the nearest of a few shapes.
 
 Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) have other defaults: --steps 1000,
 --batch-size 1, --checkpoint-every 250, --learning-rate 0.0001, the layers of attention and

@@ -1,6 +1,9 @@
 """Options of `train.new`."""
 
 import argparse
+import itertools
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,16 @@ from mlx_snapgen.errors import UserError, naming, nearest
 from mlx_snapgen.files import check_new, expanded, read_json
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.presets import DC_AE, TRANSFORMERS, preset_autoencoder
-from train.data.open import open_data
+from train.data.open import (
+    check_one_kind,
+    check_there,
+    is_prepared,
+    is_stickers,
+    open_data,
+    open_records,
+)
+from train.data.prepared import Prepared
+from train.data.source import Record, Skipped, describe_skipped
 from train.data.stickers.model import FLUENT_STICKERS, STICKERS
 from train.data.text import is_trained
 from train.loop.autoencoder import STATISTICS_SEED
@@ -158,6 +170,9 @@ def parse() -> argparse.Namespace:
     check_new(args.output)
     check_at_least(args, 0, "seed")
     check_captions(args)
+    for spec in args.data or ():
+        check_there(spec)
+    check_one_kind(args.data or ())
     if not (args.text_encoders or args.tokenizer):
         raise UserError("a model needs a text encoder: give --text-encoder, --tokenizer or both")
     args.preset = _with_sizes(args, read_preset(args.preset))
@@ -177,6 +192,58 @@ def pictures_of(args: argparse.Namespace, run: Path) -> list[str]:
     return args.data or recorded(run).get("specs") or []
 
 
+FIRST = 256
+"""Records in which a column of captions is looked for."""
+
+
+def check_columns(args: argparse.Namespace, sources: Sequence[str]) -> None:
+    """Print a line on pictures without captions, and on a column that the first ones do not have.
+
+    Raises:
+        UserError: a column of `--captions` that no picture has.
+    """
+    columns: list[str] = args.captions or []
+    for spec in sources:
+        if is_prepared(spec):
+            Prepared(expanded(spec), captions=dict.fromkeys(columns, 1.0))
+        elif not is_stickers(spec):
+            _check_records(spec, columns, template=args.caption_template)
+
+
+def _check_records(spec: str, columns: Sequence[str], *, template: str | None) -> None:
+    source = open_records([spec], template=template, columns=columns)
+    found: dict[str, None] = {}
+    skipped: Skipped | None = None
+    count = 0
+    for record in itertools.islice(source.records(), FIRST):
+        count += 1
+        if isinstance(record, Record):
+            found |= dict.fromkeys(name for name, text in record.captions.items() if text)
+        else:
+            skipped = skipped or record
+    is_whole = count < FIRST
+    if not found:
+        such = f", such as {describe_skipped(skipped)}" if skipped else ""
+        print(
+            f"warning: {spec if is_whole else f'the start of {spec}'} has no picture with a "
+            f"caption{such}: an autoencoder needs none, but the commands that follow do",
+            file=sys.stderr,
+        )
+        return
+    for column in columns:
+        if column in found:
+            continue
+        if is_whole:
+            raise UserError(
+                f"--captions {column}: {spec} has no such column{nearest(column, found)}; it has: "
+                f"{', '.join(found)}"
+            )
+        print(
+            f"warning: none of the first {FIRST:,} pictures of {spec} has a caption '{column}'",
+            file=sys.stderr,
+        )
+
+
 def check_autoencoder(preset: Preset, autoencoder: AutoencoderConfig) -> None:
     """`UserError` if the preset is for another kind of latents."""
     if preset.downsampling not in (None, autoencoder.downsampling):
@@ -190,6 +257,8 @@ def statistics_source(args: argparse.Namespace, run: Path) -> Any:
     """The pictures to measure the latents of a run of train.autoencoder on."""
     record = recorded(run)
     specs = pictures_of(args, run)
+    for spec in filter(is_prepared, specs):
+        raise UserError(f"--data: {spec} holds latents; give the pictures themselves")
     if not specs:
         # Runs of older versions learned from stickers.
         nouns = record.get("num_nouns")

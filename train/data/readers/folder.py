@@ -38,6 +38,10 @@ SUFFIXES = (
     *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".jxl"),
 )
 
+NO_CAPTION = "no caption"
+TEMPLATE_HINT = "--caption-template 'a photo of a {}' makes one of its folder's name"
+"""What to do about a picture in a subfolder that has no caption."""
+
 Entry = tuple[Any, ...] | Skipped
 
 
@@ -93,7 +97,8 @@ class PictureFolderRecords:
         except ValueError:
             return Skipped(key, "damaged line of metadata", f"{place[1]} has changed")
         if captions is None:
-            return Skipped(key, "no caption")
+            named = os.sep in name and self.template is None
+            return Skipped(key, NO_CAPTION, TEMPLATE_HINT if named else "")
         if not any(captions.values()) and not self.pictures_only:
             return Skipped(key, "empty caption", "an empty caption")
         return Record(key, captions, functools.partial(_read, path), tuple(place))

@@ -28,6 +28,8 @@ KEPT = 2**25
 """Bytes of row groups kept in memory for training, or two of them."""
 NOT_READ = b"not read"
 """In place of a picture of which only the captions were read."""
+UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException)
+"""Of a damaged file; names that are not UTF-8 are no error of Arrow."""
 LARGEST = 2**30
 """Bytes of a row group that is read at once."""
 
@@ -88,8 +90,8 @@ class ParquetRecords:
         """See `RecordSource`; the last row groups stay in memory."""
         number, group, row = place
         table, first, columns = self._table(number, group, captions_only)
-        values = {name: table.column(name)[row].as_py() for name in columns[captions_only:]}
-        if captions_only:
+        values = _values(table, row, columns=columns[captions_only:])
+        if values is not None and captions_only:
             values[columns[0]] = NOT_READ
         return self._record(tuple(place), first + row, values, columns=columns)
 
@@ -137,11 +139,11 @@ class ParquetRecords:
         try:
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
                 for k in range(batch.num_rows):
-                    values = {name: batch.column(name)[k].as_py() for name in columns}
+                    values = _values(batch, k, columns=columns)
                     place = (number, group, row)
                     yield self._record(place, first + row, values, columns=columns)
                     row += 1
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             why = " ".join(str(error).split())
             # The rows keep their numbers.
             rows = file.metadata.row_group(group).num_rows
@@ -153,12 +155,14 @@ class ParquetRecords:
         self,
         place: tuple[int, int, int],
         row: int,
-        values: Mapping[str, Any],
+        values: Mapping[str, Any] | None,
         *,
         columns: Sequence[str],
     ) -> Record | Skipped:
         key = f"{self.names[place[0]]}:{row}"
         picture, *texts = columns
+        if values is None:
+            return Skipped(key, "caption not in UTF-8", f"row {row} is not readable as UTF-8")
         data = values[picture]
         if isinstance(data, Mapping):
             path, data = data.get("path"), data.get("bytes")
@@ -206,7 +210,7 @@ class ParquetRecords:
                 )
             try:
                 table = file.read_row_group(group, columns=columns[captions_only:])
-            except (OSError, pa.ArrowException) as error:
+            except UNREADABLE as error:
                 why = " ".join(str(error).split())
                 raise UserError(f"{path} is damaged: {why}") from None
             return table, int(self._layout[number][1][group]), columns
@@ -233,6 +237,14 @@ class ParquetRecords:
         return layout
 
 
+def _values(table: Any, row: int, *, columns: Sequence[str]) -> dict[str, Any] | None:
+    """The cells of a row; None if a text is not UTF-8."""
+    try:
+        return {name: table.column(name)[row].as_py() for name in columns}
+    except UnicodeDecodeError:
+        return None
+
+
 def _base(name: str, texts: Sequence[str]) -> str:
     """The column of "NAME.2" in the file."""
     base, dot, number = name.rpartition(".")
@@ -257,6 +269,6 @@ def _open(path: Path) -> Any:
     try:
         check_regular(path)
         return pq.ParquetFile(path, pre_buffer=False)
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         why = " ".join(str(error).split())
         raise UserError(f"cannot read {path} as parquet: {why}") from None
