@@ -25,7 +25,7 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import BASE_HELP, Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
-from mlx_snapgen.formats import is_teacher
+from mlx_snapgen.formats import find_minit2i, is_teacher
 from mlx_snapgen.open_model import describe_public
 from mlx_snapgen.public.files import fetch_public
 from mlx_snapgen.public.teachers import convert_teacher
@@ -85,7 +85,9 @@ def main() -> None:
     )
     args = parse(parser)
     check_new(args.output)
-    if args.base is None and Path(args.source).is_dir():
+    # The repository of MiniT2I has the models in folders.
+    folder = Path(args.source)
+    if args.base is None and folder.is_dir() and not find_minit2i(folder):
         # May lack the parts that other options replace.
         source, file, text = find_model(args.source, revision=args.revision), None, None
         if is_teacher(source):

@@ -52,6 +52,21 @@ def whole_number(value: Any, key: str) -> int:
     return _read(int, value, key)
 
 
+POSITIVE = ("eps", "epsilon", "rope_theta")
+"""Ends of the keys of numbers above 0."""
+
+
+def check_positive(values: Any) -> None:
+    """`UserError` for a number of `POSITIVE` that is not above 0, also in the objects in `values`.
+
+    The keys of other libraries are not those of a dataclass.
+    """
+    for key, value in values.items() if isinstance(values, dict) else ():
+        check_positive(value)
+        if isinstance(key, str) and key.endswith(POSITIVE) and value is not None:
+            _read(float, value, key)
+
+
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
 SIZES += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 """What config.json of a language model in Hugging Face's format may contain, also for its text."""
@@ -61,7 +76,8 @@ def check_sizes(values: dict[str, Any], path: object) -> None:
     """Sizes of a language model that another library builds in memory before it reads weights.
 
     Raises:
-        UserError: names `path`, the model's config.json; a size is no whole number or out of range.
+        UserError: names `path`, the model's config.json; a size is no whole number or out of range,
+            or see `check_positive`.
     """
     with naming(path):
         text = values.get("text_config", {})
@@ -70,6 +86,7 @@ def check_sizes(values: dict[str, Any], path: object) -> None:
         for key, value in [(k, found[k]) for found in (values, text) for k in SIZES if k in found]:
             if whole_number(value, key) > MOST_LAYERS and "layers" in key:
                 raise UserError(f"'{key}' must be 0 to {MOST_LAYERS}, not {_shown(value)}")
+        check_positive(values)
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:
@@ -92,8 +109,8 @@ def _read(kind: Any, value: Any, key: str) -> Any:
         raise UserError(f"'{key}' must be {least} to {MOST[int]}, not {_shown(value)}")
     if kind is float and not abs(value) <= MOST[float]:
         raise UserError(f"'{key}' must be at most {MOST[float]:g}, not {_shown(value)}")
-    if kind is float and key.endswith("eps") and value < 0:
-        raise UserError(f"'{key}' must be 0 or more, not {_shown(value)}")
+    if kind is float and key.endswith(POSITIVE) and value <= 0:
+        raise UserError(f"'{key}' must be above 0, not {_shown(value)}")
     if kind in (str, tuple) and len(value) > MOST[kind]:
         raise UserError(f"'{key}' is longer than {MOST[kind]}")
     if kind is not tuple:

@@ -144,5 +144,9 @@ MAPPINGS = {"emoji", "own_colours", "replaced"}
 
 def _read_json(path: Path) -> Any:
     if not path.exists():
+        if any(path.parent.glob("step_*")) and (path.parent / "settings.json").is_file():
+            raise UserError(
+                f"{path.parent} is a run folder: python -m train.export --run {path.parent} first"
+            )
         raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}")
     return read_json(path)

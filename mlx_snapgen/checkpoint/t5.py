@@ -14,7 +14,7 @@ from mlx_snapgen.checkpoint.module import (
 )
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
-from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.json_values import check_positive, from_dict
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder, T5PromptEncoder, T5Tokenizer
 from mlx_snapgen.public_config import T5Config
@@ -51,6 +51,7 @@ def t5_config(values: dict[str, Any], path: Path) -> T5Config:
     if missing := [name for name in list(names)[:6] if name not in values]:
         raise UserError(f"{path} lacks {missing[0]}")
     with naming(path):
+        check_positive(values)
         return from_dict(T5Config, found)
 
 

@@ -10,6 +10,7 @@ from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import read_object
 from mlx_snapgen.formats import INDEX, find_minit2i
+from mlx_snapgen.json_values import check_sizes
 from mlx_snapgen.presets import FLUX2_AUTOENCODER, PIXELS
 from mlx_snapgen.public.keys.transformers import make_transformer
 from mlx_snapgen.public.teachers import read_schedules
@@ -95,7 +96,10 @@ def describe(source: str, folder: Path, commit: str | None) -> PublicModel:
         folder = find_model(source, revision=commit, files=CONFIGS, progress=quiet)
     path = folder / "transformer" / "config.json"
     kind, network = make_transformer(read_object(path), path)
-    text = read_object(folder / "text_encoder" / "config.json").get("model_type")
+    path = folder / "text_encoder" / "config.json"
+    values = read_object(path)
+    check_sizes(values, path)
+    text = values.get("model_type")
     if text not in PROMPT_FORMATS[kind].model_types:
         raise UserError(f"{source} has a {text} as text encoder, which does not fit a {kind}")
     config = _config(kind, network, folder)
@@ -133,7 +137,8 @@ def _describe_minit2i(place: Place, inside: str) -> PublicModel:
             raise UserError(f"{path} names {name!r} as text encoder, which is no FLAN-T5")
         where = find_model(name, files=[TEXT_CONFIG], progress=quiet)
         text = Place(name, where, where.name if local_folder(name) is None else None)
-    if t5_config(read_object(where / TEXT_CONFIG), where).hidden_size != network.config.text_dims:
+    path_of_text = where / TEXT_CONFIG
+    if t5_config(read_object(path_of_text), path_of_text).hidden_size != network.config.text_dims:
         raise UserError(f"{where} does not fit {path}: its states have another width")
     return PublicModel(
         place.source,

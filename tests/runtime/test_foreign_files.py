@@ -19,13 +19,14 @@ import pytest
 from apps.desktop.history import open_image
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.module import load_weights
+from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural
 from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
 from mlx_snapgen.inputs import picture_size
-from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.json_values import check_sizes, from_dict
 from mlx_snapgen.lora.adapters import adapted_layers
 from mlx_snapgen.lora.files import load_lora, lora_words, read_lora, save_lora
 from mlx_snapgen.metadata import read_metadata
@@ -95,12 +96,23 @@ def test_json_that_is_read(tmp_path):
         (SamplerConfig, {"guidance_scale": 1e300}, "'guidance_scale' must be at most"),
         (SamplerConfig, {"guidance_scale": float("nan")}, "'guidance_scale' must be at most"),
         (SamplerConfig, {"time_shift": "x"}, "'time_shift' must be a number"),
-        (T5Config, {"norm_eps": -1e-6}, "'norm_eps' must be 0 or more, not -1e-06"),
+        (T5Config, {"norm_eps": 0}, "'norm_eps' must be above 0, not 0"),
+        (T5Config, {"norm_eps": -1e-6}, "'norm_eps' must be above 0, not -1e-06"),
+        (Flux2TransformerConfig, {"rope_theta": 0.0}, "'rope_theta' must be above 0, not 0.0"),
     ],
 )
 def test_values_of_a_config_have_types_and_ranges(kind, values, message):
     with pytest.raises(UserError, match=message):
         from_dict(kind, values)
+
+
+def test_a_public_config_names_its_own_key():
+    values = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 0}
+    values |= dict.fromkeys(("d_model", "num_layers", "num_heads", "d_kv", "d_ff"), 8)
+    with pytest.raises(UserError, match=r"x\.json: 'layer_norm_epsilon' must be above 0, not 0"):
+        t5_config(values | {"vocab_size": 8}, Path("x.json"))
+    with pytest.raises(UserError, match="'rope_theta' must be above 0"):
+        check_sizes({"rope_parameters": {"rope_theta": 0}}, "config.json")
 
 
 def test_none_and_whole_numbers_are_good_where_they_are_meant():

@@ -17,7 +17,7 @@ from mlx_snapgen.checkpoint.model import load_autoencoder
 from mlx_snapgen.checkpoint.module import read_part
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.json_values import checked, from_dict, whole_number
+from mlx_snapgen.json_values import check_positive, checked, from_dict, whole_number
 from mlx_snapgen.networks.autoencoders import dc_ae
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.kl import NUM_GROUPS
@@ -210,6 +210,7 @@ def flux2_config(values: dict[str, Any], public: Weights) -> AutoencoderConfig:
     Raises:
         UserError: where the two networks differ, or there are no statistics.
     """
+    check_positive(values)
     only = {
         "norm_num_groups": NUM_GROUPS,
         "act_fn": "silu",

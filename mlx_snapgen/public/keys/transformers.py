@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
-from mlx_snapgen.json_values import checked, whole_number
+from mlx_snapgen.json_values import check_positive, checked, whole_number
 from mlx_snapgen.public.keymap import KeyMap, Row, fill, numberless, same
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.public_config import (
@@ -87,6 +87,7 @@ def make_transformer(values: dict[str, Any], path: Path) -> tuple[str, TeacherNe
     kind, read = CONFIGS[name]
     try:
         with naming(path):
+            check_positive(values)
             return kind, NETWORKS[kind](checked(read(values)))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} does not describe a known transformer: {error!r}") from None
