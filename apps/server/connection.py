@@ -23,7 +23,7 @@ HEAD_SECONDS = 10.0
 SEND_SECONDS = 30.0
 """How long a response may stay unread; then the connection is dropped."""
 TICK = 1.0
-DRAIN_RATE, MAX_DRAINED = 64 << 10, 256 << 20
+DRAIN_RATE, MAX_DRAINED = 64 << 10, 80 << 20
 """Bytes in `TICK` seconds of a body that goes on after the response, so that the client reads the
 response when it has sent all; and of all of them."""
 

@@ -33,7 +33,7 @@ def name_models(
     Args:
         opened: choices of any width, with their configs.
         widths: names of network widths; a model without one of them has the others.
-        aliases: (another name, name of a model).
+        aliases: (another name, name of a model, or what the user called it).
 
     Raises:
         UserError: a width that no model has, a model that has none of them, a choice that its model
@@ -56,10 +56,12 @@ def name_models(
             if name in models:
                 raise UserError(f"two models have the name {name}: give each --model once")
             models[name] = Served(name, chosen, config)
-    for name, target in aliases:
+    typed = {served.choice.model: name for name, served in reversed(models.items())}
+    for name, given in aliases:
+        target = given if given in models else typed.get(given, given)
         if target not in models:
-            raise UserError(f"--alias {name}={target}: no such model, known: {', '.join(models)}")
+            raise UserError(f"--alias {name}={given}: no such model, known: {', '.join(models)}")
         if name in models:
-            raise UserError(f"--alias {name}={target}: the name {name} is taken")
+            raise UserError(f"--alias {name}={given}: the name {name} is taken")
         models[name] = models[target]
     return models

@@ -268,10 +268,15 @@ class _Reader:
         self._known = set(IGNORED)
 
     def check_all_read(self) -> None:
-        """`RequestError` for a value that was not read."""
+        """`RequestError` for a value that was not read, or is ignored and of a wrong type."""
+        for name in sorted(IGNORED):
+            self._get(name, str, what="a string")
         for name in self._values:
             if name not in self._known:
                 name = name[:50]
+                if name in ("strength", "fit") and not self._is_form:
+                    message = f"{name} belongs to edits: send a picture to /v1/images/edits"
+                    raise RequestError(message, param=name)
                 hint = nearest(name, self._known)
                 raise RequestError(f"unknown parameter '{name}'{hint}", param=name)
 
@@ -390,7 +395,7 @@ class _Size:
 
 def _size(get: "_Reader", model: Served, limits: Limits) -> _Size:
     """The size of a request: that of the model's sizes with the nearest shape."""
-    text, upscale, config = get.text("size", 20), get.boolean("upscale"), model.config
+    text, upscale, config = get.text("size", 100), get.boolean("upscale"), model.config
     height, width = config.image_size
     if text in (None, "auto"):
         if upscale:
@@ -398,6 +403,8 @@ def _size(get: "_Reader", model: Served, limits: Limits) -> _Size:
             raise RequestError(message, param="upscale")
         return _Size((width, height))
     found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text) and not found:
+        raise RequestError("the size has a side of more than 999999 pixels", param="size")
     if not found:
         raise RequestError(f"the size must be like {width}x{height}, or auto", param="size")
     asked = int(found[1]), int(found[2])

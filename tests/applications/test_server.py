@@ -252,6 +252,7 @@ def test_names_of_models(components):
         "gpt-image-1": ("a", "tiny"),
     }
     assert list(named([ours, ours, other])) == ["a", "b", "Qwen-Image"]
+    assert named([ours, other], aliases=[("klein", "b")])["klein"] == ("b", "full")
 
 
 @pytest.mark.parametrize(
@@ -316,6 +317,9 @@ def test_what_a_model_can_is_listed(port):
         ({"response_format": "jpg"}, "response_format", "b64_json"),
         ({"stream": True, "response_format": "url"}, "response_format", "stream"),
         ({"guidence": 2}, "guidence", "did you mean 'guidance'"),
+        ({"size": "1000000000000x64"}, "size", "more than 999999 pixels"),
+        ({"quality": 3}, "quality", "quality must be a string"),
+        ({"strength": 0.5}, "strength", "strength belongs to edits"),
         ([], None, "JSON object"),
     ],
 )
