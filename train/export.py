@@ -24,6 +24,7 @@ from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
 from train.loop.assemble import save_model
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.run import SETTINGS, find_folder, recorded, start_from
+from train.loop.teacher import warn_untrained
 from train.objectives.elastic import TextToLatents
 from train.options.common import add_output, add_removed, check_new
 from train.options.data import MOST_SIDE
@@ -153,9 +154,10 @@ def main() -> None:
     add_removed(parser, REMOVED)
     args = parser.parse_args()
     check_new(args.output)
+    few_step = few_step_sampler(args.few_step_lora) if args.few_step_lora else None
     run = find_folder(args.run) if args.run else None
-    if run and not args.model and (run / "config.json").is_file():
-        args.model, run = str(run), None
+    if run and (run / "config.json").is_file():
+        raise UserError(f"{run} is a model folder, not a run: give it with --model")
     # Runs of older versions have no record; they trained on stickers.
     record: dict[str, Any] = {"data": "stickers"} | recorded(run) if run else {}
     if run and not is_record(record):
@@ -171,6 +173,7 @@ def main() -> None:
     config = with_sampling(model.config, record, args.resolution)
     with announce(f"loading {model.path} ..."):
         components = trained_model(model, run)
+    warn_untrained(components.transformer, run or model.path, "the exported model draws noise")
     components.config = dataclasses.replace(
         components.config,
         image_size=config.image_size,
@@ -188,9 +191,7 @@ def main() -> None:
             texts = {LICENSE: read_text(license)}
     if args.few_step_lora:
         load_lora(args.few_step_lora, components.transformer, weight=0.0, name=FEW_STEP)
-        components.config = dataclasses.replace(
-            components.config, few_step=few_step_sampler(args.few_step_lora)
-        )
+        components.config = dataclasses.replace(components.config, few_step=few_step)
     with announce(f"writing {args.output} ..."):
         save_model(args.output, components, bits=args.quantize, texts=texts)
     size = sum(f.stat().st_size for f in args.output.iterdir())

@@ -308,12 +308,10 @@ def main() -> None:
     args = parse()
     done = is_complete(args.output)
     part, parts = args.shard
-    if done:
-        left = f": nothing is left for part {part} of {parts}" if parts > 1 else ""
-        print(f"{args.output} is complete{left}", flush=True)
-        # The parts run at the same time, and a small set has fewer shards than parts.
-        if parts > 1:
-            return
+    # The parts run at the same time, and a small set has fewer shards than parts.
+    if done and parts > 1:
+        print(f"{args.output} is complete: nothing is left for part {part} of {parts}", flush=True)
+        return
     work = draw(args) if args.draw_with else prepare(args)
     if not done:
         work.run(args.dry_run)
@@ -322,6 +320,8 @@ def main() -> None:
             f"{args.output} is a complete set already, with other {' and '.join(changed)}: choose "
             "another name"
         )
+    else:
+        print(f"{args.output} is complete")
 
 
 if __name__ == "__main__":

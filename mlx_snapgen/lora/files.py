@@ -170,9 +170,15 @@ def few_step_sampler(path: str | Path) -> SamplerConfig:
     four Euler steps.
 
     Raises:
-        UserError: the file is no LoRA, or its header is damaged.
+        UserError: the file is no LoRA, one of `train.lora`, or its header is damaged.
     """
-    text = read_lora(path)[1].get("few_step")
+    header = read_lora(path)[1]
+    text = header.get("few_step")
+    if text is None and (header.get("format"), header.get("name")) == ("mlx", "default"):
+        raise UserError(
+            f"{path} is a LoRA of train.lora, not a few-step LoRA of train.kdmd: draw with it with "
+            f"generate --lora {path}"
+        )
     if text is None:
         return FOUR_STEPS
     try:

@@ -59,6 +59,7 @@ def test_flow_trains_and_its_run_is_exported(
             "model_widths": ["full", "small"],
             "sub_networks": 1,
             "init_from": None,
+            "channel_weights": 0.0,
             "mask_ratio": 0.4,
             "distillation_weight": 1.0,
         },

@@ -520,8 +520,8 @@ def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
     assert width.format(lora) in capsys.readouterr().err
     wide = fails(kdmd, *options("a", "a car", *last, "--model-widths", "tiny", "small"))
     assert wide == (
-        f"{tmp_path / 'a'} was trained with --model-widths tiny, not with --model-widths tiny "
-        "small: give --model-widths tiny to resume it, or another --run-dir"
+        f"{tmp_path / 'a'} was trained with --model-widths tiny, not with --model-widths small "
+        "tiny: give --model-widths tiny to resume it, or another --run-dir"
     )
     rank = fails(kdmd, *options("a", "a car", *last, "--rank", 2))
     assert "was trained with --rank 1, not with --rank 2: give --rank 1 to resume" in rank

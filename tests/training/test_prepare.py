@@ -413,16 +413,16 @@ def test_finished_and_other_sets_are_refused(
         patch.setattr("train.prepare.load_model", None)
         with pytest.raises(TypeError):
             run(monkeypatch, *arguments(pictures, prepared, model_folder))
-    assert capsys.readouterr().out == f"{prepared} is complete\n"
-    with pytest.raises(UserError, match="is a complete set already, with other filter: choose"):
+    with pytest.raises(UserError, match="is a complete set already, with other --min-side: choose"):
         run(monkeypatch, *arguments(pictures, prepared, model_folder), "--min-side", 5)
+    assert not capsys.readouterr().out
     fewer = write_pictures(tmp_path / "fewer", 39)
     with pytest.raises(UserError, match="is a complete set already, with other files: choose"):
         run(monkeypatch, *arguments(fewer, prepared, model_folder))
     assert contents(prepared) == before
     output = tmp_path / "set"
     run(monkeypatch, *arguments(pictures, output, model_folder), "--shard", "1/2")
-    with pytest.raises(UserError, match="an unfinished set with other filter and batch_size"):
+    with pytest.raises(UserError, match="an unfinished set with other --min-side and batch_size"):
         more = "--min-side", 5, "--batch-size", 4
         run(monkeypatch, *arguments(pictures, output, model_folder, *more))
     (tmp_path / "mine").mkdir()

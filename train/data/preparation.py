@@ -24,6 +24,7 @@ from mlx_snapgen.networks.text_encoders.base import TextEncoder
 from mlx_snapgen.pictures import from_uint8
 from train.data.imagefolder import fit, nearest_bucket
 from train.data.pictures import open_picture
+from train.data.readers.folder import NO_CAPTION
 from train.data.selection import Filter
 from train.data.shards import Sample
 from train.data.source import Record, RecordSource, Skipped, describe_skipped
@@ -189,7 +190,16 @@ class PictureSet:
         if not pictures:
             why = ", ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(3))
             such = f", such as {describe_skipped(first)}" if first else ""
-            raise UserError(f"no picture can be used ({why or 'there are none'}){such}")
+            hint = ""
+            if not count and (folder := getattr(self.source, "folder", None)):
+                ends = [end for end in ("tar", "parquet") if any(folder.glob(f"*.{end}"))]
+                hint = ": give " + " ".join(f"'{folder}/*.{end}'" for end in ends) if ends else ""
+            elif reasons[NO_CAPTION] == count:
+                hint = (
+                    ": put a .txt with a caption beside each picture, write a metadata.jsonl, or "
+                    "give --caption-template"
+                )
+            raise UserError(f"no picture can be used ({why or 'there are none'}){such}{hint}")
         return count, pictures
 
     def pixels(self, keys: Collection[str]) -> dict[str, np.ndarray]:

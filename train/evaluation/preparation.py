@@ -121,10 +121,19 @@ class Preparation:
         self._describe(chunks, time.perf_counter() - started)
 
     def changed(self) -> list[str]:
-        """The settings that the folder's set has with other values."""
+        """The settings, those of the filter as options, that the folder's set has with others."""
         then = read_object(self.folder / SETTINGS)
         now = json.loads(json.dumps(self.settings))
-        return [name for name in now if then.get(name) != now[name]]
+        names = [name for name in now if then.get(name) != now[name]]
+        if "filter" in names and isinstance(then.get("filter"), dict):
+            before, after = then["filter"], now["filter"]
+            place = names.index("filter")
+            names[place : place + 1] = [
+                f"--{name.replace('_', '-')}"
+                for name in (before | after)
+                if before.get(name) != after.get(name)
+            ]
+        return names
 
     def _check(self) -> None:
         """`UserError` if the folder has something else than the beginning of this set."""

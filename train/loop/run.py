@@ -209,7 +209,7 @@ def check_same(run_dir: Path, used: dict[str, Any], *, options: dict[str, str]) 
     if latest_checkpoint(run_dir) is None or not isinstance(then, dict):
         return
     for name, option in options.items():
-        if name in then and then[name] != used[name]:
+        if name in then and _unordered(then[name]) != _unordered(used[name]):
             before, now = (
                 f"{option} {' '.join(map(str, v)) if isinstance(v, list) else v}"
                 for v in (then[name], used[name])
@@ -218,6 +218,10 @@ def check_same(run_dir: Path, used: dict[str, Any], *, options: dict[str, str]) 
                 f"{run_dir} was trained with {before}, not with {now}: give {before} to resume it, "
                 "or another --run-dir"
             )
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, list) else value
 
 
 def check_sizes(run_dir: Path, trained: nn.Module) -> None:

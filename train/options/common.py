@@ -139,9 +139,10 @@ def check_learning_rate(rate: float) -> None:
 
 
 def widths_of(args: argparse.Namespace, config: Description) -> list[Width]:
-    """The widths to train; `UserError` for one that the model does not have."""
-    names = args.model_widths or [width.name for width in held_widths(config)]
-    return [check_width(config, name) for name in dict.fromkeys(names)]
+    """The widths to train, the widest first; `UserError` for one that the model does not have."""
+    held = held_widths(config)
+    chosen = [check_width(config, name) for name in args.model_widths or ()]
+    return [width for width in held if not chosen or width in chosen]
 
 
 def validation_batch(args: argparse.Namespace) -> int:

@@ -177,6 +177,9 @@ def check(args: argparse.Namespace) -> ModelFolder:
     config = folder.config
     check_data(args, unit=config.size_unit)
     args.model_widths = widths_of(args, config)
+    most = len([width for width in args.model_widths if width.share != 1.0])
+    if args.sub_networks > max(1, most):
+        raise UserError(f"--sub-networks {args.sub_networks}: --model-widths has only {most}")
     if args.time_shift is None:
         args.time_shift = config.sampler.time_shift
     return folder
