@@ -74,16 +74,15 @@ def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
 
 def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    if _TRAINED.get():
-        y: Any = _trained_product(x, weight, *(() if bias is None else (bias,)))
-        return y
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    product: Any = _trained_product if _TRAINED.get() else _plain_product
+    return product(x, weight, *(() if bias is None else (bias,)))
 
 
-@mx.custom_function
-def _trained_product(*primals: mx.array) -> Any:
-    x, weight, *bias = primals
+def _plain_product(x: mx.array, weight: mx.array, *bias: mx.array) -> mx.array:
     return mx.addmm(bias[0], x, weight.T) if bias else x @ weight.T
+
+
+_trained_product = mx.custom_function(_plain_product)
 
 
 @_trained_product.vjp
