@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import few_step_sampler, save_lora
-from train import export
+from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from train import export, flow
 from train.data.preparation import PictureSet, Reader
 from train.data.readers.folder import PictureFolderRecords
 from train.data.selection import Filter
@@ -57,3 +58,19 @@ def test_a_folder_without_captioned_pictures(name, hint, tmp_path):
     )
     with pytest.raises(UserError, match=hint):
         work.measure(0)
+
+
+def test_more_sub_networks_than_widths_are_refused(model_folder, run, tmp_path):
+    (tmp_path / "a.png").touch()
+    own = ["--model", model_folder, "--data", tmp_path, "--run-dir", tmp_path.parent / "run"]
+    with pytest.raises(UserError, match="--sub-networks 3: --model-widths has only 2"):
+        run(flow, *own, "--sub-networks", 3)
+
+
+def test_untrained_weights_are_told_when_they_are_exported(model_folder, run, tmp_path, capsys):
+    config = ModelFolder.open(model_folder).config
+    components = load_pretrained(model_folder)
+    components.transformer = EfficientDiT(config.transformer)
+    save_pretrained(tmp_path / "new", components)
+    run(export, "--model", tmp_path / "new", "--output", tmp_path / "made")
+    assert "is not trained yet: the exported model draws noise" in capsys.readouterr().err
