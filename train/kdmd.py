@@ -13,6 +13,7 @@ If the teacher has no few-step mode, this is DMD alone; with `--model-widths ful
 few-step teacher itself. Training needs captions (`--data` or `--prompts-file`), but no pictures.
 """
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -20,7 +21,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import FEW_STEP, check_few_step_width, load_pretrained
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components, check_few_step_width, load_pretrained
 from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded
@@ -44,6 +45,7 @@ from train.loop.teacher import (
 )
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
+from train.objectives.losses import MEASURED, channel_weights
 from train.options.common import validation_batch, widths_of
 from train.options.kdmd import open_prompts, parse, sampler_of, share_of, training_config
 
@@ -109,6 +111,7 @@ def main() -> int:
         "guidance": guidance,
         "alpha": args.alpha,
         "student_every": args.student_every,
+        "channel_weights": args.channel_weights,
         WIDTHS: [width.name for width in widths],
         RANK: args.rank,
         "sizes": args.sizes and [list(size) for size in args.sizes],
@@ -125,9 +128,10 @@ def main() -> int:
     if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)
         fit_to_few_step(model, teacher, (batches(k) for k in numbers))
+    channels = weights_of(args, components)
     trainer = Trainer(
         model,
-        DMD(teacher, guidance, teacher.has_few_step, sampler.time_shift),
+        DMD(teacher, guidance, teacher.has_few_step, sampler.time_shift, channels),
         batches=batches,
         config=training_config(args),
         run_dir=args.run_dir,
@@ -155,6 +159,21 @@ def main() -> int:
             )
         print(args.output)
     return trainer.exit_code
+
+
+def weights_of(args: argparse.Namespace, components: Components) -> mx.array | None:
+    """`channel_weights` for --channel-weights, measured on noise: there are no pictures.
+
+    It has the mean and variance of latents, and about their weights.
+    """
+    if not args.channel_weights:
+        return None
+    config = components.config
+    height, width = (side // config.autoencoder.downsampling for side in config.image_size)
+    shape = MEASURED, height, width, config.transformer.latent_channels
+    noise = mx.random.normal(shape, key=mx.random.key(args.seed))
+    with announce("measuring the channels of the latents ..."):
+        return channel_weights(components.autoencoder, noise, power=args.channel_weights)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,9 @@ def test_k_dmd_trains_all_widths_that_a_model_has(run, tmp_path, monkeypatch):
         run(kdmd, *options, "--time-shift", 0)
     shifts, objective = [], kdmd.DMD
     monkeypatch.setattr(kdmd, "DMD", lambda *of: shifts.append(of[3:]) or objective(*of))
-    run(kdmd, *options)
-    assert shifts == [(None,)]
+    run(kdmd, *options, "--channel-weights", 0.5)
+    (shift, weights), *more = shifts
+    assert shift is None and not more
+    assert weights.mean().item() == pytest.approx(1) and weights.max() > weights.min()
     assert few_step_sampler(tmp_path / "made.safetensors").time_shift is None
     assert any("critic_1000" in name for name in load_ema(tmp_path / "run"))

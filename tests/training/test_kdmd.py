@@ -86,13 +86,18 @@ def test_gradients_reach_the_width_and_role_whose_turn_it_is(parts, width, few_s
         assert (f"features_{width:g}" in metrics) == (student_turn and few_step)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_student_gradient_is_equation_9(parts, width):
-    """x0_critic - x0_teacher, normalized, times d x0_hat / d theta: nothing flows elsewhere."""
+@pytest.mark.parametrize(("width", "weighted"), [*((w, False) for w in WIDTHS), (WIDTHS[1], True)])
+def test_student_gradient_is_equation_9(parts, width, weighted):
+    """x0_critic - x0_teacher, normalized, times d x0_hat / d theta: nothing flows elsewhere.
+
+    With weights, each channel is multiplied by its own.
+    """
     model, teacher = parts
     batch, key = make_batch(model, teacher), mx.random.key(2)
     step = DMDStep(width, student_turn=True)
-    found = dict(tree_flatten(DMD(teacher, 4.0, False, 1.5).gradients(model, batch, key, step)[0]))
+    weights = mx.arange(batch["x_t"].shape[-1]) / 3 if weighted else None
+    objective = DMD(teacher, 4.0, False, 1.5, weights)
+    found = dict(tree_flatten(objective.gradients(model, batch, key, step)[0]))
     condition = Condition(*(batch[n] for n in Condition._fields))
     x_t, sigma = batch["x_t"], batch["sigma"]
     network, params = model.network, model.trainable_parameters()
@@ -118,7 +123,7 @@ def test_student_gradient_is_equation_9(parts, width):
     x0_teacher = np.array(x_tau) - s * np.array(v_teacher)
     direction = s * (np.array(v_teacher) - np.array(v_critic))
     direction /= np.abs(np.array(x0) - x0_teacher).mean((1, 2, 3), keepdims=True)
-    direction = mx.array(direction / direction.size)
+    direction = mx.array(direction / direction.size) * (weights if weighted else 1)
     expected = mx.grad(lambda p: (student(p) * direction).sum())(params)
     model.update(params)
     compared = 0
@@ -131,8 +136,13 @@ def test_student_gradient_is_equation_9(parts, width):
     assert compared > 10
 
 
-@pytest.mark.parametrize(("student_turn", "shift"), [(False, 3.0), (True, 1.5), (True, None)])
-def test_critic_learns_the_velocity_at_its_samples_own_noise_level(parts, student_turn, shift):
+@pytest.mark.parametrize(
+    ("student_turn", "shift", "weighted"),
+    [(False, 3.0, False), (True, 1.5, True), (True, None, False)],
+)
+def test_critic_learns_the_velocity_at_its_samples_own_noise_level(
+    parts, student_turn, shift, weighted
+):
     """Flow matching written out: the network gets the t that its input was noised to.
 
     A shift of None is by resolution: 1 for these small latents.
@@ -140,7 +150,9 @@ def test_critic_learns_the_velocity_at_its_samples_own_noise_level(parts, studen
     model, teacher = parts
     batch, key, width = make_batch(model, teacher), mx.random.key(5), 0.375
     step = DMDStep(width, student_turn)
-    grads, metrics = DMD(teacher, 4.0, False, shift).gradients(model, batch, key, step)
+    weights = mx.arange(batch["x_t"].shape[-1]) / 3 if weighted else None
+    objective = DMD(teacher, 4.0, False, shift, weights)
+    grads, metrics = objective.gradients(model, batch, key, step)
     text, mask = (batch[name] for name in STUDENT_TEXT)
     x_t, sigma, network = batch["x_t"], batch["sigma"], model.network
     with active_adapters(network, "student"):
@@ -156,7 +168,7 @@ def test_critic_learns_the_velocity_at_its_samples_own_noise_level(parts, studen
         model.update(params)
         with active_adapters(network, critic_name(width)):
             found = network(noised, t, text, mask, share=width)
-        return (found - (eps - x0)).square().mean()
+        return ((found - (eps - x0)).square() * (weights if weighted else 1)).mean()
 
     value, expected = mx.value_and_grad(loss)(params)
     model.update(params)

@@ -97,12 +97,14 @@ class DMD:
         few_step: whether the student also learns from the teacher's few-step mode.
         shift: time shift of the noise levels tau, where critic and teacher are compared: that of
             the student's sampler; None: by the resolution of the batch.
+        weights: of the latents' channels, see `channel_weights`; None: all alike.
     """
 
     teacher: Teacher
     guidance_scale: float
     few_step: bool
     shift: float | None = 3.0
+    weights: mx.array | None = None
 
     def gradients(
         self, model: Distilled, batch: Batch, key: mx.array, step: DMDStep
@@ -134,7 +136,8 @@ class DMD:
         def critic_loss() -> tuple[mx.array, None]:
             tau = sample_tau(keys[0], len(x0), shift=shift)
             x_tau, eps = noised(x0, tau, keys[1])
-            return per_sample(eps - x0 - critic_velocity(x_tau, tau)).mean(), None
+            error = eps - x0 - critic_velocity(x_tau, tau)
+            return per_sample(error, self.weights).mean(), None
 
         def student_loss() -> tuple[mx.array, tuple[mx.array, Metrics]]:
             x0, v, features = student()
@@ -145,13 +148,21 @@ class DMD:
             v_teacher = mx.stop_gradient(
                 teacher.velocity(x_tau, tau, condition, guidance_scale=self.guidance_scale)
             )
-            losses = {"dmd": dmd_loss(x0, x_tau, tau=tau, v_critic=v_critic, v_teacher=v_teacher)}
+            dmd = dmd_loss(
+                x0,
+                x_tau,
+                tau=tau,
+                v_critic=v_critic,
+                v_teacher=v_teacher,
+                weights=self.weights,
+            )
+            losses = {"dmd": dmd}
             if self.few_step:
                 target, teacher_features = map(
                     mx.stop_gradient,
                     teacher.velocity_and_features(x_t, sigma, condition, few_step=True),
                 )
-                losses["output"] = per_sample(v - target).mean()
+                losses["output"] = per_sample(v - target, self.weights).mean()
                 projected = model.project(features, share)
                 losses["features"] = features_loss(projected, teacher_features).mean()
             return functools.reduce(mx.add, losses.values()), (fixed, losses)
@@ -205,7 +216,13 @@ def sample_tau(key: mx.array, count: int, *, shift: float = 3.0) -> mx.array:
 
 
 def dmd_loss(
-    x0: mx.array, x_tau: mx.array, *, tau: mx.array, v_critic: mx.array, v_teacher: mx.array
+    x0: mx.array,
+    x_tau: mx.array,
+    *,
+    tau: mx.array,
+    v_critic: mx.array,
+    v_teacher: mx.array,
+    weights: mx.array | None = None,
 ) -> mx.array:
     """A loss whose gradient is the DMD term of eq. 9 (normalized as in DMD2).
 
@@ -217,6 +234,7 @@ def dmd_loss(
         x0: the student's clean estimate (B, ...), which carries the gradient.
         x_tau: x0 noised to `tau`.
         v_critic, v_teacher: velocities at (x_tau, tau), the teacher's with guidance.
+        weights: of the channels (C,), the last axis of x0; None: all alike.
     """
     s = expand(tau, x0)
     x0_critic, x0_teacher = x_tau - s * v_critic, x_tau - s * v_teacher
@@ -225,4 +243,4 @@ def dmd_loss(
     direction = (x0_critic - x0_teacher) / scale
     direction = mx.where(mx.isfinite(direction), direction, 0)
     target = mx.stop_gradient(x0 - direction)
-    return 0.5 * (x0 - target).square().mean()
+    return 0.5 * per_sample(x0 - target, weights).mean()

@@ -8,6 +8,8 @@ SIDE = 32
 """Rows and columns of latents that `channel_weights` decodes at most."""
 NOISE = 0.3
 """Of the change of a channel there; latents have a standard deviation of about 1."""
+MEASURED = 4
+"""Pictures that it decodes for each channel."""
 
 
 def expand(t: mx.array, like: mx.array) -> mx.array:

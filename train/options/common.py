@@ -96,6 +96,24 @@ def add_drop_caption(
     add_number(parser, "--drop-caption", default, what + more)
 
 
+def add_channel_weights(parser: argparse.ArgumentParser) -> None:
+    """`--channel-weights`, see `channel_weights`; `check_channel_weights` has its limits."""
+    add_number(
+        parser,
+        "--channel-weights",
+        0.0,
+        "weigh the channels of the latents in the losses by what each changes in the decoded "
+        "picture, to this power; 0.5 removes blocks where few channels hold most of the picture, "
+        "as those of train.autoencoder; 0 weighs all alike",
+    )
+
+
+def check_channel_weights(args: argparse.Namespace) -> None:
+    """`UserError` for a power that is not between 0 and 1."""
+    check_at_least(args, 0, "channel_weights")
+    check_at_most(args, 1, "channel_weights")
+
+
 def add_removed(parser: argparse.ArgumentParser, removed: Mapping[str, str]) -> None:
     """Options of earlier versions: name -> what to do instead, which is the error."""
     for name, instead in removed.items():

@@ -32,6 +32,7 @@ from train.loop.teacher import prepared_parts
 from train.options.common import (
     MOST_RANK,
     TEACHER_HELP,
+    add_channel_weights,
     add_number,
     add_output,
     add_removed,
@@ -40,6 +41,7 @@ from train.options.common import (
     add_teacher_source,
     check_at_least,
     check_at_most,
+    check_channel_weights,
     check_learning_rate,
     check_new_lora,
 )
@@ -127,6 +129,7 @@ def parse() -> argparse.Namespace:
         metavar="G",
         help="guidance scale of the teacher (default: the model's)",
     )
+    add_channel_weights(parser)
     add_number(parser, "--rank", 64, "rank of the LoRAs")
     add_number(parser, "--alpha", 128.0, "multiply the LoRAs by alpha / rank")
     add_number(parser, "--learning-rate", 1e-4, "AdamW learning rate")
@@ -156,6 +159,7 @@ def parse() -> argparse.Namespace:
         )
     check_at_least(args, 0, "seed", "guidance")
     check_at_most(args, MOST_RANK, "rank")
+    check_channel_weights(args)
     check_learning_rate(args.learning_rate)
     if args.teacher and args.few_step_lora:
         raise UserError("--teacher has its own few-step mode: leave out --few-step-lora")

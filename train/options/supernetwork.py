@@ -33,9 +33,10 @@ from train.loop.run import claim_training, digest_files
 from train.loop.teacher import prepared_parts
 from train.loop.trainer import Trainer
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
-from train.objectives.losses import channel_weights
+from train.objectives.losses import MEASURED, channel_weights
 from train.options.common import (
     MOST,
+    add_channel_weights,
     add_drop_caption,
     add_number,
     add_removed,
@@ -43,6 +44,7 @@ from train.options.common import (
     add_seed,
     check_at_least,
     check_at_most,
+    check_channel_weights,
     check_learning_rate,
     validation_batch,
     widths_of,
@@ -50,8 +52,6 @@ from train.options.common import (
 from train.options.data import add_data, check_data, check_not_empty, data_from, picture_size
 
 NUM_PREVIEWS = 8
-MEASURED = 4
-"""Pictures that --channel-weights decodes."""
 WARMUP = 200
 REMOVED = {
     "--autoencoder": "the autoencoder is that of --model, a folder that train.new writes",
@@ -131,14 +131,7 @@ def new_parser(prog: str, description: str) -> Parser:
     )
     also = "; every step trains full too, but validation and previews are of these alone"
     add_model_widths(parser, default=None, more=also)
-    add_number(
-        parser,
-        "--channel-weights",
-        0.0,
-        "weigh the channels of the latents in the losses by what each changes in the decoded "
-        "picture, to this power; 0.5 removes blocks where few channels hold most of the picture, "
-        "as those of train.autoencoder; 0 weighs all alike",
-    )
+    add_channel_weights(parser)
     add_number(
         parser, "--sub-networks", 1, "sub-networks to train per step beside the full network"
     )
@@ -168,8 +161,8 @@ def check(args: argparse.Namespace) -> ModelFolder:
     check_at_least(args, 1, *at_least_1, "sub_networks")
     check_at_least(args, 0, "seed", "drop_caption", "final_learning_rate")
     check_at_least(args, 0, "ema_decay", "validation_pictures")
-    check_at_least(args, 0, "channel_weights")
-    check_at_most(args, 1, "drop_caption", "ema_decay", "final_learning_rate", "channel_weights")
+    check_at_most(args, 1, "drop_caption", "ema_decay", "final_learning_rate")
+    check_channel_weights(args)
     check_learning_rate(args.learning_rate)
     if args.time_shift is not None and args.time_shift <= 0:
         raise UserError(f"--time-shift must be above 0, got {args.time_shift}")
