@@ -14,7 +14,7 @@ from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import MOST_BYTES, decode_text, open_regular, read_json, read_text
-from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.json_values import check_only, from_dict
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
@@ -183,11 +183,15 @@ def _heads_and_activation(folder: Path, hidden_size: int) -> dict[str, Any]:
     if path.is_file():
         model = read_json(path)
         model = model.get("model_cfg", model)
-        heads = model.get("text_cfg", {}).get("heads", hidden_size // 64)
+        text = model.get("text_cfg", {})
+        only = {"no_causal_mask": (False,), "embed_cls": (False,), "norm_kwargs": ({},)}
+        check_only(text, only | {"act_kwargs": ({},)}, path)
+        heads = text.get("heads", hidden_size // 64)
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     else:
         text = read_json(folder / "config.json")
         text = text.get("text_config", text)
+        check_only(text, {"layer_norm_eps": (1e-5,)}, folder / "config.json")
         # Hugging Face omits values that equal its defaults, which are used here.
         heads = text.get("num_attention_heads", 8)
         activation = text.get("hidden_act", "quick_gelu")

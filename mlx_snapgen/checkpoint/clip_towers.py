@@ -23,7 +23,7 @@ from mlx_snapgen.checkpoint.module import (
 from mlx_snapgen.config import ClipConfig, PictureEncoderConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_json
-from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.json_values import check_only, from_dict
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTokenizer
 
@@ -56,7 +56,7 @@ _OPEN_CLIP = {
     *("context_length", "vocab_size", "heads", "hf_tokenizer_name", "tokenizer_kwargs"),
 }
 """Settings of OpenCLIP's towers that are read, or change nothing but training."""
-_OPEN_CLIP_DEFAULTS = {("pool_type", "tok"), ("pool_type", "argmax")}
+_OPEN_CLIP_DEFAULTS = {"pool_type": ("tok", "argmax")}
 
 
 def public_name(key: str) -> str | None:
@@ -149,7 +149,8 @@ def _settings(folder: Path, hidden_size: int) -> dict[str, Any]:
         vision = model.get("vision_cfg", {})
         for settings in (vision, model.get("text_cfg", {})):
             for name, value in settings.items():
-                if value and name not in _OPEN_CLIP and (name, value) not in _OPEN_CLIP_DEFAULTS:
+                known = name in _OPEN_CLIP or value in _OPEN_CLIP_DEFAULTS.get(name, ())
+                if value and not known:
                     raise UserError(f"{path}: {name} '{value}' is of another network than CLIP's")
         head_dim = vision.get("head_width", 64)
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
@@ -160,6 +161,7 @@ def _settings(folder: Path, hidden_size: int) -> dict[str, Any]:
         found = {"num_heads": hidden_size // head_dim, "activation": activation}
         return found | _colors(how, "mean", "std")
     vision = read_json(folder / "config.json").get("vision_config", {})
+    check_only(vision, {"layer_norm_eps": (1e-5,)}, folder / "config.json")
     # Hugging Face omits values that equal its defaults, which are used here.
     found = {
         "num_heads": vision.get("num_attention_heads", 12),

@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path, PosixPath
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.files import check_regular, read_object
-from mlx_snapgen.json_values import MOST_LAYERS, check_sizes
+from mlx_snapgen.json_values import MOST_LAYERS, check_only, check_sizes
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
 from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder
@@ -37,15 +38,21 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         raise UserError(
             'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
         ) from None
+    path = folder / "config.json"
     try:
-        check_sizes(read_object(folder / "config.json"), folder / "config.json")
+        given, changed = read_object(path), {}
+        check_sizes(given, path)
+        if given.get("model_type") in GEMMA_TYPES:
+            text = gemma_text(given, path)
+            changed = {"text_config": text} if "text_config" in given else text
         check_files(folder)
-        model, values = cast(Any, load_model(_Folder(folder), lazy=True))
+        loaded = load_model(_Folder(folder), lazy=True, model_config=changed)
+        model, values = cast(Any, loaded)
     except Exception as error:
         # mlx-lm raises exceptions of many kinds for an incomplete folder.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load Gemma from {folder}: {reason}") from None
-    if values["model_type"] not in ("gemma3", "gemma3_text"):
+    if values["model_type"] not in GEMMA_TYPES:
         raise UserError(f"{folder} holds a {values['model_type']}, not a Gemma 3")
     tokenizer = TextTokenizer(load_tokenizer, folder)
     if tokenizer.bos_token_id is None:
@@ -87,6 +94,7 @@ def load_qwen(
         known = " or ".join(prompt_format.model_types)
         raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
     check_sizes(values, folder / "config.json")
+    check_qwen(values, folder / "config.json")
     try:
         check_files(folder)
         model, _ = load_model(
@@ -121,6 +129,107 @@ def load_qwen(
     return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
 
 
+# --- settings that mlx-lm does not read -----------------------------------------------------------
+
+GEMMA_TYPES = ("gemma3", "gemma3_text")
+LONGEST = 2048
+"""Tokens that no prompt has: a sliding window of so many has no effect."""
+
+PLAIN_ROPE = ("default", "mrope")
+"""For text the three axes of M-RoPE have the same positions."""
+SCALED_ROPE = ("linear", "llama3", "yarn")
+_ROPE_ONLY = {
+    **dict.fromkeys(("rope_type", "type"), (*PLAIN_ROPE, *SCALED_ROPE)),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), ()),
+    "partial_rotary_factor": (1,),
+    "truncate": (True,),
+}
+
+
+def check_qwen(values: dict[str, Any], path: Path) -> None:
+    """`UserError` for a setting of a Qwen that changes the states and that mlx-lm ignores.
+
+    Args:
+        values: of config.json.
+        path: of it, for messages.
+    """
+    text = values.get("text_config") or values
+    check_only(text, {"hidden_act": ("silu",), "partial_rotary_factor": (1,)}, path)
+    if str(text.get("model_type", values.get("model_type"))).startswith("qwen3"):
+        check_only(text, {"attention_bias": (False,)}, path)
+    check_only(_rope_scaling(text), _ROPE_ONLY, path)
+    layers, window = text.get("layer_types"), text.get("sliding_window", 4096)
+    check_only({"layer_types": layers}, {"layer_types": (_full(layers),)}, path)
+    if text.get("use_sliding_window") and isinstance(window, int) and window < LONGEST:
+        check_only(text, {"use_sliding_window": (False,)}, path)
+
+
+def _full(layers: Any) -> list[str]:
+    return ["full_attention"] * (len(layers) if isinstance(layers, list) else 0)
+
+
+def _rope_scaling(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of rotary positions; transformers 5 has it among its `rope_parameters`."""
+    found = text.get("rope_scaling") or text.get("rope_parameters")
+    return found if isinstance(found, dict) else {}
+
+
+def gemma_text(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a Gemma's text network, with the names that mlx-lm reads.
+
+    Args:
+        values: of config.json.
+        path: of it, for messages.
+
+    Raises:
+        UserError: a setting that changes the states and that mlx-lm does not have.
+    """
+    text = dict(values)
+    if "text_config" in values:
+        # Google's files leave out the values of the 4B model; mlx-lm's defaults are the 1B model's.
+        defaults = {
+            "vocab_size": values.get("vocab_size", 262208),
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        }
+        text = defaults | values["text_config"]
+    text["model_type"] = "gemma3_text"
+    only = {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "attn_logit_softcapping": (),
+        "use_bidirectional_attention": (False,),
+    }
+    check_only(text, only, path)
+    # transformers 5 writes the rotary settings by kind of layer, and the pattern as a list.
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and ("full_attention" in rope or "sliding_attention" in rope):
+        kinds = (rope.get(f"{kind}_attention") for kind in ("full", "sliding"))
+        whole, local = (found if isinstance(found, dict) else {} for found in kinds)
+        text["rope_theta"] = whole.get("rope_theta", text.get("rope_theta", 1_000_000.0))
+        text["rope_local_base_freq"] = local.get(
+            "rope_theta", text.get("rope_local_base_freq", 10_000.0)
+        )
+        check_only(local, _ROPE_ONLY | {"rope_type": ("default",)}, path)
+        if whole.get("rope_type", "default") != "default" and not text.get("rope_scaling"):
+            text["rope_scaling"] = {k: v for k, v in whole.items() if k != "rope_theta"}
+    check_only(text.get("rope_scaling"), _ROPE_ONLY, path)
+    if isinstance(layers := text.get("layer_types"), list) and layers:
+        whole = [i for i, kind in enumerate(layers) if kind == "full_attention"]
+        # Without a full layer, the pattern is longer than the network.
+        pattern = whole[0] + 1 if whole else len(layers) + 1
+        kinds = ("full_attention", "sliding_attention")
+        regular = [kinds[bool((i + 1) % pattern)] for i in range(len(layers))]
+        check_only(text, {"layer_types": (regular,)}, path)
+        stored = text.get("sliding_window_pattern")
+        if whole or not isinstance(stored, int) or stored <= len(layers):
+            text["sliding_window_pattern"] = pattern
+    return text
+
+
+# --- tokenizers and files -------------------------------------------------------------------------
+
+
 class TextTokenizer:
     """A tokenizer of transformers, whose files are of unknown origin.
 
@@ -144,7 +253,7 @@ class TextTokenizer:
         except Exception as error:
             wrong = _is_of_config(error, folder)
             where = f"cannot read {folder / 'config.json'}" if wrong else self._where
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {one_line(error, 120)}") from None
         self.bos_token_id: int | None = self._id("bos_token_id")
         self.pad_token_id: int | None = self._id("pad_token_id")
 
@@ -242,12 +351,15 @@ class _Arguments(dict):
     def from_dict(cls, values: dict[str, Any]) -> "_Arguments":
         text = values.get("text_config") or values
         # transformers 5 stores the base of RoPE in `rope_parameters`.
-        rope = text.get("rope_parameters") or {}
+        rope, scaling = text.get("rope_parameters") or {}, _rope_scaling(text)
         theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        scaling = text.get("rope_scaling") or {}
-        if scaling.get("type", scaling.get("rope_type")) == "mrope":
-            # For text the three axes of M-RoPE have the same positions: this is plain RoPE.
-            text = text | {"rope_scaling": None}
+        if scaling.get("rope_type", scaling.get("type", "default")) in PLAIN_ROPE:
+            scaling = None
+        elif "max_position_embeddings" in text:
+            # mlx-lm's own default is a number.
+            most = {"original_max_position_embeddings": text["max_position_embeddings"]}
+            scaling = most | scaling
+        theta["rope_scaling"] = scaling
         return cls(text | theta | {"tie_word_embeddings": True})
 
 

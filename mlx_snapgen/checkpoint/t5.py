@@ -14,7 +14,7 @@ from mlx_snapgen.checkpoint.module import (
 )
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
-from mlx_snapgen.json_values import check_positive, from_dict
+from mlx_snapgen.json_values import check_only, check_positive, from_dict
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder, T5PromptEncoder, T5Tokenizer
 from mlx_snapgen.public_config import T5Config
@@ -36,6 +36,8 @@ def t5_config(values: dict[str, Any], path: Path) -> T5Config:
     gate = values.get("feed_forward_proj", "relu")
     if gate != "gated-gelu":
         raise UserError(f"{path}: only T5 1.1 and FLAN-T5 are supported, with gated-gelu: {gate}")
+    only = {"dense_act_fn": ("gelu_new",), "is_gated_act": (True,)}
+    check_only(values, only, path)
     names = {
         "vocab_size": "vocab_size",
         "d_model": "hidden_size",

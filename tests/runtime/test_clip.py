@@ -286,6 +286,27 @@ def test_public_folders_that_do_not_fit_are_one_line(encoder, tmp_path):
         load_clip(folder)
 
 
+@pytest.mark.parametrize(
+    ("layout", "name", "value"),
+    [
+        ("hugging face", "layer_norm_eps", 1e-6),
+        ("tokenizer.json", "layer_norm_eps", 1e-6),
+        ("open clip", "no_causal_mask", True),
+        ("open clip", "norm_kwargs", {"eps": 1e-6}),
+    ],
+)
+def test_settings_of_another_network_are_refused(encoder, tmp_path, layout, name, value):
+    folder = write_folder(tmp_path / "a", encoder, layout)
+    [path] = folder.glob("*config.json")
+    values = json.loads(path.read_text())
+    text = values.get("model_cfg", {}).get("text_cfg") or values.get("text_config", values)
+    text[name] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"'{name}' .* is not supported") as error:
+        load_clip(folder)
+    assert str(error.value).startswith(f"{path}: ")
+
+
 def test_a_missing_layer_is_named(encoder, tmp_path):
     folder = write_folder(tmp_path / "a", encoder, "hugging face")
     weights = hugging_face(encoder)

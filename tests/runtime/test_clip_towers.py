@@ -180,7 +180,8 @@ def test_a_text_tower_alone_is_one_line(clip, tmp_path):
         ("preprocess_cfg", "resize_mode", "squash", "resized by bicubic and squash"),
         ("vision_cfg", "pool_type", "avg", "pool_type 'avg' is of another network"),
         ("vision_cfg", "pool_type", "tok", None),
-        ("text_cfg", "no_causal_mask", True, "no_causal_mask 'True' is of another network"),
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}, "norm_kwargs '{'eps': 1e-06}' is of another"),
+        ("text_cfg", "no_causal_mask", True, "'no_causal_mask' true is not supported"),
         ("text_cfg", "no_causal_mask", False, None),
     ],
 )
@@ -194,6 +195,16 @@ def test_what_open_clip_does_in_another_way_is_refused(clip, tmp_path, part, nam
     else:
         with pytest.raises(UserError, match=message):
             load_clip_towers(folder)
+
+
+def test_another_norm_is_refused(clip, tmp_path):
+    path = write_folder(tmp_path / "a", clip, "hugging face") / "config.json"
+    for part in ("text_config", "vision_config"):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps(values | {part: values[part] | {"layer_norm_eps": 1e-6}}))
+        with pytest.raises(UserError, match=r"config.json: 'layer_norm_eps' 1e-06 is not"):
+            load_clip_towers(tmp_path / "a")
+        path.write_text(json.dumps(values))
 
 
 # --- preprocessing and embeddings ---------------------------------------------------------------

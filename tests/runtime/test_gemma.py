@@ -211,6 +211,62 @@ def test_sizes_out_of_range_are_refused_before_the_network_is_built(
             load()
 
 
+PLAIN = {k: v for k, v in TEXT.items() if not k.startswith(("rope", "sliding_window_p"))}
+OLD = {"rope_theta": 500.0, "rope_local_base_freq": 50.0}
+LINEAR = {"factor": 8.0, "rope_type": "linear"}
+LOCAL, WHOLE = {"rope_theta": 50.0}, {"rope_theta": 500.0} | LINEAR
+LAYERS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LAYERS | {"rope_parameters": {"full_attention": WHOLE, "sliding_attention": LOCAL}},
+        LAYERS | OLD | {"rope_parameters": {"full_attention": LINEAR}},
+        LAYERS | OLD | {"rope_parameters": {"full_attention": {}}, "rope_scaling": LINEAR},
+        LAYERS | OLD | {"sliding_window_pattern": 2, "rope_scaling": LINEAR},
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_rotary_settings_and_layers_are_found_wherever_they_are(mlx_lm, tmp_path, settings, nested):
+    """As transformers finds them: mlx-lm reads the names of older versions alone."""
+    expected = write_gemma(tmp_path / "old", mlx_lm, nested)
+    found = write_gemma(tmp_path / "new", mlx_lm, nested)
+    old = PLAIN | OLD | {"sliding_window_pattern": 3, "rope_scaling": LINEAR}
+    for folder, text in ((expected, old), (found, PLAIN | settings)):
+        values = {"model_type": "gemma3", "text_config": text, "vocab_size": 64}
+        (folder / "config.json").write_text(json.dumps(values if nested else text))
+    tokens = mx.array([[2, 5, 6, 7, 8, 4, 5]])
+    expected, found = (load_gemma(folder, CONFIG)(tokens) for folder in (expected, found))
+    assert mx.array_equal(found, expected)
+    other = load_gemma(write_gemma(tmp_path / "other", mlx_lm, nested), CONFIG)(tokens)
+    assert not mx.allclose(found, other, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden_activation": "relu"}, "'hidden_activation' \"relu\" is not supported"),
+        ({"attention_bias": True}, "'attention_bias' true"),
+        ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' 50.0"),
+        ({"use_bidirectional_attention": True}, "'use_bidirectional_attention' true"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'rope_type' \"longrope\""),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+        (
+            {"rope_parameters": {"sliding_attention": LINEAR, "full_attention": {}}},
+            "'rope_type' \"linear\"",
+        ),
+    ],
+)
+def test_settings_that_mlx_lm_ignores_are_refused(mlx_lm, folder, tmp_path, values, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TEXT | values))
+    for read in (lambda: gemma_config(TEXT | values, path), lambda: load_gemma(tmp_path, CONFIG)):
+        with pytest.raises(UserError, match=words) as error:
+            read()
+        assert f"{path}: " in str(error.value) and "\n" not in str(error.value)
+
+
 # --- parity -------------------------------------------------------------------------------------
 
 
