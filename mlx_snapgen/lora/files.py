@@ -29,7 +29,7 @@ from mlx_snapgen.lora.adapters import (
     linear_layers,
 )
 from mlx_snapgen.lora.layouts import Place, original_names
-from mlx_snapgen.lora.peft import PEFT_FILES, config_beside, peft_alphas, peft_config
+from mlx_snapgen.lora.peft import MOST_ALPHA, PEFT_FILES, config_beside, peft_alphas, peft_config
 from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.tensor_files import load_tensors, read_header
 
@@ -295,21 +295,27 @@ def load_lora(
     alphas = peft_alphas(
         path, config, {layer: len(parts["a"]) for layer, parts in by_layer.items()}
     )
-    adapters, finite = {}, []
+    alphas |= {
+        layer: float(parts["alpha"]) for layer, parts in by_layer.items() if "alpha" in parts
+    }
+    if not any(alphas.values()):
+        raise UserError(f"{path} has no effect: the alpha of its layers is 0")
+    adapters, stored, kept = {}, [], []
     for layer, parts in by_layer.items():
         dtype = mx.float32 if trainable else layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
-        alpha = float(parts["alpha"]) if "alpha" in parts else alphas[layer]
         trained = header.get("model_widths", "")
-        adapters[layer] = Adapter(a, b, alpha=alpha, weight=float(weight), widths=trained)
-        finite += [mx.isfinite(a).all(), mx.isfinite(b).all()]
-    if not mx.all(mx.array(finite)).item():
+        adapters[layer] = Adapter(a, b, alpha=alphas[layer], weight=float(weight), widths=trained)
+        stored += [mx.isfinite(parts[part]).all() for part in "ab"]
+        kept += [mx.isfinite(a).all(), mx.isfinite(b).all()]
+    if not mx.all(mx.array(stored)).item():
         raise UserError(f"{path} is damaged: it has weights that are not finite; get it again")
+    if not mx.all(mx.array(kept)).item():
+        raise UserError(f"{path} has weights that are too large for the type of this model's")
     made_for = header.get("base_model")
     if base_model and made_for and base_model != made_for:
-        warnings.warn(
-            f"{path} was made for the model '{made_for}', not '{base_model}'", stacklevel=2
-        )
+        text = f"{path} was made for the model '{one_line(made_for, 60)}', not '{base_model}'"
+        warnings.warn(text, stacklevel=2)
     attach(module, adapters, name=name)
     if not trainable:
         for adapter in adapters.values():
@@ -390,12 +396,16 @@ def _misfits(layer: str, parts: Mapping[str, mx.array], *, linear: nn.Module) ->
         yield f"{layer} lacks " + ("lora_B" if "a" in parts else "lora_A")
         return
     out_dims, in_dims = layer_dims(linear)
-    rank = max(1, *parts["a"].shape[:1])
+    rank = max([1, *parts["a"].shape[:1]])
+    if 0 in (parts["a"].size, parts["b"].size):
+        yield f"{layer} has a LoRA of rank 0"
+        return
     for what, part, shape in (("lora_A", "a", (rank, in_dims)), ("lora_B", "b", (out_dims, rank))):
         if parts[part].shape != shape:
             yield f"{layer} has {what} {parts[part].shape} instead of {shape}"
         elif not mx.issubdtype(parts[part].dtype, mx.floating):
             yield f"{layer} has {what} in whole numbers"
     alpha = parts.get("alpha", mx.array(1.0))
-    if alpha.size != 1 or not math.isfinite(float(alpha)):
+    number = alpha.item() if alpha.size == 1 else math.nan
+    if isinstance(number, complex) or not abs(number) < MOST_ALPHA:
         yield f"{layer} has an alpha that is not one finite number"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.files import parse_json, read_object
 
 PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -17,10 +17,11 @@ CONFIG_KEY = "lora_adapter_metadata"
 UNSUPPORTED = (
     *("use_dora", "modules_to_save", "layer_replication"),
     *("lora_bias", "trainable_token_indices", "target_parameters", "use_qalora", "fan_in_fan_out"),
+    *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 """Settings of PEFT's LoRA that change what the matrices mean."""
-CHANGE_THE_BASE = ("pissa", "olora", "corda")
-"""Values of PEFT's init_lora_weights that also change the weights of the base."""
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of PEFT's init_lora_weights that also change the weights of the base."""
 
 MOST_ALPHA = 1e6
 
@@ -47,9 +48,9 @@ def peft_config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     for key in UNSUPPORTED:
         if config.get(key):
             raise UserError(f"{path} is a LoRA with '{key}', which is not supported")
-    if config.get("init_lora_weights") in CHANGE_THE_BASE:
+    if (how := str(config.get("init_lora_weights")).lower()).startswith(CHANGE_THE_BASE):
         raise UserError(
-            f"{path} belongs to a base that '{config['init_lora_weights']}' has changed: merge it "
+            f"{path} belongs to a base that '{one_line(how, 40)}' has changed: merge it "
             "with PEFT, or save it again with path_initial_model_for_weight_conversion"
         )
     return config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import mlx_snapgen  # noqa: F401
@@ -21,6 +22,7 @@ from mlx_snapgen.generate import main
 from mlx_snapgen.lora.adapters import (
     Adapter,
     LoRALinear,
+    adapted_layers,
     add_lora,
     fuse_lora,
     get_lora_weights,
@@ -35,6 +37,8 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract, sliced_parameters
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.public.convert import convert
+from mlx_snapgen.public.source import find_source
 from mlx_snapgen.quantize.runtime import quantize_transformer
 from tests.tiny import add_random_lora, velocity
 
@@ -441,6 +445,11 @@ A, B, ALPHA = (
         (lambda t: t.update({A: t[A].astype(mx.int32)}), "whole numbers"),
         (lambda t: t.update({ALPHA: mx.array(float("nan"))}), "alpha that is not one finite"),
         (lambda t: t.update({ALPHA: mx.zeros((2,))}), "alpha that is not one finite"),
+        (lambda t: t.update({ALPHA: mx.array(-1e30)}), "alpha that is not one finite"),
+        (lambda t: t.update({ALPHA: mx.array(1j)}), "alpha that is not one finite"),
+        (lambda t: t.update({ALPHA: mx.zeros(1)}), "has no effect: the alpha of its layers is 0"),
+        (lambda t: t.update({A: t[A][:0], B: t[B][:, :0]}), f"{QUERY} has a LoRA of rank 0"),
+        (lambda t: t.update({B: t[B] * mx.inf}), "damaged: it has weights that are not finite"),
         (lambda t: t.update({f"{QUERY}.lora_A.weight": t[A]}), "is there twice"),
         (
             lambda t: t.update({f"{QUERY}.dora_scale": t[A]}),
@@ -464,6 +473,9 @@ def test_files_that_do_not_fit_change_nothing(network, tmp_path, edit, message):
     ("metadata", "message"),
     [
         ('{"transformer.use_dora": true}', "'use_dora', which is not supported"),
+        ('{"transformer.init_lora_weights": "pissa_niter_16"}', "'pissa_niter_16' has changed"),
+        ('{"transformer.init_lora_weights": "loftq"}', "'loftq' has changed"),
+        ('{"transformer.alora_invocation_tokens": [1]}', "'alora_invocation_tokens', which is"),
         ('{"transformer.alpha_pattern": {"x": 1}}', "alpha for 'x', which is none"),
         ('{"transformer.alpha_pattern": {"q_proj": "x"}}', "lora_alpha is no number"),
         ("[]", "damaged header"),
@@ -475,6 +487,24 @@ def test_headers_that_cannot_be(network, tmp_path, metadata, message):
     edited(network, path, lambda t: None, {"lora_adapter_metadata": metadata})
     with pytest.raises(UserError, match=message):
         load_lora(path, network)
+
+
+def test_weights_beyond_the_type_of_the_model_are_not_called_damage(network, tmp_path):
+    edited(network, tmp_path / "x.safetensors", lambda t: t.update({A: t[A] + 1e6}))
+    network.set_dtype(mx.float16)
+    with pytest.raises(UserError, match="too large for the type of this model"):
+        load_lora(tmp_path / "x.safetensors", network)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(-3.0, -0.75), (8, 2.0), (True, 0.25)])
+def test_an_alpha_may_be_negative_or_whole(network, tmp_path, alpha, scale):
+    path = tmp_path / "x.safetensors"
+    edited(network, path, lambda t: t.update({ALPHA: mx.array(alpha)}))
+    convert(find_source(str(path)), tmp_path / "out.safetensors", kind="lora")
+    for file in (path, tmp_path / "out.safetensors"):
+        [layer] = load_lora(file, network, name="x")
+        assert adapted_layers(network)[layer].adapters["x"].scale == scale
+        remove_lora(network)
 
 
 def test_files_that_are_none(network, tmp_path):
@@ -575,6 +605,19 @@ def test_a_lora_for_another_model_is_noticed(network, files, model_folder, tmp_p
     save_lora(tmp_path / "other.safetensors", network, name="x", base_model="another")
     with pytest.warns(UserWarning, match="made for the model 'another', not 'random'"):
         SnapGenPipeline.from_pretrained(model_folder, loras=[(tmp_path / "other.safetensors", 1)])
+
+
+def test_a_long_name_of_the_model_is_compared_as_a_whole(network, tmp_path):
+    path, name = tmp_path / "style.safetensors", "a  model " * 20
+    add_random_lora(network, "x", targets=["q_proj"])
+    save_lora(path, network, name="x", base_model=name)
+    remove_lora(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_lora(path, network, base_model=name)
+    remove_lora(network)
+    with pytest.warns(UserWarning, match=r"the model 'a model .{20,50} model', not 'b'"):
+        load_lora(path, network, base_model="b")
 
 
 def test_a_missing_lora_is_found_before_the_model_is_loaded(model_folder, monkeypatch):

@@ -292,7 +292,7 @@ def test_a_stopped_run_continues_to_the_same_lora(models, tuned, pictures, monke
     text = (model / CONFIG).read_text()
     (model / CONFIG).write_text(text.replace('"bits": 8', '"bits": 4'))
     try:
-        with pytest.raises(UserError, match="other bits: give another --run-dir"):
+        with pytest.raises(UserError, match="other --quantize: give another --run-dir"):
             tuned(model, "--output", "c.safetensors", "--run-dir", "b")
     finally:
         (model / CONFIG).write_text(text)
