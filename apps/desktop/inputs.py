@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import open_regular, whole_file
-from mlx_snapgen.inputs import picture_hash
+from mlx_snapgen.files import check_size, open_regular, whole_file
+from mlx_snapgen.inputs import MAX_BYTES, picture_hash
 from mlx_snapgen.metadata import Recorded, encode_png
 from mlx_snapgen.settings import DrawSettings
 
@@ -34,6 +34,7 @@ class Inputs:
         """The path of a copy that stays when the history deletes `path`."""
         try:
             with open(path, "rb", opener=open_regular) as file:
+                check_size(file, MAX_BYTES)
                 return self._keep(name, file.read())
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None

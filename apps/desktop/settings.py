@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apps.desktop.inputs import Inputs
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, open_regular, parse_json, whole_file
+from mlx_snapgen.files import MOST_JSON, expanded, open_regular, parse_json, whole_file
 from mlx_snapgen.metadata import MAX_PIXELS, read_settings
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
@@ -94,14 +94,14 @@ def load_settings(path: Path) -> tuple[Settings, str | None]:
     """
     try:
         with open(path, "rb", opener=open_regular) as file:
-            data = file.read()
+            data = file.read(MOST_JSON + 1)
     except FileNotFoundError:
         return Settings(), None
     except OSError as error:
         return Settings(), f"cannot read {path}: {error.strerror}"
     try:
-        values = parse_json(data, path)
-        if not isinstance(values, dict):
+        values = parse_json(data, path, paths=True)
+        if not isinstance(values, dict) or len(data) > MOST_JSON:
             raise UserError("not an object")
     except UserError:
         aside = _set_aside(path)

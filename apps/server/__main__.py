@@ -243,15 +243,22 @@ async def _serve(args: argparse.Namespace) -> int:
 
 
 async def open_models(jobs: Jobs, args: argparse.Namespace) -> dict[str, Served]:
-    """The models of the command line, by name; one that is not on this machine is fetched."""
-    opened = list[tuple[ModelChoice, Description]]()
+    """The models of the command line, by name; one that is not on this machine is fetched.
+
+    Before that, the configs of all show whether the names and widths are right.
+    """
     # Every model must have one of the widths; a public one has full alone, and is refused at once.
     width = "full" if "full" in args.model_widths else args.model_widths[0]
-    for choice in choices(args):
-        choice = dataclasses.replace(choice, model_width=width)
-        with announce(f"opening {choice.model or 'stickers'} ..."):
-            opened.append((choice, await _open(jobs, Job(choice, load=False))))
-    return name_models(opened, widths=args.model_widths, aliases=args.aliases)
+    wanted = [dataclasses.replace(choice, model_width=width) for choice in choices(args)]
+    named: dict[str, Served] = {}
+    for fetch in (False, True):
+        opened = list[tuple[ModelChoice, Description]]()
+        for choice in wanted:
+            with announce(f"opening {choice.model or 'stickers'} ..."):
+                config = await _open(jobs, Job(choice, load=False, fetch=fetch))
+            opened.append((choice, config))
+        named = name_models(opened, widths=args.model_widths, aliases=args.aliases)
+    return named
 
 
 def choices(args: argparse.Namespace) -> list[ModelChoice]:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
-from apps.server.models import Served
+from apps.server.models import Served, find_served
 from apps.server.request import (
     FORMATS,
     ImageRequest,
@@ -93,9 +93,10 @@ class Server:
 
     async def get_model(self, request: Request) -> Response:
         """`GET /v1/models/{name}`."""
-        name = request.path_params["name"]
-        if name not in self.models:
-            message = f"no model '{name[:50]}', known: {', '.join(self.models)}"
+        given = request.path_params["name"]
+        name = find_served(self.models, given)
+        if name is None:
+            message = f"no model '{given[:50]}', known: {', '.join(self.models)}"
             raise RequestError(message, 404, param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ GRACE = 30
 """Seconds that open requests may take after a signal to end."""
 CONNECTIONS = 256
 """Open at once; further ones are answered 503."""
+KEEP_ALIVE = 5
+"""Seconds until a connection without another request is closed."""
 HEAD_SECONDS = 10.0
 """How long a connection may wait for the head of a request."""
 SEND_SECONDS = 30.0
@@ -50,7 +52,8 @@ class Connection(H11Protocol):
         await JSONResponse(error.body(), error.status, headers=headers)(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
+        self._socket, self._is_draining = transport, False
+        super().connection_made(_ClosedBy(transport, self.close))
         self._unsent = self._received = self._drained = 0
         self._waited = self._stuck = 0.0
         self._ticking = self.loop.call_later(TICK, self._tick)
@@ -78,15 +81,34 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += len(data)
-        super().data_received(data)
+        if not self._is_draining:
+            super().data_received(data)
+
+    def close(self) -> None:
+        """Close the connection. The rest of a body is read first: the client, which still sends it,
+        would get a reset instead of the response."""
+        is_partial = self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if self._socket.is_closing() or self._is_draining or not is_partial:
+            return self._socket.close()
+        self._is_draining, self._waited, self._drained = True, 0.0, 0
+        try:
+            self._socket.write_eof()
+        except OSError:
+            return self._socket.close()
+        self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         self._waited, self._drained = 0.0, 0
         super().on_response_complete()
 
+    def timeout_keep_alive_handler(self) -> None:
+        # uvicorn does not expect a connection that was closed to go on.
+        if not self._is_draining:
+            super().timeout_keep_alive_handler()
+
     def _tick(self) -> None:
         # Ticks are counted, not seconds: time in which this process did not run does not count.
-        waiting = self.cycle is None or self.cycle.response_complete
+        waiting = self._is_draining or self.cycle is None or self.cycle.response_complete
         received, self._received = self._received, 0
         self._drained += received
         if not waiting:
@@ -96,11 +118,24 @@ class Connection(H11Protocol):
         before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
         self._stuck = self._stuck + TICK if 0 < self._unsent == before else 0.0
         if self._waited >= HEAD_SECONDS:
-            self.transport.close()
+            self._socket.close()
         # Closing waits until everything is sent.
         if self._stuck >= SEND_SECONDS:
-            self.transport.abort()
+            self._socket.abort()
         self._ticking = self.loop.call_later(TICK, self._tick)
+
+
+class _ClosedBy(asyncio.Transport):
+    """A transport with another way to close it."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]):
+        super().__init__()
+        self._transport, self.close = transport, close
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_transport", "close"):
+            return super().__getattribute__(name)
+        return getattr(self._transport, name)
 
 
 class _Server(uvicorn.Server):
@@ -119,7 +154,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
             http=Connection,
             ws="none",
             lifespan="off",
-            timeout_keep_alive=5,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=GRACE,
         )
     )

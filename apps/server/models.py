@@ -1,7 +1,7 @@
 """The models that the server offers, by name."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_snapgen.description import Description
@@ -56,12 +56,20 @@ def name_models(
             if name in models:
                 raise UserError(f"two models have the name {name}: give each --model once")
             models[name] = Served(name, chosen, config)
-    typed = {served.choice.model: name for name, served in reversed(models.items())}
     for name, given in aliases:
-        target = given if given in models else typed.get(given, given)
-        if target not in models:
+        target = find_served(models, given)
+        if target is None:
             raise UserError(f"--alias {name}={given}: no such model, known: {', '.join(models)}")
         if name in models:
             raise UserError(f"--alias {name}={given}: the name {name} is taken")
         models[name] = models[target]
     return models
+
+
+def find_served(models: Mapping[str, Served], name: str) -> str | None:
+    """The key in `models` of the one that `name` is the key of, or that --model was given as; None
+    if there is none."""
+    if name in models:
+        return name
+    given = ((key, served.choice.model or "stickers") for key, served in models.items())
+    return next((key for key, model in given if model == name), None)

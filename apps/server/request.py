@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apps.server.models import Served
+from apps.server.models import Served, find_served
 from apps.worker.messages import FileFormat, Job
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest, plural
@@ -127,7 +127,7 @@ def parse_request(values: Any, models: Mapping[str, Served], limits: Limits) -> 
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
     get = _Reader({name: value for name, value in values.items() if value is not None})
-    model = models[get.choice("model", list(models))]
+    model = models[get.model(models)]
     size = _size(get, model, limits)
     _check_size(size, model.config, limits)
     prompt = get.text("prompt", limits.max_prompt) or ""
@@ -147,7 +147,7 @@ def parse_form(
             picture, or empty.
     """
     get = _Reader({name: value for name, value in form.values.items() if value}, is_form=True)
-    model = models[get.choice("model", list(models))]
+    model = models[get.model(models)]
     config, size = model.config, _size(get, model, limits)
     if not form.images:
         raise RequestError("there is no picture: send it as image", param="image")
@@ -296,6 +296,13 @@ class _Reader:
         if value is not None and len(value) > most:
             raise RequestError(f"{name} is longer than {most} characters", param=name)
         return value
+
+    def model(self, models: Mapping[str, Served]) -> str:
+        """See `find_served`; without a name, the first model."""
+        name = self._get("model", str, what="a string")
+        if name is not None and (found := find_served(models, name)) is not None:
+            return found
+        return self.choice("model", list(models))
 
     def choice(self, name: str, known: list[str]) -> str:
         """One of `known`, whose first is the default."""

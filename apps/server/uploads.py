@@ -14,6 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from apps.server.request import Form, RequestError
+from mlx_snapgen.files import temporary_folder
 
 MAX_FORM = 64 << 20
 """Bytes of a form, and of all its pictures."""
@@ -74,8 +75,7 @@ class Uploads:
             async with asyncio.timeout(FORM_SECONDS):
                 form = await parser.parse()
             try:
-                folder = Path(tempfile.mkdtemp(prefix="mlx_snapgen-"))
-                files.callback(shutil.rmtree, folder, ignore_errors=True)
+                folder = files.enter_context(temporary_folder(Path(tempfile.gettempdir())))
                 return await asyncio.to_thread(_store, form.multi_items(), folder)
             finally:
                 await form.close()

@@ -23,7 +23,8 @@ class Worker:
 
     Args:
         deliver: called with each `Event`, in a separate thread. Every job submitted gets exactly
-            one `Finished` or `Failed`, also when the process dies.
+            one `Finished` or `Failed`, also when the process dies. A new process then draws the
+            jobs that had no event yet; the first of them fails if that process dies, too.
         keep: number of loaded models that stay in memory; the latest ones are kept.
         memory: bytes that they may take together with the next picture; beyond, the least recently
             used are freed. None: three quarters of this machine's memory.
@@ -51,6 +52,8 @@ class Worker:
         self._reader: threading.Thread | None = None
         self._open: dict[int, Job] = {}
         self._cancelled: set[int] = set()
+        # Jobs that had an event, or were the first when a process died: no other one draws them.
+        self._begun: set[int] = set()
         self._closed = False
         self.ends = 0
         """How often the process has hung or ended by itself."""
@@ -69,7 +72,7 @@ class Worker:
                 self._start()
             number = next(self._ids)
             self._open[number] = job
-            # If the process has just died, the reader detects it and fails the job.
+            # If the process has just died, the reader detects it and starts another.
             with contextlib.suppress(OSError):
                 self._connection.send((number, job))
             return number
@@ -89,7 +92,7 @@ class Worker:
         """
         with self._lock:
             process, reader = self._process, self._reader
-            stopped, self._open = list(self._open), {}
+            stopped = self._forget(*self._open)
             self._process = None
             if process is not None:
                 process.terminate()
@@ -104,28 +107,25 @@ class Worker:
             message: of the job's `Failed`.
         """
         with self._lock:
-            process, reader, waiting = self._process, self._reader, dict(self._open)
-            if process is None or not waiting:
+            process, reader = self._process, self._reader
+            if process is None or not self._open or self._closed:
                 return
-            self._process = None
             self.ends += 1
             process.kill()
-            hung = next(iter(waiting))
-            del self._open[hung], waiting[hung]
-            if waiting:
-                self._start()
-            with contextlib.suppress(OSError):
-                for number, job in waiting.items():
-                    self._connection.send((number, job))
-                for number in self._cancelled & waiting.keys():
-                    self._connection.send(Cancel(number))
-        self._deliver(Failed(hung, message, details="It was replaced by a new one."))
+            hung = next(iter(self._open))
+            self._forget(hung)
+            lost = self._restart()
+        details = None if lost else "It was replaced by a new one."
+        for number in (hung, *lost):
+            self._deliver(Failed(number, message, details=details))
         _reap(process, reader)
 
     def kill(self) -> None:
-        """End the process at once, also one that `close` waits for."""
-        if self._latest is not None:
-            self._latest.kill()
+        """End the process at once, also one that `close` waits for; there is no other after it."""
+        with self._lock:
+            self._closed = True
+            if self._latest is not None:
+                self._latest.kill()
 
     def close(self, timeout: float = 5.0) -> None:
         """End the process, by force after `timeout` seconds. Open jobs are dropped."""
@@ -139,6 +139,23 @@ class Worker:
         if process is not None:
             process.join(timeout)
         _reap(process, reader)
+
+    def _restart(self) -> list[int]:
+        """Give the open jobs to a new process. If none can start, they are lost and returned."""
+        if not self._open:
+            self._process = None
+            return []
+        try:
+            self._start()
+        except OSError:
+            self._process = None
+            return self._forget(*self._open)
+        with contextlib.suppress(OSError):
+            for number, job in self._open.items():
+                self._connection.send((number, job))
+            for number in self._cancelled:
+                self._connection.send(Cancel(number))
+        return []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -165,21 +182,32 @@ class Worker:
                 with self._lock:
                     if self._process is not process or event.job not in self._open:
                         continue  # closed or interrupted since
+                    self._begun.add(event.job)
                     if isinstance(event, Finished | Failed):
-                        del self._open[event.job]
-                        self._cancelled.discard(event.job)
+                        self._forget(event.job)
                 self._deliver(event)
         process.join()
         with self._lock:
             if self._process is not process:
                 return
-            self._process = None
             self.ends += 1
-            lost, self._open = list(self._open), {}
+            lost = self._forget(*(n for n in self._open if self._closed or n in self._begun))
+            if not lost:
+                # It died while it was idle, or of the first job.
+                self._begun.update(list(self._open)[:1])
+            lost += self._restart()
         for number in lost:
             message = f"the drawing process ended unexpectedly ({_ending(process.exitcode)})"
             hint = "It starts again with the next picture. A smaller size or width needs less."
             self._deliver(Failed(number, f"{message}: probably out of memory", details=hint))
+
+    def _forget(self, *numbers: int) -> list[int]:
+        """Take jobs out of the open ones; returns them."""
+        for number in numbers:
+            del self._open[number]
+        self._cancelled.difference_update(numbers)
+        self._begun.difference_update(numbers)
+        return list(numbers)
 
 
 def _ending(code: int | None) -> str:

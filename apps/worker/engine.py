@@ -44,7 +44,7 @@ from mlx_snapgen.decode import to_rgb
 from mlx_snapgen.errors import ModelError, SettingsError, UserError
 from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import encode_png, slug
-from mlx_snapgen.open_model import open_model
+from mlx_snapgen.open_model import describe_model, open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import (
     DrawSettings,
@@ -155,8 +155,10 @@ class Engine:
             with self._notices(number):
                 finished = not self._is_cancelled(number)
                 if finished and job.settings is None and not job.load:
-                    folder = self._open(number, job)
-                    self._send(Opened(number, choice=job.choice, config=folder.config))
+                    config = (
+                        self._open(number, job).config if job.fetch else describe_model(job.choice)
+                    )
+                    self._send(Opened(number, choice=job.choice, config=config))
                 elif finished:
                     pipeline = self._load(number, job)
                     finished = job.settings is None or self._draw(

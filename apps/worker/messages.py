@@ -30,6 +30,8 @@ class Job:
     load: bool = True
     """Without settings: false only reads the model's config. A model that is not on this machine is
     fetched before, and a public one converted."""
+    fetch: bool = True
+    """If it is not loaded: false fetches and converts nothing but the config."""
     previews: int | None = None
     """Previews per picture, spread over its steps; None shows every step, 0 none."""
     file_format: FileFormat | None = None

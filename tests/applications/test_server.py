@@ -54,7 +54,7 @@ from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.models import Served, name_models
 from apps.server.request import Limits, RequestError, parse_request
 from apps.worker.engine import encode_picture
-from apps.worker.messages import Failed, Finished, Job, Progress
+from apps.worker.messages import Failed, Finished, Job, Opened, Progress
 from mlx_snapgen.cli.options import model_choice
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.config import TeacherConfig
@@ -116,9 +116,10 @@ def test_pictures_are_those_of_the_pipeline(port, model_folder, tmp_path):
     assert read_metadata(tmp_path / "x.png")["seed"] == answer["data"][1]["seed"] == 6
 
 
-def test_models_and_health(port):
+def test_models_and_health(port, model_folder):
     assert [m["id"] for m in ask(port, "GET", "/v1/models")[2]["data"]] == ["random", "random-tiny"]
     assert ask(port, "GET", "/v1/models/random-tiny")[2]["owned_by"] == "mlx_snapgen"
+    assert ask(port, "GET", f"/v1/models/{model_folder}")[2]["id"] == "random"
     assert ask(port, "GET", "/v1/models/gpt")[2]["error"]["code"] == "model_not_found"
     status, _, health = ask(port, "GET", "/health")
     assert (status, health["status"], health["model"]) == (200, "ok", "random")
@@ -218,6 +219,56 @@ def test_a_model_is_opened_at_one_of_the_widths(widths, opened):
     with pytest.raises(UserError, match="no such model"):
         asyncio.run(open_models(Worker(), args))
     assert asked == [opened]
+
+
+def test_names_are_checked_before_a_model_is_fetched(components):
+    asked = []
+
+    class Worker:
+        def submit(self, job):
+            asked.append((job.choice.model, job.fetch))
+            return self
+
+        async def get(self):
+            config = components.config if asked[-1][0] == "a/b" else TeacherConfig()
+            return Opened(0, ModelChoice(asked[-1][0]), config)
+
+    def opened(*options):
+        asked.clear()
+        args = build_parser().parse_args(["--model", "a/b", "c/d", *options])
+        return asyncio.run(open_models(Worker(), args))
+
+    models = opened("--alias", "x=c/d", "--alias", "y=random")
+    assert {name: model.choice.model for name, model in models.items()} == {
+        **{"random": "a/b", "Qwen-Image": "c/d"},
+        **{"x": "c/d", "y": "a/b"},
+    }
+    assert asked == [("a/b", False), ("c/d", False), ("a/b", True), ("c/d", True)]
+    for wrong in (["--alias", "x=z"], ["--alias", "x=a/b", "--alias", "x=c/d"]):
+        with pytest.raises(UserError, match="--alias x="):
+            opened(*wrong)
+        assert asked == [("a/b", False), ("c/d", False)]
+    with pytest.raises(UserError, match="width"):
+        opened("--model-widths", "huge")
+
+
+def test_a_request_may_name_a_model_as_the_user_did(components):
+    ours, other = components.config, TeacherConfig()
+    chosen = [(ModelChoice(name), config) for name, config in (("a/b", ours), ("c/d", other))]
+    models = name_models(chosen, widths=["full", "tiny"], aliases=[])
+    values = {"prompt": "a cat"}
+    for name, model, width in [
+        *[("a/b", "a/b", "full"), ("c/d", "c/d", "full"), ("random-tiny", "a/b", "tiny")],
+    ]:
+        job = parse_request(values | {"model": name}, models, Limits()).job
+        assert (job.choice.model, job.choice.model_width) == (model, width)
+    with pytest.raises(RequestError, match=r"no model 'a', known: random, .*-tiny, Qwen-Image$"):
+        parse_request(values | {"model": "a"}, models, Limits())
+    stickers = name_models([(ModelChoice(), ours)], widths=["full"], aliases=[("x", "stickers")])
+    assert list(stickers) == ["random", "x"]
+    assert (
+        parse_request(values | {"model": "stickers"}, stickers, Limits()).job.choice.model is None
+    )
 
 
 def test_files_have_a_base_each_or_one_for_all():
@@ -768,6 +819,12 @@ def worker_of(process):
     return worker
 
 
+def cpu_ticks(process):
+    """CPU time of a process, in hundredths of a second."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def start_with_step_timeout(model_folder):
     """A server, its port, and its `--step-timeout`: 4 s, or what a busy machine needs.
 
@@ -852,13 +909,30 @@ def test_a_worker_that_dies_is_replaced(server):
     worker = worker_of(process)
     before = ask(port, "GET", "/health")[2]["worker_restarts"]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        idle = cpu_ticks(worker)
         answer = pool.submit(ask, port, prompt="a cat", steps=100, n=10)
-        while ask(port, "GET", "/health")[2]["open_requests"] == 0:
+        # Before it begins to draw, another process would get the request.
+        while cpu_ticks(worker) < idle + 5:
             time.sleep(0.01)
         os.kill(worker, signal.SIGKILL)
         status, _, body = answer.result()
     assert (status, body["error"]["type"]) == (500, "server_error")
     assert ask(port, prompt="a cat", steps=1)[0] == 200
+    assert ask(port, "GET", "/health")[2]["worker_restarts"] == before + 1
+
+
+def test_a_worker_that_is_killed_between_two_requests_is_not_noticed(server):
+    process, port = server
+    assert ask(port, prompt="a cat", steps=1)[0] == 200
+    before = ask(port, "GET", "/health")[2]["worker_restarts"]
+    worker = worker_of(process)
+    os.kill(worker, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, port, prompt="a cat", steps=1)
+        while ask(port, "GET", "/health")[2]["open_requests"] == 0:
+            time.sleep(0.01)
+        os.kill(worker, signal.SIGKILL)
+        assert answer.result()[0] == 200
     assert ask(port, "GET", "/health")[2]["worker_restarts"] == before + 1
 
 

@@ -59,7 +59,7 @@ def nothing_stays(folder):
     yield
     # A stream's client has everything a moment before the server ends the request.
     end = time.monotonic() + 10
-    while list(folder.glob("mlx_snapgen-*")):
+    while list(folder.glob(".snapgen-*")):
         assert time.monotonic() < end, "pictures of a client stayed"
         time.sleep(0.05)
 
@@ -283,6 +283,12 @@ def test_pictures_arrive_byte_for_byte(chunk):
     assert [path.name for path in form.images] == ["my picture.png"] * 2
 
 
+def test_pictures_of_a_server_that_was_killed_are_deleted(port, folder):
+    (folder / ".snapgen-dead" / "image-0").mkdir(parents=True)
+    assert send(port, EDITS, IMAGE, PROMPT, ("steps", 1))[0] == 200
+    assert not (folder / ".snapgen-dead").exists()
+
+
 def test_large_forms_are_refused(monkeypatch):
     monkeypatch.setattr(uploads, "MAX_FORM", 1 << 20)
     with pytest.raises(RequestError, match="the form is larger than") as error:
@@ -389,4 +395,4 @@ def test_a_public_model_edits_several_pictures(model_folder, tmp_path, monkeypat
         stop(process)
     finally:
         process.kill()
-    assert not list(Path(tmp_path).glob("mlx_snapgen-*"))
+    assert not list(Path(tmp_path).glob(".snapgen-*"))

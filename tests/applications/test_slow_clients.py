@@ -61,6 +61,7 @@ def short_patience(monkeypatch):
     monkeypatch.setattr(app, "BODY_SECONDS", 0.6)
     monkeypatch.setattr(uploads, "FORM_SECONDS", 0.6)
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.6)
+    monkeypatch.setattr(connection, "KEEP_ALIVE", 0.5)
     monkeypatch.setattr(connection, "SEND_SECONDS", 0.6)
     monkeypatch.setattr(connection, "TICK", 0.1)
 
@@ -156,14 +157,15 @@ def test_a_fault_of_the_server_is_json_too(components, monkeypatch):
     assert asyncio.run(run()) == 500
 
 
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
 @pytest.mark.parametrize("path", ["generations", "edits"])
-def test_a_large_body_that_is_refused_at_once_is_read_all_the_same(components, path):
+def test_a_large_body_that_is_refused_at_once_is_read_all_the_same(components, path, more):
     """Slowly, for longer than a silent client may wait: clients send all before they read."""
 
     async def send(port, size):
         head = {"generations": HEAD, "edits": FORM.partition(b"Content-Length")[0]}[path]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head + b"Content-Length: %d\r\n\r\n" % (70 << 20))
+        writer.write(head + more + b"Content-Length: %d\r\n\r\n" % (70 << 20))
         first = await reader.readexactly(12)
         for _ in range(size // (1 << 20)):
             writer.write(bytes(1 << 20))
@@ -181,13 +183,47 @@ def test_a_large_body_that_is_refused_at_once_is_read_all_the_same(components, p
     assert answer.startswith(b"HTTP/1.1 413 ") and b"is larger than" in answer
 
 
-def test_a_refused_body_is_not_read_without_end(components, monkeypatch):
+BROKEN = {
+    "old": (HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: %d\r\n\r\n", b"413"),
+    "chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nno chunk of %d bytes\r\n", b"400"),
+    "path": (
+        b"POST /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n",
+        b"404",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_connection_that_is_closed_reads_what_its_client_still_sends(components, name):
+    """By a client that reads when it has sent all, as most do."""
+    head, status = BROKEN[name]
+
+    def send(port):
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client:
+            client.sendall(head % (20 << 20))
+            for _ in range(20):
+                client.sendall(bytes(1 << 20))
+            return client.makefile("rb").read()
+
+    async def run():
+        async with serving(components.config) as (port, _, server):
+            answer = await asyncio.to_thread(send, port)
+            while server.server_state.connections:
+                await asyncio.sleep(0.01)
+            return answer
+
+    answer = asyncio.run(run())
+    assert answer.split()[1] == status and answer.endswith(b"}")
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_a_refused_body_is_not_read_without_end(components, monkeypatch, more):
     monkeypatch.setattr(connection, "MAX_DRAINED", 1 << 20)
 
     async def run():
         async with serving(components.config) as (port, *_):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+            writer.write(HEAD + more + b"Transfer-Encoding: chunked\r\n\r\n")
             with pytest.raises(ConnectionError):
                 while True:
                     writer.write(b"80000\r\n%b\r\n" % bytes(1 << 19))

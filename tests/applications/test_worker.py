@@ -1,6 +1,8 @@
 """The worker's process: previews, cancelling, mistakes, and a death that nobody waits for."""
 
+import errno
 import io
+import multiprocessing
 import os
 import queue
 import signal
@@ -168,6 +170,91 @@ def test_a_dead_process_fails_its_jobs_and_comes_back(listener, job):
     assert failed.job == number
     assert "signal 9" in failed.message
     assert isinstance(listener.result(job)[-1], Finished)
+
+
+def test_a_process_that_is_killed_while_idle_is_replaced_unseen(listener, job):
+    assert isinstance(listener.result(job)[-1], Finished)
+    before, ends = listener.worker.pid, listener.worker.ends
+    # It is still there for the caller, but takes no job any more.
+    os.kill(before, signal.SIGSTOP)
+    first, cancelled = (listener.worker.submit(job) for _ in range(2))
+    listener.worker.cancel(cancelled)
+    os.kill(before, signal.SIGKILL)
+    events = listener.until(Finished, Failed, job=cancelled)
+    drawn = [type(e) for e in events if e.job == first]
+    assert drawn == [Loading, Loaded, *[Progress] * 3, Picture, Finished]
+    assert events[-1] == Finished(cancelled, cancelled=True)
+    assert listener.worker.pid != before and listener.worker.ends == ends + 1
+
+
+def test_a_job_is_given_to_a_second_process_and_not_to_a_third(listener, job):
+    assert isinstance(listener.result(job)[-1], Finished)
+    os.kill(listener.worker.pid, signal.SIGSTOP)
+    number = listener.worker.submit(job)
+    for _ in range(2):
+        before = listener.worker.pid
+        os.kill(before, signal.SIGKILL)
+        end = time.monotonic() + PATIENCE
+        while listener.worker.pid == before and time.monotonic() < end:
+            time.sleep(0.005)
+        if listener.worker.pid is not None:
+            os.kill(listener.worker.pid, signal.SIGSTOP)
+    assert [type(e) for e in listener.until(Failed, job=number)] == [Failed]
+    assert isinstance(listener.result(job)[-1], Finished)
+
+
+def test_a_waiting_job_outlives_the_one_that_ends_the_process(listener, job):
+    first = listener.worker.submit(drawing(job, num_inference_steps=1000))
+    listener.until(Progress)
+    second = listener.worker.submit(job)
+    os.kill(listener.worker.pid, signal.SIGKILL)
+    ends = [e for e in listener.until(Finished, job=second) if isinstance(e, Finished | Failed)]
+    assert [(type(e), e.job) for e in ends] == [(Failed, first), (Finished, second)]
+
+
+def test_a_waiting_job_outlives_all_that_end_their_process(listener, job):
+    long = drawing(job, num_inference_steps=1000)
+    numbers = [listener.worker.submit(j) for j in (long, long, job)]
+    seen = []
+    for _ in range(2):
+        seen += listener.until(Progress)
+        os.kill(listener.worker.pid, signal.SIGKILL)
+        seen += listener.until(Failed)
+    seen += listener.until(Finished, Failed, job=numbers[2])
+    ends = [(type(e), e.job) for e in seen if isinstance(e, Finished | Failed)]
+    assert ends == list(zip((Failed, Failed, Finished), numbers, strict=True))
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_jobs_fail_if_no_other_process_can_be_started(job, monkeypatch, hangs):
+    def refuse(self):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    listener = Listener()
+    drawn, waiting = (listener.worker.submit(drawing(job, num_inference_steps=n)) for n in (999, 3))
+    listener.until(Progress)
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+        if hangs:
+            listener.worker.replace("no step in 5 s")
+        else:
+            os.kill(listener.worker.pid, signal.SIGKILL)
+        events = listener.until(Failed, job=waiting)
+    assert [e.job for e in events if isinstance(e, Failed)] == [drawn, waiting]
+    assert isinstance(listener.result(job)[-1], Finished)
+    listener.worker.close()
+
+
+def test_a_killed_worker_is_not_replaced(job):
+    listener = Listener()
+    numbers = [listener.worker.submit(job) for _ in range(2)]
+    listener.worker.kill()
+    listener.worker.replace("no step in 5 s")
+    ends = listener.until(Failed, job=numbers[1])
+    assert [type(end) for end in ends] == [Failed, Failed]
+    assert all("ended unexpectedly (signal 9)" in end.message for end in ends)
+    assert listener.worker.pid is None
+    listener.worker.close()
 
 
 def test_a_hung_process_is_replaced_and_the_waiting_jobs_are_drawn(listener, job):
