@@ -33,7 +33,12 @@ from mlx_snapgen.checkpoint.memory import (
     default_batch_size,
     transformer_bytes,
 )
-from mlx_snapgen.checkpoint.model import Components, load_pretrained, note_few_step_widths
+from mlx_snapgen.checkpoint.model import (
+    Components,
+    load_pretrained,
+    note_few_step_widths,
+    warn_untrained,
+)
 from mlx_snapgen.cli.notices import announce, write_line
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.errors import UserError, plural, run_command
@@ -61,7 +66,7 @@ from train.evaluation.prompt_lists import (
 from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
-from train.loop.teacher import prepared_parts, warn_untrained
+from train.loop.teacher import prepared_parts
 from train.options.data import check_not_empty, data_from
 from train.options.evaluate import UNFINISHED, parse
 
@@ -341,7 +346,7 @@ def _load(args: argparse.Namespace) -> MeasuredModel:
     )
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder, few_step=True)
-    warn_untrained(components.transformer, args.model, "it draws noise")
+    warn_untrained(components.transformer, args.model)
     if args.lora:
         name = components.config.name
         load_lora(args.lora, components.transformer, name="scored", base_model=name)

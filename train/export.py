@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained
+from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained, warn_untrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer
 from mlx_snapgen.config import ModelConfig
@@ -22,20 +22,21 @@ from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICES
 from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
 from train.loop.assemble import save_model
-from train.loop.checkpoint import latest_checkpoint
-from train.loop.run import SETTINGS, find_folder, recorded, start_from
-from train.loop.teacher import warn_untrained
+from train.loop.checkpoint import trained_checkpoint
+from train.loop.run import SETTINGS, command_of, find_folder, recorded, start_from
 from train.objectives.elastic import TextToLatents
 from train.options.common import add_output, add_removed, check_new
 from train.options.data import MOST_SIDE
 
 LICENSE = "LICENSE"
 OTHER_RUNS = {
-    "autoencoder": "{} is a run of train.autoencoder: give it to train.new --autoencoder",
-    "few_step": "{} is a run of train.kdmd: give the LoRA that it wrote with --few-step-lora",
-    "rank": "{} is a run of train.lora, which wrote its LoRA: give that to generate --lora",
+    "train.autoencoder": "give it to train.new --autoencoder",
+    "train.kdmd": "give --model, and with --few-step-lora the LoRA file that it wrote",
+    "train.lora": "there is nothing to export; draw with the LoRA file that it wrote, generate "
+    "--lora FILE",
+    "train.palettes": "there is nothing to export; its model is the folder of its --output",
 }
-"""Setting in the record of a run of another command -> what to do."""
+"""Command that trains no model to export -> what to do with its run."""
 REMOVED = {
     "--autoencoder": "give --model, a folder that train.new writes from the same parts",
     "--tokenizer": "give --model, a folder that train.new writes from the same parts",
@@ -45,12 +46,8 @@ REMOVED = {
 
 
 def find_recorded_model(run: Path, record: dict[str, Any]) -> ModelFolder:
-    """The model that a run trained; `UserError` if it is not recorded or not there."""
+    """The model of a run; `UserError` if it is not recorded or not there."""
     name = record.get("model")
-    if latest_checkpoint(run) is None:
-        raise UserError(f"{run} holds no checkpoint: train it first")
-    if name is None and OTHER_RUNS.keys() & record.keys():
-        raise UserError(next(text for key, text in OTHER_RUNS.items() if key in record).format(run))
     if name is None:
         raise UserError(
             f"{run} does not record its model: write one from the same parts with python -m "
@@ -158,6 +155,8 @@ def main() -> None:
     run = find_folder(args.run) if args.run else None
     if run and (run / "config.json").is_file():
         raise UserError(f"{run} is a model folder, not a run: give it with --model")
+    if run and trained_checkpoint(run) and (command := command_of(run)) in OTHER_RUNS:
+        raise UserError(f"{run} is a run of {command}: {OTHER_RUNS[command]}")
     # Runs of older versions have no record; they trained on stickers.
     record: dict[str, Any] = {"data": "stickers"} | recorded(run) if run else {}
     if run and not is_record(record):
@@ -173,7 +172,9 @@ def main() -> None:
     config = with_sampling(model.config, record, args.resolution)
     with announce(f"loading {model.path} ..."):
         components = trained_model(model, run)
-    warn_untrained(components.transformer, run or model.path, "the exported model draws noise")
+    warn_untrained(
+        components.transformer, run or model.path, result="the exported model draws noise"
+    )
     components.config = dataclasses.replace(
         components.config,
         image_size=config.image_size,

@@ -17,8 +17,6 @@ loss is L_diff + L_feat. `train.prepare --teacher` encodes the pictures for both
 for the teacher.
 """
 
-import sys
-
 import mlx.core as mx
 from tqdm import tqdm
 
@@ -26,6 +24,7 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.errors import run_command
 from train.data.distillation import DistillationBatches
 from train.loop.checkpoint import latest_checkpoint
+from train.loop.distributed import print_once
 from train.loop.roles import distillation_roles
 from train.loop.run import find_folder, start_from
 from train.loop.teacher import (
@@ -71,12 +70,11 @@ def main() -> int:
     same = same_latents(components.autoencoder, autoencoder)
     if not same:
         if args.guidance != 1:
-            print(
+            print_once(
                 f"warning: --guidance has no effect: {args.teacher} has other latents than the "
-                "model, which learns only its features",
-                file=sys.stderr,
+                "model, which learns only its features"
             )
-        check_teacher_latents(source, autoencoder, teacher=args.teacher)
+        check_teacher_latents(source, autoencoder, teacher=args.teacher, model=args.model)
     student = make_student(components, feature_dims=teacher.feature_dims)
     if start:
         start_from(student, start)

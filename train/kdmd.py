@@ -21,8 +21,14 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import FEW_STEP, Components, check_few_step_width, load_pretrained
-from mlx_snapgen.cli.notices import announce, write_line
+from mlx_snapgen.checkpoint.model import (
+    FEW_STEP,
+    Components,
+    check_few_step_width,
+    load_pretrained,
+    warn_untrained,
+)
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded
 from mlx_snapgen.json_values import to_dict
@@ -34,6 +40,7 @@ from train.data.simulation import STUDENT, Simulation
 from train.data.source import MAY_CHANGE
 from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
+from train.loop.distributed import print_once
 from train.loop.roles import kdmd_roles
 from train.loop.run import OPTIONS, check_same, check_sizes, claim, digest_model, digest_path
 from train.loop.teacher import (
@@ -41,7 +48,6 @@ from train.loop.teacher import (
     conditions_for,
     open_teacher,
     same_latents,
-    warn_untrained,
 )
 from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
@@ -59,6 +65,8 @@ def main() -> int:
     widths = widths_of(args, folder.config)
     shares = [width.share for width in widths]
     check_teacher(args)
+    networks = {WIDTHS: [width.name for width in widths], RANK: args.rank}
+    check_same(args.run_dir, networks)
     prompts = open_prompts(args, folder.config)
 
     mx.random.seed(args.seed)
@@ -66,12 +74,12 @@ def main() -> int:
         components = load_pretrained(folder)
     components.config = dataclasses.replace(components.config, few_step=sampler)
     network, config = components.transformer, components.config
-    warn_untrained(network, args.model, "the student learns noise from it")
+    warn_untrained(network, args.model, result="the student learns noise from it")
     if args.few_step_lora:
         load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
         # The teacher is the full network.
         if note := check_few_step_width(components, FULL.name, model=str(args.few_step_lora)):
-            write_line(f"warning: {note}: train it with --model-widths {FULL.name}")
+            print_once(f"warning: {note}: train it with --model-widths {FULL.name}")
     own = CheckpointTeacher(
         network,
         components.text_encoders,
@@ -112,11 +120,9 @@ def main() -> int:
         "alpha": args.alpha,
         "student_every": args.student_every,
         "channel_weights": args.channel_weights,
-        WIDTHS: [width.name for width in widths],
-        RANK: args.rank,
+        **networks,
         "sizes": args.sizes and [list(size) for size in args.sizes],
     }
-    check_same(args.run_dir, used, options={WIDTHS: "--model-widths", RANK: "--rank"})
     check_sizes(args.run_dir, model)
     claim(
         args.run_dir,

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.model import load_pretrained, warn_untrained
 from mlx_snapgen.checkpoint.module import on_device
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import model_choice
@@ -44,7 +44,6 @@ from train.evaluation.drift import Validation
 from train.evaluation.estimate import Estimate, estimate, num_trainable
 from train.evaluation.public import PublicValidation, estimate_public, training_memory
 from train.loop.run import claim
-from train.loop.teacher import warn_untrained
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
 from train.objectives.finetune import FineTuning, PublicFineTuning, step_share
@@ -178,7 +177,7 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder)
     network, config = components.transformer, components.config
-    warn_untrained(network, args.model, "with a LoRA it still draws noise")
+    warn_untrained(network, args.model, result="with a LoRA it still draws noise")
     shares = [width.share for width in widths_of(args, config)]
     examples = read_examples(
         args,

@@ -35,7 +35,12 @@ from train.loop.assemble import (
     public_encoder,
     save_model,
 )
-from train.loop.autoencoder import keep_statistics, kept_statistics, load_autoencoder
+from train.loop.autoencoder import (
+    check_autoencoder_run,
+    keep_statistics,
+    kept_statistics,
+    load_autoencoder,
+)
 from train.loop.config import TrainingConfig
 from train.loop.run import find_folder
 from train.loop.warm_start import take_weights
@@ -192,12 +197,14 @@ def main() -> None:
     args = parse()
     folder = find_folder(args.autoencoder)
     check_converted(folder)
+    is_run = not (folder / "config.json").is_file()
+    if is_run:
+        check_autoencoder_run(folder)
     sources = [spec for spec in pictures_of(args, folder) if is_there(spec)]
     check_outside("--output" if args.out is None else "OUT", args.output, sources=sources)
     check_columns(args, sources)
     mx.random.seed(args.seed)
     preset = args.preset
-    is_run = not (folder / "config.json").is_file()
     measured = is_run and kept_statistics(folder) is None
     source = statistics_source(args, folder) if measured else None
     with announce("loading the text encoders ..."):

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.model import warn_untrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
@@ -39,7 +40,6 @@ from train.evaluation.stickers.score import score_cell
 from train.loop.checkpoint import writing
 from train.loop.palettes import load_alone, save
 from train.loop.run import claim
-from train.loop.teacher import warn_untrained
 from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
 from train.objectives.finetune import step_share
@@ -61,7 +61,7 @@ def main() -> int:
         raise UserError(too_few)
     with announce(f"loading {args.model} ..."):
         components = load_alone(folder, args.model_widths, name=args.model)
-    warn_untrained(components.transformer, args.model, "palettes of it are of no use")
+    warn_untrained(components.transformer, args.model, result="palettes of it are of no use")
     if args.score:
         known_nouns(components)  # fails early, before sampling
     # In a model of one width, that width has share 1.

@@ -20,24 +20,26 @@ from mlx_snapgen.checkpoint.text_encoders import chosen_encoders
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.files import expanded, read_object
+from mlx_snapgen.files import expanded
 from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.folder import load_teacher_config
-from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts
+from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts, teacher_settings
 from train.data.encoded import check_encoding
 from train.data.imagefolder import bucket_sizes
+from train.data.index import paths_of
 from train.data.open import is_prepared, is_stickers, open_records
 from train.data.preparation import CaptionEncoder, Encoder, PictureSet, Reader, of_encoder
 from train.data.prepared import MODEL, Prepared, describe_autoencoder
 from train.data.selection import LEAST_TO_HOLD_OUT
-from train.data.shards import INDEX, SETTINGS
-from train.data.source import TEACHER, RecordSource
-from train.evaluation.preparation import Preparation
+from train.data.shards import INDEX
+from train.data.source import TEACHER, Record, RecordSource
+from train.evaluation.preparation import Preparation, check_finished
 from train.loop.autoencoder import load_autoencoder
+from train.loop.run import digest_files, recorded
 from train.loop.teacher import check_teacher, find_teacher
-from train.options.data import filter_from
+from train.options.data import filter_from, print_columns
 from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
 
 CAPTION = "caption"
@@ -46,6 +48,8 @@ RESOLUTION = 256
 """By default, if there is only an autoencoder."""
 TOKENS = 32
 """Tokens of a caption, for the estimate of a shard's size."""
+MODEL_FILES = "**/*.safetensors", "**/*.json", "**/*.model"
+"""Patterns of the files of a model, an autoencoder, a teacher or a run."""
 
 
 def open_model(name: str) -> tuple[Autoencoder, ModelFolder | None]:
@@ -143,16 +147,47 @@ def load_model(args: argparse.Namespace, teacher: Teacher | None) -> Model:
 
 def fingerprint(source: RecordSource, folder: Path) -> str:
     """A hash of the files of a source, the same on all machines that have copies of them."""
-    if (path := folder / SETTINGS).is_file():
+    if (then := recorded(folder).get("files")) is not None:
         # Unfinished sets of earlier versions have the hash with the times of the files.
         earlier = source.fingerprint()
-        if read_object(path).get("files") == earlier:
+        if then == earlier:
             return earlier
     return source.fingerprint(times=False)
 
 
-def prepare(args: argparse.Namespace) -> Preparation:
-    """Encode the pictures of the sources."""
+def given_files(args: argparse.Namespace, teacher: Path | None) -> dict[str, Any]:
+    """What a set's sizes, autoencoders and text states follow from; loads no model."""
+    folders = {"teacher": teacher}
+    if args.model is not None:
+        folder = expanded(Path(args.model))
+        folders["model"] = folder if folder.is_dir() else ModelFolder.open(args.model).path
+    digests = {name: digest_files(f, MODEL_FILES) for name, f in folders.items() if f is not None}
+    return {**digests, "text_states": args.text_states, "shard_size": args.shard_size}
+
+
+def is_same(folder: Path, settings: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether a complete set is surely the one that the command describes; loads no model.
+
+    Args:
+        settings: those that do not depend on a model's weights.
+        given: of `given_files`; sets of earlier versions have none.
+
+    Raises:
+        UserError: it has other settings.
+    """
+    check_finished(folder, settings)
+    return recorded(folder).get("given") == given
+
+
+def prepare(args: argparse.Namespace, *, done: bool) -> Preparation | None:
+    """Encode the pictures of the sources.
+
+    Args:
+        done: the set is complete.
+
+    Returns:
+        The work; None if the complete set is that of the command.
+    """
     for spec in args.sources:
         if is_stickers(spec):
             raise UserError("stickers are rendered in training: there is nothing to prepare")
@@ -164,9 +199,20 @@ def prepare(args: argparse.Namespace) -> Preparation:
         files = fingerprint(source, args.output)
         few = len(list(itertools.islice(source.records(), LEAST_TO_HOLD_OUT))) < LEAST_TO_HOLD_OUT
     args.resolution = args.resolution or default_resolution(args, None)
+    columns = args.captions or [CAPTION]
+    settings = {
+        "sources": source.settings()["data"],
+        "files": files,
+        "filter": filter_from(args).settings(),
+        "caption_template": args.caption_template,
+        **common_settings(args, columns=columns, few=few),
+    }
+    folder = find_teacher(args.teacher, args) if args.teacher else None
+    given = given_files(args, folder)
+    if done and is_same(args.output, settings, given):
+        return None
     teacher = None
-    if args.teacher:
-        folder = find_teacher(args.teacher, args)
+    if folder is not None:
         with announce(f"loading {args.teacher} ..."):
             teacher = open_teacher_texts(folder)
     model = load_model(args, teacher)
@@ -174,7 +220,9 @@ def prepare(args: argparse.Namespace) -> Preparation:
     with announce("measuring the autoencoder ..."):
         autoencoders = [encoder.autoencoder, *encoder.others.values()]
         check_encoding(autoencoders, args.resolution, batch_size=args.batch_size)
-    columns = args.captions or [CAPTION]
+    first = next(iter(source.records()), None)
+    if args.captions is None and isinstance(first, Record):
+        print_columns(paths_of(source), list(first.captions))
     size = chunk_size(encoder, args=args, columns=len(columns))
     index = describe(model, args, columns=columns)
     buckets = [(height, width) for height, width in index["buckets"]]
@@ -185,21 +233,29 @@ def prepare(args: argparse.Namespace) -> Preparation:
         chunk_size=size,
         workers=args.workers,
     )
-    settings = {
-        "sources": source.settings()["data"],
-        "files": files,
-        "filter": filter_from(args).settings(),
-        "caption_template": args.caption_template,
-    }
-    return preparation(work, args, model=model, index=index, settings=settings, few=few)
+    return preparation(work, args, model=model, index=index, settings=settings, given=given)
 
 
-def draw(args: argparse.Namespace) -> Preparation:
-    """Let a teacher draw the pictures."""
+def draw(args: argparse.Namespace, *, done: bool) -> Preparation | None:
+    """Let a teacher draw the pictures; see `prepare`."""
     prompts = list(read_prompts(args.prompts_file))
     folder = find_teacher(args.draw_with, args)
     args.resolution = args.resolution or default_resolution(args, folder)
     size = args.resolution, args.resolution
+    few = len(prompts) * args.per_prompt < LEAST_TO_HOLD_OUT
+    settings = {
+        "sources": "drawn",
+        "teacher": teacher_settings(folder),
+        "prompts": hashlib.blake2b("\n".join(prompts).encode(), digest_size=8).hexdigest(),
+        "per_prompt": args.per_prompt,
+        "steps": args.num_inference_steps,
+        "guidance": args.guidance_scale,
+        "seed": args.seed,
+        **common_settings(args, columns=[CAPTION], few=few),
+    }
+    given = given_files(args, folder)
+    if done and is_same(args.output, settings, given):
+        return None
     with announce(f"loading {args.draw_with} ..."):
         drawing, teacher = open_drawing(
             folder,
@@ -219,24 +275,14 @@ def draw(args: argparse.Namespace) -> Preparation:
         column=CAPTION,
         chunk_size=chunk_size(model.encoder, args=args, columns=1),
     )
-    settings = {
-        "sources": "drawn",
-        "teacher": teacher.settings,
-        "prompts": hashlib.blake2b("\n".join(prompts).encode(), digest_size=8).hexdigest(),
-        "per_prompt": args.per_prompt,
-        "steps": args.num_inference_steps,
-        "guidance": args.guidance_scale,
-        "seed": args.seed,
-    }
     index = describe(model, args, columns=[CAPTION])
-    few = work.count() < LEAST_TO_HOLD_OUT
-    return preparation(work, args, model=model, index=index, settings=settings, few=few)
+    return preparation(work, args, model=model, index=index, settings=settings, given=given)
 
 
 def default_resolution(args: argparse.Namespace, teacher: Path | None) -> int:
     """That of the unfinished set, or of the model or the teacher, in its folder, that draws."""
-    if (args.output / SETTINGS).is_file():
-        return read_object(args.output / SETTINGS).get("resolution", RESOLUTION)
+    if then := recorded(args.output):
+        return then.get("resolution", RESOLUTION)
     folder = teacher or expanded(Path(args.model))
     if teacher is not None and is_teacher(teacher):
         return load_teacher_config(teacher).image_size[0]
@@ -263,6 +309,20 @@ def describe(model: Model, args: argparse.Namespace, *, columns: list[str]) -> d
     }
 
 
+def common_settings(args: argparse.Namespace, *, columns: list[str], few: bool) -> dict[str, Any]:
+    """The settings that drawn sets and others have, as far as they depend on no model's weights.
+
+    Args:
+        few: too few pictures for a part for validation.
+    """
+    return {
+        "resolution": args.resolution,
+        "captions": columns,
+        "held_out": 0.0 if few else args.held_out,
+        "batch_size": args.batch_size,
+    }
+
+
 def preparation(
     work: PictureSet | DrawnSet,
     args: argparse.Namespace,
@@ -270,24 +330,15 @@ def preparation(
     model: Model,
     index: dict[str, Any],
     settings: dict[str, Any],
-    few: bool,
+    given: dict[str, Any],
 ) -> Preparation:
-    """The work with all its settings.
-
-    Args:
-        few: too few pictures for a part for validation.
-    """
-    settings |= {
-        **index,
-        "held_out": 0.0 if few else args.held_out,
-        "records_in_shard": work.chunk_size,
-        "batch_size": args.batch_size,
-    }
+    """The work with all its settings."""
     return Preparation(
         args.output,
         work,
-        settings=settings,
+        settings={**settings, **index, "records_in_shard": work.chunk_size},
         index=index,
+        given=given,
         shard=args.shard,
         empty_states=model.empty_states,
     )
@@ -312,16 +363,13 @@ def main() -> None:
     if done and parts > 1:
         print(f"{args.output} is complete: nothing is left for part {part} of {parts}", flush=True)
         return
-    work = draw(args) if args.draw_with else prepare(args)
-    if not done:
+    work = draw(args, done=done) if args.draw_with else prepare(args, done=done)
+    if work and not done:
         work.run(args.dry_run)
-    elif changed := work.changed():
-        raise UserError(
-            f"{args.output} is a complete set already, with other {' and '.join(changed)}: choose "
-            "another name"
-        )
-    else:
-        print(f"{args.output} is complete")
+        return
+    if work:
+        check_finished(args.output, work.settings)
+    print(f"{args.output} is complete")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -20,13 +21,21 @@ from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoenc
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
 from mlx_snapgen.pictures import from_uint8
+from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from tests.tiny import randomize, tokenizer_bytes
+from tests.training.test_prepare import write_pictures
 from train import autoencoder as command
 from train import new
 from train.data.open import open_data
-from train.loop.autoencoder import load_autoencoder
+from train.loop.autoencoder import (
+    keep_statistics,
+    kept_statistics,
+    load_autoencoder,
+    measure_latents,
+)
 from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.loop.principal_components import start_from_components
+from train.loop.run import claim
 from train.objectives.autoencoder import Reconstruction
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
@@ -89,6 +98,18 @@ def test_levels_and_alpha():
         dataclasses.replace(config, decoder_channels=(8, 8), decoder_blocks=(1, 1))
     with pytest.raises(UserError, match="one number each"):
         dataclasses.replace(config, encoder_blocks=(1,))
+
+
+def test_statistics_are_kept_for_any_number_of_channels(tmp_path):
+    config = dataclasses.replace(
+        FLUENT_AUTOENCODER, latents_mean=(0.5,) * 32, latents_std=tuple(map(float, range(1, 33)))
+    )
+    claim(tmp_path, {"autoencoder": to_dict(FLUENT_AUTOENCODER)})
+    (tmp_path / "step_1").mkdir()
+    assert kept_statistics(tmp_path) is None
+    keep_statistics(tmp_path, config)
+    found = kept_statistics(tmp_path)
+    assert dataclasses.replace(FLUENT_AUTOENCODER, **found) == config
 
 
 def smooth_pictures(count, side):
@@ -288,7 +309,7 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
     run(command, *old, "--steps", 2)
     record_of_old = json.loads((tmp_path / "old" / "settings.json").read_text())
     assert record_of_old["samples"] != record["samples"]
-    with pytest.raises(UserError, match="other autoencoder"):
+    with pytest.raises(UserError, match="other sizes of the autoencoder"):
         run(command, *given, "--steps", 3, "--channels", 16)
     run(command, *given, "--steps", 3, "--crop", 256)  # as large as the pictures are
     assert latest_checkpoint(run_dir).name == "step_3"
@@ -341,3 +362,37 @@ def test_pictures_without_captions_are_read_from_every_kind_of_set(tmp_path):
         else:
             with pytest.raises(UserError, match="no column of texts"):
                 open_data([str(tmp_path / name)], **options)
+
+
+def test_latents_of_few_pictures_are_measured_on_each_once(tmp_path):
+    """Of several shapes and of two folders; of many pictures, 512 in the order of training."""
+    model = randomize(ConvolutionalAutoencoder(CONFIG), 4)
+    write_pictures(tmp_path / "a", 12)
+    write_pictures(tmp_path / "b", 5, seed=1)
+    options = {"size": (64, 64), "unit": 32, "seed": 0, "pictures_only": True}
+    for names in (["a"], ["a", "b"]):
+        source = open_data([str(tmp_path / name) for name in names], **options)
+        parts = getattr(source, "sources", [source])
+        assert len({size for part in parts for size in part.sizes}) > 1
+        pictures = [p for part in parts for batch, _ in part.batches(1) for p in batch]
+        assert len(pictures) == (12 if names == ["a"] else 17)
+        raw = [np.array(model.encoder(from_uint8(picture[None]))[0]) for picture in pictures]
+        flat = np.concatenate([latents.reshape(-1, 4) for latents in raw])
+        mean, std = measure_latents(model, source)
+        np.testing.assert_allclose(mean, flat.mean(0), atol=1e-5)
+        np.testing.assert_allclose(std, flat.std(0), atol=1e-5)
+
+    for count in (512, None):
+        numbers = []
+
+        def batch(number, count, numbers=numbers):
+            numbers.append(number)
+            return np.full((count, 16, 16, 3), number, np.uint8), [""] * count
+
+        measure_latents(model, SimpleNamespace(num_samples=count, batch=batch))
+        assert numbers == list(range(32))
+    for path in (tmp_path / "a").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    source = open_data([str(tmp_path / "a")], **options)
+    with pytest.raises(UserError, match="none of the pictures can be read"):
+        measure_latents(model, source)

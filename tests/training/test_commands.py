@@ -72,7 +72,7 @@ def test_flow_trains_and_its_run_is_exported(
     # The same number of micro-batches, but of other pictures.
     more = [*data, "--steps", 4, "--noises-per-picture"]
     run(flow, "--run-dir", tmp_path / "split", *flow_options, *more, 2, "--accumulate", 2)
-    with pytest.raises(UserError, match="holds a run with other noises_per_picture"):
+    with pytest.raises(UserError, match="holds a run with other --noises-per-picture"):
         run(flow, "--run-dir", tmp_path / "split", *flow_options, *more, 1, "--accumulate", 4)
     # A model of the same sizes.
     other = make_components()
@@ -241,12 +241,12 @@ def test_k_dmd_writes_a_lora(font, model_folder, run, tmp_path):
     assert set(get_lora_weights(fresh)) == {"student"}
     # The student meets other noise levels with other settings; older runs recorded none.
     other = ["--output", tmp_path / "b.safetensors", *data, *teacher]
-    with pytest.raises(UserError, match="other few_step"):
+    with pytest.raises(UserError, match="other few-step settings"):
         run(kdmd, *common, *other)
     settings = tmp_path / "run" / "settings.json"
     record = json.loads(settings.read_text())
     settings.write_text(json.dumps(record | {"model_digest": "of other weights"}))
-    with pytest.raises(UserError, match="other few_step and files of the model"):
+    with pytest.raises(UserError, match="other few-step settings and files of the model"):
         run(kdmd, *common, *other)
     del record["few_step"], record["model_digest"]
     settings.write_text(json.dumps(record))
@@ -302,7 +302,7 @@ def test_a_run_folder_keeps_its_settings(tmp_path):
     checkpoint.mkdir()
     claim(tmp_path / "a", {"rank": 2, "words": 4}, may_change=["words"])
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["words"] == 4
-    with pytest.raises(UserError, match="other rank"):
+    with pytest.raises(UserError, match="other --rank"):
         claim(tmp_path / "a", {"rank": 3, "words": 4}, may_change=["words"])
     (tmp_path / "a" / "settings.json").unlink()
     with pytest.raises(UserError, match="another kind"):

@@ -14,7 +14,15 @@ import pytest
 
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError
-from tests.training.test_records import encoded, samples, write_folder, write_parquet, write_tar
+from tests.training.test_records import (
+    encoded,
+    samples,
+    write_folder,
+    write_metadata,
+    write_parquet,
+    write_tar,
+)
+from train import prepare, tokenizer
 from train.data.index import build_index
 from train.data.mixture import Mixture, Prefetched, num_samples
 from train.data.open import is_prepared, open_data, open_records
@@ -124,6 +132,31 @@ def test_a_damaged_picture_is_replaced_by_the_next_one_and_told_once(tmp_path, c
         source.batch(k, 1)
     lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert len(lines) == 1 and "0004.png" in lines[0] and "another picture" in lines[0]
+
+
+def test_a_picture_that_is_skipped_is_named_with_its_fault(tmp_path, capsys):
+    """As the user finds it, also of several sets; the fault may be in the file of the caption."""
+    found = many(9)
+    found[2] = (found[2][0], found[2][1][:-40], *found[2][2:])
+    write_folder(tmp_path / "f", found)
+    write_tar(tmp_path / "a.tar", found)
+    one = pictures(tmp_path / "f")
+    both = RecordPictures(open_records([str(tmp_path / n) for n in ("f", "a.tar")]), BUCKETS)
+    (tmp_path / "f" / "0003.txt").write_bytes(b"\xff")
+    (tmp_path / "f" / "0005.png").unlink()
+    (tmp_path / "f" / "0005.txt").unlink()
+    expected = {
+        f"skipped: {tmp_path}/f/0002.png: cannot be read (image file is truncated",
+        f"skipped: {tmp_path}/f/0003.png: 0003.txt is not readable as UTF-8",
+        f"skipped: {tmp_path}/f/0005.png: no such file",
+    }
+    for source, more in ((one, set()), (both, {"skipped: a.tar:set/0002: cannot be read (image"})):
+        capsys.readouterr()
+        assert sum(len(batch[1]) for batch in source.batches(4)) == len(source) - 3 - len(more)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+        assert len(lines) == len(expected | more)
+        assert all(any(line.startswith(start) for line in lines) for start in expected | more)
+        assert not any("another picture" in line for line in lines)
 
 
 def test_skipped_records_are_counted_and_an_empty_set_is_an_error(tmp_path):
@@ -490,3 +523,33 @@ def test_an_index_takes_few_bytes_for_each_picture():
     tracemalloc.stop()
     assert len(index.ends) == count and index.place(4321) == ("folder/000004321.png",)
     assert kept < 100 * count and peak < 300 * count
+
+
+def test_columns_of_captions_that_are_not_used_are_named(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    """By every command that reads captions: of a folder, a tar, a table and a prepared set."""
+    found = many(4)
+    write_metadata(tmp_path / "f", found)
+    write_tar(tmp_path / "a.tar", found)
+    line = "{}: captions are from the column text; --captions chooses others: short"
+
+    def said(command, *options):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, options)])
+        command.main()
+        return [part for part in capsys.readouterr().err.splitlines() if "from the column" in part]
+
+    for name in ("f", "a.tar"):
+        path = tmp_path / name
+        output = tmp_path / f"{name}.model"
+        assert said(tokenizer, "--data", path, "--output", output) == [line.format(path)]
+        given = [path, "--model", model_folder, "--resolution", 64, "--output", tmp_path / "set"]
+        assert said(prepare, *given, "--dry-run") == [line.format(path)]
+        both = ["--captions", "text", "short"]
+        more = tmp_path / f"{name}-both.model"
+        assert not said(tokenizer, "--data", path, "--output", more, *both)
+    assert not said(prepare, *given, *both)
+    output = tmp_path / "set.model"
+    assert said(tokenizer, "--data", given[-1], "--output", output) == [line.format(given[-1])]
+    write_folder(tmp_path / "one", found)
+    assert not said(tokenizer, "--data", tmp_path / "one", "--output", tmp_path / "one.model")

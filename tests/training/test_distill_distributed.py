@@ -61,9 +61,12 @@ def test_two_processes_distill_as_one(folder, tmp_path, monkeypatch, name):
     monkeypatch.setattr(train.loop.trainer, "plot_log", train.loop.trainer.plot_log)
     worker(folder, name, tmp_path / "alone", 2)
     together = str(tmp_path / "together")
+    lines = []
     for process in start(tmp_path, str(folder), name, together, 1, module=__name__):
         _, err = finish(process)
         assert process.returncode == 0, err
+        lines += err.splitlines()
+    assert lines.count("no validation loss: the data keeps no pictures for it") == (name == "kd")
     runs = [latest_checkpoint(tmp_path / run) for run in ("alone", "together")]
     alone, both = (mx.load(str(run / "optimizer.safetensors")) for run in runs)
     assert alone.keys() == both.keys()

@@ -247,7 +247,7 @@ def test_geneval_and_dpg_are_drawn_and_resumed(model_folder, tmp_path, monkeypat
     (output / "00000" / "samples" / "0001.png").unlink()
     run(monkeypatch, *arguments, "--output", output, "--per-prompt", 2)
     assert (output / "00000" / "samples" / "0001.png").exists()
-    with pytest.raises(UserError, match="pictures with other seed"):
+    with pytest.raises(UserError, match="pictures with other --seed"):
         run(monkeypatch, *arguments, "--output", output, "--seed", 3)
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line | {"prompt": "a dog"}) + "\n")
     with pytest.raises(UserError, match="pictures with other prompts"):

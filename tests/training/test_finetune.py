@@ -346,7 +346,7 @@ def test_a_run_folder_belongs_to_its_pictures_and_an_output_is_never_replaced(
     with pytest.raises(UserError, match=r"robot\.safetensors exists already"):
         run(monkeypatch, folder, model_folder)
     assert made.read_bytes() == before
-    with pytest.raises(UserError, match="other rank"):
+    with pytest.raises(UserError, match="other --rank and --alpha"):
         run(monkeypatch, folder, model_folder, "--output", "b.safetensors", "--rank", "3")
     (folder / "0.txt").write_text("something else")
     with pytest.raises(UserError, match="other pictures"):

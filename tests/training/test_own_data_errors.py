@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -461,14 +462,14 @@ def test_options_that_change_when_a_run_is_resumed(
     capsys.readouterr()
     run(flow, *options, "--steps", 2, "--drop-caption", 0.5, "--mask-ratio", 0.2)
     said = capsys.readouterr().err.splitlines()
-    line = "resuming with other settings: drop_caption 0.1 -> 0.5, mask_ratio 0.0 -> 0.2"
+    line = "resuming with other settings: --drop-caption 0.1 -> 0.5, --mask-ratio 0.0 -> 0.2"
     assert line in said
     error = fails(flow, *options, "--steps", 3, "--optimizer", "adamw")
-    assert "was trained with optimizer muon, not adamw: give muon" in error
+    assert "was trained with --optimizer muon, not adamw: give muon" in error
     moved = tmp_path / "moved"
     shutil.copytree(model_folder, moved)
     run(flow, *options, "--steps", 2, "--model", moved)
-    line = f"resuming with other settings: model {model_folder.resolve()} -> {moved.resolve()}"
+    line = f"resuming with other settings: --model {model_folder.resolve()} -> {moved.resolve()}"
     assert line in capsys.readouterr().err.splitlines()
     record = (tmp_path / "run" / "settings.json").read_text()
     config = json.loads((moved / "config.json").read_text())
@@ -489,14 +490,63 @@ def test_options_that_change_when_a_run_is_resumed(
         (tmp_path / "run" / "settings.json").write_text(changed)
         error = fails(export, "--run", tmp_path / "run", "--output", tmp_path / "model")
         assert "settings.json is damaged: delete it, and give --model" in error
-    error = fails(export, "--run", pictures, "--output", tmp_path / "model")
-    assert "holds no checkpoint: train it first" in error
+    for what, folder in (("of pictures", pictures), ("that train.prepare wrote", prepared)):
+        line = f"{folder} is a folder {what}, not of a run or a model: give one of these"
+        assert fails(export, "--run", folder, "--output", tmp_path / "model") == line
+        start = ["--decoder-only", "--init-from", folder, "--run-dir", tmp_path / "new"]
+        assert fails(autoencoder, "--data", pictures, *start) == line
+        given = ["--autoencoder", folder, "--tokenizer", tmp_path / "not.there"]
+        assert fails(new, tmp_path / "made", "--preset", "tiny", *given) == line
+    (tmp_path / "begun" / "samples").mkdir(parents=True)
+    (tmp_path / "begun" / "settings.json").write_text(record)
+    shutil.copy(pictures / "000.png", tmp_path / "begun" / "samples")
+    error = fails(export, "--run", tmp_path / "begun", "--output", tmp_path / "model")
+    assert "begun holds no checkpoint: train it first" in error
     (tmp_path / "run" / "settings.json").write_text(record)
     made = ["--output", tmp_path / "made", "--preset", model_folder]
     tokenizer = tmp_path / "own.model"
     tokenizer.write_bytes(tiny.tokenizer_bytes())
     error = fails(new, *made, "--autoencoder", tmp_path / "run", "--tokenizer", tokenizer)
-    assert "run is a run of another command than train.autoencoder" in error
+    assert "run is a run of train.flow: give one of train.autoencoder, or a model" in error
+
+
+@pytest.mark.parametrize(
+    ("record", "hint"),
+    [
+        ({"rank": 4, "model": "stickers"}, r"train\.lora: .* generate --lora FILE"),
+        ({"average_bits": 5, "model": "stickers"}, r"train\.palettes: .* folder of its --output"),
+        ({"autoencoder": {}}, r"train\.autoencoder: give it to train\.new --autoencoder"),
+    ],
+)
+def test_runs_without_a_model_to_export(record, hint, model_folder, fails, tmp_path):
+    (tmp_path / "run" / "step_3").mkdir(parents=True)
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(record))
+    for more in ([], ["--model", model_folder]):
+        error = fails(export, "--run", tmp_path / "run", "--output", tmp_path / "model", *more)
+        assert re.match(rf"{tmp_path / 'run'} is a run of {hint}", error)
+
+
+def test_widths_in_another_order_resume_the_same_run(model_folder, run, tmp_path, capsys):
+    """A run of kdmd, also of a version that recorded the widths as they were given."""
+    (tmp_path / "prompts.txt").write_text("a red car\na cat\n")
+
+    def distill(name, steps, *widths):
+        given = ["--model", model_folder, "--run-dir", tmp_path / name, "--batch-size", 1]
+        given += ["--prompts-file", tmp_path / "prompts.txt", "--rank", 1, "--student-every", 1]
+        given += ["--validation-prompts", "a car", "--few-steps", 1, "--steps", steps]
+        output = tmp_path / f"{name}-{steps}.safetensors"
+        run(kdmd, *given, "--output", output, "--model-widths", *widths)
+
+    distill("whole", 4, "full", "tiny")
+    distill("cut", 2, "tiny", "full")
+    record = tmp_path / "cut" / "settings.json"
+    values = json.loads(record.read_text())
+    assert values["options"]["model_widths"] == ["full", "tiny"]
+    values["options"]["model_widths"].reverse()
+    record.write_text(json.dumps(values))
+    distill("cut", 4, "full", "tiny")
+    files = [tmp_path / name / "step_4" / "model.safetensors" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
@@ -523,8 +573,20 @@ def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
         f"{tmp_path / 'a'} was trained with --model-widths tiny, not with --model-widths small "
         "tiny: give --model-widths tiny to resume it, or another --run-dir"
     )
-    rank = fails(kdmd, *options("a", "a car", *last, "--rank", 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kdmd, "load_pretrained", lambda folder: pytest.fail("the model is loaded"))
+        rank = fails(kdmd, *options("a", "a car", *last, "--rank", 2))
     assert "was trained with --rank 1, not with --rank 2: give --rank 1 to resume" in rank
     assert "a run with other prompts:" in fails(kdmd, *options("a", "a cat", *last))
+    error = fails(kdmd, *options("a", "a car", *last, "--batch-size", 2))
+    assert "step_1 was trained with --batch-size 1, not 2: give 1, or another run folder" in error
+    capsys.readouterr()
+    more = ["--guidance", 2, "--sizes", "32x64", "64x64", "--learning-rate", 1e-5]
+    run(kdmd, *options("a", "a car", *last, *more))
+    said = capsys.readouterr().err.splitlines()
+    guidance = ModelFolder.open(model_folder).config.sampler.guidance_scale
+    first = f"--guidance {guidance} -> 2.0, --sizes not given -> 32x64 64x64"
+    assert f"resuming with other settings: {first}" in said
+    assert "resuming with other settings: --steps 1 -> 2, --learning-rate 0.0001 -> 1e-05" in said
     error = fails(export, "--run", tmp_path / "a", "--output", tmp_path / "model")
-    assert "a is a run of train.kdmd: give the LoRA that it wrote" in error
+    assert "a is a run of train.kdmd: give --model, and with --few-step-lora the LoRA" in error

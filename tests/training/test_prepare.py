@@ -46,6 +46,7 @@ from train import prepare
 from train.data.drawn import DrawnSet
 from train.data.imagefolder import bucket_sizes, fit, nearest_bucket
 from train.data.mixture import Mixture
+from train.data.open import is_prepared
 from train.data.preparation import Chunk, Picture, PictureSet
 from train.data.prepared import Prepared
 from train.data.shards import Sample, Shard, shard_path
@@ -411,18 +412,24 @@ def test_finished_and_other_sets_are_refused(
     assert capsys.readouterr().out == f"{prepared} is complete\n"
     with monkeypatch.context() as patch:  # before a model is loaded
         patch.setattr("train.prepare.load_model", None)
-        with pytest.raises(TypeError):
-            run(monkeypatch, *arguments(pictures, prepared, model_folder))
+        run(monkeypatch, *arguments(pictures, prepared, model_folder))
+        assert capsys.readouterr().out == f"{prepared} is complete\n"
+        with pytest.raises(UserError, match="a complete set already, with other --min-side: "):
+            run(monkeypatch, *arguments(pictures, prepared, model_folder), "--min-side", 5)
+        other = shutil.copytree(model_folder, tmp_path / "other")
+        (other / "autoencoder.safetensors").write_bytes(b"other weights")
+        with pytest.raises(TypeError):  # these are opened, to be compared
+            run(monkeypatch, *arguments(pictures, prepared, other))
     with pytest.raises(UserError, match="is a complete set already, with other --min-side: choose"):
         run(monkeypatch, *arguments(pictures, prepared, model_folder), "--min-side", 5)
     assert not capsys.readouterr().out
     fewer = write_pictures(tmp_path / "fewer", 39)
-    with pytest.raises(UserError, match="is a complete set already, with other files: choose"):
+    with pytest.raises(UserError, match="set already, with other files of pictures: choose"):
         run(monkeypatch, *arguments(fewer, prepared, model_folder))
     assert contents(prepared) == before
     output = tmp_path / "set"
     run(monkeypatch, *arguments(pictures, output, model_folder), "--shard", "1/2")
-    with pytest.raises(UserError, match="an unfinished set with other --min-side and batch_size"):
+    with pytest.raises(UserError, match="an unfinished set with other --batch-size and --min-side"):
         more = "--min-side", 5, "--batch-size", 4
         run(monkeypatch, *arguments(pictures, output, model_folder, *more))
     (tmp_path / "mine").mkdir()
@@ -552,7 +559,7 @@ def test_a_teacher_adds_its_text_and_its_latents(pictures, model_folder, monkeyp
     assert np.allclose(
         data.empty_states["teacher"], np.array(condition.empty_text[0])[:1], atol=2e-3
     )
-    data.check_autoencoder(autoencoder, name="teacher")
+    data.check_autoencoder(autoencoder, teacher="t")
     with pytest.raises(UserError, match="latents of another autoencoder"):
         data.check_autoencoder(autoencoder)
 
@@ -623,6 +630,23 @@ def test_a_drawn_set_is_what_the_teacher_draws(
     shard_path(output, 1).unlink()
     run(monkeypatch, *drawing(output, model_folder, prompts, *more))
     assert contents(output) == before
+    monkeypatch.setattr("train.prepare.open_drawing", None)  # a finished set needs no model
+    run(monkeypatch, *drawing(output, model_folder, prompts, *more))
+    with pytest.raises(UserError, match="is a complete set already, with other --seed: "):
+        run(monkeypatch, *drawing(output, model_folder, prompts, *more, "--seed", 6))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_the_name_of_a_teacher_may_not_be_utf8(
+    model_folder, prompts, monkeypatch, tmp_path, capsys
+):
+    teacher = shutil.copytree(model_folder, tmp_path / os.fsdecode(b"\xff"))
+    for _ in range(2):
+        run(monkeypatch, *drawing(tmp_path / "set", teacher, prompts, "--steps", 1))
+    assert capsys.readouterr().out.endswith("set is complete\n")
+    assert Prepared(tmp_path / "set").num_samples == 9
+    (tmp_path / "set" / "settings.json").unlink()
+    assert is_prepared(str(tmp_path / "set"))
 
 
 def test_a_prompt_that_is_cut_is_noted_once(
@@ -669,7 +693,7 @@ def test_a_public_teacher_draws_for_a_model_with_another_autoencoder(
     (batch,) = data.batches(9)
     teacher, autoencoder = load_flow_teacher(tmp_path / "teacher")
     data.check_autoencoder(components.autoencoder)
-    data.check_autoencoder(autoencoder, name="teacher")
+    data.check_autoencoder(autoencoder, teacher="t")
     drawn = batch.other_latents["teacher"]
     pictures = from_uint8(to_uint8(autoencoder.decode(drawn)))
     expected = components.autoencoder.encode(pictures)
@@ -857,8 +881,8 @@ def test_latents_of_another_model_are_refused(prepared, components):
     other = tiny.randomize(make_autoencoder(tiny.AUTOENCODER), 99)
     with pytest.raises(UserError, match=r"latents of another autoencoder \(convolutional, 4 ch"):
         Prepared(prepared).check_autoencoder(other)
-    with pytest.raises(UserError, match="no latents of the teacher"):
-        Prepared(prepared).check_autoencoder(other, name="teacher")
+    with pytest.raises(UserError, match=r"no latents of the teacher: .* --teacher t$"):
+        Prepared(prepared).check_autoencoder(other, teacher="t")
     mean = dataclasses.replace(tiny.AUTOENCODER, latents_mean=(0.0,) * 4)
     same = make_autoencoder(mean)
     same.update(components.autoencoder.parameters())

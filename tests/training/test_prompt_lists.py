@@ -138,7 +138,7 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
     output = tmp_path / "out"
     claim_folder(output, {"model": "m", "steps": 4})
     claim_folder(output, {"model": "m", "steps": 4})
-    with pytest.raises(UserError, match="has pictures with other steps: choose another --output"):
+    with pytest.raises(UserError, match="has pictures with other --steps: choose another --output"):
         claim_folder(output, {"model": "m", "steps": 8})
     claim_folder(output, {"model": "m", "steps": 4, "prompts": "1"})  # not recorded before
     with pytest.raises(UserError, match="has pictures with other prompts"):

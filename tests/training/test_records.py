@@ -410,6 +410,64 @@ def test_class_folders_with_a_template(tmp_path):
         open_records([str(tmp_path)], template="a photo")
 
 
+TERABYTE = 2**40
+
+
+def test_files_that_do_not_fit_into_memory_are_skipped(tmp_path):
+    folder, path = tmp_path / "f", tmp_path / "set.tar"
+    write_folder(folder, samples())
+    for name in ("03.png", "05.txt"):
+        os.truncate(folder / name, TERABYTE)
+    for member in ("png", "txt"):
+        write_tar(path, samples(1), kind="txt")
+        with open(path, "r+b") as file:
+            name, data, text, _ = samples(2)[1]
+            small = {"png": text.encode(), "txt": data}[member]
+            file.seek(1536 + -(-len(samples()[0][1]) // 512) * 512)
+            for end, size in ({"png": "txt", "txt": "png"}[member], len(small)), (member, TERABYTE):
+                info = tarfile.TarInfo(f"set/{name}.{end}")
+                info.size = size
+                file.write(info.tobuf())
+                file.write(small + bytes(-len(small) % 512) if end != member else b"")
+            file.truncate(file.tell() + TERABYTE + 1024)
+        found = {r.key: r for r in open_records([str(path)]).records()}
+        assert list(found) == ["set.tar:set/00", "set.tar:set/01"]
+        if member == "txt":
+            assert found["set.tar:set/01"].reason == "caption cannot be read"
+        else:
+            with pytest.raises(OSError, match="File too large"):
+                found["set.tar:set/01"].read()
+    records = {r.key: r for r in open_records([str(folder)]).records()}
+    assert len(records) == COUNT
+    assert records["05.png"].reason == "caption cannot be read"
+    with pytest.raises(OSError, match="File too large"):
+        records["03.png"].read()
+    (folder / "metadata.jsonl").touch()
+    os.truncate(folder / "metadata.jsonl", TERABYTE)
+    with pytest.raises(UserError, match=r"metadata.jsonl: a line has more than 4 MiB"):
+        list(open_records([str(folder)]).records())
+
+
+def test_large_members_of_a_compressed_tar_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(tars, "MOST_LINE", 1 << 10)
+    path, (first, second, third) = tmp_path / "set.tar.gz", samples(3)
+    first = (first[0], first[1] + bytes(1 << 17), *first[2:])
+    write_tar(path, [first, (*second[:2], "a" * 2000, ""), third], kind="txt")
+    large, skipped, good = open_records([str(path)]).records()
+    for most in (-1, 10):
+        with pytest.raises(OSError, match="File too large"):
+            large.read(most)
+    assert skipped.reason == "caption cannot be read"
+    assert (good.captions, good.read()) == ({"text": third[2]}, third[1])
+    # A size that no disk has, and nothing after it.
+    info = tarfile.TarInfo("set/00.png")
+    info.size = 2**80
+    path.write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(1000)))
+    [damaged] = open_records([str(path)]).records()
+    assert (damaged.reason, damaged.detail[:14]) == ("damaged tar", "it is cut off;")
+
+
 def test_odd_names_and_lines_in_a_folder(tmp_path):
     def put(name, data=None):
         (tmp_path / name).parent.mkdir(exist_ok=True)

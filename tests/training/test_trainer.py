@@ -619,17 +619,17 @@ def test_foreign_and_damaged_checkpoints_are_refused_in_one_line(tmp_path):
 def test_settings_that_change_the_data_must_stay_on_resume(tmp_path, capsys):
     trainer(tmp_path, stop_at=8, accumulate=2).run()
     for options, match in (
-        ({"accumulate": 2, "batch_size": 32}, "with batch_size 64, not 32: give 64"),
-        ({"accumulate": 2, "seed": 1}, "with seed 0, not 1: give 0"),
-        ({"accumulate": 2, "optimizer": "muon"}, "with optimizer adamw, not muon: give adamw"),
-        ({}, r"with 2 micro-batches a step \(processes x accumulate\), not 1 x 1"),
+        ({"accumulate": 2, "batch_size": 32}, "with --batch-size 64, not 32: give 64"),
+        ({"accumulate": 2, "seed": 1}, "with --seed 0, not 1: give 0"),
+        ({"accumulate": 2, "optimizer": "muon"}, "with --optimizer adamw, not muon: give adamw"),
+        ({}, r"with 2 micro-batches a step \(processes x --accumulate\), not 1 x 1"),
     ):
         with pytest.raises(UserError, match=match):
             trainer(tmp_path, **options).run()
     capsys.readouterr()
     trainer(tmp_path, stop_at=12, accumulate=2, learning_rate=0.05, log_every=2).run()
     lines = capsys.readouterr().err.splitlines()
-    assert "resuming with other settings: learning_rate 0.1 -> 0.05" in lines
+    assert "resuming with other settings: --learning-rate 0.1 -> 0.05" in lines
 
 
 def test_a_checkpoint_without_the_newer_settings_is_resumed(tmp_path):

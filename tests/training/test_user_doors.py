@@ -1,6 +1,7 @@
 """Mistakes of users of the training commands."""
 
 import argparse
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,13 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import add_lora
 from mlx_snapgen.lora.files import few_step_sampler, save_lora
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.open_model import open_model
+from mlx_snapgen.settings import ModelChoice
 from train import export, flow
 from train.data.preparation import PictureSet, Reader
 from train.data.readers.folder import PictureFolderRecords
 from train.data.selection import Filter
+from train.loop.teacher import check_teacher_latents
 from train.options.common import widths_of
 
 
@@ -42,6 +46,25 @@ def test_a_run_is_no_model(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(UserError, match=r"is a run folder: python -m train\.export --run .* first"):
         ModelFolder.open(tmp_path)
+
+
+def test_core_ml_packages_are_no_model(model_folder, tmp_path):
+    """Also those whose config.json is a model's."""
+    package = tmp_path / "exported" / "Transformer.mlpackage"
+    package.mkdir(parents=True)
+    for name in (package.parent, package):
+        with pytest.raises(UserError, match=r"holds Core ML packages, .* the model that convert"):
+            open_model(ModelChoice(str(name)))
+        shutil.copy(model_folder / "config.json", package.parent)
+    whole = tmp_path / "whole"
+    shutil.copytree(model_folder, whole)
+    (whole / "Transformer.mlpackage").mkdir()
+    assert open_model(ModelChoice(str(whole))).path == whole
+
+
+def test_a_teacher_with_other_latents_is_named():
+    with pytest.raises(UserError, match=r"SOURCE --model new --teacher big --output FOLDER, and"):
+        check_teacher_latents(None, None, teacher="big", model="new")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.checkpoint.model import Components, load_pretrained
+from mlx_snapgen.checkpoint.model import Components, load_pretrained, warn_untrained
 from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.decode import Size
 from mlx_snapgen.draw import draw_latents
@@ -190,8 +190,7 @@ def open_drawing(
         draw = with_notes(draw_with_teacher, lambda prompt: [(found.cut(prompt), most)])
         return draw, Teacher(states, autoencoder, teacher_settings(folder))
     components = load_pretrained(folder)
-    if components.transformer.is_untrained:
-        write_line(f"warning: {folder} is not trained yet: it draws noise")
+    warn_untrained(components.transformer, folder)
     settings = DrawSettings(
         height=size[0],
         width=size[1],

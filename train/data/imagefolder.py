@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError, plural
-from mlx_snapgen.files import expanded, open_regular
+from mlx_snapgen.files import check_size, expanded, open_regular
+from mlx_snapgen.inputs import MAX_BYTES
 from train.data.readers.folder import METADATA, NO_CAPTION, TEMPLATE_HINT, PictureFolderRecords
 from train.data.source import Skipped
 from train.data.streams import Stream
@@ -112,6 +113,7 @@ def read_picture(path: Path, *, has_alpha: bool = False) -> Image.Image:
     """
     try:
         with open(path, "rb", opener=open_regular) as file:
+            check_size(file, MAX_BYTES)
             picture, _ = decode(file.read(), keep_alpha=has_alpha)
         return picture.convert("RGBA") if has_alpha else picture
     except OSError as error:

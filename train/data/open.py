@@ -116,7 +116,7 @@ def is_prepared(spec: str) -> bool:
         return True
     try:
         return (folder / INDEX).is_file() and "format_version" in read_object(
-            folder / INDEX, most=2**30
+            folder / INDEX, most=2**30, paths=True
         )
     except UserError:
         return False

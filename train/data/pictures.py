@@ -15,6 +15,7 @@ from mlx_snapgen.errors import UserError
 from train.data.imagefolder import fit
 from train.data.index import Index, cached_index, paths_of
 from train.data.order import BatchOrder, LocalOrder, fixed_rows
+from train.data.readers.joined import JoinedRecords
 from train.data.selection import HELD_OUT, CaptionWeights, Filter, choose_column, fixed_draw
 from train.data.source import Record, RecordSource, Skipped
 from train.data.streams import Stream
@@ -134,7 +135,7 @@ class RecordPictures:
                 record = self._record(row)
                 pixels = fit(open_picture(record)[0], self.sizes[bucket])
             except Unusable as error:
-                self._report(row, error)
+                self._report(row, error, replaced=False)
                 continue
             group = waiting.setdefault(bucket, [])
             group.append((pixels, self._caption(record, fixed_draw(record.key))))
@@ -152,6 +153,12 @@ class RecordPictures:
             return self._caption(self._record(row, captions_only=True), draw)
 
         return self._each(caption, rows, places, number=number)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of captions of the first picture, the default one first."""
+        record = self.source.at(self.index.place(0), captions_only=True)
+        return list(record.captions) if isinstance(record, Record) else []
 
     def settings(self) -> dict[str, Any]:
         """See `PictureSource`."""
@@ -207,11 +214,17 @@ class RecordPictures:
             return ""
         return record.captions[choose_column(record.captions, self.captions, draw=draw)]
 
-    def _report(self, row: int, error: Unusable) -> None:
+    def _report(self, row: int, error: Unusable, *, replaced: bool = True) -> None:
         """Print a line on a picture that cannot be used, once."""
         if row not in self._reported:
             self._reported.add(row)
-            name = ":".join(str(part) for part in self.index.place(row)[:2])
-            tqdm.write(
-                f"skipped: {name}: {error}; another picture is used instead", file=sys.stderr
-            )
+            instead = "; another picture is used instead" if replaced else ""
+            tqdm.write(f"skipped: {self._name(row)}: {error}{instead}", file=sys.stderr)
+
+    def _name(self, row: int) -> str:
+        """What messages call a picture."""
+        source, place = self.source, self.index.place(row)
+        if isinstance(source, JoinedRecords):
+            source, place = source.sources[place[0]], place[1:]
+        key, path = source.at(place, captions_only=True).key, source.settings()["path"]
+        return f"{path}/{key}" if isinstance(path, str) else key

@@ -213,22 +213,28 @@ class Prepared:
 
     # --- checks ---
 
-    def check_autoencoder(self, autoencoder: Autoencoder, *, name: str = MODEL) -> None:
+    def check_autoencoder(self, autoencoder: Autoencoder, *, teacher: str | None = None) -> None:
         """`UserError` unless the latents are those of this autoencoder.
 
         Args:
-            name: "model", or the name of the other autoencoder, such as "teacher".
+            teacher: whose autoencoder it is, as the user gave it; None for the model's own.
         """
-        found = self.autoencoders.get(name)
+        found = self.autoencoders.get(MODEL if teacher is None else TEACHER)
+        again = f"prepare the pictures with --teacher {teacher}"
         if found is None:
-            raise UserError(f"{self.folder} has no latents of the {name}: prepare it with --{name}")
-        if found["digest"] != describe_autoencoder(autoencoder)["digest"]:
-            raise UserError(
-                f"{self.folder} has latents of another autoencoder ({found['config'].get('kind')}, "
-                f"{found['config'].get('latent_channels')} channels): prepare the pictures with "
-                "--model and this model, or make a model with train.new and --autoencoder MODEL, "
-                "the model that the set was prepared for"
+            raise UserError(f"{self.folder} has no latents of the teacher: {again}")
+        if found["digest"] == describe_autoencoder(autoencoder)["digest"]:
+            return
+        if teacher is None:
+            again = (
+                "prepare the pictures with --model and this model, or make a model with train.new "
+                "and --autoencoder MODEL, the model that the set was prepared for"
             )
+        raise UserError(
+            f"{self.folder} has latents of another {'autoencoder' if teacher is None else TEACHER} "
+            f"({found['config'].get('kind')}, {found['config'].get('latent_channels')} channels): "
+            f"{again}"
+        )
 
     def check_text_states(self, configs: Sequence[TextEncoderConfig]) -> None:
         """`UserError` if text states are those of other text encoders than the model's."""
@@ -426,7 +432,7 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
             raise UserError(f"{folder} is not complete: run its train.prepare again to resume")
         raise UserError(f"{folder} is not a set that train.prepare wrote: it has no {INDEX}")
     try:
-        index = read_object(path, most=MOST_INDEX)
+        index = read_object(path, most=MOST_INDEX, paths=True)
     except UserError as error:
         raise UserError(f"{error}: run its train.prepare again") from None
     check_version(path, index.get("format_version"), reads=FORMAT_VERSION)

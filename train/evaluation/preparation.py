@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from train.data.preparation import ENLARGED, Chunk, Measured
 from train.data.prepared import save_empty, write_index
 from train.data.shards import SETTINGS, cannot_write, shard_path, write_shard
 from train.evaluation.prepared_set import choose_shown, count_shards, plot_sizes, sheet
+from train.loop.config import changed
 
 LONG_SHARD = 1800
 """Seconds."""
@@ -30,6 +31,24 @@ MOST_ENLARGED = 0.1
 SHOWN_REASONS = 3
 """Reasons for skipped pictures in the last line, the most frequent ones."""
 RESUME = "run the same command again to resume"
+
+
+def check_finished(folder: Path, settings: Mapping[str, Any]) -> None:
+    """`UserError` if a complete set has other settings than these."""
+    if names := _changed(folder, settings):
+        raise UserError(
+            f"{folder} is a complete set already, with other {' and '.join(names)}: choose "
+            "another name"
+        )
+
+
+def _changed(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What messages call the settings that the folder's set has with others."""
+    then = read_object(folder / SETTINGS, paths=True)
+    now = json.loads(json.dumps(settings))
+    if isinstance(then.get("filter"), dict) and "filter" in now:
+        then, now = (record | record.pop("filter") for record in (then, now))
+    return changed(then, now, now)
 
 
 class Work(Protocol):
@@ -72,6 +91,7 @@ class Preparation:
         folder: of the set.
         settings: what its bytes depend on, as JSON values.
         index: values for index.json.
+        given: what of the command and of the models' files `settings` follow from.
         shard: (I, N): this command does every N-th chunk, from the I-th.
         empty_states: of each text encoder.
     """
@@ -80,6 +100,7 @@ class Preparation:
     work: Work
     settings: dict[str, Any]
     index: dict[str, Any]
+    given: dict[str, Any]
     shard: tuple[int, int] = (1, 1)
     empty_states: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -120,21 +141,6 @@ class Preparation:
             return
         self._describe(chunks, time.perf_counter() - started)
 
-    def changed(self) -> list[str]:
-        """The settings, those of the filter as options, that the folder's set has with others."""
-        then = read_object(self.folder / SETTINGS)
-        now = json.loads(json.dumps(self.settings))
-        names = [name for name in now if then.get(name) != now[name]]
-        if "filter" in names and isinstance(then.get("filter"), dict):
-            before, after = then["filter"], now["filter"]
-            place = names.index("filter")
-            names[place : place + 1] = [
-                f"--{name.replace('_', '-')}"
-                for name in (before | after)
-                if before.get(name) != after.get(name)
-            ]
-        return names
-
     def _check(self) -> None:
         """`UserError` if the folder has something else than the beginning of this set."""
         path = self.folder / SETTINGS
@@ -142,9 +148,9 @@ class Preparation:
             if self.folder.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
                 raise UserError(f"{self.folder} exists already: choose another name or delete it")
             return
-        if changed := self.changed():
+        if names := _changed(self.folder, self.settings):
             raise UserError(
-                f"{self.folder} holds an unfinished set with other {' and '.join(changed)}: give "
+                f"{self.folder} holds an unfinished set with other {' and '.join(names)}: give "
                 "the same options to resume it, or another --output"
             )
 
@@ -152,7 +158,8 @@ class Preparation:
         path = self.folder / SETTINGS
         try:
             with whole_file(path, replace=False) as partial:
-                partial.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+                stored = {**self.settings, "given": self.given}
+                partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
         except FileExistsError:
             self._check()  # it is resumed, or another machine was faster
         except OSError as error:

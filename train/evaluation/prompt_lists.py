@@ -20,6 +20,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, parse_json, read_object, read_text, whole_file
 from mlx_snapgen.settings import DrawSettings
 from train.evaluation.models import MeasuredModel
+from train.loop.config import changed
 
 SETTINGS = "settings.json"
 PROMPTS = "prompts"
@@ -147,12 +148,12 @@ def claim_folder(output: Path, recorded: Mapping[str, Any]) -> None:
     """
     path = output / SETTINGS
     if path.is_file():
-        then = read_object(path)
+        then = read_object(path, paths=True)
         # Earlier versions did not record the prompts.
         known = [name for name in recorded if name != PROMPTS or name in then]
-        if changed := [name for name in known if then.get(name) != recorded[name]]:
+        if different := changed(then, recorded, known):
             raise UserError(
-                f"{output} has pictures with other {' and '.join(changed)}: choose another "
+                f"{output} has pictures with other {' and '.join(different)}: choose another "
                 "--output or delete it"
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):

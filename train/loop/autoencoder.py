@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlx.utils import tree_unflatten
@@ -13,15 +14,16 @@ from mlx_snapgen.checkpoint import model as checkpoint_model
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object, whole_file
-from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
+from train.data.mixture import num_samples
 from train.data.source import PictureSource
-from train.loop.checkpoint import latest_checkpoint, load_ema
-from train.loop.run import recorded
+from train.loop.checkpoint import latest_checkpoint, load_ema, trained_checkpoint
+from train.loop.run import command_of, recorded
 
 DEFAULT = AutoencoderConfig()
 """The autoencoder of a run whose record has none; the run learns its latents."""
@@ -33,17 +35,29 @@ STATISTICS_SEED = 12345
 """Seed of the source that `load_autoencoder` measures latents on."""
 STATISTICS = "latents.json"
 """File in a checkpoint with the statistics of its latents, see `keep_statistics`."""
+OTHER_RUN = "{} is a run of {}: give one of train.autoencoder, or a model"
 STATISTICS_FIELDS = ("latents_mean", "latents_std")
 
 
 def measure_latents(
     model: Autoencoder, source: PictureSource, *, count: int = 512
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of raw latents over `count` pictures."""
-    means = []
-    for k in tqdm(range(count // 16), desc="latents' statistics", unit="batch", leave=False):
-        pictures, _ = source.batch(k, 16)
-        means.append(np.array(model.encoder(from_uint8(pictures))[0]))
+    """Mean and standard deviation per channel of raw latents over `count` pictures.
+
+    A source with fewer pictures is read once.
+    """
+    total, size = num_samples(source), 16
+    if total is None or total >= count:
+        batches = (source.batch(k, size) for k in range(count // size))
+        steps = count // size
+    else:
+        parts: list[Any] = getattr(source, "sources", [source])
+        batches = (batch for part in parts for batch in part.batches(size))
+        steps = None
+    bar = tqdm(batches, desc="latents' statistics", total=steps, unit="batch", leave=False)
+    means = [np.array(model.encoder(from_uint8(pictures))[0]) for pictures, _ in bar]
+    if not means:
+        raise UserError("--data: none of the pictures can be read, to measure the latents on")
     flat = np.concatenate([x.reshape(-1, model.config.latent_channels) for x in means])
     return tuple(map(float, flat.mean(0))), tuple(map(float, flat.std(0)))
 
@@ -59,10 +73,11 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     """
     if (folder / "config.json").is_file():
         return checkpoint_model.load_autoencoder(folder)
+    check_autoencoder_run(folder)
     model = make_autoencoder(config_of(folder))
     weights = load_ema(folder)
     if not weights.keys() <= flat_parameters(model).keys():
-        raise UserError(f"{folder} is a run of another command than train.autoencoder")
+        raise UserError(OTHER_RUN.format(folder, "another command"))
     model.update(dict(tree_unflatten(list(weights.items()))))
     if model.config.kind != DEFAULT.kind:
         return model  # its latents are not trained, and their statistics are in its config
@@ -79,14 +94,21 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     return model
 
 
+def check_autoencoder_run(folder: Path) -> None:
+    """`UserError` for a folder that is no run of train.autoencoder, as far as its record shows."""
+    trained_checkpoint(folder)
+    if (command := command_of(folder)) not in (None, "train.autoencoder"):
+        raise UserError(OTHER_RUN.format(folder, command))
+
+
 def kept_statistics(run: Path) -> dict[str, tuple[float, ...]] | None:
     """The statistics that `keep_statistics` wrote for a run's newest checkpoint, or None."""
     checkpoint = latest_checkpoint(run)
     if checkpoint is None or not (checkpoint / STATISTICS).is_file():
         return None
-    values = read_object(checkpoint / STATISTICS)
+    values, own = read_object(checkpoint / STATISTICS), to_dict(config_of(run))
     with naming(checkpoint / STATISTICS):
-        config = from_dict(AutoencoderConfig, {n: values.get(n) for n in STATISTICS_FIELDS})
+        config = from_dict(AutoencoderConfig, own | {n: values.get(n) for n in STATISTICS_FIELDS})
     return {name: getattr(config, name) for name in STATISTICS_FIELDS}
 
 

@@ -7,6 +7,7 @@ before it is deleted. So each `step_N` is complete, even if the process is kille
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -27,9 +28,13 @@ from mlx_snapgen.files import (
     save_tensors,
     whole_file,
 )
+from train.data.open import is_prepared
+from train.data.readers.folder import is_picture
 
 TREES = ("model", "ema", "optimizer")
 LOG = "log.jsonl"
+MOST_PATHS = 10_000
+"""In a folder that is no run, to look for a picture among."""
 
 
 def lock_run(run_dir: Path) -> None:
@@ -70,12 +75,24 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_ema(run_dir: Path) -> dict[str, mx.array]:
-    """Averaged parameters of a run's newest checkpoint, flat; `UserError` when there is none."""
+def trained_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run; `UserError` when there is none, with what the folder is."""
     checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise UserError(f"{run_dir} holds no checkpoint: train it first")
-    return load_weights(checkpoint / "ema.safetensors")
+    if checkpoint is not None:
+        return checkpoint
+    what, paths = None, itertools.islice(run_dir.rglob("*"), MOST_PATHS)
+    if is_prepared(str(run_dir)):
+        what = "a folder that train.prepare wrote"
+    elif not (run_dir / "settings.json").exists() and any(map(is_picture, paths)):
+        what = "a folder of pictures"
+    if what is not None:
+        raise UserError(f"{run_dir} is {what}, not of a run or a model: give one of these")
+    raise UserError(f"{run_dir} holds no checkpoint: train it first")
+
+
+def load_ema(run_dir: Path) -> dict[str, mx.array]:
+    """Averaged parameters of a run's newest checkpoint, flat; errors as `trained_checkpoint`."""
+    return load_weights(trained_checkpoint(run_dir) / "ema.safetensors")
 
 
 def save_checkpoint(run_dir: Path, trees: Mapping[str, dict], *, state: dict, keep: int) -> Path:

@@ -1,4 +1,4 @@
-"""Early end of a run: by a signal, or by the loss of a process of the job.
+"""Lines of a job, and the early end of a run: by a signal, or by the loss of a process of the job.
 
 Threads detect both, because the main thread is inside mlx most of the time: Python runs no signal
 handler there, and a collective operation may wait for a lost process forever.
@@ -21,9 +21,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_snapgen.cli.notices import write_line
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME = 0.2
 """Seconds between signals that have one cause."""
+
+
+def print_once(text: str) -> None:
+    """Print a line on stderr, in the first process of a job only."""
+    if mx.distributed.init().rank() == 0:
+        write_line(text)
 
 
 class StopSignals:

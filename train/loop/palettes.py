@@ -4,19 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx.core as mx
-
-from mlx_snapgen.checkpoint.model import (
-    Components,
-    fuse_few_step,
-    load_pretrained,
-    note_few_step_widths,
-    save_pretrained,
-)
+from mlx_snapgen.checkpoint.model import Components, load_fused, save_pretrained
 from mlx_snapgen.files import read_text
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file
-from mlx_snapgen.settings import parse_width
 
 
 def load_alone(folder: Path, widths: Sequence[str], *, name: str | None = None) -> Components:
@@ -26,10 +17,7 @@ def load_alone(folder: Path, widths: Sequence[str], *, name: str | None = None) 
         widths: names; a single one loads only that sub-network.
         name: the model's for messages; None for the one in its config.
     """
-    share = parse_width(widths[0]).share if len(widths) == 1 else None
-    components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=True)
-    note_few_step_widths(components, widths, model=name)
-    fuse_few_step(components)
+    components = load_fused(folder, widths, name=name)
     config = dataclasses.replace(
         components.config, sampler=components.config.sampler_for(), few_step=None
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,13 @@ from mlx_snapgen.json_values import from_dict, to_dict
 from train.data.source import MAY_CHANGE
 from train.data.text import is_trained
 from train.loop.checkpoint import latest_checkpoint, load_ema, lock_run, writing
+from train.loop.config import changed, changes, name_of, shown
+from train.loop.distributed import print_once
 from train.objectives.elastic import TextToLatents
 
 SETTINGS = "settings.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "text_encoder/*")
 """Patterns of the files of a model folder or a teacher's."""
-WORDS = {
-    "samples": "pictures or captions",
-    "autoencoder_digest": "weights of the autoencoder",
-    "tokenizer_digests": "tokenizers",
-    "frozen_text_encoders": "files of public text encoders",
-    "model_digest": "files of the model",
-    "teacher_digest": "files of the teacher",
-    "few_step_digest": "few-step LoRA",
-    "prompts_digest": "prompts",
-    "index": "prepared pictures",
-    "buckets": "shapes of pictures",
-    "captions": "columns of captions",
-    "networks": "settings of the networks to train",
-}
-"""Settings -> what a user calls them; others have their own names."""
 NETWORKS = "networks"
 """Setting with the configs of the networks that are trained."""
 MODEL = "model"
@@ -95,20 +81,19 @@ def claim(
             raise UserError(f"{run_dir} holds a run of another kind: give another --run-dir")
         free = {*may_change, *(name for name in newer if name not in then)}
         fixed = [name for name in settings if name not in free]
-        changed = [WORDS.get(n, n) for n in fixed if then.get(n) != settings[n]]
-        if "data" in changed:
-            changed = ["data"]  # the others follow from it
-        if changed:
+        different = changed(then, settings, fixed)
+        if "data" in different:
+            different = ["data"]  # the others follow from it
+        if different:
             raise UserError(
-                f"{run_dir} holds a run with other {' and '.join(changed)}: give another "
+                f"{run_dir} holds a run with other {' and '.join(different)}: give another "
                 "--run-dir, or delete it to start again"
             )
         before, now = (
             {n: s[n] for n in (MODEL,) if n in s} | s.get(OPTIONS, {}) for s in (then, settings)
         )
-        if is_main and (new := [name for name in now if before.get(name, now[name]) != now[name]]):
-            texts = [f"{name} {before[name]} -> {now[name]}" for name in new]
-            print(f"resuming with other settings: {', '.join(texts)}", file=sys.stderr)
+        if new := changes(before, now):
+            print_once(f"resuming with other settings: {new}")
     if is_main:
         with writing(run_dir), whole_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -142,7 +127,7 @@ def check_run_folder(run_dir: Path, command: str) -> None:
     found = None
     if not has_begun:
         found = next((name for name in OTHERS if (run_dir / name).exists()), None)
-        if path.exists() and any(key in read_object(path) for key in KEYS_OF_OTHERS):
+        if path.exists() and any(key in recorded(run_dir) for key in KEYS_OF_OTHERS):
             found = found or SETTINGS
     if found is not None:
         raise UserError(f"{run_dir} holds no run, but {found} of something else: give a new folder")
@@ -198,22 +183,18 @@ def _describe_networks(config: ModelConfig, run_dir: Path) -> list[dict[str, Any
     return [to_dict(c) for c in configs]
 
 
-def check_same(run_dir: Path, used: dict[str, Any], *, options: dict[str, str]) -> None:
+def check_same(run_dir: Path, used: dict[str, Any]) -> None:
     """`UserError` for options that must be those of the run, because they choose its networks.
 
     Args:
-        used: see `OPTIONS`; older runs did not record all.
-        options: names in `used` -> options.
+        used: some of `OPTIONS`; older runs did not record all.
     """
     then = recorded(run_dir).get(OPTIONS)
     if latest_checkpoint(run_dir) is None or not isinstance(then, dict):
         return
-    for name, option in options.items():
+    for name in used:
         if name in then and _unordered(then[name]) != _unordered(used[name]):
-            before, now = (
-                f"{option} {' '.join(map(str, v)) if isinstance(v, list) else v}"
-                for v in (then[name], used[name])
-            )
+            before, now = (f"{name_of(name)} {shown(value)}" for value in (then[name], used[name]))
             raise UserError(
                 f"{run_dir} was trained with {before}, not with {now}: give {before} to resume it, "
                 "or another --run-dir"
@@ -297,7 +278,7 @@ def recorded(run_dir: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return read_object(path) if path.exists() else None
+    return read_object(path, paths=True) if path.exists() else None
 
 
 def find_folder(path: Path) -> Path:

@@ -1,17 +1,16 @@
 """The teacher of a run."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.cli.notices import announce, write_line
+from mlx_snapgen.checkpoint.model import warn_untrained
+from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.open_model import find_description, open_model
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.teachers.base import Teacher
@@ -19,6 +18,7 @@ from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
 from train.data.conditions import Conditions
 from train.data.source import TEACHER
+from train.loop.distributed import print_once
 from train.loop.run import digest_files
 
 MOST_DIFFERENCE = 0.3
@@ -69,14 +69,8 @@ def open_teacher(args: argparse.Namespace) -> tuple[Teacher, Autoencoder, str]:
     with announce(f"loading {args.teacher} ..."):
         teacher, autoencoder = load_teacher(folder)
     if isinstance(teacher, CheckpointTeacher):
-        warn_untrained(teacher.network, args.teacher, "the student learns noise from it")
+        warn_untrained(teacher.network, args.teacher, result="the student learns noise from it")
     return teacher, autoencoder, digest_files(folder)
-
-
-def warn_untrained(network: EfficientDiT, model: str | Path, result: str) -> None:
-    """Print a line if a network has its first weights, as `train.new` writes them."""
-    if network.is_untrained and mx.distributed.init().rank() == 0:
-        write_line(f"warning: {model} is not trained yet: {result}")
 
 
 def prepared_parts(source: Any) -> list[Any]:
@@ -100,10 +94,9 @@ def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
     for part in with_states:
         part.wanted.add(TEACHER)
         if not conditions.same_states(part.samples(0, 1)):
-            print(
+            print_once(
                 f"{part.folder} has text states of another teacher than {name}: captions are "
-                "encoded during training",
-                file=sys.stderr,
+                "encoded during training"
             )
             return conditions
     conditions.stored = bool(with_states)
@@ -112,14 +105,17 @@ def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
     return conditions
 
 
-def check_teacher_latents(source: Any, autoencoder: Autoencoder, *, teacher: str) -> None:
+def check_teacher_latents(
+    source: Any, autoencoder: Autoencoder, *, teacher: str, model: str
+) -> None:
     """`UserError` unless prepared data also has the latents of a teacher's autoencoder."""
     parts = prepared_parts(source)
     for part in parts:
-        part.check_autoencoder(autoencoder, name=TEACHER)
+        part.check_autoencoder(autoencoder, teacher=teacher)
         part.wanted.add(TEACHER)
     if not parts:
         raise UserError(
             f"{teacher} has other latents than the model: encode the pictures for both with "
-            f"python -m train.prepare --teacher {teacher}, and give that folder"
+            f"train.prepare SOURCE --model {model} --teacher {teacher} --output FOLDER, and give "
+            "--data FOLDER"
         )

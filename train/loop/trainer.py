@@ -45,8 +45,8 @@ from train.loop.checkpoint import (
     save_checkpoint,
     writing,
 )
-from train.loop.config import TrainingConfig
-from train.loop.distributed import GRACE, SILENCE, PeerWatch, StopSignals, is_complete
+from train.loop.config import TrainingConfig, changes, name_of
+from train.loop.distributed import GRACE, SILENCE, PeerWatch, StopSignals, is_complete, print_once
 from train.loop.optimizer import Optimizers, Role
 from train.loop.plot import is_plotted, plot_log, shown_name
 from train.objectives.base import Objective
@@ -435,23 +435,20 @@ class Trainer:
         for name in ("batch_size", "seed", "optimizer"):
             if then[name] != now[name]:
                 raise UserError(
-                    f"{checkpoint} was trained with {name} {then[name]}, not {now[name]}: "
-                    f"give {then[name]}, or another run folder"
+                    f"{checkpoint} was trained with {name_of(name)} {then[name]}, not "
+                    f"{now[name]}: give {then[name]}, or another run folder"
                 )
         processes = self.group.size()
         shares = then["accumulate"] * state.get("processes", processes)
         if shares != now["accumulate"] * processes:
             raise UserError(
                 f"{checkpoint} was trained with {shares} micro-batches a step (processes x "
-                f"accumulate), not {processes} x {now['accumulate']}: change either, or give "
+                f"--accumulate), not {processes} x {now['accumulate']}: change either, or give "
                 "another run folder"
             )
         silent = {"accumulate", "checkpoint_every", "keep_checkpoints", "log_every"}
-        changed = [
-            f"{k} {then[k]} -> {now[k]}" for k in now if then[k] != now[k] and k not in silent
-        ]
-        if changed:
-            print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+        if new := changes(then, {k: v for k, v in now.items() if k not in silent}):
+            print_once(f"resuming with other settings: {new}")
 
     def sample_path(self, name: str) -> Path:
         """Path for a picture of the current step, for `validate`."""

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.cli.options import BASE_HELP, finite_number, integer
+from mlx_snapgen.cli.options import BASE_HELP, finite_number, integer, option_of
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
@@ -137,9 +137,8 @@ def check_at_least(args: argparse.Namespace, least: float, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
-            option = f"--{name.replace('_', '-')}"
             must = "must not be negative" if least == 0 else f"must be at least {least:g}"
-            raise UserError(f"{option} {must}, got {value}")
+            raise UserError(f"{option_of(name)} {must}, got {value}")
 
 
 def check_at_most(args: argparse.Namespace, most: float, *names: str) -> None:
@@ -147,7 +146,7 @@ def check_at_most(args: argparse.Namespace, most: float, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value > most:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {most:g}, got {value}")
+            raise UserError(f"{option_of(name)} must be at most {most:g}, got {value}")
 
 
 def check_learning_rate(rate: float) -> None:

@@ -2,13 +2,11 @@
 
 import argparse
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_snapgen.cli.options import finite_number, integer
+from mlx_snapgen.cli.options import finite_number, integer, option_of
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels
@@ -16,11 +14,14 @@ from train.data.index import paths_of
 from train.data.open import PICTURES, SOURCES, open_data
 from train.data.readers.folder import check_template
 from train.data.selection import HELD_OUT, Filter, parse_captions
+from train.loop.distributed import print_once
 from train.options.common import add_number, check_outside
 
 INDEX_FOLDER = "data-index"
 """Folder in a run's folder with the indexes of its pictures."""
 MOST_SIDE = 2**14
+MOST_NAMED = 8
+"""Columns of captions in a line."""
 
 
 def add_data(
@@ -129,7 +130,7 @@ def filter_from(args: argparse.Namespace) -> Filter:
         raise UserError(f"--max-aspect must be at least 1, got {args.max_aspect:g}")
     for name in ("min_side", "min_caption"):
         if (value := getattr(args, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            raise UserError(f"{option_of(name)} must be at least 1, got {value}")
     if args.max_caption is not None and args.max_caption < args.min_caption:
         raise UserError(f"--max-caption {args.max_caption} is below --min-caption")
     if not 0 <= args.held_out < 1:
@@ -150,7 +151,7 @@ def check_data(
     parse_captions(args.captions or ())
     for name in ("run_dir", "output"):
         if (path := getattr(args, name, None)) is not None:
-            check_outside(f"--{name.replace('_', '-')}", path, sources=args.data or ())
+            check_outside(option_of(name), path, sources=args.data or ())
     if args.weights is not None:
         if len(args.weights) != len(args.data or ()):
             given, wanted = len(args.weights), len(args.data or ())
@@ -207,9 +208,27 @@ def data_from(
         resolution=args.resolution,
         pictures_only=pictures_only,
     )
-    if mx.distributed.init().rank() == 0:
-        _print_skipped(source)
+    _print_skipped(source)
+    if not (args.captions or pictures_only):
+        _print_columns(source)
     return source
+
+
+def _print_columns(source: Any) -> None:
+    """`print_columns` of each part of a source."""
+    for part in getattr(source, "sources", [source]):
+        if hasattr(part, "columns"):
+            where = paths_of(part.source) if hasattr(part, "source") else part.folder
+            print_columns(where, part.columns)
+
+
+def print_columns(where: str | Path, columns: Sequence[str]) -> None:
+    """A line on the columns of captions behind the first, which are not used."""
+    if others := list(columns[1 : 1 + MOST_NAMED]):
+        text = ", ".join([*others, *(["..."] if columns[1 + MOST_NAMED :] else [])])
+        print_once(
+            f"{where}: captions are from the column {columns[0]}; --captions chooses others: {text}"
+        )
 
 
 def _print_skipped(source: Any) -> None:
@@ -220,10 +239,7 @@ def _print_skipped(source: Any) -> None:
             count = sum(index.skipped.values())
             why = ", ".join(f"{number:,}: {reason}" for reason, number in index.skipped.items())
             share = f"{count:,} of {count + len(index.held):,} pictures skipped"
-            print(
-                f"{paths_of(part.source)}: {share} ({why}); train.prepare names each",
-                file=sys.stderr,
-            )
+            print_once(f"{paths_of(part.source)}: {share} ({why}); train.prepare names each")
 
 
 def check_not_empty(source: Any) -> None:

@@ -11,6 +11,7 @@ from mlx_snapgen.cli.options import (
     add_sampling,
     finite_number,
     integer,
+    option_of,
 )
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError
@@ -181,4 +182,4 @@ def _check(args: argparse.Namespace) -> None:
     if args.is_stickers:
         needs_data = [name for name in ("clip", "prompts_file") if getattr(args, name) is not None]
         if needs_data:
-            raise UserError(f"--{needs_data[0].replace('_', '-')} takes --data with pictures")
+            raise UserError(f"{option_of(needs_data[0])} takes --data with pictures")

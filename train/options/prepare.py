@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer
+from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, option_of
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import check_pixels
@@ -144,9 +144,7 @@ def _check(args: argparse.Namespace) -> None:
     check_at_least(args, 0, "seed")
     if args.draw_with is None:
         if given := [name for name in FLAGS_OF_DRAWING if getattr(args, name) is not None]:
-            names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
-            option = names.get(given[0], given[0]).replace("_", "-")
-            raise UserError(f"--{option} takes --draw-with TEACHER")
+            raise UserError(f"{option_of(given[0])} takes --draw-with TEACHER")
         if not args.sources:
             raise UserError("give a SOURCE of pictures, or --draw-with TEACHER --prompts-file FILE")
         if args.model is None:

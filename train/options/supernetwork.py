@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from train.evaluation.memory import training_memory
 from train.evaluation.previews import previews_of
 from train.evaluation.validation import FlowValidation, held_out_batches
 from train.loop.config import TrainingConfig, warmup_of
+from train.loop.distributed import print_once
 from train.loop.run import claim_training, digest_files
 from train.loop.teacher import prepared_parts
 from train.loop.trainer import Trainer
@@ -274,8 +274,8 @@ def _check_training_memory(
     )
     if needed > 2 * memory:
         raise UserError(text)
-    if needed > memory and mx.distributed.init().rank() == 0:
-        print(f"warning: {text}", file=sys.stderr)
+    if needed > memory:
+        print_once(f"warning: {text}")
 
 
 def weights_of(
@@ -411,7 +411,7 @@ def _validation_losses(
     held_out = source.validation() if args.validation_pictures else None
     if held_out is None:
         if args.validation_pictures:
-            print("no validation loss: the data keeps no pictures for it", file=sys.stderr)
+            print_once("no validation loss: the data keeps no pictures for it")
         return None
     parts = getattr(held_out, "sources", [held_out])
     count = -(-args.validation_pictures // len(parts))

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, open_regular
+from mlx_snapgen.files import MOST_LINE, check_size, expanded, open_regular, read_lines
+from mlx_snapgen.inputs import MAX_BYTES
 from train.data.readers.captions import (
     decode_text,
     default_column,
@@ -130,10 +131,10 @@ class PictureFolderRecords:
         if len(place) == 4:
             with open(self.folder / place[1], "rb", opener=open_regular) as file:
                 file.seek(place[2])
-                values = parse_object(file.readline())
+                values = parse_object(file.readline(MOST_LINE))
             return text_columns(_without_name(values), lambda: self._default(place[1]))
         if len(place) == 2:
-            return {"text": decode_text(_read(self._root + place[1]))}
+            return {"text": decode_text(_read(self._root + place[1], limit=MOST_LINE))}
         name = Path(place[0]).parent.name
         if self.template is None or not name:
             return None
@@ -144,7 +145,7 @@ class PictureFolderRecords:
         """See `default_column`, of a metadata file."""
 
         def objects(file) -> Iterator[dict[str, Any]]:
-            for line in filter(bytes.strip, file):
+            for line in filter(bytes.strip, read_lines(file, self.folder / metadata)):
                 with contextlib.suppress(ValueError):
                     yield _without_name(parse_object(line))
 
@@ -220,7 +221,7 @@ class PictureFolderRecords:
 
     def _lines(self, folder: str, metadata: str, file) -> Iterator[tuple[str, str, int] | Skipped]:
         offset = 0
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(read_lines(file, self.folder / metadata), 1):
             start, offset = offset, offset + len(line)
             if not line.strip():
                 continue
@@ -251,6 +252,11 @@ class PictureFolderRecords:
         return os.path.relpath(path, self.folder)
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its name."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def check_template(template: str | None) -> None:
     """`UserError` for a template of captions without {}."""
     if template is not None and template.count("{}") != 1:
@@ -261,9 +267,10 @@ def _without_name(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != NAME}
 
 
-def _read(path: str, most: int = -1) -> bytes:
+def _read(path: str, most: int = -1, *, limit: int = MAX_BYTES) -> bytes:
     # Of small files, buffers take as long as all else.
     with open(path, "rb", buffering=0, opener=open_regular) as file:
+        check_size(file, limit)
         return file.read(most) or b""
 
 

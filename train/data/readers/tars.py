@@ -7,6 +7,7 @@ such as `.short.txt` (column "short"), or in the texts of a `.json`.
 """
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import open_regular
+from mlx_snapgen.files import MOST_LINE, open_regular
+from mlx_snapgen.inputs import MAX_BYTES
 from train.data.readers.captions import (
     FIRST,
     decode_text,
@@ -246,6 +248,8 @@ def _parsed(
 
 
 def _contents(path: Path, member: Member, *, most: int = -1) -> bytes:
+    if member.size > (MOST_LINE if _is_text(member.name) else MAX_BYTES):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
     if member.data is not None:
         return member.data if most < 0 else member.data[:most]
     size = member.size if most < 0 else min(member.size, most)
@@ -352,7 +356,17 @@ def _members(file: IO[bytes], *, seekable: bool) -> Iterator[Member]:
         if seekable and start + size > length:
             raise _Damaged("it is cut off")
         data = None
-        if not seekable or kind in _EXTENDED or name.endswith((b".txt", b".json")):
+        if kind in _EXTENDED and size > MOST_LINE:
+            raise _Damaged("a damaged extended header")
+        is_text = name.endswith((b".txt", b".json"))
+        if not seekable and size > MAX_BYTES:
+            left = padded
+            while left and (found := len(file.read(min(left, MOST_LINE)))):
+                left -= found
+            if left:
+                raise _Damaged("it is cut off")
+            data = b""
+        elif not seekable or kind in _EXTENDED or (is_text and size <= MOST_LINE):
             data = file.read(size)
             if len(data) < size:
                 raise _Damaged("it is cut off")
