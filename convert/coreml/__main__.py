@@ -38,7 +38,7 @@ A picture is 2 times the latents x_t, whose noise has unit variance. An uncondit
 
 import dataclasses
 
-from convert.coreml.export import export_coreml, load_for_export, needed_bytes
+from convert.coreml.export import export_coreml, needed_bytes
 from convert.coreml.minit2i import export_minit2i
 from convert.coreml.options import (
     ExportSettings,
@@ -51,6 +51,7 @@ from convert.libraries import require_coremltools
 from convert.options import parse
 from mlx_snapgen.checkpoint.config import load_config
 from mlx_snapgen.checkpoint.hub import find_model, local_folder
+from mlx_snapgen.checkpoint.model import load_fused
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import UserError, run_command
@@ -104,7 +105,7 @@ def main() -> None:
         )
     check_space(args.output, needed_bytes(config, settings))
     with announce("loading the model ..."):
-        components = load_for_export(
+        components = load_fused(
             folder, settings.widths, few_step=not args.no_few_step, name=args.model
         )
     components.config = dataclasses.replace(components.config, image_size=size)

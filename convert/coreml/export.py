@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 import mlx_snapgen
@@ -18,12 +17,7 @@ from convert.coreml.options import ExportSettings
 from convert.coreml.package import Network, line, write_package
 from convert.libraries import import_coremltools
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
-from mlx_snapgen.checkpoint.model import (
-    Components,
-    fuse_few_step,
-    load_pretrained,
-    note_few_step_widths,
-)
+from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import ModelConfig
@@ -34,27 +28,6 @@ from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.quantize.palettes import LEAST, Palettes, check_palettes, with_palettes
 from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import parse_width
-
-
-def load_for_export(
-    folder: Path,
-    widths: Sequence[str] = ("full",),
-    *,
-    few_step: bool = True,
-    name: str | None = None,
-) -> Components:
-    """A model in float32 with the sub-network of one width, or the supernetwork for several.
-
-    Args:
-        few_step: merge the few-step LoRA, if the model has one; otherwise `config.few_step` becomes
-            None.
-        name: the model's for messages; None for the one in its config.
-    """
-    share = parse_width(widths[0]).share if len(widths) == 1 else None
-    components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=few_step)
-    note_few_step_widths(components, widths, model=name)
-    fuse_few_step(components)
-    return components
 
 
 def of_width(components: Components, width: str) -> Components:
@@ -76,7 +49,7 @@ def export_coreml(
     """Write a model's networks as Core ML packages.
 
     Args:
-        components: of one width, or the supernetwork (see `load_for_export`); `config.image_size`
+        components: of one width, or the supernetwork (see `load_fused`); `config.image_size`
             is the resolution, and `config.few_step` the sampler if that LoRA is merged.
         output: folder to write; must not exist, or be empty.
         palettes: those of the transformer, of `settings.quantize` bits; None chooses new ones.

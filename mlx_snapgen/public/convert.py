@@ -205,7 +205,9 @@ def _account(source: Source, weights: Mapping[str, mx.array], kind: str) -> dict
             used.append(key)
         else:
             renamed[key] = name
-        if not mx.issubdtype(weights[key].dtype, mx.floating):
+        # Some tools store a LoRA's alpha as a whole number.
+        is_alpha = kind == "lora" and key.endswith(".alpha")
+        if not is_alpha and not mx.issubdtype(weights[key].dtype, mx.floating):
             raise UserError(
                 f"{source.path}: '{key}' is stored as whole numbers, so it is quantized already: "
                 "get the original weights"

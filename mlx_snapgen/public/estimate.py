@@ -1,6 +1,7 @@
 """What the first use of a public model takes: memory, disk, and so how many bits."""
 
 import shutil
+import stat
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -92,13 +93,16 @@ def describe_work(model: PublicModel, files: Files, *, parts: Path, bits: int, t
     kept = kept_bytes(model, files, bits=bits, text=text)
     memory = peak_memory(model, bits, text)
     # What an interrupted call wrote, here and into the cache of the downloads, is used again.
-    needed = max(0, fetched - sum(_incomplete(folder) for folder, some in places if some))
+    left = [_incomplete(folder) for folder, some in places if some]
+    needed = max(0, fetched - sum(resumed for resumed, _ in left))
     needed += max(0, kept - written(parts))
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise UserError(
-            f"{model.name} needs {_gb(needed)} of disk, and {cache} has {_gb(free)}: free "
-            "some" + (", or choose --quantize 4" if bits != 4 else "")
+            f"{model.name} needs {_shown(needed)} of disk, and {cache} has {_shown(free)}: free "
+            f"{_shown(needed - free)} more"
+            + (", or choose --quantize 4" if bits != 4 else "")
+            + "".join(f"; delete {names}" for _, names in left if names)
         )
     license_, *others = files.licenses
     what = f"{model.name} ({count / 1e9:.1f} billion weights"
@@ -107,23 +111,25 @@ def describe_work(model: PublicModel, files: Files, *, parts: Path, bits: int, t
         what += f" with {model.text.source}"
         what += f" (license {others[0]})" if others[0] else ""
     number = plural(len(files.own) + len(files.text), "file")
-    work = f"fetching {_gb(fetched)} in {number} and " if fetched else ""
+    work = f"fetching {_shown(fetched)} in {number} and " if fetched else ""
     how = f"in {bits} bits" if bits else "without quantization"
     return (
-        f"{what}: {work}converting it once, {how}, to {_gb(kept)} in {cache}; drawing "
-        f"{_side(model)} x {_side(model)} takes about {_gb(memory)} of memory"
+        f"{what}: {work}converting it once, {how}, to {_shown(kept)} in {cache}; drawing "
+        f"{_side(model)} x {_side(model)} takes about {_shown(memory)} of memory"
     )
 
 
 def written(folder: Path) -> int:
-    """Bytes of the files in a folder that another process may fill, or delete."""
+    """Bytes of the files in a folder that another process may fill, or delete; links are none."""
     with suppress(OSError):
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        stats = [path.lstat() for path in folder.rglob("*")]
+        return sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
     return 0
 
 
-def _incomplete(folder: Path | None) -> int:
-    """Bytes of interrupted downloads, which resume, of the repository whose snapshot is `folder`.
+def _incomplete(folder: Path | None) -> tuple[int, str]:
+    """Bytes of interrupted downloads, which resume, of the repository whose snapshot is `folder`,
+    and a pattern of those that do not; "" without such.
 
     Their names are those of their blobs. With a random part besides, which newer versions of the
     hub's client give them, they are what a killed process has left, and are not resumed.
@@ -131,8 +137,10 @@ def _incomplete(folder: Path | None) -> int:
     blobs = folder.parent.parent / "blobs" if folder is not None else None
     with suppress(OSError):
         found = list(blobs.glob("*.incomplete")) if blobs else []
-        return sum(path.stat().st_size for path in found if "." not in path.stem)
-    return 0
+        resumed = sum(path.stat().st_size for path in found if "." not in path.stem)
+        lost = any("." in path.stem for path in found)
+        return resumed, f"{blobs}/*.*.incomplete" if lost else ""
+    return 0, ""
 
 
 def kept_bytes(model: PublicModel, files: Files, *, bits: int, text: int) -> int:
@@ -152,5 +160,9 @@ def _arrays(model: PublicModel) -> list[Any]:
     return list(flat_parameters(model.network).values())
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _shown(count: int) -> str:
+    """A size with a digit that is not 0, however small: 6.2 GB, 120.0 MB, 4.5 kB, 1 byte."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return plural(count, "byte")

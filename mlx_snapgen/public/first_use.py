@@ -217,7 +217,9 @@ def _convert(
     how = {"bits": bits, "group_size": GROUP_SIZE} if bits else None
     parts = _parts(model, bits)
     # Before the first part, which takes minutes.
-    plan = check_text_encoder(folders.text, folders.model / "tokenizer", network=model.network)
+    plan = check_text_encoder(
+        folders.text, folders.model / "tokenizer", network=model.network, work=parts
+    )
     if how and not plan.matrices(GROUP_SIZE):
         raise UserError(_unquantizable(model.name, "text encoder"))
     del plan  # with the weights

@@ -15,10 +15,11 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_snapgen.checkpoint import clip, clip_towers, t5
+from mlx_snapgen.checkpoint.language_models import check_qwen
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import read_bytes
-from mlx_snapgen.json_values import to_dict
+from mlx_snapgen.json_values import check_sizes, to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
@@ -186,6 +187,8 @@ def _qwen_name(key: str) -> str | None:
 def _qwen(source: Source, public: Weights) -> Plan:
     """A folder in mlx-lm's format, without a tokenizer: the text encoder of a public model."""
     config = config_of(source)
+    check_sizes(config, source.folder / "config.json")
+    check_qwen(config, source.folder / "config.json")
     named = {_qwen_name(key): value for key, value in public.items()}
     weights = {name: value for name, value in named.items() if name is not None}
     return _language_model(config, weights)

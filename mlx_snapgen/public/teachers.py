@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,17 @@ from mlx_snapgen.checkpoint.language_models import TEXT_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import check_new, check_regular, new_folder, read_object, save_tensors
+from mlx_snapgen.files import (
+    check_new,
+    check_regular,
+    expanded,
+    new_folder,
+    read_object,
+    save_tensors,
+    temporary_folder,
+)
 from mlx_snapgen.formats import CONFIG
-from mlx_snapgen.json_values import checked, from_dict, to_dict
+from mlx_snapgen.json_values import check_only, checked, from_dict, to_dict
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.presets import PIXELS
@@ -61,12 +68,11 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
     """
     path = folder / "scheduler_config.json"
     values = read_object(path)
+    flags = (*(f"use_{k}_sigmas" for k in ("karras", "exponential", "beta")), "invert_sigmas")
+    only = dict.fromkeys((*flags, "stochastic_sampling"), (False,))
+    only |= {"_class_name": ("FlowMatchEulerDiscreteScheduler",), "num_train_timesteps": (1000,)}
+    check_only(values, only, path)
     with naming(path):
-        for key in ("karras", "exponential", "beta"):
-            if values.get(f"use_{key}_sigmas"):
-                raise UserError(f"a schedule with use_{key}_sigmas is not supported")
-        if values.get("invert_sigmas"):
-            raise UserError("a schedule with invert_sigmas is not supported")
         try:
             if values.get("use_dynamic_shifting"):
                 if values.get("time_shift_type", "exponential") != "exponential":
@@ -142,7 +148,8 @@ def convert_teacher(
     draws_pixels = kind == "minit2i"
     text_source = text_source or source / "text_encoder"
     if text_encoder is None and text_part is None:
-        check_text_encoder(text_source, source / "tokenizer", network=network)
+        tokenizer, work = source / "tokenizer", expanded(output).parent
+        check_text_encoder(text_source, tokenizer, network=network, work=work)
     autoencoder = make_autoencoder(PIXELS) if draws_pixels else read_autoencoder(source / "vae")
     if few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
@@ -190,7 +197,9 @@ def convert_teacher(
             shutil.rmtree(partial / "converted", ignore_errors=True)
 
 
-def check_text_encoder(folder: Path, tokenizer: Path, *, network: TeacherNetwork) -> Plan:
+def check_text_encoder(
+    folder: Path, tokenizer: Path, *, network: TeacherNetwork, work: Path
+) -> Plan:
     """The plan of a text encoder's conversion.
 
     Only configs and headers are read: conversions take minutes.
@@ -199,6 +208,7 @@ def check_text_encoder(folder: Path, tokenizer: Path, *, network: TeacherNetwork
         folder: of the text encoder.
         tokenizer: its folder; not of a T5, which has its own.
         network: the transformer.
+        work: folder for temporary links.
 
     Raises:
         UserError: a text encoder or tokenizer that is damaged or does not fit.
@@ -215,14 +225,14 @@ def check_text_encoder(folder: Path, tokenizer: Path, *, network: TeacherNetwork
         place.symlink_to(path.absolute())
         paths[place] = path
 
-    with tempfile.TemporaryDirectory() as together:
+    with temporary_folder(work) as together:
         for one in (tokenizer, folder):
-            _copy(one, Path(together), put=link)
+            _copy(one, together, put=link)
         try:
-            load_qwen(Path(together), PROMPT_FORMATS[kind], dims=network.config.text_dims)
+            load_qwen(together, PROMPT_FORMATS[kind], dims=network.config.text_dims)
         except UserError as error:
             text = str(error)
-            for place, path in (paths | {Path(together): folder.parent}).items():
+            for place, path in (paths | {together: folder.parent}).items():
                 text = text.replace(str(place), str(path))
             raise UserError(text) from None
     return plan

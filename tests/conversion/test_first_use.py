@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -24,7 +25,7 @@ from convert.parity.originals import (
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.open_model import describe_public, open_model
+from mlx_snapgen.open_model import describe_model, describe_public, open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public import estimate, first_use, teachers
 from mlx_snapgen.public.description import CONFIGS
@@ -184,6 +185,27 @@ def test_an_interrupted_conversion_resumes(public, cache, monkeypatch):
     assert [path.name for path in cache.iterdir()] == [parts.name.removesuffix(".parts")]
 
 
+def test_a_killed_check_of_the_text_encoder_leaves_nothing(public, cache, tmp_path, monkeypatch):
+    code = (
+        "import os, signal, sys\n"
+        "from mlx_snapgen.open_model import open_model\n"
+        "from mlx_snapgen.public import teachers\n"
+        "from mlx_snapgen.settings import ModelChoice\n"
+        "teachers.load_qwen = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "open_model(ModelChoice(sys.argv[1], quantize=0))\n"
+    )
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    command = [sys.executable, "-c", code, str(public[0])]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    [links] = cache.glob("*.parts/.snapgen-*")
+    assert any(path.is_symlink() for path in links.iterdir())
+    assert not [*(tmp_path / "tmp").iterdir()]
+    target = open_model(ModelChoice(str(public[0]), quantize=0)).path
+    assert [*cache.iterdir()] == [target] and not [*cache.rglob(".snapgen-*")]
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -234,6 +256,21 @@ def test_damage_is_found_before_anything_is_converted(
         ("text_encoder", "num_hidden_layers", 10**6, "'num_hidden_layers' must be 0 to 256"),
         ("text_encoder", "bos_token_id", "x", "Validation error for field 'bos_token_id'"),
         ("text_encoder", "max_position_embeddings", [1], "for field 'max_position_embeddings'"),
+        ("text_encoder", "hidden_act", "gelu", "'hidden_act' \"gelu\" is not supported"),
+        ("text_encoder", "attention_bias", True, "'attention_bias' true is not supported"),
+        ("text_encoder", "layer_types", ["sliding_attention"] * 2, "'layer_types' "),
+        (
+            "text_encoder",
+            "rope_scaling",
+            {"rope_type": "dynamic"},
+            "'rope_type' \"dynamic\"",
+        ),
+        (
+            "text_encoder",
+            "rope_parameters",
+            {"partial_rotary_factor": 0.5},
+            "factor' 0.5 is",
+        ),
         ("transformer", "n_layers", 2.5, "'num_layers' must be a whole number"),
         ("transformer", "t_scale", 2.0, "only t_scale 1000.0 is supported"),
         ("vae", "latent_channels", "x", "'latent_channels' must be a whole number"),
@@ -241,7 +278,10 @@ def test_damage_is_found_before_anything_is_converted(
         ("vae", "scaling_factor", 0, "'scaling_factor' must not be 0"),
         ("scheduler", "shift", 1e9, "shifts of at most"),
         ("scheduler", "shift", 0, "'shift' must be positive, got 0"),
-        ("scheduler", "use_beta_sigmas", True, "use_beta_sigmas is not supported"),
+        ("scheduler", "stochastic_sampling", True, "'stochastic_sampling' true is not"),
+        ("scheduler", "num_train_timesteps", 500, "'num_train_timesteps' 500 is not"),
+        ("scheduler", "_class_name", "UniPCMultistepScheduler", "'_class_name' \"UniPCMul"),
+        ("scheduler", "use_beta_sigmas", True, "'use_beta_sigmas' true is not supported"),
     ],
 )
 def test_a_wrong_value_names_its_file(public, tmp_path, monkeypatch, part, key, value, hint):
@@ -394,7 +434,8 @@ def test_only_the_needed_files_are_fetched_once(public, hub, capsys):
     options = [*OPTIONS, "--model", "someone/turbo", "--output", "a/"]
     main(["a red car", *options, "--quantize", "none"])
     err = capsys.readouterr().err
-    assert "license apache-2.0): fetching 0.0 GB in " in err
+    assert "license apache-2.0): fetching " in err
+    assert re.search(r"fetching \d\.\d MB in ", err)
     assert np.abs(pixels("a/a-red-car.png") - public[1]).max() < 0.6
     metadata = read_metadata("a/a-red-car.png")
     assert (metadata["model"], metadata["revision"]) == ("someone/turbo", COMMIT)
@@ -405,6 +446,14 @@ def test_only_the_needed_files_are_fetched_once(public, hub, capsys):
     main(["a red car", *options])
     assert not hub.asked
     assert np.array_equal(pixels("a/a-red-car-1.png"), pixels("a/a-red-car.png"))
+
+
+def test_a_model_is_described_by_its_configs_alone(public, hub):
+    choice = ModelChoice("someone/turbo", quantize=0)
+    found = describe_model(choice)
+    assert not [name for name in hub.names() if name.endswith(".safetensors")]
+    assert found.name == open_model(choice).config.name == "Z-Image-Turbo"
+    assert describe_model(ModelChoice(str(public[0]))).name == found.name
 
 
 def test_a_cached_model_draws_without_a_network(hub, monkeypatch):
@@ -453,7 +502,7 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     with monkeypatch.context() as patch:
         patch.setattr(estimate.shutil, "disk_usage", lambda _: usage)
-        assert "free some, or choose --quantize 4" in refused("someone/turbo", "--quantize", "none")
+        assert "MB more, or choose --quantize 4" in refused("someone/turbo", "--quantize", "none")
     assert not [n for n in hub.names() if n.endswith(".safetensors")]
 
 
@@ -504,7 +553,7 @@ def test_a_text_encoder_is_checked_before_anything_is_quantized(public, cache, m
     assert told.endswith("choose --quantize none") and not [*cache.iterdir()]
 
 
-def test_the_disk_needs_room_for_the_rest_alone(hub, tmp_path, cache, monkeypatch):
+def test_the_disk_needs_room_for_the_rest_alone(hub, public, tmp_path, cache, monkeypatch):
     """Of an interrupted conversion, and of an interrupted download."""
     model = describe_public("someone/turbo", revision=None, base=None)
     files, parts = needed_files(model), cache / "turbo.parts"
@@ -518,16 +567,21 @@ def test_the_disk_needs_room_for_the_rest_alone(hub, tmp_path, cache, monkeypatc
         return estimate.describe_work(model, files, parts=parts, bits=0, text=9)
 
     assert "converting it once" in describe(free)
-    with pytest.raises(UserError, match=r"of disk, and .* has .* free some"):
+    told = r"needs \d+\.\d MB of disk, and .* has \d+\.\d MB: free 1 byte more, or choose"
+    with pytest.raises(UserError, match=told):
         describe(free - 1)
+    with pytest.raises(UserError, match=r"has 0 bytes: free \d+\.\d MB more"):
+        describe(0)
     (parts / "transformer").mkdir()
     (parts / "transformer" / "a.safetensors").write_bytes(bytes(1000))
+    # Those of a process that was killed while it checked the text encoder.
+    (parts / "link").symlink_to(next(folder for folder in public[0].rglob("*.safetensors")))
     blobs = model.folder.parent.parent / "blobs"
     (blobs / "a.incomplete").write_bytes(bytes(500))
     # Newer versions of the hub's client do not resume it.
     (blobs / "b.1234abcd.incomplete").write_bytes(bytes(300))
     assert "converting it once" in describe(free - 1500)
-    with pytest.raises(UserError, match="of disk"):
+    with pytest.raises(UserError, match=r"more, or .*; delete .*blobs/[*].[*].incomplete$"):
         describe(free - 1501)
     (parts / "transformer" / "b.safetensors").write_bytes(bytes(2 * kept))
     assert "converting it once" in describe(fetched)

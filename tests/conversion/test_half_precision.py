@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from convert import libraries
-from convert.coreml.export import load_for_export
 from convert.coreml.package import Network, write_package
 from convert.coreml.packages import step_difference
 from convert.mil.execution import Interpreter
 from convert.pytorch.weights import torch_networks
 from mlx_snapgen.checkpoint.hub import default_model_path
+from mlx_snapgen.checkpoint.model import load_fused
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.sampling import get_noise
 from tests.tiny import MODEL, require
@@ -54,7 +54,7 @@ class Sums:
 @pytest.fixture(scope="module")
 def pictures():
     """The default model at t = 1 with 64 prompts: its twin, the inputs, and their `Sums`."""
-    components = load_for_export(default_model_path())
+    components = load_fused(default_model_path())
     config = components.config
     twin = torch_networks(components, attend=attend_split)["transformer"]
     prompts = [f"a {word}" for word in components.vocabulary["nouns"][:64]]

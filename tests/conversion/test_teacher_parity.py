@@ -159,6 +159,43 @@ def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
     assert relative_difference(drawn, picture.permute(0, 2, 3, 1)) < 1e-4
 
 
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "llama3": {
+        **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("is_old", [True, False])
+@pytest.mark.parametrize("kind", ["qwen", "z_image"])
+def test_scaled_rotary_positions_are_those_of_transformers(kind, is_old, name, request, tmp_path):
+    """Also in config.json of transformers 5, where mlx-lm does not look for those of a Qwen2.5."""
+    pipeline, public, teacher, _ = request.getfixturevalue(kind)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(public / part, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    text["max_position_embeddings"] = 16
+    if is_old:
+        rope = text.pop("rope_parameters")
+        text["rope_theta"], text["rope_scaling"] = rope.pop("rope_theta"), rope | SCALED[name]
+    else:
+        text["rope_parameters"] |= SCALED[name]
+    path.write_text(json.dumps(config))
+    pipeline = copy.copy(pipeline)
+    pipeline.text_encoder = type(pipeline.text_encoder).from_pretrained(tmp_path).eval()
+    [expected, *_] = pipeline.encode_prompt([PROMPTS[2]])[0]
+    found = load_qwen(tmp_path, teacher.prompts.prompt_format, dims=32)([PROMPTS[2]])[0][0]
+    assert relative_difference(found[: len(expected)], expected) < 1e-4
+    before = teacher.encode([PROMPTS[2]]).text[0]
+    assert relative_difference(before[: len(expected)], expected) > 0.01
+
+
 def test_z_image_reads_as_its_pipeline_does(z_image):
     pipeline, _, teacher, _ = z_image
     expected, empty = pipeline.encode_prompt(PROMPTS.copy())

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mlx_snapgen.checkpoint.language_models import GEMMA_TYPES, gemma_text
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import check_sizes
 from mlx_snapgen.public.keymap import KeyMap, Row, numberless
@@ -24,36 +25,15 @@ def gemma_config(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """config.json of the text network only, with the names that mlx-lm reads.
 
     Raises:
-        UserError: another network, or sizes that are missing or out of range.
+        UserError: another network, a setting that is not supported, or sizes that are missing or
+            out of range.
     """
     check_sizes(values, path)
-    if values.get("model_type") not in ("gemma3", "gemma3_text"):
+    if values.get("model_type") not in GEMMA_TYPES:
         raise UserError(f"{path} describes a {values.get('model_type')}, not a Gemma 3")
     if values.get("quantization") or values.get("quantization_config"):
         raise UserError(f"{path} describes quantized weights: get the original ones")
-    text = dict(values)
-    if "text_config" in values:
-        # Google's files leave out the values of the 4B model; mlx-lm's defaults are the 1B model's.
-        defaults = {
-            "vocab_size": values.get("vocab_size", 262208),
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-        }
-        text = defaults | values["text_config"]
-    text["model_type"] = "gemma3_text"
-    # transformers 5 writes the rotary settings by kind of layer, and the pattern as a list.
-    rope = text.get("rope_parameters")
-    if isinstance(rope, dict) and "full_attention" in rope:
-        whole, local = rope["full_attention"], rope.get("sliding_attention", {})
-        text["rope_theta"] = whole.get("rope_theta", 1_000_000.0)
-        text["rope_local_base_freq"] = local.get("rope_theta", 10_000.0)
-        if whole.get("rope_type", "default") != "default":
-            text["rope_scaling"] = {k: v for k, v in whole.items() if k != "rope_theta"}
-    layers = text.get("layer_types")
-    if "sliding_window_pattern" not in text and layers:
-        whole = [i for i, kind in enumerate(layers) if kind == "full_attention"]
-        # Without a full layer, the pattern is longer than the network.
-        text["sliding_window_pattern"] = whole[0] + 1 if whole else len(layers) + 1
+    text = gemma_text(values, path)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
         if key not in text:
             raise UserError(f"{path} lacks {key}: it does not describe a Gemma 3")
