@@ -20,7 +20,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 from mlx_snapgen.errors import UserError, one_line
 
@@ -43,6 +43,15 @@ def expanded(path: str | Path) -> Path:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot use {found}: {reason}") from None
     return found
+
+
+def is_unicode(text: object) -> bool:
+    """Whether UTF-8 can hold a text; the name of a file may have bytes that are none."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_link(path: Path) -> None:
@@ -126,14 +135,24 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A path of the same name in a new hidden folder beside it, on the same disk."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path.parent) from None
-    _delete_abandoned(path.parent)
-    hidden, lock = _hidden_folder(path.parent)
-    try:
+    with temporary_folder(path.parent) as hidden:
         yield hidden / path.name
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new private folder in `parent`, deleted at the end.
+
+    Before, those of killed processes in `parent` are deleted.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), parent) from None
+    _delete_abandoned(parent)
+    hidden, lock = _hidden_folder(parent)
+    try:
+        yield hidden
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         os.close(lock)
@@ -158,13 +177,14 @@ def _hidden_folder(parent: Path) -> tuple[Path, int]:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete the hidden folders of processes that were killed."""
+    """Delete this user's hidden folders of processes that were killed."""
     for hidden in parent.glob(f"{HIDDEN}*"):
         with contextlib.suppress(OSError):
-            lock = os.open(hidden, os.O_DIRECTORY)
+            lock = os.open(hidden, os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(hidden)
+                if os.fstat(lock).st_uid == os.getuid():
+                    shutil.rmtree(hidden)
             finally:
                 os.close(lock)
 
@@ -190,7 +210,8 @@ def save_tensors(path: Path, tensors: Any, header: Mapping[str, str] | None = No
     import mlx.core as mx  # here, because the rest of this module does not need it
 
     try:
-        mx.save_safetensors(str(path), tensors, dict(header or {}))
+        with contextlib.nullcontext(str(path)) if is_unicode(path) else open(path, "wb") as file:
+            mx.save_safetensors(file, tensors, dict(header or {}))
     except RuntimeError as error:
         if not str(error).startswith(("[write]", "[save_safetensors]")):
             raise
@@ -255,6 +276,8 @@ MOST_BYTES = 2**26
 """Of a text file that is read at once. The largest in use is a tokenizer of 33 MB."""
 MOST_JSON = 2**22
 """Bytes of a config; other files of JSON may be larger."""
+MOST_LINE = 2**22
+"""Bytes of a line of a text file that is read line by line."""
 MOST_DEPTH = 64
 """Of JSON."""
 MOST_INTEGER = 2**64
@@ -302,6 +325,26 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
     return data
 
 
+def check_size(file: IO[Any], most: int) -> None:
+    """`OSError` for an open file of more than `most` bytes."""
+    if os.fstat(file.fileno()).st_size > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), file.name)
+
+
+def read_line(file: IO[AnyStr], name: object) -> AnyStr:
+    """The next line of a file of unknown origin; `UserError` if it has more than `MOST_LINE`."""
+    line = file.readline(MOST_LINE + 1)
+    if len(line) > MOST_LINE:
+        raise UserError(f"cannot read {name}: a line has more than {MOST_LINE // 2**20} MiB")
+    return line
+
+
+def read_lines(file: IO[AnyStr], name: object) -> Iterator[AnyStr]:
+    """See `read_line`."""
+    while line := read_line(file, name):
+        yield line
+
+
 def decode_text(data: bytes, where: object) -> str:
     """UTF-8, with or without a byte-order mark, as text; `UserError` names `where`."""
     try:
@@ -315,24 +358,27 @@ def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
     return decode_text(read_bytes(path, most=most), path)
 
 
-def read_json(path: Path, *, most: int = MOST_JSON) -> Any:
+def read_json(path: Path, *, most: int = MOST_JSON, paths: bool = False) -> Any:
     """The values in a JSON file of at most `most` bytes; `UserError` if it is missing or damaged.
 
     See `parse_json`.
     """
-    return parse_json(read_bytes(path, most=most), path)
+    return parse_json(read_bytes(path, most=most), path, paths=paths)
 
 
-def read_object(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
-    """The object in a JSON file; `UserError` if there is none."""
-    values = read_json(path, most=most)
+def read_object(path: Path, *, most: int = MOST_JSON, paths: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` if there is none. See `parse_json`."""
+    values = read_json(path, most=most, paths=paths)
     if not isinstance(values, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object")
     return values
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, paths: bool = False) -> Any:
     """The values in a JSON text of unknown origin.
+
+    Args:
+        paths: it may have paths with bytes that are no UTF-8, in the form of `os.fsdecode`.
 
     Raises:
         UserError: names `where` the text is from. It is no UTF-8 or no JSON, is nested more than
@@ -349,7 +395,8 @@ def parse_json(text: str | bytes, where: object) -> Any:
             _check_depth(values)
         escaped = not text.isascii() or "\\u" in text
         if escaped and re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text):
-            json.dumps(values, ensure_ascii=False).encode()
+            errors = "surrogateescape" if paths else "strict"
+            json.dumps(values, ensure_ascii=False).encode(errors=errors)
     except UnicodeEncodeError:
         raise UserError(f"cannot read {where}: it has half of a surrogate pair") from None
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, cast
 
 from mlx_snapgen.errors import UserError, naming, nearest, one_line
@@ -65,6 +66,18 @@ def check_positive(values: Any) -> None:
         check_positive(value)
         if isinstance(key, str) and key.endswith(POSITIVE) and value is not None:
             _read(float, value, key)
+
+
+def check_only(values: Any, only: Mapping[str, tuple[Any, ...]], path: object) -> None:
+    """`UserError` for a setting of another library that has no effect here, but would have there.
+
+    Args:
+        only: key -> its values without such an effect, besides null and no value.
+    """
+    for key, known in only.items():
+        value = values.get(key) if isinstance(values, dict) else None
+        if value is not None and value not in known:
+            raise UserError(f"{path}: '{key}' {_shown(value)} is not supported")
 
 
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")

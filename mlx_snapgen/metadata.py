@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, open_regular, whole_file
+from mlx_snapgen.files import expanded, is_unicode, open_regular, whole_file
 from mlx_snapgen.inputs import describe_picture, picture_hash
 from mlx_snapgen.settings import (
     MAX_SEED,
@@ -262,7 +262,7 @@ def _in_range(name: str, value: Any) -> bool:
     if name == "model_width" and value is not None:
         return value in WIDTH_NAMES
     if name in ("prompt", "negative_prompt"):
-        return len(value or "") <= MAX_PROMPT and _is_unicode(value or "")
+        return len(value or "") <= MAX_PROMPT and is_unicode(value or "")
     names = value if isinstance(value, tuple) else (value,)
     if name in PICTURES and any(text != Path(text or "").name for text in names):
         return value is None
@@ -274,14 +274,6 @@ def _in_range(name: str, value: Any) -> bool:
     return len(texts) <= MAX_NAMES and all(
         len(text) <= MAX_NAME and text.isprintable() for text in texts
     )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def foreign(recorded: ModelChoice, used: ModelChoice) -> str:
@@ -303,8 +295,10 @@ def encode_png(image: Image.Image, metadata: Mapping[str, Any] | None = None) ->
     """A picture as PNG bytes, with `metadata` (JSON values) as its text chunk."""
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
+        # The name of a file may have bytes that are no text.
+        text = json.dumps(metadata, ensure_ascii=False).encode(errors="replace").decode()
         # Pillow writes a text that is not Latin-1 as an iTXt chunk.
-        chunks.add_text(KEY, json.dumps(metadata, ensure_ascii=False))
+        chunks.add_text(KEY, text)
     buffer = io.BytesIO()
     image.save(buffer, "png", pnginfo=chunks)
     return buffer.getvalue()

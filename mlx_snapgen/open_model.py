@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, local_folder, quiet
 from mlx_snapgen.checkpoint.language_models import TEXT_FILES
+from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, of_settings
 from mlx_snapgen.files import expanded
@@ -77,14 +78,39 @@ def open_model(
         found = ModelFolder.open(choice.model)
         _check(found.config, choice, settings=settings)
         return found
+    config = _own_config(name, folder)
+    _check(config, choice, settings=settings)
+    return ModelFolder.fetch(name, config, commit=commit, progress=progress)
+
+
+def _own_config(name: str, folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name} is not a model that can be drawn with: it has neither the config.json of this "
             f"package nor {INDEX}"
         )
-    config = load_config(folder)
-    _check(config, choice, settings=settings)
-    return ModelFolder.fetch(name, config, commit=commit, progress=progress)
+    return load_config(folder)
+
+
+def describe_model(choice: ModelChoice) -> Description:
+    """The config of the model of `choice`; of a repository, its configs alone are fetched.
+
+    Raises:
+        UserError: no such model, or a damaged config.
+    """
+    if choice.base is not None or is_file(choice.model):
+        model = choice.model or "stickers"
+        return describe_file(model, base=choice.base, revision=choice.revision).config
+    folder, commit = _described(choice.model, choice.revision)
+    if is_teacher(folder):
+        from mlx_snapgen.teachers.folder import load_teacher_config
+
+        return load_teacher_config(folder)
+    if is_public(folder):
+        return _describe(str(choice.model), folder, commit).config
+    if commit is None:
+        return ModelFolder.open(choice.model).config
+    return _own_config(str(choice.model), folder)
 
 
 def find_description(choice: ModelChoice) -> Path:

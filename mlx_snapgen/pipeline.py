@@ -17,6 +17,7 @@ from mlx_snapgen.checkpoint.model import (
     load_pretrained,
     load_text_encoders,
     save_pretrained,
+    untrained_note,
 )
 from mlx_snapgen.checkpoint.module import Quantization
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
@@ -73,7 +74,7 @@ class SnapGenPipeline(Pipeline):
         self._few_step_note = check_few_step_width(
             components, self.choice.model_width, model=self._name
         )
-        self._is_untrained = components.transformer.is_untrained
+        self._untrained_note = untrained_note(components.transformer, self._name)
 
     @classmethod
     def from_pretrained(
@@ -183,9 +184,7 @@ class SnapGenPipeline(Pipeline):
 
     def _general_notes(self, settings: DrawSettings) -> Iterator[str]:
         """Why the pictures of any prompt may be bad."""
-        if self._is_untrained:
-            yield f"{self._name} is not trained yet, so that it draws noise"
-        yield from filter(None, self._lora_notes)
+        yield from filter(None, [self._untrained_note, *self._lora_notes])
         if settings.few_step and (text := self._few_step_note):
             yield text
 

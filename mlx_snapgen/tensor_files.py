@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import open_regular, parse_json
+from mlx_snapgen.files import is_unicode, open_regular, parse_json
 
 BYTES = {
     **{"BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8},
@@ -69,7 +69,10 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
     """
     header, _ = read_header(path)
     try:
-        tensors = mx.load(str(path), format="safetensors")
+        with open(path, "rb", opener=open_regular) as file:
+            # MLX takes only names that are UTF-8, and would read a file object in other threads.
+            name = str(path) if is_unicode(path) else f"/dev/fd/{file.fileno()}"
+            tensors = mx.load(name, format="safetensors")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from None
     assert isinstance(tensors, dict)

@@ -52,6 +52,7 @@ class ModelFolder:
             return model
         if local_folder(model) is not None:
             path = find_model(model, revision=revision)
+            _check_no_packages(path)
             return cls(path, load_config(path), source=None if is_built_in(model) else str(model))
         path = find_model(model, revision=revision, files=("config.json",), progress=quiet)
         return cls.fetch(str(model), load_config(path), commit=path.name, progress=progress)
@@ -113,6 +114,16 @@ def load_config(folder: Path) -> ModelConfig:
             f"{config.transformer.text_dims}"
         )
     return config
+
+
+def _check_no_packages(folder: Path) -> None:
+    """`UserError` for Core ML packages without a model beside them."""
+    packages = [folder, *folder.glob("*.mlpackage")]
+    if packages[-1].suffix == ".mlpackage" and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds Core ML packages, which apps draw with: give the model that "
+            "convert.coreml exported"
+        )
 
 
 def load_vocabulary(folder: Path) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ from mlx_snapgen.checkpoint.text_encoders import chosen_encoders, load_text_enco
 from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.config import AutoencoderConfig, ModelConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors
+from mlx_snapgen.files import check_new, expanded, is_unicode, new_folder, save_tensors
 from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.lora.adapters import (
     adapted_layers,
@@ -51,9 +51,26 @@ from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.settings import parse_width
 
 FEW_STEP = "few_step"
 """Name of the transformer's adapter for the few-step mode."""
+
+
+def untrained_note(
+    network: EfficientDiT, model: str | Path, *, result: str = "it draws noise"
+) -> str | None:
+    """A line if a network has its first weights, as `train.new` writes them; else None."""
+    return f"{model} is not trained yet: {result}" if network.is_untrained else None
+
+
+def warn_untrained(
+    network: EfficientDiT, model: str | Path, *, result: str = "it draws noise"
+) -> None:
+    """Print the note of `untrained_note`, if there is one, in one of the processes of a run."""
+    note = untrained_note(network, model, result=result)
+    if note and mx.distributed.init().rank() == 0:
+        write_line(f"warning: {note}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,6 +128,27 @@ def fuse_few_step(components: Components) -> None:
         fuse_lora(components.transformer)
 
 
+def load_fused(
+    folder: Path,
+    widths: Sequence[str] = ("full",),
+    *,
+    few_step: bool = True,
+    name: str | None = None,
+) -> Components:
+    """A model in float32 with the sub-network of one width, or the supernetwork for several.
+
+    Args:
+        few_step: merge the few-step LoRA, see `fuse_few_step`; otherwise `config.few_step` becomes
+            None.
+        name: the model's for messages; None for the one in its config.
+    """
+    share = parse_width(widths[0]).share if len(widths) == 1 else None
+    components = load_pretrained(folder, dtype=mx.float32, share=share, few_step=few_step)
+    note_few_step_widths(components, widths, model=name)
+    fuse_few_step(components)
+    return components
+
+
 # --- writing ----------------------------------------------------------------------------------
 
 
@@ -154,7 +192,11 @@ def save_pretrained(
         text_encoders=tuple(e.config for e in components.text_encoders),
         quantization={name: dict(how) for name, how in quantize.items()} if quantize else None,
     )
-    values = {"format_version": FORMAT_VERSION} | to_dict(config)
+    # The name is a folder's, which may have bytes that are no text.
+    name = config.name.encode(errors="replace").decode()
+    values = {"format_version": FORMAT_VERSION} | to_dict(config) | {"name": name}
+    if not is_unicode(json.dumps(values, ensure_ascii=False)):
+        raise UserError("the name of a text encoder's folder is not UTF-8: rename the folder")
     files = {"config.json": json.dumps(values, indent=1)}
     if components.vocabulary is not None:
         files["vocabulary.json"] = json.dumps(components.vocabulary, indent=1, ensure_ascii=False)

@@ -18,6 +18,7 @@ from mlx_snapgen.cli.notices import print_vocabulary
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.files import read_line
 from mlx_snapgen.inputs import FITS
 from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, ModelChoice
 from mlx_snapgen.vocabulary import nouns
@@ -143,12 +144,14 @@ class Session:
                 print("Type a prompt. :help lists the settings, Ctrl-D ends.")
             while True:
                 try:
-                    line = input("" if self._quiet else "> ")
+                    line = read_line(sys.stdin, "stdin") if self._quiet else input("> ")
                 except EOFError:
                     return
                 except KeyboardInterrupt:
                     print()
                     continue
+                if self._quiet and not line:
+                    return
                 # Some editors start a file with a byte-order mark.
                 line = (line.removeprefix("\ufeff") if first else line).strip()
                 first = False

@@ -53,6 +53,8 @@ class Parser(argparse.ArgumentParser):
             given[i] = self.renamed[old] + word[len(old) :]
         for i, word in enumerate(given):
             name, _, value = word.partition("=")
+            if name.startswith("--") and value == "--":  # argparse would leave it out
+                self.error(f"argument {name}: '--' is not a value")
             # The shell does so only where the value is a word of its own.
             if name.startswith("--") and (value == "~" or value.startswith("~/")):
                 given[i] = f"{name}={os.path.expanduser(value)}"
@@ -338,6 +340,15 @@ def _picture(text: str) -> str:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+SHORTER = {"num_inference_steps": "steps", "guidance_scale": "guidance", "loras": "lora"}
+"""Attribute of parsed arguments -> its option, if that has another name."""
+
+
+def option_of(name: str) -> str:
+    """The option of an attribute of parsed arguments: `--batch-size` of `batch_size`."""
+    return f"--{SHORTER.get(name, name).replace('_', '-')}"
 
 
 def parse_bits(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_regular, decode_text, expanded
+from mlx_snapgen.files import check_regular, decode_text, expanded, read_lines
 
 _OPENED = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
 """Names of the files that are open in this process."""
@@ -74,7 +74,7 @@ def _prompts(lines: Any, closing: Any, *, name: str) -> Iterator[str]:
     count = 0
     with closing:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(read_lines(lines, name), 1):
                 if isinstance(line, bytes):
                     line = decode_text(line, f"{name}, line {number}")
                 prompt = line.removeprefix("\ufeff").strip()

@@ -45,6 +45,7 @@ FLOORS = {
     """,
     "mlx_snapgen.networks": """
         clip efficient_dit flux2 minit2i qwen_image z_image
+        joint_attention
         attention autoencoders text_encoders
         cached
         base elastic layers rope

@@ -1,5 +1,6 @@
 """The options of all commands: none takes a number that is none, or one too large for mlx."""
 
+import dataclasses
 import importlib
 import math
 import re
@@ -9,6 +10,7 @@ import pytest
 from mlx_snapgen.cli.options import Parser
 from tests.layout.graph import ROOT
 from tests.layout.test_layout import commands
+from train.loop.config import TrainingConfig, name_of
 
 HUGE = "9" * 30
 
@@ -44,6 +46,14 @@ def test_numbers_are_finite_and_bounded(module, monkeypatch):
             name = f"{action.option_strings} takes {text}"
             assert not isinstance(value, float) or math.isfinite(value), name
             assert not isinstance(value, int) or value < 2**63, name
+
+
+def test_settings_of_the_loop_are_named_as_options_if_they_are_some(monkeypatch):
+    silent = {"keep_checkpoints", "log_every"}  # may change without a line
+    names = {name_of(f.name) for f in dataclasses.fields(TrainingConfig) if f.name not in silent}
+    known = parser_of("train.flow", monkeypatch)._option_string_actions
+    assert names >= {"--steps", "weight decay"}
+    assert [name for name in names if name.startswith("--") and name not in known] == []
 
 
 def changelog_rows():

@@ -12,9 +12,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 
-from convert.coreml.export import load_for_export
 from mlx_snapgen import sampling
-from mlx_snapgen.checkpoint.model import FEW_STEP, load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.model import FEW_STEP, load_fused, load_pretrained, save_pretrained
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.draw import draw_latents, draw_pictures
 from mlx_snapgen.errors import UserError
@@ -142,7 +141,7 @@ def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tm
             warnings.simplefilter("error")
             next(pipe.generate("a cat", few_step=False))
             next(SnapGenPipeline.from_pretrained(tmp_path / name).generate("a cat"))
-    load_for_export(first, ["tiny"], name="models/mine")  # as the user gave it
+    load_fused(first, ["tiny"], name="models/mine")  # as the user gave it
     assert "note: the few-step mode of models/mine was trained at" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="few.safetensors was trained at model width full, small"):
         next(
@@ -155,7 +154,7 @@ def test_a_width_that_the_mode_was_not_trained_at_is_told(folder, components, tm
 def test_an_untrained_model_is_told(components, tmp_path):
     plain = dataclasses.replace(components, transformer=EfficientDiT(components.config.transformer))
     save_pretrained(tmp_path / "new", plain)
-    with pytest.warns(UserWarning, match="new is not trained yet, so that it draws noise"):
+    with pytest.warns(UserWarning, match="new is not trained yet: it draws noise"):
         next(SnapGenPipeline.from_pretrained(tmp_path / "new").generate("a cat"))
 
 
@@ -300,7 +299,7 @@ def test_a_note_says_that_the_loss_is_without_the_mode(
 
 
 def test_a_core_ml_export_has_it_fused(folder):
-    fused = load_for_export(folder, ["small"])
+    fused = load_fused(folder, ["small"])
     assert fused.config.few_step == MODE
     expected = load_pretrained(folder, share=0.5, few_step=True)
     base = velocity(expected.transformer)
@@ -309,7 +308,7 @@ def test_a_core_ml_export_has_it_fused(folder):
         velocity(fused.transformer), velocity(expected.transformer), rtol=1e-4, atol=1e-5
     )
     assert mx.abs(velocity(fused.transformer) - base).max() > 0.01
-    without = load_for_export(folder, ["small"], few_step=False)
+    without = load_fused(folder, ["small"], few_step=False)
     assert without.config.few_step is None
     np.testing.assert_array_equal(velocity(without.transformer), base)
 

@@ -21,6 +21,7 @@ from mlx_snapgen.files import (
     lock_folder,
     new_folder,
     save_tensors,
+    temporary_folder,
     unlock_folder,
     whole_file,
 )
@@ -138,6 +139,20 @@ def test_what_a_killed_process_left_is_deleted_by_the_next(empty_folder):
         partial.write_text("c")
         assert left not in os.listdir()
     assert os.listdir() == ["c.txt"]
+
+
+def test_what_belongs_to_others_stays(empty_folder, monkeypatch):
+    """In a folder that all may write to: what others left, and where their links lead."""
+    (empty_folder / ".snapgen-left").mkdir()
+    (empty_folder / "a").mkdir()
+    (empty_folder / ".snapgen-link").symlink_to("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: -1)
+        with temporary_folder(empty_folder):
+            assert {".snapgen-left", ".snapgen-link"} < set(os.listdir())
+    with temporary_folder(empty_folder):
+        pass
+    assert sorted(os.listdir()) == [".snapgen-link", "a"]
 
 
 def test_what_another_process_is_writing_stays(empty_folder):

@@ -1,10 +1,12 @@
 """Files, paths and text of unknown origin, at the places where all commands read them."""
 
+import dataclasses
 import functools
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +17,12 @@ from pathlib import Path
 import huggingface_hub
 import mlx.core as mx
 import pytest
+from PIL import Image
 
 from apps.desktop.history import open_image
+from mlx_snapgen import generate
 from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.model import save_pretrained
 from mlx_snapgen.checkpoint.module import load_weights
 from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.cli.options import Parser
@@ -42,6 +47,7 @@ from tests.layout.graph import ROOT
 from tests.tiny import MODEL, TRANSFORMER, add_random_lora
 from train.data.imagefolder import read_picture as read_training_picture
 from train.data.shards import Shard
+from train.loop.run import claim, recorded
 
 # --- JSON -------------------------------------------------------------------------------------
 
@@ -149,6 +155,16 @@ def test_a_list_of_prompts_is_the_same_from_a_file_and_from_the_input(tmp_path):
         list(read_prompts(path))
 
 
+def test_a_line_without_end_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_snapgen.files.MOST_LINE", 40)
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n" + 39 * "a" + "\n")
+    assert list(read_prompts(path)) == ["a cat", 39 * "a"]
+    path.write_text("a cat\n" + 41 * "a" + "\n")
+    with pytest.raises(UserError, match=r"prompts.txt: a line has more than"):
+        list(read_prompts(path))
+
+
 def test_a_prompt_of_another_encoding_is_refused():
     with pytest.raises(UserError, match="the negative prompt has characters"):
         DrawSettings("a cat", negative_prompt="caf\udce9").resolved(MODEL)
@@ -186,6 +202,43 @@ def test_the_home_folder_is_expanded_after_an_equals_sign(monkeypatch, tmp_path)
     parser.add_argument("--text")
     args = parser.parse_args(["--output=~/a/", "--text=~5 cats"])
     assert (args.output, args.text) == (f"{tmp_path}/a/", "~5 cats")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+def test_names_that_are_not_utf8(model_folder, components, monkeypatch, tmp_path, capsys):
+    """Of a model, a LoRA, a picture and a run: read, written and recorded."""
+    monkeypatch.chdir(tmp_path)
+    model, lora, picture, copy = (os.fsdecode(b"\xff" + name) for name in (b"m", b"l", b"p", b"c"))
+    shutil.copytree(model_folder, model)
+    lora += ".safetensors"
+    network = EfficientDiT(TRANSFORMER)
+    add_random_lora(network)
+    save_lora(lora, network, name="style")
+    Image.new("RGB", (64, 32)).save(f"{picture}.png")
+    asked = ["--lora", lora, "--image", f"{picture}.png", "--json", "-o", f"{copy}.png"]
+    monkeypatch.setattr(sys, "argv", ["", "a red apple", "--model", model, *asked])
+    generate.main()
+    assert Image.open(f"{copy}.png").size == (64, 32)
+    assert read_metadata(f"{copy}.png")["image"]["name"] == "?p.png"
+    save_pretrained(copy, components)
+    named = dataclasses.replace(components.config, name=copy)
+    save_pretrained("named", dataclasses.replace(components, config=named))
+    assert [ModelFolder.open(name).config.name for name in (copy, "named")] == ["random", "?c"]
+    folder = Path(picture)
+    claim(folder, {"data": {"where": copy}})
+    assert recorded(folder) == {"data": {"where": copy}}
+
+
+def test_two_dashes_are_no_value():
+    """`argparse` would leave them out, and take the option for one without a value."""
+    parser = Parser()
+    parser.add_argument("--data", nargs="+")
+    parser.add_argument("--name")
+    parser.add_argument("words", nargs="*")
+    for name in ("--data", "--name"):
+        with pytest.raises(UserError, match=f"argument {name}: '--' is not a value"):
+            parser.parse_args([f"{name}=--"])
+    assert parser.parse_args(["--name=-", "--", "-x"]).words == ["-x"]
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -193,7 +194,9 @@ def test_prompts_are_read_as_they_come(run, monkeypatch):
         assert os.listdir() == ["a-red-apple.png"]
         yield "a blue cat\n"
 
-    monkeypatch.setattr(sys, "stdin", lines())
+    source = lines()
+    stdin = types.SimpleNamespace(readline=lambda most: next(source, ""))
+    monkeypatch.setattr(sys, "stdin", stdin)
     run("--prompts-file", "-", *FAST)
     assert sorted(os.listdir()) == ["a-blue-cat.png", "a-red-apple.png"]
 
