@@ -12,31 +12,24 @@ from typing import Any
 
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained, warn_untrained
+from mlx_snapgen.checkpoint.runs import OTHER_RUNS, SETTINGS, command_of
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.files import read_text
+from mlx_snapgen.files import expanded, read_text
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
 from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICES
 from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
 from train.loop.assemble import save_model
 from train.loop.checkpoint import trained_checkpoint
-from train.loop.run import SETTINGS, command_of, find_folder, recorded, start_from
+from train.loop.run import recorded, start_from
 from train.objectives.elastic import TextToLatents
 from train.options.common import add_output, add_removed, check_new
-from train.options.data import MOST_SIDE
+from train.options.data import MOST_SIDE, check_resolution
 
 LICENSE = "LICENSE"
-OTHER_RUNS = {
-    "train.autoencoder": "give it to train.new --autoencoder",
-    "train.kdmd": "give --model, and with --few-step-lora the LoRA file that it wrote",
-    "train.lora": "there is nothing to export; draw with the LoRA file that it wrote, generate "
-    "--lora FILE",
-    "train.palettes": "there is nothing to export; its model is the folder of its --output",
-}
-"""Command that trains no model to export -> what to do with its run."""
 REMOVED = {
     "--autoencoder": "give --model, a folder that train.new writes from the same parts",
     "--tokenizer": "give --model, a folder that train.new writes from the same parts",
@@ -87,6 +80,8 @@ def with_sampling(
     """
     sides = (resolution, resolution) if resolution else record.get("image_size", config.image_size)
     height, width = sides
+    if resolution:
+        check_resolution(resolution, config.size_unit)
     check_size(config, height, width)
     shift = record.get("time_shift", config.sampler.time_shift)
     sampler = dataclasses.replace(config.sampler, time_shift=shift)
@@ -152,7 +147,9 @@ def main() -> None:
     args = parser.parse_args()
     check_new(args.output)
     few_step = few_step_sampler(args.few_step_lora) if args.few_step_lora else None
-    run = find_folder(args.run) if args.run else None
+    run = expanded(args.run) if args.run else None
+    if run and not run.is_dir():
+        raise UserError(f"no run folder {run}")
     if run and (run / "config.json").is_file():
         raise UserError(f"{run} is a model folder, not a run: give it with --model")
     if run and trained_checkpoint(run) and (command := command_of(run)) in OTHER_RUNS:

@@ -28,6 +28,7 @@ from mlx_snapgen.checkpoint.model import (
     load_pretrained,
     warn_untrained,
 )
+from mlx_snapgen.checkpoint.runs import OPTIONS
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded
@@ -42,7 +43,7 @@ from train.evaluation.previews import Previews
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.distributed import print_once
 from train.loop.roles import kdmd_roles
-from train.loop.run import OPTIONS, check_same, check_sizes, claim, digest_model, digest_path
+from train.loop.run import check_same, check_sizes, claim, digest_model, digest_path
 from train.loop.teacher import (
     check_teacher,
     conditions_for,

@@ -29,6 +29,7 @@ from train.evaluation.memory import training_memory
 from train.loop.assemble import (
     DTYPE,
     check_converted,
+    check_sides,
     count_weights,
     new_model,
     own_encoder,
@@ -37,6 +38,7 @@ from train.loop.assemble import (
 )
 from train.loop.autoencoder import (
     check_autoencoder_run,
+    config_of,
     keep_statistics,
     kept_statistics,
     load_autoencoder,
@@ -198,13 +200,17 @@ def main() -> None:
     folder = find_folder(args.autoencoder)
     check_converted(folder)
     is_run = not (folder / "config.json").is_file()
+    preset = args.preset
     if is_run:
         check_autoencoder_run(folder)
+        # Before the latents are measured, which takes minutes.
+        config = config_of(folder)
+        check_autoencoder(preset, config)
+        check_sides(preset.size, config.downsampling * preset.transformer.patch_size * 2)
     sources = [spec for spec in pictures_of(args, folder) if is_there(spec)]
     check_outside("--output" if args.out is None else "OUT", args.output, sources=sources)
     check_columns(args, sources)
     mx.random.seed(args.seed)
-    preset = args.preset
     measured = is_run and kept_statistics(folder) is None
     source = statistics_source(args, folder) if measured else None
     with announce("loading the text encoders ..."):

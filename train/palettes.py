@@ -19,8 +19,7 @@ import functools
 
 import mlx.core as mx
 
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import warn_untrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
@@ -51,8 +50,8 @@ from train.options.palettes import HELD_OUT, parse
 def main() -> int:
     args = parse(__doc__)
     mx.random.seed(args.seed)
-    folder = find_model(args.model)
-    config = load_config(folder)
+    model = ModelFolder.open(args.model)
+    folder, config = model.path, model.config
     for name in args.model_widths:
         check_width(config, name)
     given = list(read_prompts(args.prompts_file)) if args.prompts_file else None

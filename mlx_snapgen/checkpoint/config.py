@@ -13,9 +13,11 @@ from mlx_snapgen.checkpoint.hub import (
     quiet,
 )
 from mlx_snapgen.checkpoint.module import Part, check_quantization, check_version
+from mlx_snapgen.checkpoint.runs import check_is_no_run
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_json
+from mlx_snapgen.formats import DESCRIPTIONS, describe_foreign
 from mlx_snapgen.json_values import from_dict
 
 
@@ -54,7 +56,7 @@ class ModelFolder:
             path = find_model(model, revision=revision)
             _check_no_packages(path)
             return cls(path, load_config(path), source=None if is_built_in(model) else str(model))
-        path = find_model(model, revision=revision, files=("config.json",), progress=quiet)
+        path = find_model(model, revision=revision, files=DESCRIPTIONS, progress=quiet)
         return cls.fetch(str(model), load_config(path), commit=path.name, progress=progress)
 
     @classmethod
@@ -97,7 +99,7 @@ def load_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     values = _read_json(path)
     if not isinstance(values, dict) or "format_version" not in values:
-        raise UserError(f"{folder} is not an mlx_snapgen model: config.json has no format_version")
+        raise _foreign(folder, "config.json has no format_version")
     check_version(folder, values.pop("format_version"))
     with naming(path):
         config = from_dict(ModelConfig, values)
@@ -155,9 +157,11 @@ MAPPINGS = {"emoji", "own_colours", "replaced"}
 
 def _read_json(path: Path) -> Any:
     if not path.exists():
-        if any(path.parent.glob("step_*")) and (path.parent / "settings.json").is_file():
-            raise UserError(
-                f"{path.parent} is a run folder: python -m train.export --run {path.parent} first"
-            )
-        raise UserError(f"{path.parent} is not an mlx_snapgen model: no {path.name}")
+        check_is_no_run(path.parent)
+        raise _foreign(path.parent, f"no {path.name}")
     return read_json(path)
+
+
+def _foreign(folder: Path, reason: str) -> UserError:
+    what = describe_foreign(folder)
+    return UserError(what or f"{folder} is not an mlx_snapgen model: {reason}")

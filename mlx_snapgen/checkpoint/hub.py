@@ -93,6 +93,17 @@ def find_model(
     return _download(repo, revision=revision, files=files, progress=progress)
 
 
+@contextlib.contextmanager
+def of_text_encoder(model: Path, *, named: str) -> Iterator[None]:
+    """A `UserError` in this context is about the text encoder of a model; `named` is where the
+    model's folder names its place."""
+    try:
+        yield
+    except UserError as error:
+        moved = f"; if it was moved, change {named}"
+        raise UserError(f"the text encoder of {model}: {error}{moved}") from None
+
+
 @dataclass(frozen=True)
 class Repository:
     """What a Hugging Face repository has, without its files."""
@@ -172,12 +183,11 @@ def _download(
         raise
     except Exception as error:
         # The exceptions for a network failure differ between versions of the hub client.
-        reason = (str(error).strip().splitlines() or ["no answer"])[0]
+        reason = _reason(error)
         try:
             return snapshot(local_files_only=True)
         except errors.LocalEntryNotFoundError:
             at = f" at revision {revision}" if revision else ""
-            reason = f"{type(error).__name__}: {reason}"
             if whole:
                 raise UserError(
                     f"the download of {repo} stopped ({reason}): run the same command again to "
@@ -185,8 +195,23 @@ def _download(
                 ) from None
             raise UserError(
                 f"no folder {repo}, and as a Hugging Face repository{at} it is not in the cache "
-                f"and cannot be fetched: {reason}"
+                f"and cannot be fetched: {reason}; --model also takes a folder"
             ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Why a download failed, plainly if there is no connection."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) not in (None, *chain):
+        chain.append(cause)
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    if "OfflineModeIsEnabled" in names:
+        return "HF_HUB_OFFLINE is set"
+    no_connection = {"ConnectError", "ConnectTimeout", "ConnectionError", "gaierror"}
+    if names & no_connection and "SSLError" not in names:
+        return "no connection to Hugging Face"
+    text = (str(error).strip().splitlines() or ["no answer"])[0]
+    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager

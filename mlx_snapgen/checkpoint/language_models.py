@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_snapgen._interrupts import interrupts_deferred
 from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, one_line
@@ -33,7 +34,8 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
         UserError: mlx-lm is not installed, or the folder holds no Gemma 3 that fits `config`.
     """
     try:
-        from mlx_lm.utils import load_model, load_tokenizer
+        with interrupts_deferred():
+            from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError(
             'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
@@ -85,7 +87,8 @@ def load_qwen(
         UserError: mlx-lm is not installed, or the folder holds another model.
     """
     try:
-        from mlx_lm.utils import load_model, load_tokenizer
+        with interrupts_deferred():
+            from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
     values = read_object(folder / "config.json")
@@ -249,7 +252,8 @@ class TextTokenizer:
         absent = "" if names[1] in there else f", which has no {names[1]}"
         self._where = f"cannot read {' and '.join(there) or 'a tokenizer'} in {folder}{absent}"
         try:
-            self._tokenizer = load(folder)
+            with interrupts_deferred():  # transformers imports torch, if it is installed
+                self._tokenizer = load(folder)
         except Exception as error:
             wrong = _is_of_config(error, folder)
             where = f"cannot read {folder / 'config.json'}" if wrong else self._where

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint import clip
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model
+from mlx_snapgen.checkpoint.hub import DownloadProgress, find_model, of_text_encoder
 from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, load_gemma
 from mlx_snapgen.checkpoint.module import Part, load_stored, read_part
 from mlx_snapgen.config import TextEncoderConfig
@@ -128,16 +128,18 @@ def _find(
     assert config.source is not None
     if config not in model.sources:
         inside = model.path / config.source
-        model.sources[config] = (
-            inside
-            if config.revision is None and inside.is_dir()
-            else find_model(
-                config.source,
-                revision=config.revision,
-                files=SOURCE_FILES[config.kind],
-                progress=progress,
+        named = f"its source in {model.path.name}/config.json"
+        with of_text_encoder(model.path, named=named):
+            model.sources[config] = (
+                inside
+                if config.revision is None and inside.is_dir()
+                else find_model(
+                    config.source,
+                    revision=config.revision,
+                    files=SOURCE_FILES[config.kind],
+                    progress=progress,
+                )
             )
-        )
     return model.sources[config]
 
 

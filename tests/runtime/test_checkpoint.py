@@ -15,6 +15,7 @@ from mlx_snapgen.checkpoint import hub, model
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config, load_vocabulary
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.formats import DESCRIPTIONS
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract
 from mlx_snapgen.networks.layers import flat_parameters
@@ -401,7 +402,7 @@ def test_only_weights_configs_and_tokenizers_are_downloaded(monkeypatch, model_f
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_pretrained("someone/random", revision="v1")
     assert asked == [
-        {"repo": "someone/random", "revision": "v1", "allow_patterns": ["config.json"]},
+        {"repo": "someone/random", "revision": "v1", "allow_patterns": [*DESCRIPTIONS]},
         {
             "repo": "someone/random",
             "revision": model_folder.name,

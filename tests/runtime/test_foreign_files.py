@@ -30,6 +30,7 @@ from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural
 from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
+from mlx_snapgen.formats import DESCRIPTIONS
 from mlx_snapgen.inputs import picture_size
 from mlx_snapgen.json_values import check_sizes, from_dict
 from mlx_snapgen.lora.adapters import adapted_layers
@@ -525,9 +526,49 @@ def test_another_kind_of_model_is_not_downloaded(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(UserError, match="not an mlx_snapgen model"):
+    with pytest.raises(UserError, match=r"is a transformer alone \(FluxTransformer2DModel\)"):
         ModelFolder.open("owner/other-model")
-    assert asked == [["config.json"]]
+    assert asked == [list(DESCRIPTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("model_index.json", {"_class_name": "ZImagePipeline"}, r"public model \(ZImagePipeline\)"),
+        (
+            "teacher.json",
+            {"kind": "flux2"},
+            r"public model \(flux2\), which .* --teacher take",
+        ),
+        ("transformer/config.json", {"_class_name": "MiniT2IMMJiTModel"}, r"model \(MiniT2I\)"),
+        ("config.json", {"_class_name": "AutoencoderKL"}, r"an autoencoder alone \(Autoencoder"),
+        ("config.json", {"architectures": ["Qwen3ForCausalLM"]}, r"one part .* \(Qwen3ForCausalLM"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "an mlx_snapgen model: no config",
+        ),
+        (
+            "config.json",
+            {"width": 3},
+            "snapgen model: config.json has no format_version",
+        ),
+    ],
+)
+def test_a_folder_of_something_else_is_named(tmp_path, file, values, message):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        ModelFolder.open(tmp_path)
+
+
+def test_the_folder_above_a_transformer_alone_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    (tmp_path / "transformer").mkdir()
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text('{"_class_name": "ZImageTransformer2DModel"}')
+    with pytest.raises(UserError, match=f"transformer alone .* whole model, {tmp_path}$"):
+        open_model(ModelChoice(str(config.parent)))
 
 
 def test_words_of_a_lora_are_known(model_folder, tmp_path):

@@ -17,12 +17,14 @@ from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, ne
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
+from mlx_snapgen.formats import class_name
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.presets import GEMMA_3_4B
+from mlx_snapgen.settings import multiples_near
 
 DTYPE = mx.bfloat16
 """Type that the weights of a model folder are stored in."""
@@ -77,7 +79,13 @@ def public_encoder(source: str) -> Any:
         with naming(folder / "config.json"):
             config = from_dict(TextEncoderConfig, part.config)
         return load_source(folder, dataclasses.replace(config, **reference))
-    encoder = clip.load_clip(folder)
+    name = class_name(values)
+    try:
+        encoder = clip.load_clip(folder)
+    except UserError:
+        if name is None or "clip" in name.lower():
+            raise
+        raise UserError(f"--text-encoder takes a CLIP or a Gemma 3, {source} is a {name}") from None
     encoder.config = dataclasses.replace(encoder.config, **reference)
     return encoder
 
@@ -137,15 +145,22 @@ def new_model(
         text_encoders=tuple(encoder.config for encoder in text_encoders),
         **settings,
     )
-    if any(side % config.size_unit for side in config.image_size):
-        height, width = config.image_size
-        raise UserError(f"pictures of {height}x{width} do not divide by {config.size_unit} pixels")
+    check_sides(config.image_size, config.size_unit)
     return Components(
         config=config,
         transformer=EfficientDiT(transformer),
         autoencoder=autoencoder,
         text_encoders=list(text_encoders),
     )
+
+
+def check_sides(size: tuple[int, int], unit: int) -> None:
+    """`UserError` for a model's (height, width) in pixels with a side that is no multiple."""
+    if any(side % unit for side in size):
+        raise UserError(
+            f"pictures of {size[0]}x{size[1]} do not divide by {unit} pixels: choose --resolution "
+            f"{multiples_near(max(size), unit)}"
+        )
 
 
 def save_model(

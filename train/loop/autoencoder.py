@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.checkpoint import model as checkpoint_model
+from mlx_snapgen.checkpoint.runs import command_of
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object, whole_file
@@ -22,8 +23,9 @@ from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from train.data.mixture import num_samples
 from train.data.source import PictureSource
-from train.loop.checkpoint import latest_checkpoint, load_ema, trained_checkpoint
-from train.loop.run import command_of, recorded
+from train.loop.assemble import check_converted
+from train.loop.checkpoint import latest_checkpoint, load_ema, runs_in, trained_checkpoint
+from train.loop.run import recorded
 
 DEFAULT = AutoencoderConfig()
 """The autoencoder of a run whose record has none; the run learns its latents."""
@@ -71,6 +73,7 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     Raises:
         UserError: statistics must be measured, and there is no source.
     """
+    check_converted(folder)
     if (folder / "config.json").is_file():
         return checkpoint_model.load_autoencoder(folder)
     check_autoencoder_run(folder)
@@ -96,6 +99,9 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
 
 def check_autoencoder_run(folder: Path) -> None:
     """`UserError` for a folder that is no run of train.autoencoder, as far as its record shows."""
+    inside = [] if latest_checkpoint(folder) else runs_in(folder)
+    if own := [run for run in inside if command_of(run) == "train.autoencoder"]:
+        raise UserError(f"{folder} holds run folders: give {' or '.join(map(str, own))}")
     trained_checkpoint(folder)
     if (command := command_of(folder)) not in (None, "train.autoencoder"):
         raise UserError(OTHER_RUN.format(folder, command))

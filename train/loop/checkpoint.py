@@ -28,6 +28,7 @@ from mlx_snapgen.files import (
     save_tensors,
     whole_file,
 )
+from mlx_snapgen.formats import is_public
 from train.data.open import is_prepared
 from train.data.readers.folder import is_picture
 
@@ -35,6 +36,8 @@ TREES = ("model", "ema", "optimizer")
 LOG = "log.jsonl"
 MOST_PATHS = 10_000
 """In a folder that is no run, to look for a picture among."""
+MOST_NAMED = 8
+"""Runs in a line."""
 
 
 def lock_run(run_dir: Path) -> None:
@@ -75,14 +78,24 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The runs with a checkpoint whose folders are in `folder`, such as the user's "runs"."""
+    return sorted(path for path in folder.glob("*") if latest_checkpoint(path) is not None)
+
+
 def trained_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint of a run; `UserError` when there is none, with what the folder is."""
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None:
         return checkpoint
+    if inside := runs_in(run_dir):
+        names = ", ".join(map(str, inside[:MOST_NAMED])) + ", ..." * (len(inside) > MOST_NAMED)
+        raise UserError(f"{run_dir} holds run folders: give one of them, {names}")
     what, paths = None, itertools.islice(run_dir.rglob("*"), MOST_PATHS)
     if is_prepared(str(run_dir)):
         what = "a folder that train.prepare wrote"
+    elif is_public(run_dir):
+        what = "a folder in diffusers' format"
     elif not (run_dir / "settings.json").exists() and any(map(is_picture, paths)):
         what = "a folder of pictures"
     if what is not None:

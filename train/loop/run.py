@@ -14,6 +14,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.hub import BUILT_IN, find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
+from mlx_snapgen.checkpoint.runs import OPTIONS, SETTINGS, command_of
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import expanded, open_regular, read_object, whole_file
@@ -25,26 +26,14 @@ from train.loop.config import changed, changes, name_of, shown
 from train.loop.distributed import print_once
 from train.objectives.elastic import TextToLatents
 
-SETTINGS = "settings.json"
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "text_encoder/*")
 """Patterns of the files of a model folder or a teacher's."""
 NETWORKS = "networks"
 """Setting with the configs of the networks that are trained."""
 MODEL = "model"
 """Setting with the model of a run; another path may have the same one."""
-OPTIONS = "options"
-"""Setting with the options that a resumed run may change, which prints a line."""
 OTHERS = ("config.json", "index.json", "shards")
 """In folders of models and of prepared pictures, not of runs."""
-RUNS = {
-    "few_step": "train.kdmd",
-    "rank": "train.lora",
-    "average_bits": "train.palettes",
-    "autoencoder": "train.autoencoder",
-    "teacher_digest": "train.kd",
-    "mask_ratio": "train.flow",
-}
-"""Setting or option in the record of a run -> its command, the first that is there."""
 KEYS_OF_OTHERS = ("records_in_shard", "attention_modulation")
 """In settings.json of `train.prepare`, and of the prompt lists of `train.evaluate`."""
 BLOCK, BLOCKS = 1 << 14, 64
@@ -97,16 +86,6 @@ def claim(
     if is_main:
         with writing(run_dir), whole_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-def command_of(run_dir: Path) -> str | None:
-    """The command that trained a run; None if there is no run or no record of it."""
-    record = recorded(run_dir)
-    options = record.get(OPTIONS)
-    names = {*record, *(options if isinstance(options, dict) else ())}
-    if "model" in record:
-        names.discard("autoencoder")  # earlier versions of train.flow recorded theirs
-    return next((command for name, command in RUNS.items() if name in names), None)
 
 
 def check_no_run(folder: Path) -> None:

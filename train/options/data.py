@@ -9,11 +9,11 @@ from typing import Any
 from mlx_snapgen.cli.options import finite_number, integer, option_of
 from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels
+from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels, multiples_near
 from train.data.index import paths_of
 from train.data.open import PICTURES, SOURCES, open_data
 from train.data.readers.folder import check_template
-from train.data.selection import HELD_OUT, Filter, parse_captions
+from train.data.selection import HELD_OUT, LEAST_TO_HOLD_OUT, Filter, parse_captions
 from train.loop.distributed import print_once
 from train.options.common import add_number, check_outside
 
@@ -158,10 +158,16 @@ def check_data(
             raise UserError(f"--weights: {given} numbers for {wanted} SOURCEs; give one for each")
         if min(args.weights) <= 0:
             raise UserError("--weights must be above 0")
-    if args.resolution is not None and args.resolution % unit:
-        raise UserError(f"--resolution {args.resolution}: give a multiple of {unit} pixels")
     if args.resolution is not None:
+        check_resolution(args.resolution, unit)
         check_pixels(args.resolution, args.resolution, bytes_per_pixel)
+
+
+def check_resolution(side: int, unit: int) -> None:
+    """`UserError` for a `--resolution` that is no multiple of `unit` pixels."""
+    if side % unit:
+        near = multiples_near(side, unit)
+        raise UserError(f"--resolution {side}: give a multiple of {unit} pixels, such as {near}")
 
 
 def picture_size(args: argparse.Namespace, source: Any, *, size: Size) -> Size:
@@ -209,6 +215,11 @@ def data_from(
         pictures_only=pictures_only,
     )
     _print_skipped(source)
+    indexes = [
+        part.index for part in getattr(source, "sources", [source]) if hasattr(part, "index")
+    ]
+    if any(len(index.held) < LEAST_TO_HOLD_OUT for index in indexes):
+        note_few(args)
     if not (args.captions or pictures_only):
         _print_columns(source)
     return source
@@ -240,6 +251,15 @@ def _print_skipped(source: Any) -> None:
             why = ", ".join(f"{number:,}: {reason}" for reason, number in index.skipped.items())
             share = f"{count:,} of {count + len(index.held):,} pictures skipped"
             print_once(f"{paths_of(part.source)}: {share} ({why}); train.prepare names each")
+
+
+def note_few(args: argparse.Namespace) -> None:
+    """A line on a `--held-out` that a set of few pictures does not use."""
+    if args.held_out not in (0, HELD_OUT):
+        print_once(
+            f"note: sets of fewer than {LEAST_TO_HOLD_OUT} pictures keep none for validation: "
+            f"--held-out {args.held_out:g} is not used"
+        )
 
 
 def check_not_empty(source: Any) -> None:

@@ -179,6 +179,12 @@ def _check(args: argparse.Namespace) -> None:
         check_writable(args.output)
     elif args.output and not (args.output / UNFINISHED).exists():
         check_new(args.output)
+    sides = [name for name in ("height", "width") if getattr(args, name) is not None]
+    if sides and not (lists or args.is_stickers or args.prompts_file):
+        raise UserError(
+            f"{option_of(sides[0])} takes --prompts-file, --geneval or --dpg: pictures of --data "
+            "have their own sizes, see --resolution"
+        )
     if args.is_stickers:
         needs_data = [name for name in ("clip", "prompts_file") if getattr(args, name) is not None]
         if needs_data:

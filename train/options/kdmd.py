@@ -221,6 +221,10 @@ def open_prompts(args: argparse.Namespace, config: ModelConfig) -> Prompts:
         UserError: a size or value that is not valid, or data that cannot be opened.
     """
     for height, width in args.sizes or ():
+        if height % config.size_unit or width % config.size_unit:
+            raise UserError(
+                f"--sizes {height}x{width}: give multiples of {config.size_unit} pixels"
+            )
         check_size(config, height, width)
     check_data(args, unit=config.size_unit)
     side = args.resolution

@@ -30,7 +30,7 @@ from train.options.common import (
     check_outside,
     check_tuning,
 )
-from train.options.data import add_caption_template
+from train.options.data import add_caption_template, check_resolution
 
 TARGETS = ("*_proj", "ffn.linear*", "text.*.linear")
 """Layers that get an adapter."""
@@ -161,6 +161,7 @@ def parse(
     check_new_lora(args.output)
     if public is not None:
         args.resolution = args.resolution or 512
+        check_resolution(args.resolution, public.size_unit)
         check_size(public, args.resolution, args.resolution)
         if args.prior_weight or args.prior_prompts:
             raise UserError("a public model is trained without prior preservation: leave it out")
@@ -169,10 +170,11 @@ def parse(
 
 EPILOG = """
 Captions: a .txt file with the caption beside each picture (cat.png, cat.txt), or one metadata.jsonl
-with lines {"file_name": "cat.png", "text": "a cat"}, or with --caption-template the names of the
-subfolders. 10 to 50 pictures of one thing are enough. Use the same new word for the thing in every
-caption. Also describe the rest of the picture: you can then change it in a prompt. Pictures may
-have any size and shape: the command crops each to the nearest of a few shapes.
+with lines {"file_name": "cat.png", "text": "a cat"}, or a metadata.csv with these columns, or with
+--caption-template the names of the subfolders. 10 to 50 pictures of one thing are enough. Use the
+same new word for the thing in every caption. Also describe the rest of the picture: you can then
+change it in a prompt. Pictures may have any size and shape: the command crops each to the nearest
+of a few shapes.
 
 Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) have other defaults: --steps 1000,
 --batch-size 1, --checkpoint-every 250, --learning-rate 0.0001, the layers of attention and

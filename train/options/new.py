@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config
+from mlx_snapgen.checkpoint.runs import check_is_no_run
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.config import (
     AutoencoderConfig,
@@ -182,6 +183,7 @@ def parse() -> argparse.Namespace:
 
 def _start(model: str) -> ModelFolder:
     """The model of `--weights-from`; `UserError` if it is none of ours."""
+    check_is_no_run(expanded(model))
     if latest_checkpoint(expanded(model)) is not None:
         raise UserError(f"--weights-from {model} is a run: write a model with train.export first")
     return ModelFolder.open(model)

@@ -9,6 +9,7 @@ from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, opt
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.settings import check_pixels
+from train.loop.assemble import check_converted
 from train.loop.run import check_no_run
 from train.options.common import (
     MOST_SEED,
@@ -157,6 +158,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--draw-with draws with one teacher: leave out --teacher")
     if args.text_states and args.model is None:
         raise UserError("--text-states takes --model MODEL, whose text encoders they are")
+    if args.model is not None:
+        check_converted(expanded(args.model))
     check_outside("--output", args.output, sources=args.sources)
     check_no_run(args.output)
     check_writable(args.output)
@@ -171,8 +174,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 EPILOG = """
 Captions: a .txt file beside each picture, or a metadata.jsonl with lines
-{"file_name": "cat.png", "text": "a cat"}; in .tar files, members of one name such as 1.jpg and
-1.txt; in .parquet files, columns of text. Pictures may have any size and shape: each is cropped to
-the nearest of a few shapes. report.json, sizes.png, sheet.png and skipped.jsonl in DIR describe
-the result; train.flow --data DIR and the other training commands read it.
+{"file_name": "cat.png", "text": "a cat"} or a metadata.csv with these columns; in .tar files,
+members of one name such as 1.jpg and 1.txt; in .parquet files, columns of text. Pictures may have
+any size and shape: each is cropped to the nearest of a few shapes. report.json, sizes.png,
+sheet.png and skipped.jsonl in DIR describe the result; train.flow --data DIR and the other training
+commands read it.
 """
