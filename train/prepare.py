@@ -33,13 +33,13 @@ from train.data.open import is_prepared, is_stickers, open_records
 from train.data.preparation import CaptionEncoder, Encoder, PictureSet, Reader, of_encoder
 from train.data.prepared import MODEL, Prepared, describe_autoencoder
 from train.data.selection import LEAST_TO_HOLD_OUT
-from train.data.shards import INDEX
+from train.data.shards import INDEX, SETTINGS
 from train.data.source import TEACHER, Record, RecordSource
 from train.evaluation.preparation import Preparation, check_finished
 from train.loop.autoencoder import load_autoencoder
 from train.loop.run import digest_files, recorded
 from train.loop.teacher import check_teacher, find_teacher
-from train.options.data import filter_from, print_columns
+from train.options.data import MOST_SIDE, check_resolution, filter_from, note_few, print_columns
 from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
 
 CAPTION = "caption"
@@ -216,6 +216,7 @@ def prepare(args: argparse.Namespace, *, done: bool) -> Preparation | None:
         with announce(f"loading {args.teacher} ..."):
             teacher = open_teacher_texts(folder)
     model = load_model(args, teacher)
+    index = describe(model, args, columns=columns)
     encoder = model.encoder
     with announce("measuring the autoencoder ..."):
         autoencoders = [encoder.autoencoder, *encoder.others.values()]
@@ -224,7 +225,6 @@ def prepare(args: argparse.Namespace, *, done: bool) -> Preparation | None:
     if args.captions is None and isinstance(first, Record):
         print_columns(paths_of(source), list(first.captions))
     size = chunk_size(encoder, args=args, columns=len(columns))
-    index = describe(model, args, columns=columns)
     buckets = [(height, width) for height, width in index["buckets"]]
     work = PictureSet(
         source,
@@ -264,6 +264,7 @@ def draw(args: argparse.Namespace, *, done: bool) -> Preparation | None:
             guidance_scale=args.guidance_scale,
         )
     model = load_model(args, teacher)
+    index = describe(model, args, columns=[CAPTION])
     work = DrawnSet(
         drawing,
         teacher.autoencoder,
@@ -275,14 +276,16 @@ def draw(args: argparse.Namespace, *, done: bool) -> Preparation | None:
         column=CAPTION,
         chunk_size=chunk_size(model.encoder, args=args, columns=1),
     )
-    index = describe(model, args, columns=[CAPTION])
     return preparation(work, args, model=model, index=index, settings=settings, given=given)
 
 
 def default_resolution(args: argparse.Namespace, teacher: Path | None) -> int:
     """That of the unfinished set, or of the model or the teacher, in its folder, that draws."""
     if then := recorded(args.output):
-        return then.get("resolution", RESOLUTION)
+        found = then.get("resolution", RESOLUTION)
+        if type(found) is not int or not 1 <= found <= MOST_SIDE:
+            raise UserError(f"{args.output / SETTINGS} is damaged: give another --output")
+        return found
     folder = teacher or expanded(Path(args.model))
     if teacher is not None and is_teacher(teacher):
         return load_teacher_config(teacher).image_size[0]
@@ -296,8 +299,7 @@ def default_resolution(args: argparse.Namespace, teacher: Path | None) -> int:
 
 def describe(model: Model, args: argparse.Namespace, *, columns: list[str]) -> dict[str, Any]:
     """Values for index.json; `UserError` if the model does not take the resolution."""
-    if args.resolution % model.unit:
-        raise UserError(f"--resolution {args.resolution}: give a multiple of {model.unit} pixels")
+    check_resolution(args.resolution, model.unit)
     size = args.resolution, args.resolution
     buckets = [size] if args.draw_with else bucket_sizes(size, model.unit)
     return {
@@ -315,6 +317,8 @@ def common_settings(args: argparse.Namespace, *, columns: list[str], few: bool) 
     Args:
         few: too few pictures for a part for validation.
     """
+    if few:
+        note_few(args)
     return {
         "resolution": args.resolution,
         "captions": columns,

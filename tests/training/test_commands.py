@@ -134,7 +134,7 @@ def test_flow_trains_and_its_run_is_exported(
         (["--autoencoder", "a"], "--autoencoder was removed: .* train.new"),
         (["--accumulate", 0], "--accumulate must be at least 1"),
         (["--model", "nowhere"], "no model folder nowhere"),
-        (["--resolution", 20], "--resolution 20: give a multiple of 32"),
+        (["--resolution", 20], "--resolution 20: give a multiple of 32 pixels, such as 32$"),
         (["--init-from", "nowhere"], "no model folder nowhere"),
         (["--init-from", "~no-such-user"], "no model folder ~no-such-user"),
         (["--learning-rate", -1], "--learning-rate must lie between 0 and 1"),

@@ -166,7 +166,7 @@ def test_stages_start_from_the_run_before(pictures, model, run, tmp_path):
     assert made.trained_sizes and set(made.trained_sizes) <= set(map(tuple, record["buckets"]))
     run(export, "--run", tmp_path / "96", "--resolution", 32, "--output", tmp_path / "small")
     assert load_config(tmp_path / "small").image_size == (32, 32)
-    with pytest.raises(UserError, match="multiple of 32 pixels: 33 is not"):
+    with pytest.raises(UserError, match="33: give a multiple of 32 pixels, such as 32 or"):
         run(export, "--run", tmp_path / "96", "--resolution", 33, "--output", tmp_path / "odd")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -31,12 +32,14 @@ from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
 from tests.runtime.test_clip_towers import make_towers, some_pictures, write_folder
 from tests.tiny import TEACHER, write_lightning_lora, write_teacher
 from train import evaluate
+from train.data.encoded import as_latents
+from train.data.open import open_data
 from train.data.source import Samples
 from train.data.stickers import render
-from train.evaluation import measures
+from train.evaluation import measures, validation
 from train.evaluation.clip_measures import clip_score, cmmd, embed_pictures, embed_texts
 from train.evaluation.measures import MeasuredRow, table
-from train.evaluation.validation import flow_losses, sample_seed
+from train.evaluation.validation import flow_losses, held_out_batches, sample_seed
 
 CAPTIONS = ["a red apple", "a blue car", "a cat", "an ice cream cone", "a green cat"]
 
@@ -186,6 +189,19 @@ def test_numbers_are_those_of_their_parts(model_folder, clip_folder, tmp_path, m
     assert held_out["clip_score"] == pytest.approx(clip_score(y, texts), rel=1e-2)
 
 
+def test_the_bar_counts_the_pictures_of_a_folder(components, pictures, monkeypatch):
+    totals = []
+    monkeypatch.setattr(
+        validation, "tqdm", lambda total, **_: totals.append(total) or io.StringIO()
+    )
+    for source in (open_data([str(pictures)], size=(64, 64), unit=32, seed=0), SimpleNamespace()):
+        for most in (3, 256):
+            encoded = as_latents(source, components.autoencoder)
+            monkeypatch.setattr(encoded, "batches", lambda *_, **__: [])
+            held_out_batches(encoded, most)
+    assert totals == [3, len(CAPTIONS), 3, 256]
+
+
 def test_without_a_clip_only_the_loss_is_measured_and_prompts_make_the_sheet(
     model_folder, pictures, tmp_path, monkeypatch, capsys
 ):
@@ -330,6 +346,7 @@ def test_a_public_model_is_measured(clip_folder, no_language_model, tmp_path, mo
         (["--dpg", "a", "--output", "o", "--model-widths", "full", "tiny"], "one width"),
         (["--clip", "a"], "--clip takes --data"),
         (["--data", "stickers", "--prompts-file", "a"], "--prompts-file takes --data"),
+        (["--data", "a", "--width", "64"], "--width takes --prompts-file, --geneval or --dpg"),
         (["--data", "a", "--pictures", "0"], "--pictures must be at least 1"),
         (["--data", "a", "--held-out", "2"], "--held-out must be"),
         (["--geneval", "nowhere.jsonl", "--output", "o"], "cannot read nowhere.jsonl"),

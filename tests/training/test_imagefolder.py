@@ -1,7 +1,9 @@
 """Reading a person's pictures: captions, skipped files, orientation, and aspect buckets."""
 
+import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from train.data.imagefolder import (
     read_folder,
     read_picture,
 )
+from train.data.readers.folder import PictureFolderRecords
 
 BUCKETS = bucket_sizes((128, 128), 32)
 EXIF_ORIENTATION = 0x0112
@@ -192,3 +195,60 @@ def test_mirror_images_are_turned_left_to_right():
     folder = PictureFolder([Example(Path("a.png"), "a", pixels)], flip=True)
     plain, mirrored = (example.pixels for example in folder.buckets[0])
     assert (plain == pixels).all() and (mirrored == np.fliplr(pixels)).all()
+
+
+def test_a_table_of_metadata_is_read_like_its_lines(tmp_path):
+    """Also with a byte-order mark, other ends of lines, and line breaks in a cell."""
+    rows = [
+        {"file_name": "a.png", "tags": "x, y", "text": 'a "red" car'},
+        {"file_name": "sub/b.png", "tags": "", "text": "two\nlines"},
+        {"file_name": "a.png", "tags": "z", "text": "the car again, ü"},
+        {"file_name": "none.png", "tags": "z", "text": "not there"},
+    ]
+    for name in ("lines", "table"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        for picture in ("a.png", "sub/b.png", "c.png"):
+            (tmp_path / name / picture).touch()
+        (tmp_path / name / "c.txt").write_text("beside it")
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "lines" / "metadata.jsonl").write_text(text)
+    with open(tmp_path / "table" / "metadata.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+    def found(name):
+        records = list(PictureFolderRecords(tmp_path / name).records())
+        return [(r.key, getattr(r, "captions", None) or r.reason) for r in records]
+
+    assert found("table") == found("lines")
+    assert found("table")[2] == ("a.png#1", {"text": "the car again, ü", "tags": "z"})
+    assert found("table")[-1] == ("c.png", {"text": "beside it"})
+    (tmp_path / "table" / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    assert [key for key, _ in found("table")][:2] == ["a.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("metadata.csv", "id;text\n1;cat\n2;dog\n", "file_name and text, got .* id;text$"),
+        ("metadata.csv", b"\xff\xfe", "file_name and text, got no table$"),
+        ("metadata.csv", "file_name,text\na.png\n", "expected the columns .* text, got a.png$"),
+        ("metadata.jsonl", '{"image": "a.png", "text": "a"}', "got the columns image, text$"),
+    ],
+)
+def test_metadata_of_other_columns_names_them(name, text, line, tmp_path):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").write_text("a cat")
+    captions, skipped = find_captions(tmp_path)
+    assert captions == [(tmp_path / "a.png", "a cat")]
+    assert len(skipped) == 1 and re.search(line, skipped[0]), skipped
+
+
+def test_a_line_with_another_column_of_captions_names_it(tmp_path):
+    lines = [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png", "about": "b"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for line in lines:
+        (tmp_path / line["file_name"]).touch()
+    assert find_captions(tmp_path)[1] == [f"{tmp_path / 'b.png'}: no text; it has: about"]

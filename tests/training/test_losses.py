@@ -1,9 +1,12 @@
 """Distillation losses against closed forms."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.sampling import add_noise
 from train.objectives.distillation import features_loss, logit_normal_density, timestep_aware
 from train.objectives.kdmd import dmd_loss, sample_tau
@@ -133,3 +136,10 @@ def test_channels_weigh_what_they_change_in_the_picture():
     error = mx.random.normal((2, 4, 4, 3))
     expected = (np.array(error) ** 2 * np.array(half)).mean(axis=(1, 2, 3))
     assert per_sample(error, half).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0, float("inf"), float("nan")])
+def test_a_decoder_without_pictures_gives_no_weights(scale):
+    decoder = SimpleNamespace(decode=lambda latents: scale * latents)
+    with pytest.raises(UserError, match="--channel-weights: the autoencoder decodes all latents"):
+        channel_weights(decoder, mx.random.normal((1, 4, 4, 3)), power=0.5)

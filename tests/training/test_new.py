@@ -217,9 +217,13 @@ def test_gemma_is_used_from_its_folder(parts, run):
         (["--autoencoder", "raw"], r"python -m convert\.from_torch .*raw --output OUT`"),
         (["--autoencoder", "pipe"], r"python -m convert\.from_torch .*pipe --output OUT --sub"),
         (["--text-encoder", "nowhere"], "no model folder nowhere"),
+        (["--text-encoder", "language"], "a CLIP or a Gemma 3, language is a Qwen3ForCausalLM$"),
         (["--tokenizer", "nothing"], "cannot read the tokenizer"),
         (["--tokenizer", "sizes.json"], r"sizes\.json: it is not a sentencepiece model$"),
-        (["--resolution", "100"], "100x100 do not divide by 32"),
+        (["--resolution", "100"], "100x100 do not divide by 32 pixels: .* --resolution 96 or 128"),
+        (["--resolution", "20"], "20x20 do not divide by 32 pixels: choose --resolution 32$"),
+        (["--autoencoder", "run", "--resolution", "100"], "100x100 do not divide by 32 pixels"),
+        (["--autoencoder", "run", "--preset", "tiny-f32"], "this one has 1/8: omit -f32"),
         (["--seed", "-1"], "--seed must not be negative"),
         (["--encoder-size", "0"], "0 is not between"),
     ],
@@ -229,6 +233,14 @@ def test_mistakes_are_one_line(parts, run, monkeypatch, more, message):
     for name, file in (("raw", "config.json"), ("pipe", "model_index.json")):
         (parts / name).mkdir()
         (parts / name / file).write_text('{"_class_name": "AutoencoderKL"}')
+    (parts / "language").mkdir()
+    (parts / "language" / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    mx.save_safetensors(
+        str(parts / "language" / "model.safetensors"), {"model.norm.weight": mx.ones(8)}
+    )
+    (parts / "run" / "step_1").mkdir(parents=True)
+    # Before the weights of a run are read, and its latents measured.
+    (parts / "run" / "settings.json").write_text('{"autoencoder": {}}')
     with pytest.raises(UserError, match=message):
         run(parts / "out", *options(parts, *more))
     assert not (parts / "out").exists()

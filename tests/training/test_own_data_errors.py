@@ -15,6 +15,7 @@ import pytest
 from mlx_snapgen import files
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import save_pretrained
+from mlx_snapgen.checkpoint.runs import command_of
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from tests import tiny
@@ -22,7 +23,6 @@ from tests.training.test_prepare import write_pictures
 from train import autoencoder, evaluate, export, flow, kd, kdmd, lora, new, prepare, tokenizer
 from train.evaluation.memory import training_memory
 from train.loop.checkpoint import latest_checkpoint
-from train.loop.run import command_of
 from train.loop.teacher import open_teacher
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -589,4 +589,6 @@ def test_few_step_teachers_and_prompts_that_change_when_a_run_is_resumed(
     assert f"resuming with other settings: {first}" in said
     assert "resuming with other settings: --steps 1 -> 2, --learning-rate 0.0001 -> 1e-05" in said
     error = fails(export, "--run", tmp_path / "a", "--output", tmp_path / "model")
-    assert "a is a run of train.kdmd: give --model, and with --few-step-lora the LoRA" in error
+    assert (
+        "a is a run of train.kdmd: give train.export a --model, and with --few-step-lora" in error
+    )

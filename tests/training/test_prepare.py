@@ -909,6 +909,7 @@ def test_a_shard_that_gets_shorter_while_it_is_open_is_one_line(copied):
 
 
 def test_missing_and_unfinished_sets_are_one_line(copied, tmp_path):
+    index = json.loads((copied / "index.json").read_text())
     shard_path(copied, 2).unlink()
     with pytest.raises(UserError, match=r"incomplete, shards/000002\.safetensors is missing"):
         Prepared(copied).check_files()
@@ -917,11 +918,28 @@ def test_missing_and_unfinished_sets_are_one_line(copied, tmp_path):
     (copied / "index.json").write_text('{"format_version": 1}')
     with pytest.raises(UserError, match="is damaged"):
         Prepared(copied)
+    for captions in ([], {"text": 1}):
+        (copied / "index.json").write_text(json.dumps(index | {"captions": captions}))
+        with pytest.raises(UserError, match="is damaged"):
+            Prepared(copied)
     (copied / "index.json").unlink()
     with pytest.raises(UserError, match=r"is not complete: run its train\.prepare again"):
         Prepared(copied)
     with pytest.raises(UserError, match=r"is not a set that train\.prepare wrote"):
         Prepared(tmp_path)
+
+
+@pytest.mark.parametrize("side", [None, 0, -64, 2**31, 64.0, True, "64", [64], {}])
+def test_a_damaged_size_in_the_settings_is_one_line(
+    side, pictures, model_folder, copied, monkeypatch
+):
+    """It is what the command means by default; without an index the set is unfinished."""
+    path = copied / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resolution": side}))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"settings\.json is damaged: give another --output"):
+            run(monkeypatch, pictures, "--output", copied, "--model", model_folder)
+        (copied / "index.json").unlink(missing_ok=True)
 
 
 def test_a_missing_shard_is_made_again(
@@ -1009,10 +1027,11 @@ def test_a_teacher_draws_no_size_that_it_was_not_trained_on(prompts, monkeypatch
     assert not output.exists()
 
 
-def test_other_resolutions_are_refused(pictures, model_folder, monkeypatch, tmp_path):
-    more = "--resolution", 72
-    with pytest.raises(UserError, match="--resolution 72: give a multiple of 32"):
-        run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, *more))
+@pytest.mark.parametrize("side", [1, 72])
+def test_other_resolutions_are_refused(side, pictures, model_folder, monkeypatch, tmp_path):
+    given = arguments(pictures, tmp_path / "set", model_folder, "--resolution", side)
+    with pytest.raises(UserError, match=f"--resolution {side}: give a multiple of 32"):
+        run(monkeypatch, *given)
 
 
 # --- the estimate ---------------------------------------------------------------------------------

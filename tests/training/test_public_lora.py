@@ -322,7 +322,7 @@ def test_a_distilled_model_is_noted_and_too_little_memory_refused(
     [
         ("--targets nothing.*", "no linear layer matches 'nothing"),
         ("--prior-weight 2", "without prior preservation"),
-        ("--resolution 40", "must be a positive multiple of 16"),
+        ("--resolution 40", "--resolution 40: give a multiple of 16 pixels, such as 32 or 48"),
         ("--model-widths tiny", "no width 'tiny'"),
         ("--quantize 4", "stored with 8 bits"),
         ("--rank 0", "--rank must be at least 1"),

@@ -837,17 +837,6 @@ def test_the_bar_names_what_follows_the_steps(tmp_path, capsys):
     assert said.endswith(f"{tmp_path} is complete, with 4 steps\n") and "step/s" not in said
 
 
-def test_a_terminal_that_reports_no_size_shows_the_bar():
-    ours, theirs = os.openpty()
-    assert os.get_terminal_size(theirs).columns == 0
-    code = "import train; from tqdm import tqdm; [k for k in tqdm(range(3), desc='work')]"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
-    said = os.read(ours, 10_000).decode()
-    os.close(ours)
-    os.close(theirs)
-    assert "work: 100%|" in said and "3/3" in said
-
-
 def test_pictures_without_metrics_leave_no_line_in_the_log(tmp_path, monkeypatch):
     calls = []
     for _ in range(2):

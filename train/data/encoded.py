@@ -16,7 +16,7 @@ from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
-from train.data.mixture import channels_in
+from train.data.mixture import channels_in, num_samples
 from train.data.source import Batch, LatentSource, Samples
 from train.data.streams import Stream
 from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
@@ -70,6 +70,11 @@ class EncodedPictures:
     def __init__(self, source: Any, autoencoder: Autoencoder):
         self.source = source
         self.encode = mx.compile(autoencoder.encode)
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of pictures; None if the source has no end."""
+        return num_samples(self.source)
 
     def samples(self, number: int, count: int) -> Samples:
         """See `LatentSource`."""

@@ -1,7 +1,8 @@
 """A user's own pictures with captions, cropped to a few sizes (aspect buckets).
 
 Captions follow the conventions of imagefolder: a `metadata.jsonl` with lines of `file_name`,
-relative to its folder, and `text`; or a `.txt` beside each picture.
+relative to its folder, and `text`, or a `metadata.csv` with these columns; or a `.txt` beside each
+picture.
 """
 
 import hashlib
@@ -101,7 +102,10 @@ def find_captions(
         elif caption := next(iter(record.captions.values())):
             found.append((folder / record.place[0], caption))
         else:
-            skipped.append(f"{folder / record.key}: an empty caption")
+            main, *others = record.captions
+            there = [name for name in others if record.captions[name]]
+            what = f"no {main}; it has: {', '.join(there)}" if there else "an empty caption"
+            skipped.append(f"{folder / record.key}: {what}")
     return sorted(found), skipped
 
 

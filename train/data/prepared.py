@@ -409,11 +409,12 @@ def _check_index(index: Mapping[str, Any]) -> None:
     sides = (index["resolution"], *(n for size in index["buckets"] for n in size))
     check(sides, int)
     check(index["captions"], str)
+    check((index["captions"],), list)
     check((index["text_states"], index["autoencoders"]), dict)
     check((*index["text_states"].values(), *index["autoencoders"].values()), dict)
     check((found["digest"] for found in index["autoencoders"].values()), str)
     check((found["config"] for found in index["autoencoders"].values()), dict)
-    if MODEL not in index["autoencoders"] or min(sides) < 1:
+    if MODEL not in index["autoencoders"] or min(sides) < 1 or not index["captions"]:
         raise ValueError
     for shard in index["shards"]:
         check((shard["file"],), str)

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 
 SIDE = 32
@@ -38,6 +39,9 @@ def channel_weights(
 
     Args:
         latents: (B, h, w, C) of pictures.
+
+    Raises:
+        UserError: no channel changes the picture, or one does so without a limit.
     """
     if not power:
         return None
@@ -51,4 +55,10 @@ def channel_weights(
         changes.append(change.astype(mx.float32).square().mean())
         mx.eval(changes[-1])
     weights = mx.stack(changes) ** power
-    return weights / weights.mean()
+    weights = weights / weights.mean()
+    if not mx.isfinite(weights).all().item():
+        raise UserError(
+            "--channel-weights: the autoencoder decodes all latents to the same picture, or to "
+            "infinite values: leave the option out, or use a trained autoencoder"
+        )
+    return weights

@@ -2,11 +2,12 @@
 
 Captions come from `metadata.jsonl` files (lines of `file_name`, relative to the file's folder,
 `text` or `caption`, and any further texts; without these two the first text of the file's first
-line is the main one), from a `.txt` beside a picture, or else from the name
-of the picture's folder and a template, as for ImageNet.
+line is the main one), in folders without one from `metadata.csv` files with these columns, from a
+`.txt` beside a picture, or else from the name of the picture's folder and a template, as for
+ImageNet.
 """
 
-import contextlib
+import csv
 import functools
 import hashlib
 import itertools
@@ -15,12 +16,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import MOST_LINE, check_size, expanded, open_regular, read_lines
+from mlx_snapgen.files import decode_text as decode
 from mlx_snapgen.inputs import MAX_BYTES
 from train.data.readers.captions import (
     decode_text,
@@ -31,8 +33,10 @@ from train.data.readers.captions import (
 )
 from train.data.source import Record, Skipped
 
-METADATA = "metadata.jsonl"
+METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 NAME = "file_name"
+MOST_COLUMNS = 8
+"""Columns in a line."""
 # Pillow cannot read all of these: those that it cannot read are reported, not ignored.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -129,9 +133,7 @@ class PictureFolderRecords:
 
     def _captions(self, place: Sequence[Any]) -> dict[str, str] | None:
         if len(place) == 4:
-            with open(self.folder / place[1], "rb", opener=open_regular) as file:
-                file.seek(place[2])
-                values = parse_object(file.readline(MOST_LINE))
+            values = self._row(place[1], place[2])
             return text_columns(_without_name(values), lambda: self._default(place[1]))
         if len(place) == 2:
             return {"text": decode_text(_read(self._root + place[1], limit=MOST_LINE))}
@@ -144,13 +146,22 @@ class PictureFolderRecords:
     def _default_column(self, metadata: str) -> str:
         """See `default_column`, of a metadata file."""
 
-        def objects(file) -> Iterator[dict[str, Any]]:
-            for line in filter(bytes.strip, read_lines(file, self.folder / metadata)):
-                with contextlib.suppress(ValueError):
-                    yield _without_name(parse_object(line))
+        path = self.folder / metadata
+        with open(path, "rb", opener=open_regular) as file:
+            rows = (values for _, _, _, values in _rows(file, path))
+            return default_column(_without_name(row) for row in rows if row is not None)
 
-        with open(self.folder / metadata, "rb", opener=open_regular) as file:
-            return default_column(objects(file))
+    def _row(self, metadata: str, start: int) -> dict[str, Any]:
+        """The object of the line at a byte of a metadata file; `ValueError` if there is none."""
+        path = self.folder / metadata
+        with open(path, "rb", opener=open_regular) as file:
+            if path.name == METADATA:
+                file.seek(start)
+                return parse_object(file.readline(MOST_LINE))
+            header = next(_cells(file, path), (0, []))[1]
+            file.seek(start)
+            row = next(_cells(file, path), (0, []))[1]
+            return dict(zip(header, row, strict=True))
 
     def _walk(self, failed: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
         """(relative folder, sorted names of its files); hidden ones are left out."""
@@ -210,9 +221,10 @@ class PictureFolderRecords:
     def _metadata(self) -> Iterator[tuple[str, str, int] | Skipped]:
         """(picture, metadata file, byte of the line) of each line."""
         for folder, names in self._walk(lambda _: None):
-            if METADATA not in names:
+            found = next((name for name in (METADATA, TABLE) if name in names), None)
+            if found is None:
                 continue
-            name = os.path.join(folder, METADATA)
+            name = os.path.join(folder, found)
             try:
                 with open(self.folder / name, "rb", opener=open_regular) as file:
                     yield from self._lines(folder, name, file)
@@ -220,20 +232,22 @@ class PictureFolderRecords:
                 raise UserError(f"cannot read {self.folder / name}: {error.strerror}") from None
 
     def _lines(self, folder: str, metadata: str, file) -> Iterator[tuple[str, str, int] | Skipped]:
-        offset = 0
-        for number, line in enumerate(read_lines(file, self.folder / metadata), 1):
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
+        expected = f'{{"{NAME}": "cat.png", "text": "a cat"}}'
+        if metadata.endswith(TABLE):
+            expected = f"the columns {NAME} and text"
+        for number, start, line, values in _rows(file, self.folder / metadata):
             try:
-                values = parse_object(line)
+                if values is None:
+                    raise ValueError("no object")
                 picture = self._found(folder, values[NAME])
             except (KeyError, TypeError, ValueError):
                 shown = line[:60].decode("utf-8", "replace").strip()
+                if values and NAME not in values:
+                    shown = f"the columns {', '.join([*values][:MOST_COLUMNS])}"
                 yield Skipped(
                     f"{metadata}, line {number}",
                     "damaged line of metadata",
-                    f'expected {{"{NAME}": "cat.png", "text": "a cat"}}, got {shown}',
+                    f"expected {expected}, got {shown}",
                 )
             else:
                 yield picture, metadata, start
@@ -265,6 +279,61 @@ def check_template(template: str | None) -> None:
 
 def _without_name(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != NAME}
+
+
+def _rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, int, bytes, dict[str, Any] | None]]:
+    """(number, first byte, line, its object or None if it is damaged) of the lines of metadata.
+
+    A table without `NAME` has the line of its columns alone.
+    """
+    if path.name == METADATA:
+        offset = 0
+        for number, line in enumerate(read_lines(file, path), 1):
+            start, offset = offset, offset + len(line)
+            if line.strip():
+                try:
+                    yield number, start, line, parse_object(line)
+                except ValueError:
+                    yield number, start, line, None
+        return
+    cells = _cells(file, path)
+    try:
+        header = next(cells, (0, []))[1]
+    except UserError:
+        header = []  # no table of captions
+    if NAME not in header:
+        yield 1, 0, b"no table", dict.fromkeys(header)
+        return
+    for number, (start, row) in enumerate(cells, 2):
+        if row:
+            values = dict(zip(header, row, strict=True)) if len(row) == len(header) else None
+            yield number, start, ",".join(row).encode("utf-8", "replace"), values
+
+
+def _cells(file: IO[bytes], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(first byte, cells) of each row of a table from where `file` is; a cell may have lines.
+
+    Raises:
+        UserError: it is no CSV in UTF-8.
+    """
+    offset = file.tell()
+
+    def lines() -> Iterator[str]:
+        nonlocal offset
+        for line in read_lines(file, path):
+            offset += len(line)
+            yield decode(line, path)
+
+    rows = csv.reader(lines())
+    while True:
+        start = offset
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        if row is None:
+            return
+        yield start, row
 
 
 def _read(path: str, most: int = -1, *, limit: int = MAX_BYTES) -> bytes:
