@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 from tqdm import tqdm
 
+from mlx_snapgen._interrupts import interrupts_deferred
 from mlx_snapgen.errors import UserError
 
 
@@ -35,12 +36,13 @@ def require_coremltools() -> None:
 
 
 def import_coremltools() -> Any:
-    """coremltools, without its warnings about the versions of other libraries."""
+    """coremltools, without its warnings about the versions of other libraries; Ctrl-C waits."""
     require_coremltools()
     logging.getLogger("coremltools").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), interrupts_deferred():
         warnings.simplefilter("ignore")
         import coremltools
+        import torch  # noqa: F401  its converters need it, and import it late
     return coremltools
 
 

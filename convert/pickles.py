@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_snapgen._interrupts import interrupts_deferred
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_regular, open_regular
 from mlx_snapgen.public.stream import Entry, write_tensors
@@ -25,7 +26,8 @@ def spooled(path: Path, target: Path) -> Path:
         UserError: torch is not installed, or the file holds more than weights.
     """
     try:
-        import torch
+        with interrupts_deferred():
+            import torch
     except ImportError:
         raise UserError(
             f"{path.name} is a PyTorch pickle, which only torch's weights-only loader reads: "

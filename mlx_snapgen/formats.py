@@ -1,6 +1,8 @@
 """The formats of model folders, by their files, without an import of any model."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlx_snapgen.files import read_object
 
@@ -13,6 +15,13 @@ INDEX = "model_index.json"
 MINIT2I = "minit2i-b-16"
 """Folder in MiniT2I's repository with the model that is drawn with. Its text encoder is in another
 repository."""
+
+
+PIPELINES = ("ZImagePipeline", "QwenImagePipeline", "Flux2KleinPipeline")
+"""`_class_name` in model_index.json of the models that can be drawn with, except MiniT2I."""
+
+DESCRIPTIONS = ("config.json", CONFIG, INDEX, f"{MINIT2I}/transformer/config.json")
+"""Files by which a repository is recognized."""
 
 
 def is_teacher(folder: Path) -> bool:
@@ -32,3 +41,41 @@ def find_minit2i(folder: Path) -> str | None:
         if path.is_file() and read_object(path).get("_class_name") == "MiniT2IMMJiTModel":
             return inside
     return None
+
+
+def describe_foreign(folder: Path) -> str | None:
+    """What a folder without a model of ours is, and what takes it; None if that is not known."""
+    if (name := _public_name(folder)) is not None:
+        return (
+            f"{folder} is a public model ({name}), which mlx_snapgen.generate, train.lora and "
+            "--teacher take: give a model of mlx_snapgen here, such as stickers"
+        )
+    path = folder / "config.json"
+    if (name := class_name(read_object(path) if path.is_file() else {})) is None:
+        return None
+    parts = {
+        "Transformer": "a transformer",
+        "JiT": "a transformer",
+        "Autoencoder": "an autoencoder",
+    }
+    what = next((part for word, part in parts.items() if word in name), "one part of a model")
+    whole = next((f", {p}" for p in folder.absolute().parents[:2] if is_public(p)), "")
+    return f"{folder} is {what} alone ({name}): give the folder of the whole model{whole}"
+
+
+def class_name(config: Mapping[str, Any]) -> str | None:
+    """The class or kind of network that the config of a public checkpoint names."""
+    architectures = config.get("architectures")
+    listed = architectures if isinstance(architectures, list) else []
+    names = [config.get("_class_name"), *listed, config.get("model_type")]
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _public_name(folder: Path) -> str | None:
+    if is_teacher(folder):
+        return str(read_object(folder / CONFIG).get("kind"))
+    if find_minit2i(folder) is not None:
+        return "MiniT2I"
+    path = folder / INDEX
+    name = read_object(path).get("_class_name") if path.is_file() else None
+    return name if name in PIPELINES else None

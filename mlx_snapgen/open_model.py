@@ -12,7 +12,7 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, of_settings
 from mlx_snapgen.files import expanded
-from mlx_snapgen.formats import CONFIG, INDEX, MINIT2I, is_public, is_teacher
+from mlx_snapgen.formats import DESCRIPTIONS, INDEX, is_public, is_teacher
 from mlx_snapgen.lora.adapters import remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
@@ -22,9 +22,6 @@ from mlx_snapgen.tensor_files import read_header
 if TYPE_CHECKING:
     from mlx_snapgen.public.description import PublicModel
     from mlx_snapgen.teachers.folder import TeacherFolder
-
-DESCRIPTIONS = ("config.json", CONFIG, INDEX, f"{MINIT2I}/transformer/config.json")
-"""Files by which a repository is recognized."""
 
 TEACHER_FILES = ("*.json", "*.safetensors", *(f"text_encoder/{name}" for name in TEXT_FILES))
 

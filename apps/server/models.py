@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
@@ -33,7 +34,8 @@ def name_models(
     Args:
         opened: choices of any width, with their configs.
         widths: names of network widths; a model without one of them has the others.
-        aliases: (another name, name of a model, or what the user called it).
+        aliases: (another name, name of a model, what the user called it, or the last part of
+            either, in any case).
 
     Raises:
         UserError: a width that no model has, a model that has none of them, a choice that its model
@@ -57,7 +59,7 @@ def name_models(
                 raise UserError(f"two models have the name {name}: give each --model once")
             models[name] = Served(name, chosen, config)
     for name, given in aliases:
-        target = find_served(models, given)
+        target = find_served(models, given) or _find_short(models, given)
         if target is None:
             raise UserError(f"--alias {name}={given}: no such model, known: {', '.join(models)}")
         if name in models:
@@ -73,3 +75,17 @@ def find_served(models: Mapping[str, Served], name: str) -> str | None:
         return name
     given = ((key, served.choice.model or "stickers") for key, served in models.items())
     return next((key for key, model in given if model == name), None)
+
+
+def _find_short(models: Mapping[str, Served], name: str) -> str | None:
+    """The key in `models` of the only one that has `name` in another case, or as the last part of
+    what --model was given as; None if there is none."""
+
+    def names(key: str) -> set[str]:
+        given = models[key].choice.model or "stickers"
+        last = Path(given).name
+        return {n.casefold() for n in (key, given, last, last.removesuffix(".safetensors"))}
+
+    found = [key for key in models if name.casefold() in names(key)]
+    # A model of several widths has that of the first one, as in `find_served`.
+    return found[0] if len({models[key].choice.model for key in found}) == 1 else None

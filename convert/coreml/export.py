@@ -17,6 +17,7 @@ from convert.coreml.options import ExportSettings
 from convert.coreml.package import Network, line, write_package
 from convert.libraries import import_coremltools
 from convert.pytorch.weights import torch_networks, without_twin, write_tokenizers
+from mlx_snapgen._interrupts import interrupts_deferred
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.cli.notices import announce
@@ -63,7 +64,7 @@ def export_coreml(
     """
     settings.check()
     check_new(output)
-    with announce("loading coremltools and PyTorch ..."):
+    with announce("loading coremltools and PyTorch ..."), interrupts_deferred():
         ct = import_coremltools()
         import torch
 

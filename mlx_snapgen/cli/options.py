@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             first = message.split()[2]
             if first.startswith("-"):
-                message = f"unknown option {first}{nearest(first, self._option_string_actions)}"
+                hint = nearest(first, self._option_string_actions, cutoff=0.6)
+                message = f"unknown option {first}{hint}"
             elif re.fullmatch(r"[0-9]*\.?[0-9]+", first):
                 message = f"unexpected '{first}': a number goes right after its option or file"
             elif any(a.dest == "prompt" and not a.option_strings for a in self._actions):

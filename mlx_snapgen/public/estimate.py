@@ -26,12 +26,31 @@ def text_encoder_bytes(model: PublicModel, files: Files) -> int:
     """Bytes of the text encoder in 16 bits."""
     if model.kind != "minit2i":
         return sum(size for name, size in files.own.items() if name.startswith("text_encoder/"))
+    # Its files also have a decoder.
+    return 2 * sum(value.size for value in flat_parameters(_t5(model)).values())
+
+
+def text_encoder_rows(model: PublicModel) -> set[int]:
+    """Lengths of the rows of the text encoder's matrices, by its config."""
+    if model.kind == "minit2i":
+        arrays = flat_parameters(_t5(model)).values()
+        return {value.shape[-1] for value in arrays if value.ndim == 2}
+    values = read_object(_text_config(model))
+    text = values.get("text_config") or values
+    # 0, which all divide, for what is not there: the conversion checks the matrices themselves.
+    hidden, inner, head = (text.get(n, 0) for n in ("hidden_size", "intermediate_size", "head_dim"))
+    return {hidden, inner, head * text.get("num_attention_heads", 1) or hidden}
+
+
+def _t5(model: PublicModel) -> T5Encoder:
+    path = _text_config(model)
+    return T5Encoder(t5_config(read_object(path), path))
+
+
+def _text_config(model: PublicModel) -> Path:
     place = model.text
     folder = model.folder / model.inside / TEXT_ENCODER if place is None else place.folder
-    path = folder / TEXT_CONFIG
-    # Its files also have a decoder.
-    network = T5Encoder(t5_config(read_object(path), path))
-    return 2 * sum(value.size for value in flat_parameters(network).values())
+    return folder / TEXT_CONFIG
 
 
 def _side(model: PublicModel) -> int:
@@ -39,10 +58,13 @@ def _side(model: PublicModel) -> int:
     return getattr(model.network.config, "image_size", 1024)
 
 
-def peak_memory(model: PublicModel, bits: int, text: int) -> int:
-    """Peak memory of drawing the default size, with a text encoder of `text` bytes in 16 bits."""
+def peak_memory(
+    model: PublicModel, bits: int, text: int, *, size: tuple[int, int] | None = None
+) -> int:
+    """Peak memory of drawing with a text encoder of `text` bytes in 16 bits; `size`: (height,
+    width), None: the default."""
     sizes = measure(model.network, bits=bits, text=text_bytes(text, bits))
-    return sizes.peak(_side(model), _side(model))
+    return sizes.peak(*(size or (_side(model), _side(model))))
 
 
 def check_fits(
@@ -74,10 +96,19 @@ def choose_bits(model: PublicModel, text: int) -> int:
     return DEFAULT_BITS[-1]
 
 
-def describe_work(model: PublicModel, files: Files, *, parts: Path, bits: int, text: int) -> str:
+def describe_work(
+    model: PublicModel,
+    files: Files,
+    *,
+    parts: Path,
+    bits: int,
+    text: int,
+    size: tuple[int, int] | None = None,
+) -> str:
     """A line about what the first use does; `UserError` if the disk has no room for it.
 
     Args:
+        size: (height, width) of the pictures; None: the default.
         parts: folder in the cache with what an interrupted call has written.
         bits, text: see `peak_memory`.
     """
@@ -91,7 +122,8 @@ def describe_work(model: PublicModel, files: Files, *, parts: Path, bits: int, t
         if folder is None or not (folder / name).is_file()
     )
     kept = kept_bytes(model, files, bits=bits, text=text)
-    memory = peak_memory(model, bits, text)
+    height, width = size or (_side(model), _side(model))
+    memory = peak_memory(model, bits, text, size=(height, width))
     # What an interrupted call wrote, here and into the cache of the downloads, is used again.
     left = [_incomplete(folder) for folder, some in places if some]
     needed = max(0, fetched - sum(resumed for resumed, _ in left))
@@ -105,7 +137,7 @@ def describe_work(model: PublicModel, files: Files, *, parts: Path, bits: int, t
             + "".join(f"; delete {names}" for _, names in left if names)
         )
     license_, *others = files.licenses
-    what = f"{model.name} ({count / 1e9:.1f} billion weights"
+    what = f"{model.name} ({_counted(count)} weights"
     what += f", license {license_})" if license_ else ")"
     if model.text is not None:
         what += f" with {model.text.source}"
@@ -115,7 +147,7 @@ def describe_work(model: PublicModel, files: Files, *, parts: Path, bits: int, t
     how = f"in {bits} bits" if bits else "without quantization"
     return (
         f"{what}: {work}converting it once, {how}, to {_shown(kept)} in {cache}; drawing "
-        f"{_side(model)} x {_side(model)} takes about {_shown(memory)} of memory"
+        f"{width} x {height} takes about {_shown(memory)} of memory"
     )
 
 
@@ -158,6 +190,14 @@ def kept_bytes(model: PublicModel, files: Files, *, bits: int, text: int) -> int
 
 def _arrays(model: PublicModel) -> list[Any]:
     return list(flat_parameters(model.network).values())
+
+
+def _counted(count: int) -> str:
+    """A number with a digit that is not 0, however small: 6.2 billion, 2.5 million, 4,000."""
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:,}"
 
 
 def _shown(count: int) -> str:

@@ -27,6 +27,7 @@ from mlx_snapgen.public.estimate import (
     describe_work,
     kept_bytes,
     text_encoder_bytes,
+    text_encoder_rows,
     written,
 )
 from mlx_snapgen.public.files import Folders, fetch_files, needed_files
@@ -94,6 +95,8 @@ def open_public(
     chosen = choose_bits(model, text) if bits is None else bits
     if chosen and not quantizable(model.network, GROUP_SIZE):
         raise UserError(_unquantizable(model.name, "transformer"))
+    if chosen and all(length % GROUP_SIZE for length in text_encoder_rows(model)):
+        raise UserError(_unquantizable(model.name, "text encoder"))
     if settings is not None:
         with of_settings():
             check_fits(model, choice, settings=settings, bits=chosen, text=text)
@@ -102,7 +105,10 @@ def open_public(
     with _alone(model, _parts(model, chosen), say=say, progress=converting, total=total):
         if not _target(model, chosen).is_dir():
             parts = _parts(model, chosen)
-            say(describe_work(model, files, parts=parts, bits=chosen, text=text))
+            size = None
+            if settings is not None and settings.height and settings.width:
+                size = settings.height, settings.width
+            say(describe_work(model, files, parts=parts, bits=chosen, text=text, size=size))
             _convert(model, fetch_files(model, files, progress), bits=chosen, progress=converting)
     return _opened(model, chosen)
 

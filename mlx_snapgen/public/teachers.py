@@ -231,7 +231,7 @@ def check_text_encoder(
         try:
             load_qwen(together, PROMPT_FORMATS[kind], dims=network.config.text_dims)
         except UserError as error:
-            text = str(error)
+            text = error.uncut
             for place, path in (paths | {together: folder.parent}).items():
                 text = text.replace(str(place), str(path))
             raise UserError(text) from None

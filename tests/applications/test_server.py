@@ -306,6 +306,21 @@ def test_names_of_models(components):
     assert named([ours, other], aliases=[("klein", "b")])["klein"] == ("b", "full")
 
 
+def test_an_alias_takes_short_names_in_any_case(components):
+    def aliased(to, *models):
+        opened = [(ModelChoice(name), config) for name, config in models]
+        return name_models(opened, widths=["full"], aliases=[("x", to)])["x"].choice.model
+
+    ours = "stickers", components.config
+    public = "Tongyi-MAI/Z-Image-Turbo", TeacherConfig()
+    for name in ("Z-Image-Turbo", "z-image-turbo", "qwen-image", "tongyi-mai/z-image-turbo"):
+        assert aliased(name, ours, public) == public[0]
+    assert aliased("Klein", ours, ("/models/klein/", TeacherConfig())) == "/models/klein/"
+    assert aliased("STICKERS", ours, public) == "stickers"
+    with pytest.raises(UserError, match="--alias x=klein: no such model"):
+        aliased("klein", ("a/klein", TeacherConfig()), ("b/klein", TeacherConfig()))
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

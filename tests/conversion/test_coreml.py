@@ -6,7 +6,9 @@ Needs coremltools and torch: `pip install -e ".[coreml]"`. The packages are run 
 import dataclasses
 import functools
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,3 +377,31 @@ def test_a_part_without_a_twin_is_left_out(model):
     networks = torch_networks(dataclasses.replace(alone, config=config))
     assert set(networks) == {"transformer", "decoder"}
     assert without_twin(model, networks) == ["text_encoder_0"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._prims":
+            os.kill(os.getpid(), signal.SIGINT)
+            print("the import goes on", flush=True)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_ctrl_c_while_torch_is_imported_has_no_traceback(model_folder, tmp_path):
+    """An exception at a random moment of the import breaks torch, or crashes the process."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, "-m", "convert.coreml", model_folder, tmp_path / "new"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (130, "the import goes on\n")
+    assert done.stderr.splitlines()[-1] == "interrupted" and "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -112,7 +112,8 @@ def test_a_folder_in_diffusers_format_draws_the_pipelines_picture(public, cache,
         assert np.abs(pixels(f"{name}.png") - expected).max() < 0.6
     err = capsys.readouterr().err
     assert err.count("Z-Image-Turbo (") == 1 and "converting it once, without quantization" in err
-    assert "fetching" not in err and "of memory" in err
+    assert "fetching" not in err and f"drawing {SIZE['width']} x {SIZE['height']} takes" in err
+    assert re.search(r"Z-Image-Turbo \((\d\.\d million|\d+,\d+) weights", err)
     assert len([*cache.iterdir()]) == 1
     assert read_metadata("first.png")["quantize"] == 0
     assert read_metadata("first.png")["model"] == str(folder)
@@ -550,7 +551,16 @@ def test_a_text_encoder_is_checked_before_anything_is_quantized(public, cache, m
     monkeypatch.setattr(first_use, "convert", None)
     told = refused(public[0], "--quantize", "4")
     assert "the text encoder of Z-Image-Turbo cannot be quantized" in told
-    assert told.endswith("choose --quantize none") and not [*cache.iterdir()]
+    assert told.endswith("choose --quantize none") and not cache.exists()
+
+
+def test_a_text_encoder_that_cannot_be_quantized_is_refused_before_any_weights(hub, monkeypatch):
+    path = hub.folder / "text_encoder" / "config.json"
+    odd = {"hidden_size": 33, "intermediate_size": 65, "head_dim": 17, "num_attention_heads": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    told = refused("someone/turbo", "--quantize", "4")
+    assert "the text encoder of Z-Image-Turbo cannot be quantized, because 32 divides" in told
+    assert not [name for name in hub.names() if name.endswith(".safetensors")]
 
 
 def test_the_disk_needs_room_for_the_rest_alone(hub, public, tmp_path, cache, monkeypatch):
