@@ -145,7 +145,8 @@ def _to_rgb(image: Image.Image, *, keep_alpha: bool) -> tuple[Image.Image, list[
         alpha = image.convert("RGBA")
         image = image.convert("L") if image.mode == "LA" else alpha.convert("RGB")
         alpha = alpha.getchannel("A")
-        notes += [] if keep_alpha else [OVER_WHITE]
+        # An opaque picture over white is itself.
+        notes += [] if keep_alpha or alpha.getextrema() == (255, 255) else [OVER_WHITE]
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if profile and (transform := _transform(profile, image.mode)):

@@ -22,9 +22,13 @@ class UserError(Exception):
 
     What a file or a user gave may be quoted in full: line breaks and control characters are
     replaced, and the middle of a long message is cut out.
+
+    Attributes:
+        uncut: the whole message.
     """
 
     def __init__(self, message: object = ""):
+        self.uncut = str(message)
         super().__init__(one_line(message, MOST_CHARACTERS))
 
 
@@ -73,10 +77,11 @@ def plural(count: int, word: str) -> str:
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint " (did you mean 'x'?)" with the known name closest to `name`, or ""."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean '{match[0]}'?)" if match else ""
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
+    """A hint " (did you mean 'x'?)" with the known name closest to `name`, or ""; 1 is equal."""
+    names = {each.lstrip("-"): each for each in known}
+    match = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=cutoff)
+    return f" (did you mean '{names[match[0]]}'?)" if match else ""
 
 
 def _end_bars() -> None:

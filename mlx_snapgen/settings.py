@@ -98,6 +98,12 @@ def check_size(config: Description, height: int, width: int) -> None:
     check_pixels(height, width)
 
 
+def multiples_near(side: int, unit: int) -> str:
+    """The multiples of `unit` below and above a side, to choose from: "96 or 128"."""
+    below = side // unit * unit
+    return f"{below} or {below + unit}" if below > 0 else f"{unit}"
+
+
 def check_pixels(height: int, width: int, bytes_per_pixel: float = BYTES_PER_PIXEL) -> None:
     """`UserError` if pictures of this size do not fit into memory."""
     needed, memory = height * width * bytes_per_pixel, machine_memory()

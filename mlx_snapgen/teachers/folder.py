@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.hub import find_model, of_text_encoder
 from mlx_snapgen.checkpoint.language_models import TEXT_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import (
@@ -215,7 +215,8 @@ def load_prompts(
     with _way_out(folder):
         source = folder / config.text_encoder
         if not source.is_dir():
-            source = find_model(config.text_encoder, files=TEXT_FILES)
+            with of_text_encoder(folder, named=f"text_encoder in {folder.name}/{CONFIG}"):
+                source = find_model(config.text_encoder, files=TEXT_FILES)
         return load(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 

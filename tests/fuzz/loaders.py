@@ -769,6 +769,18 @@ def _(folder: Path) -> None:
     read_records(source.records())
 
 
+def write_table(folder: Path) -> None:
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    rows = [f'{i}.png,"no ""{i}"",\nof 3",x' for i in range(3)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text,more", *rows]) + "\n")
+
+
+@loader("metadata.csv", write_table, "metadata.csv")
+def _(folder: Path) -> None:
+    read_records(open_records([str(folder)]).records())
+
+
 def write_tars(folder: Path) -> None:
     for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz")):
         with tarfile.open(folder / name, mode) as tar:

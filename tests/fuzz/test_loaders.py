@@ -8,6 +8,7 @@ The inputs depend only on their number, which also gives the loader.
 
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -129,7 +130,7 @@ def test_a_loop_that_reports_progress_for_ever_ends(monkeypatch):
 
     monkeypatch.setattr(loaders, "MOST_SECONDS", 0.1)
     monkeypatch.setitem(LOADERS, "for ever", Loader(lambda folder: None, read))
-    assert fault("for ever", None) == "took 0 s of computing, with progress"
+    assert re.fullmatch(r"took \d+ s of computing, with progress", fault("for ever", None))
 
 
 @pytest.mark.timeout(24 * 3600 if "SNAPGEN_FUZZ" in os.environ else 300)

@@ -41,7 +41,7 @@ FLOORS = {
         formats
         config public_config json_values files pictures sampling
         alpha description decode vocabulary
-        errors _blas _interrupts _kernel_cache _version
+        errors _blas _interrupts _kernel_cache _terminal _version
     """,
     "mlx_snapgen.networks": """
         clip efficient_dit flux2 minit2i qwen_image z_image
@@ -69,7 +69,7 @@ FLOORS = {
         model memory
         text_encoders clip_towers
         clip language_models t5 config
-        module hub
+        module hub runs
     """,
     "mlx_snapgen.lora": """
         files

@@ -180,6 +180,15 @@ def test_a_repository_of_a_text_encoder_is_looked_up_once(
     assert asked == ["someone/clip"]
 
 
+def test_a_text_encoder_that_was_moved_is_named(components, encoder, tmp_path):
+    config = dataclasses.replace(encoder.config, source=str(tmp_path / "clip"))
+    made = with_text_encoder(components, ClipTextEncoder(config, encoder.tokenizer))
+    save_pretrained(tmp_path / "m", made)
+    words = r"the text encoder of .*/m: no model folder .*/clip; .* its source in m/config\.json$"
+    with pytest.raises(UserError, match=words):
+        load_pretrained(tmp_path / "m")
+
+
 # --- public checkpoints -------------------------------------------------------------------------
 
 PICTURE_SIDE = ("visual.conv1.weight", "logit_scale", "text_projection")

@@ -60,6 +60,15 @@ def test_transparent_parts_keep_their_color_over_white(mode):
     assert np.abs(np.subtract(found.getpixel((6, 1)), right)).max() <= 2
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
+def test_an_opaque_picture_has_no_transparent_parts(mode):
+    image = Image.new("RGBA", (8, 8), (77, 77, 77, 255))
+    found, notes = decode(saved(image.convert(mode)))
+    assert notes == [] and found.getpixel((1, 1)) == (77, 77, 77)
+    image.putpixel((3, 3), (77, 77, 77, 254))
+    assert decode(saved(image))[1] == [OVER_WHITE]
+
+
 def test_depths_above_8_bits_are_scaled():
     deep = np.array([[0, 0x80FF, 0xFFFF]], np.uint16)
     found, notes = decode(saved(Image.fromarray(deep)))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from PIL import Image, PngImagePlugin
 from mlx_snapgen import files
 from mlx_snapgen.cli.generate_options import build_parser
 from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
@@ -530,3 +532,28 @@ def test_drawing_imports_no_more_than_it_uses(tmp_path):
     unused += " mlx_snapgen.teachers mlx_snapgen.public_config mlx_snapgen.public_pipeline"
     unused += " mlx_snapgen.quantize mlx_snapgen.cli.interactive mlx_snapgen.networks.flux2"
     assert not imported & set(unused.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("--modle", ""), ("--model", ""), ("--dat", " (did you mean '--data'?)"), ("--x", "")],
+)
+def test_only_a_near_name_of_an_option_is_suggested(given, hint):
+    parser = Parser(prog="x")
+    parser.add_argument("--data")
+    with pytest.raises(UserError) as error:
+        parser.parse_args([given, "y"])
+    assert str(error.value) == f"unknown option {given}{hint}; see --help"
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 60), (24, 0), (24, 60)])
+def test_a_terminal_that_reports_no_size_shows_the_bar(size):
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    code = "import mlx_snapgen; from tqdm import tqdm; [k for k in tqdm(range(3), desc='work')]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert "work: 100%|" in said and "3/3" in said

@@ -117,7 +117,9 @@ def test_a_download_that_is_no_checkpoint(hub):
 def test_no_network_is_one_line(at, tmp_path):
     at(9)
     told = message(lambda: find_model("someone/open"))
-    assert "no folder someone/open, and as a Hugging Face repository it is not in the cache" in told
-    assert "cannot be fetched" in told
+    assert told == (
+        "no folder someone/open, and as a Hugging Face repository it is not in the cache and "
+        "cannot be fetched: no connection to Hugging Face; --model also takes a folder"
+    )
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x.lora_A.weight": mx.zeros((2, 2))})
     assert find_source(str(tmp_path)).files == (tmp_path / "model.safetensors",)

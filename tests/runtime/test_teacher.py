@@ -269,3 +269,10 @@ def test_the_defaults_are_the_public_sizes(kind, billions):
     network = folders.NETWORKS[kind](TRANSFORMERS[kind]())
     count = sum(p.size for _, p in tree_flatten(network.parameters()))
     assert round(count / 1e9, 2) == billions
+
+
+def test_a_text_encoder_that_was_moved_is_named(tmp_path):
+    config = dataclasses.replace(TEACHER, text_encoder=str(tmp_path / "gone"))
+    words = r"text encoder of .*/t: no model folder .*/gone; .* text_encoder in t/teacher\.json$"
+    with pytest.raises(UserError, match=words):
+        folders.load_prompts(tmp_path / "t", config, dtype=None)
