@@ -137,6 +137,15 @@ def test_an_epoch_has_every_sample_about_once(tmp_path):
     assert sum(map(len, seen)) > 10_000 - 3 * 16
 
 
+@pytest.mark.parametrize("metadata", [["settings"], None, {"settings": 3}])
+def test_metadata_of_a_shard_that_is_no_text_is_damage(tmp_path, metadata):
+    path = tmp_path / "000000.safetensors"
+    header = json.dumps({"__metadata__": metadata}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        Shard(path)
+
+
 @pytest.mark.parametrize("damaged", [b'"rea\xffon"', b'"reason\n', b'"\n{}\n[]"'])
 def test_damaged_counts_are_told(tmp_path, damaged):
     path = shard_path(tmp_path, 0)

@@ -213,6 +213,8 @@ class Shard:
                 raise self._damaged()
             header = parse_json(self._read(8, length), path)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            if not all(isinstance(text, str) for text in self.metadata.values()):
+                raise ValueError
             self._entries: dict[str, Any] = header
             for entry in header.values():
                 check_entry(entry)
