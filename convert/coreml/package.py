@@ -15,6 +15,9 @@ from convert.mil.summary import summary
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 
+PALETTE_BITS = (1, 2, 3, 4, 6, 8)
+"""Bits of an index that Core ML has."""
+
 
 class Network(NamedTuple):
     """A network to convert."""
@@ -89,8 +92,22 @@ def _with_palettes(model: Any, least: int) -> Any:
 
     # Layers only: a global configuration would include RoPE tables too.
     config = OptimizationConfig()
-    config.set_op_type("conv", OpPalettizerConfig(mode="unique", weight_threshold=least - 1))
+    how = OpPalettizerConfig(mode="custom", lut_function=palette_of, weight_threshold=least - 1)
+    config.set_op_type("conv", how)
     return palettize_weights(model, config)
+
+
+def palette_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values of a weight, filled up with zeros, and the index of each number.
+
+    coremltools' mode "unique" sorts float16 numbers, and NumPy 2.3 does not sort thousands of them
+    on some CPUs with AVX-512.
+    """
+    values, indices = np.unique(weight.astype(np.float32), return_inverse=True)
+    bits = next(n for n in PALETTE_BITS if len(values) <= 2**n)
+    palette = np.zeros(2**bits, weight.dtype)
+    palette[: len(values)] = values
+    return palette, indices.ravel().astype(np.uint8)
 
 
 def write_package(

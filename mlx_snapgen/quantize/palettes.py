@@ -123,7 +123,7 @@ def palettized(weight: mx.array, bits: int) -> mx.array:
     A weight of at most 2^bits different fp16 numbers is returned unchanged.
     """
     values = np.array(weight.astype(mx.float32))
-    palette = np.unique(k_means(values, 2**bits).astype(np.float16)).astype(np.float32)
+    palette = np.unique(k_means(values, 2**bits).astype(np.float16).astype(np.float32))
     nearest = np.searchsorted((palette[1:] + palette[:-1]) / 2, values)
     return mx.array(palette[nearest])
 

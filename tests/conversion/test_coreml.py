@@ -260,6 +260,19 @@ def test_palettes_are_what_mlx_computes_with_them(export, model):
     assert 10 * small < medium < 0.95 * large
 
 
+@pytest.mark.parametrize(("distinct", "entries"), [(2, 2), (5, 8), (16, 16), (17, 64), (256, 256)])
+def test_a_palette_has_each_value_once(distinct, entries):
+    """Also of weights that NumPy 2.3 does not sort on some CPUs."""
+    rng = np.random.default_rng(0)
+    values = np.sort(rng.choice(2**12, distinct, replace=False)) / np.float16(64) - 32
+    for count in (300, 6144, 50000):
+        weight = values.astype(np.float16)[rng.permutation(count) % distinct].reshape(-1, 4)
+        palette, indices = package.palette_of(weight)
+        assert palette.dtype == np.float16 and len(palette) == entries
+        assert np.array_equal(palette[indices].reshape(weight.shape), weight)
+        assert np.array_equal(np.unique(indices), np.arange(distinct))
+
+
 def test_the_report_tells_what_is_in_the_packages(export, model):
     folder = export()
     report = json.loads((folder / "report.json").read_text())
@@ -323,7 +336,8 @@ def test_one_step_tells_packages_from_others(export, model, monkeypatch, capsys)
     def compare(folder, other):
         monkeypatch.setattr(packages, "load_pretrained", lambda *a, **k: other)
         command = ["coreml_picture", str(folder), "a cat", "--model", "model", "--one-step"]
-        monkeypatch.setattr(comparison, "find_model", lambda name: Path(name))
+        found = SimpleNamespace(open=lambda name: SimpleNamespace(path=Path(name)))
+        monkeypatch.setattr(comparison, "ModelFolder", found)
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()  # what the export said
         comparison.main()
