@@ -5,11 +5,20 @@ the first `import mlx` wins the symbol look-up, so loading OpenBLAS here makes e
 on the CPU about fifty times faster. macOS (Accelerate) and CUDA do not need it.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 _NAMES = ("libopenblas.so.0", "libopenblas.so")
+_library: Any = None
+"""OpenBLAS, if its threads can be set for the whole process."""
+_lock = threading.Lock()
+_threads, _users = 1, 0
+"""Of `one_blas_thread`: the threads outside of it, and how many are inside."""
 
 
 def load_openblas() -> str | None:
@@ -18,6 +27,7 @@ def load_openblas() -> str | None:
     Returns the library's name, or None (not Linux, mlx already imported, none installed, or
     switched off with SNAPGEN_OPENBLAS=0).
     """
+    global _library
     if not sys.platform.startswith("linux") or "mlx.core" in sys.modules:
         return None
     if os.environ.get("SNAPGEN_OPENBLAS") == "0":
@@ -27,11 +37,42 @@ def load_openblas() -> str | None:
         os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"
     for name in _NAMES:
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
+        # With OpenMP (2), each thread of the process has its own number of threads.
+        if getattr(library, "openblas_get_parallel", int)() == 1:
+            _library = library
         return name
     return None
+
+
+def blas_threads() -> int:
+    """Threads of a product outside of `one_blas_thread`; 1 if they cannot be set."""
+    with _lock:
+        return _threads if _users or _library is None else _library.openblas_get_num_threads()
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Inside, a product has one thread, also in other threads of the process."""
+    global _threads, _users
+    threads = blas_threads()
+    with _lock:
+        _threads, _users = threads, _users + 1
+        _set_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _set_threads(_threads)
+
+
+def _set_threads(count: int) -> None:
+    if _library is not None:
+        _library.openblas_set_num_threads(count)
 
 
 def _has_avx512() -> bool:

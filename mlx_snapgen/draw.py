@@ -15,6 +15,7 @@ from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.apart import apart
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
+from mlx_snapgen.networks.parallel import on_all_cores
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import (
@@ -148,7 +149,10 @@ def denoise_latents(
     sampler, factor = settings.sampler(config), config.autoencoder.downsampling
     shape = settings.height // factor, settings.width // factor, config.transformer.latent_channels
     velocity = guided_velocity(
-        _of_each(network, len(seeds)),
+        on_all_cores(
+            _of_each(network, len(seeds)),
+            tokens=shape[0] * shape[1] // config.transformer.patch_size**2,
+        ),
         text,
         mask,
         sampler.guidance_scale,

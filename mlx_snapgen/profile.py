@@ -3,8 +3,9 @@
 MLX is lazy, and its own counters depend on the backend. Here each operation of a kind, such as a
 norm, is computed alone, on the values and in the shapes of a real step: its inputs are evaluated
 before its time starts and its output before it ends. So the table means the same on every backend.
-What is between these operations is one more kind. On a GPU the sum is longer than a step, because
-the device waits for each operation; the shares still rank the kinds.
+What is between these operations is one more kind. On a CPU, operations have no parts that run at
+once (`networks.parallel`), and products have BLAS's threads. On a GPU the sum is longer than a
+step, because the device waits for each operation; the shares still rank the kinds.
 """
 
 import functools

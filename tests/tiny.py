@@ -30,6 +30,7 @@ from mlx_snapgen.config import (
 from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.adapters import add_lora, linear_layers
+from mlx_snapgen.networks import parallel
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
@@ -369,3 +370,14 @@ def memory(pid):
         pids += map(int, (task / "children").read_text().split())
     pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def with_streams(count: int, monkeypatch) -> None:
+    """Compute on so many streams of the CPU what `parallel.on_all_cores` computes, however small.
+
+    It is not fast: BLAS has one thread.
+    """
+    monkeypatch.setattr(parallel, "blas_threads", lambda: count)
+    monkeypatch.setattr(parallel, "MANY_TOKENS", 1)
+    monkeypatch.setattr(parallel, "LEAST_WORK", 1)
+    monkeypatch.setattr(parallel, "LEAST_TOKENS", 1)

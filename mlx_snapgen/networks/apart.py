@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.networks.exponentials import float32_on_cpu
+from mlx_snapgen.networks.parallel import at_once, cut, part_count
 
 _PICTURES = ContextVar("pictures", default=1)
 _TRAINED = ContextVar("trained", default=False)
@@ -61,6 +62,19 @@ def product(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
     In two dimensions, as those of the time embedding, x is of one picture.
     """
+    parts = part_count(x.shape[-2] * weight.size) if x.ndim == 3 else 1
+    if parts == 1:
+        return _each_product(x, weight, bias)
+    outputs = at_once(
+        [
+            functools.partial(_each_product, x, weight[here], None if bias is None else bias[here])
+            for here in cut(len(weight), parts)
+        ]
+    )
+    return mx.concatenate(outputs, axis=-1)
+
+
+def _each_product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     count = pictures_apart()
     if count == 1 or x.ndim != 3 or not float32_on_cpu(x):
         return _product(x, weight, bias)

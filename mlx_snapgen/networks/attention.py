@@ -7,6 +7,7 @@ at all widths, so a query head has the same kv head at every width that contains
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth
 from mlx_snapgen.networks.layers import attend, merge_heads, split, split_heads
+from mlx_snapgen.networks.parallel import at_once, by_tokens
 
 MANY_SCORES = 2**24
 """Attention scores of a batch from which on `--save-memory` computes them again."""
@@ -216,11 +218,13 @@ def bands_looped(
     modulation: mx.array | None = None,
 ) -> mx.array:
     """BNA band by band; `band` is the number of tokens in a band."""
-    out = []
-    for here, near in bands(q.shape[2], band, radius=radius):
+
+    def attended(here: slice, near: slice) -> mx.array:
         weights = None if modulation is None else modulation[here, near]
-        out.append(attend(q[:, :, here], k[:, :, near], v[:, :, near], modulation=weights))
-    return mx.concatenate(out, axis=2)
+        return attend(q[:, :, here], k[:, :, near], v[:, :, near], modulation=weights)
+
+    parts = bands(q.shape[2], band, radius=radius)
+    return mx.concatenate(at_once([partial(attended, *part) for part in parts]), axis=2)
 
 
 def bands_batched(q: mx.array, k: mx.array, v: mx.array, *, band: int, radius: int) -> mx.array:
@@ -272,10 +276,14 @@ class SelfAttention(nn.Module):
 
     def project(self, h: mx.array, share: float) -> tuple[mx.array, mx.array, mx.array]:
         """h (B, N, d) -> q, k, v by heads, q and k normalized but not yet rotated."""
-        q = split_heads(self.q_proj(h, share), self._head_dim)
-        k = split_heads(self.k_proj(h, share), self._head_dim)
-        v = split_heads(self.v_proj(h, share), self._head_dim)
-        return self.q_norm(q, share=share), self.k_norm(k, share=share), v
+
+        def projected(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            q = split_heads(self.q_proj(h, share), self._head_dim)
+            k = split_heads(self.k_proj(h, share), self._head_dim)
+            v = split_heads(self.v_proj(h, share), self._head_dim)
+            return self.q_norm(q, share=share), self.k_norm(k, share=share), v
+
+        return by_tokens(projected, h)
 
     def __call__(
         self,

@@ -28,6 +28,7 @@ from mlx_snapgen.networks.layers import (
     space_to_depth,
     split,
 )
+from mlx_snapgen.networks.parallel import by_tokens
 from mlx_snapgen.networks.text_encoders.base import (
     Prompt,
     TextEncoder,
@@ -107,13 +108,17 @@ class Block(nn.Module):
         table = self.modulation(share=share) + modulation
         # six of (B, 1, d)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = split(table, 6, axis=1)
-        h = modulate(layer_norm(x), shift_a, scale_a)
+        h = by_tokens(lambda x: modulate(layer_norm(x), shift_a, scale_a), x)
         x = x + gate_a * self.self_attention(
             h, grid, share=share, modulate=modulate_attention, save_memory=save_memory
         )
         x = x + self.cross_attention(x, text, mask=mask, share=share, save_memory=save_memory)
-        h = modulate(layer_norm(x), shift_f, scale_f)
-        return x + gate_f * self.ffn(h, share)
+
+        def fed_forward(x: mx.array) -> mx.array:
+            h = modulate(layer_norm(x), shift_f, scale_f)
+            return x + gate_f * self.ffn(h, share)
+
+        return by_tokens(fed_forward, x)
 
 
 class LongSkip(nn.Module):

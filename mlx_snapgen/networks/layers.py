@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_snapgen._interrupts import find_compiler
 from mlx_snapgen.networks.apart import pictures_apart
 from mlx_snapgen.networks.exponentials import exponential_weights, float32_on_cpu
+from mlx_snapgen.networks.parallel import at_once, part_count
 
 find_compiler()
 
@@ -123,8 +125,9 @@ def _attend_apart(
     q: mx.array, k: mx.array, v: mx.array, *, mask: mx.array | None, modulation: mx.array | None
 ) -> mx.array:
     """`_attend_in_cache` of a batch of pictures, each with the parts that it has alone."""
-    (b, heads, n, _), keys, count = q.shape, k.shape[2], pictures_apart()
+    (b, heads, n, dim), keys, count = q.shape, k.shape[2], pictures_apart()
     rows = max(16, PART_OF_SCORES // (b // count * heads * keys))
+    rows = min(rows, math.ceil(n / part_count(2 * heads * n * keys * dim)))
     size = max(1, PART_OF_SCORES // (heads * n * keys)) if count > 1 else b
     out = []
     for start in range(0, b, size):
@@ -154,9 +157,9 @@ def _attend_in_cache(
     kv_heads, keys = k.shape[1:3]
     share = heads // kv_heads
     k = k.swapaxes(-1, -2)
-    out = []
     starts = range(0, n, rows)
-    for start, part in zip(starts, split(q, starts[1:], axis=2), strict=True):
+
+    def attended(start: int, part: mx.array) -> mx.array:
         here = slice(start, start + rows)
         count = part.shape[2]
         by_head = (b, heads, count, keys)
@@ -168,8 +171,10 @@ def _attend_in_cache(
         weights, total = exponential_weights(scores)
         if modulation is not None:
             weights = (weights.reshape(by_head) * modulation[here]).reshape(by_kv_head)
-        out.append(((weights @ v) / total).reshape(b, heads, count, head_dim))
-    return mx.concatenate(out, axis=2)
+        return ((weights @ v) / total).reshape(b, heads, count, head_dim)
+
+    parts = zip(starts, split(q, starts[1:], axis=2), strict=True)
+    return mx.concatenate(at_once([partial(attended, *part) for part in parts]), axis=2)
 
 
 def space_to_depth(x: mx.array, factor: int) -> mx.array:

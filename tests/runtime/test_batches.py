@@ -19,10 +19,16 @@ from mlx_snapgen.networks import apart, layers
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
+from tests.tiny import with_streams
 
 PROMPTS = ("a cat", "three apples on a blue background", "a green car to the left of a cat")
 pytestmark = pytest.mark.filterwarnings("ignore::mlx_snapgen.prompt_check.PromptWarning")
 SMALLEST = DrawSettings(num_inference_steps=1)
+
+
+@pytest.fixture(params=[1, 2], ids=["one stream", "two streams"])
+def streams(request, monkeypatch):
+    with_streams(request.param, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +56,7 @@ def check_equal(pipe, settings, prompts=PROMPTS):
         assert np.abs(picture.astype(int) - alone[1]).max() <= levels()
 
 
+@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("width", ["full", "small", "tiny"])
 def test_pictures_of_the_default_model_do_not_depend_on_their_batch(width):
     pipe = SnapGenPipeline.from_pretrained(model_width=width)
@@ -69,6 +76,7 @@ def test_pictures_of_one_prompt_have_the_next_seeds_and_their_own_noise(pipe):
     assert list(steps) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("streams")
 def test_long_attention_is_cut_as_for_one_picture(pipe, monkeypatch):
     monkeypatch.setattr(layers, "PART_OF_SCORES", 300)
     check_equal(pipe, SMALLEST)
