@@ -14,35 +14,30 @@ OPENBLAS_NUM_THREADS=1 and --cpu-seconds.
 """
 
 import argparse
-import dataclasses
+import functools
 import gc
 import importlib
 import importlib.util
 import json
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from mlx_snapgen import profile
-from mlx_snapgen.checkpoint.memory import GROUP_SIZE, needed_bytes, weight_bytes
-from mlx_snapgen.checkpoint.module import matrices
-from mlx_snapgen.cli.notices import peak_process_bytes
 from mlx_snapgen.cli.options import Parser, integer
-from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttention
-from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
-from mlx_snapgen.networks.text_encoders.base import TextStates
+from mlx_snapgen.measure import (
+    as_drawn,
+    make_block,
+    make_step,
+    measure_memory,
+    time_calls,
+    time_in_turn,
+)
 from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder, transformer_preset
-from mlx_snapgen.settings import machine_memory
 
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""
@@ -65,163 +60,24 @@ OWN_TABLE = ("training", "memory")
 """Suites that are no list of networks."""
 MEMORY_SIZES = (256, 512, 1024)
 """Picture sides in pixels."""
-MEMORY_TYPES = ("float32", "bfloat16", "8 bits", "4 bits")
-TEXT_TOKENS = 154
-"""77 of each text encoder."""
 PEERS_TEXT_TOKENS = 300
 """Those of SANA and PixArt-Sigma."""
 
 
-def time_calls(
-    run: Callable[[], Any], repeats: int, *, clock: Callable[[], float] = time.perf_counter
+def measure_network(
+    name: str, *, repeats: int, clock: Callable[[], float], **how: Any
 ) -> dict[str, float]:
-    """Seconds of `run` (median, minimum, maximum), and peak memory in bytes, after a warm-up."""
-    mx.eval(run())
-    mx.reset_peak_memory()
-    seconds = []
-    for _ in range(repeats):
-        start = clock()
-        mx.eval(run())
-        seconds.append(clock() - start)
-    return {
-        "seconds": statistics.median(seconds),
-        "seconds_min": min(seconds),
-        "seconds_max": max(seconds),
-        "peak_bytes": mx.get_peak_memory(),
-    }
-
-
-def time_in_turn(
-    runs: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, dict[str, float]]:
-    """Seconds of each of `runs`, by name, as in `time_calls`; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in tqdm(range(1 + repeats), desc="rounds", leave=False, disable=None):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if i > 0:  # the first warms up
-                seconds[name].append(clock() - start)
-    return {
-        name: {"seconds": statistics.median(s), "seconds_min": min(s), "seconds_max": max(s)}
-        for name, s in seconds.items()
-    }
-
-
-def make_step(
-    name: str, *, height: int, width: int, dtype: mx.Dtype, text_tokens: int, bits: int = 0
-) -> tuple[int, Callable[[], mx.array]]:
-    """Number of weights of a preset, and a function that computes a denoising step.
-
-    Args:
-        height, width: of the picture in pixels.
-        text_tokens: of both text encoders together.
-        bits: per weight of the linear layers; 0 does not quantize.
-    """
-    config = dataclasses.replace(TRANSFORMERS[name], widths=(1.0,))
-    network = EfficientDiT(config)
-    network.set_dtype(dtype)
-    if bits:
-        chosen = set(matrices(network, GROUP_SIZE))
-        nn.quantize(
-            network, GROUP_SIZE, bits, class_predicate=lambda path, _: path in chosen
-        )  # also on the CPU, where each call dequantizes
-    for _, weights in tree_flatten(network.parameters()):
-        mx.eval(weights)  # one by one, so that the peak is that of a step
-    side = preset_autoencoder(name).downsampling
-    x_t = mx.random.normal((1, height // side, width // side, config.latent_channels)).astype(dtype)
-    length = text_tokens // len(config.text_dims)
-    states = [
-        TextStates(mx.random.normal((1, length, n)).astype(dtype), mx.ones((1, length), mx.bool_))
-        for n in config.text_dims
-    ]
-    text, mask = network.encode_text(states)
-    t = mx.array([0.5])
-    mx.eval(text, mask, x_t)
-    return count_parameters(config), lambda: network(x_t, t, text, mask)
-
-
-def measure_block(
-    config: TransformerConfig,
-    sparse: bool,
-    *,
-    height: int,
-    width: int,
-    dtype: mx.Dtype,
-    repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Self-attention of one Down-stage block."""
-    module = (SparseSelfAttention if sparse else SelfAttention)(config)
-    module.set_dtype(dtype)
-    mx.eval(module.parameters())
-    grid = Grid(height // 8 // config.patch_size, width // 8 // config.patch_size)
-    h = mx.random.normal((1, grid.height * grid.width, config.hidden_size)).astype(dtype)
-    weights: Any = tree_flatten(module.parameters())
-    parameters = sum(p.size for _, p in weights)
-    return {"parameters": parameters, **time_calls(lambda: module(h, grid), repeats, clock=clock)}
-
-
-def measure(name: str, base: TransformerConfig, **how: Any) -> dict[str, float]:
-    """Measure a preset, or a block of `base`; `name` is one of those in `SUITES`.
-
-    `how` are the other arguments of `measure_block`.
-    """
+    """Measure a preset or a block, one of those in `SUITES`; `how` is that of `make_step`."""
     gc.collect()
     mx.clear_cache()
+    flops: dict[str, float] = {}
     if name in SUITES["blocks"]:
-        return measure_block(base, name == "assa-block", **how)
-    repeats, clock = how.pop("repeats"), how.pop("clock")
-    parameters, run = make_step(name, **how, text_tokens=TEXT_TOKENS)
-    flops = sum(profile.count_flops(run).values())
-    return {"parameters": parameters, "flops": flops, **time_calls(run, repeats, clock=clock)}
-
-
-def measure_memory(names: Sequence[str], *, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Peak memory of a step of each network of `names`, size and type, measured and estimated.
-
-    Measured is what fits in half of the machine's memory, except bfloat16 on the CPU, where it is
-    about fifty times slower.
-    """
-    rows: list[dict[str, Any]] = []
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    wanted = [(name, size, kind) for name in names for size in sizes for kind in MEMORY_TYPES]
-    for name, size, kind in tqdm(wanted, desc="rows", leave=False, disable=None):
-        row = {"preset": name, "size": size, "type": kind}
-        row["estimate"] = estimate_peak(TRANSFORMERS[name], size=size, kind=kind)
-        if row["estimate"] < machine_memory() / 2 and not (on_cpu and kind == "bfloat16"):
-            code = (
-                "import sys; from mlx_snapgen import benchmark; benchmark.print_peak(*sys.argv[1:])"
-            )
-            command = [sys.executable, "-c", code, name, str(size), kind]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row |= json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-    return rows
-
-
-def estimate_peak(config: TransformerConfig, *, size: int, kind: str) -> int:
-    """Estimate of the bytes of a process that computes a step; `kind` is one of `MEMORY_TYPES`."""
-    bits = int(kind.split()[0]) if kind.endswith("bits") else 0
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    whole = 4 if kind == "float32" or (bits and on_cpu) else 2
-    return needed_bytes(weight_bytes(count_parameters(config), bits, whole=whole), size, size)
-
-
-def print_peak(name: str, size: str, kind: str) -> None:
-    """Print the peak of one step in this process, a row of `measure_memory`, as JSON."""
-    gpu = mx.default_device().type == mx.DeviceType.gpu
-    bits = int(kind.split()[0]) if kind.endswith("bits") else 0
-    dtype = "bfloat16" if bits and gpu else "float32" if bits else kind
-    mx.set_cache_limit(0)  # otherwise freed memory counts, and the peak depends on the backend
-    how: Any = {"height": int(size), "width": int(size), "text_tokens": TEXT_TOKENS, "bits": bits}
-    _, step = make_step(name, dtype=getattr(mx, dtype), **how)
-    mx.reset_peak_memory()
-    mx.eval(step())
-    print(json.dumps({"peak_bytes": mx.get_peak_memory(), "process_bytes": peak_process_bytes()}))
+        parameters, run = make_block(TRANSFORMERS["small"], name == "assa-block", **how)
+    else:
+        parameters, run = make_step(name, **how)
+        flops = {"flops": sum(profile.count_flops(run).values())}
+        run = as_drawn(name, run, how["height"], how["width"])
+    return {"parameters": parameters, **flops, **time_calls(run, repeats, clock=clock)}
 
 
 def memory_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -279,7 +135,7 @@ def measure_peers(
         print(f"making {name} ...", file=sys.stderr, flush=True)
         if name in TRANSFORMERS:
             count, step = make_step(name, dtype=dtype, **how)
-            made[name] = count, lambda step=step: mx.eval(step())
+            made[name] = count, functools.partial(_evaluate, as_drawn(name, step, height, width))
         else:
             # This package does not import torch.
             peers = importlib.import_module("convert.peers")
@@ -288,6 +144,10 @@ def measure_peers(
             made[name] = peers.make_peer(name, dtype=kind, gpu=gpu, **how)
     results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
     return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
+
+
+def _evaluate(step: Callable[[], mx.array]) -> None:
+    mx.eval(step())
 
 
 def table(results: dict[str, dict[str, float]], suites: Iterable[Iterable[str]]) -> str:
@@ -444,7 +304,7 @@ def print_profiles(args: argparse.Namespace, names: Sequence[str]) -> None:
     how, values, title = _how(args)
     profiles: dict[str, dict[str, profile.Part]] = {}
     for name in (name for name in names if name in TRANSFORMERS):
-        _, step = make_step(name, **how, text_tokens=TEXT_TOKENS)
+        _, step = make_step(name, **how)
         profiles[name] = profile.profile(step, clock=_clock(args))
     seconds = {name: {k: part.seconds for k, part in p.items()} for name, p in profiles.items()}
     tables = [f"{name}, {title}\n{profile.table(parts)}" for name, parts in profiles.items()]
@@ -463,7 +323,7 @@ def measure_networks(
         results = {}
         for i, name in enumerate(names):
             print(f"[{i + 1}/{len(names)}] {name} ...", end=" ", file=sys.stderr, flush=True)
-            results[name] = measure(name, TRANSFORMERS["small"], **how)
+            results[name] = measure_network(name, **how)
             print(f"{results[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
     _print(args.json, values | {"presets": results}, text=f"{title}\n{table(results, suites)}")
 

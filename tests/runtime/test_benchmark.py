@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_snapgen import benchmark, profile
+from mlx_snapgen import benchmark, measure, profile
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks import attention, efficient_dit
 from mlx_snapgen.networks.elastic import ElasticLinear
@@ -35,7 +35,7 @@ def run(monkeypatch, capsys):
 
 def test_a_profile_has_every_operation_of_the_network(monkeypatch):
     monkeypatch.setitem(TRANSFORMERS, "small", SMALL)
-    _, step = benchmark.make_step("small", **HOW, text_tokens=8)
+    _, step = measure.make_step("small", **HOW, text_tokens=8)
     before = mx.array(step())
     functions = [owner.__dict__[name] for some in profile.KINDS.values() for owner, name in some]
     parts = profile.profile(step)
@@ -103,10 +103,10 @@ def test_memory_is_measured_in_a_process_for_each_row(run, monkeypatch):
         peak = {"peak_bytes": 1 << 20, "process_bytes": 2 << 20}
         return type("Done", (), {"stdout": json.dumps(peak)})
 
-    monkeypatch.setattr(benchmark.subprocess, "run", start)
+    monkeypatch.setattr(measure.subprocess, "run", start)
     rows = json.loads(run("--suite", "memory", "--json"))["rows"]
     kinds = [(row["size"], row["type"]) for row in rows]
-    assert kinds == [(px, t) for px in (256, 512, 1024) for t in benchmark.MEMORY_TYPES]
+    assert kinds == [(px, t) for px in (256, 512, 1024) for t in measure.MEMORY_TYPES]
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     measured = [k for k in kinds if not (on_cpu and k[1] == "bfloat16")]
     assert [(int(px), kind) for _, px, kind in started] == measured
@@ -124,7 +124,7 @@ def test_the_peak_of_a_process_includes_the_weights(monkeypatch, capsys):
     try:
         found = []
         for kind in ("float32", "8 bits"):
-            benchmark.print_peak("small", "64", kind)
+            measure.print_peak("small", "64", kind)
             found.append(json.loads(capsys.readouterr().out))
     finally:
         mx.set_cache_limit(limit)

@@ -4,9 +4,8 @@ Random weights, latents and text states. Gradients and updates are compiled as t
 """
 
 import io
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ from PIL import Image
 
 from mlx_snapgen.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.decode import decode
+from mlx_snapgen.measure import time_in_turn
 from mlx_snapgen.networks.elastic import extract
 from train.data.imagefolder import fit
 from train.data.mixture import Prefetched
@@ -70,14 +70,8 @@ def measure_training(
         runs[f"full + {share:g}"] = _gradients(model, batch, key, shares=(share,))
     for name in ("adamw", "muon"):
         runs[name] = _update(model, TrainingConfig(steps=100, optimizer=name))
-    seconds: Mapping[str, list[float]] = {name: [] for name in runs}
-    for i in range(1 + repeats):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if i > 0:  # the first compiles
-                seconds[name].append(clock() - start)
-    found = {name: statistics.median(some) for name, some in seconds.items()}
+    times = time_in_turn(runs, repeats, clock=clock)
+    found = {name: some["seconds"] for name, some in times.items()}
     pixels = 8 * side
     return found | measure_reading(
         runs["full"], side=pixels, batch_size=batch_size, repeats=repeats
