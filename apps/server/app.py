@@ -1,38 +1,34 @@
-"""The ASGI application: routes, streaming, and access control."""
+"""The ASGI application: routes, and the answer to each."""
 
 import asyncio
 import base64
 import contextlib
-import hmac
-import json
 import logging
-import re
 import secrets
 import time
-import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
+from apps.server.access import Guard
+from apps.server.errors import RequestError
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.models import Served, find_served
 from apps.server.request import (
     FORMATS,
     ImageRequest,
     Limits,
-    RequestError,
     backgrounds,
-    is_loopback,
     parse_form,
     parse_request,
 )
+from apps.server.responses import Stream, error_response, server_event, unless_gone
 from apps.server.uploads import Uploads, check_length, too_large
 from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
@@ -179,8 +175,8 @@ class Server:
             raise RequestError(str(busy), 429, code="queue_full", headers=headers) from None
         ending.callback(self.jobs.cancel, drawing)
         if wanted.stream:
-            return _Stream(self._events(wanted, drawing, name=name), ending.pop_all())
-        return await _unless_gone(request.receive, self._answer(request, wanted, drawing=drawing))
+            return Stream(self._events(wanted, drawing, name=name), ending.pop_all())
+        return await unless_gone(request.receive, self._answer(request, wanted, drawing=drawing))
 
     async def _answer(
         self, request: Request, wanted: ImageRequest, *, drawing: Drawing
@@ -257,7 +253,7 @@ def _shape(wanted: ImageRequest, event: Progress | Picture) -> dict[str, str]:
 
 def _event(name: str, file: bytes, **extra: Any) -> bytes:
     data = {"type": name, "b64_json": base64.b64encode(file).decode(), **extra}
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return server_event(name, data)
 
 
 def _failure(wanted: ImageRequest, event: Failed) -> RequestError:
@@ -291,164 +287,6 @@ async def _read_json(request: Request) -> Any:
         raise RequestError(f"{error}: send valid JSON") from None
 
 
-class Gone(Exception):
-    """The client has disconnected."""
-
-
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`; `Gone` as soon as the client disconnects."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    watching, working = asyncio.ensure_future(watch()), asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Gone
-        return working.result()
-    finally:
-        for task in (watching, working):
-            task.cancel()
-        await asyncio.gather(watching, working, return_exceptions=True)
-
-
-class _Stream(Response):
-    """Sends each event at once. A failure before the first one is an ordinary error response.
-
-    Args:
-        ending: closed when the response has ended.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], ending: contextlib.ExitStack):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self._events, self._ending = events, ending
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._ending:
-            await _unless_gone(receive, self._send_all(scope, receive, send))
-
-    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            first = await anext(self._events, b"")
-        except RequestError as error:
-            return await _refuse(error)(scope, receive, send)
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        await send({"type": "http.response.body", "body": first, "more_body": True})
-        try:
-            async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except RequestError as error:
-            text = f"event: error\ndata: {json.dumps(error.body())}\n\n".encode()
-            await send({"type": "http.response.body", "body": text, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-class Guard:
-    """Checks the key or the host of every request, and ends those whose client has disconnected.
-
-    Args:
-        api_key: None allows requests whose Host and Origin are loopback names, so that a web page
-            cannot reach the server, also not through its own host name (DNS rebinding).
-        origins: of web pages that may use the server all the same, and read its responses (CORS).
-    """
-
-    def __init__(self, app: ASGIApp, api_key: str | None, *, origins: Collection[str]):
-        self._app, self._key, self._origins = app, api_key, frozenset(origins)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-
-        headers = Headers(scope=scope)
-        refusal, started = self._refusal(scope, headers), False
-
-        async def send_on(message: Message) -> None:
-            nonlocal started
-            started = True
-            if message["type"] == "http.response.start" and self._origins:
-                message = {**message, "headers": [*message["headers"], *self._cors(headers)]}
-            await send(message)
-
-        try:
-            with contextlib.suppress(Gone, ClientDisconnect):
-                await (refusal or self._app)(scope, receive, send_on)
-        except asyncio.CancelledError:
-            # The server ends. The task ends here, without the traceback that uvicorn would print.
-            if not started:
-                await _refuse(RequestError("the server ends", 503))(scope, receive, send_on)
-
-    def _cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
-        found = [(b"vary", b"Origin")]
-        if (origin := headers.get("origin")) in self._origins:
-            found.append((b"access-control-allow-origin", origin.encode()))
-            found.append((b"access-control-expose-headers", b"Retry-After"))
-        return found
-
-    def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
-        """What to answer instead of the application; None if the request may pass."""
-        origin = headers.get("origin")
-        is_preflight = (
-            scope["method"] == "OPTIONS"
-            and origin in self._origins
-            and "access-control-request-method" in headers
-        )
-        if self._key is None:
-            host = headers.get("host", "")
-            if not is_loopback(_hostname(host)):
-                message = (
-                    f"without an API key only this machine can connect, not as '{host[:80]}': use "
-                    "127.0.0.1, or start the server with --api-key"
-                )
-                return _refuse(RequestError(message, 403))
-            if not (origin is None or origin in self._origins or is_loopback(_hostname(origin))):
-                message = (
-                    "without an API key, web pages of other machines cannot use this server: start "
-                    "it with --api-key or --allow-origin"
-                )
-                return _refuse(RequestError(message, 403))
-        if is_preflight:
-            # A browser sends it without the key.
-            return _preflight(headers)
-        if self._key is not None and scope["path"].startswith("/v1/"):
-            kind, _, key = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(key.strip().encode("latin-1"), self._key.encode())
-            if kind.lower() != "bearer" or not right:
-                error = RequestError("no valid API key", 401, code="invalid_api_key")
-                return _refuse(error)
-        return None
-
-
-def _preflight(headers: Headers) -> Response:
-    """The answer to a browser that asks whether a page may send a request (CORS)."""
-    asked = headers.get("access-control-request-headers", "")
-    # Clients add headers of their own, so all are allowed.
-    allowed = asked if re.fullmatch(r"[\w\-, ]{1,2000}", asked, re.ASCII) else "Authorization"
-    found = {
-        "Access-Control-Allow-Methods": "GET, POST",
-        "Access-Control-Allow-Headers": allowed,
-        "Access-Control-Max-Age": "600",
-    }
-    if headers.get("access-control-request-private-network") == "true":
-        found["Access-Control-Allow-Private-Network"] = "true"
-    return Response(status_code=204, headers=found)
-
-
-def _hostname(where: str) -> str:
-    """The host of "host:port" or "scheme://host:port"; "" if there is none."""
-    try:
-        return urllib.parse.urlsplit(where if "://" in where else f"//{where}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _refuse(error: RequestError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers=error.headers)
-
-
 def create_app(server: Server, api_key: str | None, *, origins: Collection[str] = ()) -> ASGIApp:
     """The application; arguments are those of `Guard`.
 
@@ -456,11 +294,11 @@ def create_app(server: Server, api_key: str | None, *, origins: Collection[str] 
     """
 
     async def refuse(request: Request, error: Any) -> Response:
-        return _refuse(error)
+        return error_response(error)
 
     async def failed(request: Request, error: Any) -> Response:
         # uvicorn prints the traceback.
-        return _refuse(RequestError("the server failed: the reason is in its log", 500))
+        return error_response(RequestError("the server failed: the reason is in its log", 500))
 
     async def unknown(request: Request, error: Any) -> Response:
         message, path = error.detail, request.url.path
@@ -468,7 +306,7 @@ def create_app(server: Server, api_key: str | None, *, origins: Collection[str] 
             message = f"nothing at {path[:80]}: the API is under /v1, such as /v1/models"
         elif error.status_code == 405:
             message = f"{path[:80]} does not take {request.method}"
-        return _refuse(RequestError(message, error.status_code, headers=error.headers))
+        return error_response(RequestError(message, error.status_code, headers=error.headers))
 
     routes = [
         Route("/health", server.health),

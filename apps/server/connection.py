@@ -8,11 +8,11 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from apps.server.request import RequestError
+from apps.server.errors import RequestError
+from apps.server.responses import error_response
 
 GRACE = 30
 """Seconds that open requests may take after a signal to end."""
@@ -49,7 +49,7 @@ class Connection(H11Protocol):
             return await self._all(scope, receive, send)
         headers = {"Retry-After": "10", "Connection": "close"}
         error = RequestError("too many connections at once", 503, headers=headers)
-        await JSONResponse(error.body(), error.status, headers=headers)(scope, receive, send)
+        await error_response(error)(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._socket, self._is_draining = transport, False

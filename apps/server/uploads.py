@@ -13,7 +13,8 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from apps.server.request import Form, RequestError
+from apps.server.errors import RequestError
+from apps.server.request import Form
 from mlx_snapgen.files import temporary_folder
 
 MAX_FORM = 64 << 20

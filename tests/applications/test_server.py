@@ -50,9 +50,10 @@ from starlette.datastructures import Headers
 from apps.server import connection
 from apps.server.__main__ import build_parser, choices, open_models
 from apps.server.app import Server, create_app
+from apps.server.errors import RequestError
 from apps.server.jobs import Busy, Drawing, Jobs, PictureStore
 from apps.server.models import Served, name_models
-from apps.server.request import Limits, RequestError, parse_request
+from apps.server.request import Limits, parse_request
 from apps.worker.engine import encode_picture
 from apps.worker.messages import Failed, Finished, Job, Opened, Progress
 from mlx_snapgen.cli.options import model_choice

@@ -34,7 +34,7 @@ pytest.importorskip("python_multipart", reason=NO_SERVER)
 from starlette.requests import Request
 
 from apps.server import uploads
-from apps.server.request import RequestError
+from apps.server.errors import RequestError
 
 EDITS, VARIATIONS = "/v1/images/edits", "/v1/images/variations"
 
