@@ -1,4 +1,4 @@
 """The window: `python -m apps.desktop`.
 
-`settings`, `history` and `system` do not import tkinter.
+`fields`, `settings`, `history` and `system` do not import tkinter.
 """

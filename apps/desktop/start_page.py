@@ -11,11 +11,13 @@ from typing import Any
 
 from PIL import Image, ImageTk
 
+from apps.desktop.fields import read_number
 from apps.desktop.inputs import Inputs
 from apps.desktop.painter import StageCanvas, with_mask
 from apps.desktop.settings import start_folder
 from apps.desktop.theme import Theme
-from apps.desktop.widgets import Slider, scale
+from apps.desktop.widgets import Slider, heading, scale
+from apps.desktop.wording import shortened
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import FITS, check_reference, fitted_mask, picture_size, read_picture
 from mlx_snapgen.settings import MASKED_STRENGTH, STRENGTH, DrawSettings
@@ -82,12 +84,12 @@ class StartPage(ttk.Frame):
     # --- reading and showing --------------------------------------------------------------------
 
     def read(self) -> dict[str, Any]:
-        """The fields of `DrawSettings`, but for `strength` as text; "" is the default."""
-        has = self.image is not None
+        """The fields of `DrawSettings`; `UserError` for a strength that is no number."""
+        strength = "" if self.image is None else self.strength.get()
         return {
             "image": self.image,
             "mask": self.mask,
-            "strength": self.strength.get().strip() if has else "",
+            "strength": read_number("strength", strength, kind=float, optional=True),
             "fit": self.fit.get(),
             "edit": tuple(self.edit),
         }
@@ -216,7 +218,7 @@ class StartPage(ttk.Frame):
     # --- the picture ----------------------------------------------------------------------------
 
     def _picture_part(self, paste: Callable[[], None]) -> None:
-        self._heading("Picture to start from")
+        heading(self, "Picture to start from")
         self.well = StageCanvas(self, height=WELL, width=200, highlightthickness=0, cursor="hand2")
         self.well.grid(sticky="ew")
         self.well.bind("<Configure>", lambda _: self._draw())
@@ -401,14 +403,6 @@ class StartPage(ttk.Frame):
         if not self.edit:
             # An empty frame would keep its former height.
             self._list.configure(height=1)
-
-    def _heading(self, text: str) -> None:
-        ttk.Label(self, text=text, style="Heading.TLabel").grid(sticky="w", pady=(10, 4))
-
-
-def shortened(text: str, most: int) -> str:
-    """`text` with at most this number of characters."""
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _shown(path: str) -> tuple[Image.Image, tuple[int, int]]:

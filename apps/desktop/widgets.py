@@ -1,4 +1,5 @@
-"""Widgets that ttk lacks: picture, film strip, scrolling column, slider with a number, banner."""
+"""Widgets that ttk lacks: picture, film strip, scrolling column, slider with a number, banner; and
+the rows of a page."""
 
 import tkinter as tk
 from collections.abc import Callable
@@ -355,3 +356,18 @@ class Banner(ttk.Frame):
 
     def _open(self) -> None:
         self._show_details(self.message, self.details)
+
+
+def heading(master: tk.Misc, text: str) -> None:
+    """A heading in the next row of a page."""
+    ttk.Label(master, text=text, style="Heading.TLabel").grid(sticky="w", pady=(10, 4))
+
+
+def labeled_row(master: tk.Misc, label: str, is_heading: bool = False) -> ttk.Frame:
+    """The next row of a page, with a label in its column 0."""
+    row = ttk.Frame(master)
+    row.grid(sticky="ew", pady=(10, 4) if is_heading else 2)
+    row.columnconfigure(0, weight=1)
+    style = "Heading.TLabel" if is_heading else "TLabel"
+    ttk.Label(row, text=label, style=style).grid(row=0, column=0, sticky="w")
+    return row

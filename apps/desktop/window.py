@@ -13,7 +13,8 @@ from PIL import Image
 
 from apps.desktop import system
 from apps.desktop.dialogs import show_details, show_shortcuts
-from apps.desktop.form import Form, model_label
+from apps.desktop.fields import model_label
+from apps.desktop.form import Form
 from apps.desktop.history import Entry, History, thumbnail
 from apps.desktop.inputs import Inputs
 from apps.desktop.menus import build_menus
@@ -331,7 +332,7 @@ class Window(tk.Tk):
             name = model_label(event.choice)
             others = [m for m in self.settings.recent_models if m != name]
             self.remember(dataclasses.replace(self.settings, recent_models=(name, *others[:7])))
-            self.form.offer_models(self.settings.recent_models)
+            self.form.model_page.offer_models(self.settings.recent_models)
 
     def _leave_model(self, run: Run) -> None:
         """Choose the former model again if the new one was not loaded."""

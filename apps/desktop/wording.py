@@ -1,4 +1,4 @@
-"""Messages of the commands, in the words of the window."""
+"""Texts of the commands and names of files, as the window shows them."""
 
 import re
 
@@ -19,3 +19,8 @@ def in_window(text: str) -> str:
     for option, name in OPTIONS.items():
         text = re.sub(rf"(?<![\w-])(?<!torch )(?<!teacher ){option}(?![\w-])", name, text)
     return re.sub(r"Weights in memory: bits ([48])", r"Weights in memory: \1 bits", text)
+
+
+def shortened(text: str, most: int) -> str:
+    """`text` with at most this number of characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

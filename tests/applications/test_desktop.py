@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from apps.desktop.fields import model_label, offered_sizes, read_model, size_label
 from apps.desktop.history import History
 from apps.desktop.run import Run
 from apps.desktop.settings import Settings, load_settings, save_settings
@@ -362,9 +363,6 @@ def test_the_negative_prompt_is_grey_without_guidance(window, components):
 
 @pytest.mark.parametrize(("area", "unit"), [(128**2, 32), (256**2, 16), (1024**2, 32)])
 def test_labels_of_sizes_are_true(area, unit):
-    pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    from apps.desktop.form import offered_sizes, size_label
-
     side = math.isqrt(area)
     config = SimpleNamespace(image_size=(side, side), size_unit=unit, trained_sizes=())
     for height, width in offered_sizes(config):
@@ -380,9 +378,6 @@ def test_labels_of_sizes_are_true(area, unit):
 
 
 def test_only_the_sizes_of_the_training_are_offered():
-    pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    from apps.desktop.form import offered_sizes, size_label
-
     config = SimpleNamespace(
         image_size=(256, 256), size_unit=32, trained_sizes=((256, 256), (192, 320), (384, 256))
     )
@@ -430,9 +425,6 @@ def test_a_model_that_failed_does_not_stay_chosen(window, model_folder, data):
 
 
 def test_a_model_of_two_parts_has_one_name():
-    pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    from apps.desktop.form import Form, model_label
-
     for choice in (
         ModelChoice("a b.safetensors", base="owner/name"),
         ModelChoice("~/a.safetensors", revision="main", base="owner/name"),
@@ -441,14 +433,14 @@ def test_a_model_of_two_parts_has_one_name():
         ModelChoice("a.safetensors"),
         ModelChoice(),
     ):
-        form = SimpleNamespace(model=SimpleNamespace(get=lambda c=choice: model_label(c)))
-        assert Form._model_name(form) == (choice.model, choice.revision, choice.base)
+        parts = (choice.model, choice.revision, choice.base)
+        assert read_model(model_label(choice)) == parts
 
 
 def test_the_model_page_has_memory_and_sizes(window, data):
     set_form(window, num_inference_steps=1, height=64, width=96)
-    window.form._choices["low_memory"].set("On")
-    window.form._choices["force_size"].set("Exactly")
+    window.form.model_page.choices["low_memory"].set("On")
+    window.form.model_page.choices["force_size"].set("Exactly")
     window.generate()
     values = read_metadata(drawn(window).path)
     assert values["force_size"] is True
@@ -457,7 +449,7 @@ def test_the_model_page_has_memory_and_sizes(window, data):
     restored, _ = saved.restored(window.strip.entries[0].path, window.inputs)
     assert restored.choice.low_memory
     set_form(window)
-    assert window.form._choices["force_size"].get() == "Trained"
+    assert window.form.model_page.choices["force_size"].get() == "Trained"
 
 
 def test_the_words_of_the_model(window):

@@ -159,7 +159,13 @@ def test_nothing_is_offered_without_a_picture(start):
     assert start.slider.entry.instate(["disabled"])
     buttons = (start.paint_button, start.open_mask_button, start.remove_button)
     assert all(button.instate(["disabled"]) for button in buttons)
-    assert start.read() == {"image": None, "mask": None, "strength": "", "fit": "crop", "edit": ()}
+    assert start.read() == {
+        "image": None,
+        "mask": None,
+        "strength": None,
+        "fit": "crop",
+        "edit": (),
+    }
 
 
 def test_a_picture_is_drawn_over_and_restored(window, start, photo):
