@@ -13,10 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from mlx_snapgen.alpha import straight
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, new_folder, read_bytes
+from mlx_snapgen.settings import machine_memory
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.vocabulary import NOTO, Collection, Noun
 
 STRIKE = 109  # the only size of the bitmap font, in pixels per em
+KEPT = min(2**30, machine_memory() // 16)
+"""Bytes of large pictures that are kept, recolored and scaled: most of the time of a scene."""
 
 
 FONT_FOLDERS = (
@@ -192,7 +195,8 @@ def _recolored(
     return glyph.convert("RGBa")
 
 
-_recolored_large = functools.lru_cache(maxsize=1024)(_recolored.__wrapped__)  # 200 kB each
+# Of Fluent Emoji, whose pictures are larger: 200 kB each, and 60 kB each as sprites.
+_recolored_large = functools.lru_cache(maxsize=KEPT // 2 // 200_000)(_recolored.__wrapped__)
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def _sprite(
     return _scaled(_recolored(font, noun, target), size_px, Image.Resampling.BICUBIC)
 
 
-@functools.lru_cache(maxsize=2048)  # about 60 kB each
+@functools.lru_cache(maxsize=KEPT // 2 // 60_000)
 def _large_sprite(
     noun: Noun,
     target: tuple[float, float, float] | None,
