@@ -27,10 +27,11 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.folder import load_teacher_config
 from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts, teacher_settings
 from train.data.encoded import check_encoding
+from train.data.encoders import CaptionEncoder, Encoder, of_encoder
 from train.data.imagefolder import bucket_sizes
 from train.data.index import paths_of
 from train.data.open import is_prepared, is_stickers, open_records
-from train.data.preparation import CaptionEncoder, Encoder, PictureSet, Reader, of_encoder
+from train.data.preparation import PictureSet, Reader
 from train.data.prepared import MODEL, Prepared, describe_autoencoder
 from train.data.selection import LEAST_TO_HOLD_OUT
 from train.data.shards import INDEX, SETTINGS

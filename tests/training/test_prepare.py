@@ -44,10 +44,11 @@ from tests import tiny
 from tests.training.test_new import write_autoencoder
 from train import prepare
 from train.data.drawn import DrawnSet
+from train.data.encoders import Chunk, Picture
 from train.data.imagefolder import bucket_sizes, fit, nearest_bucket
 from train.data.mixture import Mixture
 from train.data.open import is_prepared
-from train.data.preparation import Chunk, Picture, PictureSet
+from train.data.preparation import PictureSet
 from train.data.prepared import Prepared
 from train.data.shards import Sample, Shard, shard_path
 from train.data.source import Record, Skipped
@@ -443,7 +444,7 @@ def test_finished_and_other_sets_are_refused(
 def test_a_dry_run_prints_and_writes_nothing(pictures, model_folder, monkeypatch, tmp_path, capsys):
     run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, "--dry-run"))
     assert re.fullmatch(
-        r"40 pictures; about .* pictures/s, 0\.5 kB each: .* second.* and 2. kB of disk "
+        r"40 pictures; about .* pictures/s, \d+ bytes each: .* second.* and 2.\.. kB of disk "
         r"\(.* free\)\n",
         capsys.readouterr().out,
     )

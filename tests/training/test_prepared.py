@@ -12,7 +12,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import to_dict
 from tests.layout.graph import ROOT
 from tests.tiny import AUTOENCODER
-from train.data.preparation import CaptionEncoder, make_samples
+from train.data.encoders import CaptionEncoder, make_samples
 from train.data.prepared import Prepared
 from train.data.shards import Shard, shard_path, write_shard
 from train.evaluation.prepared_set import count_shards

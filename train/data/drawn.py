@@ -25,7 +25,7 @@ from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.draw import draw_public
 from mlx_snapgen.teachers.folder import load_flow_teacher, load_teacher_config
-from train.data.preparation import CaptionEncoder, Chunk, Encoder, Measured, half, make_samples
+from train.data.encoders import CaptionEncoder, Chunk, Encoder, Measured, half, make_samples
 from train.data.shards import Sample
 from train.data.source import TEACHER
 

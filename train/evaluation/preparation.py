@@ -15,10 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.errors import UserError, plural
+from mlx_snapgen.errors import UserError, plural, shown_bytes
 from mlx_snapgen.files import lock_folder, read_object, unlock_folder, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from train.data.preparation import ENLARGED, Chunk, Measured
+from train.data.encoders import Chunk, Measured
+from train.data.preparation import ENLARGED
 from train.data.prepared import save_empty, write_index
 from train.data.shards import SETTINGS, cannot_write, shard_path, write_shard
 from train.evaluation.prepared_set import choose_shown, count_shards, plot_sizes, sheet
@@ -211,11 +212,11 @@ class Preparation:
                     f"'{column}'",
                     file=sys.stderr,
                 )
-        rate = f"about {_rate(1 / seconds)} pictures/s, {each / 1e3:.1f} kB each"
+        rate = f"about {_rate(1 / seconds)} pictures/s, {shown_bytes(each)} each"
         existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free
         if total is None:
-            print(f"unknown number of pictures; {rate}; {free / 1e9:.1f} GB free", flush=True)
+            print(f"unknown number of pictures; {rate}; {shown_bytes(free)} free", flush=True)
             return
         part, parts = self.shard
         done = self._records_done()
@@ -224,8 +225,8 @@ class Preparation:
         these = f" ({own:,} in part {part} of {parts})" if parts > 1 else ""
         print(
             f"{plural(total, 'picture')}{these}; {rate}: {_duration(left * seconds)} and "
-            f"{_size(left * each)} of disk{' for the rest' if done else ''} "
-            f"({_size(free)} free)",
+            f"{shown_bytes(left * each)} of disk{' for the rest' if done else ''} "
+            f"({shown_bytes(free)} free)",
             flush=True,
         )
         if left * each > free:
@@ -303,20 +304,13 @@ class Preparation:
         if more := counts.skipped.total() - sum(n for _, n in shown):
             reasons.append(f"; {more:,} more skipped, see {folder}/skipped.jsonl")
         print(
-            f"{folder} is complete: {plural(counts.total, 'picture')}, {_size(counts.bytes)}"
+            f"{folder} is complete: {plural(counts.total, 'picture')}, {shown_bytes(counts.bytes)}"
             + "".join(reasons)
         )
 
 
 def _rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _size(count: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count / 1e3:.0f} kB"
 
 
 def _duration(seconds: float) -> str:
