@@ -156,6 +156,7 @@ def main() -> int:
     claim(
         args.run_dir,
         settings | {"autoencoder": described, "specs": args.data, "resolution": side(args)},
+        steps=args.steps,
         may_change=(*MAY_CHANGE, "specs", "resolution"),
         unrecorded={"data": "stickers", "autoencoder": described},
     )

@@ -128,6 +128,7 @@ def main() -> int:
     claim(
         args.run_dir,
         prompts.settings | newer | {OPTIONS: used},
+        steps=args.steps,
         may_change=(*MAY_CHANGE, OPTIONS),
         newer=newer,
         unrecorded={"data": "stickers"},

@@ -30,7 +30,7 @@ FLOORS = {
         {COMMANDS}
         pipeline
         open_model public_pipeline
-        quantize public generation profile
+        quantize public generation measure profile
         draw teachers
         checkpoint
         lora prompt_check
@@ -50,7 +50,7 @@ FLOORS = {
         cached
         base elastic layers rope
         apart
-        exponentials
+        exponentials parallel
     """,
     "mlx_snapgen.networks.autoencoders": """
         registry
@@ -119,7 +119,7 @@ FLOORS = {
     "train.data": """
         drawn public
         open preparation
-        pictures prepared
+        encoders pictures prepared
         crops distillation prior simulation trajectories index shards
         conditions encoded selection
         imagefolder mixture prompts stickers
@@ -152,8 +152,9 @@ FLOORS = {
         speed
         trainer autoencoder
         roles teacher
-        assemble run plot optimizer
-        checkpoint config distributed palettes principal_components warm_start
+        run plot step
+        optimizer
+        assemble checkpoint config distributed palettes principal_components warm_start
     """,
     "train.evaluation": """
         drift measures palettes prompt_lists public stickers

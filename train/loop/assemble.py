@@ -10,14 +10,13 @@ import mlx.nn as nn
 
 from mlx_snapgen.checkpoint import clip
 from mlx_snapgen.checkpoint.hub import find_model, local_folder
-from mlx_snapgen.checkpoint.language_models import GEMMA_FILES
+from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, GEMMA_TYPES
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.checkpoint.module import cast, read_part
 from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, new_text_encoder
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import read_object
-from mlx_snapgen.formats import class_name
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
@@ -30,8 +29,12 @@ DTYPE = mx.bfloat16
 """Type that the weights of a model folder are stored in."""
 
 
-def check_converted(folder: Path) -> None:
-    """`UserError` for a folder in the format of diffusers."""
+def check_converted(folder: Path, source: str | Path | None = None) -> None:
+    """`UserError` for a folder in the format of diffusers.
+
+    Args:
+        source: its name for messages, such as that of a repository; None: the folder.
+    """
     path, config = folder / "config.json", {}
     pipeline = (folder / "model_index.json").is_file()
     if path.is_file():
@@ -42,8 +45,8 @@ def check_converted(folder: Path) -> None:
     if pipeline or "_class_name" in config:
         vae = " --subfolder vae" if pipeline else ""
         raise UserError(
-            f"{folder} is in the format of diffusers: convert it with `python -m "
-            f"convert.from_torch {folder} --output OUT{vae}`, and give OUT"
+            f"{source or folder} is in the format of diffusers: convert it with `python -m "
+            f"convert.from_torch {source or folder} --output OUT{vae}`, and give OUT"
         )
 
 
@@ -61,16 +64,15 @@ def public_encoder(source: str) -> Any:
     """
     local = local_folder(source)
     files = tuple(dict.fromkeys((*clip.FILES, *GEMMA_FILES)))
-    folder = find_model(source, files=files) if local is None else local.resolve()
-    if local is not None:
-        check_converted(folder)
+    folder = find_model(source, files=files, check=lambda found: _check_encoder(found, source))
+    folder = folder if local is None else local.resolve()
     reference = {
         "source": source if local is None else str(folder),
         # A repository's folder in the cache is named after its commit.
         "revision": folder.name if local is None else None,
     }
     values = _read(folder / "config.json")
-    if str(values.get("model_type")) in ("gemma3", "gemma3_text"):
+    if values.get("model_type") in GEMMA_TYPES:
         with naming(folder / "config.json"):
             config = _gemma_config(values)
         return load_source(folder, dataclasses.replace(config, **reference))
@@ -79,15 +81,17 @@ def public_encoder(source: str) -> Any:
         with naming(folder / "config.json"):
             config = from_dict(TextEncoderConfig, part.config)
         return load_source(folder, dataclasses.replace(config, **reference))
-    name = class_name(values)
-    try:
-        encoder = clip.load_clip(folder)
-    except UserError:
-        if name is None or "clip" in name.lower():
-            raise
-        raise UserError(f"--text-encoder takes a CLIP or a Gemma 3, {source} is a {name}") from None
+    encoder = clip.load_clip(folder)
     encoder.config = dataclasses.replace(encoder.config, **reference)
     return encoder
+
+
+def _check_encoder(folder: Path, source: str) -> None:
+    """`UserError` for the configs of something else than a text encoder."""
+    check_converted(folder, source)
+    values = _read(folder / "config.json")
+    if values.get("model_type") not in GEMMA_TYPES and "part" not in values:
+        clip.check_is_clip(folder, f"--text-encoder takes a CLIP or a Gemma 3, {source}")
 
 
 def _read(path: Path) -> dict[str, Any]:

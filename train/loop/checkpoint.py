@@ -68,8 +68,12 @@ def writing(run_dir: Path) -> Iterator[None]:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return sorted((p for p in Path(run_dir).glob("step_*") if p.name[5:].isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps of training before a checkpoint."""
+    return int(checkpoint.name[5:])
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

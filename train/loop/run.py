@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from mlx_snapgen.files import expanded, open_regular, read_object, whole_file
 from mlx_snapgen.json_values import from_dict, to_dict
 from train.data.source import MAY_CHANGE
 from train.data.text import is_trained
-from train.loop.checkpoint import latest_checkpoint, load_ema, lock_run, writing
-from train.loop.config import changed, changes, name_of, shown
+from train.loop.assemble import check_converted
+from train.loop.checkpoint import latest_checkpoint, load_ema, lock_run, step_of, writing
+from train.loop.config import TrainingConfig, changed, changes, name_of, shown
 from train.loop.distributed import print_once
 from train.objectives.elastic import TextToLatents
 
@@ -32,6 +34,8 @@ NETWORKS = "networks"
 """Setting with the configs of the networks that are trained."""
 MODEL = "model"
 """Setting with the model of a run; another path may have the same one."""
+PLACES = (MODEL, "specs")
+"""Settings that say where something is, which may have moved."""
 OTHERS = ("config.json", "index.json", "shards")
 """In folders of models and of prepared pictures, not of runs."""
 KEYS_OF_OTHERS = ("records_in_shard", "attention_modulation")
@@ -44,14 +48,18 @@ def claim(
     run_dir: Path,
     settings: dict[str, Any],
     *,
+    steps: int | None = None,
     may_change: Collection[str] = (),
     newer: Collection[str] = (),
     unrecorded: dict[str, Any] | None = None,
 ) -> None:
     """Record the settings of a run in its folder; a resumed run must have the same ones.
 
+    A run that is complete keeps its record, but for `PLACES`.
+
     Args:
         settings: JSON values.
+        steps: of the run; None if no settings may change.
         may_change: settings that may differ when the run is resumed.
         newer: settings that runs of older versions did not record; only then they may differ.
         unrecorded: settings of a run that has checkpoints but no record, as older versions made.
@@ -64,7 +72,7 @@ def claim(
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
         lock_run(run_dir)
-    if latest_checkpoint(run_dir) is not None:
+    if (checkpoint := latest_checkpoint(run_dir)) is not None:
         then = unrecorded if unrecorded is not None and not path.exists() else _read(path)
         if then is None:
             raise UserError(f"{run_dir} holds a run of another kind: give another --run-dir")
@@ -78,6 +86,10 @@ def claim(
                 f"{run_dir} holds a run with other {' and '.join(different)}: give another "
                 "--run-dir, or delete it to start again"
             )
+        if steps is not None and step_of(checkpoint) >= steps:
+            if new := changes(then.get(OPTIONS, {}), settings.get(OPTIONS, {})):
+                print_once(f"without effect, because {run_dir} is complete: {new}")
+            settings = then | {name: settings[name] for name in PLACES if name in settings}
         before, now = (
             {n: s[n] for n in (MODEL,) if n in s} | s.get(OPTIONS, {}) for s in (then, settings)
         )
@@ -119,6 +131,7 @@ def claim_training(
     run_dir: Path,
     source: dict[str, Any],
     *,
+    steps: int,
     model: ModelFolder,
     trained: nn.Module,
     sampling: dict[str, Any],
@@ -140,6 +153,7 @@ def claim_training(
     claim(
         run_dir,
         source | used | fixed,
+        steps=steps,
         may_change=(*MAY_CHANGE, *used),
         newer=fixed,
         unrecorded={"data": "stickers"},
@@ -199,6 +213,36 @@ def check_sizes(run_dir: Path, trained: nn.Module) -> None:
         return  # the trainer reports a damaged checkpoint
     what = "this model (use another run folder)"
     check_fit(shapes(weights), shapes(trained.trainable_parameters()), path, what=what)
+
+
+def check_resumed(
+    checkpoint: Path, state: dict[str, Any], *, config: TrainingConfig, processes: int
+) -> None:
+    """Refuse settings that change the data of later steps, or the state; print others.
+
+    Args:
+        state: of the checkpoint.
+        processes: of the job that resumes.
+    """
+    now = json.loads(json.dumps(asdict(config)))
+    # Missing settings take today's defaults; old checkpoints take those of their version.
+    then = now | {"accumulate": 1} | state["training"]
+    for name in ("batch_size", "seed", "optimizer"):
+        if then[name] != now[name]:
+            raise UserError(
+                f"{checkpoint} was trained with {name_of(name)} {then[name]}, not "
+                f"{now[name]}: give {then[name]}, or another run folder"
+            )
+    shares = then["accumulate"] * state.get("processes", processes)
+    if shares != now["accumulate"] * processes:
+        raise UserError(
+            f"{checkpoint} was trained with {shares} micro-batches a step (processes x "
+            f"--accumulate), not {processes} x {now['accumulate']}: change either, or give "
+            "another run folder"
+        )
+    silent = {"accumulate", "checkpoint_every", "keep_checkpoints", "log_every"}
+    if new := changes(then, {k: v for k, v in now.items() if k not in silent}):
+        print_once(f"resuming with other settings: {new}")
 
 
 def model_reference(model: ModelFolder) -> str:
@@ -263,7 +307,16 @@ def _read(path: Path) -> dict[str, Any] | None:
 def find_folder(path: Path) -> Path:
     """The folder of a run or a model: `path`, or the one that `find_model` returns for it."""
     path = expanded(path)
-    return path if path.is_dir() else find_model(str(path))
+
+    def check(folder: Path) -> None:
+        check_converted(folder, path)
+        if "format_version" not in (_read(folder / "config.json") or {}):
+            raise UserError(
+                f"the repository {path} is no model of mlx_snapgen, and no autoencoder of "
+                "convert.from_torch"
+            )
+
+    return path if path.is_dir() else find_model(str(path), check=check)
 
 
 def load_trained(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ step is the same for any number of processes: micro-batch m of process r is batc
 
 import contextlib
 import functools
-import json
 import math
 import os
 import shlex
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
@@ -45,10 +44,12 @@ from train.loop.checkpoint import (
     save_checkpoint,
     writing,
 )
-from train.loop.config import TrainingConfig, changes, name_of
-from train.loop.distributed import GRACE, SILENCE, PeerWatch, StopSignals, is_complete, print_once
-from train.loop.optimizer import Optimizers, Role
+from train.loop.config import TrainingConfig
+from train.loop.distributed import GRACE, SILENCE, PeerWatch, StopSignals, is_complete
+from train.loop.optimizer import Role
 from train.loop.plot import is_plotted, plot_log, shown_name
+from train.loop.run import check_resumed
+from train.loop.step import CompiledStep
 from train.objectives.base import Objective
 
 T = TypeVar("T")
@@ -96,51 +97,15 @@ class Trainer:
         if mx.default_device() == mx.Device(mx.cpu):
             # The CPU backend's default cache of freed buffers is too small for a training step.
             mx.set_cache_limit(4 << 30)
-
-        model.update(_cast(model.trainable_parameters(), mx.float32))
-        self.optimizers = Optimizers(config, roles)
-        self.optimizers.init(model.trainable_parameters())
-        # mx.compile captures the containers, so the averages stay in one dict.
-        self._averages = {"ema": tree_map(mx.array, model.trainable_parameters())}
-
-        def add_gradients(step: Any, total: Any, batch: Batch, key: mx.array):
-            """Add a micro-batch to the sums of gradients and metrics; `total` None starts them."""
-            weights = model.parameters()
-            model.update(_cast(weights, config.dtype))
-            grads, metrics = objective.gradients(model, batch, key, step)
-            model.update(weights)
-            new = _cast((grads, metrics), mx.float32)
-            return new if total is None else tree_map(mx.add, total, new)
-
-        def update(grads, metrics, step: mx.array, stop: mx.array):
-            """The step, from this process's sums; returns metrics and `stop`, averaged over all."""
-            grads = tree_map(lambda g: g / config.accumulate, grads)
-            grads = nn.average_gradients(grads, self.group)
-            values = mx.stack([*(m / config.accumulate for m in metrics.values()), stop])
-            values = mx.distributed.all_sum(values, group=self.group) / self.group.size()
-            norms = self.optimizers.update(model, grads, step=step)
-            # A shorter average at first, so that the initial weights never dominate it.
-            count = step.astype(mx.float32) + 1
-            decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
-            self._averages["ema"] = tree_map(
-                lambda a, p: decay * a + (1 - decay) * p,
-                self._averages["ema"],
-                model.trainable_parameters(),
-            )
-            return dict(zip(metrics, values, strict=False)) | norms, values[-1]
-
-        self._state = [model.state, self.optimizers.state, self._averages]
-
-        def compiled(step: Any) -> Any:
-            return mx.compile(functools.partial(add_gradients, step), inputs=[model.state])
-
-        self._add_gradients: Callable[[Any], Any] = functools.cache(compiled)
-        self._update = mx.compile(update, inputs=self._state, outputs=self._state)
+        self._compiled = CompiledStep(
+            model, objective, config=config, roles=roles, group=self.group
+        )
+        self.optimizers = self._compiled.optimizers
 
     @property
     def ema_parameters(self) -> dict:
         """The averaged parameters, shaped like `model.trainable_parameters()`."""
-        return self._averages["ema"]
+        return self._compiled.averages
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -282,7 +247,7 @@ class Trainer:
         count = config.accumulate * processes
         key = mx.random.key(config.seed * 1_000_003 + self.step)
         keys = mx.random.split(key, count) if count > 1 else [key]
-        add_gradients = self._add_gradients(self.arguments(self.step))
+        add_gradients = self._compiled.gradients(self.arguments(self.step))
         total: Any = None
         for micro in range(config.accumulate):
             share = micro * processes + rank
@@ -291,9 +256,9 @@ class Trainer:
             self._again(functools.partial(mx.eval, total))
         grads, sums = total
         now = mx.array(self.step), mx.array(float(self._stop))
-        metrics, stop = self._update(grads, sums, *now)
+        metrics, stop = self._compiled.update(grads, sums, *now)
         del total, grads, sums
-        self._again(lambda: mx.eval(self._state, metrics, stop))
+        self._again(lambda: mx.eval(self._compiled.state, metrics, stop))
         return {name: _number(value) for name, value in metrics.items()}, _number(stop) > 0
 
     def _again(self, call: Callable[[], T]) -> T:
@@ -384,34 +349,21 @@ class Trainer:
         step = f"saving step_{self.step}"
         with self._doing(step), self._saving, writing(self.run_dir):
             save_checkpoint(
-                self.run_dir, self._trees(), state=state, keep=self.config.keep_checkpoints
+                self.run_dir, self._compiled.trees(), state=state, keep=self.config.keep_checkpoints
             )
 
     def load(self, checkpoint: Path) -> None:
         """Continue from `checkpoint`; a foreign or damaged one is a `UserError`."""
         trees, state = load_checkpoint(
             checkpoint,
-            self._trees(),
+            self._compiled.trees(),
             split_optimizer=self.optimizers.split,
-            check=functools.partial(self._check_settings, checkpoint),
+            check=lambda state: check_resumed(
+                checkpoint, state, config=self.config, processes=self.group.size()
+            ),
         )
-        self._set_trees(trees)
+        self._compiled.set_trees(trees)
         self.step, self._history = int(state["step"]), state.get("history", {})
-
-    def _trees(self) -> dict[str, dict]:
-        return {
-            "model": self.model.trainable_parameters(),
-            "ema": self._averages["ema"],
-            "optimizer": self.optimizers.state,
-        }
-
-    def _set_trees(self, trees: dict[str, dict]) -> None:
-        self.model.update(trees["model"])
-        self._averages["ema"] = trees["ema"]
-        self.optimizers.state = trees["optimizer"]
-        # Otherwise an optimizer does this for the parameters that its next gradients have.
-        self.optimizers.init(self.model.trainable_parameters())
-        self._state[1] = self.optimizers.state
 
     def _broadcast_state(self) -> None:
         """Copy the first process's step and weights to the others, which have no run folder."""
@@ -421,34 +373,12 @@ class Trainer:
 
         # Sorted, because all processes need the same order, and that of a loaded tree may differ.
         shared = [
-            (name, from_first(x)) for name, x in sorted(flat_parameters(self._trees()).items())
+            (name, from_first(x))
+            for name, x in sorted(flat_parameters(self._compiled.trees()).items())
         ]
         mx.eval(shared)
-        self._set_trees(tree_unflatten(shared))
+        self._compiled.set_trees(tree_unflatten(shared))
         self.step = int(_number(from_first(mx.array(self.step))))
-
-    def _check_settings(self, checkpoint: Path, state: dict) -> None:
-        """Refuse settings that change the data of later steps, or the state; print others."""
-        now = json.loads(json.dumps(asdict(self.config)))
-        # Missing settings take today's defaults; old checkpoints take those of their version.
-        then = now | {"accumulate": 1} | state["training"]
-        for name in ("batch_size", "seed", "optimizer"):
-            if then[name] != now[name]:
-                raise UserError(
-                    f"{checkpoint} was trained with {name_of(name)} {then[name]}, not "
-                    f"{now[name]}: give {then[name]}, or another run folder"
-                )
-        processes = self.group.size()
-        shares = then["accumulate"] * state.get("processes", processes)
-        if shares != now["accumulate"] * processes:
-            raise UserError(
-                f"{checkpoint} was trained with {shares} micro-batches a step (processes x "
-                f"--accumulate), not {processes} x {now['accumulate']}: change either, or give "
-                "another run folder"
-            )
-        silent = {"accumulate", "checkpoint_every", "keep_checkpoints", "log_every"}
-        if new := changes(then, {k: v for k, v in now.items() if k not in silent}):
-            print_once(f"resuming with other settings: {new}")
 
     def sample_path(self, name: str) -> Path:
         """Path for a picture of the current step, for `validate`."""
@@ -487,8 +417,3 @@ class Trainer:
 
 def _number(x: mx.array) -> float:
     return float(np.array(x))
-
-
-def _cast(tree, dtype: mx.Dtype):
-    """`tree` with its floating arrays in `dtype`."""
-    return tree_map(lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, tree)

@@ -323,6 +323,7 @@ def claim_run(
     claim_training(
         args.run_dir,
         source.settings(),
+        steps=args.steps,
         model=folder,
         trained=trained,
         sampling=sampling,
