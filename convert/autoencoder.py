@@ -16,8 +16,7 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from convert.options import add_output, parse
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder, load_config
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import Parser, add_model
@@ -59,7 +58,7 @@ def main() -> None:
     add_model(parser, default=None)
     args = parse(parser)
     check_new(args.output)
-    model = find_model(args.model)
+    model = ModelFolder.open(args.model).path
     with announce("copying the model ..."):
         swap_autoencoder(model, read_autoencoder(args.source), args.output)
     print(args.output)

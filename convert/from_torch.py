@@ -24,7 +24,7 @@ from convert.options import add_output, add_quantize, parse
 from convert.pickles import spooled
 from convert.pytorch.read_back import convert_student, is_student
 from convert.report import summary
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import check_new
@@ -46,7 +46,7 @@ def _convert_student(args: argparse.Namespace) -> None:
         )
     report = convert_student(
         Path(args.source),
-        find_model(args.model),
+        ModelFolder.open(args.model).path,
         args.output,
         dtype=DTYPES.get(args.dtype),
         quantization=_quantization(args),
@@ -106,7 +106,14 @@ def main() -> None:
         return
     if args.model is not None:
         raise UserError(f"{args.source} was not written by convert.to_torch: omit --model")
-    source = find_source(args.source, args.revision, subfolder=args.subfolder, spool=spooled)
+    source = find_source(
+        args.source,
+        args.revision,
+        subfolder=args.subfolder,
+        spool=spooled,
+        # One without a config is known by its keys.
+        check=lambda described: args.kind or find_kind(described, {}),
+    )
     try:
         report = convert(
             source,

@@ -16,10 +16,11 @@ interrupted conversion, but `convert.from_torch` can: convert a large transforme
 give its folder as --transformer.
 """
 
+import argparse
 from pathlib import Path
 
 from convert.options import add_output, add_quantize, parse
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.hub import find_model, quiet
 from mlx_snapgen.checkpoint.module import BITS, GROUP_SIZES
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import BASE_HELP, Parser
@@ -28,10 +29,21 @@ from mlx_snapgen.files import check_new
 from mlx_snapgen.formats import find_minit2i, is_teacher
 from mlx_snapgen.open_model import describe_public
 from mlx_snapgen.public.files import fetch_public
-from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.public.teachers import convert_teacher, few_step_network, read_network
 
 FEW_STEP_FILES = ("transformer/*.json", "transformer/*.safetensors")
 """Of the repository of a distilled model; the rest is as in the teacher's."""
+
+
+def _check_few_step(args: argparse.Namespace, transformer: Path) -> None:
+    """`UserError` if the few-step model has another config than a transformer's folder.
+
+    Weights are fetched later.
+    """
+    if args.few_step_model is not None:
+        files = FEW_STEP_FILES[:1]
+        described = find_model(args.few_step_model, files=files, progress=quiet)
+        few_step_network(described, read_network(transformer)[1])
 
 
 def main() -> None:
@@ -92,10 +104,12 @@ def main() -> None:
         source, file, text = find_model(args.source, revision=args.revision), None, None
         if is_teacher(source):
             raise UserError(f"{args.source} is converted already: give what it was made of")
+        _check_few_step(args, args.transformer or source / "transformer")
     else:
         model = describe_public(args.source, revision=args.revision, base=args.base)
         if model.file is not None and args.transformer is not None:
             raise UserError(f"{args.source} is a transformer: leave out --transformer")
+        _check_few_step(args, args.transformer or model.folder / model.inside / "transformer")
         (source, text), file = fetch_public(model), model.file
     few_step_model = None
     if args.few_step_model is not None:

@@ -18,8 +18,7 @@ import mlx.core as mx
 from convert.libraries import require
 from convert.options import add_output, parse
 from convert.pytorch.weights import to_torch
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser
@@ -44,10 +43,10 @@ def main() -> None:
     args = parse(parser)
     check_new(args.output)
     require("torch", "torch", "safetensors")
-    folder = find_model(args.model)
-    width = check_width(load_config(folder), args.model_width)
+    model = ModelFolder.open(args.model)
+    width = check_width(model.config, args.model_width)
     with announce("loading and writing the model ..."):
-        components = load_pretrained(folder, dtype=mx.float32, share=width.share)
+        components = load_pretrained(model, dtype=mx.float32, share=width.share)
         missing = to_torch(components, args.output, width=width.name)
     for name in missing:
         print(f"{name} is not converted: use the public original")

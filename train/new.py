@@ -203,10 +203,11 @@ def main() -> None:
     preset = args.preset
     if is_run:
         check_autoencoder_run(folder)
-        # Before the latents are measured, which takes minutes.
-        config = config_of(folder)
-        check_autoencoder(preset, config)
-        check_sides(preset.size, config.downsampling * preset.transformer.patch_size * 2)
+    # Before text encoders are fetched and latents measured, which takes minutes.
+    autoencoder = None if is_run else load_autoencoder(folder, None)
+    config = config_of(folder) if autoencoder is None else autoencoder.config
+    check_autoencoder(preset, config)
+    check_sides(preset.size, config.downsampling * preset.transformer.patch_size * 2)
     sources = [spec for spec in pictures_of(args, folder) if is_there(spec)]
     check_outside("--output" if args.out is None else "OUT", args.output, sources=sources)
     check_columns(args, sources)
@@ -217,8 +218,8 @@ def main() -> None:
         encoders = [public_encoder(source) for source in args.text_encoders]
         if args.tokenizer:
             encoders.append(own_encoder(args.tokenizer, preset.own))
-    autoencoder = load_autoencoder(folder, source)
-    check_autoencoder(preset, autoencoder.config)
+    if autoencoder is None:
+        autoencoder = load_autoencoder(folder, source)
     prepared = bool(sources) and all(map(is_prepared, sources))
     for spec in sources if prepared else ():
         Prepared(expanded(spec)).check_autoencoder(autoencoder)

@@ -49,8 +49,8 @@ from convert.coreml.options import (
 from convert.coreml.package import check_space
 from convert.libraries import require_coremltools
 from convert.options import parse
-from mlx_snapgen.checkpoint.config import load_config
-from mlx_snapgen.checkpoint.hub import find_model, local_folder
+from mlx_snapgen.checkpoint.config import ModelFolder
+from mlx_snapgen.checkpoint.hub import local_folder
 from mlx_snapgen.checkpoint.model import load_fused
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.prompts_file import read_prompts
@@ -82,8 +82,8 @@ def main() -> None:
         return
     with announce("loading coremltools ..."):
         require_coremltools()
-    folder = find_model(args.model)
-    config, palettes = load_config(folder), load_palettes(folder)
+    model = ModelFolder.open(args.model)
+    folder, config, palettes = model.path, model.config, load_palettes(model.path)
     settings = dataclasses.replace(settings, quantize=parse_bits(args.quantize, palettes))
     settings.check()
     if settings.prompts is not None and settings.quantize is None:

@@ -27,7 +27,7 @@ from convert.coreml.packages import (
     compare_step,
     read_report,
 )
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
@@ -98,7 +98,7 @@ def main() -> None:
         print(save_picture(_draw(packages, args), args.output))
         return
     width, precision, palettes = read_report(args.folder)
-    width, model = args.model_width or width, find_model(args.model)
+    width, model = args.model_width or width, ModelFolder.open(args.model).path
     is_exact = not palettes or load_palettes(model) is not None
     same = {"width": width, "prompt": args.prompt, "seed": args.seed}
     if args.one_step:

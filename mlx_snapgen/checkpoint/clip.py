@@ -13,7 +13,15 @@ from mlx.utils import tree_unflatten
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import MOST_BYTES, decode_text, open_regular, read_json, read_text
+from mlx_snapgen.files import (
+    MOST_BYTES,
+    decode_text,
+    open_regular,
+    read_json,
+    read_object,
+    read_text,
+)
+from mlx_snapgen.formats import INDEX, class_name
 from mlx_snapgen.json_values import check_only, from_dict
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
@@ -135,6 +143,20 @@ def describe(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the network {vocab_size}"
         )
     return config, tokenizer
+
+
+def check_is_clip(folder: Path, what: str) -> None:
+    """`UserError` for the configs of something else than a CLIP, as far as they say what it is.
+
+    Args:
+        what: start of the message.
+    """
+    path = folder / "config.json"
+    name = class_name(read_object(path) if path.is_file() else {})
+    if (folder / INDEX).is_file():
+        raise UserError(f"{what} is a whole model in diffusers' format")
+    if name is not None and "clip" not in name.lower():
+        raise UserError(f"{what} is a {name}")
 
 
 def load_clip(folder: Path) -> ClipTextEncoder:

@@ -187,7 +187,10 @@ def load_clip_towers(source: str | Path) -> Clip:
     Raises:
         UserError: files that are missing, damaged or of another network.
     """
-    folder = find_model(source, files=clip.FILES)
+    what = f"a CLIP is wanted, and {source}"
+    folder = find_model(
+        source, files=clip.FILES, check=lambda found: clip.check_is_clip(found, what)
+    )
     part = read_part(folder, PART)
     if part is None:
         command = "python -m convert.from_torch --kind clip-score"

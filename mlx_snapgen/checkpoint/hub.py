@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_link, expanded
+from mlx_snapgen.formats import DESCRIPTIONS
 
 BUILT_IN = "stickers"
 """Name of the model that comes with the package."""
@@ -65,6 +66,7 @@ def find_model(
     revision: str | None = None,
     files: Sequence[str] = MODEL_FILES,
     progress: DownloadProgress | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Folder of a model; a repository is downloaded once and then found in the cache.
 
@@ -75,6 +77,8 @@ def find_model(
         revision: branch, tag or commit of a repository; None for its main branch.
         files: patterns of the files to download.
         progress: see `DownloadProgress`; None shows bars on the terminal.
+        check: is called with the folder, of a repository before its `files` are downloaded: it then
+            has `DESCRIPTIONS`.
 
     Raises:
         UserError: no such folder or repository, or offline and not in the cache.
@@ -83,6 +87,8 @@ def find_model(
     if folder is not None:
         if revision is not None:
             raise UserError(f"{folder} is a folder: only a Hugging Face repository has revisions")
+        if check is not None:
+            check(folder)
         return folder
     repo = str(model)
     name = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -90,6 +96,10 @@ def find_model(
         raise UserError(f"no model folder {repo}: give the repository as {found[1]}")
     if not re.fullmatch(name, repo):
         raise UserError(f"no model folder {repo}")
+    if check is not None:
+        described = _download(repo, revision=revision, files=DESCRIPTIONS, progress=quiet)
+        check(described)
+        revision = described.name
     return _download(repo, revision=revision, files=files, progress=progress)
 
 

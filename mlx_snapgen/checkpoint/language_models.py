@@ -91,11 +91,7 @@ def load_qwen(
             from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
-    values = read_object(folder / "config.json")
-    kind = values.get("model_type")
-    if kind not in prompt_format.model_types:
-        known = " or ".join(prompt_format.model_types)
-        raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
+    values = check_kind(folder, prompt_format)
     check_sizes(values, folder / "config.json")
     check_qwen(values, folder / "config.json")
     try:
@@ -130,6 +126,16 @@ def load_qwen(
     if dtype is not None:
         tower.set_dtype(dtype)
     return QwenPromptEncoder(tower, tokenizer, prompt_format=prompt_format)
+
+
+def check_kind(folder: Path, prompt_format: PromptFormat) -> dict[str, Any]:
+    """Config of a teacher's text encoder; `UserError` for one of another kind."""
+    values = read_object(folder / "config.json")
+    kind = values.get("model_type")
+    if kind not in prompt_format.model_types:
+        known = " or ".join(prompt_format.model_types)
+        raise UserError(f"{folder} holds a {kind}, this teacher's text encoder is a {known}")
+    return values
 
 
 # --- settings that mlx-lm does not read -----------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.checkpoint.t5 import t5_config
-from mlx_snapgen.errors import UserError, plural
+from mlx_snapgen.errors import UserError, plural, shown_bytes
 from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder
@@ -131,8 +131,8 @@ def describe_work(
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise UserError(
-            f"{model.name} needs {_shown(needed)} of disk, and {cache} has {_shown(free)}: free "
-            f"{_shown(needed - free)} more"
+            f"{model.name} needs {shown_bytes(needed)} of disk, and {cache} has "
+            f"{shown_bytes(free)}: free {shown_bytes(needed - free)} more"
             + (", or choose --quantize 4" if bits != 4 else "")
             + "".join(f"; delete {names}" for _, names in left if names)
         )
@@ -143,11 +143,11 @@ def describe_work(
         what += f" with {model.text.source}"
         what += f" (license {others[0]})" if others[0] else ""
     number = plural(len(files.own) + len(files.text), "file")
-    work = f"fetching {_shown(fetched)} in {number} and " if fetched else ""
+    work = f"fetching {shown_bytes(fetched)} in {number} and " if fetched else ""
     how = f"in {bits} bits" if bits else "without quantization"
     return (
-        f"{what}: {work}converting it once, {how}, to {_shown(kept)} in {cache}; drawing "
-        f"{width} x {height} takes about {_shown(memory)} of memory"
+        f"{what}: {work}converting it once, {how}, to {shown_bytes(kept)} in {cache}; drawing "
+        f"{width} x {height} takes about {shown_bytes(memory)} of memory"
     )
 
 
@@ -198,11 +198,3 @@ def _counted(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count:,}"
-
-
-def _shown(count: int) -> str:
-    """A size with a digit that is not 0, however small: 6.2 GB, 120.0 MB, 4.5 kB, 1 byte."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return plural(count, "byte")

@@ -12,9 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.checkpoint.hub import find_model, quiet
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import MOST_BYTES, check_link, expanded, read_json, read_object
+from mlx_snapgen.formats import INDEX
 from mlx_snapgen.public.layouts import in_diffusers_names, scaled
 from mlx_snapgen.tensor_files import load_tensors
 
@@ -80,11 +81,14 @@ def find_source(
     *,
     subfolder: str | None = None,
     spool: Spool | None = None,
+    check: Callable[[Source], object] = lambda described: None,
 ) -> Source:
     """The checkpoint in a folder, a file, or a Hugging Face repository.
 
     Args:
         spool: see `Source.spool`.
+        check: is called with a repository, whose config may be None, before its weights are
+            downloaded.
 
     Raises:
         UserError: no such source, a repository that cannot be downloaded, missing files, or several
@@ -101,25 +105,37 @@ def find_source(
         return Source(path, path.parent, (path,), None, spool)
     inside = f"{subfolder}/" if subfolder else ""
     is_local = path.is_dir()
-    folder = find_model(
-        source, revision=revision, files=[inside + p for p in (*SIDE_FILES, "*.safetensors")]
-    )
+    side_files = [inside + p for p in SIDE_FILES]
+    if not is_local:
+        described = find_model(source, revision=revision, files=side_files, progress=quiet)
+        revision, here = described.name, described / inside
+        if (here / INDEX).is_file():
+            parts = sorted(p.parent.name for p in here.glob("*/config.json"))
+            raise _whole_pipeline(source, parts)
+        check(Source(Path(source), here, (), _config(here), spool))
+    folder = find_model(source, revision=revision, files=[*side_files, f"{inside}*.safetensors"])
     if not is_local and not [*(folder / inside).glob("*.safetensors")]:
         # Only now: many repositories have the same weights in pickles too.
         pickles = [f"{inside}*{suffix}" for suffix in PICKLES]
-        folder = find_model(
-            source, revision=revision, files=[*(inside + p for p in SIDE_FILES), *pickles]
-        )
+        folder = find_model(source, revision=revision, files=[*side_files, *pickles])
     folder = folder / inside
     if not folder.is_dir():
         raise UserError(f"{source} has no subfolder {subfolder}")
     for inside_it in sorted(folder.iterdir()):
         check_link(inside_it)
     files = _weight_files(folder)
-    config = None
-    if (folder / "config.json").is_file():
-        config = read_object(folder / "config.json")
-    return Source(path if is_local else folder, folder, files, config, spool)
+    return Source(path if is_local else folder, folder, files, _config(folder), spool)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    return read_object(path) if path.is_file() else None
+
+
+def _whole_pipeline(source: object, parts: list[str]) -> UserError:
+    others = f" (or {', '.join(parts[1:])})" if parts[1:] else ""
+    named = f": name a part with --subfolder {parts[0]}{others}" if parts else ""
+    return UserError(f"{source} is a whole pipeline{named}")
 
 
 def part_source(folder: Path, file: Path | None = None) -> Source:
@@ -155,10 +171,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             return (others[0],)
     parts = sorted({p.parent.name for p in folder.glob("*/*") if p.suffix == ".safetensors"})
     if parts:
-        raise UserError(
-            f"{folder} is a whole pipeline: name a part with --subfolder {parts[0]}"
-            + (f" (or {', '.join(parts[1:])})" if parts[1:] else "")
-        )
+        raise _whole_pipeline(folder, parts)
     raise UserError(f"{folder} holds no weights: neither .safetensors nor {', '.join(PICKLES)}")
 
 

@@ -127,7 +127,7 @@ def convert_teacher(
     """
     check_new(output)
     given = transformer if transformer is not None else source / "transformer"
-    kind, network, part = _network(given)
+    kind, network, part = read_network(given)
     if part is not None:
         if quantization is not None:
             raise UserError(
@@ -138,7 +138,7 @@ def convert_teacher(
     if few_step_model is not None:
         if few_step_lora is not None:
             raise UserError("give a LoRA or a model for the few-step mode, not both")
-        folder, part = _few_step_network(few_step_model, network)
+        folder, part = few_step_network(few_step_model, network)
         if part is not None and part.quantization != quantization:
             raise UserError(
                 f"{folder} is quantized as {part.quantization}, the teacher's transformer as "
@@ -247,7 +247,7 @@ def is_fp8(folder: Path) -> bool:
     )
 
 
-def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
+def read_network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
     """Kind, network with random weights, and part if `convert.from_torch` wrote the folder."""
     part = read_part(given, "transformer")
     if part is None:
@@ -260,11 +260,11 @@ def _network(given: Path) -> tuple[str, TeacherNetwork, Part | None]:
         return kind, NETWORKS[kind](from_dict(TRANSFORMERS[kind], part.config)), part
 
 
-def _few_step_network(model: Path, like: TeacherNetwork) -> tuple[Path, Part | None]:
+def few_step_network(model: Path, like: TeacherNetwork) -> tuple[Path, Part | None]:
     """Folder and part of the few-step transformer; `UserError` if it differs from `like`."""
     converted = read_part(model, "transformer") is not None
     folder = model if converted else model / "transformer"
-    _, network, part = _network(folder)
+    _, network, part = read_network(folder)
     if network.config != like.config:
         raise UserError(
             f"{folder} is another network than the teacher's transformer: their configs differ"

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.hub import find_model, of_text_encoder
-from mlx_snapgen.checkpoint.language_models import TEXT_FILES, load_qwen
+from mlx_snapgen.checkpoint.language_models import TEXT_FILES, check_kind, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import (
     Part,
@@ -216,7 +216,11 @@ def load_prompts(
         source = folder / config.text_encoder
         if not source.is_dir():
             with of_text_encoder(folder, named=f"text_encoder in {folder.name}/{CONFIG}"):
-                source = find_model(config.text_encoder, files=TEXT_FILES)
+                source = find_model(
+                    config.text_encoder,
+                    files=TEXT_FILES,
+                    check=lambda found: check_kind(found, prompt_format),
+                )
         return load(source, prompt_format, dims=config.transformer.text_dims, dtype=dtype)
 
 

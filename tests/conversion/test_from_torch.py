@@ -468,14 +468,16 @@ def test_a_repository_is_fetched_without_its_pickles(encoder, tmp_path, monkeypa
     write_clip(tmp_path / "in", encoder)
     asked = []
 
-    def fetched(repo, revision=None, files=()):
+    def fetched(repo, revision=None, files=(), progress=None):
         asked.append((repo, revision, tuple(files)))
         return tmp_path / "in"
 
     monkeypatch.setattr("mlx_snapgen.public.source.find_model", fetched)
     assert find_source("owner/name", "v1").files == (tmp_path / "in" / "model.safetensors",)
-    assert [a[:2] for a in asked] == [("owner/name", "v1")]
-    assert "*.bin" not in asked[0][2]
+    # The weights are those of the commit whose config was read.
+    assert [a[:2] for a in asked] == [("owner/name", "v1"), ("owner/name", "in")]
+    assert not {"*.safetensors", "*.bin"} & {*asked[0][2]}
+    assert "*.bin" not in asked[1][2]
     (tmp_path / "in" / "model.safetensors").rename(tmp_path / "in" / "pytorch_model.bin")
     assert find_source("owner/name").files[0].name == "pytorch_model.bin"
     assert "*.bin" in asked[-1][2]

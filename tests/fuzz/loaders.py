@@ -67,9 +67,9 @@ from tests.applications.serving import KIND, encoded
 from tests.conversion.test_mil_program import X, write_package
 from tests.runtime import test_clip_towers as towers
 from tests.runtime import test_gemma as gemma
+from train.data.encoders import make_samples
 from train.data.imagefolder import read_folder
 from train.data.open import open_records
-from train.data.preparation import make_samples
 from train.data.prepared import Prepared, write_index
 from train.data.shards import write_shard
 from train.data.source import Record, Skipped
@@ -629,8 +629,9 @@ def _(folder: Path) -> None:
     ),
 )
 def _(folder: Path) -> None:
+    from apps.server.errors import RequestError
     from apps.server.models import Served
-    from apps.server.request import Limits, RequestError, parse_request
+    from apps.server.request import Limits, parse_request
 
     values = parse_json((folder / "body.json").read_bytes(), "the body")
     try:
@@ -657,8 +658,9 @@ def write_form(folder: Path) -> None:
 def _(folder: Path) -> None:
     from starlette.requests import Request
 
+    from apps.server.errors import RequestError
     from apps.server.models import Served
-    from apps.server.request import Limits, RequestError, parse_form
+    from apps.server.request import Limits, parse_form
     from apps.server.uploads import Uploads
 
     message = {"type": "http.request", "body": (folder / "form.bin").read_bytes()}

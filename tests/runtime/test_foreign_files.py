@@ -28,7 +28,7 @@ from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
-from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural
+from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural, shown_bytes
 from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
 from mlx_snapgen.formats import DESCRIPTIONS
 from mlx_snapgen.inputs import picture_size
@@ -174,6 +174,11 @@ def test_a_prompt_of_another_encoding_is_refused():
 def test_one_thing_is_singular():
     counts = [plural(count, "picture") for count in (0, 1, 2, 1200)]
     assert counts == ["0 pictures", "1 picture", "2 pictures", "1,200 pictures"]
+
+
+def test_a_size_is_shown_with_a_digit_that_is_not_0():
+    sizes = [shown_bytes(count) for count in (0, 1, 512.4, 4_500, 120e6, 6_240_000_000)]
+    assert sizes == ["0 bytes", "1 byte", "512 bytes", "4.5 kB", "120.0 MB", "6.2 GB"]
 
 
 # --- paths ------------------------------------------------------------------------------------

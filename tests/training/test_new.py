@@ -221,6 +221,10 @@ def test_gemma_is_used_from_its_folder(parts, run):
         (["--tokenizer", "nothing"], "cannot read the tokenizer"),
         (["--tokenizer", "sizes.json"], r"sizes\.json: it is not a sentencepiece model$"),
         (["--resolution", "100"], "100x100 do not divide by 32 pixels: .* --resolution 96 or 128"),
+        (
+            ["--text-encoder", "nowhere", "--resolution", "100"],
+            "100x100 do not divide by 32 pixels",
+        ),
         (["--resolution", "20"], "20x20 do not divide by 32 pixels: choose --resolution 32$"),
         (["--autoencoder", "run", "--resolution", "100"], "100x100 do not divide by 32 pixels"),
         (["--autoencoder", "run", "--preset", "tiny-f32"], "this one has 1/8: omit -f32"),

@@ -145,6 +145,7 @@ def parse() -> argparse.Namespace:
     add(
         "--data",
         nargs="+",
+        action="extend",
         metavar="SOURCE",
         help="pictures to measure the latents of a run of train.autoencoder on, once for all "
         "models of the run (default: those that it was trained on)",

@@ -1,0 +1,146 @@
+"""A repository of something else is refused on its configs, before its weights are fetched."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from convert import teacher
+from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.public.source import find_source
+from mlx_snapgen.teachers.folder import load_prompts
+from tests.hub import Hub
+from tests.tiny import TEACHER
+from train.loop.assemble import public_encoder
+from train.loop.run import find_folder
+
+CONFIGS = {
+    "someone/language": {"config.json": {"architectures": ["LlamaForCausalLM"]}},
+    "someone/pipe": {
+        "model_index.json": {"_class_name": "FluxPipeline"},
+        "vae/config.json": {"_class_name": "AutoencoderKL"},
+    },
+    "someone/vae": {"config.json": {"_class_name": "AutoencoderKL"}},
+    "someone/few": {"transformer/config.json": {"_class_name": "AutoencoderKL"}},
+    "someone/none": {"tokenizer/vocab.json": {}},
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    folders = {}
+    for repo, files in CONFIGS.items():
+        folder = folders[repo] = tmp_path / "remote" / repo.partition("/")[2]
+        for name, values in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+            mx.save_safetensors(str(path.with_name("model.safetensors")), {"a": mx.ones(8)})
+    made = Hub(folders["someone/vae"], **folders)
+    made.answer(monkeypatch, tmp_path / "hub")
+    monkeypatch.chdir(tmp_path)
+    yield made
+    made.close()
+
+
+def command(name, *options):
+    """A command that is called with a repository."""
+
+    def call(repo, monkeypatch):
+        module = importlib.import_module(name)
+        words = [repo if option is None else option for option in options]
+        monkeypatch.setattr("sys.argv", [name, *words])
+        for needs in ("require", "require_coremltools"):  # for what follows
+            monkeypatch.setattr(module, needs, lambda *_: None, raising=False)
+        known = ("flux2", None, None)
+        monkeypatch.setattr(module, "read_network", lambda _: known, raising=False)
+        module.main()
+
+    return call
+
+
+def text_of_a_teacher(repo, monkeypatch):
+    config = dataclasses.replace(TEACHER, text_encoder=repo)
+    load_prompts(Path(), config, dtype=None)
+
+
+def of(function):
+    return lambda repo, monkeypatch: function(repo)
+
+
+MEASURE = "a CLIP is wanted, and someone"
+ENCODER = "--text-encoder takes a CLIP or a Gemma 3, someone/language is a LlamaForCausalLM"
+DIFFUSERS = "is in the format of diffusers: convert it with `python -m convert.from_torch someone"
+OURS = "is no model of mlx_snapgen, and no autoencoder of convert.from_torch"
+
+
+@pytest.mark.parametrize(
+    ("call", "repo", "message"),
+    [
+        (of(public_encoder), "someone/language", ENCODER),
+        (of(public_encoder), "someone/pipe", f"{DIFFUSERS}/pipe --output OUT --subfolder vae`"),
+        (of(load_clip_towers), "someone/language", f"{MEASURE}/language is a LlamaForCausalLM"),
+        (of(load_clip_towers), "someone/pipe", f"{MEASURE}/pipe is a whole model in diffusers'"),
+        (of(find_folder), "someone/vae", f"{DIFFUSERS}/vae --output OUT`, and give OUT"),
+        (of(find_folder), "someone/language", f"someone/language {OURS}"),
+        (of(find_folder), "someone/none", f"someone/none {OURS}"),
+        (command("convert.from_torch", None, "out"), "someone/language", "is of an unknown kind"),
+        (
+            command("convert.from_torch", None, "out"),
+            "someone/pipe",
+            "someone/pipe is a whole pipeline: name a part with --subfolder vae",
+        ),
+        (command("convert.to_torch", None, "out"), "someone/vae", "an autoencoder alone"),
+        (
+            command("convert.coreml.__main__", None, "out"),
+            "someone/none",
+            "is not an mlx_snapgen model",
+        ),
+        (
+            command("convert.autoencoder", "vae", "out", "--model", None),
+            "someone/language",
+            r"one part of a model alone \(LlamaForCausalLM\)",
+        ),
+        (
+            command("convert.teacher", ".", "out", "--few-step-model", None),
+            "someone/few",
+            "Flux2Transformer2DModel, got AutoencoderKL: give a model",
+        ),
+        (text_of_a_teacher, "someone/language", "holds a None, this teacher's text encoder is a"),
+    ],
+)
+def test_weights_are_not_fetched(call, repo, message, hub, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        call(repo, monkeypatch)
+    assert not [name for name in hub.names() if name.endswith(".safetensors")]
+
+
+def test_the_rest_of_the_others_is_fetched(hub):
+    seen = []
+    source = find_source("someone/pipe", subfolder="vae", check=seen.append)
+    assert [path.name for path in source.files] == ["model.safetensors"]
+    assert seen[0].config == source.config == {"_class_name": "AutoencoderKL"}
+    assert "vae/model.safetensors" in hub.names()
+
+
+def test_a_few_step_model_is_compared_with_the_transformer_that_is_given(tmp_path, monkeypatch):
+    compared = []
+
+    def stop(few_step, network):
+        raise UserError("compared")
+
+    described = SimpleNamespace(file=None, folder=tmp_path, inside="")
+    monkeypatch.setattr(teacher, "describe_public", lambda *_, **__: described)
+    monkeypatch.setattr(teacher, "read_network", lambda at: (compared.append(at), None))
+    monkeypatch.setattr(teacher, "few_step_network", stop)
+    words = ["owner/name", str(tmp_path / "out"), "--few-step-model", str(tmp_path)]
+    for given, at in (([], tmp_path / "transformer"), (["--transformer", "dit"], Path("dit"))):
+        monkeypatch.setattr("sys.argv", ["convert.teacher", *words, *given])
+        with pytest.raises(UserError, match="compared"):
+            teacher.main()
+        assert compared.pop() == at
