@@ -5,6 +5,7 @@ Defaults are those of the paper's network.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,38 +48,44 @@ class TransformerConfig:
     """Widths this network can run at, the widest first."""
 
     def __post_init__(self):
+        if faults := [*self._faults(), *self._faults_of_heads()]:
+            raise UserError("; ".join(faults))
+
+    def _faults(self) -> Iterator[str]:
         falling = list(self.widths) == sorted(self.widths, reverse=True)
         if self.widths[:1] != (1.0,) or not falling or self.widths[-1] <= 0:
-            raise UserError(f"widths must start with 1.0 and fall, above 0, got {self.widths}")
-        if self.head_dim % 4:
-            raise UserError(f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}")
-        if self.hidden_size % self.head_dim:
-            raise UserError(f"hidden_size, {self.hidden_size}, must divide by head_dim")
+            yield f"widths must start with 1.0 and fall, above 0, got {self.widths}"
         if self.frequency_dim % 2:
-            raise UserError(f"frequency_dim must be even, got {self.frequency_dim}")
+            yield f"frequency_dim must be even, got {self.frequency_dim}"
         if len(self.blocks) != 3 or len(self.ffn_ratio) != 3:
-            raise UserError("blocks and ffn_ratio take three numbers: Down, Middle, Up")
+            yield "blocks and ffn_ratio take three numbers: Down, Middle, Up"
+        elif bool(self.blocks[1]) != bool(self.blocks[2]) or not self.blocks[0]:
+            yield f"blocks must be (n, 0, 0) or three positive numbers: {self.blocks}"
         if not all(1 / self.hidden_size <= ratio <= 100 for ratio in self.ffn_ratio):
-            raise UserError(f"ffn_ratio takes numbers up to 100, not {self.ffn_ratio}")
-        if bool(self.blocks[1]) != bool(self.blocks[2]) or not self.blocks[0]:
-            raise UserError(f"blocks must be (n, 0, 0) or three positive numbers: {self.blocks}")
+            yield f"ffn_ratio takes numbers up to 100, not {self.ffn_ratio}"
+
+    def _faults_of_heads(self) -> Iterator[str]:
+        if self.head_dim % 4:
+            yield f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}"
+        if self.hidden_size % self.head_dim:
+            yield f"hidden_size, {self.hidden_size}, must divide by head_dim, {self.head_dim}"
+            return  # the number of heads is not known
         if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"{self.num_heads} heads (hidden_size / head_dim) do not divide by "
-                f"num_kv_heads, {self.num_kv_heads}"
+            yield (
+                f"{self.num_heads} heads (hidden_size / head_dim) do not divide by num_kv_heads, "
+                f"{self.num_kv_heads}"
             )
         for width in self.widths:
             heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
             if heads % 1 or (self.num_kv_heads > 1 and kv_heads % 1):
-                raise UserError(
-                    f"width {width:g} cuts through a head: {heads:g} heads (hidden_size / head_dim "
-                    f"x width) and {kv_heads:g} of num_kv_heads must be whole numbers; or omit "
-                    "this width from widths"
+                yield (
+                    f"width {width:g}: {heads:g} heads and {kv_heads:g} of num_kv_heads must be "
+                    "whole, or omit it"
                 )
-            if heads % self.num_cross_kv_heads and heads > self.num_cross_kv_heads:
-                raise UserError(
-                    f"width {width:g}: {heads:g} heads (hidden_size / head_dim x width) do not "
-                    f"divide by num_cross_kv_heads, {self.num_cross_kv_heads}"
+            elif heads % self.num_cross_kv_heads and heads > self.num_cross_kv_heads:
+                yield (
+                    f"width {width:g}: {heads:g} heads do not divide by num_cross_kv_heads, "
+                    f"{self.num_cross_kv_heads}"
                 )
 
     @property

@@ -77,6 +77,14 @@ def plural(count: int, word: str) -> str:
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
+def shown_bytes(count: float) -> str:
+    """A size with a digit that is not 0, however small: 6.2 GB, 120.0 MB, 4.5 kB, 1 byte."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return plural(round(count), "byte")
+
+
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
     """A hint " (did you mean 'x'?)" with the known name closest to `name`, or ""; 1 is equal."""
     names = {each.lstrip("-"): each for each in known}

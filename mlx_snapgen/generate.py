@@ -86,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _draw(pipeline, settings, saving=saving, prompts=prompts, count=count)
             else:
                 # A program that writes to a pipe may wait for the picture before the next prompt.
-                for prompt in prompts:
-                    _draw(pipeline, dataclasses.replace(settings, prompt=prompt), saving=saving)
+                for number, prompt in enumerate(prompts):
+                    one = dataclasses.replace(settings, prompt=prompt)
+                    before = None if args.prompts_file is None else number * one.num_images
+                    _draw(pipeline, one, saving=saving, before=before)
     if not args.json:
         peak = _peak_memory()
         process = peak.get("peak_process_bytes")
@@ -153,15 +155,18 @@ def _draw(
     saving: Saving,
     prompts: Iterable[str] | None = None,
     count: int = 1,
+    before: int | None = None,
 ) -> Path:
     """Draw, save and report all pictures of the prompt, or of each of `prompts`.
 
     Args:
         count: number of prompts.
+        before: pictures of earlier prompts, if nobody knows how many follow.
 
     Returns the last one's file.
     """
-    total = f"/{count * settings.num_images}"
+    total = count * settings.num_images
+    of = f"/{total}" if before is None else ""
     if prompts is None:
         steps = pipeline.generate(settings)
     else:
@@ -171,18 +176,19 @@ def _draw(
     drawn = True
     # Of a prompts file, what cannot be read is reported when its turn comes.
     while drawn and (prompts is not None or len(paths) < settings.num_images):
-        number = f"{len(paths) + 1}{total}"
+        first, is_more = (before or 0) + len(paths) + 1, len(paths) < total
         # A terminal shows a progress bar instead.
-        with announce(f"drawing {name}{number} ...", enabled=not sys.stderr.isatty()):
-            drawn = _draw_batch(steps, number, total=total, saving=saving)
+        enabled = is_more and not sys.stderr.isatty()
+        with announce(f"drawing {name}{first}{of} ...", enabled=enabled):
+            drawn = _draw_batch(steps, first, of=of, saving=saving, has_bar=is_more)
         paths += drawn
     return paths[-1]
 
 
 @contextlib.contextmanager
-def _progress(description: str) -> Iterator[Any]:
+def _progress(description: str, *, enabled: bool) -> Iterator[Any]:
     """A progress bar in a terminal; None elsewhere."""
-    if not sys.stderr.isatty():
+    if not (enabled and sys.stderr.isatty()):
         yield None
         return
     from tqdm import tqdm
@@ -192,19 +198,19 @@ def _progress(description: str) -> Iterator[Any]:
 
 
 def _draw_batch(
-    steps: Iterator[GenerationStep], count: str, *, total: str, saving: Saving
+    steps: Iterator[GenerationStep], first: int, *, of: str, saving: Saving, has_bar: bool
 ) -> list[Path]:
     """Draw, save and report the pictures of the next batch, of which there may be none.
 
     Args:
-        count: the number of the first one.
-        total: follows the number of the last one.
+        first: the number of the first one.
+        of: follows the number of the last one.
     """
     batch, finished, per_step = range(0), [], 0.0
     started = time.perf_counter()
     paths: list[Path] = []
     try:
-        with _progress(count) as bar:
+        with _progress(f"{first}{of}", enabled=has_bar) as bar:
             for step in steps:
                 batch = step.batch
                 if saving.stepwise_dir is not None:
@@ -216,8 +222,9 @@ def _draw_batch(
                 if step.image == batch[-1]:
                     per_step = (time.perf_counter() - started) / (step.index + 1)
                     if bar is not None:
-                        several = f"{batch[0] + 1}-{batch[-1] + 1}{total}"
-                        text = f"{count} seed {step.seed}" if len(batch) == 1 else several
+                        several = f"{first}-{first + len(batch) - 1}{of}"
+                        one = f"{first}{of} seed {step.seed}"
+                        text = one if len(batch) == 1 else several
                         bar.total = step.num_steps
                         bar.set_description_str(text, False)
                         bar.set_postfix_str(f"{per_step:.2f} s/step", False)

@@ -218,7 +218,7 @@ class DrawSettings:
     A new setting is a field here, an option with the field's name as destination in
     cli/options.py (`add_sampling`), and its use in draw.py. With these, `generate`, metadata and
     worker have it; the prompt loop's `:name` is an entry in `SETTINGS` of cli/interactive.py, the
-    window's field one in `CHOICES` of apps/desktop/form.py.
+    window's field one in `CHOICES` of apps/desktop/model_page.py.
     """
 
     prompt: str = ""

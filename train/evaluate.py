@@ -21,6 +21,7 @@ these scenes after encoding and decoding.
 import argparse
 import contextlib
 import errno
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -226,7 +227,8 @@ def _draw_list(
         batch_size=args.batch_size,
     )
     print(f"{args.output} is complete. Score it in the benchmark's own repository:")
-    print(f"  {listed.scorer.format(output=args.output, side=resolved.width)}")
+    output = shlex.quote(str(args.output))
+    print(f"  {listed.scorer.format(output=output, side=resolved.width)}")
 
 
 # --- stickers -----------------------------------------------------------------------------------

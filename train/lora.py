@@ -7,6 +7,7 @@ weights, quantized or not.
 
 import argparse
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import MOST_WORDS, save_lora
 from mlx_snapgen.open_model import open_model
-from mlx_snapgen.settings import WIDTHS, has_memory, machine_memory
+from mlx_snapgen.settings import has_memory, machine_memory
 from mlx_snapgen.teachers.config import NAMES
 from mlx_snapgen.teachers.folder import TeacherFolder, load_network
 from train.data.encoded import EncodedFolder
@@ -103,13 +104,15 @@ def claim_run(args: argparse.Namespace, examples: Sequence[Example], **more: obj
     names = ("model", "revision", "base", "rank", "alpha", "targets")
     settings = {name: getattr(args, name) for name in names} | more
     if not args.dry_run:
-        claim(args.run_dir, {"pictures": digest(examples)} | settings)
+        settings = {"pictures": digest(examples)} | settings
+        # The LoRA file says what it was trained at.
+        claim(args.run_dir, settings, newer=["model_widths"])
 
 
 def train_public(args: argparse.Namespace, folder: TeacherFolder) -> int:
     """Train a LoRA of a public model."""
     config, size = folder.config, (args.resolution, args.resolution)
-    widths_of(args, config)
+    widths = [width.name for width in widths_of(args, config)]
     bits = (config.quantization or {"bits": 0})["bits"]
     if config.is_distilled:
         print(
@@ -119,7 +122,7 @@ def train_public(args: argparse.Namespace, folder: TeacherFolder) -> int:
         )
     any_shape = not config.trained_sizes
     examples = read_examples(args, size=size, unit=config.size_unit, any_shape=any_shape)
-    claim_run(args, examples, resolution=args.resolution, bits=bits)
+    claim_run(args, examples, resolution=args.resolution, bits=bits, model_widths=widths)
     network: Any = load_network(folder.path, config, dtype=on_device(None))
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
     train_only(network, NAME)
@@ -178,14 +181,15 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         components = load_pretrained(folder)
     network, config = components.transformer, components.config
     warn_untrained(network, args.model, result="with a LoRA it still draws noise")
-    shares = [width.share for width in widths_of(args, config)]
+    trained = widths_of(args, config)
+    shares, widths = [width.share for width in trained], [width.name for width in trained]
     examples = read_examples(
         args,
         size=config.image_size,
         unit=config.size_unit,
         has_alpha=config.autoencoder.picture_channels == 4,
     )
-    claim_run(args, examples)
+    claim_run(args, examples, model_widths=widths)
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
     train_only(network, NAME)
     network.checkpoint_blocks(args.save_memory)
@@ -204,10 +208,9 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
     def arguments(step: int) -> ShareStep:
         return ShareStep(step_share(shares, seed=args.seed, step=step))
 
-    trained = [width for width in WIDTHS if width.share in shares]
     print(
         f"training {num_trainable(network):,} parameters (rank {args.rank}) at "
-        f"{', '.join(width.name for width in trained)} in {args.run_dir}",
+        f"{', '.join(widths)} in {args.run_dir}",
         flush=True,
     )
     # Prior samples do not exist yet; other pictures take the same time.
@@ -228,14 +231,14 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         config=tuning_config(args, accumulate=args.accumulate),
         run_dir=args.run_dir,
         arguments=arguments,
-        validate=Validation(components, data, prompts, width=trained[0].name),
+        validate=Validation(components, data, prompts, width=widths[0]),
     )
     return finish(
         args,
         trainer,
         base_model=config.name,
         captions=captions,
-        widths=[width.name for width in trained],
+        widths=widths,
     )
 
 
@@ -264,12 +267,13 @@ def finish(
                 widths=widths,
                 with_alpha=with_alpha,
             )
-        model = "" if args.model == "stickers" else f" --model {args.model}"
+        words = [captions[0], *([] if args.model == "stickers" else ["--model", args.model])]
         for name in ("revision", "base"):
             if (value := getattr(args, name)) is not None:
-                model += f" --{name} {value}"
+                words += [f"--{name}", value]
         print(f"{args.output} is complete. To draw with it:")
-        print(f'python -m mlx_snapgen.generate "{captions[0]}"{model} --lora {args.output}')
+        draw = shlex.join([*words, "--lora", str(args.output)])
+        print(f"python -m mlx_snapgen.generate {draw}")
     return trainer.exit_code
 
 

@@ -16,6 +16,7 @@ several widths share the palettes and are trained in turn.
 
 import dataclasses
 import functools
+import shlex
 
 import mlx.core as mx
 
@@ -78,10 +79,6 @@ def main() -> int:
     before = with_palettes(network, {})
     shares = list(widths.values())
     train_biases_and_norms(network, shares)
-    print(
-        f"training {num_trainable(network):,} parameters at {', '.join(widths)} in {args.run_dir}",
-        flush=True,
-    )
 
     def share_of(step: int) -> float:
         return step_share(shares, seed=args.seed, step=step)
@@ -107,6 +104,10 @@ def main() -> int:
         arguments=lambda step: ShareStep(share_of(step)),
         validate=Validation(network, held_out, widths=widths, previews=previews),
     )
+    print(
+        f"training {num_trainable(network):,} parameters at {', '.join(widths)} in {args.run_dir}",
+        flush=True,
+    )
     if not (trainer.run() and trainer.is_main):
         return trainer.exit_code
     with trainer.averaged():
@@ -121,8 +122,9 @@ def main() -> int:
             partial.write_text(table)
         # Last: with it, the command counts as done.
         save(args.output, components, network, palettes=palettes, model=folder)
+    print(f"{args.output} is complete. To export it:")
+    print("python -m convert.coreml " + shlex.join([f"{args.output}", f"{args.output}-coreml"]))
     print(table, end="")
-    print(f"python -m convert.coreml {args.output} {args.output}-coreml")
     return 0
 
 

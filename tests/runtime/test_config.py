@@ -41,9 +41,9 @@ def test_unknown_key_names_the_nearest(values, hint):
     ("options", "hint"),
     [
         ({"widths": (0.5, 1.0)}, "start with 1.0"),
-        ({"widths": (1.0, 0.3)}, "cuts through a head"),
+        ({"widths": (1.0, 0.3)}, "width 0.3: 9.6 heads and 2.4 of num_kv_heads must be whole"),
         ({"widths": ()}, "start with 1.0"),
-        ({"hidden_size": 2080}, "2080, must divide by head_dim"),
+        ({"hidden_size": 2080}, "2080, must divide by head_dim, 64"),
         ({"frequency_dim": 1}, "must be even, got 1"),
         ({"head_dim": 6, "hidden_size": 60}, "divide by 4"),
         ({"blocks": (3, 0, 2)}, "three positive numbers"),
@@ -53,6 +53,20 @@ def test_unknown_key_names_the_nearest(values, hint):
 def test_impossible_networks_are_refused(options, hint):
     with pytest.raises(UserError, match=hint):
         TransformerConfig(**options)
+
+
+def test_all_that_does_not_fit_is_one_message():
+    sizes = {"hidden_size": 768, "frequency_dim": 3}
+    with pytest.raises(UserError) as error:
+        TransformerConfig(**sizes)
+    assert str(error.value).split("; ") == [
+        "frequency_dim must be even, got 3",
+        "12 heads (hidden_size / head_dim) do not divide by num_kv_heads, 8",
+        "width 0.5: 6 heads do not divide by num_cross_kv_heads, 4",
+        "width 0.375: 4.5 heads and 3 of num_kv_heads must be whole, or omit it",
+    ]
+    with pytest.raises(UserError, match=r"divide by 4.*; hidden_size, 100, must divide by head_"):
+        TransformerConfig(hidden_size=100, head_dim=6)
 
 
 @pytest.mark.parametrize(

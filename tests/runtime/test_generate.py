@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -201,6 +202,24 @@ def test_prompts_are_read_as_they_come(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", stdin)
     run("--prompts-file", "-", *FAST)
     assert sorted(os.listdir()) == ["a-blue-cat.png", "a-red-apple.png"]
+
+
+def test_progress_over_all_prompts(run, monkeypatch, capsys):
+    Path("prompts.txt").write_text("a red apple\n\na blue cat\na red cat\n")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    more = (*FAST, "--num-images", "2", "--batch-size", "4", "--output", "out/")
+
+    def shown():
+        return re.findall(r"([-0-9/]+)(?: seed [0-9]+)?: +0%", capsys.readouterr().err)
+
+    run("--prompts-file", "prompts.txt", *more)
+    assert shown() == ["1/6", "5/6"]
+    # From a pipe, nobody knows how many follow.
+    monkeypatch.setattr("sys.stdin", io.StringIO("a red apple\na blue cat\n"))
+    run("--prompts-file", "-", *more)
+    assert shown() == ["1", "3"]
+    run("a red apple", *more)
+    assert shown() == ["1/2"]
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,10 @@ def test_a_run_folder_keeps_its_settings(tmp_path):
     checkpoint.mkdir()
     claim(tmp_path / "a", {"rank": 2, "words": 4}, may_change=["words"])
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["words"] == 4
+    now = {"rank": 2, "words": 5, "model": "moved"}
+    claim(tmp_path / "a", now, steps=1, may_change=["words", "model"])
+    written = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert written == {"rank": 2, "words": 4, "model": "moved"}
     with pytest.raises(UserError, match="other --rank"):
         claim(tmp_path / "a", {"rank": 3, "words": 4}, may_change=["words"])
     (tmp_path / "a" / "settings.json").unlink()

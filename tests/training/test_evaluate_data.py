@@ -346,6 +346,7 @@ def test_a_public_model_is_measured(clip_folder, no_language_model, tmp_path, mo
         (["--dpg", "a", "--output", "o", "--model-widths", "full", "tiny"], "one width"),
         (["--clip", "a"], "--clip takes --data"),
         (["--data", "stickers", "--prompts-file", "a"], "--prompts-file takes --data"),
+        (["--data", "a", "--prompts-file", "a"], "--prompts-file needs --output, the folder for"),
         (["--data", "a", "--width", "64"], "--width takes --prompts-file, --geneval or --dpg"),
         (["--data", "a", "--pictures", "0"], "--pictures must be at least 1"),
         (["--data", "a", "--held-out", "2"], "--held-out must be"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shlex
 import sys
 
 import mlx.core as mx
@@ -27,7 +29,7 @@ from train.loop.checkpoint import read_log
 from train.objectives.base import ShareStep
 from train.objectives.elastic import noisy
 from train.objectives.finetune import FineTuning, step_share, velocity
-from train.options.lora import TARGETS
+from train.options.lora import TARGETS, parse
 
 WIDE, TALL = (32, 64), (64, 32)
 BUCKETS = bucket_sizes(WIDE, 32)
@@ -348,6 +350,8 @@ def test_a_run_folder_belongs_to_its_pictures_and_an_output_is_never_replaced(
     assert made.read_bytes() == before
     with pytest.raises(UserError, match="other --rank and --alpha"):
         run(monkeypatch, folder, model_folder, "--output", "b.safetensors", "--rank", "3")
+    with pytest.raises(UserError, match="a run with other --model-widths"):
+        run(monkeypatch, folder, model_folder, "--output", "b.safetensors", "--model-widths=full")
     (folder / "0.txt").write_text("something else")
     with pytest.raises(UserError, match="other pictures"):
         run(monkeypatch, folder, model_folder, "--output", "b.safetensors")
@@ -361,6 +365,51 @@ def test_dry_run_tells_and_writes_nothing(folder, model_folder, monkeypatch, cap
     run(monkeypatch, folder, model_folder, "--dry-run")
     assert "estimate: about" in capsys.readouterr().out
     assert sorted(folder.parent.rglob("*")) == before
+    # What would be in the way of files is not in the way of none.
+    (folder.parent / "robot.safetensors").touch()
+    (folder.parent / "runs" / "robot").mkdir(parents=True)
+    (folder.parent / "runs" / "robot" / "index.json").touch()
+    run(monkeypatch, folder, model_folder, "--dry-run")
+    with pytest.raises(UserError, match=r"ending in \.safetensors"):
+        run(monkeypatch, folder, model_folder, "--dry-run", "--output", "lora.bin")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (".", "pics"),
+        ("../pics/", "pics"),
+        ("..", None),
+        ("/", "pictures"),
+        ("a.b", "a.b"),
+        ("two words", "two words"),
+        ("./~cat", "~cat"),
+        ("./-cat", "cat"),
+        ("köpek", "köpek"),
+        (os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe9")),
+    ],
+)
+def test_the_default_names_are_those_of_the_folder(tmp_path, monkeypatch, data, name):
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path / "pics")
+    args = parse([f"--data={data}"])
+    name = name or tmp_path.name
+    assert (str(args.output), str(args.run_dir)) == (f"{name}.safetensors", f"runs/{name}")
+
+
+def test_one_folder_is_taken():
+    for several in (["--data", "a", "b"], ["--data", "a", "--data", "b"]):
+        with pytest.raises(UserError, match="takes one folder, got a and b"):
+            parse(several)
+
+
+def test_the_command_to_draw_is_one_for_a_shell(folder, model_folder, monkeypatch, capsys):
+    (folder / "0.txt").write_text('a "robot" of $5')
+    folder = folder.rename(folder.with_name("my robot"))
+    run(monkeypatch, folder, model_folder)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    drawn = ['a "robot" of $5', "--model", str(model_folder), "--lora", "my robot.safetensors"]
+    assert command == ["python", "-m", "mlx_snapgen.generate", *drawn]
 
 
 def test_without_prompts_of_old_a_foreign_model_is_told_of(
@@ -386,10 +435,14 @@ def test_without_prompts_of_old_a_foreign_model_is_told_of(
         ("--output lora.bin", "ending in .safetensors"),
         ("--targets nothing.*", "no linear layer matches 'nothing"),
         ("--model nowhere", "no model folder nowhere"),
-        ("--data nowhere", "no folder nowhere"),
         ("--prior-prompts nowhere.txt", "cannot read nowhere.txt"),
     ],
 )
 def test_mistakes_are_said(folder, model_folder, monkeypatch, options, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, folder, model_folder, *options.split())
+
+
+def test_a_folder_that_is_not_there_is_said(folder, model_folder, monkeypatch):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
+        run(monkeypatch, folder.with_name("nowhere"), model_folder)

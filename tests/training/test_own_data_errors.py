@@ -464,6 +464,13 @@ def test_options_that_change_when_a_run_is_resumed(
     said = capsys.readouterr().err.splitlines()
     line = "resuming with other settings: --drop-caption 0.1 -> 0.5, --mask-ratio 0.0 -> 0.2"
     assert line in said
+    record = (tmp_path / "run" / "settings.json").read_text()
+    run(flow, *options, "--steps", 2, "--model-widths", "small", "--time-shift", 5)
+    said = capsys.readouterr().err
+    assert f"without effect, because {tmp_path / 'run'} is complete: --drop-caption 0.5 ->" in said
+    assert "--model-widths tiny -> small" in said
+    assert "resuming with other" not in said
+    assert (tmp_path / "run" / "settings.json").read_text() == record
     error = fails(flow, *options, "--steps", 3, "--optimizer", "adamw")
     assert "was trained with --optimizer muon, not adamw: give muon" in error
     moved = tmp_path / "moved"

@@ -1,6 +1,7 @@
 """Fine-tuning under palettes: biases and norms learn, palettes stay, and the export gets both."""
 
 import dataclasses
+import shlex
 import sys
 
 import mlx_snapgen  # noqa: F401
@@ -105,7 +106,7 @@ def test_the_velocity_comes_nearer(model, tuned):
         assert half > 50
 
 
-def test_the_command_says_what_is_wrong_and_resumes(model, tuned, tmp_path):
+def test_the_command_says_what_is_wrong_and_resumes(model, tuned, tmp_path, capsys):
     with pytest.raises(UserError, match="exists already"):
         run(model, tuned)
     with pytest.raises(UserError, match="holds a run with other"):
@@ -119,8 +120,14 @@ def test_the_command_says_what_is_wrong_and_resumes(model, tuned, tmp_path):
         with pytest.raises(UserError, match=message):
             run(model, tmp_path / "out", *options)
     # The run is finished: the same model once more, with nothing learned.
-    again = tuned.parent / "again"
+    again = tuned.parent / "once more"
+    capsys.readouterr()
     run(model, again, *TWO)
+    training, export, command, *table = capsys.readouterr().out.splitlines()
+    assert training.startswith("training ")
+    assert export == f"{again} is complete. To export it:"
+    assert shlex.split(command)[2:] == ["convert.coreml", str(again), f"{again}-coreml"]
+    assert table == (tuned.parent / "run" / "table.md").read_text().splitlines()
     first, second = (flat(load_pretrained(folder).transformer) for folder in (tuned, again))
     assert all(mx.array_equal(first[name], second[name]) for name in first)
 

@@ -188,11 +188,12 @@ def check_new(output: Path) -> None:
     check_writable(output.parent)
 
 
-def check_new_lora(output: Path) -> None:
-    """`UserError` unless `output` is a name for a new LoRA file."""
+def check_new_lora(output: Path, *, dry_run: bool = False) -> None:
+    """`UserError` unless `output` is a name for a LoRA file, and new unless nothing is written."""
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: give a name ending in .safetensors")
-    check_new(output)
+    if not dry_run:
+        check_new(output)
 
 
 # --- fine-tuning --------------------------------------------------------------------------------

@@ -40,10 +40,18 @@ def add_data(
     sources = SOURCES if prepared else PICTURES
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data", nargs="+", required=required, metavar="SOURCE", help=f"pictures: {sources}")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        required=required,
+        metavar="SOURCE",
+        help=f"pictures: {sources}",
+    )
     add(
         "--weights",
         nargs="+",
+        action="extend",
         type=finite_number,
         metavar="W",
         help="share of the batches of each SOURCE, in any unit (default: in proportion to the "
@@ -96,6 +104,7 @@ def add_captions(group: argparse._ActionsContainer, *, weights: bool) -> None:
     add(
         "--captions",
         nargs="+",
+        action="extend",
         metavar="COLUMN[=W]" if weights else "COLUMN",
         help=f"columns of captions, {how} (default: text or caption, or else the first)",
     )

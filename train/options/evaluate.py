@@ -169,6 +169,8 @@ def _check(args: argparse.Namespace) -> None:
     modes += [f"--{name}" for name in STICKERS_ALONE if getattr(args, name)]
     if len(modes) > 1 and (lists or not args.is_stickers):
         raise UserError(f"{modes[0]} and {modes[1]} are two commands: give one of them")
+    if args.prompts_file and not (args.output or args.is_stickers):
+        raise UserError("--prompts-file needs --output, the folder for the sheet of its pictures")
     if args.output:
         check_outside("--output", args.output, sources=args.data or ())
     if lists:

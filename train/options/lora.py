@@ -67,6 +67,8 @@ def parse(
     add = parser.add_argument
     add(
         "--data",
+        nargs="+",
+        action="extend",
         type=Path,
         required=True,
         metavar="FOLDER",
@@ -140,7 +142,12 @@ def parse(
         help="print the estimate of time and memory, and stop (default: off)",
     )
     args = parser.parse_args(argv)
-    name = expanded(args.data).resolve().name or "pictures"
+    if len(args.data) > 1:
+        several = " and ".join(map(str, args.data))
+        raise UserError(f"--data takes one folder, got {several}: put them into one folder")
+    args.data = expanded(args.data[0])
+    # A file whose name starts with a dash looks like an option.
+    name = args.data.resolve().name.lstrip("-") or "pictures"
     if args.output is not None:
         check_outside("--output", args.output, sources=[args.data])
     args.output = expanded(args.output or Path(f"{name}.safetensors"))
@@ -150,7 +157,8 @@ def parse(
     # The default ones may be inside: samples have no caption, unless all pictures get one.
     if given or args.caption_template is not None:
         check_outside("--run-dir", args.run_dir, sources=[args.data])
-    check_run_folder(args.run_dir, "train.lora")
+    if not args.dry_run:
+        check_run_folder(args.run_dir, "train.lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     check_tuning(args)
     check_at_least(args, 1, "accumulate", "rank")
@@ -158,7 +166,7 @@ def parse(
     check_at_least(args, 0, "prior_weight", "prior_pictures")
     if not 0 <= args.drop_caption < 1:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
-    check_new_lora(args.output)
+    check_new_lora(args.output, dry_run=args.dry_run)
     if public is not None:
         args.resolution = args.resolution or 512
         check_resolution(args.resolution, public.size_unit)
