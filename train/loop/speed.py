@@ -35,7 +35,7 @@ def measure_training(
     config: TransformerConfig = NETWORK,
     *,
     side: int = 32,
-    batch_size: int = 2,
+    batch_size: int = 8,
     repeats: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
