@@ -134,7 +134,8 @@ class QuantizedElasticLinear(nn.QuantizedLinear):
 
     On the CPU, where MLX's quantized product is forty times slower than the dense one, each call
     dequantizes the weight, and so does the gradient with respect to the input. This takes the
-    memory of one dense matrix beside the packed weights.
+    memory of one dense matrix beside the packed weights, or of one for each part that is computed
+    at once (see `parallel`).
     """
 
     def __call__(self, x: mx.array, share: float = 1.0) -> mx.array:
