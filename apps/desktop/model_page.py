@@ -8,7 +8,7 @@ from typing import Any
 
 from apps.desktop.fields import DEFAULT_MODEL, model_label, read_model, read_number
 from apps.desktop.settings import start_folder
-from apps.desktop.widgets import heading, labeled_row
+from apps.desktop.widgets import heading, labeled_row, toggle
 from apps.desktop.wording import shortened
 from mlx_snapgen.description import Description
 from mlx_snapgen.files import expanded
@@ -93,13 +93,7 @@ class ModelPage(ttk.Frame):
         self._widths = {}
         for column, name in enumerate(WIDTH_NAMES):
             row.columnconfigure(column, weight=1, uniform="width")
-            button = ttk.Radiobutton(
-                row,
-                text=name.capitalize(),
-                value=name,
-                variable=self._width,
-                style="Toolbutton",
-            )
+            button = toggle(row, name, self._width)
             button.grid(row=0, column=column, sticky="ew", padx=(0, 2))
             self._widths[name] = button
 

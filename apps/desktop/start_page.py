@@ -16,7 +16,7 @@ from apps.desktop.inputs import Inputs
 from apps.desktop.painter import StageCanvas, with_mask
 from apps.desktop.settings import start_folder
 from apps.desktop.theme import Theme
-from apps.desktop.widgets import Slider, heading, scale
+from apps.desktop.widgets import Slider, heading, scale, toggle
 from apps.desktop.wording import shortened
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import FITS, check_reference, fitted_mask, picture_size, read_picture
@@ -246,13 +246,7 @@ class StartPage(ttk.Frame):
         ttk.Label(row, text="Fit").grid(row=0, column=0, sticky="w")
         self._fits = []
         for column, name in enumerate(FITS, start=1):
-            button = ttk.Radiobutton(
-                row,
-                text=name.capitalize(),
-                value=name,
-                variable=self.fit,
-                style="Toolbutton",
-            )
+            button = toggle(row, name, self.fit)
             button.grid(row=0, column=column, padx=(2, 0))
             self._fits.append(button)
 

@@ -371,3 +371,10 @@ def labeled_row(master: tk.Misc, label: str, is_heading: bool = False) -> ttk.Fr
     style = "Heading.TLabel" if is_heading else "TLabel"
     ttk.Label(row, text=label, style=style).grid(row=0, column=0, sticky="w")
     return row
+
+
+def toggle(row: tk.Misc, name: str, variable: tk.Variable) -> ttk.Radiobutton:
+    """A button of a row of which one is pressed; `variable` gets its `name`."""
+    return ttk.Radiobutton(
+        row, text=name.capitalize(), value=name, variable=variable, style="Toolbutton"
+    )
