@@ -596,7 +596,7 @@ def test_fluent_counts_to_six_and_size_words_mean_one_scale():
         for p in scene.placed
         if len(scene.placed) == 1 and scene.size == (256, 256)
     }
-    assert alone == {(None, 144), ("small", 72), ("big", 200), ("huge", 248)}
+    assert alone == {(None, 144), ("small", 64), ("big", 200), ("huge", 248)}
     words = {word: [s for s in SHAPED if f" {word} " in s.caption] for word in ("huge", "large")}
     assert all("huge" in [p.size_word for p in s.placed] for s in words["huge"])
     assert all("big" in [p.size_word for p in s.placed] for s in words["large"])

@@ -21,7 +21,6 @@ from train.data.stickers.vocabulary import NOTO, Collection, Noun
 # Glyphs have few sizes and positions, mostly on a grid of the latents' scale, and are in the order
 # in which the caption names them. So few layouts match a prompt, and a small model learns the words
 # from a tenth of the scenes.
-CELL_UNIT = 8  # pixels; sides of cells are multiples of this
 MOST_SIZED = 4  # glyphs of one kind with a size word
 
 _Subjects = list[tuple[Noun, str | None]]
@@ -174,12 +173,17 @@ def _size_words(
 
 
 def _cells(
-    rng: np.random.Generator, size: tuple[int, int], count: int, relation: str | None
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    count: int,
+    relation: str | None,
+    *,
+    unit: int,
 ) -> tuple[list[tuple[float, float]], int]:
     """Centers (x, y) of `count` squares that do not overlap, and their side in pixels.
 
     They are as large as possible and in reading order, which is the caption's, except for some
-    relations.
+    relations. The side is a multiple of `unit`, except that of a single square.
     """
     height, width = size
     shapes = [(-(-count // columns), columns) for columns in range(1, count + 1)]
@@ -187,7 +191,7 @@ def _cells(
         shapes = [(2, 1) if relation in ("above", "below") else (1, 2)]
     rows, columns = max(shapes, key=lambda s: (min(height // s[0], width // s[1]), s[1]))
     side = min(height // rows, width // columns)
-    side = side if count == 1 else side // CELL_UNIT * CELL_UNIT
+    side = side if count == 1 else side // unit * unit
     lengths = [columns] * rows
     if count % columns:
         lengths[0] = count - (rows - 1) * columns
@@ -209,18 +213,25 @@ def _layout(
     relation: str | None,
 ) -> list[tuple[int, int, int]]:
     """(side, x, y) of each glyph's square; they do not overlap and lie inside the picture."""
-    centers, cell = _cells(rng, size, len(words), relation)
+    unit = collection.cell_unit
+    centers, cell = _cells(rng, size, len(words), relation, unit=unit)
     shares = collection.alone if len(words) == 1 else collection.shared
     largest = max(shares[word] for word in words)
     if largest > 1:
-        cell = min(cell, int(0.97 * min(size) / largest))
+        cell = min(cell, int(0.97 * min(size) / largest) // unit * unit)
     sides = [2 * round(shares[word] * cell / 2) for word in words]
+    if collection.sides:
+        sides = [max(side for side in collection.sides if side <= most) for most in sides]
     if max(sides) > cell:
         # One of a pair is larger than its cell: the same gap beside and between both.
         gap = (2 * cell - sum(sides)) / 3
         left = (size[1] - 2 * cell) / 2
         starts = (left + gap, left + 2 * gap + sides[0])
         centers = [(x + side / 2, size[0] / 2) for x, side in zip(starts, sides, strict=True)]
+    if collection.sides:
+        centers = [
+            ((x + unit / 2) // unit * unit, (y + unit / 2) // unit * unit) for x, y in centers
+        ]
     return [
         (side, int(x - side / 2), int(y - side / 2))
         for (x, y), side in zip(centers, sides, strict=True)

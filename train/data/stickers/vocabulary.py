@@ -201,6 +201,9 @@ class Collection:
         alone: size word (None: without one) -> longer side of a glyph that is alone, as a share of
             the shorter side of the picture.
         shared: the same beside others, as a share of a glyph's cell.
+        cell_unit: sides of the cells of several glyphs are multiples of this, in pixels.
+        sides: the longer side of a glyph in pixels is the next smaller of these, and its center
+            lies at multiples of `cell_unit`; if empty, all sides and places are possible.
         most: the largest number of glyphs of one kind.
         numbers: words of the numbers, from "one".
         shapes: (height, width) of the pictures in pixels -> how often each is drawn.
@@ -221,6 +224,8 @@ class Collection:
     shapes: Mapping[tuple[int, int], float]
     colors: Mapping[str, tuple[float, float, float]] = field(default_factory=lambda: COLORS)
     color_lost_on: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: COLOR_LOST_ON)
+    cell_unit: int = 8
+    sides: tuple[int, ...] = ()
     most: int = 4
     numbers: tuple[str, ...] = NUMBERS
     has_alpha: bool = False
@@ -306,7 +311,10 @@ FLUENT = Collection(
         "mixed": 0.04,
     },
     alone={None: 144 / 256, "small": 72 / 256, "big": 200 / 256, "huge": 248 / 256},
-    shared={None: 0.8, "small": 0.5, "big": 0.97, "huge": 1.3},
+    shared={None: 0.834, "small": 0.5, "big": 0.97, "huge": 1.3},
+    # With its center on a token of 16 px, a glyph of one size has the same latents everywhere.
+    cell_unit=16,
+    sides=(32, 48, 64, 80, 92, 104, 120, 144, 200, 248),
     shapes={
         (256, 256): 0.48,
         **dict.fromkeys(((192, 320), (320, 192), (256, 384), (384, 256)), 0.13),
