@@ -397,10 +397,14 @@ def test_the_default_names_are_those_of_the_folder(tmp_path, monkeypatch, data, 
     assert (str(args.output), str(args.run_dir)) == (f"{name}.safetensors", f"runs/{name}")
 
 
-def test_one_folder_is_taken():
-    for several in (["--data", "a", "b"], ["--data", "a", "--data", "b"]):
-        with pytest.raises(UserError, match="takes one folder, got a and b"):
-            parse(several)
+def test_one_folder_is_taken(capsys):
+    with pytest.raises(UserError, match="takes one folder, got a and b"):
+        parse(["--data", "a", "--data", "b"])
+    with pytest.raises(UserError, match="unexpected 'b'; see --help"):
+        parse(["--data", "a", "b"])
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "--data FOLDER  " in capsys.readouterr().out
 
 
 def test_the_command_to_draw_is_one_for_a_shell(folder, model_folder, monkeypatch, capsys):

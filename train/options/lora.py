@@ -67,8 +67,7 @@ def parse(
     add = parser.add_argument
     add(
         "--data",
-        nargs="+",
-        action="extend",
+        action="append",
         type=Path,
         required=True,
         metavar="FOLDER",
