@@ -475,9 +475,13 @@ def test_options_that_change_when_a_run_is_resumed(
     assert "was trained with --optimizer muon, not adamw: give muon" in error
     moved = tmp_path / "moved"
     shutil.copytree(model_folder, moved)
-    run(flow, *options, "--steps", 2, "--model", moved)
-    line = f"resuming with other settings: --model {model_folder.resolve()} -> {moved.resolve()}"
-    assert line in capsys.readouterr().err.splitlines()
+    run(flow, *options, "--steps", 2, "--model", moved, "--learning-rate", 1e-5)
+    said = capsys.readouterr().err.splitlines()
+    change = f"{model_folder.resolve()} -> {moved.resolve()}"
+    assert f"recorded in {tmp_path / 'run'}, which is complete: --model {change}" in said
+    rate = "--learning-rate 0.0003 -> 1e-05"
+    assert f"without effect, because {tmp_path / 'run'} is complete: {rate}" in said
+    assert not [line for line in said if line.startswith("resuming")]
     record = (tmp_path / "run" / "settings.json").read_text()
     config = json.loads((moved / "config.json").read_text())
     config["transformer"]["num_bands"] = 1

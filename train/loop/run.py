@@ -40,6 +40,7 @@ OTHERS = ("config.json", "index.json", "shards")
 """In folders of models and of prepared pictures, not of runs."""
 KEYS_OF_OTHERS = ("records_in_shard", "attention_modulation")
 """In settings.json of `train.prepare`, and of the prompt lists of `train.evaluate`."""
+RESUMING = "resuming with other settings"
 BLOCK, BLOCKS = 1 << 14, 64
 """Bytes of a block, and blocks of a large file, that `digest_files` reads."""
 
@@ -86,7 +87,9 @@ def claim(
                 f"{run_dir} holds a run with other {' and '.join(different)}: give another "
                 "--run-dir, or delete it to start again"
             )
+        how = RESUMING
         if steps is not None and step_of(checkpoint) >= steps:
+            how = f"recorded in {run_dir}, which is complete"
             if new := changes(then.get(OPTIONS, {}), settings.get(OPTIONS, {})):
                 print_once(f"without effect, because {run_dir} is complete: {new}")
             settings = then | {name: settings[name] for name in PLACES if name in settings}
@@ -94,7 +97,7 @@ def claim(
             {n: s[n] for n in (MODEL,) if n in s} | s.get(OPTIONS, {}) for s in (then, settings)
         )
         if new := changes(before, now):
-            print_once(f"resuming with other settings: {new}")
+            print_once(f"{how}: {new}")
     if is_main:
         with writing(run_dir), whole_file(path) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -242,7 +245,9 @@ def check_resumed(
         )
     silent = {"accumulate", "checkpoint_every", "keep_checkpoints", "log_every"}
     if new := changes(then, {k: v for k, v in now.items() if k not in silent}):
-        print_once(f"resuming with other settings: {new}")
+        is_complete = step_of(checkpoint) >= config.steps
+        complete = f"without effect, because {checkpoint.parent} is complete"
+        print_once(f"{complete if is_complete else RESUMING}: {new}")
 
 
 def model_reference(model: ModelFolder) -> str:
