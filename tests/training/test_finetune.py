@@ -387,6 +387,10 @@ def test_dry_run_tells_and_writes_nothing(folder, model_folder, monkeypatch, cap
         ("./-cat", "cat"),
         ("köpek", "köpek"),
         (os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe9")),
+        ("A" * 243, "A" * 243),
+        ("A" * 244, "a" * 80),
+        ("ö" * 127, "ö" * 40),
+        (os.fsdecode(b"Caf\xe9 " * 49), "caf-" * 19 + "caf"),
     ],
 )
 def test_the_default_names_are_those_of_the_folder(tmp_path, monkeypatch, data, name):
@@ -395,6 +399,8 @@ def test_the_default_names_are_those_of_the_folder(tmp_path, monkeypatch, data, 
     args = parse([f"--data={data}"])
     name = name or tmp_path.name
     assert (str(args.output), str(args.run_dir)) == (f"{name}.safetensors", f"runs/{name}")
+    for path in (args.output, args.run_dir):
+        path.mkdir(parents=True)
 
 
 def test_one_folder_is_taken(capsys):

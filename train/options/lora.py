@@ -1,6 +1,7 @@
 """Options of `train.lora`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from mlx_snapgen.cli.options import (
@@ -13,6 +14,7 @@ from mlx_snapgen.cli.options import (
 )
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
+from mlx_snapgen.metadata import slug
 from mlx_snapgen.settings import check_size
 from mlx_snapgen.teachers.config import TeacherConfig
 from train.data.readers.folder import check_template
@@ -44,6 +46,8 @@ PUBLIC_TARGETS = {
 OWN = {"steps": 400, "batch_size": 8, "checkpoint_every": 100, "learning_rate": 1e-3}
 PUBLIC = {"steps": 1000, "batch_size": 1, "checkpoint_every": 250, "learning_rate": 1e-4}
 """Defaults for a model of this project and for a public one."""
+MOST_NAME = 255 - len(".safetensors")
+"""Bytes of the name of a folder after which the outputs are named."""
 
 
 def parse(
@@ -147,6 +151,8 @@ def parse(
     args.data = expanded(args.data[0])
     # A file whose name starts with a dash looks like an option.
     name = args.data.resolve().name.lstrip("-") or "pictures"
+    if len(os.fsencode(name)) > MOST_NAME:
+        name = slug(name)
     if args.output is not None:
         check_outside("--output", args.output, sources=[args.data])
     args.output = expanded(args.output or Path(f"{name}.safetensors"))
