@@ -65,18 +65,21 @@ class TransformerConfig:
             yield f"ffn_ratio takes numbers up to 100, not {self.ffn_ratio}"
 
     def _faults_of_heads(self) -> Iterator[str]:
-        if self.head_dim % 4:
-            yield f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}"
-        if self.hidden_size % self.head_dim:
-            yield f"hidden_size, {self.hidden_size}, must divide by head_dim, {self.head_dim}"
-            return  # the number of heads is not known
-        if self.num_heads % self.num_kv_heads:
+        # What follows is about the sizes that are proposed, so that all faults are known at once.
+        size, dim = self.hidden_size, self.head_dim
+        if dim % 4:
+            dim = max(4, round(dim / 4) * 4)
+            yield f"head_dim must divide by 4 for 2-D RoPE, got {self.head_dim}: {dim} does"
+        num_heads = max(1, round(size / dim))
+        if size % dim:
+            yield f"hidden_size, {size}, must divide by head_dim, {dim}: {num_heads * dim} does"
+        if num_heads % self.num_kv_heads:
             yield (
-                f"{self.num_heads} heads (hidden_size / head_dim) do not divide by num_kv_heads, "
+                f"{num_heads} heads (hidden_size / head_dim) do not divide by num_kv_heads, "
                 f"{self.num_kv_heads}"
             )
         for width in self.widths:
-            heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
+            heads, kv_heads = num_heads * width, self.num_kv_heads * width
             if heads % 1 or (self.num_kv_heads > 1 and kv_heads % 1):
                 yield (
                     f"width {width:g}: {heads:g} heads and {kv_heads:g} of num_kv_heads must be "

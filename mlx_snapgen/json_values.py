@@ -17,6 +17,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
 """The largest number in a config, and the greatest length of a text or list."""
+MOST_FAULTS = 8
+"""Of a config that are named."""
 MOST_LAYERS = 256
 """Of one network. Each is built in memory before its weights are read."""
 
@@ -25,16 +27,24 @@ def from_dict(cls: type, values: Any) -> Any:
     """Build config `cls` from JSON values of unknown origin.
 
     Raises:
-        UserError: an unknown key, with the nearest known one, or a value of another type or out of
+        UserError: unknown keys, with the nearest known ones, and values of another type or out of
             range.
     """
     if not isinstance(values, dict):
         raise UserError(f"{cls.__name__} must be an object, not {_shown(values)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
-    read = {key: _read(fields[key].type, value, key) for key, value in values.items()}
+    faults, read = [], {}
+    for key, value in values.items():
+        try:
+            if key not in fields:
+                raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
+            read[key] = _read(fields[key].type, value, key)
+        except UserError as error:
+            faults.append(str(error))
+            if len(faults) == MOST_FAULTS:
+                break
+    if faults:
+        raise UserError("; ".join(faults))
     try:
         made = cls(**read)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:

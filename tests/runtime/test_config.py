@@ -37,6 +37,17 @@ def test_unknown_key_names_the_nearest(values, hint):
         from_dict(ModelConfig, values)
 
 
+def test_all_values_that_cannot_be_read_are_one_message():
+    with pytest.raises(UserError) as error:
+        from_dict(TransformerConfig, {"hiden_size": 4, "head_dim": "x", "frob": 1, "blocks": [1]})
+    assert str(error.value).split("; ") == [
+        "unknown key 'hiden_size' in TransformerConfig (did you mean 'hidden_size'?)",
+        "'head_dim' must be a whole number, not \"x\"",
+        "unknown key 'frob' in TransformerConfig (did you mean 'ffn_ratio'?)",
+        "'blocks' takes 3 values, not 1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
@@ -65,8 +76,14 @@ def test_all_that_does_not_fit_is_one_message():
         "width 0.5: 6 heads do not divide by num_cross_kv_heads, 4",
         "width 0.375: 4.5 heads and 3 of num_kv_heads must be whole, or omit it",
     ]
-    with pytest.raises(UserError, match=r"divide by 4.*; hidden_size, 100, must divide by head_"):
-        TransformerConfig(hidden_size=100, head_dim=6)
+    with pytest.raises(UserError) as error:
+        TransformerConfig(hidden_size=100, head_dim=6, num_kv_heads=5, widths=(1.0,))
+    assert str(error.value).split("; ") == [
+        "head_dim must divide by 4 for 2-D RoPE, got 6: 8 does",
+        "hidden_size, 100, must divide by head_dim, 8: 96 does",
+        "12 heads (hidden_size / head_dim) do not divide by num_kv_heads, 5",
+    ]
+    TransformerConfig(hidden_size=96, head_dim=8, num_kv_heads=3, widths=(1.0,))
 
 
 @pytest.mark.parametrize(
