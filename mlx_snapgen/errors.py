@@ -21,15 +21,15 @@ class UserError(Exception):
     """A mistake of the user. The message is one line: what is wrong and what to do.
 
     What a file or a user gave may be quoted in full: line breaks and control characters are
-    replaced, and the middle of a long message is cut out.
+    replaced, and the middle of a long message is cut out. See also `as_given`.
 
     Attributes:
         uncut: the whole message.
     """
 
     def __init__(self, message: object = ""):
-        self.uncut = str(message)
-        super().__init__(one_line(message, MOST_CHARACTERS))
+        self.uncut = as_given(message)
+        super().__init__(one_line(self.uncut, MOST_CHARACTERS))
 
 
 class SettingsError(UserError):
@@ -38,6 +38,22 @@ class SettingsError(UserError):
 
 class ModelError(UserError):
     """A model that cannot be loaded: its files are damaged or gone."""
+
+
+_given: dict[str, str] = {}
+
+
+def show_as(folder: Path, name: str) -> None:
+    """Let messages name a folder of a cache as the user did."""
+    _given[str(folder)] = name
+
+
+def as_given(text: object) -> str:
+    """`text` with the names of `show_as`."""
+    shown = str(text)
+    for folder, name in list(_given.items()):
+        shown = shown.replace(folder, name)
+    return shown
 
 
 def one_line(text: object, most: int) -> str:
@@ -58,7 +74,7 @@ def naming(path: object) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if str(path) in str(error):
+        if as_given(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from None
 

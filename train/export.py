@@ -16,7 +16,7 @@ from mlx_snapgen.checkpoint.runs import OTHER_RUNS, SETTINGS, command_of
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import UserError, as_given, run_command
 from mlx_snapgen.files import expanded, read_text
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
 from mlx_snapgen.settings import check_size
@@ -167,11 +167,10 @@ def main() -> None:
     else:
         raise UserError("give --run, the folder of a run, or --model")
     config = with_sampling(model.config, record, args.resolution)
-    with announce(f"loading {model.path} ..."):
+    shown = as_given(run or model.path)
+    with announce(f"loading {shown} ..."):
         components = trained_model(model, run)
-    warn_untrained(
-        components.transformer, run or model.path, result="the exported model draws noise"
-    )
+    warn_untrained(components.transformer, shown, result="the exported model draws noise")
     components.config = dataclasses.replace(
         components.config,
         image_size=config.image_size,

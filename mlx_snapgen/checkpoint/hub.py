@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, show_as
 from mlx_snapgen.files import check_link, expanded
 from mlx_snapgen.formats import DESCRIPTIONS
 
@@ -179,6 +179,7 @@ def _download(
                 repo, revision=revision, allow_patterns=patterns, **shown, **kwargs
             )
         )
+        show_as(folder, repo)
         missing = [name for name in files if whole and not (folder / name).is_file()]
         if missing and not kwargs:
             raise UserError(f"the repository {repo} has no file {missing[0]}: it is incomplete")

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from convert import teacher
+from convert import from_torch, teacher
 from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.checkpoint.hub import find_model
+from mlx_snapgen.errors import UserError, naming, run_command
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.teachers.folder import load_prompts
 from tests.hub import Hub
@@ -114,10 +115,24 @@ OURS = "is no model of mlx_snapgen, and no autoencoder of convert.from_torch"
         (text_of_a_teacher, "someone/language", "holds a None, this teacher's text encoder is a"),
     ],
 )
-def test_weights_are_not_fetched(call, repo, message, hub, monkeypatch):
-    with pytest.raises(UserError, match=message):
+def test_weights_are_not_fetched(call, repo, message, hub, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
         call(repo, monkeypatch)
+    assert repo in str(error.value) and str(tmp_path) not in str(error.value)
     assert not [name for name in hub.names() if name.endswith(".safetensors")]
+
+
+def test_messages_about_weights_name_the_repository(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["from_torch", "someone/vae", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        run_command(from_torch.main)
+    said = capsys.readouterr().err
+    assert "error: someone/vae is not a kl-vae" in said and str(tmp_path) not in said
+    path = find_model("someone/vae") / "config.json"
+    for where in (path, "someone/vae/config.json"):
+        with pytest.raises(UserError) as error, naming(path):
+            raise UserError(f"{where} is damaged")
+        assert str(error.value) == "someone/vae/config.json is damaged"
 
 
 def test_the_rest_of_the_others_is_fetched(hub):
