@@ -30,7 +30,7 @@ from mlx_snapgen.public.keys.gemma import GEMMA_FILES, GEMMA_KEYS, gemma_config,
 from mlx_snapgen.public.keys.lora import lora_metadata, lora_name, lora_weights
 from mlx_snapgen.public.keys.t5 import T5_KEYS
 from mlx_snapgen.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
-from mlx_snapgen.public.source import Source, config_of
+from mlx_snapgen.public.source import Source, check_no_pipeline, config_of
 from mlx_snapgen.teachers.folder import quantizable
 
 Config = Callable[[dict[str, int] | None], dict[str, Any]]
@@ -358,6 +358,7 @@ def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
     best = max(known, key=known.__getitem__)
     if known[best] == len(weights) and not names:
         return best
+    check_no_pipeline(source)
     classes = {c: k for k, kind in KINDS.items() for c in kind.classes}
     called = f", '{names[0]}' in config.json{nearest(names[0], classes)}" if names else ""
     near = f"; '{best}' has {known[best]} of its {len(weights)} keys" if known[best] else ""

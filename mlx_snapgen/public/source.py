@@ -5,14 +5,14 @@ safetensors, by a function of the caller, because that needs torch.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_snapgen.checkpoint.hub import find_model, quiet
+from mlx_snapgen.checkpoint.hub import find_model, quiet, read_repository
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import MOST_BYTES, check_link, expanded, read_json, read_object
 from mlx_snapgen.formats import INDEX
@@ -109,9 +109,9 @@ def find_source(
     if not is_local:
         described = find_model(source, revision=revision, files=side_files, progress=quiet)
         revision, here = described.name, described / inside
-        if (here / INDEX).is_file():
-            parts = sorted(p.parent.name for p in here.glob("*/config.json"))
-            raise _whole_pipeline(source, parts)
+        if (here / INDEX).is_file() and (parts := _parts(here)):
+            repository = read_repository(source, revision)
+            raise _whole_pipeline(source, parts, repository.files if repository else ())
         check(Source(Path(source), here, (), _config(here), spool))
     folder = find_model(source, revision=revision, files=[*side_files, f"{inside}*.safetensors"])
     if not is_local and not [*(folder / inside).glob("*.safetensors")]:
@@ -132,10 +132,24 @@ def _config(folder: Path) -> dict[str, Any] | None:
     return read_object(path) if path.is_file() else None
 
 
-def _whole_pipeline(source: object, parts: list[str]) -> UserError:
+def _parts(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/config.json"))
+
+
+def _whole_pipeline(source: object, parts: list[str], names: Iterable[str] = ()) -> UserError:
+    """The error for one with `parts`; of its files' `names`, a single checkpoint is named."""
     others = f" (or {', '.join(parts[1:])})" if parts[1:] else ""
-    named = f": name a part with --subfolder {parts[0]}{others}" if parts else ""
-    return UserError(f"{source} is a whole pipeline{named}")
+    whole = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    alone = f", or download {whole[0]} and give that file" if len(whole) == 1 else ""
+    return UserError(
+        f"{source} is a whole pipeline: name a part with --subfolder {parts[0]}{others}{alone}"
+    )
+
+
+def check_no_pipeline(source: Source) -> None:
+    """`UserError` for a folder whose single file was taken, but which has parts, too."""
+    if source.config is None and source.path.is_dir() and (parts := _parts(source.folder)):
+        raise _whole_pipeline(source.path, parts)
 
 
 def part_source(folder: Path, file: Path | None = None) -> Source:
@@ -204,5 +218,6 @@ def _indexed(path: Path) -> tuple[Path, ...]:
 def config_of(source: Source) -> dict[str, Any]:
     """config.json of a checkpoint; `UserError` when it has none."""
     if source.config is None:
+        check_no_pipeline(source)
         raise UserError(f"{source.path} needs the config.json of its folder: give the folder")
     return source.config

@@ -13,6 +13,7 @@ from convert import from_torch, teacher
 from mlx_snapgen.checkpoint.clip_towers import load_clip_towers
 from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.errors import UserError, naming, run_command
+from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.teachers.folder import load_prompts
 from tests.hub import Hub
@@ -28,6 +29,7 @@ CONFIGS = {
     },
     "someone/vae": {"config.json": {"_class_name": "AutoencoderKL"}},
     "someone/few": {"transformer/config.json": {"_class_name": "AutoencoderKL"}},
+    "someone/alone": {"model_index.json": {"_class_name": "FluxPipeline"}},
     "someone/none": {"tokenizer/vocab.json": {}},
 }
 
@@ -94,7 +96,8 @@ OURS = "is no model of mlx_snapgen, and no autoencoder of convert.from_torch"
         (
             command("convert.from_torch", None, "out"),
             "someone/pipe",
-            "someone/pipe is a whole pipeline: name a part with --subfolder vae",
+            "someone/pipe is a whole pipeline: name a part with --subfolder vae, or download "
+            "model.safetensors and give that file",
         ),
         (command("convert.to_torch", None, "out"), "someone/vae", "an autoencoder alone"),
         (
@@ -141,6 +144,20 @@ def test_the_rest_of_the_others_is_fetched(hub):
     assert [path.name for path in source.files] == ["model.safetensors"]
     assert seen[0].config == source.config == {"_class_name": "AutoencoderKL"}
     assert "vae/model.safetensors" in hub.names()
+
+
+def test_one_file_beside_an_index_is_taken_if_it_is_all_there_is(hub, tmp_path):
+    assert [path.name for path in find_source("someone/alone").files] == ["model.safetensors"]
+    # On a disk it costs nothing to look at the file first.
+    folder = hub.folders["someone/pipe"]
+    for key in ("a", "x_embedder.weight"):  # unknown, and a transformer, which needs a config
+        mx.save_safetensors(str(folder / "model.safetensors"), {key: mx.ones((8, 8))})
+        with pytest.raises(UserError, match=r"pipe is a whole pipeline: .* --subfolder vae$"):
+            convert(find_source(str(folder)), tmp_path / "out")
+    weights = {f"unet.up.to_q.lora_{side}.weight": mx.ones((2, 2)) for side in ("down", "up")}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    report = convert(find_source(str(folder)), tmp_path / "lora.safetensors")
+    assert report["kind"] == "lora"
 
 
 def test_a_few_step_model_is_compared_with_the_transformer_that_is_given(tmp_path, monkeypatch):
