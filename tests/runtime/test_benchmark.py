@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import mlx.core as mx
@@ -101,7 +102,7 @@ def test_memory_is_measured_in_a_process_for_each_row(run, monkeypatch):
     def start(command, **_):
         started.append(command[3:])
         peak = {"peak_bytes": 1 << 20, "process_bytes": 2 << 20}
-        return type("Done", (), {"stdout": json.dumps(peak)})
+        return subprocess.CompletedProcess(command, 0, json.dumps(peak))
 
     monkeypatch.setattr(measure.subprocess, "run", start)
     rows = json.loads(run("--suite", "memory", "--json"))["rows"]
@@ -116,6 +117,18 @@ def test_memory_is_measured_in_a_process_for_each_row(run, monkeypatch):
     assert len(table) == 1 + 4 and table[1].split()[:5] == ["small", "512", "float32", "1", "2"]
     if on_cpu:
         assert table[2].split()[3:5] == ["-", "-"]
+
+
+def test_what_the_system_ends_is_a_row_without_measures(run, monkeypatch):
+    def start(command, **_):
+        return subprocess.CompletedProcess(command, -9 if command[-1] == "float32" else 1, "")
+
+    monkeypatch.setattr(measure.subprocess, "run", start)
+    with pytest.raises(subprocess.CalledProcessError):  # 8 bits end with a fault of their own
+        run("--suite", "memory", "--size", "256")
+    monkeypatch.setattr(measure, "MEMORY_TYPES", ("float32",))
+    _, line = run("--suite", "memory", "--size", "256").splitlines()
+    assert line.split()[:5] == ["small", "256", "float32", "-", "-"]
 
 
 def test_the_peak_of_a_process_includes_the_weights(monkeypatch, capsys):
