@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_snapgen.cli.options import Parser
+from mlx_snapgen.cli.options import Parser, bits
 
 
 def add_output(parser: Parser, what: str = "folder to write") -> None:
@@ -13,17 +13,14 @@ def add_output(parser: Parser, what: str = "folder to write") -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="another way to give OUT")
 
 
-def add_quantize(parser: Parser, what: str, *, bits: Sequence[int] = (4, 8)) -> None:
-    """`--quantize`, the bits per weight of `what`; 0 does not quantize."""
-    *some, last = map(str, bits)
+def add_quantize(parser: Parser, what: str, *, known: Sequence[int] = (4, 8)) -> None:
+    """`--quantize`, the bits per weight of `what`; 0 for none."""
     parser.add_argument(
         "--quantize",
-        type=int,
-        choices=(0, *bits),
+        type=bits(*known),
         default=0,
         metavar="BITS",
-        help=f"bits per weight of {what}, {', '.join(some)} or {last}; 0 does not quantize "
-        "(default: 0)",
+        help=f"bits per weight of {what}, {', '.join(map(str, known))} or none (default: none)",
     )
 
 

@@ -61,7 +61,7 @@ def main() -> None:
         "--revision", metavar="REV", help="branch, tag or commit of a repository (default: main)"
     )
     parser.add_argument("--base", metavar="MODEL", help=BASE_HELP)
-    add_quantize(parser, "the blocks of the transformer", bits=BITS)
+    add_quantize(parser, "the blocks of the transformer", known=BITS)
     parser.add_argument(
         "--group-size",
         type=int,

@@ -14,7 +14,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.model import FEW_STEP, Components, load_pretrained, warn_untrained
 from mlx_snapgen.checkpoint.runs import OTHER_RUNS, SETTINGS, command_of
 from mlx_snapgen.cli.notices import announce
-from mlx_snapgen.cli.options import MODEL_HELP, Parser, integer
+from mlx_snapgen.cli.options import MODEL_HELP, Parser, bits, integer
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, as_given, run_command
 from mlx_snapgen.files import expanded, read_text
@@ -124,11 +124,10 @@ def main() -> None:
     add_output(parser, "model folder to write")
     add(
         "--quantize",
-        type=int,
-        choices=[0, 8],
+        type=bits(8),
         default=8,
         metavar="BITS",
-        help="bits per stored weight: 8, or 0 for bfloat16 without quantization (default: 8)",
+        help="bits per stored weight: 8, or none for bfloat16 (default: 8)",
     )
     add(
         "--few-step-lora",

@@ -47,7 +47,7 @@ class ExportSettings:
         if self.quantize is not None and self.precision != "float16":
             raise UserError("palettes are of float16: leave out --precision or --quantize")
         if self.quantize is not None and not 4 <= self.quantize <= 8:
-            raise UserError(f"--quantize takes 4 to 8 bits on average, or 0, not {self.quantize:g}")
+            raise UserError(f"--quantize takes 4 to 8 bits, or none, not {self.quantize:g}")
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -58,7 +58,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 
 def parse_bits(text: str | None, palettes: Palettes | None) -> float | None:
-    """Bits that --quantize names, by default those of the model's palettes; None for "0" or "none".
+    """Bits that --quantize names, by default those of the model's palettes; None for none.
 
     Raises:
         UserError: not a number, or not the bits of the model's palettes.
@@ -68,7 +68,7 @@ def parse_bits(text: str | None, palettes: Palettes | None) -> float | None:
     try:
         bits = None if text in ("0", "none") else float(text)
     except ValueError:
-        raise UserError(f"--quantize takes 4 to 8 bits on average, or 0, not '{text}'") from None
+        raise UserError(f"--quantize takes 4 to 8 bits, or none, not '{text}'") from None
     if palettes and bits not in (None, palettes.average_bits):
         raise UserError(
             f"the model has palettes of {palettes.average_bits:g} bits on average, not {bits:g}: "
@@ -155,8 +155,8 @@ def make_parser(description: str | None) -> Parser:
     parser.add_argument(
         "--quantize",
         metavar="BITS",
-        help="average bits per weight of the transformer, 4 to 8, such as 4.3; 0 stores no "
-        "palettes (default: those of train.palettes if the model has them, otherwise 0)",
+        help="average bits per weight of the transformer, 4 to 8, such as 4.3, or none "
+        "for no palettes (default: those of train.palettes if the model has them, otherwise none)",
     )
     parser.add_argument(
         "--prompts-file",

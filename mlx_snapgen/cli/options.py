@@ -135,7 +135,7 @@ def add_model_source(
     )
     add(
         "--quantize",
-        type=parse_bits,
+        type=bits(4, 8),
         metavar="BITS",
         help=f"{quantize} (default: none; of a public model: by the machine's memory)",
     )
@@ -352,12 +352,17 @@ def option_of(name: str) -> str:
     return f"--{SHORTER.get(name, name).replace('_', '-')}"
 
 
-def parse_bits(text: str) -> int:
-    """4 or 8; 0 for none."""
-    known = {"0": 0, "none": 0, "4": 4, "8": 8}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"takes 4, 8 or none, not '{text}'")
-    return known[text]
+def bits(*known: int) -> Callable[[str], int]:
+    """An argparse type: some of `known` bits per weight, or none, which is 0."""
+    names = {"0": 0, "none": 0} | {str(number): number for number in known}
+
+    def parse(text: str) -> int:
+        if text not in names:
+            choices = f"{', '.join(map(str, known))} or none"
+            raise argparse.ArgumentTypeError(f"takes {choices}, not '{text}'")
+        return names[text]
+
+    return parse
 
 
 def integer(least: int, most: int = MAX_SEED) -> Callable[[str], int]:

@@ -110,7 +110,7 @@ def test_a_random_teacher_draws(monkeypatch, tmp_path, name, tiny, bits):
     monkeypatch.setitem(random_model.TEACHERS, name, config)
     monkeypatch.setattr(random_model, "QWEN3_4B", random_model.QWEN3_4B | sizes)
     path = tmp_path / "teacher"
-    monkeypatch.setattr(sys, "argv", ["x", name, str(path), "--quantize", str(bits or 0)])
+    monkeypatch.setattr(sys, "argv", ["x", name, str(path), "--quantize", str(bits or "none")])
     random_model.main()
     teacher, autoencoder = load_flow_teacher(path, lazy=True)
     assert teacher.has_few_step
@@ -135,7 +135,7 @@ def test_a_random_minit2i_draws_without_mlx_lm(monkeypatch, tmp_path, bits):
     sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     monkeypatch.setattr(random_model, "FLAN_T5_LARGE", random_model.FLAN_T5_LARGE | sizes)
     path = tmp_path / "minit2i"
-    monkeypatch.setattr(sys, "argv", ["x", "minit2i", str(path), "--quantize", str(bits or 0)])
+    monkeypatch.setattr(sys, "argv", ["x", "minit2i", str(path), "--quantize", str(bits or "none")])
     random_model.main()
     pipe = SnapGenPipeline.from_pretrained(path)
     picture = pipe("a red apple", num_inference_steps=2)[0]

@@ -1,5 +1,6 @@
 """The options of all commands: none takes a number that is none, or one too large for mlx."""
 
+import argparse
 import dataclasses
 import importlib
 import math
@@ -7,6 +8,7 @@ import re
 
 import pytest
 
+from convert.coreml.options import parse_bits
 from mlx_snapgen.cli.options import Parser
 from tests.layout.graph import ROOT
 from tests.layout.test_layout import commands
@@ -46,6 +48,20 @@ def test_numbers_are_finite_and_bounded(module, monkeypatch):
             name = f"{action.option_strings} takes {text}"
             assert not isinstance(value, float) or math.isfinite(value), name
             assert not isinstance(value, int) or value < 2**63, name
+
+
+@pytest.mark.parametrize("module", sorted(commands() - WITHOUT))
+def test_quantize_none_is_taken_wherever_it_means_something(module, monkeypatch):
+    found = parser_of(module, monkeypatch)._option_string_actions.get("--quantize")
+    if found is None or module == "train.palettes":
+        return
+    assert "none" in found.help and " 0" not in found.help
+    if module == "convert.coreml.__main__":  # its default is in the model
+        assert parse_bits("none", None) is parse_bits("0", None) is None
+    else:
+        assert found.type("none") == found.type("0") == 0 and found.type("8") == 8
+        with pytest.raises(argparse.ArgumentTypeError, match="or none, not '7'"):
+            found.type("7")
 
 
 def test_settings_of_the_loop_are_named_as_options_if_they_are_some(monkeypatch):
