@@ -12,10 +12,10 @@ from mlx_snapgen.checkpoint.model import FEW_STEP, Components
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.inputs import fitted_mask, fitted_picture, fitted_reference, picture_name
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
-from mlx_snapgen.networks.apart import apart
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.networks.parallel import on_all_cores
+from mlx_snapgen.networks.products import apart
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import (

@@ -20,9 +20,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.networks.apart import product
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
+from mlx_snapgen.networks.products import product
 
 
 class Adapter(nn.Module):

@@ -14,7 +14,6 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.apart import pictures_apart
 from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
 from mlx_snapgen.networks.exponentials import gelu, silu
@@ -29,6 +28,7 @@ from mlx_snapgen.networks.layers import (
     split,
 )
 from mlx_snapgen.networks.parallel import by_tokens
+from mlx_snapgen.networks.products import pictures_apart
 from mlx_snapgen.networks.text_encoders.base import (
     Prompt,
     TextEncoder,

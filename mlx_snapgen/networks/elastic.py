@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.networks.apart import product
+from mlx_snapgen.networks.products import product
 
 
 def slice_groups(x: mx.array, axis: int, *, groups: int, share: float) -> mx.array:

@@ -10,9 +10,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen._interrupts import find_compiler
-from mlx_snapgen.networks.apart import pictures_apart
 from mlx_snapgen.networks.exponentials import exponential_weights, float32_on_cpu
 from mlx_snapgen.networks.parallel import at_once, part_count
+from mlx_snapgen.networks.products import pictures_apart
 
 find_compiler()
 

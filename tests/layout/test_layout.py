@@ -49,7 +49,7 @@ FLOORS = {
         attention autoencoders text_encoders
         cached
         base elastic layers rope
-        apart
+        products
         exponentials parallel
     """,
     "mlx_snapgen.networks.autoencoders": """

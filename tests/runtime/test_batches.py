@@ -15,7 +15,7 @@ from mlx_snapgen.draw import draw_latents, draw_pictures
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.networks import apart, layers
+from mlx_snapgen.networks import layers, products
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
@@ -88,23 +88,23 @@ def test_products_with_other_bits_are_multiplied_picture_by_picture(monkeypatch,
     x = mx.random.normal((each * 3, 8, 32), key=mx.random.key(0))
     weight = mx.random.normal((5, 32), key=mx.random.key(1))
     asked = []
-    monkeypatch.setattr(apart, "_rows_are_equal", lambda *a: asked.append(a))
-    with apart.apart(3):
-        out = apart.product(x, weight)
+    monkeypatch.setattr(products, "_rows_are_equal", lambda *a: asked.append(a))
+    with products.apart(3):
+        out = products.product(x, weight)
     assert asked == [((each, 3, 8, 5, 32), False)]
     for k in range(3):
         assert mx.array_equal(out[k::3], x[k::3] @ weight.T)
-    assert apart.pictures_apart() == 1
+    assert products.pictures_apart() == 1
 
 
 def test_rows_that_a_product_rounds_in_another_way_are_found(monkeypatch):
-    assert apart._rows_are_equal((1, 2, 64, 64, 32), True)
+    assert products._rows_are_equal((1, 2, 64, 64, 32), True)
 
     def other(x, weight, bias):
         return x @ weight.T + 1e-6 * len(x)
 
-    monkeypatch.setattr(apart, "_product", other)
-    assert not apart._rows_are_equal((1, 2, 64, 64, 33), False)
+    monkeypatch.setattr(products, "_product", other)
+    assert not products._rows_are_equal((1, 2, 64, 64, 33), False)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (3, 8)])
@@ -115,9 +115,9 @@ def test_gradients_of_a_trained_product_are_those_of_a_product(shape, types):
     for count in (2, 3):  # without a bias and with one
         arrays = [mx.random.normal(s, key=mx.random.key(i)) for i, s in enumerate(shapes[:count])]
         arrays = [x.astype(dtype) for x, dtype in zip(arrays, types, strict=False)]
-        grad = mx.grad(lambda *p: apart.product(*p).square().sum(), argnums=tuple(range(count)))
+        grad = mx.grad(lambda *p: products.product(*p).square().sum(), argnums=tuple(range(count)))
         expected = grad(*arrays)
-        with apart.trained():
+        with products.trained():
             found = grad(*arrays)
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype and mx.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.networks.apart import trained
+from mlx_snapgen.networks.products import trained
 from train.data.source import Batch
 
 Metrics = dict[str, mx.array]

@@ -1,9 +1,10 @@
-"""Several pictures in one pass on the CPU, each with exactly the numbers that it has alone.
+"""The product x W^T + b of every elastic and LoRA layer, and how its gradients are laid out.
 
-A BLAS library chooses its kernel by the shape of a product, so that a row may be rounded in another
-way if more rows are multiplied with it. `apart` marks a batch of pictures, and `product` multiplies
-them together only if that gives the same bits; otherwise it multiplies each picture by itself. On a
-GPU, and in other types than float32, all pictures are multiplied together.
+On the CPU a batch of pictures gives each exactly the numbers that it has alone: a BLAS library
+chooses its kernel by the shape of a product, so that a row may be rounded in another way if more
+rows are multiplied with it. `apart` marks a batch of pictures, and `product` multiplies them
+together only if that gives the same bits; otherwise it multiplies each picture by itself. On a GPU,
+and in other types than float32, all pictures are multiplied together.
 """
 
 import contextlib
