@@ -17,9 +17,10 @@ from tqdm import tqdm
 from mlx_snapgen.cli.notices import announce, peak_process_bytes, write_line
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, new_png
 from mlx_snapgen.errors import UserError, run_command
-from mlx_snapgen.inputs import fit_reference, read_picture
+from mlx_snapgen.fitting import fit_reference
 from mlx_snapgen.metadata import save_picture
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.picture_files import read_picture
 from mlx_snapgen.pictures import from_uint8, to_uint8
 from mlx_snapgen.prompt_check import too_long
 from mlx_snapgen.settings import DrawSettings

@@ -15,8 +15,8 @@ from PIL import Image
 
 from mlx_snapgen._version import __version__
 from mlx_snapgen.alpha import straight
-from mlx_snapgen.draw import Inputs, read_inputs
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.inputs import Inputs, read_inputs
 from mlx_snapgen.metadata import record_choice, record_settings
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.colors import fit_colors, has_fast_decoder, rough_picture

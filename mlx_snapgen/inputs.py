@@ -1,239 +1,69 @@
-"""Pictures that a drawing starts from: read, measured, fitted to a size, named. No mlx."""
+"""The pictures of a drawing's settings: to start from, to edit, and what to redraw."""
 
-import hashlib
-import math
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_snapgen.decode import Size, Unusable, header_size, to_rgb, upright
-from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, open_regular
-
-Source = str | Path | Image.Image
-"""A picture's file, or a picture in memory."""
-
-FITS = ("crop", "pad", "stretch")
-"""How a picture gets another aspect ratio: cut around its center, with white bars, or distorted."""
-
-MAX_REFERENCE = 1 << 20
-"""Pixels of a picture to edit; larger ones are scaled."""
-
-MAX_RATIO = 8
-"""Of the sides of a size that is chosen here."""
-
-MAX_BYTES = 1 << 28
-"""Of a picture's file."""
+from mlx_snapgen.fitting import fitted_mask, fitted_picture, fitted_reference
+from mlx_snapgen.picture_files import picture_name
+from mlx_snapgen.settings import DrawSettings
 
 
-class Fitted(NamedTuple):
-    """A picture in the size of a drawing."""
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures that a drawing starts from, read and fitted."""
 
-    image: Image.Image
-    """RGB, or RGBA if alpha is kept."""
-    changes: list[str]
-    """What had to be changed, for a notice; empty if nothing."""
+    image: Image.Image | None = None
+    """RGB or RGBA, in the size of the drawing."""
+    redrawn: np.ndarray | None = None
+    """Pixels to redraw (H, W); None: all."""
+    references: tuple[Image.Image, ...] = ()
+    """Pictures to edit, RGB."""
+    notices: tuple[str, ...] = ()
+    """What had to be changed in them."""
 
+    def over(self, drawn: Image.Image) -> Image.Image:
+        """A drawn picture with the pixels that were not to be redrawn as they were."""
+        if self.image is None or self.redrawn is None:
+            return drawn
+        kept = np.asarray(self.image.convert(drawn.mode))
+        return Image.fromarray(np.where(self.redrawn[:, :, None], np.asarray(drawn), kept))
 
-def picture_name(source: Source) -> str | None:
-    """Name of the file, without its folder; None for a picture in memory."""
-    return None if isinstance(source, Image.Image) else Path(source).name
-
-
-def picture_hash(source: Source) -> str:
-    """SHA-256 of the file's bytes; of a picture in memory, of its mode, size and pixels."""
-    if not isinstance(source, Image.Image):
-        return hashlib.sha256(_read(source)).hexdigest()
-    head = f"{source.mode} {source.width} {source.height} ".encode()
-    return hashlib.sha256(head + source.tobytes()).hexdigest()
-
-
-def describe_picture(source: Source) -> dict[str, Any]:
-    """How metadata names a picture."""
-    return {"name": picture_name(source), "sha256": picture_hash(source)}
-
-
-def picture_size(source: Source) -> Size:
-    """The upright (height, width) in pixels; the pixels of a file are not read.
-
-    Raises:
-        UserError: no such file, not a picture, or too large.
-    """
-    try:
-        if isinstance(source, Image.Image):
-            image = _upright(source)
-            return image.height, image.width
-        return header_size(_read(source))
-    except Unusable as error:
-        raise UserError(f"{source}: {error}") from None
+    def latent_mask(self, factor: int) -> mx.array | None:
+        """(1, H/f, W/f, 1): 1 where any of the f x f pixels is redrawn, else 0; None: all are."""
+        if self.redrawn is None:
+            return None
+        height, width = (side // factor for side in self.redrawn.shape)
+        cells = mx.array(self.redrawn).reshape(1, height, factor, width, factor, 1)
+        return cells.any(axis=(2, 4)).astype(mx.float32)
 
 
-def read_picture(source: Source, *, keep_alpha: bool = False) -> tuple[Image.Image, list[str]]:
-    """A picture in RGB and sRGB, upright, transparent parts over white; what was changed.
+def read_inputs(settings: DrawSettings, *, unit: int, keep_alpha: bool = False) -> Inputs:
+    """The pictures of resolved settings.
 
     Args:
-        keep_alpha: see `decode.to_rgb`.
+        unit: sides of pictures to edit are multiples of this.
+        keep_alpha: the picture to start from keeps its alpha channel.
 
     Raises:
-        UserError: no such file, not a picture, damaged, or too large.
+        UserError: a file is missing, damaged or not a picture, or the mask selects nothing.
     """
-    try:
-        return to_rgb(_upright(source), keep_alpha=keep_alpha)
-    except Unusable as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def _upright(source: Source) -> Image.Image:
-    """A picture in its own mode, rotated by its EXIF tag; `Unusable` unless it is one."""
-    return upright(source if isinstance(source, Image.Image) else _read(source))
-
-
-def _read(path: str | Path) -> bytes:
-    path = expanded(path)
-    try:
-        with open(path, "rb", opener=open_regular) as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(f"no picture {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: give a smaller picture")
-    return data
-
-
-def nearest_size(size: Size, *, pixels: int, unit: int) -> Size:
-    """The (height, width) in multiples of `unit` that is nearest to a picture's aspect ratio.
-
-    Args:
-        size: of the picture.
-        pixels: wanted height x width. An error of the ratio counts twice as much as the same
-            error of this.
-    """
-    ratio, area = size[0] / size[1], max(1.0, pixels / unit**2)
-    ratio = min(max(ratio, 1 / MAX_RATIO), MAX_RATIO)
-    found = []
-    for rows in range(1, math.ceil(2 * math.sqrt(area * max(ratio, 1))) + 1):
-        for columns in {max(1, math.floor(rows / ratio)), math.ceil(rows / ratio)}:
-            errors = math.log(rows / columns / ratio), math.log(rows * columns / area)
-            found.append((abs(errors[0]) + abs(errors[1]) / 2, rows, columns))
-    _, rows, columns = min(found)
-    return rows * unit, columns * unit
-
-
-def fit(picture: Image.Image, size: Size, *, how: str, is_mask: bool = False) -> Image.Image:
-    """A picture in another size (see `FITS`).
-
-    Args:
-        size: (height, width) in pixels.
-        is_mask: a mask is not blurred, and its bars are black.
-    """
-    height, width = size
-    if picture.size == (width, height):
-        return picture
-    filter_ = Image.Resampling.NEAREST if is_mask else Image.Resampling.LANCZOS
-    across, down = width / picture.width, height / picture.height
-    if how == "crop":
-        scale = max(across, down)
-        left = (picture.width - width / scale) / 2
-        top = (picture.height - height / scale) / 2
-        box = (left, top, picture.width - left, picture.height - top)
-        return picture.resize((width, height), filter_, box=box)
-    if how == "stretch":
-        return picture.resize((width, height), filter_)
-    scale = min(across, down)
-    inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    ground = "black" if is_mask else "white" if picture.mode == "RGB" else (0, 0, 0, 0)
-    whole = Image.new(picture.mode, (width, height), ground)
-    place = (width - inner[0]) // 2, (height - inner[1]) // 2
-    whole.paste(picture.resize(inner, filter_), place)
-    return whole
-
-
-def fitted_picture(source: Source, size: Size, *, how: str, keep_alpha: bool = False) -> Fitted:
-    """A picture to start from, in the (height, width) of the drawing.
-
-    Args:
-        keep_alpha: see `decode.to_rgb`.
-    """
-    image, changes = read_picture(source, keep_alpha=keep_alpha)
-    fitted = fit(image, size, how=how)
-    ground = " with white" if image.mode == "RGB" else ""
-    words = {"crop": "cut", "pad": f"padded{ground}", "stretch": "stretched"}
-    return _noted(image, fitted, word=words[how], changes=changes)
-
-
-def fitted_reference(source: Source, *, unit: int) -> Fitted:
-    """A picture to edit; see `fit_reference`."""
-    image, changes = read_picture(source)
-    return _noted(image, fit_reference(image, unit=unit), word="cut", changes=changes)
-
-
-def _noted(image: Image.Image, fitted: Image.Image, *, word: str, changes: list[str]) -> Fitted:
-    """`fitted`, and how it was made from `image`: `word` if that took more than scaling."""
-    (w, h), (width, height) = image.size, fitted.size
-    if image.size != fitted.size:
-        word = "scaled" if w * height == h * width else word
-        changes = [f"{word} from {w}x{h} to {width}x{height} pixels", *changes]
-    return Fitted(fitted, changes)
-
-
-def fitted_mask(source: Source, size: Size, *, how: str) -> np.ndarray:
-    """Which pixels to redraw: (H, W), true or false, in the (height, width) of the drawing.
-
-    Transparent pixels are redrawn (as in OpenAI's API). In a mask without any, white ones are.
-
-    Raises:
-        UserError: as `read_picture`, or the mask selects nothing.
-    """
-    try:
-        mask = _upright(source)
-        chosen = None
-        if mask.has_transparency_data:
-            alpha = np.asarray(mask.convert("RGBA").getchannel("A"))
-            chosen = alpha < 128 if (alpha < 128).any() else None
-        if chosen is None:
-            chosen = np.asarray(to_rgb(mask)[0].convert("L")) >= 128
-    except Unusable as error:
-        raise UserError(f"{source}: {error}") from None
-    drawn = fit(Image.fromarray(chosen.astype(np.uint8) * 255), size, how=how, is_mask=True)
-    redrawn = np.asarray(drawn) > 0
-    if not redrawn.any():
-        raise UserError(
-            "the mask selects nothing to redraw: make these pixels transparent, or white in a "
-            "picture without transparent ones"
-        )
-    return redrawn
-
-
-def check_reference(height: int, width: int) -> None:
-    """`UserError` for a picture to edit of which a side is too short for FLUX.2."""
-    if min(width, height) < 64 or max(width, height) > 8 * min(width, height):
-        raise UserError(
-            f"a picture of {width}x{height} pixels cannot be edited: both sides must be at least "
-            "64 pixels, and one at most 8 times the other"
-        )
-
-
-def fit_reference(
-    picture: Image.Image, *, unit: int, max_pixels: int = MAX_REFERENCE
-) -> Image.Image:
-    """A picture to edit in a size that FLUX.2 takes, as in diffusers' Flux2KleinPipeline.
-
-    A picture of more than `max_pixels` is made smaller. Its sides are then cut around the center to
-    multiples of `unit`.
-
-    Raises:
-        UserError: see `check_reference`.
-    """
-    width, height = picture.size
-    check_reference(height, width)
-    if width * height > max_pixels:
-        scale = math.sqrt(max_pixels / (width * height))
-        size = int(width * scale), int(height * scale)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    kept = [side // unit * unit for side in picture.size]
-    left, top = ((side - cut) // 2 for side, cut in zip(picture.size, kept, strict=True))
-    return picture.crop((left, top, left + kept[0], top + kept[1]))
+    assert settings.height is not None and settings.width is not None
+    size = settings.height, settings.width
+    fitted = [(source, fitted_reference(source, unit=unit)) for source in settings.edit]
+    if settings.image is not None:
+        first = fitted_picture(settings.image, size, how=settings.fit, keep_alpha=keep_alpha)
+        fitted.insert(0, (settings.image, first))
+    notices = [
+        f"{picture_name(source) or 'the picture'}: {', '.join(changes)}"
+        for source, (_, changes) in fitted
+        if changes
+    ]
+    redrawn = None
+    if settings.mask is not None:
+        redrawn = fitted_mask(settings.mask, size, how=settings.fit)
+    pictures = [picture for _, (picture, _) in fitted]
+    image = pictures.pop(0) if settings.image is not None else None
+    return Inputs(image, redrawn, references=tuple(pictures), notices=tuple(notices))

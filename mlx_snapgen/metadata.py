@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded, is_unicode, open_regular, whole_file
-from mlx_snapgen.inputs import describe_picture, picture_hash
+from mlx_snapgen.picture_files import describe_picture, picture_hash
 from mlx_snapgen.settings import (
     MAX_SEED,
     MAX_STEPS,

@@ -17,7 +17,8 @@ from typing import Any
 from mlx_snapgen.config import ModelConfig, SamplerConfig
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, naming, nearest
-from mlx_snapgen.inputs import FITS, Source, check_reference, nearest_size, picture_size
+from mlx_snapgen.fitting import FITS, check_reference, nearest_size
+from mlx_snapgen.picture_files import Source, picture_size
 
 MAX_SEED = 2**63 - 1
 MOST_PIXELS = 1 << 27

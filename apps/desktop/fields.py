@@ -6,7 +6,7 @@ import re
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
-from mlx_snapgen.inputs import nearest_size
+from mlx_snapgen.fitting import nearest_size
 from mlx_snapgen.settings import ModelChoice, trained_size, trained_sizes
 
 DEFAULT_MODEL = "Default (stickers)"

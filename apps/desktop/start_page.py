@@ -19,7 +19,8 @@ from apps.desktop.theme import Theme
 from apps.desktop.widgets import Slider, heading, scale, toggle
 from apps.desktop.wording import shortened
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.inputs import FITS, check_reference, fitted_mask, picture_size, read_picture
+from mlx_snapgen.fitting import FITS, check_reference, fitted_mask
+from mlx_snapgen.picture_files import picture_size, read_picture
 from mlx_snapgen.settings import MASKED_STRENGTH, STRENGTH, DrawSettings
 
 MAX_SIDE = 2048

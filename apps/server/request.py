@@ -18,8 +18,9 @@ from apps.server.sizes import Size, check_drawn, check_pixels, read_size
 from apps.worker.messages import FileFormat, Job
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, plural
-from mlx_snapgen.inputs import FITS, picture_size
+from mlx_snapgen.fitting import FITS
 from mlx_snapgen.metadata import read_metadata
+from mlx_snapgen.picture_files import picture_size
 from mlx_snapgen.settings import MAX_SEED, DrawSettings
 
 MAX_INPUT = 1 << 26

@@ -9,7 +9,7 @@ from apps.server.models import Served
 from apps.server.reader import Reader
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.inputs import nearest_size
+from mlx_snapgen.fitting import nearest_size
 from mlx_snapgen.settings import check_size, trained_size, trained_sizes
 
 MAX_UPSCALED = 1 << 22

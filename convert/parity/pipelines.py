@@ -10,7 +10,7 @@ from PIL import Image
 
 from convert.parity.originals import flux2_klein_pipeline, library
 from convert.parity.transformers import Pairs
-from mlx_snapgen.inputs import fit_reference
+from mlx_snapgen.fitting import fit_reference
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import pack, unpack
 from mlx_snapgen.pictures import from_uint8

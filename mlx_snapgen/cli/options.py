@@ -12,7 +12,8 @@ from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_writable, expanded
-from mlx_snapgen.inputs import FITS, picture_size
+from mlx_snapgen.fitting import FITS
+from mlx_snapgen.picture_files import picture_size
 from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES, DrawSettings, ModelChoice
 
 

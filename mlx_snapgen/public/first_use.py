@@ -15,9 +15,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.hub import DownloadProgress
-from mlx_snapgen.draw import read_inputs
 from mlx_snapgen.errors import UserError, of_settings
 from mlx_snapgen.files import MOST_BYTES, check_writable, lock_folder, read_object, unlock_folder
+from mlx_snapgen.inputs import read_inputs
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.description import PublicModel
 from mlx_snapgen.public.estimate import (

@@ -9,10 +9,11 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.memory import BASE_BYTES, smaller_size
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.inputs import MAX_REFERENCE, picture_size
+from mlx_snapgen.fitting import MAX_REFERENCE
 from mlx_snapgen.lora.files import lora_file
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.minit2i import MiniT2ITransformer
+from mlx_snapgen.picture_files import picture_size
 from mlx_snapgen.settings import (
     BYTES_PER_PIXEL,
     DrawSettings,

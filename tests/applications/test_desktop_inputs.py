@@ -16,8 +16,9 @@ from apps.desktop import system
 from apps.desktop.inputs import Inputs
 from apps.desktop.settings import MAX_INPUTS, Settings, load_settings, save_settings
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.inputs import fitted_mask, picture_hash, read_picture
+from mlx_snapgen.fitting import fitted_mask
 from mlx_snapgen.metadata import encode_png, read_metadata, read_settings, save_picture
+from mlx_snapgen.picture_files import picture_hash, read_picture
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.config import TeacherConfig
 from tests.applications.windows import assert_fits, click, drawn, set_form, two_pictures

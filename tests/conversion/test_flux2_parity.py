@@ -15,7 +15,7 @@ from convert.parity.originals import flux2_klein_pipeline, relative_difference
 from convert.parity.pipelines import PROMPTS, flux2_klein_pictures, random_pictures
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.inputs import fit_reference
+from mlx_snapgen.fitting import fit_reference
 from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN
 from mlx_snapgen.public.convert import convert as convert_part

@@ -36,13 +36,11 @@ from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.checkpoint.t5 import load_t5, t5_config
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.decode import decode
-from mlx_snapgen.draw import read_inputs
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError
 from mlx_snapgen.files import parse_json
 from mlx_snapgen.formats import INDEX
 from mlx_snapgen.generate import main as generate
-from mlx_snapgen.inputs import read_picture
+from mlx_snapgen.inputs import read_inputs
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.lora.files import few_step_sampler, load_lora, save_lora
 from mlx_snapgen.metadata import KEY, find_pictures, read_settings
@@ -51,6 +49,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.flux2 import Flux2Transformer
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE
 from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5, T5Encoder
+from mlx_snapgen.picture_files import decode, read_picture
 from mlx_snapgen.prompt_check import check_prompts
 from mlx_snapgen.public.description import describe
 from mlx_snapgen.public.keymap import KeyMap

@@ -35,12 +35,13 @@ FLOORS = {
         checkpoint
         lora prompt_check
         networks metadata cli
-        settings tensor_files
         inputs
-        presets
+        settings tensor_files
+        fitting
+        picture_files presets
         formats
         config public_config json_values files pictures sampling
-        alpha description decode vocabulary
+        alpha description vocabulary
         errors _blas _interrupts _kernel_cache _terminal _version
     """,
     "mlx_snapgen.networks": """
@@ -209,6 +210,7 @@ NO_MLX = (
     "mlx_snapgen.description",
     "mlx_snapgen.errors",
     "mlx_snapgen.files",
+    "mlx_snapgen.fitting",
     "mlx_snapgen.metadata",
     "mlx_snapgen.presets",
     "mlx_snapgen.settings",

@@ -31,7 +31,6 @@ from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural, shown_bytes
 from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
 from mlx_snapgen.formats import DESCRIPTIONS
-from mlx_snapgen.inputs import picture_size
 from mlx_snapgen.json_values import check_sizes, from_dict
 from mlx_snapgen.lora.adapters import adapted_layers
 from mlx_snapgen.lora.files import load_lora, lora_words, read_lora, save_lora
@@ -39,6 +38,7 @@ from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.text_encoders.clip import ClipTokenizer
 from mlx_snapgen.open_model import open_model
+from mlx_snapgen.picture_files import picture_size
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.public_config import Flux2TransformerConfig, T5Config

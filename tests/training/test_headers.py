@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from mlx_snapgen.decode import Unusable, header_size
+from mlx_snapgen.picture_files import Unusable, header_size
 from train.data.headers import quick_size
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -26,7 +26,6 @@ from PIL import Image
 
 from convert.sample_teacher import sample
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
-from mlx_snapgen.decode import decode
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import lock_folder
@@ -34,6 +33,7 @@ from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import encode_prompts
+from mlx_snapgen.picture_files import decode
 from mlx_snapgen.pictures import from_uint8, to_uint8
 from mlx_snapgen.presets import PIXELS
 from mlx_snapgen.public_config import MiniT2ITransformerConfig

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_snapgen.decode import decode
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.picture_files import decode
 from train.data.open import is_there, open_records
 from train.data.readers import tars
 from train.data.readers.captions import default_column

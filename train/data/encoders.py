@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import TextEncoder
+from mlx_snapgen.picture_files import Size
 from mlx_snapgen.pictures import from_uint8
 from train.data.shards import Sample
 from train.data.source import Skipped

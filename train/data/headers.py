@@ -5,7 +5,7 @@ Only plain files are read here: those that Pillow would turn or might refuse are
 
 import zlib
 
-from mlx_snapgen.decode import Size
+from mlx_snapgen.picture_files import Size
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_COLORS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}

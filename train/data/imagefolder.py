@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.files import check_size, expanded, open_regular
-from mlx_snapgen.inputs import MAX_BYTES
+from mlx_snapgen.picture_files import MAX_BYTES, Size, Unusable, decode
 from train.data.readers.folder import METADATA, NO_CAPTION, TEMPLATE_HINT, PictureFolderRecords
 from train.data.source import Skipped
 from train.data.streams import Stream

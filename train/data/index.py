@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_snapgen.decode import Size, Unusable, header_size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import whole_file
+from mlx_snapgen.picture_files import Size, Unusable, header_size
 from train.data.headers import quick_size
 from train.data.imagefolder import nearest_size
 from train.data.selection import LEAST_TO_HOLD_OUT, CaptionWeights, Filter, held_out

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.picture_files import Size
 from train.data.order import MixtureOrder
 from train.data.source import MAY_CHANGE, PromptBatch, Samples
 

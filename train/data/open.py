@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import expanded, read_object
+from mlx_snapgen.picture_files import Size
 from train.data.imagefolder import bucket_sizes
 from train.data.mixture import Mixture, num_samples
 from train.data.pictures import RecordPictures

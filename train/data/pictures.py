@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_snapgen.decode import Size, Unusable, decode
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.picture_files import Size, Unusable, decode
 from train.data.imagefolder import fit
 from train.data.index import Index, cached_index, paths_of
 from train.data.order import BatchOrder, LocalOrder, fixed_rows

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mlx_snapgen.decode import Size, Unusable
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.picture_files import Size, Unusable
 from train.data.encoders import Chunk, Encoder, Item, Measured, Picture, Rejected
 from train.data.imagefolder import fit, nearest_bucket
 from train.data.pictures import open_picture

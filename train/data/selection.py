@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.picture_files import Size
 from train.data.source import Record, Skipped
 
 HELD_OUT = 0.01

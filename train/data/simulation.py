@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.config import ModelConfig
-from mlx_snapgen.decode import Size
 from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.picture_files import Size
 from mlx_snapgen.sampling import denoise, get_schedule, guided_velocity
 from train.data.conditions import Conditions
 from train.data.source import Batch, PromptBatch, PromptSource

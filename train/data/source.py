@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_snapgen.decode import Size
+from mlx_snapgen.picture_files import Size
 
 Batch = dict[str, mx.array]
 

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_snapgen.decode import Size
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.picture_files import Size
 from mlx_snapgen.pictures import contact_sheet, to_uint8
 from train.data.shards import TRAIN, VALIDATION, Shard, cannot_write, group_name, shard_path
 

@@ -14,9 +14,9 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from mlx_snapgen.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, TransformerConfig
-from mlx_snapgen.decode import decode
 from mlx_snapgen.measure import time_in_turn
 from mlx_snapgen.networks.elastic import extract
+from mlx_snapgen.picture_files import decode
 from train.data.imagefolder import fit
 from train.data.mixture import Prefetched
 from train.loop.config import TrainingConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.cli.options import finite_number, integer, option_of
-from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
+from mlx_snapgen.picture_files import Size
 from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels, multiples_near
 from train.data.index import paths_of
 from train.data.open import PICTURES, SOURCES, open_data

@@ -17,9 +17,9 @@ from mlx_snapgen.cli.options import (
 )
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig
-from mlx_snapgen.decode import Size
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import few_step_sampler
+from mlx_snapgen.picture_files import Size
 from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.settings import MAX_STEPS, check_size
 from train.data.mixture import sizes_in

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import MOST_LINE, check_size, expanded, open_regular, read_lines
 from mlx_snapgen.files import decode_text as decode
-from mlx_snapgen.inputs import MAX_BYTES
+from mlx_snapgen.picture_files import MAX_BYTES
 from train.data.readers.captions import (
     decode_text,
     default_column,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from mlx_snapgen import decode as decode_module
-from mlx_snapgen.decode import CONVERTED, OVER_WHITE, SCALED, Unusable, decode, header_size
+from mlx_snapgen import picture_files
+from mlx_snapgen.picture_files import CONVERTED, OVER_WHITE, SCALED, Unusable, decode, header_size
 from tests.tiny import require
 
 # An ICC profile with the primaries of Display P3 and the curve of sRGB.
@@ -162,7 +162,7 @@ def test_photos_of_iphones_are_read():
 
 
 def test_a_photo_of_an_iphone_names_the_package_that_reads_it(monkeypatch):
-    monkeypatch.setattr(decode_module, "has_heif_reader", lambda: False)
+    monkeypatch.setattr(picture_files, "has_heif_reader", lambda: False)
     for read in (decode, header_size):
         with pytest.raises(Unusable, match="run pip install pillow-heif"):
             read(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))

@@ -1,14 +1,23 @@
-"""The contents of a picture's file -> an upright picture in 8-bit sRGB."""
+"""A picture's file -> an upright picture in 8-bit sRGB; its size, name and digest. No mlx."""
 
 import functools
+import hashlib
 import io
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from mlx_snapgen.errors import UserError
+from mlx_snapgen.files import expanded, open_regular
+
 Size = tuple[int, int]
 """(height, width) in pixels."""
+
+Source = str | Path | Image.Image
+"""A picture's file, or a picture in memory."""
 
 ORIENTATION = 0x0112
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
@@ -18,6 +27,9 @@ SCALED = "more than 8 bits, reduced to 8"
 
 LARGE, MOST_IN_BYTE = 1 << 25, 1000
 """A picture of more pixels than `LARGE` has at most so many of them in a byte of its file."""
+
+MAX_BYTES = 1 << 28
+"""Of a picture's file."""
 
 # Up to 179 million pixels are read without a word; Pillow refuses larger ones.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -73,8 +85,10 @@ def decode(data: bytes, *, keep_alpha: bool = False) -> tuple[Image.Image, list[
     return to_rgb(upright(data), keep_alpha=keep_alpha)
 
 
-def upright(picture: bytes | Image.Image) -> Image.Image:
-    """A picture in its own mode, rotated by its EXIF tag; errors as of `decode`."""
+def upright(picture: bytes | Source) -> Image.Image:
+    """A picture in its own mode, rotated by its EXIF tag; errors as of `decode` and `_read`."""
+    if isinstance(picture, str | Path):
+        picture = _read(picture)
     try:
         if isinstance(picture, Image.Image):
             return ImageOps.exif_transpose(picture)
@@ -185,3 +199,65 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return ImageCms.buildTransform(source, target, mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
+
+
+def picture_name(source: Source) -> str | None:
+    """Name of the file, without its folder; None for a picture in memory."""
+    return None if isinstance(source, Image.Image) else Path(source).name
+
+
+def picture_hash(source: Source) -> str:
+    """SHA-256 of the file's bytes; of a picture in memory, of its mode, size and pixels."""
+    if not isinstance(source, Image.Image):
+        return hashlib.sha256(_read(source)).hexdigest()
+    head = f"{source.mode} {source.width} {source.height} ".encode()
+    return hashlib.sha256(head + source.tobytes()).hexdigest()
+
+
+def describe_picture(source: Source) -> dict[str, Any]:
+    """How metadata names a picture."""
+    return {"name": picture_name(source), "sha256": picture_hash(source)}
+
+
+def picture_size(source: Source) -> Size:
+    """The upright (height, width) in pixels; the pixels of a file are not read.
+
+    Raises:
+        UserError: no such file, not a picture, or too large.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            image = upright(source)
+            return image.height, image.width
+        return header_size(_read(source))
+    except Unusable as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def read_picture(source: Source, *, keep_alpha: bool = False) -> tuple[Image.Image, list[str]]:
+    """A picture in RGB and sRGB, upright, transparent parts over white; what was changed.
+
+    Args:
+        keep_alpha: see `to_rgb`.
+
+    Raises:
+        UserError: no such file, not a picture, damaged, or too large.
+    """
+    try:
+        return to_rgb(upright(source), keep_alpha=keep_alpha)
+    except Unusable as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _read(path: str | Path) -> bytes:
+    path = expanded(path)
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError(f"no picture {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: give a smaller picture")
+    return data
