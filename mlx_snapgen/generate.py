@@ -27,7 +27,6 @@ from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.cli.prompts_file import count_prompts, read_prompts
 from mlx_snapgen.errors import UserError, plural, run_command
 from mlx_snapgen.files import expanded
-from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import (
     MAX_PIXELS,
     PICTURES,
@@ -39,6 +38,7 @@ from mlx_snapgen.metadata import (
 )
 from mlx_snapgen.open_model import find_description, open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.pipeline_base import GenerationStep, Pipeline
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

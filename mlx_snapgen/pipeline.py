@@ -23,11 +23,11 @@ from mlx_snapgen.checkpoint.module import Quantization
 from mlx_snapgen.checkpoint.text_encoders import PromptEncoder
 from mlx_snapgen.draw import batch_texts, denoise_latents, encode_for, in_mode
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.generation import Given, Pipeline
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
 from mlx_snapgen.lora.files import check_lora_width, load_lora, lora_words, read_lora
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.open_model import open_model
+from mlx_snapgen.pipeline_base import Given, Pipeline
 from mlx_snapgen.prompt_check import PromptWarning, check_prompts
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice

@@ -11,11 +11,11 @@ from PIL import Image
 
 from mlx_snapgen.checkpoint.module import Quantization, on_device
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.generation import Given, Pipeline
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.base import Prompt
+from mlx_snapgen.pipeline_base import Given, Pipeline
 from mlx_snapgen.prompt_check import PromptWarning, check_prompts, too_long
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice

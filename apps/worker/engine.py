@@ -41,11 +41,11 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.memory import batch_size, needed_bytes, transformer_bytes
 from mlx_snapgen.checkpoint.text_encoders import download_sources
 from mlx_snapgen.errors import ModelError, SettingsError, UserError
-from mlx_snapgen.generation import GenerationStep, Pipeline
 from mlx_snapgen.metadata import encode_png, slug
 from mlx_snapgen.open_model import describe_model, open_model
 from mlx_snapgen.picture_files import to_rgb
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.pipeline_base import GenerationStep, Pipeline
 from mlx_snapgen.settings import (
     DrawSettings,
     ModelChoice,

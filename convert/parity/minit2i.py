@@ -14,9 +14,9 @@ from PIL import Image
 
 from convert.parity.originals import MINIT2I, fill, library, t5, write_spiece
 from convert.parity.transformers import Pairs
-from mlx_snapgen.generation import PictureWarning, Pipeline
 from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.pipeline_base import PictureWarning, Pipeline
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.keys.transformers import read_transformer
 from mlx_snapgen.public.source import find_source

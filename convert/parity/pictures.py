@@ -19,10 +19,10 @@ from convert.parity.originals import (
     z_image_pipeline,
 )
 from convert.parity.transformers import Pairs
-from mlx_snapgen.generation import PictureWarning, Pipeline
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.pipeline_base import PictureWarning, Pipeline
 from mlx_snapgen.public.keys.transformers import read_transformer
 from mlx_snapgen.public.teachers import convert_teacher
 from mlx_snapgen.sampling import get_noise

@@ -20,7 +20,6 @@ from convert.parity.originals import SPIECE_TEXT, t5, write_spiece
 from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
-from mlx_snapgen.generation import PictureWarning
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.networks import minit2i
@@ -30,6 +29,7 @@ from mlx_snapgen.networks.text_encoders import t5 as t5_module
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder, T5Tokenizer, buckets
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.pipeline_base import PictureWarning
 from mlx_snapgen.public import description, estimate, first_use
 from mlx_snapgen.public.keys.transformers import TRANSFORMER_KEYS, minit2i_transformer_config
 from mlx_snapgen.public.kinds import KINDS

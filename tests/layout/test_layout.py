@@ -30,7 +30,7 @@ FLOORS = {
         {COMMANDS}
         pipeline
         open_model public_pipeline
-        quantize public generation measure profile
+        quantize public pipeline_base measure profile
         draw teachers
         checkpoint
         lora prompt_check

@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.fitting import fit, nearest_size
 from mlx_snapgen.generate import main
-from mlx_snapgen.generation import PictureWarning
 from mlx_snapgen.inputs import Inputs
 from mlx_snapgen.metadata import find_pictures, read_metadata, read_settings, save_picture
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.picture_files import picture_hash
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.pipeline_base import PictureWarning
 from mlx_snapgen.sampling import Start, cut_schedule, denoise, get_noise, get_schedule
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.config import KLEIN
