@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from mlx_snapgen._interrupts import interrupts_deferred
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_regular, open_regular
 from mlx_snapgen.public.stream import Entry, write_tensors
+from mlx_snapgen.reading import check_regular, open_regular
 
 MAPPED_BYTES = 2**27
 """Bytes read from a pickle before it is mapped again."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_snapgen.files import read_object
+from mlx_snapgen.reading import read_object
 
 CONFIG = "teacher.json"
 """Describes a public model that was converted."""

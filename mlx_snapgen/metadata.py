@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, is_unicode, open_regular, whole_file
+from mlx_snapgen.files import expanded, is_unicode, whole_file
 from mlx_snapgen.picture_files import describe_picture, picture_hash
+from mlx_snapgen.reading import open_regular
 from mlx_snapgen.settings import (
     MAX_SEED,
     MAX_STEPS,

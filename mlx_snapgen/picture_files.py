@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, open_regular
+from mlx_snapgen.files import expanded
+from mlx_snapgen.reading import open_regular
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

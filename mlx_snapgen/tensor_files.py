@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import is_unicode, open_regular, parse_json
+from mlx_snapgen.files import is_unicode
+from mlx_snapgen.reading import open_regular, parse_json
 
 BYTES = {
     **{"BOOL": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8},

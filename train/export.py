@@ -17,8 +17,9 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser, bits, integer
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, as_given, run_command
-from mlx_snapgen.files import expanded, read_text
+from mlx_snapgen.files import expanded
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
+from mlx_snapgen.reading import read_text
 from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICES
 from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file

@@ -12,7 +12,8 @@ from PIL import Image
 
 from mlx_snapgen.alpha import shown
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, open_regular, whole_file
+from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.reading import open_regular
 
 THUMBNAIL = 84
 """Pixels of the longer side."""

@@ -11,9 +11,10 @@ from typing import Any
 from PIL import Image
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_size, open_regular, whole_file
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.metadata import Recorded, encode_png
 from mlx_snapgen.picture_files import MAX_BYTES, picture_hash
+from mlx_snapgen.reading import check_size, open_regular
 from mlx_snapgen.settings import DrawSettings
 
 

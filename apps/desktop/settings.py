@@ -10,8 +10,9 @@ from pathlib import Path
 
 from apps.desktop.inputs import Inputs
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import MOST_JSON, expanded, open_regular, parse_json, whole_file
+from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.metadata import MAX_PIXELS, read_settings
+from mlx_snapgen.reading import MOST_JSON, open_regular, parse_json
 from mlx_snapgen.settings import DrawSettings, ModelChoice, read_fields
 
 FIRST = DrawSettings("a red apple to the left of a blue car")

@@ -34,7 +34,7 @@ from apps.worker.messages import Failed, Finished, Notice, Picture, Progress
 from mlx_snapgen._version import __version__
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import parse_json
+from mlx_snapgen.reading import parse_json
 from mlx_snapgen.settings import trained_sizes
 
 MAX_BODY = 64 << 10

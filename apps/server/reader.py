@@ -8,7 +8,7 @@ from typing import Any
 from apps.server.errors import RequestError
 from apps.server.models import Served, find_served
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import parse_json
+from mlx_snapgen.reading import parse_json
 
 IGNORED = {"input_fidelity", "moderation", "quality", "safety_identifier", "style", "user"}
 """Parameters of OpenAI's models without effect here."""

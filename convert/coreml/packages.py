@@ -16,12 +16,12 @@ from mlx_snapgen.checkpoint.model import fuse_few_step, load_pretrained
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.draw import denoise_latents, encode_for
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.efficient_dit import encode_prompts
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.pictures import decibels, psnr, to_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import DrawSettings, parse_width
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.mil.weights import DTYPES, Blob, TensorType, WeightFile, unpack
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import read_bytes, read_object
+from mlx_snapgen.reading import read_bytes, read_object
 
 Constant = np.ndarray | str | list | Blob
 

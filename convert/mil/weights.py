@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_regular
+from mlx_snapgen.reading import check_regular
 
 _SENTINEL = 0xDEADBEEF
 

@@ -31,7 +31,8 @@ from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, token
 from convert.pytorch.parts import Decoder, LatentDecoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_regular, expanded
+from mlx_snapgen.files import expanded
+from mlx_snapgen.reading import check_regular
 
 
 class TimestepEmbedder(nn.Module):

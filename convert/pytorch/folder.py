@@ -4,8 +4,8 @@ from pathlib import Path
 
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.settings import parse_width
 
 FORMAT = "mlx_snapgen for PyTorch, 1"

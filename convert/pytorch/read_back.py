@@ -24,7 +24,8 @@ from mlx_snapgen.checkpoint.model import Components, load_pretrained, save_pretr
 from mlx_snapgen.checkpoint.module import Quantization, check_fit, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import new_folder, read_object
+from mlx_snapgen.files import new_folder
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.settings import check_width, parse_width
 from mlx_snapgen.tensor_files import load_tensors
 

@@ -13,7 +13,10 @@ from mlx.utils import tree_unflatten
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import (
+from mlx_snapgen.formats import INDEX, class_name
+from mlx_snapgen.json_values import check_only, from_dict
+from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
+from mlx_snapgen.reading import (
     MOST_BYTES,
     decode_text,
     open_regular,
@@ -21,9 +24,6 @@ from mlx_snapgen.files import (
     read_object,
     read_text,
 )
-from mlx_snapgen.formats import INDEX, class_name
-from mlx_snapgen.json_values import check_only, from_dict
-from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "*.txt.gz", "*.model")
 """Files to download from a public repository for `load_clip`."""

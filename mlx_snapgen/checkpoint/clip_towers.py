@@ -22,10 +22,10 @@ from mlx_snapgen.checkpoint.module import (
 )
 from mlx_snapgen.config import ClipConfig, PictureEncoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import read_json
 from mlx_snapgen.json_values import check_only, from_dict
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTokenizer
+from mlx_snapgen.reading import read_json
 
 PART = "clip"
 """Name of the component in a folder that `convert.from_torch --kind clip-score` made."""

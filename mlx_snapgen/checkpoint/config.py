@@ -16,9 +16,9 @@ from mlx_snapgen.checkpoint.module import Part, check_quantization, check_versio
 from mlx_snapgen.checkpoint.runs import check_is_no_run
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import read_json
 from mlx_snapgen.formats import DESCRIPTIONS, describe_foreign
 from mlx_snapgen.json_values import from_dict
+from mlx_snapgen.reading import read_json
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from mlx_snapgen._interrupts import interrupts_deferred
 from mlx_snapgen.checkpoint.module import dequantize_on_cpu
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, one_line
-from mlx_snapgen.files import check_regular, read_object
 from mlx_snapgen.json_values import MOST_LAYERS, check_only, check_sizes
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.gemma import GemmaTextEncoder
 from mlx_snapgen.networks.text_encoders.qwen import QwenPromptEncoder
+from mlx_snapgen.reading import check_regular, read_object
 from mlx_snapgen.tensor_files import read_header
 
 GEMMA_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")

@@ -9,9 +9,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, naming, nearest
-from mlx_snapgen.files import check_link, read_object
+from mlx_snapgen.files import check_link
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear
 from mlx_snapgen.networks.layers import flat_parameters
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.tensor_files import load_tensors
 
 FORMAT_VERSION = 1

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_object
+from mlx_snapgen.reading import read_object
 
 SETTINGS = "settings.json"
 """The record of a run, in its folder."""

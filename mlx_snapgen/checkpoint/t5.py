@@ -13,11 +13,11 @@ from mlx_snapgen.checkpoint.module import (
     load_stored,
 )
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import check_only, check_positive, from_dict
 from mlx_snapgen.networks.text_encoders.base import PromptFormat
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder, T5PromptEncoder, T5Tokenizer
 from mlx_snapgen.public_config import T5Config
+from mlx_snapgen.reading import read_object
 
 TOKENIZER = "spiece.model"
 

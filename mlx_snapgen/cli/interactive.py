@@ -18,8 +18,8 @@ from mlx_snapgen.cli.notices import print_vocabulary
 from mlx_snapgen.cli.options import draw_settings, model_choice
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import read_line
 from mlx_snapgen.fitting import FITS
+from mlx_snapgen.reading import read_line
 from mlx_snapgen.settings import WIDTH_NAMES, DrawSettings, ModelChoice
 from mlx_snapgen.vocabulary import nouns
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import check_regular, decode_text, expanded, read_lines
+from mlx_snapgen.files import expanded
+from mlx_snapgen.reading import check_regular, decode_text, read_lines
 
 _OPENED = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/([0-9]{1,9})")
 """Names of the files that are open in this process."""

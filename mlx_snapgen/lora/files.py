@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError, nearest, one_line
-from mlx_snapgen.files import expanded, parse_json, save_tensors, whole_file
+from mlx_snapgen.files import expanded, save_tensors, whole_file
 from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.lora.adapters import (
     Adapter,
@@ -31,6 +31,7 @@ from mlx_snapgen.lora.adapters import (
 from mlx_snapgen.lora.layouts import Place, original_names
 from mlx_snapgen.lora.peft import MOST_ALPHA, PEFT_FILES, config_beside, peft_alphas, peft_config
 from mlx_snapgen.presets import FOUR_STEPS
+from mlx_snapgen.reading import parse_json
 from mlx_snapgen.tensor_files import load_tensors, read_header
 
 PREFIXES = (

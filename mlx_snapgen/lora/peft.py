@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError, one_line
-from mlx_snapgen.files import parse_json, read_object
+from mlx_snapgen.reading import parse_json, read_object
 
 PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Names of the weights in a LoRA's folder: PEFT's and diffusers'."""

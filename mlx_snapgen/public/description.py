@@ -8,12 +8,12 @@ from pathlib import Path
 from mlx_snapgen.checkpoint.hub import find_model, local_folder, quiet
 from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_object
 from mlx_snapgen.formats import INDEX, PIPELINES, find_minit2i
 from mlx_snapgen.json_values import check_sizes
 from mlx_snapgen.presets import FLUX2_AUTOENCODER, PIXELS
 from mlx_snapgen.public.keys.transformers import make_transformer
 from mlx_snapgen.public.teachers import read_schedules
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import PROMPT_FORMATS, TeacherNetwork
 

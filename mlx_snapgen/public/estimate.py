@@ -9,11 +9,11 @@ from typing import Any
 
 from mlx_snapgen.checkpoint.t5 import t5_config
 from mlx_snapgen.errors import UserError, plural, shown_bytes
-from mlx_snapgen.files import read_object
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.t5 import T5Encoder
 from mlx_snapgen.public.description import TEXT_CONFIG, TEXT_ENCODER, PublicModel
 from mlx_snapgen.public.files import Files
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.settings import DrawSettings, ModelChoice, machine_memory
 from mlx_snapgen.teachers.memory import GROUP_SIZE, check_sizes, measure, text_bytes, with_loras
 

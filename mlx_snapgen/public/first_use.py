@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.hub import DownloadProgress
 from mlx_snapgen.errors import UserError, of_settings
-from mlx_snapgen.files import MOST_BYTES, check_writable, lock_folder, read_object, unlock_folder
+from mlx_snapgen.files import check_writable, lock_folder, unlock_folder
 from mlx_snapgen.inputs import read_inputs
 from mlx_snapgen.public.convert import convert
 from mlx_snapgen.public.description import PublicModel
@@ -34,6 +34,7 @@ from mlx_snapgen.public.files import Folders, fetch_files, needed_files
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.public.source import part_source
 from mlx_snapgen.public.teachers import TEXT_KINDS, check_text_encoder, convert_teacher
+from mlx_snapgen.reading import MOST_BYTES, read_object
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.folder import (
     TeacherFolder,

@@ -18,7 +18,6 @@ from mlx_snapgen.checkpoint import clip, clip_towers, t5
 from mlx_snapgen.checkpoint.language_models import check_qwen
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import read_bytes
 from mlx_snapgen.json_values import check_sizes, to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
@@ -31,6 +30,7 @@ from mlx_snapgen.public.keys.lora import lora_metadata, lora_name, lora_weights
 from mlx_snapgen.public.keys.t5 import T5_KEYS
 from mlx_snapgen.public.keys.transformers import TRANSFORMER_KEYS, make_transformer
 from mlx_snapgen.public.source import Source, check_no_pipeline, config_of
+from mlx_snapgen.reading import read_bytes
 from mlx_snapgen.teachers.folder import quantizable
 
 Config = Callable[[dict[str, int] | None], dict[str, Any]]

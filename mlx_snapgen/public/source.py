@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from mlx_snapgen.checkpoint.hub import find_model, quiet, read_repository
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import MOST_BYTES, check_link, expanded, read_json, read_object
+from mlx_snapgen.files import check_link, expanded
 from mlx_snapgen.formats import INDEX
 from mlx_snapgen.public.layouts import in_diffusers_names, scaled
+from mlx_snapgen.reading import MOST_BYTES, read_json, read_object
 from mlx_snapgen.tensor_files import load_tensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

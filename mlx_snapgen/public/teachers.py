@@ -14,15 +14,7 @@ from mlx_snapgen.checkpoint.language_models import TEXT_FILES, load_qwen
 from mlx_snapgen.checkpoint.model import FEW_STEP
 from mlx_snapgen.checkpoint.module import Part, read_part
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import (
-    check_new,
-    check_regular,
-    expanded,
-    new_folder,
-    read_object,
-    save_tensors,
-    temporary_folder,
-)
+from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors, temporary_folder
 from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import check_only, checked, from_dict, to_dict
 from mlx_snapgen.lora.files import load_lora
@@ -34,6 +26,7 @@ from mlx_snapgen.public.keys.transformers import make_transformer
 from mlx_snapgen.public.kinds import Plan
 from mlx_snapgen.public.source import find_source, part_source
 from mlx_snapgen.public_config import MiniT2ITransformerConfig
+from mlx_snapgen.reading import check_regular, read_object
 from mlx_snapgen.teachers.config import (
     KLEIN,
     KLEIN_BASE,

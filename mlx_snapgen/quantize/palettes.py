@@ -20,9 +20,9 @@ import numpy as np
 
 from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_object
 from mlx_snapgen.lora.adapters import linear_layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from mlx_snapgen.reading import read_object
 
 LOW, HIGH = 4, 8
 """Bits of an index, for most layers and for the sensitive ones."""

@@ -34,7 +34,6 @@ from mlx_snapgen.checkpoint.module import (
 )
 from mlx_snapgen.checkpoint.t5 import load_t5
 from mlx_snapgen.errors import ModelError, UserError, naming
-from mlx_snapgen.files import read_object
 from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
@@ -47,6 +46,7 @@ from mlx_snapgen.networks.text_encoders.base import PublicTextEncoder
 from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN, QWEN_IMAGE, Z_IMAGE
 from mlx_snapgen.networks.text_encoders.t5 import FLAN_T5
 from mlx_snapgen.networks.z_image import ZImageTransformer
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.teachers.config import TeacherConfig, teacher_config
 from mlx_snapgen.teachers.flow import FlowTeacher
 

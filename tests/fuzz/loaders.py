@@ -37,7 +37,6 @@ from mlx_snapgen.checkpoint.t5 import load_t5, t5_config
 from mlx_snapgen.checkpoint.text_encoders import load_tokenizer
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError
-from mlx_snapgen.files import parse_json
 from mlx_snapgen.formats import INDEX
 from mlx_snapgen.generate import main as generate
 from mlx_snapgen.inputs import read_inputs
@@ -57,6 +56,7 @@ from mlx_snapgen.public.keys.autoencoders import AUTOENCODERS, read_autoencoder
 from mlx_snapgen.public.kinds import find_kind
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.quantize.palettes import Palettes, load_palettes, palettes_file
+from mlx_snapgen.reading import parse_json
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import load_network, load_teacher_config

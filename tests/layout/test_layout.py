@@ -40,7 +40,7 @@ FLOORS = {
         fitting
         picture_files presets
         formats
-        config public_config json_values files pictures sampling
+        config public_config json_values files pictures reading sampling
         alpha description vocabulary
         errors _blas _interrupts _kernel_cache _terminal _version
     """,
@@ -213,6 +213,7 @@ NO_MLX = (
     "mlx_snapgen.fitting",
     "mlx_snapgen.metadata",
     "mlx_snapgen.presets",
+    "mlx_snapgen.reading",
     "mlx_snapgen.settings",
     "apps.worker.client",
     "apps.worker.messages",

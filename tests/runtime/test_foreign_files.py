@@ -29,7 +29,7 @@ from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.cli.prompts_file import read_prompts
 from mlx_snapgen.config import ModelConfig, SamplerConfig, TransformerConfig
 from mlx_snapgen.errors import MOST_CHARACTERS, UserError, plural, shown_bytes
-from mlx_snapgen.files import MOST_DEPTH, check_link, expanded, new_folder, parse_json, read_json
+from mlx_snapgen.files import check_link, expanded, new_folder
 from mlx_snapgen.formats import DESCRIPTIONS
 from mlx_snapgen.json_values import check_sizes, from_dict
 from mlx_snapgen.lora.adapters import adapted_layers
@@ -42,6 +42,7 @@ from mlx_snapgen.picture_files import picture_size
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.public_config import Flux2TransformerConfig, T5Config
+from mlx_snapgen.reading import MOST_DEPTH, parse_json, read_json
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.tensor_files import read_header
 from tests.layout.graph import ROOT
@@ -157,7 +158,7 @@ def test_a_list_of_prompts_is_the_same_from_a_file_and_from_the_input(tmp_path):
 
 
 def test_a_line_without_end_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_snapgen.files.MOST_LINE", 40)
+    monkeypatch.setattr("mlx_snapgen.reading.MOST_LINE", 40)
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n" + 39 * "a" + "\n")
     assert list(read_prompts(path)) == ["a cat", 39 * "a"]

@@ -14,12 +14,12 @@ from mlx_snapgen.checkpoint.model import Components, load_pretrained, warn_untra
 from mlx_snapgen.cli.notices import write_line
 from mlx_snapgen.draw import draw_latents
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_bytes
 from mlx_snapgen.formats import CONFIG, is_teacher
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.picture_files import Size
 from mlx_snapgen.pictures import from_uint8, to_uint8
 from mlx_snapgen.prompt_check import PromptWarning, too_long
+from mlx_snapgen.reading import read_bytes
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from mlx_snapgen.teachers.config import TeacherConfig

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mlx_snapgen.errors import UserError, plural
-from mlx_snapgen.files import check_size, expanded, open_regular
+from mlx_snapgen.files import expanded
 from mlx_snapgen.picture_files import MAX_BYTES, Size, Unusable, decode
+from mlx_snapgen.reading import check_size, open_regular
 from train.data.readers.folder import METADATA, NO_CAPTION, TEMPLATE_HINT, PictureFolderRecords
 from train.data.source import Skipped
 from train.data.streams import Stream

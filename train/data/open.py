@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, read_object
+from mlx_snapgen.files import expanded
 from mlx_snapgen.picture_files import Size
+from mlx_snapgen.reading import read_object
 from train.data.imagefolder import bucket_sizes
 from train.data.mixture import Mixture, num_samples
 from train.data.pictures import RecordPictures

@@ -21,11 +21,12 @@ import numpy as np
 from mlx_snapgen.checkpoint.module import check_version
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import expanded, read_bytes, read_object, whole_file
+from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.picture_files import Size
+from mlx_snapgen.reading import read_bytes, read_object
 from train.data.order import BatchOrder, fixed_rows
 from train.data.selection import choose_column, fixed_draw
 from train.data.shards import (

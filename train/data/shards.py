@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import open_regular, parse_json, whole_file
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.picture_files import Size
+from mlx_snapgen.reading import open_regular, parse_json
 from mlx_snapgen.tensor_files import check_entry
 from train.data.selection import held_out as is_held_out
 

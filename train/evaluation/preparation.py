@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import UserError, plural, shown_bytes
-from mlx_snapgen.files import lock_folder, read_object, unlock_folder, whole_file
+from mlx_snapgen.files import lock_folder, unlock_folder, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.reading import read_object
 from train.data.encoders import Chunk, Measured
 from train.data.preparation import ENLARGED
 from train.data.prepared import save_empty, write_index

@@ -17,7 +17,8 @@ from PIL import Image
 from mlx_snapgen.alpha import straight
 from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, parse_json, read_object, read_text, whole_file
+from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.reading import parse_json, read_object, read_text
 from mlx_snapgen.settings import DrawSettings
 from train.evaluation.models import MeasuredModel
 from train.loop.config import changed

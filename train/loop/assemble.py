@@ -16,13 +16,13 @@ from mlx_snapgen.checkpoint.module import cast, read_part
 from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, new_text_encoder
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
 from mlx_snapgen.presets import GEMMA_3_4B
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.settings import multiples_near
 
 DTYPE = mx.bfloat16

@@ -14,13 +14,14 @@ from mlx_snapgen.checkpoint import model as checkpoint_model
 from mlx_snapgen.checkpoint.runs import command_of
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import read_object, whole_file
+from mlx_snapgen.files import whole_file
 from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
+from mlx_snapgen.reading import read_object
 from train.data.mixture import num_samples
 from train.data.source import PictureSource
 from train.loop.assemble import check_converted

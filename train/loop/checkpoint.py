@@ -20,15 +20,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import (
-    has_lock,
-    lock_folder,
-    open_regular,
-    read_text,
-    save_tensors,
-    whole_file,
-)
+from mlx_snapgen.files import has_lock, lock_folder, save_tensors, whole_file
 from mlx_snapgen.formats import is_public
+from mlx_snapgen.reading import open_regular, read_text
 from train.data.open import is_prepared
 from train.data.readers.folder import is_picture
 

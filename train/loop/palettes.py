@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_snapgen.checkpoint.model import Components, load_fused, save_pretrained
-from mlx_snapgen.files import read_text
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.quantize.palettes import Palettes, check_palettes, palettes_file
+from mlx_snapgen.reading import read_text
 
 
 def load_alone(folder: Path, widths: Sequence[str], *, name: str | None = None) -> Components:

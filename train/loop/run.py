@@ -18,8 +18,9 @@ from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.checkpoint.runs import OPTIONS, SETTINGS, command_of
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import expanded, open_regular, read_object, whole_file
+from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.json_values import from_dict, to_dict
+from mlx_snapgen.reading import open_regular, read_object
 from train.data.source import MAY_CHANGE
 from train.data.text import is_trained
 from train.loop.assemble import check_converted

@@ -19,9 +19,10 @@ from mlx_snapgen.config import (
     TransformerConfig,
 )
 from mlx_snapgen.errors import UserError, naming, nearest
-from mlx_snapgen.files import check_new, expanded, read_json
+from mlx_snapgen.files import check_new, expanded
 from mlx_snapgen.json_values import from_dict
 from mlx_snapgen.presets import DC_AE, TRANSFORMERS, preset_autoencoder
+from mlx_snapgen.reading import read_json
 from train.data.open import (
     check_one_kind,
     check_there,

@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.text_encoders.base import padded
 from mlx_snapgen.networks.text_encoders.sentencepiece import TransformerTextEncoder
+from mlx_snapgen.reading import read_bytes
 
 END_OF_WORD = "</w>"
 

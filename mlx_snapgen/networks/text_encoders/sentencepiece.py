@@ -12,10 +12,10 @@ import sentencepiece
 
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.exponentials import gelu
 from mlx_snapgen.networks.layers import attend, merge_heads, split, split_heads
 from mlx_snapgen.networks.text_encoders.base import Tokenizer, normalize, padded
+from mlx_snapgen.reading import read_bytes
 
 
 def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:

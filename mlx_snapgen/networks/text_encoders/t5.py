@@ -13,12 +13,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import read_bytes
 from mlx_snapgen.networks.exponentials import gelu
 from mlx_snapgen.networks.layers import merge_heads, split_heads
 from mlx_snapgen.networks.text_encoders.base import PAD_TO, Prompt, PromptFormat, padded
 from mlx_snapgen.networks.text_encoders.sentencepiece import load_processor
 from mlx_snapgen.public_config import T5Config
+from mlx_snapgen.reading import read_bytes
 from mlx_snapgen.settings import check_unicode
 
 FLAN_T5 = PromptFormat(

@@ -12,7 +12,6 @@ import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.module import shapes
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.files import read_object
 from mlx_snapgen.json_values import check_positive, checked, whole_number
 from mlx_snapgen.public.keymap import KeyMap, Row, fill, numberless, same
 from mlx_snapgen.public.source import find_source
@@ -22,6 +21,7 @@ from mlx_snapgen.public_config import (
     QwenTransformerConfig,
     ZImageTransformerConfig,
 )
+from mlx_snapgen.reading import read_object
 from mlx_snapgen.teachers.config import TRANSFORMERS
 from mlx_snapgen.teachers.folder import NETWORKS, TeacherNetwork
 

@@ -21,9 +21,10 @@ from typing import IO, Any
 import numpy as np
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import MOST_LINE, check_size, expanded, open_regular, read_lines
-from mlx_snapgen.files import decode_text as decode
+from mlx_snapgen.files import expanded
 from mlx_snapgen.picture_files import MAX_BYTES
+from mlx_snapgen.reading import MOST_LINE, check_size, open_regular, read_lines
+from mlx_snapgen.reading import decode_text as decode
 from train.data.readers.captions import (
     decode_text,
     default_column,

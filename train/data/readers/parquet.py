@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlx_snapgen.errors import UserError, nearest
-from mlx_snapgen.files import check_regular
+from mlx_snapgen.reading import check_regular
 from train.data.readers.captions import by_preference, one_line
 from train.data.readers.tars import file_hash, short_names
 from train.data.source import Record, Skipped

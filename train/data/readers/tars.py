@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import MOST_LINE, open_regular
 from mlx_snapgen.picture_files import MAX_BYTES
+from mlx_snapgen.reading import MOST_LINE, open_regular
 from train.data.readers.captions import (
     FIRST,
     decode_text,

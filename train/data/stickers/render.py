@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mlx_snapgen.alpha import straight
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, new_folder, read_bytes
+from mlx_snapgen.files import expanded, new_folder
+from mlx_snapgen.reading import read_bytes
 from mlx_snapgen.settings import machine_memory
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.vocabulary import NOTO, Collection, Noun
