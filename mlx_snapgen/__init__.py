@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import mlx_snapgen._interrupts  # noqa: F401
 from mlx_snapgen._blas import load_openblas
 from mlx_snapgen._interrupts import interrupts_blocked
-from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen._terminal import set_bar_size
 from mlx_snapgen._version import __version__
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OPENBLAS", "SnapGenPipeline", "__version__"]
 
-make_private_cache()
 set_bar_size()
 with interrupts_blocked():  # the threads of both libraries would take it from `find_compiler`
     OPENBLAS = load_openblas()

@@ -2,7 +2,9 @@
 
 MLX compiles kernels of the CPU into `<temporary folder>/mlx/<version>/cpu/*.so`, and loads a file
 of that name if it is there. In /tmp every user of the computer can put one there, and its code
-would run here (see .github/mlx-kernel-cache.txt). The only setting of that place is `TMPDIR`.
+would run here (see .github/mlx-kernel-cache.txt). The only setting of that place is `TMPDIR`,
+which MLX reads for each kernel, so that it must stay set. Commands and the worker set it when they
+start, and imports do not: on a shared computer a program that uses this package sets its own.
 """
 
 import atexit

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from mlx_snapgen._kernel_cache import make_private_cache
+
 MOST_CHARACTERS = 300
 """Of the message of a `UserError`."""
 
@@ -160,6 +162,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         try:
             _check_folder()
+            make_private_cache()
             code = main() or 0
             sys.stdout.flush()
         except RuntimeError:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.teachers import folder as teacher_folder
@@ -16,6 +17,7 @@ from tests import tiny
 from train.data.stickers.render import find_font
 from train.data.stickers.vocabulary import FLUENT
 
+make_private_cache()  # as commands do
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell without job control starts background jobs deaf to Ctrl-C, and their children too.
     signal.signal(signal.SIGINT, signal.default_int_handler)

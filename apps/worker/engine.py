@@ -36,6 +36,7 @@ from apps.worker.messages import (
     Picture,
     Progress,
 )
+from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen.alpha import shown
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.memory import batch_size, needed_bytes, transformer_bytes
@@ -357,6 +358,7 @@ def serve(connection: Any, **settings: Any) -> None:
     """Entry of the process, with the arguments of `Engine`. It ignores Ctrl-C, which the caller
     handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    make_private_cache()
     # tqdm's own lock is a system semaphore, which would remain when this process is interrupted.
     tqdm.set_lock(threading.RLock())
     try:

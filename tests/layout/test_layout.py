@@ -42,7 +42,8 @@ FLOORS = {
         formats
         config public_config json_values files pictures reading sampling
         alpha description vocabulary
-        errors _blas _interrupts _kernel_cache _terminal _version
+        errors
+        _blas _interrupts _kernel_cache _terminal _version
     """,
     "mlx_snapgen.networks": """
         clip efficient_dit flux2 minit2i qwen_image z_image

@@ -5,9 +5,11 @@ import stat
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
+from apps.worker import engine
 from mlx_snapgen._kernel_cache import make_private_cache
 from tests.layout.graph import ROOT
 
@@ -15,20 +17,25 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="MLX has no such
 
 COMPILE = """
 import mlx.core as mx
-import mlx_snapgen, os, tempfile
-mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.ones(4)))
-print(os.environ["TMPDIR"])
-print(tempfile.gettempdir())
-print(oct(os.stat(os.environ["TMPDIR"]).st_mode)[-3:])
+import os, tempfile
+from mlx_snapgen.errors import run_command
+
+def main():
+    mx.eval(mx.compile(lambda x: mx.exp(x) * 2 + 1)(mx.ones(4)))
+    print(os.environ["TMPDIR"])
+    print(tempfile.gettempdir())
+    print(oct(os.stat(os.environ["TMPDIR"]).st_mode)[-3:])
+
+run_command(main)
 """
 
 
-def run(cache, temporary):
-    """Folder of the kernels, Python's temporary folder, and the first's mode, of a process."""
+def run(cache, temporary, code=COMPILE):
+    """Folder of the kernels, Python's temporary folder, and the first's mode, of a command."""
     temporary.mkdir(exist_ok=True)
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(temporary)}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -45,6 +52,25 @@ def test_without_a_folder_to_write_into_the_package_is_imported(tmp_path, monkey
     assert make_private_cache() == tmp_path / "mlx_snapgen" / "kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert make_private_cache() is None
+
+
+def test_an_import_makes_no_folder_and_sets_nothing(tmp_path):
+    code = "import os, mlx_snapgen.generate; print(os.environ['TMPDIR'])"
+    assert run(tmp_path / "cache", tmp_path / "own", code) == [str(tmp_path / "own")]
+    assert not (tmp_path / "cache").exists() and not list((tmp_path / "own").iterdir())
+
+
+def test_the_worker_compiles_into_a_private_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)
+    monkeypatch.setattr(engine.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(engine.tqdm, "set_lock", lambda *_: None)
+    for name in ("TMPDIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    seen = []
+    running = SimpleNamespace(run=lambda: seen.append(os.environ["TMPDIR"]))
+    monkeypatch.setattr(engine, "Engine", lambda *_: running)
+    engine.serve(None)
+    assert seen == [str(tmp_path / "mlx_snapgen" / "kernels")]
 
 
 def mode(path):
