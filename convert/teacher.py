@@ -29,7 +29,12 @@ from mlx_snapgen.files import check_new
 from mlx_snapgen.formats import find_minit2i, is_teacher
 from mlx_snapgen.open_model import describe_public
 from mlx_snapgen.public.files import fetch_public
-from mlx_snapgen.public.teachers import convert_teacher, few_step_network, read_network
+from mlx_snapgen.public.teachers import (
+    TeacherParts,
+    convert_teacher,
+    few_step_network,
+    read_network,
+)
 
 FEW_STEP_FILES = ("transformer/*.json", "transformer/*.safetensors")
 """Of the repository of a distilled model; the rest is as in the teacher's."""
@@ -119,13 +124,15 @@ def main() -> None:
         convert_teacher(
             source,
             args.output,
+            TeacherParts(
+                few_step_lora=args.few_step_lora,
+                few_step_model=few_step_model,
+                file=file,
+                text_encoder=args.text_encoder,
+                text_source=text,
+                transformer=args.transformer,
+            ),
             quantization=how if args.quantize else None,
-            few_step_lora=args.few_step_lora,
-            few_step_model=few_step_model,
-            file=file,
-            text_encoder=args.text_encoder,
-            text_source=text,
-            transformer=args.transformer,
         )
     print(args.output)
 

@@ -33,7 +33,12 @@ from mlx_snapgen.public.estimate import (
 from mlx_snapgen.public.files import Folders, fetch_files, needed_files
 from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.public.source import part_source
-from mlx_snapgen.public.teachers import TEXT_KINDS, check_text_encoder, convert_teacher
+from mlx_snapgen.public.teachers import (
+    TEXT_KINDS,
+    TeacherParts,
+    check_text_encoder,
+    convert_teacher,
+)
 from mlx_snapgen.reading import MOST_BYTES, read_object
 from mlx_snapgen.settings import DrawSettings, ModelChoice
 from mlx_snapgen.teachers.folder import (
@@ -250,9 +255,9 @@ def _convert(
     convert_teacher(
         folders.model,
         _target(model, bits),
-        transformer=parts / "transformer",
-        text_part=parts / "text_encoder",
-        move=True,
+        TeacherParts(
+            transformer=parts / "transformer", text_part=parts / "text_encoder", move=True
+        ),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx.utils import tree_flatten
@@ -18,6 +19,7 @@ from mlx_snapgen.files import check_new, expanded, new_folder, save_tensors, tem
 from mlx_snapgen.formats import CONFIG
 from mlx_snapgen.json_values import check_only, checked, from_dict, to_dict
 from mlx_snapgen.lora.files import load_lora
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.presets import PIXELS
 from mlx_snapgen.public.convert import convert, read_plan
@@ -85,41 +87,68 @@ def read_schedule(folder: Path, like: Schedule) -> Schedule:
             raise UserError(f"does not describe a flow-matching schedule: {error!r}") from None
 
 
+@dataclass(frozen=True)
+class TeacherParts:
+    """Where parts of a teacher come from; those that are None come from its model's folder."""
+
+    transformer: Path | None = None
+    """Folder of `convert.from_torch`."""
+    file: Path | None = None
+    """Has the weights of the transformer."""
+    few_step_lora: Path | None = None
+    """.safetensors file of the few-step mode."""
+    few_step_model: Path | None = None
+    """The distilled model whose transformer is the few-step mode, as a folder in diffusers' format;
+    or a folder of `convert.from_torch` with that transformer."""
+    text_encoder: str | None = None
+    """Folder or repository of a language model to use instead of a copy of the model's."""
+    text_source: Path | None = None
+    """Folder with the text encoder."""
+    text_part: Path | None = None
+    """Folder of `convert.from_torch` to copy as text encoder."""
+    move: bool = False
+    """Move the files of `transformer` and `text_part` instead of copying them."""
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Parts that fit together, as `_check_parts` finds them."""
+
+    config: TeacherConfig
+    autoencoder: Autoencoder
+    networks: dict[str, tuple[Path, Part | None]]
+    """Name of a mode's network -> its folder, and the part if it is converted already."""
+    text: Path
+    """Folder of the text encoder."""
+
+
 def convert_teacher(
     source: Path,
     output: Path,
+    parts: TeacherParts | None = None,
     *,
     quantization: dict[str, int] | None = None,
-    few_step_lora: Path | None = None,
-    few_step_model: Path | None = None,
-    file: Path | None = None,
-    text_encoder: str | None = None,
-    transformer: Path | None = None,
-    text_source: Path | None = None,
-    text_part: Path | None = None,
-    move: bool = False,
 ) -> None:
     """Write the model in `source`, a folder in diffusers' format, as a teacher's folder.
 
     Args:
         output: must not exist, or be empty.
         quantization: {"bits", "group_size"} of the transformer's blocks; None does not quantize.
-        few_step_lora: .safetensors file of the few-step mode.
-        few_step_model: the distilled model whose transformer is the few-step mode, as a folder in
-            diffusers' format; or a folder of `convert.from_torch` with that transformer.
-        file: has the weights of the transformer, instead of the source's folder.
-        text_encoder: folder or repository of a language model to use instead of a copy of the
-            source's.
-        transformer: folder of `convert.from_torch` to use instead of the source's transformer.
-        text_source: folder with the text encoder instead of the source's.
-        text_part: folder of `convert.from_torch` to copy instead of the source's text encoder.
-        move: move the files of `transformer` and `text_part` instead of copying them.
 
     Raises:
         UserError: a part is missing, unknown or does not fit; nothing is written then.
     """
     check_new(output)
-    given = transformer if transformer is not None else source / "transformer"
+    parts, work = parts or TeacherParts(), expanded(output).parent
+    checked = _check_parts(source, parts, quantization=quantization, work=work)
+    with new_folder(output) as partial:
+        _write_parts(source, partial, parts, checked)
+
+
+def _check_parts(
+    source: Path, parts: TeacherParts, *, quantization: dict[str, int] | None, work: Path
+) -> _Checked:
+    given = source / "transformer" if parts.transformer is None else parts.transformer
     kind, network, part = read_network(given)
     if part is not None:
         if quantization is not None:
@@ -128,28 +157,26 @@ def convert_teacher(
             )
         quantization = part.quantization
     networks = {"transformer": (given, part)}
-    if few_step_model is not None:
-        if few_step_lora is not None:
+    if parts.few_step_model is not None:
+        if parts.few_step_lora is not None:
             raise UserError("give a LoRA or a model for the few-step mode, not both")
-        folder, part = few_step_network(few_step_model, network)
+        folder, part = few_step_network(parts.few_step_model, network)
         if part is not None and part.quantization != quantization:
             raise UserError(
                 f"{folder} is quantized as {part.quantization}, the teacher's transformer as "
                 f"{quantization}: convert both alike"
             )
         networks[FEW_STEP] = folder, part
-    draws_pixels = kind == "minit2i"
-    text_source = text_source or source / "text_encoder"
-    if text_encoder is None and text_part is None:
-        tokenizer, work = source / "tokenizer", expanded(output).parent
-        check_text_encoder(text_source, tokenizer, network=network, work=work)
-    autoencoder = make_autoencoder(PIXELS) if draws_pixels else read_autoencoder(source / "vae")
-    if few_step_lora is not None:
+    text = parts.text_source or source / "text_encoder"
+    if parts.text_encoder is None and parts.text_part is None:
+        check_text_encoder(text, source / "tokenizer", network=network, work=work)
+    is_minit2i = kind == "minit2i"
+    autoencoder = make_autoencoder(PIXELS) if is_minit2i else read_autoencoder(source / "vae")
+    if parts.few_step_lora is not None:
         # Only checks that the LoRA fits: the network's random weights are lazy.
-        load_lora(few_step_lora, network, weight=0.0, name=FEW_STEP)
-    schedule, few_step = read_schedules(
-        source, network, has_few_step=few_step_lora is not None or few_step_model is not None
-    )
+        load_lora(parts.few_step_lora, network, weight=0.0, name=FEW_STEP)
+    has_few_step = parts.few_step_lora is not None or parts.few_step_model is not None
+    schedule, few_step = read_schedules(source, network, has_few_step=has_few_step)
     with naming(source):
         config = TeacherConfig(
             kind=kind,
@@ -159,35 +186,40 @@ def convert_teacher(
             few_step=few_step,
             quantization=quantization,
         )
-    if text_encoder is not None:
-        config = dataclasses.replace(config, text_encoder=text_encoder)
-    with new_folder(output) as partial:
-        values = {"format_version": FORMAT_VERSION} | to_dict(config)
-        (partial / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
-        if weights := dict(tree_flatten(autoencoder.parameters())):
-            save_tensors(partial / "autoencoder.safetensors", weights, {"format": "mlx"})
-        for name, (folder, part) in networks.items():
-            if part is None:
-                converted = partial / "converted"
-                weights = part_source(folder, file if name == "transformer" else None)
-                convert(weights, converted, kind=kind, quantization=quantization)
-                _take(converted, partial, name=name, move=Path.rename)
-                shutil.rmtree(converted)
-            else:
-                _take(folder, partial, name=name, move=Path.rename if move else shutil.copyfile)
-        if few_step_lora is not None:
-            shutil.copyfile(few_step_lora, partial / f"{FEW_STEP}.safetensors")
-        if text_encoder is None and text_part is None and (draws_pixels or is_fp8(text_source)):
-            # mlx-lm reads no FP8, and a T5 has a decoder, which is not needed.
-            text_part = partial / "converted"
-            convert(find_source(str(text_source)), text_part, kind=TEXT_KINDS[kind])
-        if text_encoder is None:
-            folders = [] if draws_pixels else [source / "tokenizer"]
-            for folder in [*folders, text_part or text_source]:
-                is_mine = folder == text_part and (move or folder.parent == partial)
-                target = partial / config.text_encoder
-                _copy(folder, target, put=Path.rename if is_mine else shutil.copyfile)
-            shutil.rmtree(partial / "converted", ignore_errors=True)
+    if parts.text_encoder is not None:
+        config = dataclasses.replace(config, text_encoder=parts.text_encoder)
+    return _Checked(config, autoencoder, networks, text)
+
+
+def _write_parts(source: Path, output: Path, parts: TeacherParts, checked: _Checked) -> None:
+    config, converted = checked.config, output / "converted"
+    values = {"format_version": FORMAT_VERSION} | to_dict(config)
+    (output / CONFIG).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    if weights := dict(tree_flatten(checked.autoencoder.parameters())):
+        save_tensors(output / "autoencoder.safetensors", weights, {"format": "mlx"})
+    for name, (folder, part) in checked.networks.items():
+        if part is None:
+            weights = part_source(folder, parts.file if name == "transformer" else None)
+            convert(weights, converted, kind=config.kind, quantization=config.quantization)
+            _take(converted, output, name=name, move=Path.rename)
+            shutil.rmtree(converted)
+        else:
+            _take(folder, output, name=name, move=Path.rename if parts.move else shutil.copyfile)
+    if parts.few_step_lora is not None:
+        shutil.copyfile(parts.few_step_lora, output / f"{FEW_STEP}.safetensors")
+    if parts.text_encoder is not None:
+        return
+    text, is_mine = parts.text_part or checked.text, parts.text_part is not None and parts.move
+    is_minit2i = config.kind == "minit2i"
+    if parts.text_part is None and (is_minit2i or is_fp8(text)):
+        # mlx-lm reads no FP8, and a T5 has a decoder, which is not needed.
+        convert(find_source(str(text)), converted, kind=TEXT_KINDS[config.kind])
+        text, is_mine = converted, True
+    target = output / config.text_encoder
+    if not is_minit2i:
+        _copy(source / "tokenizer", target, put=shutil.copyfile)
+    _copy(text, target, put=Path.rename if is_mine else shutil.copyfile)
+    shutil.rmtree(converted, ignore_errors=True)
 
 
 def check_text_encoder(

@@ -20,7 +20,7 @@ from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN
 from mlx_snapgen.public.convert import convert as convert_part
 from mlx_snapgen.public.source import find_source
-from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.public.teachers import TeacherParts, convert_teacher
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.teachers import config as teacher_config
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE
@@ -50,7 +50,7 @@ def klein(tmp_path_factory):
 def both(klein):
     """(teacher with klein as its few-step mode, its autoencoder)."""
     folder = klein[-1]
-    convert_teacher(folder / "base", folder / "both", few_step_model=folder / "klein")
+    convert_teacher(folder / "base", folder / "both", TeacherParts(few_step_model=folder / "klein"))
     return load_flow_teacher(folder / "both")
 
 
@@ -119,7 +119,9 @@ def few_step_of(schedule):
 
 
 def test_klein_base_alone_has_no_few_step_mode(klein, tmp_path):
-    convert_teacher(klein[-1] / "base", tmp_path / "base", text_encoder="owner/reader")
+    convert_teacher(
+        klein[-1] / "base", tmp_path / "base", TeacherParts(text_encoder="owner/reader")
+    )
     values = teacher_config.teacher_config(
         {k: v for k, v in json_of(tmp_path / "base").items() if k != "format_version"}
     )
@@ -187,16 +189,17 @@ def test_packed_networks_of_both_modes(klein, tmp_path):
     convert_teacher(
         klein[-1] / "base",
         tmp_path / "a",
+        TeacherParts(few_step_model=klein[-1] / "klein", text_encoder="owner/reader"),
         quantization=how,
-        few_step_model=klein[-1] / "klein",
-        text_encoder="owner/reader",
     )
     convert_teacher(
         klein[-1] / "base",
         tmp_path / "b",
-        transformer=tmp_path / "base",
-        few_step_model=tmp_path / "klein",
-        text_encoder="owner/reader",
+        TeacherParts(
+            transformer=tmp_path / "base",
+            few_step_model=tmp_path / "klein",
+            text_encoder="owner/reader",
+        ),
     )
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert names == {p.name for p in (tmp_path / "b").iterdir()}
@@ -207,15 +210,15 @@ def test_packed_networks_of_both_modes(klein, tmp_path):
         convert_teacher(
             klein[-1] / "base",
             tmp_path / "c",
-            few_step_model=tmp_path / "klein",
-            text_encoder="owner/reader",
+            TeacherParts(few_step_model=tmp_path / "klein", text_encoder="owner/reader"),
         )
     with pytest.raises(UserError, match="a LoRA or a model for the few-step mode, not both"):
         convert_teacher(
             klein[-1] / "base",
             tmp_path / "c",
-            few_step_lora=tmp_path / "x.safetensors",
-            few_step_model=tmp_path / "klein",
+            TeacherParts(
+                few_step_lora=tmp_path / "x.safetensors", few_step_model=tmp_path / "klein"
+            ),
         )
     assert not (tmp_path / "c").exists()
 

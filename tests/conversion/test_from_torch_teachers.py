@@ -20,7 +20,7 @@ from mlx_snapgen.public.keys.autoencoders import read_autoencoder
 from mlx_snapgen.public.keys.lora import dotted, lora_name
 from mlx_snapgen.public.keys.transformers import read_transformer
 from mlx_snapgen.public.source import find_source
-from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.public.teachers import TeacherParts, convert_teacher
 from mlx_snapgen.teachers.config import LIGHTNING
 from mlx_snapgen.teachers.folder import NETWORKS, load_network, load_teacher_config, quantizable
 from tests.tiny import FLUX2, FLUX2_AUTOENCODER, KL_AUTOENCODER, QWEN, Z_IMAGE, randomize
@@ -196,9 +196,13 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     how = None if bits is None else {"bits": bits, "group_size": 32}
     source = find_source(str(public / "transformer"))
     convert(source, tmp_path / "made", quantization=how)
-    convert_teacher(public, tmp_path / "a", quantization=how, text_encoder="owner/reader")
     convert_teacher(
-        public, tmp_path / "b", text_encoder="owner/reader", transformer=tmp_path / "made"
+        public, tmp_path / "a", TeacherParts(text_encoder="owner/reader"), quantization=how
+    )
+    convert_teacher(
+        public,
+        tmp_path / "b",
+        TeacherParts(text_encoder="owner/reader", transformer=tmp_path / "made"),
     )
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert names == {p.name for p in (tmp_path / "b").iterdir()}
@@ -216,7 +220,9 @@ def test_a_teacher_takes_its_transformer_from_the_source_or_converted(pipeline, 
     assert len(report["relative_errors"]) == len(packed)
     with pytest.raises(UserError, match=r"quantize it with convert\.from_torch --quantize"):
         again = {"bits": 4, "group_size": 32}
-        convert_teacher(public, tmp_path / "c", quantization=again, transformer=tmp_path / "made")
+        convert_teacher(
+            public, tmp_path / "c", TeacherParts(transformer=tmp_path / "made"), quantization=again
+        )
     assert {p.name for p in tmp_path.iterdir()} == {"public", "made", "a", "b"}
 
 
@@ -225,10 +231,10 @@ def test_a_truncated_shard_leaves_no_teacher(pipeline, tmp_path):
     path = sorted((public / "transformer").glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"00002-of-00002\.safetensors is truncated"):
-        convert_teacher(public, tmp_path / "teacher", text_encoder="owner/reader")
+        convert_teacher(public, tmp_path / "teacher", TeacherParts(text_encoder="owner/reader"))
     path.unlink()
     with pytest.raises(UserError, match=r"lacks .*00002-of-00002\.safetensors, which"):
-        convert_teacher(public, tmp_path / "teacher", text_encoder="owner/reader")
+        convert_teacher(public, tmp_path / "teacher", TeacherParts(text_encoder="owner/reader"))
     assert {p.name for p in tmp_path.iterdir()} == {"public"}
 
 
@@ -269,7 +275,9 @@ def test_a_converted_lightning_lora_is_what_the_public_one_is(pipeline, tmp_path
     loaded = []
     for i, file in enumerate(files):
         folder = tmp_path / f"teacher-{i}"
-        convert_teacher(public, folder, few_step_lora=file, text_encoder="owner/reader")
+        convert_teacher(
+            public, folder, TeacherParts(few_step_lora=file, text_encoder="owner/reader")
+        )
         config = load_teacher_config(folder)
         assert config.few_step == LIGHTNING
         loaded.append(flat(load_network(folder, config)))

@@ -17,7 +17,7 @@ from mlx_snapgen import generate
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE
-from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.public.teachers import TeacherParts, convert_teacher
 from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers.flow import noise_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
@@ -295,5 +295,7 @@ def test_what_is_missing_leaves_no_folder(qwen, tmp_path):
     lora = {"transformer_blocks.0.attn.to_qq.lora_down.weight": mx.zeros((2, 32))}
     mx.save_safetensors(str(tmp_path / "lora.safetensors"), lora)
     with pytest.raises(UserError, match="is no layer of this one"):
-        convert_teacher(public, tmp_path / "teacher", few_step_lora=tmp_path / "lora.safetensors")
+        convert_teacher(
+            public, tmp_path / "teacher", TeacherParts(few_step_lora=tmp_path / "lora.safetensors")
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"public", "lora.safetensors"}
