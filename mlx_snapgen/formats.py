@@ -51,8 +51,9 @@ def describe_foreign(folder: Path) -> str | None:
             "--teacher take: give a model of mlx_snapgen here, such as stickers"
         )
     path = folder / "config.json"
-    if (name := class_name(read_object(path) if path.is_file() else {})) is None:
+    if not (names := class_names(read_object(path) if path.is_file() else {})):
         return None
+    name = names[0]
     parts = {
         "Transformer": "a transformer",
         "JiT": "a transformer",
@@ -63,12 +64,12 @@ def describe_foreign(folder: Path) -> str | None:
     return f"{folder} is {what} alone ({name}): give the folder of the whole model{whole}"
 
 
-def class_name(config: Mapping[str, Any]) -> str | None:
-    """The class or kind of network that the config of a public checkpoint names."""
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """The classes and kinds of network that the config of a public checkpoint names."""
     architectures = config.get("architectures")
     listed = architectures if isinstance(architectures, list) else []
     names = [config.get("_class_name"), *listed, config.get("model_type")]
-    return next((name for name in names if isinstance(name, str)), None)
+    return [name for name in names if isinstance(name, str)]
 
 
 def _public_name(folder: Path) -> str | None:

@@ -38,6 +38,7 @@ from convert.parity.originals import relative_difference
 from convert.parity.pictures import (
     compare_klein_edit,
     compare_klein_inpaint,
+    compare_klein_prompt,
     compare_qwen_img2img,
     compare_qwen_inpaint,
     compare_qwen_prompt,
@@ -48,7 +49,6 @@ from convert.parity.pictures import (
     make_whole_qwen_image,
     make_z_images,
 )
-from convert.parity.pipelines import compare_flux2_klein, make_flux2_klein
 from convert.parity.text_encoders import (
     compare_clip,
     compare_clip_towers,
@@ -144,9 +144,9 @@ PORTS = {
     ),
     "flux2-klein": Port(
         "diffusers Flux2KleinPipeline",
-        PIPELINES,
-        make_flux2_klein,
-        compare_flux2_klein,
+        (*PIPELINES, "peft"),
+        make_kleins,
+        compare_klein_prompt,
         only_random=True,
     ),
     "z-image-prompt": Port(
@@ -193,7 +193,7 @@ PORTS = {
     ),
     "klein-edit": Port(
         "diffusers Flux2KleinPipeline",
-        (*PIPELINES, "peft"),
+        PIPELINES,
         make_kleins,
         compare_klein_edit,
         only_random=True,

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.pipeline_base import PictureWarning, Pipeline
 from mlx_snapgen.public.keys.transformers import read_transformer
 from mlx_snapgen.public.teachers import convert_teacher
+from mlx_snapgen.public_pipeline import PublicPipeline
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import DrawSettings
 
@@ -34,26 +36,27 @@ SIZE = (48, 80)
 REFERENCES = ((90, 75), (64, 130))
 """Of the pictures to edit; they are cut to 80x64 and 64x128."""
 SEED = 5
-FOUR_STEPS = DrawSettings(PROMPT, seed=SEED, num_inference_steps=4)
+SETTINGS = DrawSettings(PROMPT, height=SIZE[0], width=SIZE[1], seed=SEED, num_inference_steps=4)
 
 
 def make_z_images(folder: Path) -> None:
     """Z-Image-Turbo and Z-Image, and pictures."""
-    _make(folder, turbo=z_image_pipeline(), base=z_image_pipeline(shift=6.0))
+    make(folder, turbo=z_image_pipeline(), base=z_image_pipeline(shift=6.0))
 
 
 def make_whole_qwen_image(folder: Path) -> None:
     """Qwen-Image, and pictures."""
-    _make(folder, base=qwen_image_pipeline())
+    make(folder, base=qwen_image_pipeline())
 
 
 def make_kleins(folder: Path) -> None:
     """klein and klein base, and pictures."""
     pipelines = [flux2_klein_pipeline(is_distilled=is_distilled) for is_distilled in (True, False)]
-    _make(folder, turbo=pipelines[0], base=pipelines[1])
+    make(folder, turbo=pipelines[0], base=pipelines[1])
 
 
-def _make(folder: Path, **pipelines: Any) -> None:
+def make(folder: Path, **pipelines: Any) -> None:
+    """Pipelines by name, pictures to start from (0.png) and to edit (1.png, 2.png), and a mask."""
     rng = np.random.default_rng(0)
     for name, pipeline in pipelines.items():
         pipeline.save_pretrained(folder / name)
@@ -91,6 +94,16 @@ def compare_qwen_inpaint(folder: Path) -> Pairs:
     return _compare(folder, "QwenImageInpaintPipeline", masked=True)
 
 
+def compare_klein_prompt(folder: Path) -> Pairs:
+    """Also the states of the text encoder."""
+    ours, theirs = _pipelines(folder, "base", "Flux2KleinPipeline")
+    assert isinstance(ours, PublicPipeline)
+    with library("torch").no_grad():
+        states, _ = theirs.encode_prompt([PROMPT, ""])
+    yield "prompts", ours.teacher.encode([PROMPT, ""]).text, states
+    yield from _compare_prompt(folder, "Flux2KleinPipeline")
+
+
 def compare_klein_inpaint(folder: Path) -> Pairs:
     """Also with a second picture that the network sees."""
     name = "Flux2KleinInpaintPipeline"
@@ -98,20 +111,15 @@ def compare_klein_inpaint(folder: Path) -> Pairs:
     reference = str(folder / "1.png")
     settings = _settings(folder, masked=True, num_inference_steps=2, strength=0.9)
     ours, theirs = _pipelines(folder, "turbo", name)
-    yield "edited", *_drawn(ours, theirs, settings, edit=(reference,))
+    yield "edited", *drawn(ours, theirs, settings, edit=(reference,))
 
 
 def compare_klein_edit(folder: Path) -> Pairs:
     for name, count, scale in (("turbo", 1, 1.0), ("base", 2, 4.0)):
         ours, theirs = _pipelines(folder, name, "Flux2KleinPipeline")
-        height, width = SIZE
-        settings = DrawSettings(
-            PROMPT, height=height, width=width, seed=SEED, num_inference_steps=3
-        )
         edit = tuple(str(folder / f"{k + 1}.png") for k in range(count))
-        drawn = _drawn(ours, theirs, settings, edit=edit, guidance_scale=scale)
-        yield f"{count} edited", *drawn
-    yield _with_lora(folder, "turbo", "Flux2KleinPipeline")
+        settings = {"num_inference_steps": 3, "edit": edit, "guidance_scale": scale}
+        yield f"{count} edited", *drawn(ours, theirs, SETTINGS, **settings)
 
 
 def _compare_prompt(folder: Path, name: str) -> Pairs:
@@ -119,7 +127,7 @@ def _compare_prompt(folder: Path, name: str) -> Pairs:
     few = _few_steps(folder)
     for what, model, scale in (("4 steps", few, 1.0), ("guided", "base", 3.5)):
         ours, theirs = _pipelines(folder, model, name)
-        yield what, *_drawn(ours, theirs, FOUR_STEPS, guidance_scale=scale)
+        yield what, *drawn(ours, theirs, SETTINGS, guidance_scale=scale)
     yield _with_lora(folder, few, name)
 
 
@@ -139,7 +147,7 @@ def _with_lora(folder: Path, model: str, name: str) -> tuple[str, mx.array, Any]
     ours, theirs = _pipelines(folder, model, name, loras=((str(lora), 0.8),))
     theirs.load_lora_weights(str(lora), adapter_name="lora")
     theirs.set_adapters("lora", 0.8)
-    return "with LoRA", *_drawn(ours, theirs, FOUR_STEPS, guidance_scale=1.0)
+    return "with LoRA", *drawn(ours, theirs, SETTINGS, guidance_scale=1.0)
 
 
 def _few_steps(folder: Path) -> str:
@@ -153,12 +161,12 @@ def _compare(folder: Path, name: str, *, masked: bool) -> Pairs:
         ours, theirs = _pipelines(folder, model, name)
         settings = _settings(folder, masked=masked, num_inference_steps=steps, strength=strength)
         what = "guided" if scale > 1 else f"{strength:g} of {steps}"
-        yield what, *_drawn(ours, theirs, settings, guidance_scale=scale)
+        yield what, *drawn(ours, theirs, settings, guidance_scale=scale)
 
 
 def _settings(folder: Path, *, masked: bool, **settings: Any) -> DrawSettings:
     mask = str(folder / "mask.png") if masked else None
-    return DrawSettings(PROMPT, image=str(folder / "0.png"), mask=mask, seed=SEED, **settings)
+    return replace(SETTINGS, image=str(folder / "0.png"), mask=mask, **settings)
 
 
 def _pipelines(folder: Path, model: str, name: str, **choice: Any) -> tuple[Pipeline, Any]:
@@ -173,18 +181,22 @@ def _pipelines(folder: Path, model: str, name: str, **choice: Any) -> tuple[Pipe
     return SnapGenPipeline.from_pretrained(here, **choice), theirs
 
 
-def _drawn(
-    ours: Pipeline, theirs: Any, settings: DrawSettings, **more: Any
-) -> tuple[mx.array, Any]:
-    """Pictures (1, H, W, 3) in [0, 1], before what must not change is pasted: ours, and theirs."""
-    height, width = SIZE
+def drawn(ours: Pipeline, theirs: Any, settings: DrawSettings, **more: Any) -> tuple[mx.array, Any]:
+    """Pictures (1, H, W, 3) in [0, 1], before what must not change is pasted: ours, and theirs.
+
+    Args:
+        settings, more: with prompt, size and seed.
+    """
+    settings = replace(settings, **more)
+    height, width, seed = settings.height, settings.width, settings.seed
+    assert height is not None and width is not None and seed is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PictureWarning)
-        *_, last = ours.generate(settings, height=height, width=width, **more)
+        *_, last = ours.generate(settings)
     found = mx.clip(ours.autoencoder.decode(last.x0) / 2 + 0.5, 0, 1)
     values, kind = last.metadata, ours.config.kind
     given = {
-        "prompt": PROMPT,
+        "prompt": settings.prompt,
         "height": height,
         "width": width,
         "num_inference_steps": values["num_inference_steps"],
@@ -196,7 +208,7 @@ def _drawn(
         # The other scale is for models that are distilled for it.
         given["true_cfg_scale"] = given.pop("guidance_scale")
         given["negative_prompt"] = " " if given["true_cfg_scale"] > 1 else None
-    edit = [Image.open(path) for path in more.get("edit", ())]
+    edit = [Image.open(str(path)) for path in settings.edit]
     if settings.image is not None:
         given |= {"image": Image.open(str(settings.image)), "strength": settings.strength}
     elif edit:
@@ -206,12 +218,12 @@ def _drawn(
         if edit:
             given["image_reference"] = edit[0]
     channels = ours.config.autoencoder.latent_channels
-    noise = get_noise(SEED, height // 8, width // 8, channels)
+    noise = get_noise(seed, height // 8, width // 8, channels)
     if kind == "flux2":
         noise = pack(noise, 2).reshape(1, height // 16, width // 16, 4 * channels)
     with _random_numbers(theirs, np.array(noise).transpose(0, 3, 1, 2)):
-        drawn = theirs(**given, output_type="pt").images
-    return found, drawn.permute(0, 2, 3, 1)
+        expected = theirs(**given, output_type="pt").images
+    return found, expected.permute(0, 2, 3, 1)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.config import TextEncoderConfig
 from mlx_snapgen.errors import UserError, naming
-from mlx_snapgen.formats import INDEX, class_name
+from mlx_snapgen.formats import INDEX, class_names
 from mlx_snapgen.json_values import check_only, from_dict
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder, ClipTokenizer
 from mlx_snapgen.reading import (
@@ -152,11 +152,11 @@ def check_is_clip(folder: Path, what: str) -> None:
         what: start of the message.
     """
     path = folder / "config.json"
-    name = class_name(read_object(path) if path.is_file() else {})
+    names = class_names(read_object(path) if path.is_file() else {})
     if (folder / INDEX).is_file():
         raise UserError(f"{what} is a whole model in diffusers' format")
-    if name is not None and "clip" not in name.lower():
-        raise UserError(f"{what} is a {name}")
+    if names and "clip" not in names[0].lower():
+        raise UserError(f"{what} is a {names[0]}")
 
 
 def load_clip(folder: Path) -> ClipTextEncoder:

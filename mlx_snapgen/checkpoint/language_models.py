@@ -388,10 +388,12 @@ class _Tower(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The text tower's weights from any known layout; vision tower and head are dropped."""
-        kept = {}
-        for key, value in weights.items():
-            name = key.removeprefix("model.").removeprefix("language_model.")
-            name = name.removeprefix("model.")
-            if not name.startswith(("visual.", "vision_tower.", "lm_head.")):
-                kept[f"model.{name}"] = value
-        return kept
+        named = {text_tower_name(key): value for key, value in weights.items()}
+        return {name: value for name, value in named.items() if name is not None}
+
+
+def text_tower_name(key: str) -> str | None:
+    """mlx-lm's name of a weight of the text tower, in any known layout; None for other towers."""
+    name = key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    is_other = name.startswith(("visual.", "vision_tower.", "lm_head."))
+    return None if is_other else f"model.{name}"

@@ -15,9 +15,10 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_snapgen.checkpoint import clip, clip_towers, t5
-from mlx_snapgen.checkpoint.language_models import check_qwen
+from mlx_snapgen.checkpoint.language_models import check_qwen, text_tower_name
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shapes
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.formats import class_names
 from mlx_snapgen.json_values import check_sizes, to_dict
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
@@ -170,18 +171,17 @@ def _gemma(source: Source, public: Weights) -> Plan:
 
 
 QWEN_NAME = re.compile(
-    r"(embed_tokens|norm|layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm))\."
+    r"model\.(embed_tokens|norm"
+    r"|layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm))\."
 )
 
 
 def _qwen_name(key: str) -> str | None:
-    """mlx-lm's name of a weight of the text tower, in any known layout; None for other towers."""
-    name = key.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
-    if name.startswith(("visual.", "vision_tower.", "lm_head.")):
-        return None
-    if not QWEN_NAME.match(name):
+    """See `text_tower_name`."""
+    name = text_tower_name(key)
+    if name is not None and not QWEN_NAME.match(name):
         raise UserError(f"'{key}' belongs to no Qwen language model")
-    return f"model.{name}"
+    return name
 
 
 def _qwen(source: Source, public: Weights) -> Plan:
@@ -350,7 +350,7 @@ def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
         if name not in KINDS:
             raise UserError(f"no kind '{name}'{nearest(name, KINDS)}, known: {', '.join(KINDS)}")
         return name
-    names = _class_names(source.config or {})
+    names = class_names(source.config or {})
     for candidate, kind in KINDS.items():
         if set(names) & set(kind.classes):
             return candidate
@@ -365,12 +365,6 @@ def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
     raise UserError(
         f"{source.path} is of an unknown kind{called}{near}: choose --kind {{{','.join(KINDS)}}}"
     )
-
-
-def _class_names(config: Mapping[str, Any]) -> list[str]:
-    architectures = config.get("architectures")
-    names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
-    return [name for name in (*names, config.get("model_type")) if isinstance(name, str)]
 
 
 def _known(kind: Kind, weights: Weights) -> int:

@@ -158,14 +158,6 @@ def length_ratio(v: mx.array, guided: mx.array, *, patch: int) -> mx.array:
     return mx.repeat(mx.repeat(ratio, patch, 1), patch, 2).astype(v.dtype)
 
 
-def noise_levels(
-    schedule: Schedule, num_tokens: int, *, num_inference_steps: int | None = None
-) -> list[float]:
-    """`num_inference_steps` + 1 levels from 1 down to 0, for a picture of `num_tokens` tokens."""
-    count = num_inference_steps or schedule.num_inference_steps
-    return shifted_levels(schedule, count, time_shift=schedule.time_shift(num_tokens, count))
-
-
 def shifted_levels(schedule: Schedule, count: int, *, time_shift: float) -> list[float]:
     """`count` + 1 levels from 1 down to 0, with a given shift."""
     *levels, end = get_schedule(count, time_shift)

@@ -12,12 +12,13 @@ from PIL import Image
 import convert.teacher
 from convert import sample_teacher
 from convert.parity.originals import flux2_klein_pipeline, relative_difference
-from convert.parity.pipelines import PROMPTS, flux2_klein_pictures, random_pictures
+from convert.parity.pictures import SETTINGS, drawn, make
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.fitting import fit_reference
 from mlx_snapgen.networks.layers import pack
 from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN
+from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public.convert import convert as convert_part
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.public.teachers import TeacherParts, convert_teacher
@@ -30,6 +31,7 @@ from tests.tiny import require
 
 require("mlx_lm", "torch", "diffusers", "transformers")
 
+PROMPTS = ["a red car", "two cats: \u00e4, {} and <|im_end|>, on a table that is green"]
 WORDS = "a bird and a dog on a hill with many small trees " * 12
 
 
@@ -40,9 +42,9 @@ def klein(tmp_path_factory):
     pipelines = [flux2_klein_pipeline(is_distilled=is_distilled) for is_distilled in (False, True)]
     for p in pipelines[1].transformer.parameters():
         p.mul_(1.1)
-    for pipeline, name in zip(pipelines, ("base", "klein"), strict=True):
+    make(folder, base=pipelines[0], klein=pipelines[1])
+    for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.save_pretrained(folder / name)
     return *pipelines, folder
 
 
@@ -81,15 +83,11 @@ def test_a_language_model_must_have_the_layers(klein, tmp_path):
     [(4.0, 3, (48, 80), 0), (1.5, 2, (16, 112), 1), (1.0, 4, (64, 32), 0), (3.0, 2, (32, 48), 2)],
 )
 def test_pictures_are_those_of_the_pipeline(klein, both, guidance, steps, size, count):
-    found, expected = flux2_klein_pictures(
-        *both,
-        pipeline=klein[0],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        references=random_pictures()[:count],
-        prompts=[WORDS, *PROMPTS][: 1 + count],
-        size=size,
-    )
+    pipe = SnapGenPipeline.from_pretrained(klein[-1] / "both")
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "few_step": False}
+    settings |= {"edit": tuple(str(klein[-1] / f"{k + 1}.png") for k in range(count))}
+    settings |= {"prompt": [WORDS, *PROMPTS][count], "height": size[0], "width": size[1]}
+    found, expected = drawn(pipe, klein[0], SETTINGS, **settings)
     assert relative_difference(found, expected) < 1e-4
 
 
@@ -136,9 +134,8 @@ def test_a_wrong_schedule_is_noticed(klein, both, monkeypatch):
     plain = teacher_config.empirical_log_shift
     wrong = lambda tokens, steps: plain(tokens, steps) + 0.01  # noqa: E731
     monkeypatch.setattr(teacher_config, "empirical_log_shift", wrong)
-    found, expected = flux2_klein_pictures(
-        *both, pipeline=klein[0], num_inference_steps=3, guidance_scale=1.0, prompts=PROMPTS[:1]
-    )
+    pipe = SnapGenPipeline.from_pretrained(klein[-1] / "both")
+    found, expected = drawn(pipe, klein[0], SETTINGS, guidance_scale=1.0, few_step=False)
     assert relative_difference(found, expected) > 1e-3
 
 
@@ -160,9 +157,8 @@ def test_commands_from_public_folders_to_an_edited_picture(klein, tmp_path, monk
     arguments = ["teacher", str(folder / "base"), str(teacher), *few_step]
     monkeypatch.setattr(sys, "argv", arguments)
     convert.teacher.main()
-    picture = random_pictures()[0]
-    picture.save(tmp_path / "given.png")
-    options = ["--few-step", "--steps", "2", "--seed", "7", "--edit", str(tmp_path / "given.png")]
+    picture = Image.open(folder / "1.png")
+    options = ["--few-step", "--steps", "2", "--seed", "7", "--edit", str(folder / "1.png")]
     sample_teacher.main([str(teacher), "a red car", "--output", str(path), *options])
     width, height = 64, 80
     noise = pack(get_noise(7, height // 8, width // 8, 4), 2).reshape(1, 5, 4, 16)
@@ -173,9 +169,9 @@ def test_commands_from_public_folders_to_an_edited_picture(klein, tmp_path, monk
         latents=torch.tensor(np.array(noise)).permute(0, 3, 1, 2),
         output_type="np",
     ).images[0]
-    with Image.open(path) as drawn:
-        assert drawn.size == (width, height)
-        difference = np.abs(np.array(drawn) - 255 * expected)
+    with Image.open(path) as found:
+        assert found.size == (width, height)
+        difference = np.abs(np.array(found) - 255 * expected)
     assert difference.max() < 0.6
     assert 255 * expected.std() > 20
 
@@ -251,9 +247,10 @@ def test_pictures_that_cannot_be_edited_are_one_line(size):
         fit_reference(Image.new("RGB", size), unit=16)
 
 
-def test_only_klein_edits(both):
+def test_only_klein_edits(klein, both):
     teacher = FlowTeacher(
         dataclasses.replace(both[0].config, kind="z-image"), both[0].network, prompts=None
     )
+    picture = Image.open(klein[-1] / "1.png")
     with pytest.raises(UserError, match="cannot edit pictures: leave out --edit"):
-        sample_teacher.sample(teacher, both[1], prompt="a", references=random_pictures())
+        sample_teacher.sample(teacher, both[1], prompt="a", references=[picture])

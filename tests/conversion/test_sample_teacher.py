@@ -12,7 +12,7 @@ from convert import sample_teacher
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.teachers.config import LIGHTNING
-from mlx_snapgen.teachers.flow import noise_levels
+from mlx_snapgen.teachers.flow import shifted_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher, load_network
 from tests.tiny import TEACHER, write_lightning_lora, write_teacher
 
@@ -39,7 +39,7 @@ def test_many_steps_follow_the_guided_velocity(folder, tmp_path, capsys):
     assert str(tmp_path / "a.png") in capsys.readouterr().out
     teacher, autoencoder = load_flow_teacher(folder)
     condition = teacher.encode(["a red car"])
-    levels = noise_levels(TEACHER.schedule, 6, num_inference_steps=2)
+    levels = shifted_levels(TEACHER.schedule, 2, time_shift=TEACHER.schedule.time_shift(6, 2))
     x = get_noise(5, 4, 6, 4)
     for here, there in itertools.pairwise(levels):
         x = x + (there - here) * teacher.velocity(

@@ -19,7 +19,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.text_encoders.qwen import QWEN_IMAGE, Z_IMAGE
 from mlx_snapgen.public.teachers import TeacherParts, convert_teacher
 from mlx_snapgen.sampling import denoise, get_noise
-from mlx_snapgen.teachers.flow import noise_levels
+from mlx_snapgen.teachers.flow import shifted_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
 
 WHY = "parity with diffusers needs torch, diffusers and mlx-lm: pip install -e '.[parity]'"
@@ -146,7 +146,8 @@ def test_qwen_image_draws_as_its_pipeline_does(qwen, guidance, steps):
     picture = pipeline(**settings, latents=packed, output_type="pt").images
 
     condition = teacher.encode(settings["prompt"])
-    levels = noise_levels(teacher.config.schedule, 15, num_inference_steps=steps)
+    shift = teacher.config.schedule.time_shift(15, steps)
+    levels = shifted_levels(teacher.config.schedule, steps, time_shift=shift)
 
     def velocity(x_t, sigma):
         return teacher.velocity(x_t, mx.full((2,), sigma), condition, guidance_scale=guidance)
@@ -223,9 +224,9 @@ def test_z_image_draws_as_its_pipeline_does(z_image, guidance, steps):
         return teacher.velocity(x_t, mx.full((2,), sigma), condition, guidance_scale=1 + guidance)
 
     start = mx.array(noise.permute(0, 2, 3, 1).numpy())
-    *_, last = denoise(
-        velocity, start, noise_levels(teacher.config.schedule, 15, num_inference_steps=steps)
-    )
+    shift = teacher.config.schedule.time_shift(15, steps)
+    levels = shifted_levels(teacher.config.schedule, steps, time_shift=shift)
+    *_, last = denoise(velocity, start, levels)
     assert relative_difference(last.x_t, latents.permute(0, 2, 3, 1)) < 1e-4
     drawn = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
     assert relative_difference(drawn, picture.permute(0, 2, 3, 1)) < 1e-4

@@ -14,7 +14,7 @@ from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.teachers import folder as folders
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.config import KLEIN, LIGHTNING, TRANSFORMERS, Schedule
-from mlx_snapgen.teachers.flow import FlowTeacher, noise_levels
+from mlx_snapgen.teachers.flow import FlowTeacher, shifted_levels
 from tests.tiny import (
     AUTOENCODER,
     FLUX2,
@@ -139,12 +139,15 @@ def test_noise_levels():
     shift = np.exp(0.5 + 0.4 * 3840 / 7936)
     raw = [shift * s / (1 + (shift - 1) * s) for s in (1, 2 / 3, 1 / 3)]
     expected = [1 - (1 - s) * (1 - 0.02) / (1 - raw[-1]) for s in raw] + [0]
-    np.testing.assert_allclose(
-        noise_levels(TEACHER.schedule, 4096, num_inference_steps=3), expected, rtol=1e-6
-    )
-    assert noise_levels(TEACHER.schedule, 4096, num_inference_steps=3)[-2] == pytest.approx(0.02)
-    assert noise_levels(LIGHTNING, 64) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert noise_levels(Schedule(terminal=0.02), 64, num_inference_steps=1) == [1, 0]
+
+    def levels(schedule, tokens, count):
+        shift = schedule.time_shift(tokens, count)
+        return shifted_levels(schedule, count, time_shift=shift)
+
+    np.testing.assert_allclose(levels(TEACHER.schedule, 4096, 3), expected, rtol=1e-6)
+    assert levels(TEACHER.schedule, 4096, 3)[-2] == pytest.approx(0.02)
+    assert levels(LIGHTNING, 64, 4) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert levels(Schedule(terminal=0.02), 64, 1) == [1, 0]
 
 
 def test_a_student_learns_from_it(qwen_folder):
