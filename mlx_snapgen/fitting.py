@@ -141,21 +141,19 @@ def check_reference(height: int, width: int) -> None:
         )
 
 
-def fit_reference(
-    picture: Image.Image, *, unit: int, max_pixels: int = MAX_REFERENCE
-) -> Image.Image:
+def fit_reference(picture: Image.Image, *, unit: int) -> Image.Image:
     """A picture to edit in a size that FLUX.2 takes, as in diffusers' Flux2KleinPipeline.
 
-    A picture of more than `max_pixels` is made smaller. Its sides are then cut around the center to
-    multiples of `unit`.
+    A picture of more than `MAX_REFERENCE` pixels is made smaller. Its sides are then cut around the
+    center to multiples of `unit`.
 
     Raises:
         UserError: see `check_reference`.
     """
     width, height = picture.size
     check_reference(height, width)
-    if width * height > max_pixels:
-        scale = math.sqrt(max_pixels / (width * height))
+    if width * height > MAX_REFERENCE:
+        scale = math.sqrt(MAX_REFERENCE / (width * height))
         size = int(width * scale), int(height * scale)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     kept = [side // unit * unit for side in picture.size]

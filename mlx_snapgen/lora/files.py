@@ -258,9 +258,8 @@ def load_lora(
     weight: float = 1.0,
     name: str | None = None,
     base_model: str | None = None,
-    trainable: bool = False,
 ) -> list[str]:
-    """Add the adapter in a file to the layers of `module`.
+    """Add the adapter in a file to the layers of `module`, frozen and in their floating type.
 
     Reads the keys of diffusers and PEFT (`lora_A`, `lora_B`) and those of kohya and
     Qwen-Image-Lightning (`lora_down`, `lora_up`), with or without a prefix, and the layers' names
@@ -273,8 +272,6 @@ def load_lora(
         weight: the adapter's; 0 loads it switched off.
         name: the adapter's; None takes the file's.
         base_model: name of the network's model; a warning is issued for a file made for another.
-        trainable: keep the adapter in float32, not frozen, to train it further. False freezes it,
-            in the base's floating type.
 
     Returns:
         Paths of the layers that have it.
@@ -303,7 +300,7 @@ def load_lora(
         raise UserError(f"{path} has no effect: the alpha of its layers is 0")
     adapters, stored, kept = {}, [], []
     for layer, parts in by_layer.items():
-        dtype = mx.float32 if trainable else layer_dtype(layers[layer])
+        dtype = layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
         trained = header.get("model_widths", "")
         adapters[layer] = Adapter(a, b, alpha=alphas[layer], weight=float(weight), widths=trained)
@@ -318,9 +315,8 @@ def load_lora(
         text = f"{path} was made for the model '{one_line(made_for, 60)}', not '{base_model}'"
         warnings.warn(text, stacklevel=2)
     attach(module, adapters, name=name)
-    if not trainable:
-        for adapter in adapters.values():
-            adapter.freeze()
+    for adapter in adapters.values():
+        adapter.freeze()
     return list(adapters)
 
 

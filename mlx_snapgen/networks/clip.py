@@ -104,10 +104,6 @@ class Clip(nn.Module):
         states = self.picture_encoder(self.picture_encoder.preprocess(pictures))
         return _normalized(self.picture_projection(states))
 
-    def logits(self, pictures: mx.array, texts: mx.array) -> mx.array:
-        """Embeddings (P, E) and (T, E) -> scaled cosine similarities (P, T)."""
-        return mx.exp(self.logit_scale) * pictures @ texts.T
-
 
 def _normalized(x: mx.array) -> mx.array:
     return x / mx.linalg.norm(x, axis=-1, keepdims=True)

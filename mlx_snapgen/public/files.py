@@ -44,13 +44,13 @@ class Folders(NamedTuple):
     """Of the text encoder."""
 
 
-def fetch_public(model: PublicModel, *, progress: DownloadProgress | None = None) -> Folders:
+def fetch_public(model: PublicModel) -> Folders:
     """The folders with all files of a model that are needed; a repository's are fetched.
 
     Raises:
         UserError: a file that is missing, no access, no network, no space.
     """
-    return fetch_files(model, needed_files(model), progress)
+    return fetch_files(model, needed_files(model), None)
 
 
 def fetch_files(model: PublicModel, files: Files, progress: DownloadProgress | None) -> Folders:
