@@ -287,10 +287,9 @@ class EfficientDiT(nn.Module):
         config.width_index(share)
         b, height, row, _ = x_t.shape
         patch = config.patch_size
-        if height % (2 * patch) or row % (2 * patch):
+        if height % (unit := 2 * patch) or row % unit:
             raise UserError(
-                f"latents of {height}x{row} do not divide by {2 * patch}: choose a picture size "
-                f"that divides by {16 * patch}"
+                f"latents of {height}x{row} do not divide by {unit}: choose another picture size"
             )
         grid = Grid(height // patch, row // patch)
         x = space_to_depth(x_t, patch).reshape(b, grid.height * grid.width, -1)

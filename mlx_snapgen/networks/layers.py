@@ -117,7 +117,10 @@ def attend(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     share = q.shape[1] // k.shape[1]
     k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
-    weights = mx.softmax(q @ k.swapaxes(-1, -2) * scale, axis=-1)
+    scores = q @ k.swapaxes(-1, -2) * scale
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    weights = mx.softmax(scores, axis=-1)
     return (weights * modulation.astype(q.dtype)) @ v
 
 

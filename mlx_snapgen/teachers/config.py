@@ -112,7 +112,7 @@ NAMES = {
 class TeacherConfig:
     """A public flow model, to draw with or as a teacher: one `teacher.json`.
 
-    It is a `config.Description`.
+    It is a `description.Description`.
     """
 
     kind: str = "qwen-image"

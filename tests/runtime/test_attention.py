@@ -182,6 +182,21 @@ def difference(found, expected):
     )
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_mask_and_a_modulation_count_together(dtype):
+    arrays = heads_of((2, 4, 6), (2, 2, 9), (2, 2, 9), dtype=dtype)
+    mask = (mx.arange(9)[None] < mx.array([[9], [5]]))[:, None, None]
+    modulation = mx.random.uniform(shape=(6, 9), key=mx.random.key(0))
+    found = attend(*arrays, mask=mask, modulation=modulation)
+    assert found.dtype == dtype
+    q, k, v = (np.array(x.astype(mx.float32)) for x in arrays)
+    k, v = k.repeat(2, axis=1), v.repeat(2, axis=1)
+    scores = np.where(mask, q @ k.swapaxes(-1, -2) / math.sqrt(8), -np.inf)
+    expected = (softmax(scores) * np.array(modulation)) @ v
+    atol = 1e-5 if dtype == mx.float32 else 0.02
+    np.testing.assert_allclose(np.array(found.astype(mx.float32)), expected, atol=atol)
+
+
 @pytest.mark.parametrize("masked", [None, "mask", "modulation"])
 @pytest.mark.parametrize(("kv_heads", "queries", "keys"), [(4, 200, 200), (2, 320, 77), (1, 64, 9)])
 def test_scores_in_parts_have_the_same_gradients(monkeypatch, masked, kv_heads, queries, keys):
