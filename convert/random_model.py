@@ -217,7 +217,7 @@ def _qwen3(folder: Path) -> nn.Module:
     try:
         from mlx_lm.models.qwen3 import Model, ModelArgs
     except ImportError:
-        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
+        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[public]"') from None
     write_byte_tokenizer(folder)
     return Model(ModelArgs.from_dict(QWEN3_4B))
 

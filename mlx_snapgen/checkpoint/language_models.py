@@ -38,7 +38,7 @@ def load_gemma(folder: Path, config: TextEncoderConfig) -> GemmaTextEncoder:
             from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
         raise UserError(
-            'Gemma needs mlx-lm: pip install "mlx_snapgen[gemma]", or choose other text encoders'
+            'Gemma needs mlx-lm: pip install "mlx_snapgen[public]", or choose other text encoders'
         ) from None
     path = folder / "config.json"
     try:
@@ -90,7 +90,7 @@ def load_qwen(
         with interrupts_deferred():
             from mlx_lm.utils import load_model, load_tokenizer
     except ImportError:
-        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[teacher]"') from None
+        raise UserError('a teacher needs mlx-lm: pip install "mlx_snapgen[public]"') from None
     values = check_kind(folder, prompt_format)
     check_sizes(values, folder / "config.json")
     check_qwen(values, folder / "config.json")

@@ -82,7 +82,7 @@ def describe(source: str, folder: Path, commit: str | None) -> PublicModel:
     if (inside := find_minit2i(folder)) is not None:
         return _describe_minit2i(Place(source, folder, commit), inside)
     if importlib.util.find_spec("mlx_lm") is None:
-        raise UserError('public models need mlx-lm: pip install "mlx_snapgen[teacher]"')
+        raise UserError('public models need mlx-lm: pip install "mlx_snapgen[public]"')
     name = read_object(folder / INDEX).get("_class_name")
     if name not in PIPELINES:
         raise UserError(

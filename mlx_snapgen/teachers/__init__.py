@@ -1,5 +1,5 @@
-"""Large public flow models as teachers of a small one, behind one interface.
+"""Public flow models behind one interface: to draw with, and as teachers of a small model.
 
-`python -m convert.teacher` writes a teacher's folder. Modules have their public names, so that the
-keys of public LoRAs match.
+`mlx_snapgen.public.first_use` and `convert.teacher` write their folders. Modules have their public
+names, so that the keys of public LoRAs match.
 """

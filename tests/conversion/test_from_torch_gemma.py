@@ -21,7 +21,7 @@ TOKENS = [[2, 5, 6, 7, 8, 4, 5]]
 
 @pytest.fixture(scope="module")
 def mlx_lm():
-    return pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
+    return pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[public]'")
 
 
 @pytest.mark.parametrize("multimodal", [True, False])

@@ -1,6 +1,6 @@
 """Gemma 3 as a text encoder: loading, padding, quantized folders, and parity with the original.
 
-Needs mlx-lm (`pip install -e ".[gemma]"`), the parity tests torch besides (`".[parity]"`).
+Needs mlx-lm (`pip install -e ".[public]"`), the parity tests torch besides (`".[parity]"`).
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "red", "apple", "blue", "car"]
 
 @pytest.fixture(scope="module")
 def mlx_lm():
-    return pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
+    return pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[public]'")
 
 
 def write_gemma(folder, mlx_lm, multimodal=True, quantize=None, words=WORDS):

@@ -197,7 +197,7 @@ def test_weights_of_another_model_where_they_fit(components, parts, run, capsys)
 
 
 def test_gemma_is_used_from_its_folder(parts, run):
-    mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[gemma]'")
+    mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install -e '.[public]'")
     from tests.runtime.test_gemma import write_gemma
 
     write_gemma(parts / "gemma", mlx_lm)

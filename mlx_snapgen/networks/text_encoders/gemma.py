@@ -1,4 +1,4 @@
-"""Gemma 3 as a text encoder, through mlx-lm (`pip install "mlx_snapgen[gemma]"`).
+"""Gemma 3 as a text encoder, through mlx-lm (`pip install "mlx_snapgen[public]"`).
 
 The paper conditions on Gemma-3-4b-it (SnapGen++ section 2). The states are those after the last
 norm. Gemma is causal and takes no padding mask: padding is on the right, so no token of the prompt

@@ -1,6 +1,6 @@
 """The text encoder of public teachers: a Qwen language model, through mlx-lm.
 
-Install it with `pip install "mlx_snapgen[teacher]"`. The model is causal and padding is on the
+Install it with `pip install "mlx_snapgen[public]"`. The model is causal and padding is on the
 right: no token of the prompt attends to it.
 """
 
