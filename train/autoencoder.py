@@ -38,7 +38,7 @@ from train.loop.run import claim, find_folder, recorded
 from train.loop.trainer import Trainer
 from train.objectives.autoencoder import Reconstruction
 from train.options.autoencoder import RESOLUTION, UNIT, parse
-from train.options.data import data_from
+from train.setup.data import data_from
 
 VALIDATION_PICTURES = 48
 SHOWN = 8

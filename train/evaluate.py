@@ -68,8 +68,8 @@ from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
 from train.loop.teacher import prepared_parts
-from train.options.data import check_not_empty, data_from
 from train.options.evaluate import UNFINISHED, parse
+from train.setup.data import check_not_empty, data_from
 
 FILES = (
     *("table.md", "results.json", "losses.png", "sheet.png", "gallery.png"),

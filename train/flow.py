@@ -24,6 +24,8 @@ from train.objectives.elastic import TextToLatents
 from train.objectives.flow import Flow
 from train.options import supernetwork as options
 from train.options.common import add_number, check_at_least
+from train.setup import supernetwork as setup
+from train.setup.data import open_source
 
 
 def main() -> int:
@@ -48,28 +50,28 @@ def main() -> int:
         raise UserError(f"--mask-ratio is {args.mask_ratio}; it must be at least 0 and below 1")
     folder = options.check(args)
     start = args.init_from and find_folder(args.init_from)
-    source = options.open_source(args, folder.config)
+    source = open_source(args, folder.config)
 
     mx.random.seed(args.seed)
-    components = options.load_model(args, folder, source)
+    components = setup.load_model(args, folder, source)
     model = TextToLatents.of(components)
     autoencoder = components.autoencoder
     if start:
         start_from(model, start)
     model.transformer.checkpoint_blocks(args.save_memory)
-    batches = options.make_batches(args, source, autoencoder, model=model)
+    batches = setup.make_batches(args, source, autoencoder, model=model)
     own = {"mask_ratio": args.mask_ratio, "distillation_weight": args.distillation_weight}
-    options.claim_run(args, source, folder, components=components, trained=model, options=own)
-    options.print_passes(args, source)
-    weights = options.weights_of(args, batches, autoencoder)
+    setup.claim_run(args, source, folder, components=components, trained=model, options=own)
+    setup.print_passes(args, source)
+    weights = setup.weights_of(args, batches, autoencoder)
     trainer = Trainer(
         model,
         Flow(args.mask_ratio, args.distillation_weight, weights),
         batches=batches,
         config=options.training_config(args),
         run_dir=args.run_dir,
-        arguments=options.step_arguments(args),
-        validate=options.make_validation(args, source, autoencoder, model=model),
+        arguments=setup.step_arguments(args, folder.config),
+        validate=setup.make_validation(args, source, autoencoder, model=model),
     )
     trainer.run()
     return trainer.exit_code

@@ -38,6 +38,8 @@ from train.loop.trainer import Trainer
 from train.objectives.distillation import Distillation, Student, fit_to_teacher
 from train.options import supernetwork as options
 from train.options.common import TEACHER_HELP, add_number, add_teacher_source, check_at_least
+from train.setup import supernetwork as setup
+from train.setup.data import open_source
 
 
 def make_student(components: Components, *, feature_dims: int) -> Student:
@@ -62,11 +64,11 @@ def main() -> int:
     folder = options.check(args)
     check_teacher(args)
     start = args.init_from and find_folder(args.init_from)
-    source = options.open_source(args, folder.config)
+    source = open_source(args, folder.config)
 
     mx.random.seed(args.seed)
     teacher, autoencoder, teacher_digest = open_teacher(args)
-    components = options.load_model(args, folder, source)
+    components = setup.load_model(args, folder, source)
     same = same_latents(components.autoencoder, autoencoder)
     if not same:
         if args.guidance != 1:
@@ -79,12 +81,12 @@ def main() -> int:
     if start:
         start_from(student, start)
     student.transformer.checkpoint_blocks(args.save_memory)
-    batches = options.make_batches(args, source, components.autoencoder, model=student)
+    batches = setup.make_batches(args, source, components.autoencoder, model=student)
     conditions = conditions_for(teacher, source, name=str(args.teacher))
     distilled = DistillationBatches(batches, conditions)
-    weights = options.weights_of(args, batches, components.autoencoder)
+    weights = setup.weights_of(args, batches, components.autoencoder)
     objective = Distillation(teacher, args.guidance, same_latents=same, weights=weights)
-    options.claim_run(
+    setup.claim_run(
         args,
         source,
         folder,
@@ -93,7 +95,7 @@ def main() -> int:
         fixed={"teacher_digest": teacher_digest},
         options={"guidance": args.guidance},
     )
-    options.print_passes(args, source)
+    setup.print_passes(args, source)
     if latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)
         # Each with other pictures.
@@ -105,8 +107,8 @@ def main() -> int:
         batches=distilled,
         config=options.training_config(args),
         run_dir=args.run_dir,
-        arguments=options.step_arguments(args),
-        validate=options.make_validation(args, source, components.autoencoder, model=student),
+        arguments=setup.step_arguments(args, folder.config),
+        validate=setup.make_validation(args, source, components.autoencoder, model=student),
         roles=distillation_roles(student.transformer.config.widths),
     )
     trainer.run()

@@ -54,7 +54,9 @@ from train.loop.trainer import Trainer
 from train.objectives.kdmd import DMD, Distilled, DMDStep, fit_to_few_step
 from train.objectives.losses import MEASURED, channel_weights
 from train.options.common import validation_batch, widths_of
-from train.options.kdmd import open_prompts, parse, sampler_of, share_of, training_config
+from train.options.kdmd import parse, sampler_of, training_config
+from train.setup.data import preview_prompts
+from train.setup.kdmd import open_prompts, share_of
 
 WIDTHS, RANK = "model_widths", "lora_rank"
 """In the record of a run."""
@@ -148,7 +150,7 @@ def main() -> int:
             dataclasses.replace(
                 components, config=dataclasses.replace(config, image_size=prompts.size)
             ),
-            args.validation_prompts or prompts.previews(),
+            preview_prompts(args, prompts.source),
             widths=[width.name for width in widths],
             adapter=STUDENT,
             batch_size=validation_batch(args),

@@ -40,8 +40,9 @@ from train.evaluation.preparation import Preparation, check_finished
 from train.loop.autoencoder import load_autoencoder
 from train.loop.run import digest_files, recorded
 from train.loop.teacher import check_teacher, find_teacher
-from train.options.data import MOST_SIDE, check_resolution, filter_from, note_few, print_columns
+from train.options.data import MOST_SIDE, check_resolution, filter_from
 from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
+from train.setup.data import note_few, print_columns
 
 CAPTION = "caption"
 """Column of the captions if none is chosen."""

@@ -18,7 +18,8 @@ from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.mixture import num_samples
 from train.options.common import add_number, add_output, check_at_least, check_new
-from train.options.data import add_data, check_data, data_from
+from train.options.data import add_data, check_data
+from train.setup.data import data_from
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-&:"
 """These are in every vocabulary, so that no English prompt has an unknown character."""

@@ -107,6 +107,7 @@ FLOORS = {
     """,
     "train": f"""
         {COMMANDS}
+        setup
         options
         evaluation
         loop
@@ -117,6 +118,10 @@ FLOORS = {
         autoencoder evaluate kdmd lora new palettes prepare supernetwork
         data
         common
+    """,
+    "train.setup": """
+        kdmd supernetwork
+        data
     """,
     "train.data": """
         drawn public

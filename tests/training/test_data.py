@@ -32,7 +32,8 @@ from train.data.selection import Filter, held_out
 from train.data.source import MAY_CHANGE, Record, Samples
 from train.data.stickers.source import Stickers, ValidationStickers
 from train.loop.run import claim, recorded
-from train.options.data import add_data, data_from
+from train.options.data import add_data
+from train.setup.data import data_from
 
 BUCKETS = [(16, 32), (16, 16), (32, 16)]
 

@@ -31,6 +31,7 @@ from train.evaluation.validation import flow_losses
 from train.loop.checkpoint import latest_checkpoint, load_ema, read_log
 from train.loop.trainer import Trainer
 from train.options import supernetwork
+from train.setup.supernetwork import step_arguments
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -211,8 +212,8 @@ def test_the_time_shift_is_the_models(prepared, model, model_folder, tmp_path):
 
     def shift(*given):
         args = supernetwork.new_parser("flow", "").parse_args(list(map(str, given)))
-        supernetwork.check(args)
-        return supernetwork.step_arguments(args)(0).shift
+        folder = supernetwork.check(args)
+        return step_arguments(args, folder.config)(0).shift
 
     assert shift(*options(model, tmp_path / "run", prepared)) is None
     assert shift(*options(model_folder, tmp_path / "run", prepared)) == 2.0

@@ -110,13 +110,13 @@ def test_pictures_that_do_not_fit_into_memory(
         assert "encoding 2 pictures of 64 x 64" in fails(flow, *flow_options, *resolution)
     assert not (tmp_path / "made").exists() and not (tmp_path / "run" / "step_1").exists()
     # Of a step, calculated: twice the memory is refused, and more than there is gets a line.
-    monkeypatch.setattr("train.options.supernetwork.machine_memory", lambda: 1)
+    monkeypatch.setattr("train.setup.supernetwork.machine_memory", lambda: 1)
     error = fails(flow, *flow_options, *resolution)
     assert "a step takes about" in error and "--batch-size with --accumulate, or --save-m" in error
     calculated = training_memory(
         ModelFolder.open(model_folder).config.transformer, latents=(8, 8), batch_size=2
     )
-    monkeypatch.setattr("train.options.supernetwork.machine_memory", lambda: calculated * 2 // 3)
+    monkeypatch.setattr("train.setup.supernetwork.machine_memory", lambda: calculated * 2 // 3)
     capsys.readouterr()
     run(flow, *flow_options, *resolution)
     assert "warning: a step takes about 0.0 GiB" in capsys.readouterr().err
@@ -309,7 +309,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_belongs_to_its_comman
 def test_a_missing_model_is_found_before_the_data_is_read(
     command, option, pictures, prepared, model_folder, fails, monkeypatch, tmp_path
 ):
-    for place in ("options.supernetwork", "options.kdmd", "autoencoder"):
+    for place in ("setup.supernetwork", "setup.kdmd", "autoencoder"):
         monkeypatch.setattr(f"train.{place}.data_from", None)
     monkeypatch.setattr("train.prepare.open_records", None)
     options = training(model_folder, tmp_path / "run", prepared)

@@ -23,8 +23,8 @@ from train.data.readers.folder import PictureFolderRecords
 from train.data.selection import HELD_OUT, Filter
 from train.loop.teacher import check_teacher_latents
 from train.options.common import widths_of
-from train.options.data import data_from
 from train.options.prepare import parse
+from train.setup.data import data_from
 
 
 def test_a_lora_of_a_style_is_no_few_step_mode(model_folder, tmp_path):

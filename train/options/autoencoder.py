@@ -9,6 +9,7 @@ from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels
 from train.data.open import is_prepared
 from train.loop.autoencoder import DEFAULT, SIZES
 from train.options.common import (
+    REMOVED_OF_STICKERS,
     add_number,
     add_removed,
     add_run_dir,
@@ -22,10 +23,6 @@ RESOLUTION = 256
 """Of the pictures by default."""
 UNIT = 32
 """Sides of pictures are multiples of this, so that every autoencoder can encode them."""
-REMOVED = {
-    "--num-nouns": "give --data stickers:nouns=N",
-    "--categories": "give --data stickers:categories=NAME+NAME",
-}
 
 
 def parse() -> argparse.Namespace:
@@ -88,7 +85,7 @@ def parse() -> argparse.Namespace:
         "of --init-from)",
     )
     add_seed(parser)
-    add_removed(parser, REMOVED)
+    add_removed(parser, REMOVED_OF_STICKERS)
     args = parser.parse_args()
     check_at_least(args, 1, "steps", "batch_size", "accumulate", "checkpoint_every", "crop")
     check_at_least(args, 0, "seed", "kl_weight")

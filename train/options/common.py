@@ -67,6 +67,8 @@ def add_output(parser: argparse.ArgumentParser, text: str, *, required: bool = T
     )
 
 
+NUM_PREVIEWS = 8
+"""Pictures to draw after a checkpoint by default."""
 MOST = 10**9
 """The largest whole number of an option; steps and batches are 32-bit numbers in places."""
 MOST_RANK = 2**16
@@ -120,6 +122,12 @@ def add_removed(parser: argparse.ArgumentParser, removed: Mapping[str, str]) -> 
         parser.add_argument(
             name, nargs="*", action=_Removed, help=argparse.SUPPRESS, metavar=instead
         )
+
+
+REMOVED_OF_STICKERS = {
+    "--num-nouns": "give --data stickers:nouns=N",
+    "--categories": "give --data stickers:categories=NAME+NAME",
+}
 
 
 class _Removed(argparse.Action):

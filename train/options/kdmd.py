@@ -2,10 +2,7 @@
 
 import argparse
 import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlx_snapgen.cli.options import (
     Parser,
@@ -15,22 +12,16 @@ from mlx_snapgen.cli.options import (
     guidance_scale,
     integer,
 )
-from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.config import ModelConfig, SamplerConfig
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.files import few_step_sampler
-from mlx_snapgen.picture_files import Size
 from mlx_snapgen.presets import FOUR_STEPS
-from mlx_snapgen.settings import MAX_STEPS, check_size
-from train.data.mixture import sizes_in
-from train.data.prompts import PromptList, spread
-from train.data.simulation import PromptBatches, prepared_prompts, sized_prompts
-from train.data.source import PromptSource
-from train.data.streams import Stream
+from mlx_snapgen.settings import MAX_STEPS
 from train.loop.config import TrainingConfig, warmup_of
-from train.loop.teacher import prepared_parts
 from train.options.common import (
     MOST_RANK,
+    NUM_PREVIEWS,
+    REMOVED_OF_STICKERS,
     TEACHER_HELP,
     add_channel_weights,
     add_number,
@@ -45,15 +36,10 @@ from train.options.common import (
     check_learning_rate,
     check_new_lora,
 )
-from train.options.data import add_data, check_data, check_not_empty, data_from, size_pair
+from train.options.data import add_data, size_pair
 
-NUM_PREVIEWS = 8
 BY_RESOLUTION = "resolution"
 """Value of `--time-shift` for None, see `SamplerConfig`."""
-REMOVED = {
-    "--num-nouns": "give --data stickers:nouns=N",
-    "--categories": "give --data stickers:categories=NAME+NAME",
-}
 
 
 def parse() -> argparse.Namespace:
@@ -147,7 +133,7 @@ def parse() -> argparse.Namespace:
         "(default: off)",
     )
     add_seed(parser)
-    add_removed(parser, REMOVED)
+    add_removed(parser, REMOVED_OF_STICKERS)
     args = parser.parse_args()
     check_new_lora(args.output)
     check_at_least(args, 1, "steps", "student_every", "batch_size", "accumulate", "rank")
@@ -188,81 +174,6 @@ def sampler_of(args: argparse.Namespace) -> SamplerConfig:
     if args.time_shift == BY_RESOLUTION:
         given["time_shift"] = None
     return dataclasses.replace(base, **given)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What to train on.
-
-    Attributes:
-        source: prompts, for previews.
-        size: of previews.
-        data: that of `--data`, or None.
-        settings: see `PictureSource`.
-        newer: settings that runs of earlier versions did not record.
-    """
-
-    batches: PromptBatches
-    source: PromptSource
-    size: Size
-    data: Any
-    settings: dict[str, Any]
-    newer: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def previews(self) -> list[str]:
-        """Prompts to draw after every checkpoint."""
-        return spread(self.source.prompts(0, 64), NUM_PREVIEWS)
-
-
-def open_prompts(args: argparse.Namespace, config: ModelConfig) -> Prompts:
-    """The prompts of the options, with the sizes of their pictures.
-
-    Raises:
-        UserError: a size or value that is not valid, or data that cannot be opened.
-    """
-    for height, width in args.sizes or ():
-        if height % config.size_unit or width % config.size_unit:
-            raise UserError(
-                f"--sizes {height}x{width}: give multiples of {config.size_unit} pixels"
-            )
-        check_size(config, height, width)
-    check_data(args, unit=config.size_unit)
-    side = args.resolution
-    size = (side, side) if side else config.image_size
-    if args.prompts_file:
-        prompts = list(read_prompts(args.prompts_file))
-        source = PromptList(prompts, args.seed)
-        digest = hashlib.blake2b("\n".join(prompts).encode(), digest_size=8).hexdigest()
-        sizes = args.sizes or [size]
-        batches = sized_prompts(source, sizes, seed=args.seed)
-        newer = {"prompts_digest": digest}
-        return Prompts(batches, source, sizes[0], None, {"data": "prompts"}, newer)
-    data = data_from(
-        args, size=config.image_size, unit=config.size_unit, seed=args.seed, run_dir=args.run_dir
-    )
-    check_not_empty(data)
-    shares = {} if args.sizes else sizes_in(data)
-    sizes = args.sizes or list(shares) or [size]
-    if prepared_parts(data):
-        batches = prepared_prompts(data, sizes=args.sizes or (), seed=args.seed)
-    else:
-        weights = list(shares.values()) or None
-        batches = sized_prompts(data, sizes, seed=args.seed, weights=weights)
-    return Prompts(batches, data, sizes[0], data, data.settings())
-
-
-def share_of(args: argparse.Namespace, shares: Sequence[float]) -> Callable[[int], float]:
-    """Step -> the share of the network's width that it trains.
-
-    It is the same for all iterations of a student step, so that the critic of this width is up to
-    date.
-    """
-
-    def share(step: int) -> float:
-        turn = step // args.student_every
-        return float(Stream.CRITIC_WIDTHS.generator(args.seed, turn).choice(shares))
-
-    return share
 
 
 def training_config(args: argparse.Namespace) -> TrainingConfig:

@@ -1,0 +1,1 @@
+"""What commands open and build from their options: data, models, batches, validation."""
