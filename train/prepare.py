@@ -25,23 +25,29 @@ from mlx_snapgen.formats import is_teacher
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.teachers.folder import load_teacher_config
-from train.data.drawn import DrawnSet, Teacher, open_drawing, open_teacher_texts, teacher_settings
 from train.data.encoded import check_encoding
-from train.data.encoders import CaptionEncoder, Encoder, of_encoder
 from train.data.imagefolder import bucket_sizes
 from train.data.index import paths_of
 from train.data.open import is_prepared, is_stickers, open_records
-from train.data.preparation import PictureSet, Reader
 from train.data.prepared import MODEL, Prepared, describe_autoencoder
 from train.data.selection import LEAST_TO_HOLD_OUT
 from train.data.shards import INDEX, SETTINGS
 from train.data.source import TEACHER, Record, RecordSource
-from train.evaluation.preparation import Preparation, check_finished
 from train.loop.autoencoder import load_autoencoder
 from train.loop.run import digest_files, recorded
 from train.loop.teacher import check_teacher, find_teacher
 from train.options.data import MOST_SIDE, check_resolution, filter_from
 from train.options.prepare import MOST_DRAWN_BATCHES, MOST_IN_SHARD, parse
+from train.preparation.drawn import (
+    DrawnSet,
+    Teacher,
+    open_drawing,
+    open_teacher_texts,
+    teacher_settings,
+)
+from train.preparation.encoders import CaptionEncoder, Encoder, of_encoder
+from train.preparation.pictures import PictureSet, Reader
+from train.preparation.work import Preparation, check_finished
 from train.setup.data import note_few, print_columns
 
 CAPTION = "caption"

@@ -66,18 +66,18 @@ from tests.applications.serving import KIND, encoded
 from tests.conversion.test_mil_program import X, write_package
 from tests.runtime import test_clip_towers as towers
 from tests.runtime import test_gemma as gemma
-from train.data.encoders import make_samples
 from train.data.imagefolder import read_folder
 from train.data.open import open_records
 from train.data.prepared import Prepared, write_index
 from train.data.shards import write_shard
 from train.data.source import Record, Skipped
-from train.evaluation.prepared_set import count_shards
 from train.evaluation.prompt_lists import dpg_files, geneval_files
 from train.loop.assemble import new_model
 from train.loop.checkpoint import load_checkpoint, read_log, save_checkpoint
 from train.loop.run import recorded
 from train.options.new import read_preset
+from train.preparation.encoders import make_samples
+from train.preparation.report import count_shards
 
 
 class Loader(NamedTuple):

@@ -109,7 +109,7 @@ FLOORS = {
         {COMMANDS}
         setup
         options
-        evaluation
+        evaluation preparation
         loop
         objectives
         data
@@ -123,10 +123,15 @@ FLOORS = {
         kdmd supernetwork
         data
     """,
+    "train.preparation": """
+        work
+        drawn pictures
+        encoders report
+    """,
     "train.data": """
-        drawn public
-        open preparation
-        encoders pictures prepared
+        public
+        open
+        pictures prepared
         crops distillation prior simulation trajectories index shards
         conditions encoded selection
         imagefolder mixture prompts stickers
@@ -166,8 +171,8 @@ FLOORS = {
     "train.evaluation": """
         drift measures palettes prompt_lists public stickers
         models
-        preparation previews validation
-        clip_measures estimate memory prepared_set reconstruction
+        previews validation
+        clip_measures estimate memory reconstruction
     """,
     "convert": f"""
         {COMMANDS}

@@ -43,16 +43,16 @@ from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests import tiny
 from tests.training.test_new import write_autoencoder
 from train import prepare
-from train.data.drawn import DrawnSet
-from train.data.encoders import Chunk, Picture
 from train.data.imagefolder import bucket_sizes, fit, nearest_bucket
 from train.data.mixture import Mixture
 from train.data.open import is_prepared
-from train.data.preparation import PictureSet
 from train.data.prepared import Prepared
 from train.data.shards import Sample, Shard, shard_path
 from train.data.source import Record, Skipped
 from train.options.prepare import parse
+from train.preparation.drawn import DrawnSet
+from train.preparation.encoders import Chunk, Picture
+from train.preparation.pictures import PictureSet
 
 SIZE = 64
 EXIF_ORIENTATION = 0x0112
@@ -452,7 +452,7 @@ def test_a_dry_run_prints_and_writes_nothing(pictures, model_folder, monkeypatch
 
 
 def test_slow_work_gets_a_hint(pictures, model_folder, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("train.evaluation.preparation.LONG_SHARD", 0)
+    monkeypatch.setattr("train.preparation.work.LONG_SHARD", 0)
     run(monkeypatch, *arguments(pictures, tmp_path / "set", model_folder, "--dry-run"))
     assert re.search(
         r"a shard takes up to .*: give a smaller --shard-size", capsys.readouterr().err
@@ -653,7 +653,7 @@ def test_the_name_of_a_teacher_may_not_be_utf8(
 def test_a_prompt_that_is_cut_is_noted_once(
     model_folder, components, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr("train.data.drawn.MOST_NOTED", 2)
+    monkeypatch.setattr("train.preparation.drawn.MOST_NOTED", 2)
     path, long = tmp_path / "prompts.txt", " ".join(["an apple"] * 90)
     path.write_text(f"a cat\n{long} 1\n{long} 2\n{long} 3\n")
     more = "--steps", 1, "--guidance", 1, "--batch-size", 2

@@ -12,10 +12,10 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import to_dict
 from tests.layout.graph import ROOT
 from tests.tiny import AUTOENCODER
-from train.data.encoders import CaptionEncoder, make_samples
 from train.data.prepared import Prepared
 from train.data.shards import Shard, shard_path, write_shard
-from train.evaluation.prepared_set import count_shards
+from train.preparation.encoders import CaptionEncoder, make_samples
+from train.preparation.report import count_shards
 
 SAMPLES, SHARDS, BUCKETS, BATCH = 10**8, 48_829, 17, 256
 

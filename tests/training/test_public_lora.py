@@ -32,13 +32,13 @@ from mlx_snapgen.teachers.folder import (
 )
 from tests import tiny
 from tests.tiny import add_random_lora, randomize
-from train.data.drawn import open_drawing
 from train.evaluation.models import PublicModel
 from train.evaluation.public import PublicValidation
 from train.loop.checkpoint import read_log
 from train.loop.trainer import Trainer
 from train.objectives.base import value_and_grad
 from train.options.lora import parse
+from train.preparation.drawn import open_drawing
 
 SHORT = dataclasses.replace(KLEIN_BASE, num_inference_steps=2)
 MODELS = {

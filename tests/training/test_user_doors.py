@@ -17,13 +17,13 @@ from mlx_snapgen.open_model import open_model
 from mlx_snapgen.settings import ModelChoice
 from tests.training.test_prepare import write_pictures
 from train import autoencoder, export, flow, new, prepare
-from train.data.preparation import PictureSet, Reader
 from train.data.prepared import Prepared
 from train.data.readers.folder import PictureFolderRecords
 from train.data.selection import HELD_OUT, Filter
 from train.loop.teacher import check_teacher_latents
 from train.options.common import widths_of
 from train.options.prepare import parse
+from train.preparation.pictures import PictureSet, Reader
 from train.setup.data import data_from
 
 

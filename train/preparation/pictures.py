@@ -18,12 +18,12 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.picture_files import Size, Unusable
-from train.data.encoders import Chunk, Encoder, Item, Measured, Picture, Rejected
 from train.data.imagefolder import fit, nearest_bucket
 from train.data.pictures import open_picture
 from train.data.readers.folder import NO_CAPTION
 from train.data.selection import Filter
 from train.data.source import Record, RecordSource, Skipped, describe_skipped
+from train.preparation.encoders import Chunk, Encoder, Item, Measured, Picture, Rejected
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -179,11 +179,7 @@ class PictureSet:
     def chunks(
         self, wanted: Callable[[int], bool], *, start: int, progress: Callable[[int], Any]
     ) -> Iterator[tuple[int, Chunk]]:
-        """(number, chunk) of each chunk that is wanted, from chunk `start`.
-
-        Args:
-            progress: called with the number of records that were just finished.
-        """
+        """See `Work`."""
         with contextlib.closing(
             in_order(self._numbered(wanted, start), self._decode, workers=self.workers)
         ) as items:

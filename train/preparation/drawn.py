@@ -25,9 +25,9 @@ from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.draw import draw_public
 from mlx_snapgen.teachers.folder import load_flow_teacher, load_teacher_config
-from train.data.encoders import CaptionEncoder, Chunk, Encoder, Measured, half, make_samples
 from train.data.shards import Sample
 from train.data.source import TEACHER
+from train.preparation.encoders import CaptionEncoder, Chunk, Encoder, Measured, half, make_samples
 
 SHORT = 30.0
 """Seconds of a first batch after which the estimate is made of a second one."""
@@ -119,7 +119,7 @@ class DrawnSet:
     def chunks(
         self, wanted: Callable[[int], bool], *, start: int, progress: Callable[[int], Any]
     ) -> Iterator[tuple[int, Chunk]]:
-        """See `PictureSet.chunks`."""
+        """See `Work`."""
         for chunk in range(start, -(-self.count() // self.chunk_size)):
             if not wanted(chunk):
                 continue

@@ -19,12 +19,12 @@ from mlx_snapgen.errors import UserError, plural, shown_bytes
 from mlx_snapgen.files import lock_folder, unlock_folder, whole_file
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.reading import read_object
-from train.data.encoders import Chunk, Measured
-from train.data.preparation import ENLARGED
 from train.data.prepared import save_empty, write_index
 from train.data.shards import SETTINGS, cannot_write, shard_path, write_shard
-from train.evaluation.prepared_set import choose_shown, count_shards, plot_sizes, sheet
 from train.loop.config import changed
+from train.preparation.encoders import Chunk, Measured
+from train.preparation.pictures import ENLARGED
+from train.preparation.report import choose_shown, count_shards, plot_sizes, sheet
 
 LONG_SHARD = 1800
 """Seconds."""
