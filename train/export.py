@@ -17,7 +17,7 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.cli.options import MODEL_HELP, Parser, bits, integer
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, as_given, run_command
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import check_new, expanded
 from mlx_snapgen.lora.files import few_step_sampler, load_lora
 from mlx_snapgen.reading import read_text
 from mlx_snapgen.settings import check_size
@@ -27,7 +27,7 @@ from train.loop.assemble import save_model
 from train.loop.checkpoint import trained_checkpoint
 from train.loop.run import recorded, start_from
 from train.objectives.elastic import TextToLatents
-from train.options.common import add_output, add_removed, check_new
+from train.options.common import add_output, add_removed
 from train.options.data import MOST_SIDE, check_resolution
 
 LICENSE = "LICENSE"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, plural, run_command
-from mlx_snapgen.files import whole_file
+from mlx_snapgen.files import check_new, whole_file
 from mlx_snapgen.pictures import contact_sheet
 from train.data.stickers.render import (
     INSTALL,
@@ -32,7 +32,7 @@ from train.options.common import (
     add_output,
     add_seed,
     check_at_least,
-    check_new,
+    check_new_file,
     check_outside,
 )
 from train.options.data import size_pair
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     output = args.output
-    check_new(output)
+    (check_new if args.noun else check_new_file)(output)
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent}; create it first")
     check_outside("--output", output, sources=[args.pictures] if args.pictures else ())

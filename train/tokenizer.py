@@ -17,7 +17,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.text_encoders.base import normalize
 from train.data.mixture import num_samples
-from train.options.common import add_number, add_output, check_at_least, check_new
+from train.options.common import add_number, add_output, check_at_least, check_new_file
 from train.options.data import add_data, check_data
 from train.setup.data import data_from
 
@@ -90,7 +90,7 @@ def main() -> None:
     add_number(parser, "--num-captions", 60_000, "captions to train on, at most")
     args = parser.parse_args()
     check_at_least(args, 1, "vocab_size", "num_captions")
-    check_new(args.output)
+    check_new_file(args.output)
     check_data(args, unit=1)
     with announce("reading the data ..."):
         source = data_from(args, size=(256, 256), unit=32, seed=0)

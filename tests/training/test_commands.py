@@ -119,6 +119,7 @@ def test_flow_trains_and_its_run_is_exported(
     with pytest.raises(UserError, match=r"no model folder.*moved.*with --model"):
         run(export, "--run", made, "--output", tmp_path / "new")
     # A model is exported as it is, with its own words.
+    (tmp_path / "copy").mkdir()  # an empty folder is as good as none
     run(export, "--model", model_folder, "--quantize", "none", "--output", tmp_path / "copy")
     assert load_pretrained(tmp_path / "copy").vocabulary == load_pretrained(model_folder).vocabulary
 

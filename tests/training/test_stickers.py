@@ -525,6 +525,9 @@ def test_contact_sheet_is_written_once(font, tmp_path):
 
 def test_one_noun_makes_an_imagefolder(font, tmp_path):
     folder = tmp_path / "zebras"
+    folder.mkdir()
+    with pytest.raises(UserError, match="exists already"):  # a sheet is a file
+        stickers.main(["--output", str(folder)])
     stickers.main(["--noun", "zebra", "--count", "12", "--seed", "3", "--output", str(folder)])
     shown = [noun_scene("zebra", 3, k) for k in range(12)]
     assert {(p.noun.name, p.color) for s in shown for p in s.placed} == {("zebra", None)}

@@ -121,6 +121,7 @@ def test_the_command_says_what_is_wrong_and_resumes(model, tuned, tmp_path, caps
             run(model, tmp_path / "out", *options)
     # The run is finished: the same model once more, with nothing learned.
     again = tuned.parent / "once more"
+    again.mkdir()
     capsys.readouterr()
     run(model, again, *TWO)
     training, export, command, *table = capsys.readouterr().out.splitlines()

@@ -17,7 +17,7 @@ from PIL import Image
 from mlx_snapgen.alpha import straight
 from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded, whole_file
+from mlx_snapgen.files import check_new, expanded, whole_file
 from mlx_snapgen.reading import parse_json, read_object, read_text
 from mlx_snapgen.settings import DrawSettings
 from train.evaluation.models import MeasuredModel
@@ -157,8 +157,8 @@ def claim_folder(output: Path, recorded: Mapping[str, Any]) -> None:
                 f"{output} has pictures with other {' and '.join(different)}: choose another "
                 "--output or delete it"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists already: choose another --output or delete it")
+    else:
+        check_new(output)
     _write(path, json.dumps(recorded, indent=1))
 
 

@@ -189,8 +189,8 @@ FILES = (".safetensors", ".model", ".png")
 """What the names of single files that commands write end with."""
 
 
-def check_new(output: Path) -> None:
-    """`UserError` if `output` exists or cannot be created."""
+def check_new_file(output: Path) -> None:
+    """`UserError` if the file `output` exists or cannot be created; `check_new` is for folders."""
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output or delete it")
     check_writable(output.parent)
@@ -201,7 +201,7 @@ def check_new_lora(output: Path, *, dry_run: bool = False) -> None:
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: give a name ending in .safetensors")
     if not dry_run:
-        check_new(output)
+        check_new_file(output)
 
 
 # --- fine-tuning --------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.files import expanded
+from mlx_snapgen.files import check_new, expanded
 from train.loop.run import check_run_folder
 from train.options.common import (
     add_number,
@@ -13,7 +13,6 @@ from train.options.common import (
     add_run_dir,
     add_tuning,
     check_at_least,
-    check_new,
     check_tuning,
 )
 
