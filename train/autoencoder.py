@@ -27,7 +27,7 @@ from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import contact_sheet, psnr
 from train.data.crops import crops
 from train.data.encoded import check_channels
-from train.data.mixture import Prefetched, channels_in
+from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import DEFAULT, SIZES, STATISTICS_SEED, config_of, load_autoencoder
@@ -114,7 +114,7 @@ def main() -> int:
     start = args.init_from and find_folder(args.init_from)
     latents = args.encoder and find_folder(args.encoder)
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
-    picture_channels = channels_in(source)
+    picture_channels = source.channels
     measured = None
     if args.init_from or args.encoder:
         measured = open_source(args, seed=STATISTICS_SEED, run_dir=args.run_dir)

@@ -49,8 +49,8 @@ from mlx_snapgen.open_model import open_model
 from mlx_snapgen.settings import WIDTHS, DrawSettings, Width, check_width, held_widths
 from mlx_snapgen.teachers.folder import TeacherFolder, load_flow_teacher
 from train.data.encoded import as_latents, check_channels
-from train.data.mixture import channels_in
 from train.data.open import open_data
+from train.data.prepared import prepared_parts
 from train.data.source import Samples
 from train.data.stickers.source import Stickers
 from train.data.stickers.vocabulary import known_nouns
@@ -67,7 +67,6 @@ from train.evaluation.prompt_lists import (
 from train.evaluation.stickers.evaluation import Evaluation
 from train.evaluation.stickers.score import noun_prompts
 from train.evaluation.validation import held_out_batches
-from train.loop.teacher import prepared_parts
 from train.options.evaluate import UNFINISHED, parse
 from train.setup.data import check_not_empty, data_from
 
@@ -156,7 +155,7 @@ def _held_out(args: argparse.Namespace, model: MeasuredModel) -> tuple[list[Samp
         part, name = source, "training pictures"
     for prepared in prepared_parts(part) if isinstance(model, OwnModel) else ():
         prepared.check_text_states(config.text_encoders)
-    sources = [as_latents(s, model.autoencoder) for s in getattr(part, "sources", [part])]
+    sources = [as_latents(s, model.autoencoder) for s in part.sources]
     # As equal as possible; all in one order, so that fewer pictures are the first of more.
     counts = [len(range(i, args.pictures, len(sources))) for i in range(len(sources))]
     with announce("reading the validation part ..."):
@@ -237,7 +236,8 @@ def _draw_list(
 def _sticker_source(args: argparse.Namespace) -> Stickers:
     """The scenes of --data, or else those of the font."""
     # Scenes have their own sizes.
-    return open_data(args.data, size=(1, 1), unit=1, seed=0) if args.data else Stickers()
+    opened: Any = open_data(args.data, size=(1, 1), unit=1, seed=0) if args.data else Stickers()
+    return opened
 
 
 def _num_nouns(args: argparse.Namespace, components: Components, source: Stickers) -> int:
@@ -255,7 +255,7 @@ def _num_nouns(args: argparse.Namespace, components: Components, source: Sticker
 
 def _score_stickers(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:
     source = _sticker_source(args)
-    check_channels(components.config.autoencoder, channels_in(source))
+    check_channels(components.config.autoencoder, source.channels)
     evaluation = Evaluation(
         components,
         widths=widths,

@@ -6,7 +6,6 @@ The result is for a text encoder that is trained with the model (`train.new --to
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import sentencepiece
 from tqdm import tqdm
@@ -16,7 +15,8 @@ from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import whole_file
 from mlx_snapgen.networks.text_encoders.base import normalize
-from train.data.mixture import num_samples
+from train.data.source import Source
+from train.data.stickers.source import Stickers
 from train.options.common import add_number, add_output, check_at_least, check_new_file
 from train.options.data import add_data, check_data
 from train.setup.data import data_from
@@ -27,9 +27,9 @@ NUM_MARKS = 4
 """Pieces that are no text: for unknown characters, begin, end and padding."""
 
 
-def read_captions(source: Any, most: int) -> Iterator[str]:
+def read_captions(source: Source, most: int) -> Iterator[str]:
     """At most `most` captions of a source, each picture's at most once."""
-    count = min(most, num_samples(source) or most)
+    count = min(most, source.num_samples or most)
     for number in tqdm(range(count), desc="captions", leave=False):
         yield source.prompts(number, 1)[0]
 
@@ -94,18 +94,13 @@ def main() -> None:
     check_data(args, unit=1)
     with announce("reading the data ..."):
         source = data_from(args, size=(256, 256), unit=32, seed=0)
-    words = [w for part in getattr(source, "sources", [source]) for w in _words(part)]
+    words = [w for part in source.sources if isinstance(part, Stickers) for w in part.words()]
     model, size = train_tokenizer(
         read_captions(source, args.num_captions), args.vocab_size, words=words
     )
     with whole_file(args.output) as partial:
         partial.write_bytes(model)
     print(f"{args.output}: {size} pieces")
-
-
-def _words(source: Any) -> list[str]:
-    """The vocabulary of a source that has one."""
-    return source.words() if hasattr(source, "words") else []
 
 
 if __name__ == "__main__":

@@ -130,10 +130,11 @@ FLOORS = {
     """,
     "train.data": """
         public
-        open
+        open distillation prior trajectories
+        encoded
         pictures prepared
-        crops distillation prior simulation trajectories index shards
-        conditions encoded selection
+        crops simulation index shards
+        conditions selection
         imagefolder mixture prompts stickers
         readers
         headers source

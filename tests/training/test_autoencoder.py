@@ -352,13 +352,13 @@ def test_pictures_without_captions_are_read_from_every_kind_of_set(tmp_path):
     }.items():
         options = {"size": (64, 64), "unit": 32, "seed": 0}
         source = open_data([str(tmp_path / name)], **options, pictures_only=True)
-        assert len(source) == 3, name
+        assert source.num_samples == 3, name
         pictures, found = source.batch(0, 3)
         numbers = [str(value) for value in pictures[:, 0, 0, 0].tolist()]
         assert sorted(numbers) == ["0", "1", "2"]
         assert dict(zip(numbers, found, strict=True)) == dict.fromkeys("012", "") | captions
         if captions:
-            assert len(open_data([str(tmp_path / name)], **options)) == 1
+            assert open_data([str(tmp_path / name)], **options).num_samples == 1
         else:
             with pytest.raises(UserError, match="no column of texts"):
                 open_data([str(tmp_path / name)], **options)
@@ -372,7 +372,7 @@ def test_latents_of_few_pictures_are_measured_on_each_once(tmp_path):
     options = {"size": (64, 64), "unit": 32, "seed": 0, "pictures_only": True}
     for names in (["a"], ["a", "b"]):
         source = open_data([str(tmp_path / name) for name in names], **options)
-        parts = getattr(source, "sources", [source])
+        parts = source.sources
         assert len({size for part in parts for size in part.sizes}) > 1
         pictures = [p for part in parts for batch, _ in part.batches(1) for p in batch]
         assert len(pictures) == (12 if names == ["a"] else 17)

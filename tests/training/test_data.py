@@ -24,12 +24,12 @@ from tests.training.test_records import (
 )
 from train import prepare, tokenizer
 from train.data.index import build_index
-from train.data.mixture import Mixture, Prefetched, num_samples
+from train.data.mixture import Mixture, Prefetched
 from train.data.open import is_prepared, open_data, open_records
 from train.data.order import LocalOrder
 from train.data.pictures import RecordPictures
 from train.data.selection import Filter, held_out
-from train.data.source import MAY_CHANGE, Record, Samples
+from train.data.source import MAY_CHANGE, PictureSource, Record, Samples
 from train.data.stickers.source import Stickers, ValidationStickers
 from train.loop.run import claim, recorded
 from train.options.data import add_data
@@ -63,7 +63,7 @@ def pictures(path, **options):
 def test_every_picture_comes_once_in_an_epoch_in_its_bucket(folder):
     source = pictures(folder, share=0, seed=3)
     epoch = source._order(1).epoch
-    assert len(source) == epoch == 150
+    assert source.num_samples == epoch == 150
     batches = [source.batch(k, 1) for k in range(epoch)]
     assert len({caption for _, (caption,) in batches}) == epoch
     for found, (caption,) in batches:
@@ -98,7 +98,7 @@ def test_held_out_pictures_are_in_the_validation_part_alone(folder):
     source = pictures(folder, share=0.2, seed=0)
     part = source.validation()
     keys = {f"picture {k}" for k in range(150) if held_out(f"{k:04}.png", 0.2)}
-    assert len(part) == len(keys) and len(source) == 150 - len(keys) and 10 < len(keys) < 60
+    assert part.num_samples == len(keys) == 150 - source.num_samples and 10 < len(keys) < 60
     for view, expected in ((part, keys), (source, {f"picture {k}" for k in range(150)} - keys)):
         found = {c for k in range(view._order(1).epoch) for c in view.batch(k, 1)[1]}
         assert found == expected
@@ -109,7 +109,7 @@ def test_held_out_pictures_are_in_the_validation_part_alone(folder):
 def test_small_sets_hold_out_nothing(tmp_path):
     write_folder(tmp_path / "f", many(99))
     assert pictures(tmp_path / "f", share=0.5).validation() is None
-    assert len(pictures(tmp_path / "f", share=0.5)) == 99
+    assert pictures(tmp_path / "f", share=0.5).num_samples == 99
 
 
 def test_captions_are_chosen_at_random_by_weight_for_each_sample(tmp_path):
@@ -153,7 +153,8 @@ def test_a_picture_that_is_skipped_is_named_with_its_fault(tmp_path, capsys):
     }
     for source, more in ((one, set()), (both, {"skipped: a.tar:set/0002: cannot be read (image"})):
         capsys.readouterr()
-        assert sum(len(batch[1]) for batch in source.batches(4)) == len(source) - 3 - len(more)
+        read = sum(len(captions) for _, captions in source.batches(4))
+        assert read == source.num_samples - 3 - len(more)
         lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
         assert len(lines) == len(expected | more)
         assert all(any(line.startswith(start) for line in lines) for start in expected | more)
@@ -247,7 +248,7 @@ def test_local_order_is_complete_and_stays_in_its_parts():
 # --- mixtures and reading ahead -----------------------------------------------------------------
 
 
-class Numbered:
+class Numbered(PictureSource):
     """A source whose samples say where they come from."""
 
     def __init__(self, name, delay=0.0, fails=()):
@@ -384,10 +385,10 @@ def test_several_sources_have_weights_or_shares_by_their_size(folder, tmp_path):
     specs = [str(folder), str(tmp_path / "f")]
     mixture = open_data(specs, **SIZE)
     assert mixture.weights == [len(s) for s in mixture.sources]
-    assert num_samples(mixture) == sum(mixture.weights)
+    assert mixture.num_samples == sum(mixture.weights)
     assert open_data(specs, weights=[1, 1], **SIZE).weights == [1, 1]
     endless = open_data([*specs, "stickers"], **SIZE)
-    assert endless.weights == [1, 1, 1] and num_samples(endless) is None
+    assert endless.weights == [1, 1, 1] and endless.num_samples is None
     tars = open_data([str(tmp_path / "a.tar")] * 2, **SIZE)
     assert isinstance(tars, RecordPictures) and len(tars) == 20
     with pytest.raises(UserError, match="1 for 2"):

@@ -36,6 +36,7 @@ from train.data.encoded import as_latents
 from train.data.open import open_data
 from train.data.source import Samples
 from train.data.stickers import render
+from train.data.stickers.source import Stickers
 from train.evaluation import measures, validation
 from train.evaluation.clip_measures import clip_score, cmmd, embed_pictures, embed_texts
 from train.evaluation.measures import MeasuredRow, table
@@ -194,7 +195,7 @@ def test_the_bar_counts_the_pictures_of_a_folder(components, pictures, monkeypat
     monkeypatch.setattr(
         validation, "tqdm", lambda total, **_: totals.append(total) or io.StringIO()
     )
-    for source in (open_data([str(pictures)], size=(64, 64), unit=32, seed=0), SimpleNamespace()):
+    for source in (open_data([str(pictures)], size=(64, 64), unit=32, seed=0), Stickers(0, 20)):
         for most in (3, 256):
             encoded = as_latents(source, components.autoencoder)
             monkeypatch.setattr(encoded, "batches", lambda *_, **__: [])

@@ -194,7 +194,6 @@ def test_the_source_has_the_pictures_of_the_encoded_batches(adapted, folder):
         np.testing.assert_allclose(encoded(number)["latents"], latents, atol=1e-5)
         states = encode_captions(adapted.text_encoders, captions)
         np.testing.assert_allclose(encoded(number)["states_0"], states["states_0"], atol=1e-5)
-    assert source.settings()["data"] == "folder"
 
 
 def test_every_other_step_is_of_full_width():

@@ -19,9 +19,10 @@ from mlx_snapgen.teachers.base import Condition
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher
 from tests.tiny import MODEL
 from train.data.conditions import Conditions
-from train.data.mixture import Mixture, sizes_in
+from train.data.mixture import Mixture
 from train.data.prompts import PromptList
 from train.data.simulation import STUDENT, STUDENT_TEXT, Simulation, sized_prompts
+from train.data.source import Source, shares_of
 from train.loop.config import TrainingConfig
 from train.loop.optimizer import Role
 from train.loop.roles import kdmd_roles
@@ -356,17 +357,19 @@ def test_backward_simulation_follows_the_student(parts):
 
 
 def test_sizes_come_as_often_as_in_the_data():
-    class Pictures:
-        sizes = ((32, 32), (32, 64), (64, 32))
-        rows = (range(90), range(0), range(10))
+    class Pictures(Source):
+        size_shares = shares_of([(32, 32), (32, 64), (64, 32)], [90, 0, 10])
 
-    class Prepared:
-        sizes, counts = ((16, 16), (32, 32)), [1, 1]
+    class Prepared(Source):
+        size_shares = shares_of([(16, 16), (32, 32)], [1, 1])
 
-    shares = sizes_in(Pictures())
+    class Unnamed(Source):
+        pass
+
+    shares = Pictures().size_shares
     assert list(shares.items()) == [((32, 32), 0.9), ((64, 32), 0.1)]
-    both = sizes_in(Mixture([Pictures(), Prepared(), object()], [1, 2, 9], seed=0))
-    assert both == {(32, 32): 1.9, (16, 16): 1, (64, 32): 0.1}
+    both = Mixture([Pictures(), Prepared(), Unnamed()], [1, 2, 9], seed=0).size_shares
+    assert both == pytest.approx({(32, 32): 1.9 / 3, (16, 16): 1 / 3, (64, 32): 0.1 / 3})
     prompts = PromptList(PROMPTS)
     batch = sized_prompts(prompts, list(shares), seed=0, weights=list(shares.values()))
     found = [batch(k, 1).size for k in range(400)]

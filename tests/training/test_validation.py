@@ -17,7 +17,7 @@ from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import FULL, TINY
 from train.data.encoded import as_latents
 from train.data.open import open_data
-from train.data.source import Samples
+from train.data.source import PictureSource, Samples, Source
 from train.evaluation.validation import (
     NUM_LEVELS,
     FlowValidation,
@@ -36,7 +36,7 @@ def samples(captions, *, size=(4, 8), seed=0):
     return Samples(mx.array(latents.astype(np.float32)), list(captions))
 
 
-class Part:
+class Part(Source):
     """A held-out part of two sizes."""
 
     def __init__(self):
@@ -185,7 +185,7 @@ def test_damaged_pictures_are_left_out_of_validation(folder, components, capsys)
 
 
 def test_stickers_for_validation_are_the_first(components):
-    class Endless:
+    class Endless(PictureSource):
         def batch(self, number, count):
             rows = range(number * count, (number + 1) * count)
             return np.zeros((count, 16, 16, 3), np.uint8), [f"number {k}" for k in rows]

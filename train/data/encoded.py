@@ -1,7 +1,6 @@
 """Batches of encoded pictures and captions."""
 
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
-from train.data.mixture import channels_in, num_samples
-from train.data.source import Batch, LatentSource, Samples
+from train.data.prepared import prepared_parts
+from train.data.source import Batch, LatentSource, PictureSource, Samples
 from train.data.streams import Stream
 from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
 
@@ -67,39 +66,28 @@ def check_encoding(autoencoders: Iterable[Autoencoder], side: int, *, batch_size
 class EncodedPictures:
     """A `LatentSource`: a `PictureSource` whose pictures are encoded for each batch."""
 
-    def __init__(self, source: Any, autoencoder: Autoencoder):
+    def __init__(self, source: PictureSource, autoencoder: Autoencoder):
         self.source = source
         self.encode = mx.compile(autoencoder.encode)
 
     @property
     def num_samples(self) -> int | None:
         """Number of pictures; None if the source has no end."""
-        return num_samples(self.source)
+        return self.source.num_samples
 
     def samples(self, number: int, count: int) -> Samples:
         """See `LatentSource`."""
         return self._encoded(*self.source.batch(number, count))
 
     def batches(self, count: int, *, most: int | None = None) -> Iterator[Samples]:
-        """See `Prepared.batches`; a source without end has the batches from its beginning."""
-        if hasattr(self.source, "batches"):
-            for pictures, captions in self.source.batches(count, most=most):
-                yield self._encoded(pictures, captions)
-            return
-        numbers = itertools.count() if most is None else range(-(-most // count))
-        for number in numbers:
-            pictures, captions = self.source.batch(number, count)
-            rest = count if most is None else min(count, most - number * count)
-            yield self._encoded(pictures[:rest], captions[:rest])
+        """See `PictureSource.batches`."""
+        for pictures, captions in self.source.batches(count, most=most):
+            yield self._encoded(pictures, captions)
 
     def _encoded(self, pictures: np.ndarray, captions: list[str]) -> Samples:
         latents = self.encode(from_uint8(pictures))
         mx.eval(latents)
         return Samples(latents, captions)
-
-    def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
-        return self.source.settings()
 
 
 def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
@@ -107,9 +95,9 @@ def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
 
     It also has `batches`, as `Prepared` has, unless `source` is a `Mixture`.
     """
-    parts = getattr(source, "sources", [source])
-    if not all(hasattr(part, "check_autoencoder") for part in parts):
-        check_channels(autoencoder.config, channels_in(source))
+    parts = prepared_parts(source)
+    if not parts:
+        check_channels(autoencoder.config, source.channels)
         return EncodedPictures(source, autoencoder)
     for part in parts:
         part.check_autoencoder(autoencoder)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -181,7 +180,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 class PictureFolder:
-    """The pictures of a folder: a `PictureSource`.
+    """The pictures of a folder.
 
     Args:
         examples: from `read_folder`.
@@ -206,10 +205,6 @@ class PictureFolder:
         bucket, rows = choose(rng, [len(bucket) for bucket in self.buckets], count)
         chosen = [self.buckets[bucket][row] for row in rows]
         return np.stack([e.pixels for e in chosen]), [e.caption for e in chosen]
-
-    def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
-        return {"data": "folder", "pictures": digest(self.examples), "flip": self.flip}
 
 
 def choose(rng: np.random.Generator, counts: Sequence[int], count: int) -> tuple[int, list[int]]:

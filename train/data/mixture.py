@@ -12,39 +12,10 @@ import numpy as np
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.picture_files import Size
 from train.data.order import MixtureOrder
-from train.data.source import MAY_CHANGE, PromptBatch, Samples
+from train.data.source import MAY_CHANGE, PromptBatch, Samples, shares_of
 
 AHEAD = 4
 THREADS = 2
-
-
-def num_samples(source: Any) -> int | None:
-    """Number of pictures of a source; None if it has no end."""
-    if isinstance(source, Prefetched):
-        return num_samples(source.source)
-    return len(source) if hasattr(source, "__len__") else getattr(source, "num_samples", None)
-
-
-def sizes_in(source: Any) -> dict[Size, float]:
-    """Sizes of the pictures of a source -> their share of the batches, the most frequent first.
-
-    Empty if the pictures have one size that the source does not name.
-    """
-    shares: Counter[Size] = Counter()
-    parts = getattr(source, "sources", [source])
-    for part, weight in zip(parts, getattr(source, "weights", [1.0]), strict=True):
-        counts = getattr(part, "counts", None) or [len(rows) for rows in getattr(part, "rows", ())]
-        for size, count in zip(getattr(part, "sizes", ()), counts, strict=True):
-            shares[size] += weight * count / sum(counts)
-    return {size: share for size, share in shares.most_common() if share}
-
-
-def channels_in(source: Any) -> int:
-    """Channels of a source's pictures: 4 with alpha; `UserError` if they differ."""
-    found = {getattr(part, "channels", 3) for part in getattr(source, "sources", [source])}
-    if len(found) > 1:
-        raise UserError("some pictures have an alpha channel, others do not: train on one kind")
-    return found.pop()
 
 
 class Mixture:
@@ -63,9 +34,26 @@ class Mixture:
     @property
     def num_samples(self) -> int | None:
         """Number of pictures; None if a source has no end."""
-        counts = [num_samples(source) for source in self.sources]
+        counts = [source.num_samples for source in self.sources]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
+
+    @property
+    def channels(self) -> int:
+        """See `Source`; `UserError` if the sources differ."""
+        found = {source.channels for source in self.sources}
+        if len(found) > 1:
+            raise UserError("some pictures have an alpha channel, others do not: train on one kind")
+        return found.pop()
+
+    @property
+    def size_shares(self) -> dict[Size, float]:
+        """See `Source`."""
+        shares: Counter[Size] = Counter()
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            for size, share in source.size_shares.items():
+                shares[size] += weight * share
+        return shares_of(shares, shares.values())
 
     def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
         """See `PictureSource`."""
@@ -73,7 +61,7 @@ class Mixture:
         return self.sources[source].batch(place, count)
 
     def read(self, number: int, count: int) -> Samples:
-        """See `LatentSource`."""
+        """See `Prepared`."""
         source, place = self.order(number)
         return self.sources[source].read(place, count)
 
@@ -101,7 +89,7 @@ class Mixture:
         return Mixture([p for p, _ in pairs], [w for _, w in pairs], seed=self.seed)
 
     def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
+        """See `Source`."""
         parts = [source.settings() for source in self.sources]
         return {
             "data": "mixture",
@@ -134,8 +122,6 @@ class Prefetched:
         self.close: Callable[[], Any] = weakref.finalize(self, end)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # `len` would find none on this class
-            raise AttributeError(name)
         return getattr(self.source, name)
 
     def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
@@ -143,13 +129,11 @@ class Prefetched:
         return self._take("batch", number, count=count)
 
     def read(self, number: int, count: int) -> Samples:
-        """See `LatentSource`."""
+        """See `Prepared`."""
         return self._take("read", number, count=count)
 
     def samples(self, number: int, count: int) -> Samples:
         """See `LatentSource`."""
-        if not hasattr(self.source, "read"):
-            return self.source.samples(number, count)
         return self._take("read", number, count=count).to_mlx()
 
     def _take(self, method: str, number: int, *, count: int) -> Any:

@@ -17,14 +17,14 @@ from mlx_snapgen.files import expanded
 from mlx_snapgen.picture_files import Size
 from mlx_snapgen.reading import read_object
 from train.data.imagefolder import bucket_sizes
-from train.data.mixture import Mixture, num_samples
+from train.data.mixture import Mixture
 from train.data.pictures import RecordPictures
 from train.data.readers.folder import PictureFolderRecords
 from train.data.readers.joined import JoinedRecords
 from train.data.readers.tars import TarRecords
 from train.data.selection import HELD_OUT, CaptionWeights, Filter
 from train.data.shards import INDEX, SETTINGS, SHARDS
-from train.data.source import RecordSource
+from train.data.source import RecordSource, Source
 
 STICKERS = "stickers"
 SETTINGS_OF_STICKERS = ("nouns", "categories", "pictures")
@@ -51,7 +51,7 @@ def open_data(
     folder: Path | None = None,
     resolution: int | None = None,
     pictures_only: bool = False,
-) -> Any:
+) -> Source:
     """The data of a training run.
 
     Args:
@@ -71,8 +71,6 @@ def open_data(
 
     Returns:
         a `LatentSource` if all sources are folders of `train.prepare`, or else a `PictureSource`.
-        Both also have `prompts` (see `PromptSource`) and `validation()`: a source of the pictures
-        kept for validation, or None.
 
     Raises:
         UserError: a source that cannot be opened, or both kinds.
@@ -81,7 +79,7 @@ def open_data(
     if weights is not None and len(weights) != len(specs):
         raise UserError(f"--weights: {len(weights)} for {len(specs)} of --data; give one for each")
     check_one_kind([group[0] for group in groups])
-    sources = []
+    sources: list[Source] = []
     for group in groups:
         if is_prepared(group[0]):
             source = _open_prepared(group[0], resolution=resolution, captions=captions, seed=seed)
@@ -105,7 +103,7 @@ def open_data(
         sources.append(source)
     if len(sources) == 1:
         return sources[0]
-    counts = [count for source in sources if (count := num_samples(source)) is not None]
+    counts = [count for source in sources if (count := source.num_samples) is not None]
     shares = counts if len(counts) == len(sources) else [1] * len(sources)
     return Mixture(sources, weights or shares, seed=seed)
 
@@ -231,7 +229,7 @@ def _together(specs: Sequence[str]) -> list[list[str]]:
 
 def _open_prepared(
     spec: str, *, resolution: int | None, captions: CaptionWeights | None, seed: int
-) -> Any:
+) -> Source:
     from train.data.prepared import Prepared
 
     source = Prepared(expanded(spec), captions=captions, seed=seed)
@@ -243,7 +241,7 @@ def _open_prepared(
     return source
 
 
-def _open_stickers(spec: str, *, seed: int) -> Any:
+def _open_stickers(spec: str, *, seed: int) -> Source:
     from train.data.stickers.render import find_pictures
     from train.data.stickers.source import Stickers
     from train.data.stickers.vocabulary import collection_in

@@ -17,7 +17,7 @@ from train.data.index import Index, cached_index, paths_of
 from train.data.order import BatchOrder, LocalOrder, fixed_rows
 from train.data.readers.joined import JoinedRecords
 from train.data.selection import HELD_OUT, CaptionWeights, Filter, choose_column, fixed_draw
-from train.data.source import Record, RecordSource, Skipped
+from train.data.source import PictureSource, Record, RecordSource, Skipped, shares_of
 from train.data.streams import Stream
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ def _stacked(group: Sequence[tuple[np.ndarray, str]]) -> tuple[np.ndarray, list[
     return np.stack(pictures), list(captions)
 
 
-class RecordPictures:
-    """The pictures of a `RecordSource`, cropped to buckets: a `PictureSource` and `PromptSource`.
+class RecordPictures(PictureSource):
+    """The pictures of a `RecordSource`, cropped to buckets.
 
     The set is indexed first: headers and captions are read, not the pictures. A picture that turns
     out to be damaged later is replaced by the next one of its bucket, which is reported.
@@ -93,13 +93,15 @@ class RecordPictures:
         self._prompt_order = cached(lambda count: self._order_of([self.all_rows], count))
         self._reported: set[int] = set()
 
-    def __len__(self) -> int:
-        return len(self.all_rows)
-
     @property
     def num_samples(self) -> int:
         """Number of pictures."""
-        return len(self)
+        return len(self.all_rows)
+
+    @property
+    def size_shares(self) -> dict[Size, float]:
+        """See `Source`."""
+        return shares_of(self.sizes, map(len, self.rows))
 
     def validation(self) -> "RecordPictures | None":
         """The pictures kept for validation; None if there are none."""
@@ -129,7 +131,7 @@ class RecordPictures:
         They are read in the order of the set.
         """
         waiting: dict[int, list[tuple[np.ndarray, str]]] = {}
-        for row in self.all_rows[fixed_rows(len(self), most)].tolist():
+        for row in self.all_rows[fixed_rows(self.num_samples, most)].tolist():
             bucket = int(self.index.buckets[row])
             try:
                 record = self._record(row)
@@ -161,7 +163,7 @@ class RecordPictures:
         return list(record.captions) if isinstance(record, Record) else []
 
     def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
+        """See `Source`."""
         return {
             "data": "pictures",
             "samples": self.index.digest,

@@ -41,7 +41,7 @@ from train.data.shards import (
     save_arrays,
     shard_path,
 )
-from train.data.source import TEACHER, PromptBatch, Samples
+from train.data.source import TEACHER, PromptBatch, Samples, Source, shares_of
 from train.data.streams import Stream
 
 FORMAT_VERSION = 1
@@ -114,7 +114,7 @@ def describe_autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
 # --- reading ------------------------------------------------------------------------------------
 
 
-class Prepared:
+class Prepared(Source):
     """A prepared set: a `LatentSource`.
 
     Only index.json is read at the start; memory is a few bytes for each shard.
@@ -189,7 +189,7 @@ class Prepared:
         return part if part.num_samples else None
 
     def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
+        """See `Source`."""
         return {
             "data": "prepared",
             "index": self.digest,
@@ -202,6 +202,11 @@ class Prepared:
     def num_samples(self) -> int:
         """Number of samples of this part."""
         return sum(self.counts)
+
+    @property
+    def size_shares(self) -> dict[Size, float]:
+        """See `Source`."""
+        return shares_of(self.sizes, self.counts)
 
     @property
     def empty_states(self) -> dict[str, np.ndarray]:
@@ -262,7 +267,7 @@ class Prepared:
         return self.read(number, count).to_mlx()
 
     def read(self, number: int, count: int) -> Samples:
-        """See `LatentSource`; float32 latents.
+        """`samples` with numpy arrays, from any thread, without MLX.
 
         Raises:
             UserError: the part is empty, or a shard is missing or damaged.
@@ -394,6 +399,11 @@ class Prepared:
                 "delete it, and run train.prepare again"
             )
         return shard
+
+
+def prepared_parts(source: Source) -> list[Prepared]:
+    """The folders of `train.prepare` that a source reads; none if it reads pictures."""
+    return [part for part in source.sources if isinstance(part, Prepared)]
 
 
 MOST_INDEX = 2**30

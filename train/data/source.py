@@ -7,7 +7,9 @@ methods and open it in `open.py`. A set of pictures in another format is a `Reco
 `readers/`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,34 +21,87 @@ from mlx_snapgen.picture_files import Size
 Batch = dict[str, mx.array]
 
 
-class PictureSource(Protocol):
-    """Pictures with captions."""
+class PromptSource(Protocol):
+    """Prompts, with pictures or without."""
 
-    def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
-        """Batch `number` of `count` samples: pictures of one size and their captions.
-
-        Returns:
-            pictures: uint8 (count, H, W, 3), RGB.
-            captions: list of `count` strings.
-        """
+    def prompts(self, number: int, count: int) -> list[str]:
+        """Batch `number` of `count` prompts, in an order of their own."""
         ...
+
+
+class Source(PromptSource, Protocol):
+    """Captioned pictures, or what they were encoded to; with defaults for classes that inherit."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of pictures; None if the source has no end."""
+        return None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pictures: 3, or 4 with alpha."""
+        return 3
+
+    @property
+    def size_shares(self) -> dict[Size, float]:
+        """Size -> its share of the batches, see `shares_of`; empty if there is but one, unnamed."""
+        return {}
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        """The sources that a `Mixture` draws from; the source itself if it is none."""
+        return [self]
+
+    def validation(self) -> "Source | None":
+        """The pictures kept for validation; None if there are none."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """Settings to record in the run's folder, as JSON values; "data" is the source's kind."""
         ...
 
 
+def shares_of(sizes: Iterable[Size], counts: Iterable[float]) -> dict[Size, float]:
+    """Size -> its share of all pictures, the most frequent first; those without are left out."""
+    found = Counter(dict(zip(sizes, counts, strict=True))).most_common()
+    total = sum(count for _, count in found)
+    return {size: count / total for size, count in found if count}
+
+
+class PictureSource(Source, Protocol):
+    """Pictures with captions."""
+
+    def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
+        """Batch `number` of `count` samples: pictures of one size and their captions.
+
+        Returns:
+            pictures: uint8 (count, H, W, `channels`), RGB or RGBA.
+            captions: list of `count` strings.
+        """
+        ...
+
+    def batches(
+        self, count: int, *, most: int | None = None
+    ) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Each picture once, at most `count` at a time; of a source without end from the beginning.
+
+        Args:
+            most: limit of the pictures.
+        """
+        numbers = itertools.count() if most is None else range(-(-most // count))
+        for number in numbers:
+            pictures, captions = self.batch(number, count)
+            rest = count if most is None else min(count, most - number * count)
+            yield pictures[:rest], captions[:rest]
+
+    def prompts(self, number: int, count: int) -> list[str]:
+        """The captions of `batch`."""
+        return self.batch(number, count)[1]
+
+
 MAY_CHANGE = ("where", "num_nouns", "categories")
 """Settings of sources that may differ when a run is resumed. The same files may have moved, and the
 scenes of the stickers may change; anything else that changes samples makes another run."""
-
-
-class PromptSource(Protocol):
-    """Prompts without pictures."""
-
-    def prompts(self, number: int, count: int) -> list[str]:
-        """Batch `number` of `count` prompts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +182,7 @@ class RecordSource(Protocol):
         ...
 
     def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
+        """See `Source`."""
         ...
 
 
@@ -140,7 +195,7 @@ class Samples:
     """A batch of encoded pictures of one size.
 
     Attributes:
-        latents: normalized latents (B, h, w, C); a numpy array from `LatentSource.read`.
+        latents: normalized latents (B, h, w, C); a numpy array from `Prepared.read`.
         captions: of the pictures, (B,).
         states: name of a frozen text encoder, such as "text_encoder_1" or "teacher" -> its states
             of each caption, (L, D) without padding. Empty if they are computed during training.
@@ -174,14 +229,6 @@ class PromptBatch:
 class LatentSource(Protocol):
     """Batches of encoded pictures."""
 
-    def read(self, number: int, count: int) -> Samples:
-        """`samples` with numpy arrays: from any thread, without MLX."""
-        ...
-
     def samples(self, number: int, count: int) -> Samples:
         """Batch `number` of `count` samples."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
         ...

@@ -25,7 +25,6 @@ from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.sampling import Progress, add_noise, get_noise
 from mlx_snapgen.settings import Width
 from mlx_snapgen.teachers.base import Teacher
-from train.data.mixture import num_samples
 from train.data.source import PictureSource, Samples
 from train.loop.trainer import Trainer
 
@@ -46,7 +45,7 @@ def held_out_batches(source: Any, count: int, *, batch_size: int = 16) -> list[S
         batch_size: samples of a batch, at most.
     """
     found: list[Samples] = []
-    total = min(count, num_samples(source) or count)
+    total = min(count, source.num_samples or count)
     with tqdm(total=total, desc="validation set", unit="picture", leave=False) as bar:
         for samples in source.batches(batch_size, most=count):
             bar.update(len(samples.captions))

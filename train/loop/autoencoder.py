@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mlx.utils import tree_unflatten
@@ -22,7 +21,6 @@ from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from mlx_snapgen.reading import read_object
-from train.data.mixture import num_samples
 from train.data.source import PictureSource
 from train.loop.assemble import check_converted
 from train.loop.checkpoint import latest_checkpoint, load_ema, runs_in, trained_checkpoint
@@ -49,13 +47,12 @@ def measure_latents(
 
     A source with fewer pictures is read once.
     """
-    total, size = num_samples(source), 16
+    total, size = source.num_samples, 16
     if total is None or total >= count:
         batches = (source.batch(k, size) for k in range(count // size))
         steps = count // size
     else:
-        parts: list[Any] = getattr(source, "sources", [source])
-        batches = (batch for part in parts for batch in part.batches(size))
+        batches = (batch for part in source.sources for batch in part.batches(size))
         steps = None
     bar = tqdm(batches, desc="latents' statistics", total=steps, unit="batch", leave=False)
     means = [np.array(model.encoder(from_uint8(pictures))[0]) for pictures, _ in bar]

@@ -17,6 +17,7 @@ from mlx_snapgen.teachers.base import Teacher
 from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
 from train.data.conditions import Conditions
+from train.data.prepared import prepared_parts
 from train.data.source import TEACHER
 from train.loop.distributed import print_once
 from train.loop.run import digest_files
@@ -71,12 +72,6 @@ def open_teacher(args: argparse.Namespace) -> tuple[Teacher, Autoencoder, str]:
     if isinstance(teacher, CheckpointTeacher):
         warn_untrained(teacher.network, args.teacher, result="the student learns noise from it")
     return teacher, autoencoder, digest_files(folder)
-
-
-def prepared_parts(source: Any) -> list[Any]:
-    """The folders of `train.prepare` that a source reads; none if it reads pictures."""
-    parts = getattr(source, "sources", [source])
-    return parts if all(hasattr(part, "check_autoencoder") for part in parts) else []
 
 
 def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:

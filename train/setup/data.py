@@ -3,16 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.picture_files import Size
-from train.data.index import paths_of
+from train.data.index import Index, paths_of
 from train.data.open import open_data
+from train.data.pictures import RecordPictures
+from train.data.prepared import prepared_parts
 from train.data.prompts import spread
 from train.data.selection import HELD_OUT, LEAST_TO_HOLD_OUT, parse_captions
-from train.data.source import PromptSource
+from train.data.source import PromptSource, Source
 from train.loop.distributed import print_once
 from train.options.common import NUM_PREVIEWS
 from train.options.data import check_data, filter_from
@@ -23,15 +24,13 @@ MOST_NAMED = 8
 """Columns of captions in a line."""
 
 
-def picture_size(args: argparse.Namespace, source: Any, *, size: Size) -> Size:
+def picture_size(args: argparse.Namespace, source: Source, *, size: Size) -> Size:
     """(height, width) of the square pictures of the data that `data_from` opened.
 
     Args:
         size: the model's, which data that is not prepared has without `--resolution`.
     """
-    parts = getattr(source, "sources", [source])
-    prepared = [part.resolution for part in parts if hasattr(part, "resolution")]
-    side = args.resolution or max(prepared, default=None)
+    side = args.resolution or max((p.resolution for p in prepared_parts(source)), default=None)
     return (side, side) if side else size
 
 
@@ -43,7 +42,7 @@ def data_from(
     seed: int,
     run_dir: Path | None = None,
     pictures_only: bool = False,
-) -> Any:
+) -> Source:
     """The data that the options of `add_data` choose: see `open_data`.
 
     Args:
@@ -67,18 +66,20 @@ def data_from(
         resolution=args.resolution,
         pictures_only=pictures_only,
     )
-    _print_skipped(source)
-    indexes = [
-        part.index for part in getattr(source, "sources", [source]) if hasattr(part, "index")
-    ]
-    if any(len(index.held) < LEAST_TO_HOLD_OUT for index in indexes):
+    records = [part for part in source.sources if isinstance(part, RecordPictures)]
+    for part in records:
+        _print_skipped(part.index, paths_of(part.source))
+    if any(len(part.index.held) < LEAST_TO_HOLD_OUT for part in records):
         note_few(args)
     if not (args.captions or pictures_only):
-        _print_columns(source)
+        for part in records:
+            print_columns(paths_of(part.source), part.columns)
+        for part in prepared_parts(source):
+            print_columns(part.folder, part.columns)
     return source
 
 
-def open_source(args: argparse.Namespace, config: ModelConfig) -> Any:
+def open_source(args: argparse.Namespace, config: ModelConfig) -> Source:
     """The data of the options for a model; `UserError` if there is none to train on."""
     with announce("reading the data ..."):
         source = data_from(
@@ -92,14 +93,6 @@ def open_source(args: argparse.Namespace, config: ModelConfig) -> Any:
     return source
 
 
-def _print_columns(source: Any) -> None:
-    """`print_columns` of each part of a source."""
-    for part in getattr(source, "sources", [source]):
-        if hasattr(part, "columns"):
-            where = paths_of(part.source) if hasattr(part, "source") else part.folder
-            print_columns(where, part.columns)
-
-
 def print_columns(where: str | Path, columns: Sequence[str]) -> None:
     """A line on the columns of captions behind the first, which are not used."""
     if others := list(columns[1 : 1 + MOST_NAMED]):
@@ -109,15 +102,13 @@ def print_columns(where: str | Path, columns: Sequence[str]) -> None:
         )
 
 
-def _print_skipped(source: Any) -> None:
-    """A line on the pictures that direct sources leave out."""
-    for part in getattr(source, "sources", [source]):
-        index = getattr(part, "index", None)
-        if index is not None and index.skipped:
-            count = sum(index.skipped.values())
-            why = ", ".join(f"{number:,}: {reason}" for reason, number in index.skipped.items())
-            share = f"{count:,} of {count + len(index.held):,} pictures skipped"
-            print_once(f"{paths_of(part.source)}: {share} ({why}); train.prepare names each")
+def _print_skipped(index: Index, where: str) -> None:
+    """A line on the pictures that a set leaves out."""
+    if index.skipped:
+        count = sum(index.skipped.values())
+        why = ", ".join(f"{number:,}: {reason}" for reason, number in index.skipped.items())
+        share = f"{count:,} of {count + len(index.held):,} pictures skipped"
+        print_once(f"{where}: {share} ({why}); train.prepare names each")
 
 
 def note_few(args: argparse.Namespace) -> None:
@@ -129,11 +120,10 @@ def note_few(args: argparse.Namespace) -> None:
         )
 
 
-def check_not_empty(source: Any) -> None:
+def check_not_empty(source: Source) -> None:
     """`UserError` for prepared data whose pictures are all kept for validation."""
-    for part in getattr(source, "sources", [source]):
-        if hasattr(part, "check_not_empty"):
-            part.check_not_empty()
+    for part in prepared_parts(source):
+        part.check_not_empty()
 
 
 def preview_prompts(args: argparse.Namespace, source: PromptSource) -> list[str]:

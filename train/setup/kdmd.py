@@ -11,12 +11,11 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.picture_files import Size
 from mlx_snapgen.settings import check_size
-from train.data.mixture import sizes_in
+from train.data.prepared import prepared_parts
 from train.data.prompts import PromptList
 from train.data.simulation import PromptBatches, prepared_prompts, sized_prompts
-from train.data.source import PromptSource
+from train.data.source import PromptSource, Source
 from train.data.streams import Stream
-from train.loop.teacher import prepared_parts
 from train.options.data import check_data
 from train.setup.data import open_source
 
@@ -29,14 +28,14 @@ class Prompts:
         source: prompts, for previews.
         size: of previews.
         data: that of `--data`, or None.
-        settings: see `PictureSource`.
+        settings: see `Source`.
         newer: settings that runs of earlier versions did not record.
     """
 
     batches: PromptBatches
     source: PromptSource
     size: Size
-    data: Any
+    data: Source | None
     settings: dict[str, Any]
     newer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -65,7 +64,7 @@ def open_prompts(args: argparse.Namespace, config: ModelConfig) -> Prompts:
         newer = {"prompts_digest": digest}
         return Prompts(batches, source, sizes[0], None, {"data": "prompts"}, newer)
     data = open_source(args, config)
-    shares = {} if args.sizes else sizes_in(data)
+    shares = {} if args.sizes else data.size_shares
     sizes = args.sizes or list(shares) or [size]
     if prepared_parts(data):
         batches = prepared_prompts(data, sizes=args.sizes or (), seed=args.seed)

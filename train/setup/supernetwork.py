@@ -18,15 +18,15 @@ from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.encoded import EncodedBatches, as_latents, check_encoding
-from train.data.mixture import Prefetched, num_samples, sizes_in
-from train.data.prepared import describe_autoencoder
+from train.data.mixture import Prefetched
+from train.data.prepared import describe_autoencoder, prepared_parts
+from train.data.source import Source
 from train.data.text import KnownPrompts, is_trained
 from train.evaluation.memory import training_memory
 from train.evaluation.previews import previews_of
 from train.evaluation.validation import FlowValidation, held_out_batches
 from train.loop.distributed import print_once
 from train.loop.run import claim_training, digest_files
-from train.loop.teacher import prepared_parts
 from train.loop.trainer import Trainer
 from train.objectives.elastic import ElasticStep, TextToLatents, sampled_shares
 from train.objectives.losses import MEASURED, channel_weights
@@ -35,7 +35,7 @@ from train.options.supernetwork import training_config
 from train.setup.data import picture_size, preview_prompts
 
 
-def load_model(args: argparse.Namespace, folder: ModelFolder, source: Any) -> Components:
+def load_model(args: argparse.Namespace, folder: ModelFolder, source: Source) -> Components:
     """The model to train, without a few-step mode.
 
     A frozen text encoder whose states are in the data is freed; the previews' prompts are kept.
@@ -54,7 +54,7 @@ def load_model(args: argparse.Namespace, folder: ModelFolder, source: Any) -> Co
 
 
 def make_batches(
-    args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
+    args: argparse.Namespace, source: Source, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> EncodedBatches:
     """Batches of the data for a model, read ahead in the background.
 
@@ -124,7 +124,7 @@ def weights_of(
 
 def claim_run(
     args: argparse.Namespace,
-    source: Any,
+    source: Source,
     folder: ModelFolder,
     *,
     components: Components,
@@ -143,7 +143,7 @@ def claim_run(
     size = picture_size(args, source, size=folder.config.image_size)
     sampling = {
         "image_size": size,
-        "trained_sizes": sorted(sizes_in(source)) or [size],
+        "trained_sizes": sorted(source.size_shares) or [size],
         "time_shift": args.time_shift,
     }
     # The trainer only checks the micro-batches of a step: accumulate x noises x processes.
@@ -172,13 +172,13 @@ def claim_run(
     )
 
 
-def print_passes(args: argparse.Namespace, source: Any) -> None:
+def print_passes(args: argparse.Namespace, source: Source) -> None:
     """Print how often training uses each picture."""
     group = mx.distributed.init()
     if group.rank():
         return
     used = args.steps * args.batch_size * args.accumulate * group.size()
-    count = num_samples(source)
+    count = source.num_samples
     passes = ""
     if count is not None:
         number = used / count
@@ -210,7 +210,7 @@ def step_arguments(args: argparse.Namespace, config: ModelConfig) -> Callable[[i
 
 
 def make_validation(
-    args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
+    args: argparse.Namespace, source: Source, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> Callable[[Trainer], dict[str, float]]:
     """After every checkpoint: a sheet of pictures, and the loss on pictures kept for validation."""
     widths = widths_of(args, model.config)
@@ -228,14 +228,14 @@ def make_validation(
 
 
 def _validation_losses(
-    args: argparse.Namespace, source: Any, autoencoder: Autoencoder, *, model: TextToLatents
+    args: argparse.Namespace, source: Source, autoencoder: Autoencoder, *, model: TextToLatents
 ) -> FlowValidation | None:
     held_out = source.validation() if args.validation_pictures else None
     if held_out is None:
         if args.validation_pictures:
             print_once("no validation loss: the data keeps no pictures for it")
         return None
-    parts = getattr(held_out, "sources", [held_out])
+    parts = held_out.sources
     count = -(-args.validation_pictures // len(parts))
     with announce("encoding the pictures kept for validation ..."):
         batches = [

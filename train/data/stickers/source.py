@@ -11,6 +11,7 @@ import numpy as np
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.options import integer
 from mlx_snapgen.errors import UserError
+from train.data.source import PictureSource, shares_of
 from train.data.stickers.captions import Scene
 from train.data.stickers.scenes import training_scene, validation_scene
 from train.data.stickers.vocabulary import (
@@ -55,8 +56,8 @@ def draw_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[str]]:
 
 
 @dataclass(frozen=True)
-class Stickers:
-    """Training scenes: a `PictureSource` and a `PromptSource`.
+class Stickers(PictureSource):
+    """Training scenes.
 
     All scenes of a batch have one size.
 
@@ -86,14 +87,10 @@ class Stickers:
         return 4 if self.collection.has_alpha else 3
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of the pictures in pixels; none if there is only one."""
-        return list(self.collection.shapes) if len(self.collection.shapes) > 1 else []
-
-    @property
-    def counts(self) -> list[int]:
-        """How often each of `sizes` is drawn, per thousand batches."""
-        return [round(1000 * self.collection.shapes[size]) for size in self.sizes]
+    def size_shares(self) -> dict[tuple[int, int], float]:
+        """See `Source`."""
+        shapes = self.collection.shapes
+        return shares_of(shapes, shapes.values()) if len(shapes) > 1 else {}
 
     def scenes(self, number: int, count: int) -> list[Scene]:
         """The scenes of a batch."""
@@ -131,7 +128,7 @@ class Stickers:
         return ValidationStickers(self.num_nouns, self.pictures)
 
     def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
+        """See `Source`."""
         categories = None if self.categories is None else list(self.categories)
         where = {} if self.pictures is None else {"where": str(self.pictures)}
         name = self.collection.name
@@ -148,8 +145,8 @@ def _size(collection: Collection, seed: int, number: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class ValidationStickers:
-    """The fixed validation scenes, squares: a `PictureSource`.
+class ValidationStickers(PictureSource):
+    """The fixed validation scenes, squares.
 
     Every fourth is a held-out combination.
     """
@@ -174,7 +171,7 @@ class ValidationStickers:
         )
 
     def settings(self) -> dict[str, Any]:
-        """See `PictureSource`."""
+        """See `Source`."""
         name = collection_in(self.pictures).name
         return {"data": name, "num_nouns": self.num_nouns, "validation": True}
 
