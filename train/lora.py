@@ -49,7 +49,7 @@ from train.loop.trainer import Trainer
 from train.objectives.base import ShareStep
 from train.objectives.finetune import FineTuning, PublicFineTuning, step_share
 from train.options.common import tuning_config, widths_of
-from train.options.lora import parse
+from train.options.lora import fill, parse
 
 NAME = "default"  # of the adapter
 
@@ -73,10 +73,9 @@ def main() -> int:
     with announce(f"loading {args.model} ..."):
         folder = open_model(model_choice(args))
     mx.random.seed(args.seed)
+    fill(args, folder.config if isinstance(folder, TeacherFolder) else None)
     if isinstance(folder, TeacherFolder):
-        return train_public(parse(public=folder.config), folder)
-    if args.quantize is not None or args.resolution is not None:
-        raise UserError("--quantize and --resolution are for public models: leave them out")
+        return train_public(args, folder)
     return train_own(args, folder)
 
 

@@ -24,7 +24,6 @@ class Parser(argparse.ArgumentParser):
         renamed: old name of an option -> its current name. The old name works and prints a warning.
         only: old name -> the values with which it is the renamed option; with other values it is an
             option that has this name today.
-        silent: print no warning; for options that were parsed before.
     """
 
     def __init__(
@@ -32,13 +31,11 @@ class Parser(argparse.ArgumentParser):
         *args: Any,
         renamed: Mapping[str, str] | None = None,
         only: Mapping[str, Collection[str]] | None = None,
-        silent: bool = False,
         **kwargs: Any,
     ):
         kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.renamed, self.only = dict(renamed or {}), dict(only or {})
-        self.silent = silent
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
@@ -49,8 +46,7 @@ class Parser(argparse.ArgumentParser):
             value = value if equals else next(iter(given[i + 1 :]), "")
             if old in self.only and value not in self.only[old]:
                 continue
-            if not self.silent:
-                print(f"warning: {old} is now {self.renamed[old]}", file=sys.stderr)
+            print(f"warning: {old} is now {self.renamed[old]}", file=sys.stderr)
             given[i] = self.renamed[old] + word[len(old) :]
         for i, word in enumerate(given):
             name, _, value = word.partition("=")

@@ -37,7 +37,7 @@ from train.evaluation.public import PublicValidation
 from train.loop.checkpoint import read_log
 from train.loop.trainer import Trainer
 from train.objectives.base import value_and_grad
-from train.options.lora import parse
+from train.options.lora import fill, parse
 from train.preparation.drawn import open_drawing
 
 SHORT = dataclasses.replace(KLEIN_BASE, num_inference_steps=2)
@@ -340,10 +340,16 @@ def test_a_model_of_this_project_has_its_own_resolution(model_folder, tuned):
         tuned(model_folder)
 
 
-def test_an_old_option_is_named_once(tmp_path, monkeypatch, capsys):
-    """A public model's options are parsed a second time, with its defaults."""
+def test_defaults_are_those_of_the_model_and_in_the_help(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = ["--data", "pictures", "--widths", "full"]
-    first, second = parse(options), parse(options, public=MODELS["flux2"])
-    assert capsys.readouterr().err == "warning: --widths is now --model-widths\n"
-    assert first.model_widths == second.model_widths == ["full"]
+    names = ("steps", "batch_size", "checkpoint_every", "learning_rate", "prior_weight")
+    own, other = (400, 8, 100, 1e-3, 4), (1000, 1, 250, 1e-4, 0)
+    for public, values in ((None, own), (MODELS["flux2"], other)):
+        args = parse(["--data", "pictures", "--drop-caption", "0"])
+        fill(args, public)
+        assert tuple(getattr(args, name) for name in names) == values
+        assert args.drop_caption == 0 and isinstance(args.targets, list)
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    assert "AdamW learning rate (default: 0.001; for a public model 0.0001)" in help

@@ -78,24 +78,26 @@ MOST_SEED = 10**13
 
 
 def add_number(
-    parser: argparse._ActionsContainer, name: str, default: Any, text: str, *, most: int = MOST
+    parser: argparse._ActionsContainer,
+    name: str,
+    default: Any,
+    text: str,
+    *,
+    most: int = MOST,
+    public: float | None = None,
 ) -> None:
-    """An option that takes a number of the default's type, finite and in size at most `most`."""
+    """A number of the default's type, finite and in size at most `most`.
+
+    With another default for public models, it is None if it is not given.
+    """
+    also = "" if public is None else f"; for a public model {public:g}"
     parser.add_argument(
         name,
         type=integer(-most, most) if isinstance(default, int) else finite_number,
-        default=default,
+        default=default if public is None else None,
         metavar="N",
-        help=f"{text} (default: {default:g})",
+        help=f"{text} (default: {default:g}{also})",
     )
-
-
-def add_drop_caption(
-    parser: argparse.ArgumentParser, *, more: str = "", default: float = 0.1
-) -> None:
-    """`--drop-caption`; its help ends with `more`."""
-    what = "share of captions to leave out, which guidance needs"
-    add_number(parser, "--drop-caption", default, what + more)
 
 
 def add_channel_weights(parser: argparse.ArgumentParser) -> None:
@@ -157,9 +159,9 @@ def check_at_most(args: argparse.Namespace, most: float, *names: str) -> None:
             raise UserError(f"{option_of(name)} must be at most {most:g}, got {value}")
 
 
-def check_learning_rate(rate: float) -> None:
-    """`UserError` for a --learning-rate that no run can have."""
-    if not 0 < rate < 1:
+def check_learning_rate(rate: float | None) -> None:
+    """`UserError` for a --learning-rate that no run can have; None passes."""
+    if rate is not None and not 0 < rate < 1:
         raise UserError(f"--learning-rate must lie between 0 and 1, got {rate}")
 
 
@@ -207,19 +209,20 @@ def check_new_lora(output: Path, *, dry_run: bool = False) -> None:
 # --- fine-tuning --------------------------------------------------------------------------------
 
 
+TUNING = {
+    "steps": "training steps",
+    "batch_size": "pictures per batch",
+    "learning_rate": "AdamW learning rate",
+    "checkpoint_every": "steps between checkpoints",
+}
+
+
 def add_tuning(
-    parser: argparse.ArgumentParser,
-    *,
-    steps: int,
-    batch_size: int,
-    checkpoint_every: int,
-    learning_rate: float = 1e-3,
+    parser: argparse.ArgumentParser, own: Mapping[str, Any], public: Mapping[str, Any] | None = None
 ) -> None:
-    """The options of `tuning_config`, with the defaults given."""
-    add_number(parser, "--steps", steps, "training steps")
-    add_number(parser, "--batch-size", batch_size, "pictures per batch")
-    add_number(parser, "--learning-rate", learning_rate, "AdamW learning rate")
-    add_number(parser, "--checkpoint-every", checkpoint_every, "steps between checkpoints")
+    """The options of `tuning_config`; `own` has their defaults, `public` those of public models."""
+    for name, text in TUNING.items():
+        add_number(parser, option_of(name), own[name], text, public=(public or {}).get(name))
     add_seed(parser)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from mlx_snapgen.cli.options import (
     Parser,
@@ -21,7 +22,6 @@ from train.data.readers.folder import check_template
 from train.loop.run import check_run_folder
 from train.options.common import (
     MOST_RANK,
-    add_drop_caption,
     add_number,
     add_output,
     add_run_dir,
@@ -43,22 +43,21 @@ PUBLIC_TARGETS = {
     "z-image": ("attention.to_*", "feed_forward.w*"),
 }
 """By the kind of a public model: attention and feed-forward."""
-OWN = {"steps": 400, "batch_size": 8, "checkpoint_every": 100, "learning_rate": 1e-3}
-PUBLIC = {"steps": 1000, "batch_size": 1, "checkpoint_every": 250, "learning_rate": 1e-4}
-"""Defaults for a model of this project and for a public one."""
+OWN: dict[str, Any] = {
+    **{"steps": 400, "batch_size": 8, "checkpoint_every": 100, "learning_rate": 1e-3},
+    **{"prior_weight": 4.0, "drop_caption": 0.1, "targets": TARGETS},
+}
+PUBLIC: dict[str, Any] = {
+    **{"steps": 1000, "batch_size": 1, "checkpoint_every": 250, "learning_rate": 1e-4},
+    **{"prior_weight": 0.0, "resolution": 512},
+}
+"""Defaults for a model of this project and for a public one, see `fill`."""
 MOST_NAME = 255 - len(".safetensors")
 """Bytes of the name of a folder after which the outputs are named."""
 
 
-def parse(
-    argv: list[str] | None = None, *, public: TeacherConfig | None = None
-) -> argparse.Namespace:
-    """The command's options, checked; `output`, `run_dir` and `alpha` have their defaults.
-
-    Args:
-        public: the public model that `--model` is, if it is one: the defaults are others then.
-    """
-    targets = TARGETS if public is None else PUBLIC_TARGETS[public.kind]
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's options, checked; those that `fill` sets are None if they were not given."""
     parser = Parser(
         prog="python -m train.lora",
         description="Fine-tune a model on a folder of pictures with captions. The result is a\n"
@@ -66,7 +65,6 @@ def parse(
         "again to resume.",
         epilog=EPILOG,
         renamed={"--widths": "--model-widths"},
-        silent=public is not None,
     )
     add = parser.add_argument
     add(
@@ -82,7 +80,7 @@ def parse(
     add_model_source(parser, quantize="train on 4 or 8 bits per weight of a public model, or none")
     add_output(parser, "LoRA file to write (default: FOLDER.safetensors)", required=False)
     add_run_dir(parser, default="runs/FOLDER")
-    add_tuning(parser, **(OWN if public is None else PUBLIC))
+    add_tuning(parser, OWN, PUBLIC)
     add_number(parser, "--accumulate", 1, "batches per training step")
     add(
         "--save-memory",
@@ -99,19 +97,25 @@ def parse(
     add(
         "--targets",
         nargs="+",
-        default=list(targets),
         metavar="PATTERN",
-        help=f"name patterns of the layers to train (default: {' '.join(targets)})",
+        help=f"name patterns of the layers to train (default: {' '.join(TARGETS)}; for a public "
+        "model its layers of attention and feed-forward)",
     )
     add_model_widths(parser, default=None)
     add("--flip", action="store_true", help="also train on mirror images (default: off)")
-    # A distilled model draws without guidance.
-    add_drop_caption(parser, default=0.0 if public and public.is_distilled else 0.1)
+    add(
+        "--drop-caption",
+        type=finite_number,
+        metavar="N",
+        help="share of captions to leave out, which guidance needs (default: 0.1; for a distilled "
+        "model, which draws without guidance, 0)",
+    )
     add_number(
         parser,
         "--prior-weight",
-        4.0 if public is None else 0.0,
+        OWN["prior_weight"],
         "weight of prior preservation, which limits forgetting; 0 is off",
+        public=PUBLIC["prior_weight"],
     )
     add_number(
         parser,
@@ -169,16 +173,33 @@ def parse(
     check_at_least(args, 1, "accumulate", "rank")
     check_at_most(args, MOST_RANK, "rank")
     check_at_least(args, 0, "prior_weight", "prior_pictures")
-    if not 0 <= args.drop_caption < 1:
+    if args.drop_caption is not None and not 0 <= args.drop_caption < 1:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
     check_new_lora(args.output, dry_run=args.dry_run)
+    return args
+
+
+def fill(args: argparse.Namespace, public: TeacherConfig | None) -> None:
+    """Set what was not given to the defaults of the model; `UserError` for what it does not take.
+
+    Args:
+        public: config of a public model; None for a model of this project.
+    """
+    if public is None and (args.quantize, args.resolution) != (None, None):
+        raise UserError("--quantize and --resolution are for public models: leave them out")
+    defaults = OWN
     if public is not None:
-        args.resolution = args.resolution or 512
+        dropped = 0.0 if public.is_distilled else OWN["drop_caption"]
+        defaults = PUBLIC | {"targets": PUBLIC_TARGETS[public.kind], "drop_caption": dropped}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.targets = list(args.targets)  # as in the record of a run
+    if public is not None:
         check_resolution(args.resolution, public.size_unit)
         check_size(public, args.resolution, args.resolution)
         if args.prior_weight or args.prior_prompts:
             raise UserError("a public model is trained without prior preservation: leave it out")
-    return args
 
 
 EPILOG = """
@@ -189,8 +210,6 @@ same new word for the thing in every caption. Also describe the rest of the pict
 change it in a prompt. Pictures may have any size and shape: the command crops each to the nearest
 of a few shapes.
 
-Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) have other defaults: --steps 1000,
---batch-size 1, --checkpoint-every 250, --learning-rate 0.0001, the layers of attention and
-feed-forward as --targets, --prior-weight 0 and, if the model is distilled, --drop-caption 0. They
-are always trained with --save-memory. Of pictures for MiniT2I, the largest square is used.
+Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) are always trained with --save-memory. Of
+pictures for MiniT2I, the largest square is used.
 """

@@ -16,6 +16,7 @@ from train.options.common import (
     check_tuning,
 )
 
+TUNING = {"steps": 1000, "batch_size": 16, "checkpoint_every": 250, "learning_rate": 1e-3}
 HELD_OUT = 16  # prompts that are not used for training
 
 
@@ -51,7 +52,7 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     add_number(parser, "--pictures", 128, "number of pictures to draw and train on")
     add_run_dir(parser, default="runs/OUTPUT")
-    add_tuning(parser, steps=1000, batch_size=16, checkpoint_every=250)
+    add_tuning(parser, TUNING)
     add_number(
         parser,
         "--score",

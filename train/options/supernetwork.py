@@ -11,7 +11,6 @@ from train.options.common import (
     MOST,
     REMOVED_OF_STICKERS,
     add_channel_weights,
-    add_drop_caption,
     add_number,
     add_removed,
     add_run_dir,
@@ -91,8 +90,13 @@ def new_parser(prog: str, description: str) -> Parser:
         64,
         "pictures kept for validation to measure the loss with after every checkpoint; 0 is off",
     )
-    each = "; of several text encoders, each one also misses this share on its own"
-    add_drop_caption(parser, more=each)
+    add_number(
+        parser,
+        "--drop-caption",
+        0.1,
+        "share of captions to leave out, which guidance needs; of several text encoders, each one "
+        "also misses this share on its own",
+    )
     add(
         "--time-shift",
         type=finite_number,
