@@ -34,6 +34,7 @@ from tests.tiny import TEACHER, write_lightning_lora, write_teacher
 from train import evaluate
 from train.data.encoded import as_latents
 from train.data.open import open_data
+from train.data.prepared import Prepared
 from train.data.source import Samples
 from train.data.stickers import render
 from train.data.stickers.source import Stickers
@@ -141,11 +142,11 @@ def test_measures_on_several_folders(model_folder, pictures, tmp_path, monkeypat
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-class Held:
+class Held(Prepared):
     """A set with a part for validation, opened instead of --data."""
 
     def __init__(self):
-        rng = np.random.default_rng(0)
+        rng, self.counts = np.random.default_rng(0), [len(CAPTIONS)]
         self.latents = rng.normal(size=(5, 4, 8, 4)).astype(np.float32)
 
     def validation(self):
@@ -378,7 +379,6 @@ def test_a_prepared_set_is_measured_on_its_held_out_part(
 ):
     from tests.training.test_prepare import write_pictures
     from train import prepare
-    from train.data.prepared import Prepared
 
     monkeypatch.setattr(prepare, "LEAST_TO_HOLD_OUT", 1)
     pictures = write_pictures(tmp_path / "set", 12)

@@ -309,7 +309,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_belongs_to_its_comman
 def test_a_missing_model_is_found_before_the_data_is_read(
     command, option, pictures, prepared, model_folder, fails, monkeypatch, tmp_path
 ):
-    for place in ("setup.supernetwork", "setup.kdmd", "autoencoder"):
+    for place in ("setup.data", "autoencoder"):
         monkeypatch.setattr(f"train.{place}.data_from", None)
     monkeypatch.setattr("train.prepare.open_records", None)
     options = training(model_folder, tmp_path / "run", prepared)

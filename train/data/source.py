@@ -2,8 +2,8 @@
 
 A `RecordSource` reads the pictures of a set one after the other, in the order of its files. The
 other sources give batches, which depend only on the arguments and the source's seed, so that a
-resumed run gets the same data as an uninterrupted one. To add a source, write a class with these
-methods and open it in `open.py`. A set of pictures in another format is a `RecordSource` in
+resumed run gets the same data as an uninterrupted one. To add a source, write a class that inherits
+`PictureSource` and open it in `open.py`. A set of pictures in another format is a `RecordSource` in
 `readers/`.
 """
 

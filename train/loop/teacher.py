@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +17,7 @@ from mlx_snapgen.teachers.checkpoint import CheckpointTeacher, load_teacher
 from mlx_snapgen.teachers.flow import FlowTeacher
 from train.data.conditions import Conditions
 from train.data.prepared import prepared_parts
-from train.data.source import TEACHER
+from train.data.source import TEACHER, Source
 from train.loop.distributed import print_once
 from train.loop.run import digest_files
 
@@ -74,7 +73,7 @@ def open_teacher(args: argparse.Namespace) -> tuple[Teacher, Autoencoder, str]:
     return teacher, autoencoder, digest_files(folder)
 
 
-def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
+def conditions_for(teacher: Teacher, source: Source | None, *, name: str) -> Conditions:
     """The teacher's text, that of the data if it has this teacher's.
 
     If the data has the states of all captions, a public teacher's text encoder is freed.
@@ -84,7 +83,7 @@ def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
         name: the teacher's, for a warning.
     """
     conditions = Conditions(teacher)
-    parts = prepared_parts(source)
+    parts = [] if source is None else prepared_parts(source)
     with_states = [part for part in parts if TEACHER in part.text_states]
     for part in with_states:
         part.wanted.add(TEACHER)
@@ -101,7 +100,7 @@ def conditions_for(teacher: Teacher, source: Any, *, name: str) -> Conditions:
 
 
 def check_teacher_latents(
-    source: Any, autoencoder: Autoencoder, *, teacher: str, model: str
+    source: Source, autoencoder: Autoencoder, *, teacher: str, model: str
 ) -> None:
     """`UserError` unless prepared data also has the latents of a teacher's autoencoder."""
     parts = prepared_parts(source)
