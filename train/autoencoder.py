@@ -23,12 +23,13 @@ from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.json_values import to_dict
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import contact_sheet, psnr
 from train.data.crops import crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
-from train.data.source import MAY_CHANGE, Batch
+from train.data.source import MAY_CHANGE, Batch, Source
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import DEFAULT, SIZES, STATISTICS_SEED, config_of, load_autoencoder
 from train.loop.checkpoint import latest_checkpoint
@@ -109,16 +110,17 @@ def sizes(
     )
 
 
-def main() -> int:
-    args = parse()
-    start = args.init_from and find_folder(args.init_from)
-    latents = args.encoder and find_folder(args.encoder)
-    source = open_source(args, seed=args.seed, run_dir=args.run_dir)
-    picture_channels = source.channels
+def open_models(
+    args: argparse.Namespace, start: Path | None, latents: Path | None, *, picture_channels: int
+) -> tuple[Autoencoder, Autoencoder | None]:
+    """The autoencoder to train, and that of --encoder; `UserError` if they do not fit.
+
+    Args:
+        start, latents: folders of --init-from and --encoder.
+    """
     measured = None
-    if args.init_from or args.encoder:
+    if start or latents:
         measured = open_source(args, seed=STATISTICS_SEED, run_dir=args.run_dir)
-    mx.random.seed(args.seed)
     if start:
         model = load_autoencoder(start, measured)
         check_channels(model.config, picture_channels)
@@ -146,6 +148,11 @@ def main() -> int:
             f"{args.encoder} has {encoder.config.latent_channels} latent channels, the decoder "
             f"takes {model.config.latent_channels}"
         )
+    return model, encoder
+
+
+def claim_run(args: argparse.Namespace, source: Source, model: Autoencoder) -> None:
+    """Record the run of an autoencoder."""
     settings = source.settings()
     if needs_no_captions(args.run_dir):
         settings[PICTURES_ONLY] = True
@@ -160,6 +167,16 @@ def main() -> int:
         may_change=(*MAY_CHANGE, "specs", "resolution"),
         unrecorded={"data": "stickers", "autoencoder": described},
     )
+
+
+def main() -> int:
+    args = parse()
+    start = args.init_from and find_folder(args.init_from)
+    latents = args.encoder and find_folder(args.encoder)
+    source = open_source(args, seed=args.seed, run_dir=args.run_dir)
+    mx.random.seed(args.seed)
+    model, encoder = open_models(args, start, latents, picture_channels=source.channels)
+    claim_run(args, source, model)
     held_out = source.validation()
     validation, _ = (held_out or source).batch(0, VALIDATION_PICTURES)
     metric = "validation_psnr" if held_out else "psnr"

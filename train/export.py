@@ -6,6 +6,7 @@ resolution and time shift of the training. Public text encoders stay references 
 Without `--run`, `--model M --few-step-lora FILE` adds a few-step mode to a model.
 """
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def trained_model(model: ModelFolder, run: Path | None) -> Components:
     return components
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The command's options."""
     parser = Parser(
         prog="python -m train.export",
         description=__doc__,
@@ -146,20 +148,31 @@ def main() -> None:
     add_removed(parser, REMOVED)
     args = parser.parse_args()
     check_new(args.output)
-    few_step = few_step_sampler(args.few_step_lora) if args.few_step_lora else None
-    run = expanded(args.run) if args.run else None
-    if run and not run.is_dir():
+    return args
+
+
+def open_run(run: Path) -> dict[str, Any]:
+    """The record of a run; `UserError` for a folder that is none, or none with a model."""
+    if not run.is_dir():
         raise UserError(f"no run folder {run}")
-    if run and (run / "config.json").is_file():
+    if (run / "config.json").is_file():
         raise UserError(f"{run} is a model folder, not a run: give it with --model")
-    if run and trained_checkpoint(run) and (command := command_of(run)) in OTHER_RUNS:
+    if trained_checkpoint(run) and (command := command_of(run)) in OTHER_RUNS:
         raise UserError(f"{run} is a run of {command}: {OTHER_RUNS[command]}")
     # Runs of older versions have no record; they trained on stickers.
-    record: dict[str, Any] = {"data": "stickers"} | recorded(run) if run else {}
-    if run and not is_record(record):
+    record: dict[str, Any] = {"data": "stickers"} | recorded(run)
+    if not is_record(record):
         raise UserError(
             f"{run / SETTINGS} is damaged: delete it, and give --model and --resolution"
         )
+    return record
+
+
+def main() -> None:
+    args = parse()
+    few_step = few_step_sampler(args.few_step_lora) if args.few_step_lora else None
+    run = expanded(args.run) if args.run else None
+    record = open_run(run) if run else {}
     if args.model:
         model = ModelFolder.open(args.model)
     elif run:

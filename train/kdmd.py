@@ -30,6 +30,7 @@ from mlx_snapgen.checkpoint.model import (
 )
 from mlx_snapgen.checkpoint.runs import OPTIONS
 from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.config import SamplerConfig
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.files import expanded
 from mlx_snapgen.json_values import to_dict
@@ -56,10 +57,56 @@ from train.objectives.losses import MEASURED, channel_weights
 from train.options.common import validation_batch, widths_of
 from train.options.kdmd import parse, sampler_of, training_config
 from train.setup.data import preview_prompts
-from train.setup.kdmd import open_prompts, share_of
+from train.setup.kdmd import Prompts, open_prompts, share_of
 
 WIDTHS, RANK = "model_widths", "lora_rank"
 """In the record of a run."""
+
+
+def load_model(args: argparse.Namespace, folder: ModelFolder, sampler: SamplerConfig) -> Components:
+    """The model with the student's sampler, and with the few-step LoRA, of weight 0."""
+    with announce(f"loading {args.model} ..."):
+        components = load_pretrained(folder)
+    components.config = dataclasses.replace(components.config, few_step=sampler)
+    network = components.transformer
+    warn_untrained(network, args.model, result="the student learns noise from it")
+    if args.few_step_lora:
+        load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
+        # The teacher is the full network.
+        if note := check_few_step_width(components, FULL.name, model=str(args.few_step_lora)):
+            print_once(f"warning: {note}: train it with --model-widths {FULL.name}")
+    return components
+
+
+def claim_run(
+    args: argparse.Namespace,
+    prompts: Prompts,
+    sampler: SamplerConfig,
+    *,
+    weights: dict[str, Any],
+    networks: dict[str, Any],
+    guidance: float,
+) -> None:
+    """Record the run, with hashes of the weights, which must stay, and options that may change."""
+    lora = args.few_step_lora
+    weights["few_step_digest"] = digest_path(expanded(lora)) if lora else None
+    newer = {"few_step": to_dict(sampler), **weights, **prompts.newer}
+    used = {
+        "guidance": guidance,
+        "alpha": args.alpha,
+        "student_every": args.student_every,
+        "channel_weights": args.channel_weights,
+        **networks,
+        "sizes": args.sizes and [list(size) for size in args.sizes],
+    }
+    claim(
+        args.run_dir,
+        prompts.settings | newer | {OPTIONS: used},
+        steps=args.steps,
+        may_change=(*MAY_CHANGE, OPTIONS),
+        newer=newer,
+        unrecorded={"data": "stickers"},
+    )
 
 
 def main() -> int:
@@ -73,16 +120,8 @@ def main() -> int:
     prompts = open_prompts(args, folder.config)
 
     mx.random.seed(args.seed)
-    with announce(f"loading {args.model} ..."):
-        components = load_pretrained(folder)
-    components.config = dataclasses.replace(components.config, few_step=sampler)
+    components = load_model(args, folder, sampler)
     network, config = components.transformer, components.config
-    warn_untrained(network, args.model, result="the student learns noise from it")
-    if args.few_step_lora:
-        load_lora(args.few_step_lora, network, weight=0.0, name=FEW_STEP)
-        # The teacher is the full network.
-        if note := check_few_step_width(components, FULL.name, model=str(args.few_step_lora)):
-            print_once(f"warning: {note}: train it with --model-widths {FULL.name}")
     own = CheckpointTeacher(
         network,
         components.text_encoders,
@@ -115,26 +154,8 @@ def main() -> int:
         seed=args.seed,
         student=None if teacher is own else Conditions(own),
     )
-    lora = args.few_step_lora
-    weights["few_step_digest"] = digest_path(expanded(lora)) if lora else None
-    newer = {"few_step": to_dict(sampler), **weights, **prompts.newer}
-    used = {
-        "guidance": guidance,
-        "alpha": args.alpha,
-        "student_every": args.student_every,
-        "channel_weights": args.channel_weights,
-        **networks,
-        "sizes": args.sizes and [list(size) for size in args.sizes],
-    }
     check_sizes(args.run_dir, model)
-    claim(
-        args.run_dir,
-        prompts.settings | newer | {OPTIONS: used},
-        steps=args.steps,
-        may_change=(*MAY_CHANGE, OPTIONS),
-        newer=newer,
-        unrecorded={"data": "stickers"},
-    )
+    claim_run(args, prompts, sampler, weights=weights, networks=networks, guidance=guidance)
     if teacher.has_few_step and latest_checkpoint(args.run_dir) is None:
         numbers = tqdm(range(8), desc="fitting projectors", unit="batch", leave=False)
         fit_to_few_step(model, teacher, (batches(k) for k in numbers))
