@@ -384,13 +384,13 @@ def test_several_sources_have_weights_or_shares_by_their_size(folder, tmp_path):
     write_tar(tmp_path / "a.tar", many(10))
     specs = [str(folder), str(tmp_path / "f")]
     mixture = open_data(specs, **SIZE)
-    assert mixture.weights == [len(s) for s in mixture.sources]
+    assert mixture.weights == [s.num_samples for s in mixture.sources]
     assert mixture.num_samples == sum(mixture.weights)
     assert open_data(specs, weights=[1, 1], **SIZE).weights == [1, 1]
     endless = open_data([*specs, "stickers"], **SIZE)
     assert endless.weights == [1, 1, 1] and endless.num_samples is None
     tars = open_data([str(tmp_path / "a.tar")] * 2, **SIZE)
-    assert isinstance(tars, RecordPictures) and len(tars) == 20
+    assert isinstance(tars, RecordPictures) and tars.num_samples == 20
     with pytest.raises(UserError, match="1 for 2"):
         open_data(specs, weights=[1], **SIZE)
 
