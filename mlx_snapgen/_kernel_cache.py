@@ -3,8 +3,8 @@
 MLX compiles kernels of the CPU into `<temporary folder>/mlx/<version>/cpu/*.so`, and loads a file
 of that name if it is there. In /tmp every user of the computer can put one there, and its code
 would run here (see .github/mlx-kernel-cache.txt). The only setting of that place is `TMPDIR`,
-which MLX reads for each kernel, so that it must stay set. Commands and the worker set it when they
-start, and imports do not: on a shared computer a program that uses this package sets its own.
+which MLX reads for each kernel, so that it must stay set. It is set by commands, the worker and
+`SnapGenPipeline.from_pretrained`, and not by an import.
 """
 
 import atexit
@@ -15,19 +15,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+_made: Path | None = None
+
 
 def make_private_cache() -> Path | None:
     """Let MLX keep its kernels in a folder that only this user can read or write.
 
     Sets `TMPDIR` for MLX, and keeps Python's own temporary files where they were. Call it before
-    MLX compiles its first kernel.
+    MLX compiles its first kernel. A further call changes nothing.
 
     Returns:
         The folder; None where MLX has no such cache (not Linux), or where no folder can be written.
         If the user's cache folder cannot be used, it is a new temporary folder.
     """
+    global _made
     if not sys.platform.startswith("linux"):
         return None
+    if _made is not None and os.environ.get("TMPDIR") == str(_made):
+        return _made
     try:
         python_s_own = tempfile.gettempdir()
     except OSError:
@@ -41,6 +46,7 @@ def make_private_cache() -> Path | None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tempfile.tempdir = python_s_own
     os.environ["TMPDIR"] = str(folder)
+    _made = folder
     return folder
 
 

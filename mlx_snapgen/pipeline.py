@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.checkpoint.memory import batch_size, check_memory, transformer_bytes
 from mlx_snapgen.checkpoint.model import (
@@ -87,6 +88,8 @@ class SnapGenPipeline(Pipeline):
     ) -> Pipeline:
         """Load a model; only the sub-network of `model_width` stays in memory.
 
+        On Linux, `TMPDIR` is then a private folder, see `make_private_cache`.
+
         Args:
             model: folder, Hugging Face repository "owner/name", None for the built-in model, or a
                 whole `ModelChoice`. Public models are loaded as a `PublicPipeline`.
@@ -99,6 +102,7 @@ class SnapGenPipeline(Pipeline):
         """
         if not isinstance(model, ModelChoice):
             model = ModelChoice(None if model is None else str(model))
+        make_private_cache()
         chosen = dataclasses.replace(model, **choice)
         folder = folder or open_model(chosen)
         # Record the commit that a branch or tag refers to now.

@@ -51,6 +51,7 @@ def test_without_a_folder_to_write_into_the_package_is_imported(tmp_path, monkey
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert make_private_cache() == tmp_path / "mlx_snapgen" / "kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.delenv("TMPDIR")
     assert make_private_cache() is None
 
 
@@ -58,6 +59,22 @@ def test_an_import_makes_no_folder_and_sets_nothing(tmp_path):
     code = "import os, mlx_snapgen.generate; print(os.environ['TMPDIR'])"
     assert run(tmp_path / "cache", tmp_path / "own", code) == [str(tmp_path / "own")]
     assert not (tmp_path / "cache").exists() and not list((tmp_path / "own").iterdir())
+
+
+def test_a_loaded_pipeline_compiles_into_a_private_folder(tmp_path):
+    code = """
+import os
+from mlx_snapgen import SnapGenPipeline
+SnapGenPipeline.from_pretrained()
+first = os.environ["TMPDIR"]
+SnapGenPipeline.from_pretrained()
+print(first, os.environ["TMPDIR"])
+"""
+    folder = str(tmp_path / "cache/mlx_snapgen/kernels")
+    assert run(tmp_path / "cache", tmp_path / "own", code) == [folder, folder]
+    (tmp_path / "no").write_text("")
+    first, second = run(tmp_path / "no", tmp_path / "own", code)
+    assert first == second and first.startswith(str(tmp_path / "own/mlx_snapgen-kernels-"))
 
 
 def test_the_worker_compiles_into_a_private_folder(tmp_path, monkeypatch):
