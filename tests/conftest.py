@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_snapgen import errors
 from mlx_snapgen._kernel_cache import make_private_cache
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
 from mlx_snapgen.errors import UserError
@@ -65,6 +66,12 @@ def model_folder(components, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "random"
     save_pretrained(folder, components)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_names(monkeypatch):
+    """Folders that a test fetches by a name have it in that test alone."""
+    monkeypatch.setattr(errors, "_given", {})
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_any_even_grid_runs(network, size):
 
 
 def test_odd_grid_names_the_way_out(network):
-    with pytest.raises(UserError, match="divides by 32"):
+    with pytest.raises(UserError, match="latents of 6x8 do not divide by 4"):
         run(network, *inputs(6, 8))
     with pytest.raises(UserError, match="holds the widths 1, "):
         run(network, *inputs(), share=0.25)

@@ -20,6 +20,7 @@ from train import autoencoder, export, flow, new, prepare
 from train.data.prepared import Prepared
 from train.data.readers.folder import PictureFolderRecords
 from train.data.selection import HELD_OUT, Filter
+from train.data.stickers.source import Stickers
 from train.loop.teacher import check_teacher_latents
 from train.options.common import widths_of
 from train.options.prepare import parse
@@ -96,7 +97,7 @@ def test_core_ml_packages_are_no_model(model_folder, tmp_path):
 
 def test_a_teacher_with_other_latents_is_named():
     with pytest.raises(UserError, match=r"SOURCE --model new --teacher big --output FOLDER, and"):
-        check_teacher_latents(None, None, teacher="big", model="new")
+        check_teacher_latents(Stickers(), None, teacher="big", model="new")
 
 
 @pytest.mark.parametrize(
