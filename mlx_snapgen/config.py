@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_snapgen.description import Abilities, choose_mode
-from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.errors import UserError, check_faults, nearest
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class TransformerConfig:
     """Widths this network can run at, the widest first."""
 
     def __post_init__(self):
-        if faults := [*self._faults(), *self._faults_of_heads()]:
-            raise UserError("; ".join(faults))
+        check_faults([*self._faults(), *self._faults_of_heads()])
 
     def _faults(self) -> Iterator[str]:
         falling = list(self.widths) == sorted(self.widths, reverse=True)

@@ -4,12 +4,13 @@ import contextlib
 import difflib
 import errno
 import io
+import itertools
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +18,8 @@ from mlx_snapgen._kernel_cache import make_private_cache
 
 MOST_CHARACTERS = 300
 """Of the message of a `UserError`."""
+MOST_OF_FAULTS = 250
+"""Characters of the faults that one message names."""
 
 
 class UserError(Exception):
@@ -42,6 +45,9 @@ class ModelError(UserError):
     """A model that cannot be loaded: its files are damaged or gone."""
 
 
+AGAIN = "get it again"
+"""In messages about damaged files."""
+
 _given: dict[str, str] = {}
 
 
@@ -51,11 +57,21 @@ def show_as(folder: Path, name: str) -> None:
 
 
 def as_given(text: object) -> str:
-    """`text` with the names of `show_as`."""
+    """`text` with the names of `show_as`; not of a damaged file, which the user has to find."""
     shown = str(text)
+    if AGAIN in shown:
+        return shown
     for folder, name in list(_given.items()):
         shown = shown.replace(folder, name)
     return shown
+
+
+def check_faults(faults: Sequence[str]) -> None:
+    """`UserError` with as many of the faults as a message has room for, if there are any."""
+    ends = itertools.accumulate(len(fault) + 2 for fault in faults)
+    count = sum(end <= MOST_OF_FAULTS for end in ends) or 1
+    if faults:
+        raise UserError("; ".join([*faults[:count], *["and more"] * (len(faults) > count)]))
 
 
 def one_line(text: object, most: int) -> str:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, cast
 
-from mlx_snapgen.errors import UserError, naming, nearest, one_line
+from mlx_snapgen.errors import UserError, check_faults, naming, nearest, one_line
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -17,8 +17,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
 """The largest number in a config, and the greatest length of a text or list."""
-MOST_FAULTS = 8
-"""Of a config that are named."""
+MOST_FAULTS = 50
+"""Of a config that are looked for."""
 MOST_LAYERS = 256
 """Of one network. Each is built in memory before its weights are read."""
 
@@ -43,8 +43,7 @@ def from_dict(cls: type, values: Any) -> Any:
             faults.append(str(error))
             if len(faults) == MOST_FAULTS:
                 break
-    if faults:
-        raise UserError("; ".join(faults))
+    check_faults(faults)
     try:
         made = cls(**read)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:

@@ -16,16 +16,17 @@ from convert.parity.pictures import SETTINGS, drawn, make
 from mlx_snapgen.checkpoint.language_models import load_qwen
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.fitting import fit_reference
-from mlx_snapgen.networks.layers import pack
+from mlx_snapgen.networks.layers import pack, unpack
 from mlx_snapgen.networks.text_encoders.qwen import FLUX2_KLEIN
+from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.public.convert import convert as convert_part
 from mlx_snapgen.public.source import find_source
 from mlx_snapgen.public.teachers import TeacherParts, convert_teacher
-from mlx_snapgen.sampling import get_noise
+from mlx_snapgen.sampling import denoise, get_noise
 from mlx_snapgen.teachers import config as teacher_config
 from mlx_snapgen.teachers.config import KLEIN, KLEIN_BASE
-from mlx_snapgen.teachers.flow import FlowTeacher
+from mlx_snapgen.teachers.flow import FlowTeacher, shifted_levels
 from mlx_snapgen.teachers.folder import load_flow_teacher
 from tests.tiny import require
 
@@ -89,6 +90,40 @@ def test_pictures_are_those_of_the_pipeline(klein, both, guidance, steps, size, 
     settings |= {"prompt": [WORDS, *PROMPTS][count], "height": size[0], "width": size[1]}
     found, expected = drawn(pipe, klein[0], SETTINGS, **settings)
     assert relative_difference(found, expected) < 1e-4
+
+
+def test_pictures_of_a_batch_are_those_of_the_pipeline(klein, both):
+    """Two prompts of different length, which are padded, and a picture to edit."""
+    import torch
+
+    teacher, autoencoder = both
+    height, width, steps, prompts = 48, 80, 3, [PROMPTS[0], WORDS]
+    channels = 4 * teacher.config.transformer.latent_channels
+    noise = np.random.default_rng(1).normal(size=(2, 3, 5, channels)).astype(np.float32)
+    picture = Image.open(klein[-1] / "1.png")
+    expected = klein[0](
+        prompt=prompts,
+        image=[picture],
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        latents=torch.tensor(noise).permute(0, 3, 1, 2),
+        output_type="pt",
+    ).images
+    given = [autoencoder.encode(from_uint8(np.array(fit_reference(picture, unit=16))[None]))]
+    condition = teacher.encode(prompts)
+    shift = teacher.config.schedule.time_shift(15, steps)
+
+    def velocity(x_t, sigma):
+        t = mx.full((2,), sigma)
+        return teacher.velocity(x_t, t, condition, guidance_scale=4.0, references=given)
+
+    start = unpack(mx.array(noise.reshape(2, -1, channels)), (3, 5), patch=2)
+    levels = shifted_levels(teacher.config.schedule, steps, time_shift=shift)
+    *_, last = denoise(velocity, start, levels)
+    found = mx.clip(autoencoder.decode(last.x_t) / 2 + 0.5, 0, 1)
+    assert relative_difference(found, expected.permute(0, 2, 3, 1)) < 1e-4
 
 
 def test_the_few_step_mode_is_klein(klein, both):

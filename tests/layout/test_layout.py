@@ -224,6 +224,7 @@ NO_MLX = (
     "mlx_snapgen.files",
     "mlx_snapgen.fitting",
     "mlx_snapgen.metadata",
+    "mlx_snapgen.picture_files",
     "mlx_snapgen.presets",
     "mlx_snapgen.reading",
     "mlx_snapgen.settings",

@@ -123,3 +123,14 @@ def test_parts_must_fit():
         AutoencoderConfig(latents_std=(1.0,))
     with pytest.raises(UserError, match=r"no preset 'smal' .did you mean 'small'"):
         transformer_preset("smal")
+
+
+def test_more_faults_than_a_message_has_room_for():
+    values = {f"frobnicate_{k}": 1 for k in range(60)}
+    with pytest.raises(UserError) as error:
+        from_dict(TransformerConfig, values)
+    text = str(error.value)
+    assert text.startswith("unknown key 'frobnicate_0' in TransformerConfig; ")
+    assert text.endswith("; and more") and "..." not in text
+    with pytest.raises(UserError, match=r"^unknown key 'frobnicate_7' in TransformerConfig$"):
+        from_dict(TransformerConfig, {"frobnicate_7": 1})

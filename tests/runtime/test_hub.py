@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from mlx_snapgen.checkpoint.hub import find_model
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, show_as
 from mlx_snapgen.public.source import find_source
 from tests.tiny import COMMIT
 
@@ -123,3 +123,10 @@ def test_no_network_is_one_line(at, tmp_path):
     )
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x.lora_A.weight": mx.zeros((2, 2))})
     assert find_source(str(tmp_path)).files == (tmp_path / "model.safetensors",)
+
+
+def test_damaged_files_of_a_cache_keep_their_place_in_messages(tmp_path):
+    show_as(tmp_path, "owner/name")
+    assert str(UserError(f"{tmp_path} holds no model")) == "owner/name holds no model"
+    text = f"{tmp_path}/a.safetensors is truncated: get it again"
+    assert str(UserError(text)) == text

@@ -600,6 +600,9 @@ def test_fluent_counts_to_six_and_size_words_mean_one_scale():
         if len(scene.placed) == 1 and scene.size == (256, 256)
     }
     assert alone == {(None, 144), ("small", 64), ("big", 200), ("huge", 248)}
+    for placed in (p for scene in SHAPED for p in scene.placed):
+        x, y, side, _ = placed.cell
+        assert side in FLUENT.sides and (x + side / 2) % 16 == (y + side / 2) % 16 == 0
     words = {word: [s for s in SHAPED if f" {word} " in s.caption] for word in ("huge", "large")}
     assert all("huge" in [p.size_word for p in s.placed] for s in words["huge"])
     assert all("big" in [p.size_word for p in s.placed] for s in words["large"])

@@ -310,7 +310,7 @@ FLUENT = Collection(
         "background": 0.03,
         "mixed": 0.04,
     },
-    alone={None: 144 / 256, "small": 72 / 256, "big": 200 / 256, "huge": 248 / 256},
+    alone={None: 144 / 256, "small": 64 / 256, "big": 200 / 256, "huge": 248 / 256},
     shared={None: 0.834, "small": 0.5, "big": 0.97, "huge": 1.3},
     # With its center on a token of 16 px, a glyph of one size has the same latents everywhere.
     cell_unit=16,
