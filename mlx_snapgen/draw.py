@@ -1,5 +1,6 @@
 """Prompts to latents and pictures: the sampling loop of single pictures and of batches."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from mlx_snapgen.networks.parallel import on_all_cores
+from mlx_snapgen.networks.parallel import each_on_a_core, on_all_cores
 from mlx_snapgen.networks.products import apart
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
@@ -28,6 +29,8 @@ from mlx_snapgen.sampling import (
 )
 from mlx_snapgen.settings import DrawSettings
 
+MOST_AT_ONCE = 1 << 17
+"""Pixels of a picture up to which some are decoded at once: others would need too much memory."""
 Encode = Callable[[Sequence[Prompt]], tuple[mx.array, mx.array]]
 """Prompts -> text (B, L, D) and mask (B, L); None is absent text."""
 
@@ -91,6 +94,7 @@ def denoise_latents(
         on_all_cores(
             _of_each(network, len(seeds)),
             tokens=shape[0] * shape[1] // config.transformer.patch_size**2,
+            pictures=len(seeds),
         ),
         text,
         mask,
@@ -177,20 +181,31 @@ def draw_latents(
     return last_step(steps, progress).x_t
 
 
-def decode_each(
+def decode_each(autoencoder: Autoencoder, latents: Sequence[mx.array]) -> Iterator[mx.array]:
+    """The picture (1, H, W, C) of each of some latents (1, h, w, C), the same as alone.
+
+    On a CPU, small pictures are decoded some at once.
+    """
+    calls = [functools.partial(autoencoder.decode, one) for one in latents]
+    pixels = max((one[0, ..., 0].size for one in latents), default=0)
+    if pixels * autoencoder.config.downsampling**2 > MOST_AT_ONCE:
+        yield from (call() for call in calls)
+    else:
+        yield from each_on_a_core(calls)
+
+
+def to_pictures(
     autoencoder: Autoencoder, latents: mx.array, progress: Progress | None = None
-) -> list[np.ndarray]:
-    """Latents (B, h, w, C) -> B arrays (1, H, W, C) of uint8, decoded one by one.
+) -> Iterator[np.ndarray]:
+    """Latents (B, h, w, C) -> B arrays (1, H, W, C) of uint8, by `decode_each`.
 
     Args:
         progress: see `last_step`.
     """
-    pictures = []
-    for one in latents:
-        pictures.append(to_uint8(autoencoder.decode(one[None])))
+    for picture in decode_each(autoencoder, latents.split(len(latents))):
+        yield to_uint8(picture)
         if progress is not None:
             progress(1 - DENOISING)
-    return pictures
 
 
 def draw_pictures(
@@ -227,6 +242,5 @@ def draw_pictures(
             adapter=adapter,
             progress=progress,
         )
-        # One by one: on the CPU, this is faster, and a picture does not depend on its batch.
-        pictures += decode_each(components.autoencoder, latents, progress)
+        pictures += to_pictures(components.autoencoder, latents, progress)
     return np.concatenate(pictures)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mlx_snapgen._version import __version__
 from mlx_snapgen.alpha import straight
+from mlx_snapgen.draw import decode_each
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import Inputs, read_inputs
 from mlx_snapgen.metadata import record_choice, record_settings
@@ -103,6 +104,40 @@ def no_cache() -> Iterator[None]:
         yield
     finally:
         mx.set_cache_limit(before)
+
+
+def _picture(decoded: mx.array) -> Image.Image:
+    """The RGB or RGBA picture of a decoder's output (1, H, W, C)."""
+    return Image.fromarray(straight(to_uint8(decoded[0])))
+
+
+class _Finished:
+    """Latents -> picture, for the latents of a finished batch in their order: some at once.
+
+    Args:
+        latents: (1, h, w, C) of each picture.
+        otherwise: decodes other latents.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        latents: list[mx.array],
+        *,
+        otherwise: Callable[[mx.array], Image.Image],
+    ):
+        self._autoencoder, self._latents, self._otherwise = autoencoder, latents, otherwise
+        self._decoded, self._next = iter(()), len(latents)
+
+    def __call__(self, latents: mx.array) -> Image.Image:
+        places = [k for k, one in enumerate(self._latents) if one is latents]
+        if not places:
+            return self._otherwise(latents)
+        if places[0] != self._next:
+            rest = [one.astype(mx.float32) for one in self._latents[places[0] :]]
+            self._decoded = decode_each(self._autoencoder, rest)
+        self._next = places[0] + 1
+        return _picture(next(self._decoded))
 
 
 class Pipeline(ABC):
@@ -226,8 +261,7 @@ class Pipeline(ABC):
 
     def decode(self, latents: mx.array) -> Image.Image:
         """Latents (1, h, w, C) -> RGB or RGBA picture; see `AutoencoderConfig.downsampling`."""
-        x = self.autoencoder.decode(latents.astype(mx.float32))
-        return Image.fromarray(straight(to_uint8(x[0])))
+        return _picture(self.autoencoder.decode(latents.astype(mx.float32)))
 
     @abstractmethod
     def _check(self, settings: DrawSettings) -> None:
@@ -309,8 +343,12 @@ class Pipeline(ABC):
         is_slow = not has_fast_decoder(self.autoencoder.config)
         seeds = [drawing.seed for drawing in batch]
         for step in self._denoise(text, settings, seeds=seeds, given=given):
+            latents = (step.x_t if step.final else step.x0).split(len(batch))
+            decode = self.decode
+            if step.final and len(batch) > 1:
+                decode = _Finished(self.autoencoder, latents, otherwise=decode)
             for k, drawing in enumerate(batch):
-                x_t, x0 = step.x_t[k : k + 1], step.x0[k : k + 1]
+                x_t = step.x_t[k : k + 1]
                 if not mx.isfinite(x_t).all().item():
                     others = f"; the {len(batch)} pictures of its batch are lost"
                     raise UserError(
@@ -327,8 +365,8 @@ class Pipeline(ABC):
                     index=step.index,
                     num_steps=step.num_steps,
                     sigma=step.sigma,
-                    x0=x_t if step.final else x0,
-                    decode=lambda latents, over=over: over(self.decode(latents)),
+                    x0=latents[k],
+                    decode=lambda latents, over=over, decode=decode: over(decode(latents)),
                     metadata=metadata[k],
                     rough=(lambda x, over=over: over(self._rough(x))) if is_slow else None,
                     batch=images,

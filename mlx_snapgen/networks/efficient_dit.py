@@ -28,7 +28,7 @@ from mlx_snapgen.networks.layers import (
     split,
 )
 from mlx_snapgen.networks.parallel import by_tokens
-from mlx_snapgen.networks.products import pictures_apart
+from mlx_snapgen.networks.products import by_pictures, pictures_apart
 from mlx_snapgen.networks.text_encoders.base import (
     Prompt,
     TextEncoder,
@@ -300,11 +300,14 @@ class EfficientDiT(nn.Module):
             embedding, modulation = (mx.repeat(a, count, axis=0) for a in (embedding, modulation))
 
         def run(block: Block, x: mx.array, grid: Grid, modulated: bool = False) -> mx.array:
-            settings = {"mask": mask, "grid": grid, "share": share, "modulate_attention": modulated}
+            settings = {"grid": grid, "share": share, "modulate_attention": modulated}
             if self._checkpoint:
                 inputs = {"x": x, "modulation": modulation, "text": text}
-                return checkpointed(block, inputs, save_memory=True, **settings)
-            return block(x, modulation, text, **settings)
+                return checkpointed(block, inputs, mask=mask, save_memory=True, **settings)
+            return by_pictures(
+                lambda x, modulation, text, mask: block(x, modulation, text, mask=mask, **settings),
+                *(x, modulation, text, mask),
+            )
 
         for block in self.down_blocks:
             x = run(block, x, grid)

@@ -33,28 +33,59 @@ LEAST_TOKENS = 256
 """Tokens of a part at least: products with fewer are slower."""
 
 _PARTS = ContextVar("parts", default=1)
+_GROUPS = ContextVar("groups", default=1)
 
 
-def on_all_cores(function: Callable[P, T], *, tokens: int) -> Callable[P, T]:
+def on_all_cores(function: Callable[P, T], *, tokens: int, pictures: int = 1) -> Callable[P, T]:
     """`function`, which returns arrays, with the parts of its operations at once.
 
     On a CPU its result is evaluated.
 
     Args:
-        tokens: of one picture; with less than `MANY_TOKENS`, everything is one part.
+        tokens: of one picture; with less than `MANY_TOKENS`, everything is one part, and groups of
+            the `pictures` of a batch are computed at once.
     """
+    parts = _PARTS if tokens >= MANY_TOKENS else _GROUPS
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        count = blas_threads() if mx.default_device().type == mx.DeviceType.cpu else 1
-        if count == 1 or count > MOST_STREAMS or tokens < MANY_TOKENS:
+        count = _streams()
+        if count == 1 or (parts is _GROUPS and pictures == 1):
             return function(*args, **kwargs)
-        with _set_parts(count), one_blas_thread():
+        with _set(parts, count), one_blas_thread():
             result = function(*args, **kwargs)
             mx.eval(result)
         return result
 
     return call
+
+
+def _streams() -> int:
+    """The number of streams to use: 1 on a GPU or where they would not help."""
+    count = blas_threads() if mx.default_device().type == mx.DeviceType.cpu else 1
+    return 1 if count > MOST_STREAMS else count
+
+
+def each_on_a_core(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """The results of independent `calls`, such as decodings of small pictures.
+
+    On a CPU as many as it has cores are evaluated at once.
+    """
+    count = _streams()
+    for start in range(0, len(calls), count):
+        group = calls[start : start + count]
+        if len(group) == 1:
+            yield group[0]()
+            continue
+        with _set(_PARTS, count), one_blas_thread():
+            results = at_once(group)
+            mx.eval(results)
+        yield from results
+
+
+def group_count() -> int:
+    """The number of groups of pictures that are computed at once; 1 inside of a group."""
+    return _GROUPS.get()
 
 
 def part_count(work: int) -> int:
@@ -68,12 +99,12 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
     They are short: MLX starts operations in an order of its own, about 100 ahead, so that long
     calls such as whole networks run one after another even so.
     """
-    count = _PARTS.get()
+    count = max(_PARTS.get(), _GROUPS.get())
     if count == 1 or len(calls) == 1:
         return [call() for call in calls]
     streams = [mx.default_stream(mx.default_device()), *_more_streams(count - 1)]
     results = []
-    with _set_parts(1):
+    with _set(_PARTS, 1), _set(_GROUPS, 1):
         for call, stream in zip(calls, itertools.cycle(streams)):
             with mx.stream(stream):
                 results.append(call())
@@ -107,9 +138,9 @@ def _more_streams(count: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _set_parts(count: int) -> Iterator[None]:
-    token = _PARTS.set(count)
+def _set(variable: ContextVar[int], count: int) -> Iterator[None]:
+    token = variable.set(count)
     try:
         yield
     finally:
-        _PARTS.reset(token)
+        variable.reset(token)

@@ -10,7 +10,7 @@ and in other types than float32, all pictures are multiplied together.
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.networks.exponentials import float32_on_cpu
-from mlx_snapgen.networks.parallel import at_once, cut, part_count
+from mlx_snapgen.networks.parallel import at_once, cut, group_count, part_count
 
 _PICTURES = ContextVar("pictures", default=1)
 _TRAINED = ContextVar("trained", default=False)
@@ -43,6 +43,27 @@ def apart(pictures: int) -> Iterator[None]:
 def pictures_apart() -> int:
     """The number of pictures in the batch that the network computes; 1 outside of `apart`."""
     return _PICTURES.get()
+
+
+def by_pictures(function: Callable[..., mx.array], *batches: mx.array | None) -> mx.array:
+    """function(*batches) inside of `apart`, for groups of the pictures at once.
+
+    The rows of the batches and of the result are those of `apart`.
+    """
+    pictures = pictures_apart()
+    groups = min(group_count(), pictures)
+    if groups == 1:
+        return function(*batches)
+    split = [a if a is None else a.reshape(-1, pictures, *a.shape[1:]) for a in batches]
+
+    def of_group(here: slice) -> mx.array:
+        count = here.stop - here.start
+        with apart(count):
+            x = function(*(a if a is None else a[:, here].flatten(0, 1) for a in split))
+        return x.reshape(-1, count, *x.shape[1:])
+
+    parts = [functools.partial(of_group, here) for here in cut(pictures, groups)]
+    return mx.concatenate(at_once(parts), axis=1).flatten(0, 1)
 
 
 @contextlib.contextmanager

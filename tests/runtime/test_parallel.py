@@ -13,7 +13,14 @@ from mlx_snapgen import _blas
 from mlx_snapgen.checkpoint.module import matrices
 from mlx_snapgen.networks import attention, elastic, layers
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
-from mlx_snapgen.networks.parallel import at_once, by_tokens, on_all_cores, part_count
+from mlx_snapgen.networks.parallel import (
+    at_once,
+    by_tokens,
+    each_on_a_core,
+    on_all_cores,
+    part_count,
+)
+from mlx_snapgen.networks.products import apart, by_pictures, pictures_apart
 from tests.tiny import TRANSFORMER, randomize, with_streams
 
 CONFIG = replace(TRANSFORMER, blocks=(1, 3, 2), num_bands=3, widths=(1.0,))
@@ -98,6 +105,45 @@ def test_tokens_come_back_in_their_order(count, tokens):
     assert mx.array_equal(same, x) and mx.array_equal(negative, -x)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_pictures_of_a_batch_are_computed_in_groups(count, rows):
+    """`rows` of the batch are of a picture."""
+    x, y = arrays((rows * 5, 3, 2), (rows * 5, 4))
+    groups = []
+
+    def function(x, absent, y):
+        groups.append((str(mx.default_stream(mx.cpu)), pictures_apart(), len(x), part_count(100)))
+        return x * y[:, None, :1]
+
+    @partial(on_all_cores, tokens=0, pictures=5)
+    def run():
+        with apart(5):
+            return by_pictures(function, x, None, y)
+
+    assert mx.array_equal(run(), x * y[:, None, :1])
+    assert len({stream for stream, *_ in groups}) == len(groups) == count
+    assert sum(pictures for _, pictures, *_ in groups) == 5
+    assert all((size, parts) == (rows * pictures, 1) for _, pictures, size, parts in groups)
+
+
+def test_one_picture_is_one_group(count):
+    run = partial(by_pictures, lambda x: x + len(x))
+    assert on_all_cores(run, tokens=0)(mx.zeros(2)).tolist() == [2, 2]
+
+
+def test_independent_calls_keep_their_order(count):
+    used = []
+
+    def call(k):
+        used.append(str(mx.default_stream(mx.cpu)))
+        return mx.array([k])
+
+    results = each_on_a_core([partial(call, k) for k in range(5)])
+    assert next(results).item() == 0 and len(used) == count
+    assert [x.item() for x in results] == [1, 2, 3, 4]
+    assert len(set(used)) == count and len(used) == 5
+
+
 def test_blas_has_one_thread_inside_only(count):
     if _blas._library is None:
         pytest.skip("needs OpenBLAS")
@@ -122,6 +168,7 @@ def test_threads_are_those_of_a_library_that_sets_them_for_all(kind, monkeypatch
     if kind is not None:
         library.openblas_get_parallel = lambda: kind
     monkeypatch.setattr(_blas, "_library", None)
+    monkeypatch.setattr(_blas, "_threads", 1)
     monkeypatch.setattr(_blas.ctypes, "CDLL", lambda *_, **__: library)
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")

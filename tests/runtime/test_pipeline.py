@@ -88,6 +88,14 @@ def test_picture_k_of_a_batch_is_the_one_its_seed_draws_alone(pipe):
     assert not np.array_equal(together[0], together[1])
 
 
+def test_finished_pictures_of_a_batch_are_decoded_in_any_order(pipe):
+    settings = {"num_inference_steps": 1, "num_images": 3, "seed": 4}
+    steps, pictures = list(pipe.generate("a red apple", **settings)), draw(pipe, **settings)
+    for k in (2, 0, 1, 1, 2):
+        assert np.array_equal(np.array(steps[k].preview()), pictures[k])
+    assert np.array_equal(np.array(steps[0].decode(steps[1].x0 + 0)), pictures[1])
+
+
 def test_nothing_random_comes_from_outside(pipe):
     mx.random.seed(1)
     first = draw(pipe, seed=9)

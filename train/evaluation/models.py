@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.draw import decode_each, draw_pictures
+from mlx_snapgen.draw import draw_pictures, to_pictures
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.sampling import Progress
 from mlx_snapgen.settings import DrawSettings
@@ -97,5 +97,5 @@ class PublicModel:
                 settings=settings,
                 progress=progress,
             )
-            pictures += decode_each(self.autoencoder, latents, progress)
+            pictures += to_pictures(self.autoencoder, latents, progress)
         return np.concatenate(pictures)
