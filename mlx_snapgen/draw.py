@@ -12,7 +12,7 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.lora.adapters import get_lora_weights, with_lora_weights
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
-from mlx_snapgen.networks.parallel import each_on_a_core, on_all_cores
+from mlx_snapgen.networks.parallel import each_on_a_core, on_all_cores, streams
 from mlx_snapgen.networks.products import apart
 from mlx_snapgen.networks.text_encoders.base import Prompt
 from mlx_snapgen.pictures import to_uint8
@@ -181,31 +181,32 @@ def draw_latents(
     return last_step(steps, progress).x_t
 
 
-def decode_each(autoencoder: Autoencoder, latents: Sequence[mx.array]) -> Iterator[mx.array]:
-    """The picture (1, H, W, C) of each of some latents (1, h, w, C), the same as alone.
+def decode_together(autoencoder: Autoencoder, latents: Sequence[mx.array]) -> list[mx.array]:
+    """The pictures (1, H, W, C) of the first of some latents (1, h, w, C), the same as alone.
 
-    On a CPU, small pictures are decoded some at once.
+    On a CPU, small pictures are decoded one on each core; otherwise it is one picture.
     """
-    calls = [functools.partial(autoencoder.decode, one) for one in latents]
-    pixels = max((one[0, ..., 0].size for one in latents), default=0)
-    if pixels * autoencoder.config.downsampling**2 > MOST_AT_ONCE:
-        yield from (call() for call in calls)
-    else:
-        yield from each_on_a_core(calls)
+    pixels = latents[0][0, ..., 0].size * autoencoder.config.downsampling**2
+    count = streams() if pixels <= MOST_AT_ONCE else 1
+    return each_on_a_core([functools.partial(autoencoder.decode, x) for x in latents[:count]])
 
 
 def to_pictures(
     autoencoder: Autoencoder, latents: mx.array, progress: Progress | None = None
 ) -> Iterator[np.ndarray]:
-    """Latents (B, h, w, C) -> B arrays (1, H, W, C) of uint8, by `decode_each`.
+    """Latents (B, h, w, C) -> B arrays (1, H, W, C) of uint8, by `decode_together`.
 
     Args:
         progress: see `last_step`.
     """
-    for picture in decode_each(autoencoder, latents.split(len(latents))):
-        yield to_uint8(picture)
-        if progress is not None:
-            progress(1 - DENOISING)
+    rest = latents.split(len(latents))
+    while rest:
+        decoded = decode_together(autoencoder, rest)
+        rest = rest[len(decoded) :]
+        for picture in decoded:
+            yield to_uint8(picture)
+            if progress is not None:
+                progress(1 - DENOISING)
 
 
 def draw_pictures(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from PIL import Image
 
 from mlx_snapgen._version import __version__
 from mlx_snapgen.alpha import straight
-from mlx_snapgen.draw import decode_each
+from mlx_snapgen.draw import decode_together
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.inputs import Inputs, read_inputs
 from mlx_snapgen.metadata import record_choice, record_settings
@@ -112,10 +113,10 @@ def _picture(decoded: mx.array) -> Image.Image:
 
 
 class _Finished:
-    """Latents -> picture, for the latents of a finished batch in their order: some at once.
+    """Latents -> picture, for the latents of a finished batch: some at once, from any thread.
 
     Args:
-        latents: (1, h, w, C) of each picture.
+        latents: (1, h, w, C) of each picture, evaluated.
         otherwise: decodes other latents.
     """
 
@@ -127,17 +128,20 @@ class _Finished:
         otherwise: Callable[[mx.array], Image.Image],
     ):
         self._autoencoder, self._latents, self._otherwise = autoencoder, latents, otherwise
-        self._decoded, self._next = iter(()), len(latents)
+        self._pictures: dict[int, Image.Image] = {}
+        """Of those that were decoded last, by their place in the batch."""
+        self._lock = threading.Lock()
 
     def __call__(self, latents: mx.array) -> Image.Image:
-        places = [k for k, one in enumerate(self._latents) if one is latents]
-        if not places:
+        place = next((k for k, one in enumerate(self._latents) if one is latents), None)
+        if place is None:
             return self._otherwise(latents)
-        if places[0] != self._next:
-            rest = [one.astype(mx.float32) for one in self._latents[places[0] :]]
-            self._decoded = decode_each(self._autoencoder, rest)
-        self._next = places[0] + 1
-        return _picture(next(self._decoded))
+        with self._lock:
+            if place not in self._pictures:
+                rest = [one.astype(mx.float32) for one in self._latents[place:]]
+                decoded = decode_together(self._autoencoder, rest)
+                self._pictures = {place + k: _picture(x) for k, x in enumerate(decoded)}
+            return self._pictures[place].copy()
 
 
 class Pipeline(ABC):
@@ -344,6 +348,7 @@ class Pipeline(ABC):
         seeds = [drawing.seed for drawing in batch]
         for step in self._denoise(text, settings, seeds=seeds, given=given):
             latents = (step.x_t if step.final else step.x0).split(len(batch))
+            mx.eval(latents)  # Another thread may decode them.
             decode = self.decode
             if step.final and len(batch) > 1:
                 decode = _Finished(self.autoencoder, latents, otherwise=decode)

@@ -72,8 +72,9 @@ def needed_bytes(
 ) -> int:
     """Estimate of the peak of drawing pictures at a time with a transformer of so many bytes.
 
-    They are denoised together and decoded one by one. Measured at 512 x 512 with the default model:
-    548 MiB of arrays for one picture and 550 for four.
+    They are denoised together and decoded one by one, but for small ones, which take a core each
+    and little memory. Measured at 512 x 512 with the default model: 548 MiB of arrays for one
+    picture and 550 for four.
     """
     denoising = pictures * (2 if guided else 1) * DENOISING_BYTES_PER_PIXEL
     return BASE_BYTES + transformer + height * width * max(BYTES_PER_PIXEL, denoising)

@@ -39,7 +39,7 @@ _GROUPS = ContextVar("groups", default=1)
 def on_all_cores(function: Callable[P, T], *, tokens: int, pictures: int = 1) -> Callable[P, T]:
     """`function`, which returns arrays, with the parts of its operations at once.
 
-    On a CPU its result is evaluated.
+    If it has parts or groups, its result is evaluated.
 
     Args:
         tokens: of one picture; with less than `MANY_TOKENS`, everything is one part, and groups of
@@ -49,7 +49,7 @@ def on_all_cores(function: Callable[P, T], *, tokens: int, pictures: int = 1) ->
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        count = _streams()
+        count = streams()
         if count == 1 or (parts is _GROUPS and pictures == 1):
             return function(*args, **kwargs)
         with _set(parts, count), one_blas_thread():
@@ -60,27 +60,23 @@ def on_all_cores(function: Callable[P, T], *, tokens: int, pictures: int = 1) ->
     return call
 
 
-def _streams() -> int:
+def streams() -> int:
     """The number of streams to use: 1 on a GPU or where they would not help."""
     count = blas_threads() if mx.default_device().type == mx.DeviceType.cpu else 1
     return 1 if count > MOST_STREAMS else count
 
 
-def each_on_a_core(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """The results of independent `calls`, such as decodings of small pictures.
+def each_on_a_core(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of `streams()` independent calls at most, such as decodings, computed at once.
 
-    On a CPU as many as it has cores are evaluated at once.
+    If there are several, they are evaluated.
     """
-    count = _streams()
-    for start in range(0, len(calls), count):
-        group = calls[start : start + count]
-        if len(group) == 1:
-            yield group[0]()
-            continue
-        with _set(_PARTS, count), one_blas_thread():
-            results = at_once(group)
-            mx.eval(results)
-        yield from results
+    if len(calls) == 1:
+        return [calls[0]()]
+    with _set(_PARTS, len(calls)), one_blas_thread():
+        results = at_once(calls)
+        mx.eval(results)
+    return results
 
 
 def group_count() -> int:

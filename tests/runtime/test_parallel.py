@@ -126,9 +126,25 @@ def test_pictures_of_a_batch_are_computed_in_groups(count, rows):
     assert all((size, parts) == (rows * pictures, 1) for _, pictures, size, parts in groups)
 
 
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_step_in_groups_is_the_same(step, count, bits):
+    """With a mask of its own for each picture."""
+    if bits:
+        chosen = set(matrices(step.func, 32))
+        nn.quantize(step.func, 32, bits, class_predicate=lambda path, _: path in chosen)
+
+    def run():
+        with apart(2):
+            return step()
+
+    found = on_all_cores(run, tokens=0, pictures=2)()
+    assert mx.array_equal(found, run()) and mx.abs(found).max() > 0.1
+    assert mx.allclose(found, step(), rtol=1e-5, atol=1e-5)
+
+
 def test_one_picture_is_one_group(count):
     run = partial(by_pictures, lambda x: x + len(x))
-    assert on_all_cores(run, tokens=0)(mx.zeros(2)).tolist() == [2, 2]
+    assert on_all_cores(run, tokens=0, pictures=2)(mx.zeros(2)).tolist() == [2, 2]
 
 
 def test_independent_calls_keep_their_order(count):
@@ -138,10 +154,9 @@ def test_independent_calls_keep_their_order(count):
         used.append(str(mx.default_stream(mx.cpu)))
         return mx.array([k])
 
-    results = each_on_a_core([partial(call, k) for k in range(5)])
-    assert next(results).item() == 0 and len(used) == count
-    assert [x.item() for x in results] == [1, 2, 3, 4]
-    assert len(set(used)) == count and len(used) == 5
+    results = each_on_a_core([partial(call, k) for k in range(count)])
+    assert [x.item() for x in results] == list(range(count))
+    assert len(set(used)) == len(used) == count
 
 
 def test_blas_has_one_thread_inside_only(count):

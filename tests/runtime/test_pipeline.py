@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -94,6 +95,29 @@ def test_finished_pictures_of_a_batch_are_decoded_in_any_order(pipe):
     for k in (2, 0, 1, 1, 2):
         assert np.array_equal(np.array(steps[k].preview()), pictures[k])
     assert np.array_equal(np.array(steps[0].decode(steps[1].x0 + 0)), pictures[1])
+
+
+def test_pictures_of_a_batch_are_decoded_in_other_threads(pipe):
+    settings = {"num_inference_steps": 2, "num_images": 4, "seed": 4}
+    steps, pictures = list(pipe.generate("a red apple", **settings)), draw(pipe, **settings)
+    with ThreadPoolExecutor(3) as pool:
+        previews = list(pool.map(lambda step: step.preview(), steps))
+    for k, picture in enumerate(pictures):
+        assert np.array_equal(np.array(previews[4 + k]), picture)
+
+
+def test_an_interrupted_decoding_can_be_repeated(pipe, monkeypatch):
+    settings = {"num_inference_steps": 1, "num_images": 3, "seed": 4}
+    steps, pictures = list(pipe.generate("a red apple", **settings)), draw(pipe, **settings)
+
+    def interrupt(latents):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipe.autoencoder, "decode", interrupt)
+        steps[0].preview()
+    for k, picture in enumerate(pictures):
+        assert np.array_equal(np.array(steps[k].preview()), picture)
 
 
 def test_nothing_random_comes_from_outside(pipe):
