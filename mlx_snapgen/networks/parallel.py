@@ -6,7 +6,8 @@ streams as it had threads. Elsewhere, on a GPU, and without OpenBLAS or with its
 everything is one part.
 
 What the parts are depends on the shapes of one picture, and not on its batch, so that a picture is
-computed in the same parts alone and in a batch.
+computed in the same parts alone and in a batch. A batch of small pictures, which have one part
+each, is computed in groups instead (`products.by_pictures`), and decoded by `each_on_a_core`.
 """
 
 import contextlib
@@ -69,7 +70,8 @@ def streams() -> int:
 def each_on_a_core(calls: Sequence[Callable[[], T]]) -> list[T]:
     """The results of `streams()` independent calls at most, such as decodings, computed at once.
 
-    If there are several, they are evaluated.
+    If there are several, they are evaluated. Two decodings at 256 x 256 take 0.55 (convolutional)
+    to 0.8 (DC-AE) of the time that they take one after another, each with two threads of BLAS.
     """
     if len(calls) == 1:
         return [calls[0]()]
@@ -92,16 +94,16 @@ def part_count(work: int) -> int:
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
     """The results of independent `calls`, which have no parts themselves.
 
-    They are short: MLX starts operations in an order of its own, about 100 ahead, so that long
-    calls such as whole networks run one after another even so.
+    They have few operations, as a block or a decoder: MLX starts operations in an order of its own,
+    about 100 ahead, so that whole transformers run one after another even so.
     """
     count = max(_PARTS.get(), _GROUPS.get())
     if count == 1 or len(calls) == 1:
         return [call() for call in calls]
-    streams = [mx.default_stream(mx.default_device()), *_more_streams(count - 1)]
+    used = [mx.default_stream(mx.default_device()), *_more_streams(count - 1)]
     results = []
     with _set(_PARTS, 1), _set(_GROUPS, 1):
-        for call, stream in zip(calls, itertools.cycle(streams)):
+        for call, stream in zip(calls, itertools.cycle(used)):
             with mx.stream(stream):
                 results.append(call())
     return results
