@@ -47,7 +47,8 @@ class Peer(NamedTuple):
 
 def _twin(name: str, size: tuple[int, int], text_tokens: int) -> Peer:
     preset = name.removesuffix(TWIN)
-    config, side = transformer_preset(preset), preset_autoencoder(preset).downsampling
+    config = transformer_preset(preset).standalone(1.0)
+    side = preset_autoencoder(preset).downsampling
     network = EfficientDiT(config, (size[0] // side, size[1] // side))
     text = (1, config.text_width, 1, text_tokens)
     return Peer(network, config.latent_channels, side, text, network)

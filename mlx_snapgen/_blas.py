@@ -47,6 +47,15 @@ def load_openblas() -> str | None:
     return None
 
 
+def blas_version() -> str | None:
+    """Version of OpenBLAS, None where it is not loaded or has no settings for the whole process."""
+    if _library is None:
+        return None
+    describe = _library.openblas_get_config
+    describe.restype = ctypes.c_char_p
+    return describe().decode().split()[1]
+
+
 def blas_threads() -> int:
     """Threads of a product outside of `one_blas_thread`; 1 if they cannot be set."""
     with _lock:

@@ -3,11 +3,11 @@
 Random weights at paper scale. Times are medians; compare their ratios, as absolute times depend on
 the machine and its load. The suite `blocks` compares one block of dense attention with one of ASSA,
 `ladder` is the paper's ablation A to D, `widths` the three network widths, and `peers` our network
-beside PyTorch's: the same one, SANA and PixArt-Sigma. It needs torch and diffusers (pip install
-"mlx_snapgen[parity]"), the folder convert/ of the repository, and 16 GB of memory in float32, as
-the networks take turns; --preset chooses some of them. `training` compares an elastic training step
-with its parts, and needs the folder train/; `memory` is the peak of a step for each width, picture
-size and type of the weights, each in a process of its own.
+beside PyTorch's: the same one (PRESET-pytorch for each preset), SANA and PixArt-Sigma. It needs
+torch and diffusers (pip install "mlx_snapgen[parity]"), the folder convert/ of the repository, and
+16 GB of memory in float32, as the networks take turns; --preset chooses some of them. `training`
+compares an elastic training step with its parts, and needs the folder train/; `memory` is the peak
+of a step for each width, picture size and type of the weights, each in a process of its own.
 
 Where the time goes in one step: --profile. On a computer that is busy with other work, use
 OPENBLAS_NUM_THREADS=1 and --cpu-seconds.
@@ -19,6 +19,7 @@ import gc
 import importlib
 import importlib.util
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.measure import (
     as_drawn,
+    machine,
     make_block,
     make_step,
     measure_memory,
@@ -98,13 +100,19 @@ def memory_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def training_table(seconds: Mapping[str, float]) -> str:
-    """The seconds of `train.loop.speed.measure_training` as aligned text, with their ratios."""
+    """The seconds of `train.loop.speed.measure_training` as aligned text, with their ratios.
+
+    A step is the gradients of full and a sub-network, on average over these, and an update.
+    """
     full = seconds["full"]
     lines = [f"{'part of a step':<24}{'seconds':>9}{'of full':>9}{'arithmetic':>12}"]
     for name, value in seconds.items():
         alone = seconds.get(f"{name.removeprefix('full + ')} alone")
         parts = f"{1 + alone / full:>12.2f}" if alone is not None else ""
         lines.append(f"{name:<24}{value:>9.4f}{value / full:>9.2f}{parts}")
+    elastic = statistics.mean(v for name, v in seconds.items() if name.startswith("full + "))
+    shares = [f"{o} {seconds[o] / (elastic + seconds[o]):.0%}" for o in ("adamw", "muon")]
+    lines.append(f"elastic on average {elastic / full:.2f} of full; of a step: {', '.join(shares)}")
     return "\n".join(lines)
 
 
@@ -144,6 +152,21 @@ def measure_peers(
             made[name] = peers.make_peer(name, dtype=kind, gpu=gpu, **how)
     results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
     return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
+
+
+def ratios_to_peers(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each preset: its time as a share of that of each other network."""
+    lines = []
+    for name in (name for name in results if name in TRANSFORMERS):
+        own = results[name]["seconds"]
+        shares = [
+            f"{own / result['seconds']:.2f} of {other}"
+            for other, result in results.items()
+            if other not in TRANSFORMERS
+        ]
+        if shares:
+            lines.append(f"{name} takes {', '.join(shares)}")
+    return "\n".join(lines)
 
 
 def _evaluate(step: Callable[[], mx.array]) -> None:
@@ -269,9 +292,10 @@ def _sides(args: argparse.Namespace) -> tuple[int, int]:
 
 def _check_sides(args: argparse.Namespace, names: Sequence[str]) -> None:
     for name in names:
+        preset = name.removesuffix("-pytorch") if args.suite == "peers" else name
         if name not in SUITES["blocks"] and not (args.suite == "peers" and name in SUITES["peers"]):
-            transformer_preset(name)
-        factor = preset_autoencoder(name.removesuffix("-pytorch")).downsampling
+            transformer_preset(preset)
+        factor = preset_autoencoder(preset).downsampling
         unit = max(32, 2 * factor)
         for side in _sides(args):
             if side % unit:
@@ -289,25 +313,29 @@ def measure_suite_training(args: argparse.Namespace) -> None:
     # This package does not import the other ones.
     speed = importlib.import_module("train.loop.speed")
     seconds = speed.measure_training(repeats=args.repeats, clock=_clock(args))
-    _print(args.json, {"device": _device(), "seconds": seconds}, text=training_table(seconds))
+    _print(args.json, {"seconds": seconds}, text=training_table(seconds))
 
 
 def measure_suite_memory(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Print the peak memory of a step of each network."""
     sizes = MEMORY_SIZES if args.size is None else (args.size,)
     rows = measure_memory([n for n in names if n in TRANSFORMERS], sizes=sizes)
-    _print(args.json, {"device": _device(), "rows": rows}, text=memory_table(rows))
+    _print(args.json, {"rows": rows}, text=memory_table(rows))
 
 
 def print_profiles(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Print the seconds of each kind of operation in a step of each network."""
     how, values, title = _how(args)
-    profiles: dict[str, dict[str, profile.Part]] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    tables = []
     for name in (name for name in names if name in TRANSFORMERS):
         _, step = make_step(name, **how)
-        profiles[name] = profile.profile(step, clock=_clock(args))
-    seconds = {name: {k: part.seconds for k, part in p.items()} for name, p in profiles.items()}
-    tables = [f"{name}, {title}\n{profile.table(parts)}" for name, parts in profiles.items()]
+        drawn = as_drawn(name, step, how["height"], how["width"])
+        whole = time_calls(drawn, args.repeats, clock=_clock(args))["seconds"]
+        parts = profile.profile(step, clock=_clock(args))
+        seconds[name] = {k: part.seconds for k, part in parts.items()} | {"step": whole}
+        text = profile.table(parts, profile.count_flops(step), whole)
+        tables.append(f"{name}, {title}\n{text}")
     _print(args.json, values | {"seconds": seconds}, text="\n\n".join(tables))
 
 
@@ -325,7 +353,10 @@ def measure_networks(
             print(f"[{i + 1}/{len(names)}] {name} ...", end=" ", file=sys.stderr, flush=True)
             results[name] = measure_network(name, **how)
             print(f"{results[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
-    _print(args.json, values | {"presets": results}, text=f"{title}\n{table(results, suites)}")
+    text = f"{title}\n{table(results, suites)}"
+    if args.suite == "peers":
+        text = f"{text}\n{ratios_to_peers(results)}".rstrip()
+    _print(args.json, values | {"presets": results}, text=text)
 
 
 def _device() -> str:
@@ -337,13 +368,19 @@ def _how(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]
     (height, width), gpu = _sides(args), mx.default_device().type == mx.DeviceType.gpu
     dtype = args.dtype or ("bfloat16" if gpu else "float32")
     size = {"height": height, "width": width}
-    values = size | {"dtype": dtype, "device": _device()}
+    values = size | {"dtype": dtype}
     title = f"{height}x{width} px, {dtype}, {_device()}"
     return size | {"dtype": getattr(mx, dtype)}, values, title
 
 
 def _print(as_json: bool, values: Mapping[str, Any], *, text: str) -> None:
-    print(json.dumps(values, indent=1) if as_json else text, flush=True)
+    """Print the machine with the values, or with the text."""
+    found = machine()
+    if as_json:
+        print(json.dumps({"device": _device(), "machine": found, **values}, indent=1), flush=True)
+        return
+    title = ", ".join(v if k in ("device", "system") else f"{k} {v}" for k, v in found.items())
+    print(f"{title}\n{text}", flush=True)
 
 
 def command() -> None:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from mlx_snapgen._blas import blas_threads, blas_version
 from mlx_snapgen.checkpoint.memory import GROUP_SIZE, needed_bytes, weight_bytes
 from mlx_snapgen.checkpoint.module import matrices
 from mlx_snapgen.cli.notices import peak_process_bytes
@@ -28,6 +32,24 @@ from mlx_snapgen.settings import machine_memory
 MEMORY_TYPES = ("float32", "bfloat16", "8 bits", "4 bits")
 TEXT_TOKENS = 154
 """77 of each text encoder."""
+
+
+def machine() -> dict[str, str]:
+    """What a table of times depends on: the device, the system and the versions in use."""
+    device = mx.default_device().type
+    name = f"{mx.device_info()['device_name']} ({device.name})"
+    found = {
+        "device": f"{name}, {os.cpu_count()} cores, {machine_memory() / 2**30:.0f} GiB",
+        "system": f"macOS {mac}" if (mac := platform.mac_ver()[0]) else platform.system(),
+        "Python": platform.python_version(),
+        "mlx": metadata.version("mlx"),
+    }
+    if device == mx.DeviceType.cpu and (version := blas_version()):
+        found["OpenBLAS"] = f"{version} ({blas_threads()} threads)"
+    for name in ("torch", "diffusers"):
+        if name in sys.modules:
+            found[name] = metadata.version(name)
+    return found
 
 
 def time_calls(

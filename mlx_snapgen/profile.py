@@ -152,12 +152,22 @@ def count_flops(step: Callable[[], Any]) -> dict[str, float]:
     return flops
 
 
-def table(parts: dict[str, Part]) -> str:
-    """The parts as aligned text."""
+def table(parts: dict[str, Part], flops: dict[str, float], step: float) -> str:
+    """The parts as aligned text, and below it the step as a multiple of its products.
+
+    Args:
+        flops: of `count_flops`; the products of attention count at the linear layers' speed.
+        step: seconds of the step without waiting for each operation.
+    """
     whole = sum(part.seconds for part in parts.values())
     lines = [f"{'operations':<20}{'calls':>7}{'seconds':>10}{'share':>8}"]
     for kind, part in parts.items():
         calls = part.calls if kind != OTHERS else ""
         lines.append(f"{kind:<20}{calls:>7}{part.seconds:>10.3f}{part.seconds / whole:>8.1%}")
     lines.append(f"{'sum':<20}{'':>7}{whole:>10.3f}{1:>8.1%}")
+    products = parts["products"].seconds * (1 + flops["attention"] / flops["linear layers"])
+    lines.append(
+        f"a step as drawn {step:.3f}, {step / products:.2f} times its products, those of attention "
+        "at the same speed"
+    )
     return "\n".join(lines)

@@ -37,9 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(
         prog="python -m apps.server",
-        description="Serve OpenAI's images API. The server draws one picture at a time. It loads "
-        "the first model at the start and the others when a request names them. If they do not fit "
-        "into memory together, it frees the least recently used.",
+        description="Serve OpenAI's images API. It answers one request at a time and draws the "
+        "pictures of a request in batches. It loads the first model at the start and the others "
+        "when a request names them. If they do not fit into memory together, it frees the least "
+        "recently used.",
         renamed={"--model-width": "--model-widths"},
         formatter_class=argparse.HelpFormatter,
     )

@@ -60,9 +60,15 @@ def test_a_profile_has_every_operation_of_the_network(monkeypatch):
         shape = (1, tokens, round(SMALL.hidden_size * ratio))
         assert parts["activations"].shapes[shape] == 3
     assert all(part.seconds >= 0 for kind, part in parts.items() if kind != profile.OTHERS)
-    lines = profile.table(parts).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == [*parts, "sum"]
-    assert lines[-1].endswith("100.0%")
+    lines = profile.table(parts, {"linear layers": 1.0, "attention": 0.0}, 1.0).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [*parts, "sum"]
+    assert lines[-2].endswith("100.0%")
+
+
+def test_a_profile_compares_the_step_with_its_products():
+    parts = {"products": profile.Part(2.0), profile.OTHERS: profile.Part(4.0)}
+    *_, line = profile.table(parts, {"linear layers": 8.0, "attention": 4.0}, 4.5).splitlines()
+    assert line.startswith("a step as drawn 4.500, 1.50 times its products")
 
 
 def test_the_parts_of_a_profile_add_up_to_the_step():
@@ -84,10 +90,22 @@ def test_flops_are_those_of_the_products():
 
 def test_profiles_and_cpu_seconds_are_options(run):
     out = json.loads(run("--size", "64", "--profile", "--json"))
-    assert list(out["seconds"]["small"]) == [*profile.KINDS, profile.OTHERS]
-    assert run("--size", "64", "--profile", "--cpu-seconds").startswith("small, 64x64 px")
+    assert list(out["seconds"]["small"]) == [*profile.KINDS, profile.OTHERS, "step"]
+    machine, title, *_ = run("--size", "64", "--profile", "--cpu-seconds").splitlines()
+    assert title.startswith("small, 64x64 px")
+    assert machine.startswith(out["machine"]["device"]) and f"mlx {mx.__version__}" in machine
     result = json.loads(run("--size", "64", "--repeats", "1", "--json"))["presets"]["small"]
     assert result["flops"] > 0 and result["peak_bytes"] > 0
+
+
+def test_ratios_to_peers_are_of_each_preset_and_each_other_network():
+    seconds = {"small": 3.0, "small-f32": 1.0, "small-pytorch": 2.0, "sana-0.6b": 4.0}
+    results = {name: {"seconds": value} for name, value in seconds.items()}
+    assert benchmark.ratios_to_peers(results).splitlines() == [
+        "small takes 1.50 of small-pytorch, 0.75 of sana-0.6b",
+        "small-f32 takes 0.50 of small-pytorch, 0.25 of sana-0.6b",
+    ]
+    assert not benchmark.ratios_to_peers({"small": {"seconds": 1.0}})
 
 
 @pytest.mark.parametrize("suite", ["memory", "training"])
@@ -113,7 +131,7 @@ def test_memory_is_measured_in_a_process_for_each_row(run, monkeypatch):
     assert [(int(px), kind) for _, px, kind in started] == measured
     sizes = {row["type"]: row["estimate"] for row in rows if row["size"] == 1024}
     assert sizes["4 bits"] < sizes["8 bits"] < sizes["bfloat16"] < sizes["float32"]
-    table = run("--suite", "memory", "--size", "512").splitlines()
+    _, *table = run("--suite", "memory", "--size", "512").splitlines()
     assert len(table) == 1 + 4 and table[1].split()[:5] == ["small", "512", "float32", "1", "2"]
     if on_cpu:
         assert table[2].split()[3:5] == ["-", "-"]
@@ -127,7 +145,7 @@ def test_what_the_system_ends_is_a_row_without_measures(run, monkeypatch):
     with pytest.raises(subprocess.CalledProcessError):  # 8 bits end with a fault of their own
         run("--suite", "memory", "--size", "256")
     monkeypatch.setattr(measure, "MEMORY_TYPES", ("float32",))
-    _, line = run("--suite", "memory", "--size", "256").splitlines()
+    *_, line = run("--suite", "memory", "--size", "256").splitlines()
     assert line.split()[:5] == ["small", "256", "float32", "-", "-"]
 
 
