@@ -138,7 +138,8 @@ def measure_peers(
     made: dict[str, tuple[int, Callable[[], Any]]] = {}
     for name in names:
         if missing := what_is_missing(name):
-            print(f"{name} is skipped: it needs {missing}", file=sys.stderr)
+            way_out = 'pip install -e ".[parity]" in the repository'
+            print(f"{name} is skipped: it needs {missing} ({way_out})", file=sys.stderr)
             continue
         print(f"making {name} ...", file=sys.stderr, flush=True)
         if name in TRANSFORMERS:
