@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -46,11 +47,19 @@ def test_peers_take_turns_and_are_compared_with_the_first(run, monkeypatch):
     count = {name: found["parameters"] for name, found in out["presets"].items()}
     assert count["small-pytorch"] == count["small"] != count["sana-0.6b"]
     table = run("--suite", "peers", "--preset", "small-f32", "--preset", "small-f32-pytorch").out
-    assert [line.split()[0] for line in table.splitlines()[2:]] == [
-        "small-f32",
-        "small-f32-pytorch",
-    ]
-    assert " 1.00x" in table
+    *_, ours, twin, ratios = table.splitlines()
+    assert ours.startswith("small-f32 ") and " 1.00x" in ours
+    assert twin.startswith("small-f32-pytorch ")
+    assert ratios.startswith("small-f32 takes ") and ratios.endswith(" of small-f32-pytorch")
+
+
+def test_every_preset_has_a_twin(run):
+    require("torch")
+    options = ("--preset", "stickers", "--preset", "stickers-pytorch", "--json")
+    found = json.loads(run("--suite", "peers", *options).out)
+    ours, twin = found["presets"].values()
+    assert ours["parameters"] == twin["parameters"]
+    assert found["machine"]["torch"] == metadata.version("torch")
 
 
 def test_what_is_not_installed_is_skipped(run, monkeypatch):
@@ -59,8 +68,8 @@ def test_what_is_not_installed_is_skipped(run, monkeypatch):
         benchmark.importlib.util, "find_spec", lambda n: None if n == "torch" else find(n)
     )
     said = run("--suite", "peers")
-    assert [line.split()[0] for line in said.out.splitlines()[2:]] == ["small-f32", "small"]
-    assert "small-pytorch is skipped: it needs torch" in said.err
+    assert [line.split()[0] for line in said.out.splitlines()[3:]] == ["small-f32", "small"]
+    assert "small-pytorch is skipped: it needs torch (pip install" in said.err
 
 
 def test_bad_input_is_one_line(run):
