@@ -12,10 +12,8 @@ import torch
 from convert.libraries import require
 from convert.parity.originals import library
 from convert.pytorch.efficient_dit import EfficientDiT
+from mlx_snapgen.measure import TWIN
 from mlx_snapgen.presets import preset_autoencoder, transformer_preset
-
-TWIN = "-pytorch"
-"""End of the name of a preset's twin."""
 
 SANA = {
     "sana-0.6b": {

@@ -8,14 +8,17 @@ on the CPU about fifty times faster. macOS (Accelerate) and CUDA do not need it.
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 _NAMES = ("libopenblas.so.0", "libopenblas.so")
+_loaded: Any = None
+"""OpenBLAS, once it is loaded."""
 _library: Any = None
-"""OpenBLAS, if its threads can be set for the whole process."""
+"""The same, if its threads can be set for the whole process."""
 _lock = threading.Lock()
 _threads, _users = 1, 0
 """Of `one_blas_thread`: the threads outside of it, and how many are inside."""
@@ -27,7 +30,7 @@ def load_openblas() -> str | None:
     Returns the library's name, or None (not Linux, mlx already imported, none installed, or
     switched off with SNAPGEN_OPENBLAS=0).
     """
-    global _library
+    global _library, _loaded
     if not sys.platform.startswith("linux") or "mlx.core" in sys.modules:
         return None
     if os.environ.get("SNAPGEN_OPENBLAS") == "0":
@@ -40,6 +43,7 @@ def load_openblas() -> str | None:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
+        _loaded = library
         # With OpenMP (2), each thread of the process has its own number of threads.
         if getattr(library, "openblas_get_parallel", int)() == 1:
             _library = library
@@ -48,12 +52,13 @@ def load_openblas() -> str | None:
 
 
 def blas_version() -> str | None:
-    """Version of OpenBLAS, None where it is not loaded or has no settings for the whole process."""
-    if _library is None:
+    """Version of the OpenBLAS that was loaded, None without one."""
+    if _loaded is None:
         return None
-    describe = _library.openblas_get_config
+    describe = _loaded.openblas_get_config
     describe.restype = ctypes.c_char_p
-    return describe().decode().split()[1]
+    found = re.search(r"\d+\.\d[\w.]*", text := describe().decode())
+    return found[0] if found else text
 
 
 def blas_threads() -> int:

@@ -28,14 +28,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen import profile
-from mlx_snapgen.cli.options import Parser, integer
+from mlx_snapgen.cli.options import Parser, integer, option_of
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.measure import (
+    TWIN,
     as_drawn,
     machine,
     make_block,
     make_step,
     measure_memory,
+    text_tokens,
     time_calls,
     time_in_turn,
 )
@@ -44,6 +46,8 @@ from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder, transformer_pr
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""
 
+PUBLIC = ("sana-0.6b", "sana-1.6b", "pixart-sigma")
+"""Public networks of the suite `peers`."""
 SUITES = {
     "ladder": tuple(PAPER_LADDER_MS),
     "widths": ("full", "small", "tiny"),
@@ -53,13 +57,14 @@ SUITES = {
         "small",
         "small-f32-pytorch",
         "small-pytorch",
-        "sana-0.6b",
-        "sana-1.6b",
-        "pixart-sigma",
+        *PUBLIC,
     ),
 }
-OWN_TABLE = ("training", "memory")
-"""Suites that are no list of networks."""
+UNUSED = {
+    "training": ("preset", "size", "height", "width", "dtype", "profile"),
+    "memory": ("height", "width", "dtype", "repeats", "cpu_seconds", "profile"),
+}
+"""Suites that are no list of networks -> the options that they do not use."""
 MEMORY_SIZES = (256, 512, 1024)
 """Picture sides in pixels."""
 PEERS_TEXT_TOKENS = 300
@@ -112,14 +117,17 @@ def training_table(seconds: Mapping[str, float]) -> str:
         lines.append(f"{name:<24}{value:>9.4f}{value / full:>9.2f}{parts}")
     elastic = statistics.mean(v for name, v in seconds.items() if name.startswith("full + "))
     shares = [f"{o} {seconds[o] / (elastic + seconds[o]):.0%}" for o in ("adamw", "muon")]
-    lines.append(f"elastic on average {elastic / full:.2f} of full; of a step: {', '.join(shares)}")
+    lines.append(
+        f"gradients of an elastic step: {elastic / full:.2f} times full's on average; share of the "
+        f"update in such a step: {', '.join(shares)}"
+    )
     return "\n".join(lines)
 
 
 def what_is_missing(name: str) -> str:
     """The packages that a network of the suite `peers` needs and that are not installed."""
     needed = [] if name in TRANSFORMERS else ["torch", "safetensors", "convert"]
-    if needed and not name.endswith("-pytorch"):
+    if needed and not name.endswith(TWIN):
         needed.append("diffusers")
     return ", ".join(package for package in needed if importlib.util.find_spec(package) is None)
 
@@ -134,7 +142,7 @@ def measure_peers(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Measure presets and networks of PyTorch, which are all in memory and take turns."""
-    how: Any = {"height": height, "width": width, "text_tokens": PEERS_TEXT_TOKENS}
+    how: Any = {"height": height, "width": width}
     made: dict[str, tuple[int, Callable[[], Any]]] = {}
     for name in names:
         if missing := what_is_missing(name):
@@ -142,31 +150,29 @@ def measure_peers(
             print(f"{name} is skipped: it needs {missing} ({way_out})", file=sys.stderr)
             continue
         print(f"making {name} ...", file=sys.stderr, flush=True)
+        length = text_tokens(name, PEERS_TEXT_TOKENS)
         if name in TRANSFORMERS:
-            count, step = make_step(name, dtype=dtype, **how)
+            count, step = make_step(name, dtype=dtype, length=length, **how)
             made[name] = count, functools.partial(_evaluate, as_drawn(name, step, height, width))
         else:
             # This package does not import torch.
             peers = importlib.import_module("convert.peers")
             gpu = mx.default_device().type == mx.DeviceType.gpu
             kind = str(dtype).removeprefix("mlx.core.")
-            made[name] = peers.make_peer(name, dtype=kind, gpu=gpu, **how)
+            made[name] = peers.make_peer(name, dtype=kind, text_tokens=length, gpu=gpu, **how)
     results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
     return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
 
 
 def ratios_to_peers(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each preset: its time as a share of that of each other network."""
+    """A line for each preset: its time in those of its twin and of the public networks."""
     lines = []
     for name in (name for name in results if name in TRANSFORMERS):
+        others = [n for n in results if n == f"{name}{TWIN}" or n in PUBLIC]
         own = results[name]["seconds"]
-        shares = [
-            f"{own / result['seconds']:.2f} of {other}"
-            for other, result in results.items()
-            if other not in TRANSFORMERS
-        ]
-        if shares:
-            lines.append(f"{name} takes {', '.join(shares)}")
+        ratios = [f"{own / results[other]['seconds']:.3g} times {other}" for other in others]
+        if ratios:
+            lines.append(f"seconds of {name}: {', '.join(ratios)}")
     return "\n".join(lines)
 
 
@@ -212,15 +218,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--suite",
-        choices=[*SUITES, *OWN_TABLE, "all"],
+        choices=[*SUITES, *UNUSED, "all"],
         default="all",
-        help="what to measure (default: all, which is ladder, widths and blocks)",
+        help="ladder: the paper's ablation A to D; widths: the three widths; blocks: one block of "
+        "dense and one of sparse attention; peers: our networks and those of PyTorch in turn; "
+        "training: an elastic training step; memory: peaks of a step (default: all, which is "
+        "ladder, widths and blocks)",
     )
     add(
         "--preset",
         action="append",
         metavar="NAME",
-        help="measure this preset or block only; repeat for more (default: those of the suite)",
+        help="measure this preset or block only, with --suite peers also PRESET-pytorch, which is "
+        f"the same network in PyTorch, or {', '.join(PUBLIC)}; repeat for more (default: those of "
+        "the suite)",
     )
     add(
         "--size",
@@ -247,7 +258,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--profile",
         action="store_true",
-        help="print seconds and share of each kind of operation in one step (default: off)",
+        help="print seconds and share of each kind of operation in a step, and how many times the "
+        "seconds of its products it takes (default: off)",
     )
     add(
         "--cpu-seconds",
@@ -264,9 +276,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
-    if args.profile and args.suite in OWN_TABLE:
-        raise UserError(f"--profile is of networks: leave it out with --suite {args.suite}")
+    parser = build_parser()
+    args = parser.parse_args()
+    for name in UNUSED.get(args.suite, ()):
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(
+                f"{option_of(name)} has no effect: leave it out with --suite {args.suite}"
+            )
     if args.suite == "training":
         measure_suite_training(args)
         return
@@ -276,6 +292,11 @@ def main() -> None:
     if args.preset:
         suites = [args.preset]
     names = list(dict.fromkeys(name for suite in suites for name in suite))
+    if args.suite == "memory" or args.profile:
+        others = [name for name in names if name not in TRANSFORMERS]
+        if others and (args.preset or others == names):
+            raise UserError(f"{others[0]} is no preset of a whole network, which this table is of")
+        names = [name for name in names if name in TRANSFORMERS]
     _check_sides(args, names)
     if args.suite == "memory":
         measure_suite_memory(args, names)
@@ -293,7 +314,7 @@ def _sides(args: argparse.Namespace) -> tuple[int, int]:
 
 def _check_sides(args: argparse.Namespace, names: Sequence[str]) -> None:
     for name in names:
-        preset = name.removesuffix("-pytorch") if args.suite == "peers" else name
+        preset = name.removesuffix(TWIN) if args.suite == "peers" else name
         if name not in SUITES["blocks"] and not (args.suite == "peers" and name in SUITES["peers"]):
             transformer_preset(preset)
         factor = preset_autoencoder(preset).downsampling
@@ -320,7 +341,7 @@ def measure_suite_training(args: argparse.Namespace) -> None:
 def measure_suite_memory(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Print the peak memory of a step of each network."""
     sizes = MEMORY_SIZES if args.size is None else (args.size,)
-    rows = measure_memory([n for n in names if n in TRANSFORMERS], sizes=sizes)
+    rows = measure_memory(names, sizes=sizes)
     _print(args.json, {"rows": rows}, text=memory_table(rows))
 
 
@@ -329,14 +350,20 @@ def print_profiles(args: argparse.Namespace, names: Sequence[str]) -> None:
     how, values, title = _how(args)
     seconds: dict[str, dict[str, float]] = {}
     tables = []
-    for name in (name for name in names if name in TRANSFORMERS):
+    for name in names:
+        gc.collect()
+        mx.clear_cache()
         _, step = make_step(name, **how)
         drawn = as_drawn(name, step, how["height"], how["width"])
         whole = time_calls(drawn, args.repeats, clock=_clock(args))["seconds"]
-        parts = profile.profile(step, clock=_clock(args))
+        parts = profile.profile(step, repeats=args.repeats, clock=_clock(args))
         seconds[name] = {k: part.seconds for k, part in parts.items()} | {"step": whole}
-        text = profile.table(parts, profile.count_flops(step), whole)
-        tables.append(f"{name}, {title}\n{text}")
+        text = f"{name}, {title}\n{profile.table(parts)}\na step as drawn: {whole:.4f} s"
+        if mx.default_device().type == mx.DeviceType.cpu:
+            times = profile.times_its_products(whole, parts, profile.count_flops(step))
+            text = f"{text}, {times:.2f} times its products"
+        tables.append(text)
+        del step, drawn
     _print(args.json, values | {"seconds": seconds}, text="\n\n".join(tables))
 
 
@@ -380,7 +407,7 @@ def _print(as_json: bool, values: Mapping[str, Any], *, text: str) -> None:
     if as_json:
         print(json.dumps({"device": _device(), "machine": found, **values}, indent=1), flush=True)
         return
-    title = ", ".join(v if k in ("device", "system") else f"{k} {v}" for k, v in found.items())
+    title = ", ".join(v if k in ("name", "system") else f"{k} {v}" for k, v in found.items())
     print(f"{title}\n{text}", flush=True)
 
 

@@ -21,7 +21,8 @@ from mlx_snapgen._blas import blas_threads, blas_version
 from mlx_snapgen.checkpoint.memory import GROUP_SIZE, needed_bytes, weight_bytes
 from mlx_snapgen.checkpoint.module import matrices
 from mlx_snapgen.cli.notices import peak_process_bytes
-from mlx_snapgen.config import TransformerConfig
+from mlx_snapgen.config import TextEncoderConfig, TransformerConfig
+from mlx_snapgen.errors import plural
 from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.parallel import on_all_cores
@@ -31,25 +32,35 @@ from mlx_snapgen.settings import machine_memory
 
 MEMORY_TYPES = ("float32", "bfloat16", "8 bits", "4 bits")
 TEXT_TOKENS = 154
-"""77 of each text encoder."""
+"""77 of each of the paper's text encoders."""
+TWIN = "-pytorch"
+"""End of the name of a preset's twin in PyTorch, see `convert.peers`."""
 
 
 def machine() -> dict[str, str]:
     """What a table of times depends on: the device, the system and the versions in use."""
     device = mx.default_device().type
-    name = f"{mx.device_info()['device_name']} ({device.name})"
+    name, memory = mx.device_info()["device_name"], f"{machine_memory() / 2**30:.0f} GiB"
     found = {
-        "device": f"{name}, {os.cpu_count()} cores, {machine_memory() / 2**30:.0f} GiB",
+        "name": f"{name} ({device.name}), {plural(os.cpu_count() or 1, 'core')}, {memory}",
         "system": f"macOS {mac}" if (mac := platform.mac_ver()[0]) else platform.system(),
         "Python": platform.python_version(),
         "mlx": metadata.version("mlx"),
     }
     if device == mx.DeviceType.cpu and (version := blas_version()):
-        found["OpenBLAS"] = f"{version} ({blas_threads()} threads)"
-    for name in ("torch", "diffusers"):
-        if name in sys.modules:
-            found[name] = metadata.version(name)
+        found["OpenBLAS"] = f"{version} ({plural(blas_threads(), 'thread')})"
+    if (torch := sys.modules.get("torch")) is not None:
+        found["torch"] = f"{torch.__version__} ({plural(torch.get_num_threads(), 'thread')})"
+    if "diffusers" in sys.modules:
+        found["diffusers"] = metadata.version("diffusers")
     return found
+
+
+def text_tokens(name: str, of_others: int = TEXT_TOKENS) -> int:
+    """Tokens of a prompt for a preset or its twin with one text encoder, `of_others` for others."""
+    config = TRANSFORMERS.get(name.removesuffix(TWIN))
+    one = config is not None and len(config.text_dims) == 1
+    return TextEncoderConfig().max_length if one else of_others
 
 
 def time_calls(
@@ -97,14 +108,14 @@ def make_step(
     height: int,
     width: int,
     dtype: mx.Dtype,
-    text_tokens: int = TEXT_TOKENS,
+    length: int | None = None,
     bits: int = 0,
 ) -> tuple[int, Callable[[], mx.array]]:
     """Number of weights of a preset, and a function that computes a denoising step.
 
     Args:
         height, width: of the picture in pixels.
-        text_tokens: of both text encoders together.
+        length: tokens of all text encoders together; None: `text_tokens`.
         bits: per weight of the linear layers; 0 does not quantize.
     """
     config = dataclasses.replace(TRANSFORMERS[name], widths=(1.0,))
@@ -119,7 +130,7 @@ def make_step(
         mx.eval(weights)  # one by one, so that the peak is that of a step
     side = preset_autoencoder(name).downsampling
     x_t = mx.random.normal((1, height // side, width // side, config.latent_channels)).astype(dtype)
-    length = text_tokens // len(config.text_dims)
+    length = (length or text_tokens(name)) // len(config.text_dims)
     states = [
         TextStates(mx.random.normal((1, length, n)).astype(dtype), mx.ones((1, length), mx.bool_))
         for n in config.text_dims

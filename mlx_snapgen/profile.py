@@ -9,6 +9,7 @@ step, because the device waits for each operation; the shares still rank the kin
 """
 
 import functools
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -64,22 +65,28 @@ class Part:
 
 
 def profile(
-    step: Callable[[], Any], *, clock: Callable[[], float] = time.perf_counter
+    step: Callable[[], Any], *, repeats: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Part]:
     """Seconds of each kind of operation in one call of `step`, by `KINDS`, then `OTHERS`.
 
     Args:
         step: computes a step of an `EfficientDiT`.
+        repeats: calls after a warm-up; the seconds are medians.
         clock: such as `time.process_time`, which counts the seconds of all threads.
     """
     mx.eval(step())
+    found = [_parts(step, clock) for _ in range(repeats)]
+    medians = {k: statistics.median(parts[k].seconds for parts in found) for k in found[0]}
+    return {kind: Part(medians[kind], part.shapes) for kind, part in found[0].items()}
+
+
+def _parts(step: Callable[[], Any], clock: Callable[[], float]) -> dict[str, Part]:
     parts = {kind: Part() for kind in KINDS}
     with _timed(parts, clock):
         start = clock()
         mx.eval(step())
         whole = clock() - start
-    parts[OTHERS] = Part(whole - sum(part.seconds for part in parts.values()))
-    return parts
+    return parts | {OTHERS: Part(whole - sum(part.seconds for part in parts.values()))}
 
 
 @contextmanager
@@ -152,22 +159,25 @@ def count_flops(step: Callable[[], Any]) -> dict[str, float]:
     return flops
 
 
-def table(parts: dict[str, Part], flops: dict[str, float], step: float) -> str:
-    """The parts as aligned text, and below it the step as a multiple of its products.
-
-    Args:
-        flops: of `count_flops`; the products of attention count at the linear layers' speed.
-        step: seconds of the step without waiting for each operation.
-    """
+def table(parts: dict[str, Part]) -> str:
+    """The parts as aligned text."""
     whole = sum(part.seconds for part in parts.values())
     lines = [f"{'operations':<20}{'calls':>7}{'seconds':>10}{'share':>8}"]
     for kind, part in parts.items():
         calls = part.calls if kind != OTHERS else ""
-        lines.append(f"{kind:<20}{calls:>7}{part.seconds:>10.3f}{part.seconds / whole:>8.1%}")
-    lines.append(f"{'sum':<20}{'':>7}{whole:>10.3f}{1:>8.1%}")
-    products = parts["products"].seconds * (1 + flops["attention"] / flops["linear layers"])
-    lines.append(
-        f"a step as drawn {step:.3f}, {step / products:.2f} times its products, those of attention "
-        "at the same speed"
-    )
+        lines.append(f"{kind:<20}{calls:>7}{part.seconds:>10.4f}{part.seconds / whole:>8.1%}")
+    lines.append(f"{'sum':<20}{'':>7}{whole:>10.4f}{1:>8.1%}")
     return "\n".join(lines)
+
+
+def times_its_products(step: float, parts: dict[str, Part], flops: dict[str, float]) -> float:
+    """Seconds of a whole step in those of its products; not on a GPU, where parts wait for it.
+
+    The products of attention count at the linear layers' speed.
+
+    Args:
+        step: seconds of the step, without waiting for each operation.
+        flops: of `count_flops`.
+    """
+    linear = parts["products"].seconds
+    return step / (linear * (1 + flops["attention"] / flops["linear layers"]))

@@ -50,16 +50,17 @@ def test_peers_take_turns_and_are_compared_with_the_first(run, monkeypatch):
     *_, ours, twin, ratios = table.splitlines()
     assert ours.startswith("small-f32 ") and " 1.00x" in ours
     assert twin.startswith("small-f32-pytorch ")
-    assert ratios.startswith("small-f32 takes ") and ratios.endswith(" of small-f32-pytorch")
+    assert ratios.startswith("seconds of small-f32: ")
+    assert ratios.endswith(" times small-f32-pytorch")
 
 
-def test_every_preset_has_a_twin(run):
+def test_the_default_model_has_a_twin(run):
     require("torch")
     options = ("--preset", "stickers", "--preset", "stickers-pytorch", "--json")
     found = json.loads(run("--suite", "peers", *options).out)
     ours, twin = found["presets"].values()
     assert ours["parameters"] == twin["parameters"]
-    assert found["machine"]["torch"] == metadata.version("torch")
+    assert found["machine"]["torch"].startswith(metadata.version("torch"))
 
 
 def test_what_is_not_installed_is_skipped(run, monkeypatch):

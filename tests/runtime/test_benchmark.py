@@ -1,6 +1,7 @@
 """The benchmark: what its tables count, on networks of a few thousand parameters."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def run(monkeypatch, capsys):
 
 def test_a_profile_has_every_operation_of_the_network(monkeypatch):
     monkeypatch.setitem(TRANSFORMERS, "small", SMALL)
-    _, step = measure.make_step("small", **HOW, text_tokens=8)
+    _, step = measure.make_step("small", **HOW, length=8)
     before = mx.array(step())
     functions = [owner.__dict__[name] for some in profile.KINDS.values() for owner, name in some]
     parts = profile.profile(step)
@@ -60,15 +61,24 @@ def test_a_profile_has_every_operation_of_the_network(monkeypatch):
         shape = (1, tokens, round(SMALL.hidden_size * ratio))
         assert parts["activations"].shapes[shape] == 3
     assert all(part.seconds >= 0 for kind, part in parts.items() if kind != profile.OTHERS)
-    lines = profile.table(parts, {"linear layers": 1.0, "attention": 0.0}, 1.0).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:-1]] == [*parts, "sum"]
-    assert lines[-2].endswith("100.0%")
+    lines = profile.table(parts).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [*parts, "sum"]
+    assert lines[-1].endswith("100.0%")
 
 
-def test_a_profile_compares_the_step_with_its_products():
+def test_a_step_is_compared_with_its_products():
     parts = {"products": profile.Part(2.0), profile.OTHERS: profile.Part(4.0)}
-    *_, line = profile.table(parts, {"linear layers": 8.0, "attention": 4.0}, 4.5).splitlines()
-    assert line.startswith("a step as drawn 4.500, 1.50 times its products")
+    flops = {"linear layers": 8.0, "attention": 4.0}
+    assert profile.times_its_products(4.5, parts, flops) == 1.5
+
+
+def test_the_seconds_of_a_profile_are_medians():
+    ends = itertools.chain.from_iterable((0, 0, s, s) for s in (1, 9, 2))
+    network = nn.Linear(4, 4)
+    parts = profile.profile(
+        lambda: network(mx.ones((2, 4))), repeats=3, clock=lambda: float(next(ends))
+    )
+    assert parts["products"].seconds == 2 and parts["products"].calls == 1
 
 
 def test_the_parts_of_a_profile_add_up_to_the_step():
@@ -93,25 +103,51 @@ def test_profiles_and_cpu_seconds_are_options(run):
     assert list(out["seconds"]["small"]) == [*profile.KINDS, profile.OTHERS, "step"]
     machine, title, *_ = run("--size", "64", "--profile", "--cpu-seconds").splitlines()
     assert title.startswith("small, 64x64 px")
-    assert machine.startswith(out["machine"]["device"]) and f"mlx {mx.__version__}" in machine
+    assert machine.startswith(out["machine"]["name"]) and f"mlx {mx.__version__}" in machine
     result = json.loads(run("--size", "64", "--repeats", "1", "--json"))["presets"]["small"]
     assert result["flops"] > 0 and result["peak_bytes"] > 0
 
 
-def test_ratios_to_peers_are_of_each_preset_and_each_other_network():
-    seconds = {"small": 3.0, "small-f32": 1.0, "small-pytorch": 2.0, "sana-0.6b": 4.0}
+def test_ratios_are_to_the_own_twin_and_to_public_networks():
+    seconds = {"small": 3.0, "small-f32": 0.1, "small-pytorch": 2.0, "sana-0.6b": 4.0}
     results = {name: {"seconds": value} for name, value in seconds.items()}
     assert benchmark.ratios_to_peers(results).splitlines() == [
-        "small takes 1.50 of small-pytorch, 0.75 of sana-0.6b",
-        "small-f32 takes 0.50 of small-pytorch, 0.25 of sana-0.6b",
+        "seconds of small: 1.5 times small-pytorch, 0.75 times sana-0.6b",
+        "seconds of small-f32: 0.025 times sana-0.6b",
     ]
     assert not benchmark.ratios_to_peers({"small": {"seconds": 1.0}})
 
 
-@pytest.mark.parametrize("suite", ["memory", "training"])
-def test_a_suite_without_networks_has_no_profile(run, suite):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--profile", "--preset", "dense-block"),
+        ("--profile", "--suite", "blocks"),
+        ("--profile", "--suite", "peers", "--preset", "small-pytorch"),
+        ("--suite", "memory", "--preset", "dense-block"),
+    ],
+)
+def test_a_table_of_networks_is_not_empty(monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+    with pytest.raises(UserError, match="is no preset of a whole network"):
+        benchmark.main()
+
+
+@pytest.mark.parametrize(
+    ("suite", "option"),
+    [
+        ("memory", "--profile"),
+        ("memory", "--cpu-seconds"),
+        ("memory", "--repeats=5"),
+        ("training", "--profile"),
+        ("training", "--size=64"),
+        ("training", "--preset=small"),
+    ],
+)
+def test_a_suite_refuses_options_without_effect(monkeypatch, suite, option):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--suite", suite, option])
     with pytest.raises(UserError, match=f"leave it out with --suite {suite}"):
-        run("--suite", suite, "--profile")
+        benchmark.main()
 
 
 def test_memory_is_measured_in_a_process_for_each_row(run, monkeypatch):
