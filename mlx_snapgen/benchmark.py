@@ -5,7 +5,7 @@ the machine and its load. The suite `blocks` compares one block of dense attenti
 `ladder` is the paper's ablation A to D, `widths` the three network widths, and `peers` our network
 beside PyTorch's: the same one (PRESET-pytorch for each preset), SANA and PixArt-Sigma. It needs
 torch and diffusers (pip install "mlx_snapgen[parity]"), the folder convert/ of the repository, and
-16 GB of memory in float32, as the networks take turns; --preset chooses some of them. `training`
+20 GB of memory in float32, as all are loaded and take turns; --preset chooses some of them. `training`
 compares an elastic training step with its parts, and needs the folder train/; `memory` is the peak
 of a step for each width, picture size and type of the weights, each in a process of its own.
 
