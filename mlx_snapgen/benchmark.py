@@ -4,10 +4,11 @@ Random weights at paper scale. Times are medians; compare their ratios, as absol
 the machine and its load. The suite `blocks` compares one block of dense attention with one of ASSA,
 `ladder` is the paper's ablation A to D, `widths` the three network widths, and `peers` our network
 beside PyTorch's: the same one (PRESET-pytorch for each preset), SANA and PixArt-Sigma. It needs
-torch and diffusers (pip install "mlx_snapgen[parity]"), the folder convert/ of the repository, and
-20 GB of memory in float32, as all are loaded and take turns; --preset chooses some of them. `training`
-compares an elastic training step with its parts, and needs the folder train/; `memory` is the peak
-of a step for each width, picture size and type of the weights, each in a process of its own.
+torch and diffusers (pip install "mlx_snapgen[parity]") and the folder convert/ of the repository,
+and 20 GB of memory in float32, as all are loaded and take turns; --preset chooses some of them.
+`training` compares an elastic training step with its parts, and needs the folder train/; `memory`
+is the peak of a step for each width, picture size and type of the weights, each in a process of its
+own.
 
 Where the time goes in one step: --profile. On a computer that is busy with other work, use
 OPENBLAS_NUM_THREADS=1 and --cpu-seconds.
