@@ -15,7 +15,6 @@ OPENBLAS_NUM_THREADS=1 and --cpu-seconds.
 """
 
 import argparse
-import functools
 import gc
 import importlib
 import importlib.util
@@ -32,23 +31,21 @@ from mlx_snapgen import profile
 from mlx_snapgen.cli.options import Parser, integer, option_of
 from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.measure import (
+    PUBLIC,
     TWIN,
     as_drawn,
     machine,
     make_block,
     make_step,
     measure_memory,
-    text_tokens,
+    measure_peers,
     time_calls,
-    time_in_turn,
 )
 from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder, transformer_preset
 
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""
 
-PUBLIC = ("sana-0.6b", "sana-1.6b", "pixart-sigma")
-"""Public networks of the suite `peers`."""
 SUITES = {
     "ladder": tuple(PAPER_LADDER_MS),
     "widths": ("full", "small", "tiny"),
@@ -68,8 +65,6 @@ UNUSED = {
 """Suites that are no list of networks -> the options that they do not use."""
 MEMORY_SIZES = (256, 512, 1024)
 """Picture sides in pixels."""
-PEERS_TEXT_TOKENS = 300
-"""Those of SANA and PixArt-Sigma."""
 
 
 def measure_network(
@@ -125,46 +120,6 @@ def training_table(seconds: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def what_is_missing(name: str) -> str:
-    """The packages that a network of the suite `peers` needs and that are not installed."""
-    needed = [] if name in TRANSFORMERS else ["torch", "safetensors", "convert"]
-    if needed and not name.endswith(TWIN):
-        needed.append("diffusers")
-    return ", ".join(package for package in needed if importlib.util.find_spec(package) is None)
-
-
-def measure_peers(
-    names: Sequence[str],
-    *,
-    height: int,
-    width: int,
-    dtype: mx.Dtype,
-    repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, dict[str, float]]:
-    """Measure presets and networks of PyTorch, which are all in memory and take turns."""
-    how: Any = {"height": height, "width": width}
-    made: dict[str, tuple[int, Callable[[], Any]]] = {}
-    for name in names:
-        if missing := what_is_missing(name):
-            way_out = 'pip install -e ".[parity]" in the repository'
-            print(f"{name} is skipped: it needs {missing} ({way_out})", file=sys.stderr)
-            continue
-        print(f"making {name} ...", file=sys.stderr, flush=True)
-        length = text_tokens(name, PEERS_TEXT_TOKENS)
-        if name in TRANSFORMERS:
-            count, step = make_step(name, dtype=dtype, length=length, **how)
-            made[name] = count, functools.partial(_evaluate, as_drawn(name, step, height, width))
-        else:
-            # This package does not import torch.
-            peers = importlib.import_module("convert.peers")
-            gpu = mx.default_device().type == mx.DeviceType.gpu
-            kind = str(dtype).removeprefix("mlx.core.")
-            made[name] = peers.make_peer(name, dtype=kind, text_tokens=length, gpu=gpu, **how)
-    results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
-    return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
-
-
 def ratios_to_peers(results: Mapping[str, Mapping[str, float]]) -> str:
     """A line for each preset: its time in those of its twin and of the public networks."""
     lines = []
@@ -175,10 +130,6 @@ def ratios_to_peers(results: Mapping[str, Mapping[str, float]]) -> str:
         if ratios:
             lines.append(f"seconds of {name}: {', '.join(ratios)}")
     return "\n".join(lines)
-
-
-def _evaluate(step: Callable[[], mx.array]) -> None:
-    mx.eval(step())
 
 
 def table(results: dict[str, dict[str, float]], suites: Iterable[Iterable[str]]) -> str:

@@ -1,6 +1,9 @@
-"""Seconds and peak memory of denoising steps with random weights."""
+"""Seconds and peak memory of denoising steps with random weights, ours and other networks'."""
 
 import dataclasses
+import functools
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +38,10 @@ TEXT_TOKENS = 154
 """77 of each of the paper's text encoders."""
 TWIN = "-pytorch"
 """End of the name of a preset's twin in PyTorch, see `convert.peers`."""
+PUBLIC = ("sana-0.6b", "sana-1.6b", "pixart-sigma")
+"""Public networks of the suite `peers`."""
+PEERS_TEXT_TOKENS = 300
+"""Those of SANA and PixArt-Sigma."""
 
 
 def machine() -> dict[str, str]:
@@ -147,6 +154,50 @@ def as_drawn(
     """The step of a preset on the cores that it has in a drawing."""
     side = preset_autoencoder(name).downsampling * TRANSFORMERS[name].patch_size
     return on_all_cores(step, tokens=height * width // side**2)
+
+
+def what_is_missing(name: str) -> str:
+    """The packages that a network of the suite `peers` needs and that are not installed."""
+    needed = [] if name in TRANSFORMERS else ["torch", "safetensors", "convert"]
+    if needed and not name.endswith(TWIN):
+        needed.append("diffusers")
+    return ", ".join(package for package in needed if importlib.util.find_spec(package) is None)
+
+
+def measure_peers(
+    names: Sequence[str],
+    *,
+    height: int,
+    width: int,
+    dtype: mx.Dtype,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, float]]:
+    """Measure presets and networks of PyTorch, which are all in memory and take turns."""
+    how: Any = {"height": height, "width": width}
+    made: dict[str, tuple[int, Callable[[], Any]]] = {}
+    for name in names:
+        if missing := what_is_missing(name):
+            way_out = 'pip install -e ".[parity]" in the repository'
+            print(f"{name} is skipped: it needs {missing} ({way_out})", file=sys.stderr)
+            continue
+        print(f"making {name} ...", file=sys.stderr, flush=True)
+        length = text_tokens(name, PEERS_TEXT_TOKENS)
+        if name in TRANSFORMERS:
+            count, step = make_step(name, dtype=dtype, length=length, **how)
+            made[name] = count, functools.partial(_evaluate, as_drawn(name, step, height, width))
+        else:
+            # This package does not import torch.
+            peers = importlib.import_module("convert.peers")
+            gpu = mx.default_device().type == mx.DeviceType.gpu
+            kind = str(dtype).removeprefix("mlx.core.")
+            made[name] = peers.make_peer(name, dtype=kind, text_tokens=length, gpu=gpu, **how)
+    results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
+    return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
+
+
+def _evaluate(step: Callable[[], mx.array]) -> None:
+    mx.eval(step())
 
 
 def make_block(

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from mlx_snapgen import benchmark
+from mlx_snapgen import benchmark, measure
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.presets import TRANSFORMERS
 from tests.tiny import TRANSFORMER, require
@@ -64,9 +64,9 @@ def test_the_default_model_has_a_twin(run):
 
 
 def test_what_is_not_installed_is_skipped(run, monkeypatch):
-    find = benchmark.importlib.util.find_spec
+    find = measure.importlib.util.find_spec
     monkeypatch.setattr(
-        benchmark.importlib.util, "find_spec", lambda n: None if n == "torch" else find(n)
+        measure.importlib.util, "find_spec", lambda n: None if n == "torch" else find(n)
     )
     said = run("--suite", "peers")
     assert [line.split()[0] for line in said.out.splitlines()[3:]] == ["small-f32", "small"]
