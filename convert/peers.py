@@ -4,6 +4,7 @@ They are the twins of our presets, and public transformers, as diffusers compute
 its own latents of a picture.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,6 +92,8 @@ def make_peer(
     """
     if name in PUBLIC:
         require("parity", "diffusers")
+    if (threads := os.environ.get("OPENBLAS_NUM_THREADS", "")).isdigit():
+        torch.set_num_threads(max(1, int(threads)))  # as ours
     peer = PUBLIC.get(name, _twin)(name, (height, width), text_tokens)
     device = "cpu" if not gpu else "mps" if torch.backends.mps.is_available() else "cuda"
     how: Any = {"device": device, "dtype": getattr(torch, dtype)}

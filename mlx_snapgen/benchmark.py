@@ -29,7 +29,7 @@ import mlx.core as mx
 
 from mlx_snapgen import profile
 from mlx_snapgen.cli.options import Parser, integer, option_of
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import UserError, nearest, run_command
 from mlx_snapgen.measure import (
     PUBLIC,
     TWIN,
@@ -41,7 +41,7 @@ from mlx_snapgen.measure import (
     measure_peers,
     time_calls,
 )
-from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder, transformer_preset
+from mlx_snapgen.presets import TRANSFORMERS, preset_autoencoder
 
 PAPER_LADDER_MS = {"ladder-a": 2000, "ladder-b": 550, "ladder-c": 293, "ladder-d": 360}
 """One step at 1024 px on an iPhone 16 Pro Max, from the paper's ablation."""
@@ -65,6 +65,8 @@ UNUSED = {
 """Suites that are no list of networks -> the options that they do not use."""
 MEMORY_SIZES = (256, 512, 1024)
 """Picture sides in pixels."""
+MOST_PIXELS = 4096
+"""Of a side: what is larger needs more memory than computers have."""
 
 
 def measure_network(
@@ -150,7 +152,7 @@ def table(results: dict[str, dict[str, float]], suites: Iterable[Iterable[str]])
                 f"{name:<18}{r['parameters'] / 1e6:>8.1f}M{r['seconds']:>10.3f}"
                 f"{first['seconds'] / r['seconds']:>9.2f}x"
                 + (
-                    f"{r['flops'] / 1e12:>8.2f}{first['flops'] / r['flops']:>6.2f}x"
+                    f"{r['flops'] / 1e12:>8.3g}{first['flops'] / r['flops']:>6.2f}x"
                     if "flops" in r and "flops" in first
                     else f"{'-':>8}{'-':>7}"
                 )
@@ -187,14 +189,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--size",
-        type=integer(32),
+        type=integer(32, MOST_PIXELS),
         metavar="PX",
         help="picture height and width in pixels (default: 1024; for the suite memory 256, 512 and "
         "1024; the suite training always has 256)",
     )
     for side in ("height", "width"):
         text = f"picture {side} in pixels (default: --size)"
-        add(f"--{side}", type=integer(32), metavar="PX", help=text)
+        add(f"--{side}", type=integer(32, MOST_PIXELS), metavar="PX", help=text)
     add(
         "--repeats",
         type=integer(1),
@@ -244,12 +246,12 @@ def main() -> None:
     if args.preset:
         suites = [args.preset]
     names = list(dict.fromkeys(name for suite in suites for name in suite))
+    _check(args, names)
     if args.suite == "memory" or args.profile:
         others = [name for name in names if name not in TRANSFORMERS]
         if others and (args.preset or others == names):
             raise UserError(f"{others[0]} is no preset of a whole network, which this table is of")
         names = [name for name in names if name in TRANSFORMERS]
-    _check_sides(args, names)
     if args.suite == "memory":
         measure_suite_memory(args, names)
     elif args.profile:
@@ -264,13 +266,15 @@ def _sides(args: argparse.Namespace) -> tuple[int, int]:
     return size if args.height is None else args.height, size if args.width is None else args.width
 
 
-def _check_sides(args: argparse.Namespace, names: Sequence[str]) -> None:
+def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """`UserError` for a name that the suite does not know, or sides that a network cannot have."""
+    peers = [*TRANSFORMERS, *(f"{name}{TWIN}" for name in TRANSFORMERS), *PUBLIC]
+    known = peers if args.suite == "peers" else [*TRANSFORMERS, *SUITES["blocks"]]
     for name in names:
-        preset = name.removesuffix(TWIN) if args.suite == "peers" else name
-        if name not in SUITES["blocks"] and not (args.suite == "peers" and name in SUITES["peers"]):
-            transformer_preset(preset)
-        factor = preset_autoencoder(preset).downsampling
-        unit = max(32, 2 * factor)
+        if name not in known:
+            where = ": it is in the suite peers" if name in peers else nearest(name, known)
+            raise UserError(f"no preset '{name}'{where}")
+        unit = max(32, 2 * preset_autoencoder(name.removesuffix(TWIN)).downsampling)
         for side in _sides(args):
             if side % unit:
                 raise UserError(f"{name}: picture sides must be multiples of {unit}, got {side}")
@@ -348,8 +352,9 @@ def _how(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]
     (height, width), gpu = _sides(args), mx.default_device().type == mx.DeviceType.gpu
     dtype = args.dtype or ("bfloat16" if gpu else "float32")
     size = {"height": height, "width": width}
-    values = size | {"dtype": dtype}
-    title = f"{height}x{width} px, {dtype}, {_device()}"
+    kind = "CPU seconds" if args.cpu_seconds else "seconds"
+    values = size | {"dtype": dtype, "repeats": args.repeats, "clock": kind}
+    title = f"{height}x{width} px, {dtype}, {_device()}; {kind}, median of {args.repeats}"
     return size | {"dtype": getattr(mx, dtype)}, values, title
 
 

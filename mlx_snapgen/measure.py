@@ -25,7 +25,7 @@ from mlx_snapgen.checkpoint.memory import GROUP_SIZE, needed_bytes, weight_bytes
 from mlx_snapgen.checkpoint.module import matrices
 from mlx_snapgen.cli.notices import peak_process_bytes
 from mlx_snapgen.config import TextEncoderConfig, TransformerConfig
-from mlx_snapgen.errors import plural
+from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.networks.attention import Grid, SelfAttention, SparseSelfAttention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT, count_parameters
 from mlx_snapgen.networks.parallel import on_all_cores
@@ -56,6 +56,8 @@ def machine() -> dict[str, str]:
     }
     if device == mx.DeviceType.cpu and (version := blas_version()):
         found["OpenBLAS"] = f"{version} ({plural(blas_threads(), 'thread')})"
+    elif device == mx.DeviceType.cpu and platform.system() == "Linux":
+        found["BLAS"] = "the reference (slow)"
     if (torch := sys.modules.get("torch")) is not None:
         found["torch"] = f"{torch.__version__} ({plural(torch.get_num_threads(), 'thread')})"
     if "diffusers" in sys.modules:
@@ -192,8 +194,25 @@ def measure_peers(
             gpu = mx.default_device().type == mx.DeviceType.gpu
             kind = str(dtype).removeprefix("mlx.core.")
             made[name] = peers.make_peer(name, dtype=kind, text_tokens=length, gpu=gpu, **how)
-    results = time_in_turn({name: run for name, (_, run) in made.items()}, repeats, clock=clock)
+    if not made:
+        raise UserError("nothing is left to measure")
+    runs = {name: _in_memory(name, run) for name, (_, run) in made.items()}
+    results = time_in_turn(runs, repeats, clock=clock)
     return {name: {"parameters": made[name][0], **result} for name, result in results.items()}
+
+
+def _in_memory(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run`; `UserError` where PyTorch or MLX cannot allocate memory."""
+
+    def call() -> Any:
+        try:
+            return run()
+        except RuntimeError as error:
+            if "alloc" in str(error) or "out of memory" in str(error):
+                raise UserError(f"{name} needs more memory than there is: lower --size") from None
+            raise
+
+    return call
 
 
 def _evaluate(step: Callable[[], mx.array]) -> None:

@@ -54,13 +54,14 @@ def test_peers_take_turns_and_are_compared_with_the_first(run, monkeypatch):
     assert ratios.endswith(" times small-f32-pytorch")
 
 
-def test_the_default_model_has_a_twin(run):
+def test_the_default_model_has_a_twin(run, monkeypatch):
     require("torch")
     options = ("--preset", "stickers", "--preset", "stickers-pytorch", "--json")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     found = json.loads(run("--suite", "peers", *options).out)
     ours, twin = found["presets"].values()
     assert ours["parameters"] == twin["parameters"]
-    assert found["machine"]["torch"].startswith(metadata.version("torch"))
+    assert found["machine"]["torch"] == f"{metadata.version('torch')} (1 thread)"
 
 
 def test_what_is_not_installed_is_skipped(run, monkeypatch):
@@ -71,6 +72,34 @@ def test_what_is_not_installed_is_skipped(run, monkeypatch):
     said = run("--suite", "peers")
     assert [line.split()[0] for line in said.out.splitlines()[3:]] == ["small-f32", "small"]
     assert "small-pytorch is skipped: it needs torch (pip install" in said.err
+
+
+def test_nothing_left_to_measure_is_an_error(run, monkeypatch):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="nothing is left to measure"):
+        run("--suite", "peers", "--preset", "small-pytorch")
+
+
+def test_a_network_that_does_not_fit_is_named(run, monkeypatch):
+    def step():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(measure, "as_drawn", lambda *_: step)
+    with pytest.raises(UserError, match="small needs more memory than there is"):
+        run("--suite", "peers", "--preset", "small")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--suite", "peers", "--preset", "sana-1.7b"), "did you mean 'sana-1.6b'"),
+        (("--suite", "peers", "--preset", "dense-block"), "no preset 'dense-block'"),
+        (("--preset", "small-pytorch"), "no preset 'small-pytorch': it is in the suite peers"),
+    ],
+)
+def test_presets_of_other_suites_are_told(run, options, message):
+    with pytest.raises(UserError, match=message):
+        run(*options)
 
 
 def test_bad_input_is_one_line(run):
