@@ -197,3 +197,9 @@ def test_the_peak_of_a_process_includes_the_weights(monkeypatch, capsys):
         mx.set_cache_limit(limit)
     weights = 4 * efficient_dit.count_parameters(SMALL)
     assert found[0]["peak_bytes"] > weights and found[0]["process_bytes"] > weights
+
+
+def test_a_prompt_is_as_long_as_the_text_encoders_take():
+    names = ("stickers", "stickers-pytorch", "small", "small-pytorch", "sana-0.6b")
+    assert [measure.text_tokens(name, 300) for name in names] == [24, 24, 300, 300, 300]
+    assert measure.text_tokens("small") == 2 * 77
