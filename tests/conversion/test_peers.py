@@ -71,7 +71,8 @@ def test_what_is_not_installed_is_skipped(run, monkeypatch):
     )
     said = run("--suite", "peers")
     assert [line.split()[0] for line in said.out.splitlines()[3:]] == ["small-f32", "small"]
-    assert "small-pytorch is skipped: it needs torch (pip install" in said.err
+    assert "small-pytorch is skipped: it needs torch" in said.err
+    assert '(pip install -e ".[parity]" in the repository)' in said.err
 
 
 def test_nothing_left_to_measure_is_an_error(run, monkeypatch):
