@@ -179,10 +179,14 @@ def test_blas_has_one_thread_inside_only(count):
 @pytest.mark.parametrize("kind", [None, 0, 1, 2])
 def test_threads_are_those_of_a_library_that_sets_them_for_all(kind, monkeypatch):
     """Not those of OpenMP (2), which each thread sets for itself."""
-    library = SimpleNamespace(openblas_get_num_threads=lambda: 4)
+    library = SimpleNamespace(
+        openblas_get_num_threads=lambda: 4,
+        openblas_get_config=lambda: b"OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH",
+    )
     if kind is not None:
         library.openblas_get_parallel = lambda: kind
     monkeypatch.setattr(_blas, "_library", None)
+    monkeypatch.setattr(_blas, "_loaded", None)
     monkeypatch.setattr(_blas, "_threads", 1)
     monkeypatch.setattr(_blas.ctypes, "CDLL", lambda *_, **__: library)
     monkeypatch.setattr("sys.platform", "linux")
@@ -191,6 +195,7 @@ def test_threads_are_those_of_a_library_that_sets_them_for_all(kind, monkeypatch
     monkeypatch.delitem(sys.modules, "mlx.core")
     assert _blas.load_openblas() == _blas._NAMES[0]
     assert _blas.blas_threads() == (4 if kind == 1 else 1)
+    assert _blas.blas_version() == "0.3.21"
 
 
 def test_without_several_threads_nothing_is_evaluated(monkeypatch):
