@@ -9,6 +9,11 @@ standard deviation of the latents per channel, to normalize the latents for the 
 frozen encoder, which makes the decoder robust to small errors of a transformer. MODEL is a run, a
 model or an autoencoder of `convert.from_torch`, of any kind. `--encoder MODEL` encodes with another
 autoencoder, for example with Qwen-Image's to train a tiny decoder of its latents.
+
+With `--latent-channels` the decoder learns to draw the pictures from the first of MODEL's latents,
+and with `--decoder-blocks` it gets more blocks for it. Where the pictures show the same things
+again and again, it then knows their details, and a transformer needs to learn only the rest. Crops
+must be large enough to tell what they show: `--crop 128`.
 """
 
 import argparse
@@ -31,7 +36,14 @@ from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch, Source
 from train.evaluation.reconstruction import reconstruct
-from train.loop.autoencoder import DEFAULT, SIZES, STATISTICS_SEED, config_of, load_autoencoder
+from train.loop.autoencoder import (
+    DEFAULT,
+    SIZES,
+    STATISTICS_SEED,
+    config_of,
+    load_autoencoder,
+    with_fewer_latents,
+)
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig, warmup_of
 from train.loop.principal_components import start_from_components
@@ -92,9 +104,13 @@ def sizes(
     channels: int | None,
     *,
     factor: int | None = None,
+    first_blocks: int | None = None,
     picture_channels: int = 3,
 ) -> AutoencoderConfig:
-    """The autoencoder of a factor with other channels; `channels` at 1/4 of a picture's side."""
+    """The autoencoder of a factor with other channels; `channels` at 1/4 of a picture's side.
+
+    `first_blocks` are the decoder's at the latents' scale.
+    """
     config = SIZES[factor or DEFAULT.downsampling]
     first = config.encoder_channels[0]
 
@@ -106,6 +122,7 @@ def sizes(
         latent_channels=latent_channels or config.latent_channels,
         encoder_channels=scaled(config.encoder_channels),
         decoder_channels=scaled(config.decoder_channels),
+        decoder_blocks=(first_blocks or config.decoder_blocks[0], *config.decoder_blocks[1:]),
         picture_channels=picture_channels,
     )
 
@@ -126,6 +143,10 @@ def open_models(
         check_channels(model.config, picture_channels)
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
+        if args.latent_channels or args.decoder_blocks:
+            model = with_fewer_latents(
+                model, latent_channels=args.latent_channels, first_blocks=args.decoder_blocks
+            )
         if model.config.kind == DEFAULT.kind:
             model.config = dataclasses.replace(model.config, latents_mean=(), latents_std=())
     else:
@@ -134,6 +155,7 @@ def open_models(
                 args.latent_channels,
                 args.channels,
                 factor=args.factor,
+                first_blocks=args.decoder_blocks,
                 picture_channels=picture_channels,
             )
         )

@@ -32,6 +32,7 @@ from train.loop.autoencoder import (
     kept_statistics,
     load_autoencoder,
     measure_latents,
+    with_fewer_latents,
 )
 from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.loop.principal_components import start_from_components
@@ -311,6 +312,17 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
     assert record_of_old["samples"] != record["samples"]
     with pytest.raises(UserError, match="other sizes of the autoencoder"):
         run(command, *given, "--steps", 3, "--channels", 16)
+    fewer = ["--data", folder, "--run-dir", tmp_path / "fewer", "--resolution", 64, "--crop", 32]
+    fewer += ["--init-from", run_dir, "--decoder-only", "--batch-size", 2]
+    fewer += ["--latent-channels", 2, "--decoder-blocks", 3]
+    run(command, *fewer, "--steps", 1)
+    run(command, *fewer, "--steps", 2)
+    source = open_data([str(folder)], size=(64, 64), unit=32, seed=1)
+    before, after = (load_autoencoder(tmp_path / name, source) for name in ("run", "fewer"))
+    assert (after.config.latent_channels, after.config.decoder_blocks[0]) == (2, 3)
+    picture = mx.random.uniform(-1, 1, (1, 32, 32, 3))
+    kept = np.array(before.encoder(picture)[0])[..., :2]
+    np.testing.assert_allclose(np.array(after.encoder(picture)[0]), kept, atol=1e-5)
     run(command, *given, "--steps", 3, "--crop", 256)  # as large as the pictures are
     assert latest_checkpoint(run_dir).name == "step_3"
     made = ["--preset", tmp_path / "sizes.json", "--tokenizer", tmp_path / "own.model"]
@@ -324,6 +336,37 @@ def test_an_own_autoencoder_of_a_folder_becomes_part_of_a_model(uncompiled, tmp_
     values = np.concatenate([np.array(x).reshape(-1, 3) for x in latents])
     np.testing.assert_allclose(values.mean(0), 0, atol=0.3)
     np.testing.assert_allclose(values.std(0), 1, atol=0.3)
+
+
+def test_fewer_latents_are_the_first_ones_and_new_blocks_the_identity():
+    """The decoder starts as that of the larger autoencoder with zeros for the other latents."""
+    mx.random.seed(0)
+    config = dataclasses.replace(
+        CONFIG, latents_mean=(0.5, 0, 1, -1), latents_std=(2, 0.5, 1, 3), decoder_blocks=(2, 1, 1)
+    )
+    large = ConvolutionalAutoencoder(config)
+    randomize(large, 0)
+    small = with_fewer_latents(large, latent_channels=3, first_blocks=5)
+    assert small.config.latents_std == (2, 0.5, 1)
+    assert small.config.decoder_blocks == (5, 1, 1)
+    pictures = mx.random.uniform(-1, 1, (2, 16, 24, 3))
+    (mean, log_var), (kept, kept_log_var) = large.encoder(pictures), small.encoder(pictures)
+    np.testing.assert_array_equal(np.array(kept), np.array(mean)[..., :3])
+    np.testing.assert_array_equal(np.array(kept_log_var), np.array(log_var)[..., :3])
+    first = mx.concatenate([kept, mx.zeros_like(kept[..., :1])], axis=-1)
+    expected = np.array(large.decoder(first))
+    np.testing.assert_allclose(np.array(small.decoder(kept)), expected, atol=1e-5)
+    assert np.abs(np.array(large.decoder(mean)) - expected).max() > 0.01
+    same = with_fewer_latents(large)
+    assert same.config == config
+    for options, message in (
+        ({"latent_channels": 5}, "4 latent channels cannot become 5"),
+        ({"first_blocks": 1}, "2 blocks at the latents' scale cannot become 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_fewer_latents(large, **options)
+    with pytest.raises(UserError, match="a taehv autoencoder keeps its latents"):
+        with_fewer_latents(made("taehv"), latent_channels=3)
 
 
 def test_pictures_without_captions_are_read_from_every_kind_of_set(tmp_path):

@@ -201,6 +201,11 @@ TOKENIZER = ["--output", "{}/t", "--data", "stickers", "--num-captions", 50]
         (autoencoder, [*AUTOENCODER, "--learning-rate", 0], "must lie between"),
         (autoencoder, [*AUTOENCODER, "--num-nouns", 3], "--num-nouns was removed: give --data"),
         (autoencoder, [*AUTOENCODER, "--init-from", "a", "--channels", 4], "has its own sizes"),
+        (
+            autoencoder,
+            [*AUTOENCODER, "--init-from", "a", "--latent-channels", 4],
+            "other latents or blocks needs --decoder-only",
+        ),
         (tokenizer, [*TOKENIZER, "--vocab-size", 0], "--vocab-size must be at least 1"),
         (tokenizer, [*TOKENIZER, "--vocab-size", 2], "no vocabulary of 2 pieces"),
         (

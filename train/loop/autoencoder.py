@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 from tqdm import tqdm
@@ -93,6 +95,53 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
         found = dict(zip(STATISTICS_FIELDS, measure_latents(model, source), strict=True))
     model.config = dataclasses.replace(model.config, **found)
     return model
+
+
+def with_fewer_latents(
+    model: Autoencoder, *, latent_channels: int | None = None, first_blocks: int | None = None
+) -> Autoencoder:
+    """A convolutional autoencoder of the first latents of `model`, to train its decoder further.
+
+    The decoder starts as that of `model` whose other latents are zero, which are details: the
+    channels of `train.autoencoder` begin with the principal components of the pictures.
+
+    Args:
+        latent_channels: how many are kept; None: all.
+        first_blocks: residual blocks of the decoder at the latents' scale; None: as in `model`.
+            The additional ones come first and start as the identity.
+
+    Raises:
+        UserError: `model` has fewer latents or more blocks, or is of another kind.
+    """
+    config = model.config
+    if config.kind != DEFAULT.kind:
+        raise UserError(f"a {config.kind} autoencoder keeps its latents and blocks")
+    kept = latent_channels or config.latent_channels
+    blocks = first_blocks or config.decoder_blocks[0]
+    if kept > config.latent_channels:
+        raise UserError(f"{config.latent_channels} latent channels cannot become {kept}")
+    if blocks < (given := config.decoder_blocks[0]):
+        raise UserError(f"{given} blocks at the latents' scale cannot become {blocks}")
+    mean, std = (getattr(config, name)[:kept] for name in STATISTICS_FIELDS)
+    config = dataclasses.replace(
+        config,
+        latent_channels=kept,
+        decoder_blocks=(blocks, *config.decoder_blocks[1:]),
+        latents_mean=mean,
+        latents_std=std,
+    )
+    found = make_autoencoder(config)
+    weights = flat_parameters(found)
+    for name, value in flat_parameters(model).items():
+        if name.startswith("encoder.out."):  # means, then logarithms of variances
+            value = mx.concatenate([part[:kept] for part in mx.split(value, 2)])
+        elif name == "decoder.inp.weight":
+            value = value[..., :kept]
+        elif parts := re.fullmatch(r"decoder\.blocks1\.(\d+)\.(.*)", name):
+            name = f"decoder.blocks1.{int(parts[1]) + blocks - given}.{parts[2]}"
+        weights[name] = value
+    found.update(dict(tree_unflatten(list(weights.items()))))
+    return found
 
 
 def check_autoencoder_run(folder: Path) -> None:

@@ -58,7 +58,11 @@ def parse() -> argparse.Namespace:
     )
     latents = " or ".join(f"{c.latent_channels} for factor {f}" for f, c in SIZES.items())
     for name, what in (
-        ("latent-channels", f"channels of the latents (default: {latents})"),
+        (
+            "latent-channels",
+            f"channels of the latents (default: {latents}; with --init-from those of MODEL, of "
+            "which the first can be kept)",
+        ),
         (
             "channels",
             "channels at 1/4 of the side of a picture, the others in proportion (default: "
@@ -66,6 +70,13 @@ def parse() -> argparse.Namespace:
         ),
     ):
         add(f"--{name}", type=integer(2, 2**12), metavar="N", help=what)
+    add(
+        "--decoder-blocks",
+        type=integer(1, 64),
+        metavar="N",
+        help="residual blocks of the decoder at the latents' scale (default: "
+        f"{DEFAULT.decoder_blocks[0]}, with --init-from those of MODEL)",
+    )
     add(
         "--init-from",
         type=Path,
@@ -93,10 +104,10 @@ def parse() -> argparse.Namespace:
     factor = args.factor or DEFAULT.downsampling
     if args.crop % factor:
         raise UserError(f"--crop must be a multiple of {factor}, got {args.crop}")
-    if args.init_from and (args.latent_channels or args.channels or args.factor):
-        raise UserError(
-            "--init-from has its own sizes: omit --latent-channels, --channels and --factor"
-        )
+    if args.init_from and (args.channels or args.factor):
+        raise UserError("--init-from has its own sizes: omit --channels and --factor")
+    if args.init_from and (args.latent_channels or args.decoder_blocks) and not args.decoder_only:
+        raise UserError("--init-from with other latents or blocks needs --decoder-only")
     check_data(args, unit=UNIT, bytes_per_pixel=3 * args.batch_size)
     check_pixels(args.crop, args.crop, BYTES_PER_PIXEL * args.batch_size)
     for spec in args.data:
