@@ -137,6 +137,11 @@ class AutoencoderConfig:
     latents_std: tuple[float, ...] = ()
     picture_channels: int = 3
     """3 for RGB; 4, with alpha, for the kind "convolutional" only."""
+    semantic_channels: int = 0
+    """So many of the latents, the last ones, tell what is where instead of how it looks (kind
+    "convolutional" only)."""
+    semantic_blocks: int = 0
+    """Residual blocks of the encoder for these latents alone."""
 
     @property
     def downsampling(self) -> int:
@@ -154,6 +159,11 @@ class AutoencoderConfig:
             sizes = (*self.encoder_channels, *self.decoder_channels)
             if any(size % 32 for size in sizes):
                 raise UserError(f"channels of the kind {self.kind} divide by 32, not {sizes}")
+        if not 0 <= self.semantic_channels < self.latent_channels:
+            raise UserError(
+                f"{self.semantic_channels} of {self.latent_channels} latent channels cannot be "
+                "semantic"
+            )
         each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
         count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):

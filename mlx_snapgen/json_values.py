@@ -19,6 +19,8 @@ MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
 """The largest number in a config, and the greatest length of a text or list."""
 MOST_FAULTS = 50
 """Of a config that are looked for."""
+MAY_BE_ZERO = ("band_radius", "rope_axes", "semantic_channels")
+"""Whole numbers that may be 0, besides those of blocks and layers."""
 MOST_LAYERS = 256
 """Of one network. Each is built in memory before its weights are read."""
 
@@ -126,7 +128,7 @@ def _read(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, stored) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"'{key}' must be {_NAMES[kind]}, not {_shown(value)}")
     value = cast(Any, value)
-    least = 0 if key.endswith(("blocks", "layers")) or key in ("band_radius", "rope_axes") else 1
+    least = 0 if key.endswith(("blocks", "layers")) or key in MAY_BE_ZERO else 1
     if kind is int and not least <= value <= MOST[int]:
         raise UserError(f"'{key}' must be {least} to {MOST[int]}, not {_shown(value)}")
     if kind is float and not abs(value) <= MOST[float]:

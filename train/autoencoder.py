@@ -14,6 +14,11 @@ With `--latent-channels` the decoder learns to draw the pictures from the first 
 and with `--decoder-blocks` it gets more blocks for it. Where the pictures show the same things
 again and again, it then knows their details, and a transformer needs to learn only the rest. Crops
 must be large enough to tell what they show: `--crop 128`.
+
+`--semantic-latents --init-from MODEL` adds latents that tell what is where. They are the first that
+a transformer learns, and the decoder, trained on latents whose other part is very noisy, draws what
+they tell. A part of the encoder learns them from the maps of the data, which only stickers have;
+the other latents do not change.
 """
 
 import argparse
@@ -31,10 +36,12 @@ from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import contact_sheet, psnr
-from train.data.crops import crops
+from train.data.crops import crops, semantic_crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
-from train.data.source import MAY_CHANGE, Batch, Source
+from train.data.source import MAY_CHANGE, Batch, SemanticSource, Source
+from train.data.stickers.semantics import SEMANTIC_CHANNELS
+from train.data.stickers.source import Stickers
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import (
     DEFAULT,
@@ -42,7 +49,7 @@ from train.loop.autoencoder import (
     STATISTICS_SEED,
     config_of,
     load_autoencoder,
-    with_fewer_latents,
+    with_other_latents,
 )
 from train.loop.checkpoint import latest_checkpoint
 from train.loop.config import TrainingConfig, warmup_of
@@ -141,11 +148,20 @@ def open_models(
     if start:
         model = load_autoencoder(start, measured)
         check_channels(model.config, picture_channels)
+        given = model.config.semantic_channels
+        if given and not (args.decoder_only or args.semantic_latents):
+            raise UserError(
+                f"{start} has semantic latents: give --semantic-latents or --decoder-only"
+            )
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
-        if args.latent_channels or args.decoder_blocks:
-            model = with_fewer_latents(
-                model, latent_channels=args.latent_channels, first_blocks=args.decoder_blocks
+        new = SEMANTIC_CHANNELS if args.semantic_latents and not given else 0
+        if new or args.latent_channels or args.decoder_blocks:
+            model = with_other_latents(
+                model,
+                latent_channels=args.latent_channels,
+                semantic_channels=new,
+                decoder_blocks=args.decoder_blocks,
             )
         if model.config.kind == DEFAULT.kind:
             model.config = dataclasses.replace(model.config, latents_mean=(), latents_std=())
@@ -191,11 +207,31 @@ def claim_run(args: argparse.Namespace, source: Source, model: Autoencoder) -> N
     )
 
 
+def check_semantics(source: Source) -> None:
+    """`UserError` for pictures of which is not known what is where."""
+    if not all(isinstance(part, Stickers) for part in source.sources):
+        raise UserError("--semantic-latents needs --data stickers alone")
+    for part in source.sources:
+        part.semantics(0, 1, factor=DEFAULT.downsampling)
+
+
+def semantic_batch(
+    source: SemanticSource, number: int, args: argparse.Namespace, *, factor: int
+) -> Batch:
+    """Crops and what is where in them."""
+    pictures, semantics = semantic_crops(
+        source, number, count=args.batch_size, size=args.crop, seed=args.seed, factor=factor
+    )
+    return {"pictures": pictures, "semantics": semantics}
+
+
 def main() -> int:
     args = parse()
     start = args.init_from and find_folder(args.init_from)
     latents = args.encoder and find_folder(args.encoder)
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
+    if args.semantic_latents:
+        check_semantics(source)
     mx.random.seed(args.seed)
     model, encoder = open_models(args, start, latents, picture_channels=source.channels)
     claim_run(args, source, model)
@@ -218,6 +254,8 @@ def main() -> int:
     ahead: Any = Prefetched(source)
 
     def batches(number: int) -> Batch:
+        if args.semantic_latents:
+            return semantic_batch(ahead, number, args, factor=model.config.downsampling)
         pictures = crops(ahead, number, count=args.batch_size, size=args.crop, seed=args.seed)
         if encoder is None:
             return {"pictures": pictures}
@@ -225,7 +263,7 @@ def main() -> int:
 
     trainer = Trainer(
         model,
-        Reconstruction(args.kl_weight, args.decoder_only),
+        Reconstruction(args.kl_weight, args.decoder_only or args.semantic_latents),
         batches=batches,
         config=TrainingConfig(
             steps=args.steps,

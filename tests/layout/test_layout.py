@@ -150,6 +150,7 @@ FLOORS = {
         model
         source
         render
+        semantics
         scenes
         captions
         vocabulary

@@ -1,6 +1,7 @@
 """The autoencoder's layout and normalization."""
 
 import dataclasses
+import functools
 import json
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
+import train.loop.autoencoder
 from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import AutoencoderConfig
@@ -19,7 +21,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.networks.layers import depth_to_space, space_to_depth
+from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from tests.tiny import randomize, tokenizer_bytes
@@ -32,12 +34,12 @@ from train.loop.autoencoder import (
     kept_statistics,
     load_autoencoder,
     measure_latents,
-    with_fewer_latents,
+    with_other_latents,
 )
 from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.loop.principal_components import start_from_components
 from train.loop.run import claim
-from train.objectives.autoencoder import Reconstruction
+from train.objectives.autoencoder import Reconstruction, decoder_noise
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
 
@@ -346,7 +348,7 @@ def test_fewer_latents_are_the_first_ones_and_new_blocks_the_identity():
     )
     large = ConvolutionalAutoencoder(config)
     randomize(large, 0)
-    small = with_fewer_latents(large, latent_channels=3, first_blocks=5)
+    small = with_other_latents(large, latent_channels=3, decoder_blocks=5)
     assert small.config.latents_std == (2, 0.5, 1)
     assert small.config.decoder_blocks == (5, 1, 1)
     pictures = mx.random.uniform(-1, 1, (2, 16, 24, 3))
@@ -357,16 +359,152 @@ def test_fewer_latents_are_the_first_ones_and_new_blocks_the_identity():
     expected = np.array(large.decoder(first))
     np.testing.assert_allclose(np.array(small.decoder(kept)), expected, atol=1e-5)
     assert np.abs(np.array(large.decoder(mean)) - expected).max() > 0.01
-    same = with_fewer_latents(large)
+    same = with_other_latents(large)
     assert same.config == config
     for options, message in (
         ({"latent_channels": 5}, "4 latent channels cannot become 5"),
-        ({"first_blocks": 1}, "2 blocks at the latents' scale cannot become 1"),
+        ({"decoder_blocks": 1}, "2 blocks at the latents' scale cannot become 1"),
     ):
         with pytest.raises(UserError, match=message):
-            with_fewer_latents(large, **options)
+            with_other_latents(large, **options)
     with pytest.raises(UserError, match="a taehv autoencoder keeps its latents"):
-        with_fewer_latents(made("taehv"), latent_channels=3)
+        with_other_latents(made("taehv"), latent_channels=3)
+
+
+def semantic_start():
+    """An autoencoder of 4 latents and one with 2 of them and 10 semantic ones."""
+    config = dataclasses.replace(CONFIG, latents_mean=(0.5, 0, 1, -1), latents_std=(2, 0.5, 1, 3))
+    large = randomize(ConvolutionalAutoencoder(config), 0)
+    more = {"semantic_channels": 10, "decoder_blocks": 4}
+    return large, with_other_latents(large, latent_channels=2, **more)
+
+
+def test_semantic_latents_start_as_zero_and_the_others_as_they_were():
+    large, found = semantic_start()
+    config = found.config
+    assert (config.latent_channels, config.semantic_channels) == (12, 10)
+    assert (config.encoder_blocks, config.decoder_blocks) == ((1, 2), (4, 2, 1))
+    assert config.latents_std == (2, 0.5, *[1] * 10)
+    pictures = mx.random.uniform(-1, 1, (2, 16, 24, 3))
+    mean, log_var = found.encoder(pictures)
+    assert log_var.shape == mean.shape
+    expected = np.array(large.encoder(pictures)[0])[..., :2]
+    np.testing.assert_allclose(np.array(mean)[..., :2], expected, atol=1e-6)
+    assert not np.array(mean)[..., 2:].any()
+    first = mx.pad(mean[..., :2], [(0, 0), (0, 0), (0, 0), (0, 2)])
+    noisy = mean.at[..., 2:].add(1)
+    np.testing.assert_allclose(
+        np.array(found.decoder(noisy)), np.array(large.decoder(first)), atol=1e-5
+    )
+    with pytest.raises(UserError, match="semantic latents keeps them all"):
+        with_other_latents(found, latent_channels=1)
+
+
+def test_semantic_latents_are_made_of_all_normalized_latents():
+    """The first layer's output is a function of them; features that do not change them have no
+    part in it."""
+    mx.random.seed(0)
+    large, found = semantic_start()
+    layer, out = found.encoder.semantics.inp, large.encoder.out
+    features = mx.random.normal((50, 16))
+    latents = np.array(large.normalize(split(out(features), 2, axis=-1)[0]))
+    known = np.concatenate([latents, np.ones((50, 1))], -1)
+    values = np.array(layer(features))
+    linear, *_ = np.linalg.lstsq(known, values, rcond=None)
+    np.testing.assert_allclose(known @ linear, values, atol=1e-5)
+    np.testing.assert_allclose(linear[-1], 0, atol=1e-5)
+    assert np.abs(linear[:-1]).max() < 0.51  # uniform of variance 1 / (3 * 4)
+
+
+def test_semantic_latents_learn_alone():
+    """What is where reaches their part of the encoder, the pictures the decoder; nothing reaches
+    what makes the other latents."""
+    model = randomize(semantic_start()[1], 5)
+    pictures = mx.random.uniform(-1, 1, (2, 16, 16, 3), key=mx.random.key(0))
+    met = model.encoder(pictures)[0][..., 2:]
+    objective = Reconstruction(1e-3, decoder_only=True)
+
+    def gradients(semantics):
+        batch = {"pictures": pictures, "semantics": semantics}
+        grads, metrics = objective.gradients(model, batch, mx.random.key(1), None)
+        return dict(tree_flatten(grads)), metrics
+
+    same, metrics = gradients(met)
+    other, worse = gradients(met + 0.1)
+    assert metrics["semantics"].item() < 1e-10
+    np.testing.assert_allclose(worse["semantics"].item(), 0.01, rtol=1e-3)
+    for name, value in same.items():
+        size, change = (mx.abs(v).max().item() for v in (value, other[name] - value))
+        assert (size > 1e-6) == name.startswith("decoder"), name
+        assert (change > 1e-6) == name.startswith("encoder.semantics"), name
+    # Of a mean over 10 channels of squared distances of -0.1.
+    bias = np.array(other["encoder.semantics.out.bias"])
+    np.testing.assert_allclose(bias, -2 * 0.1 / 10, atol=1e-6)
+
+
+def test_a_decoder_of_semantic_latents_hears_more_noise():
+    """Up to .8 standard deviations on the first ones, up to .3 on the semantic ones."""
+    config = semantic_start()[1].config
+    noise = np.array(decoder_noise(config, 1000, mx.random.key(0)))
+    assert noise.shape == (1000, 1, 1, 12)
+    np.testing.assert_allclose(noise.max((0, 1, 2)), [0.8] * 2 + [0.3] * 10, rtol=0.01)
+    np.testing.assert_allclose(noise.mean((0, 1, 2)), [0.4] * 2 + [0.15] * 10, rtol=0.1)
+    assert (noise[..., 0] == noise[..., 1]).all() and (noise[..., 2:] == noise[..., 2:3]).all()
+    assert decoder_noise(CONFIG, 1000, mx.random.key(0)).item() == pytest.approx(0.1)
+
+
+def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path, monkeypatch):
+    """The run starts again, its latents are those of the start and 10 more, and train on."""
+    data = f"stickers:pictures={fluent_pictures},nouns=12"
+    monkeypatch.setattr(command, "VALIDATION_PICTURES", 2)
+    few = functools.partial(measure_latents, count=16)
+    monkeypatch.setattr(train.loop.autoencoder, "measure_latents", few)
+
+    def run(name, *options, steps=1, data=data):
+        argv = ["autoencoder", "--run-dir", tmp_path / name, "--data", data, *options]
+        argv += ["--steps", steps, "--batch-size", 2]
+        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+        command.main()
+
+    run("start", "--crop", 32, "--factor", 16, "--channels", 8, "--latent-channels", 6)
+    given = ["--semantic-latents", "--init-from", tmp_path / "start", "--crop", 64]
+    given += ["--latent-channels", 4, "--decoder-blocks", 3]
+    run("semantic", *given)
+    run("semantic", *given, steps=2)
+    entry = read_log(tmp_path / "semantic")[-1]
+    assert (entry["step"] == 2 and "psnr" in entry) or "validation_psnr" in entry
+    source = open_data([data], size=(256, 256), unit=32, seed=1)
+    before, after = (load_autoencoder(tmp_path / n, source) for n in ("start", "semantic"))
+    assert (after.config.latent_channels, after.config.semantic_channels) == (14, 10)
+    picture = mx.random.uniform(-1, 1, (1, 64, 64, 4))
+    kept = np.array(before.encoder(picture)[0])[..., :4]
+    np.testing.assert_allclose(np.array(after.encoder(picture)[0])[..., :4], kept, atol=1e-5)
+    run("on", "--semantic-latents", "--init-from", tmp_path / "semantic", "--crop", 64)
+    assert load_autoencoder(tmp_path / "on", source).config.semantic_channels == 10
+    with pytest.raises(UserError, match="has semantic latents: give --semantic-latents or"):
+        run("none", "--init-from", tmp_path / "semantic", "--crop", 64)
+    folder = tmp_path / "folder"
+    write_pictures(folder, 3)
+    with pytest.raises(UserError, match="--semantic-latents needs --data stickers alone"):
+        run("none", *given, data=folder)
+    with pytest.raises(UserError, match="at most 240 nouns apart, not 363"):
+        run("none", *given, data="stickers")
+    assert not (tmp_path / "none" / "settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--semantic-latents", "--semantic-latents needs --init-from"),
+        ("--semantic-latents --decoder-only --init-from x", "trains latents too"),
+        ("--latent-channels 3 --init-from x", "needs --decoder-only or --semantic-latents"),
+    ],
+)
+def test_options_of_semantic_latents(options, message, tmp_path, monkeypatch):
+    argv = ["autoencoder", "--run-dir", str(tmp_path / "run"), "--data", "stickers"]
+    monkeypatch.setattr(sys, "argv", [*argv, *options.split()])
+    with pytest.raises(UserError, match=message):
+        command.main()
 
 
 def test_pictures_without_captions_are_read_from_every_kind_of_set(tmp_path):

@@ -99,6 +99,21 @@ class PictureSource(Source, Protocol):
         return self.batch(number, count)[1]
 
 
+class SemanticSource(PictureSource, Protocol):
+    """Pictures of which is known what is where in them."""
+
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
+        """What is where in the pictures of `batch`.
+
+        Args:
+            factor: side of a picture, divided by that of its latents.
+
+        Returns:
+            float32 (count, H / factor, W / factor, S).
+        """
+        ...
+
+
 MAY_CHANGE = ("where", "num_nouns", "categories")
 """Settings of sources that may differ when a run is resumed. The same files may have moved, and the
 scenes of the stickers may change; anything else that changes samples makes another run."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -39,6 +40,8 @@ STATISTICS_SEED = 12345
 STATISTICS = "latents.json"
 """File in a checkpoint with the statistics of its latents, see `keep_statistics`."""
 OTHER_RUN = "{} is a run of {}: give one of train.autoencoder, or a model"
+SEMANTIC_BLOCKS = 4
+"""Residual blocks of the encoder for semantic latents."""
 STATISTICS_FIELDS = ("latents_mean", "latents_std")
 
 
@@ -97,38 +100,51 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     return model
 
 
-def with_fewer_latents(
-    model: Autoencoder, *, latent_channels: int | None = None, first_blocks: int | None = None
+def with_other_latents(
+    model: Autoencoder,
+    *,
+    latent_channels: int | None = None,
+    semantic_channels: int = 0,
+    decoder_blocks: int | None = None,
 ) -> Autoencoder:
-    """A convolutional autoencoder of the first latents of `model`, to train its decoder further.
+    """A convolutional autoencoder of the first latents of `model` and of new ones, to train.
 
-    The decoder starts as that of `model` whose other latents are zero, which are details: the
-    channels of `train.autoencoder` begin with the principal components of the pictures.
+    It starts as `model` whose other latents are zero, which are details: the channels of
+    `train.autoencoder` begin with the principal components of the pictures. The new latents, the
+    last ones, start as zero, and the decoder ignores them; they are made of all latents of `model`.
 
     Args:
         latent_channels: how many are kept; None: all.
-        first_blocks: residual blocks of the decoder at the latents' scale; None: as in `model`.
+        semantic_channels: how many are new.
+        decoder_blocks: residual blocks of the decoder at the latents' scale; None: as in `model`.
             The additional ones come first and start as the identity.
 
     Raises:
-        UserError: `model` has fewer latents or more blocks, or is of another kind.
+        UserError: `model` has fewer latents, more blocks or semantic latents, or is of another
+            kind.
     """
     config = model.config
     if config.kind != DEFAULT.kind:
         raise UserError(f"a {config.kind} autoencoder keeps its latents and blocks")
+    if config.semantic_channels and (semantic_channels or latent_channels):
+        raise UserError("an autoencoder with semantic latents keeps them all")
     kept = latent_channels or config.latent_channels
-    blocks = first_blocks or config.decoder_blocks[0]
     if kept > config.latent_channels:
         raise UserError(f"{config.latent_channels} latent channels cannot become {kept}")
+    blocks = decoder_blocks or config.decoder_blocks[0]
     if blocks < (given := config.decoder_blocks[0]):
         raise UserError(f"{given} blocks at the latents' scale cannot become {blocks}")
-    mean, std = (getattr(config, name)[:kept] for name in STATISTICS_FIELDS)
+    statistics = {}
+    if config.latents_std:
+        for name, new in zip(STATISTICS_FIELDS, (0.0, 1.0), strict=True):
+            statistics[name] = (*getattr(config, name)[:kept], *[new] * semantic_channels)
     config = dataclasses.replace(
         config,
-        latent_channels=kept,
+        latent_channels=kept + semantic_channels,
+        semantic_channels=config.semantic_channels or semantic_channels,
+        semantic_blocks=SEMANTIC_BLOCKS if semantic_channels else config.semantic_blocks,
         decoder_blocks=(blocks, *config.decoder_blocks[1:]),
-        latents_mean=mean,
-        latents_std=std,
+        **statistics,
     )
     found = make_autoencoder(config)
     weights = flat_parameters(found)
@@ -136,12 +152,29 @@ def with_fewer_latents(
         if name.startswith("encoder.out."):  # means, then logarithms of variances
             value = mx.concatenate([part[:kept] for part in mx.split(value, 2)])
         elif name == "decoder.inp.weight":
-            value = value[..., :kept]
+            value = mx.pad(value[..., :kept], [(0, 0)] * 3 + [(0, semantic_channels)])
         elif parts := re.fullmatch(r"decoder\.blocks1\.(\d+)\.(.*)", name):
             name = f"decoder.blocks1.{int(parts[1]) + blocks - given}.{parts[2]}"
         weights[name] = value
+    if semantic_channels:
+        weights |= _on_latents(model, weights, "encoder.semantics.inp")
     found.update(dict(tree_unflatten(list(weights.items()))))
     return found
+
+
+def _on_latents(
+    model: Autoencoder, weights: Mapping[str, mx.array], layer: str
+) -> dict[str, mx.array]:
+    """A linear layer on the encoder's features, as if it were one on the normalized latents.
+
+    Its channels differ little then, while few of the features hold most of the variance.
+    """
+    out, count = model.encoder.out, model.config.latent_channels
+    random = weights[f"{layer}.weight"][:, :count] * (out.weight.shape[1] / count) ** 0.5
+    rows = model.normalize(mx.concatenate([out.weight[:count], out.bias[:count, None]], -1).T).T
+    zero = model.normalize(mx.zeros(count))[:, None]
+    linear = random @ mx.concatenate([rows[:, :-1] - zero, rows[:, -1:]], -1)
+    return {f"{layer}.weight": linear[:, :-1], f"{layer}.bias": linear[:, -1]}
 
 
 def check_autoencoder_run(folder: Path) -> None:

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from train.data.source import Batch
 from train.objectives.base import LossObjective, Metrics
 
 DECODER_NOISE = 0.1
 """Noise on the latents while the decoder trains alone, in standard deviations of a channel."""
+APPEARANCE_NOISE, SEMANTIC_NOISE = 0.8, 0.3
+"""The most of it with semantic latents: the decoder takes from them what is where, also if a
+transformer gets the others only roughly right."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,12 @@ class Reconstruction(LossObjective[Autoencoder, None]):
     """L1 loss on values and on edges, and a KL term. An `Objective`.
 
     A batch holds `pictures` (B, H, W, 3) in [-1, 1], and optionally normalized `latents` of them,
-    which replace those of the model's encoder.
+    which replace those of the model's encoder, or `semantics` (B, H/f, W/f, S), which its semantic
+    latents learn.
 
     Attributes:
-        decoder_only: no gradient reaches the encoder, whose weights do not change.
+        decoder_only: no gradient of the pictures reaches the encoder: only its semantic latents
+            change, and only with `semantics`.
     """
 
     kl_weight: float
@@ -35,10 +41,14 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             mean, log_var = model.denormalize(batch["latents"]), None
         else:
             mean, log_var = model.encoder(x)
+        distance = mx.array(0.0)
+        if (semantics := batch.get("semantics")) is not None:
+            distance = mx.square(mean[..., -semantics.shape[-1] :] - semantics).mean()
         if self.decoder_only:
             mean = mx.stop_gradient(mean)
             log_var = None if log_var is None else mx.stop_gradient(log_var)
-            std = DECODER_NOISE * mx.sqrt(mx.var(mean, axis=(0, 1, 2)))
+            std = mx.sqrt(mx.var(mean, axis=(0, 1, 2)))
+            std = std * decoder_noise(model.config, len(x), mx.random.split(key)[1])
         else:
             assert log_var is not None, "given latents train the decoder alone"
             std = mx.exp(0.5 * log_var)
@@ -52,5 +62,20 @@ class Reconstruction(LossObjective[Autoencoder, None]):
         kl = mx.array(0.0)
         if log_var is not None:
             kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
-        loss = l1 + 0.5 * edges + self.kl_weight * kl
-        return loss, {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
+        loss = l1 + 0.5 * edges + self.kl_weight * kl + distance
+        parts = {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
+        return loss, parts if semantics is None else parts | {"semantics": distance}
+
+
+def decoder_noise(config: AutoencoderConfig, count: int, key: mx.array) -> mx.array:
+    """Noise for the decoder in standard deviations of a channel, (1 or count, 1, 1, 1 or C).
+
+    With semantic latents it differs from picture to picture.
+    """
+    if not config.semantic_channels:
+        return mx.full((1, 1, 1, 1), DECODER_NOISE)
+    most = mx.array([APPEARANCE_NOISE, SEMANTIC_NOISE])
+    share = most * mx.random.uniform(shape=(count, 1, 1, 2), key=key)
+    first = config.latent_channels - config.semantic_channels
+    is_semantic = mx.arange(config.latent_channels) >= first
+    return mx.where(is_semantic, share[..., 1:], share[..., :1])

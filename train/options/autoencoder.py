@@ -89,6 +89,12 @@ def parse() -> argparse.Namespace:
         help="train the decoder alone, so that the latents do not change (default: off)",
     )
     add(
+        "--semantic-latents",
+        action="store_true",
+        help="add latents that tell what is where to those of --init-from, and train them and the "
+        "decoder; the other latents do not change (stickers only; default: off)",
+    )
+    add(
         "--encoder",
         type=Path,
         metavar="MODEL",
@@ -106,8 +112,13 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--crop must be a multiple of {factor}, got {args.crop}")
     if args.init_from and (args.channels or args.factor):
         raise UserError("--init-from has its own sizes: omit --channels and --factor")
-    if args.init_from and (args.latent_channels or args.decoder_blocks) and not args.decoder_only:
-        raise UserError("--init-from with other latents or blocks needs --decoder-only")
+    frozen = args.decoder_only or args.semantic_latents
+    if args.decoder_only and args.semantic_latents:
+        raise UserError("--semantic-latents trains latents too: omit --decoder-only")
+    if args.init_from and (args.latent_channels or args.decoder_blocks) and not frozen:
+        raise UserError(
+            "--init-from with other latents or blocks needs --decoder-only or --semantic-latents"
+        )
     check_data(args, unit=UNIT, bytes_per_pixel=3 * args.batch_size)
     check_pixels(args.crop, args.crop, BYTES_PER_PIXEL * args.batch_size)
     for spec in args.data:
@@ -115,6 +126,7 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--data: {spec} holds latents; give the pictures themselves")
     if args.encoder and not args.decoder_only:
         raise UserError("--encoder needs --decoder-only, since it brings the latents")
-    if args.decoder_only and not args.init_from:
-        raise UserError("--decoder-only needs --init-from: an encoder must be there first")
+    if frozen and not args.init_from:
+        option = "--decoder-only" if args.decoder_only else "--semantic-latents"
+        raise UserError(f"{option} needs --init-from: an encoder must be there first")
     return args

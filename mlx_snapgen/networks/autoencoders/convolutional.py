@@ -14,6 +14,9 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 
+_LEAST = -12.0
+"""Logarithm of a latent's variance."""
+
 
 class ResidualBlock(nn.Module):
     """Channel RMS norm, then two 3x3 convolutions around a leaky ReLU."""
@@ -30,10 +33,30 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(nn.leaky_relu(self.conv1(self.norm(x)), 0.1))
 
 
+class SemanticHead(nn.Module):
+    """What is where: features (B, h, w, C) at the latents' scale -> (B, h, w, S)."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig):
+        super().__init__()
+        self.inp = nn.Linear(channels, channels)
+        self.blocks = [ResidualBlock(channels) for _ in range(config.semantic_blocks)]
+        self.out = nn.Linear(channels, config.semantic_channels)
+        # The decoder's input does not change at first.
+        self.out.weight = mx.zeros_like(self.out.weight)
+        self.out.bias = mx.zeros_like(self.out.bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
 class Encoder(nn.Module):
     """Levels of residual blocks at 1/4, 1/8, ... of the picture's side.
 
-    Level i has the blocks `blocks{i}`, after `patch` or `down`, `down2`, ...
+    Level i has the blocks `blocks{i}`, after `patch` or `down`, `down2`, ... The last latents are
+    those of `semantics`, if there are such: it learns without a change to the others.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -44,7 +67,10 @@ class Encoder(nn.Module):
             if i > 1:
                 self[_down(i)] = nn.Linear(4 * channels[i - 2], width)
             self[f"blocks{i}"] = [ResidualBlock(width) for _ in range(count)]
-        self.out = nn.Linear(channels[-1], 2 * config.latent_channels)
+        appearance = config.latent_channels - config.semantic_channels
+        self.out = nn.Linear(channels[-1], 2 * appearance)
+        if config.semantic_channels:
+            self.semantics = SemanticHead(channels[-1], config)
         self._levels = len(channels)
 
     def projections(self) -> list[nn.Linear]:
@@ -60,7 +86,11 @@ class Encoder(nn.Module):
             for block in self[f"blocks{i}"]:
                 x = block(x)
         mean, log_var = split(self.out(x), 2, axis=-1)
-        return mean, mx.clip(log_var, -12.0, 4.0)
+        if "semantics" in self:
+            found = self.semantics(mx.stop_gradient(x))
+            mean = mx.concatenate([mean, found], axis=-1)
+            log_var = mx.concatenate([log_var, mx.full(found.shape, _LEAST)], axis=-1)
+        return mean, mx.clip(log_var, _LEAST, 4.0)
 
 
 def _down(level: int) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.options import integer
 from mlx_snapgen.errors import UserError
-from train.data.source import PictureSource, shares_of
+from train.data.source import PictureSource, SemanticSource, shares_of
 from train.data.stickers.captions import Scene
 from train.data.stickers.scenes import training_scene, validation_scene
+from train.data.stickers.semantics import check_semantics, semantic_map
 from train.data.stickers.vocabulary import (
     Collection,
     collection_in,
@@ -56,7 +57,7 @@ def draw_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, list[str]]:
 
 
 @dataclass(frozen=True)
-class Stickers(PictureSource):
+class Stickers(SemanticSource):
     """Training scenes.
 
     All scenes of a batch have one size.
@@ -111,6 +112,11 @@ class Stickers(PictureSource):
     def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
         """See `PictureSource`."""
         return draw_scenes(self.scenes(number, count))
+
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
+        """See `SemanticSource`; `UserError` with too many nouns."""
+        check_semantics(len(self.collection.first(self.num_nouns)))
+        return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`."""

@@ -1,0 +1,90 @@
+"""What is where in the stickers' scenes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mlx_snapgen.pictures import to_uint8
+from train.data.crops import semantic_crops
+from train.data.stickers import render as rendering
+from train.data.stickers.scenes import sample_scene
+from train.data.stickers.semantics import CODE_CHANNELS, codes, semantic_map
+from train.data.stickers.source import Stickers
+from train.data.stickers.vocabulary import FLUENT
+
+
+def test_codes_are_far_apart():
+    """240 vectors of norm sqrt(8), at least 60 degrees from each other."""
+    found = codes()
+    assert found.shape == (240, CODE_CHANNELS)
+    products = found @ found.T
+    np.testing.assert_allclose(np.diag(products), 8)
+    assert (products - 8 * np.eye(240)).max() <= 4.001
+    # Balanced, so that latents of mean 0 and variance 1 hardly move them.
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.square(found).mean(0), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (192, 320)])
+def test_a_map_has_each_things_code_and_the_place_in_it(size):
+    """Read back from the map: the nouns, where they are, how large they are; nothing elsewhere."""
+    for seed in range(20):
+        scene = sample_scene(np.random.default_rng(seed), size=size, collection=FLUENT)
+        found = semantic_map(scene, 16)
+        assert found.shape == (size[0] // 16, size[1] // 16, CODE_CHANNELS + 2)
+        rest = np.ones(found.shape[:2], bool)
+        for placed in scene.placed:
+            rows = np.arange(found.shape[0]) * 16 + 8
+            columns = np.arange(found.shape[1]) * 16 + 8
+            y = (placed.y < rows) & (rows < placed.y + placed.size_px)
+            x = (placed.x < columns) & (columns < placed.x + placed.size_px)
+            inside = np.ix_(y, x)
+            assert found[inside].size
+            nearest = np.argmax(found[inside][..., :CODE_CHANNELS] @ codes().T, -1)
+            assert (nearest == FLUENT.nouns.index(placed.noun)).all()
+            right, down = np.moveaxis(found[inside][..., CODE_CHANNELS:], -1, 0) / 1.7
+            np.testing.assert_allclose(
+                right + 0 * down,
+                (columns[x] - placed.center[0]) / (placed.size_px / 2) + 0 * down,
+                atol=1e-5,
+            )
+            np.testing.assert_allclose(
+                down.T, (rows[y] - placed.center[1]) / (placed.size_px / 2) + 0 * down.T, atol=1e-5
+            )
+            rest[inside] = False
+        assert not found[rest].any()
+
+
+def test_crops_and_their_maps_belong_together(fluent_pictures):
+    """A crop's map is the part of the whole map where the crop was cut."""
+    found = rendering.find_pictures(fluent_pictures)
+    source = Stickers(seed=3, num_nouns=12, pictures=found)
+    pictures, maps = semantic_crops(source, 2, count=4, size=100, seed=0, factor=16)
+    assert pictures.shape == (4, 96, 96, 4) and maps.shape == (4, 6, 6, 10)
+    whole, _ = source.batch(2, 4)
+    whole_maps = source.semantics(2, 4, factor=16)
+    for k in range(4):
+        corners = [
+            (i, j)
+            for i in range(whole_maps.shape[1] - 5)
+            for j in range(whole_maps.shape[2] - 5)
+            if np.array_equal(whole_maps[k, i : i + 6, j : j + 6], np.array(maps[k]))
+        ]
+        crop = to_uint8(pictures)[k]
+        assert any(
+            np.array_equal(whole[k, 16 * i : 16 * i + 96, 16 * j : 16 * j + 96], crop)
+            for i, j in corners
+        )
+    again, same = semantic_crops(source, 2, count=4, size=100, seed=0, factor=16)
+    np.testing.assert_array_equal(np.array(again), np.array(pictures))
+    np.testing.assert_array_equal(np.array(same), np.array(maps))
+
+
+def test_only_collections_with_enough_codes():
+    from mlx_snapgen.errors import UserError
+
+    with pytest.raises(UserError, match="at most 240 nouns apart, not 363: --data stickers:nouns="):
+        Stickers().semantics(0, 1, factor=8)
+    assert Stickers(num_nouns=100).semantics(0, 2, factor=8).shape == (2, 16, 16, 10)
+    assert dataclasses.replace(FLUENT).first(200)

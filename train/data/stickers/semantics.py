@@ -1,0 +1,77 @@
+"""What is where in a scene, as maps with the latents' resolution.
+
+They are targets of an autoencoder's semantic latents. As in ReDi (Kouzelis et al. 2025,
+arXiv:2504.16064) the transformer then generates what a picture shows together with how it looks.
+There the features are those of a large vision model and only help the transformer; here they are
+the scene's own, and the decoder uses them too.
+"""
+
+import itertools
+from functools import cache
+
+import numpy as np
+
+from mlx_snapgen.errors import UserError
+from train.data.stickers.captions import Scene
+
+CODE_CHANNELS = 8
+"""A code for each noun."""
+SEMANTIC_CHANNELS = CODE_CHANNELS + 2
+"""The code, then how far right of the thing's center and how far below it."""
+CODE_NORM = 8**0.5
+"""So that a number of a code has mean square 1."""
+PLACE_SCALE = 1.7
+"""The place at the edge of a thing's square: about root mean square 1 within it."""
+_ORDER_SEED = 8
+
+
+@cache
+def codes() -> np.ndarray:
+    """One code per noun, (240, 8): the shortest vectors of the E8 lattice, shuffled.
+
+    No more vectors than these can be 60 degrees or more apart from each other in 8 dimensions.
+    """
+    found = []
+    for pair in itertools.combinations(range(CODE_CHANNELS), 2):
+        for signs in itertools.product((1, -1), repeat=2):
+            vector = np.zeros(CODE_CHANNELS)
+            vector[list(pair)] = signs
+            found.append(vector)
+    halves = itertools.product((0.5, -0.5), repeat=CODE_CHANNELS)
+    found += [np.array(h) for h in halves if sum(value < 0 for value in h) % 2 == 0]
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(found))
+    return (np.stack(found)[order] * (CODE_NORM / 2**0.5)).astype(np.float32)
+
+
+def check_semantics(num_nouns: int) -> None:
+    """`UserError` if there are more nouns than codes."""
+    if num_nouns > len(codes()):
+        raise UserError(
+            f"semantic latents tell at most {len(codes())} nouns apart, not {num_nouns}: "
+            f"--data stickers:nouns={len(codes())}"
+        )
+
+
+def semantic_map(scene: Scene, factor: int) -> np.ndarray:
+    """Codes and places of the things at the latents' places; 0 where none is.
+
+    Args:
+        factor: side of the picture, divided by that of its latents.
+
+    Returns:
+        float32 (H / factor, W / factor, SEMANTIC_CHANNELS).
+    """
+    height, width = scene.size
+    y = (np.arange(height // factor) + 0.5)[:, None] * factor
+    x = (np.arange(width // factor) + 0.5)[None, :] * factor
+    found = np.zeros((height // factor, width // factor, SEMANTIC_CHANNELS), np.float32)
+    for placed in scene.placed:
+        center_x, center_y = placed.center
+        right, down = np.broadcast_arrays(
+            (x - center_x) / (placed.size_px / 2), (y - center_y) / (placed.size_px / 2)
+        )
+        inside = (np.abs(right) < 1) & (np.abs(down) < 1)
+        found[inside, :CODE_CHANNELS] = codes()[scene.collection.nouns.index(placed.noun)]
+        place = np.stack([right, down], -1)
+        found[inside, CODE_CHANNELS:] = PLACE_SCALE * place[inside]
+    return found
