@@ -164,6 +164,10 @@ class AutoencoderConfig:
                 f"{self.semantic_channels} of {self.latent_channels} latent channels cannot be "
                 "semantic"
             )
+        if self.semantic_channels and self.kind != "convolutional":
+            raise UserError(f"latents of the kind {self.kind} are not semantic")
+        if self.semantic_blocks and not self.semantic_channels:
+            raise UserError("semantic_blocks need semantic_channels")
         each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
         count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):

@@ -15,10 +15,11 @@ and with `--decoder-blocks` it gets more blocks for it. Where the pictures show 
 again and again, it then knows their details, and a transformer needs to learn only the rest. Crops
 must be large enough to tell what they show: `--crop 128`.
 
-`--semantic-latents --init-from MODEL` adds latents that tell what is where. They are the first that
-a transformer learns, and the decoder, trained on latents whose other part is very noisy, draws what
-they tell. A part of the encoder learns them from the maps of the data, which only stickers have;
-the other latents do not change.
+`--semantic-latents --init-from MODEL` adds latents, after the others, with a code of the noun and
+the place in the thing. A transformer learns them earliest, and the decoder draws what they say even
+where the other latents are wrong: of most pictures it gets only the means of those in each thing. A
+part of the encoder learns the new ones from the layouts of the scenes, which only stickers have.
+The other latents do not change.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from train.data.crops import crops, semantic_crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch, SemanticSource, Source
-from train.data.stickers.semantics import SEMANTIC_CHANNELS
+from train.data.stickers.semantics import SEMANTIC_CHANNELS, check_semantics, nouns_at
 from train.data.stickers.source import Stickers
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import (
@@ -65,6 +66,8 @@ SHOWN = 8
 """Of these, on the sheet after a checkpoint."""
 START_CROP = 64
 """Side in pixels of the crops whose principal components are the start."""
+SEMANTIC = "semantic_latents"
+"""Setting of runs that train these."""
 PICTURES_ONLY = "pictures_only"
 """Setting of runs that also use pictures without a caption."""
 
@@ -148,6 +151,8 @@ def open_models(
     if start:
         model = load_autoencoder(start, measured)
         check_channels(model.config, picture_channels)
+        if args.crop % (factor := model.config.downsampling):
+            raise UserError(f"--crop must be a multiple of {factor} for {start}, got {args.crop}")
         given = model.config.semantic_channels
         if given and not (args.decoder_only or args.semantic_latents):
             raise UserError(
@@ -198,21 +203,23 @@ def claim_run(args: argparse.Namespace, source: Source, model: Autoencoder) -> N
     if config_of(args.run_dir) == model.config:
         # The same, also if it was recorded with fewer fields.
         described = recorded(args.run_dir).get("autoencoder", described)
+    settings |= {"autoencoder": described, "specs": args.data, "resolution": side(args)}
     claim(
         args.run_dir,
-        settings | {"autoencoder": described, "specs": args.data, "resolution": side(args)},
+        settings | {SEMANTIC: args.semantic_latents},
         steps=args.steps,
         may_change=(*MAY_CHANGE, "specs", "resolution"),
+        newer=(SEMANTIC,),
         unrecorded={"data": "stickers", "autoencoder": described},
     )
 
 
-def check_semantics(source: Source) -> None:
+def check_semantic_source(source: Source) -> None:
     """`UserError` for pictures of which is not known what is where."""
-    if not all(isinstance(part, Stickers) for part in source.sources):
-        raise UserError("--semantic-latents needs --data stickers alone")
     for part in source.sources:
-        part.semantics(0, 1, factor=DEFAULT.downsampling)
+        if not isinstance(part, Stickers):
+            raise UserError("--semantic-latents needs --data stickers alone")
+        check_semantics(len(part.collection.first(part.num_nouns)))
 
 
 def semantic_batch(
@@ -222,7 +229,8 @@ def semantic_batch(
     pictures, semantics = semantic_crops(
         source, number, count=args.batch_size, size=args.crop, seed=args.seed, factor=factor
     )
-    return {"pictures": pictures, "semantics": semantics}
+    regions = mx.array(nouns_at(np.array(semantics)))
+    return {"pictures": pictures, "semantics": semantics, "regions": regions}
 
 
 def main() -> int:
@@ -231,7 +239,7 @@ def main() -> int:
     latents = args.encoder and find_folder(args.encoder)
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
     if args.semantic_latents:
-        check_semantics(source)
+        check_semantic_source(source)
     mx.random.seed(args.seed)
     model, encoder = open_models(args, start, latents, picture_channels=source.channels)
     claim_run(args, source, model)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -127,7 +126,7 @@ def with_other_latents(
     if config.kind != DEFAULT.kind:
         raise UserError(f"a {config.kind} autoencoder keeps its latents and blocks")
     if config.semantic_channels and (semantic_channels or latent_channels):
-        raise UserError("an autoencoder with semantic latents keeps them all")
+        raise UserError("semantic latents are there already: omit --latent-channels")
     kept = latent_channels or config.latent_channels
     if kept > config.latent_channels:
         raise UserError(f"{config.latent_channels} latent channels cannot become {kept}")
@@ -135,9 +134,9 @@ def with_other_latents(
     if blocks < (given := config.decoder_blocks[0]):
         raise UserError(f"{given} blocks at the latents' scale cannot become {blocks}")
     statistics = {}
-    if config.latents_std:
-        for name, new in zip(STATISTICS_FIELDS, (0.0, 1.0), strict=True):
-            statistics[name] = (*getattr(config, name)[:kept], *[new] * semantic_channels)
+    for name, new in zip(STATISTICS_FIELDS, (0.0, 1.0), strict=True):
+        if old := getattr(config, name):
+            statistics[name] = (*old[:kept], *[new] * semantic_channels)
     config = dataclasses.replace(
         config,
         latent_channels=kept + semantic_channels,
@@ -157,24 +156,23 @@ def with_other_latents(
             name = f"decoder.blocks1.{int(parts[1]) + blocks - given}.{parts[2]}"
         weights[name] = value
     if semantic_channels:
-        weights |= _on_latents(model, weights, "encoder.semantics.inp")
+        weight, bias = _on_latents(model)
+        weights |= {"encoder.semantics.inp.weight": weight, "encoder.semantics.inp.bias": bias}
     found.update(dict(tree_unflatten(list(weights.items()))))
     return found
 
 
-def _on_latents(
-    model: Autoencoder, weights: Mapping[str, mx.array], layer: str
-) -> dict[str, mx.array]:
-    """A linear layer on the encoder's features, as if it were one on the normalized latents.
+def _on_latents(model: Autoencoder) -> tuple[mx.array, mx.array]:
+    """Weight and bias of a random linear layer on the normalized latents, as one on the features.
 
-    Its channels differ little then, while few of the features hold most of the variance.
+    Its outputs have about the same variance, while a few of the features have most of theirs.
     """
     out, count = model.encoder.out, model.config.latent_channels
-    random = weights[f"{layer}.weight"][:, :count] * (out.weight.shape[1] / count) ** 0.5
-    rows = model.normalize(mx.concatenate([out.weight[:count], out.bias[:count, None]], -1).T).T
-    zero = model.normalize(mx.zeros(count))[:, None]
-    linear = random @ mx.concatenate([rows[:, :-1] - zero, rows[:, -1:]], -1)
-    return {f"{layer}.weight": linear[:, :-1], f"{layer}.bias": linear[:, -1]}
+    width = out.weight.shape[1]
+    random = mx.random.uniform(-1, 1, (width, count)) / count**0.5
+    zero = model.normalize(mx.zeros(count))
+    scaled = model.normalize(out.weight[:count].T) - zero
+    return random @ scaled.T, random @ model.normalize(out.bias[:count])
 
 
 def check_autoencoder_run(folder: Path) -> None:

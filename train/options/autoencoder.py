@@ -91,8 +91,9 @@ def parse() -> argparse.Namespace:
     add(
         "--semantic-latents",
         action="store_true",
-        help="add latents that tell what is where to those of --init-from, and train them and the "
-        "decoder; the other latents do not change (stickers only; default: off)",
+        help="add 10 latent channels with a code of the noun and the place in it, or train those "
+        "of MODEL, and the decoder; --latent-channels counts the others, which stay as they are; "
+        "needs stickers of 240 nouns at most, such as stickers:nouns=200 (default: off)",
     )
     add(
         "--encoder",

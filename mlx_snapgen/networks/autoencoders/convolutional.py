@@ -14,8 +14,8 @@ from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 
-_LEAST = -12.0
-"""Logarithm of a latent's variance."""
+MIN_LOG_VAR = -12.0
+"""Least logarithm of a latent's variance, and that of semantic latents."""
 
 
 class ResidualBlock(nn.Module):
@@ -89,8 +89,8 @@ class Encoder(nn.Module):
         if "semantics" in self:
             found = self.semantics(mx.stop_gradient(x))
             mean = mx.concatenate([mean, found], axis=-1)
-            log_var = mx.concatenate([log_var, mx.full(found.shape, _LEAST)], axis=-1)
-        return mean, mx.clip(log_var, _LEAST, 4.0)
+            log_var = mx.concatenate([log_var, mx.full(found.shape, MIN_LOG_VAR)], axis=-1)
+        return mean, mx.clip(log_var, MIN_LOG_VAR, 4.0)
 
 
 def _down(level: int) -> str:

@@ -52,6 +52,13 @@ def check_semantics(num_nouns: int) -> None:
         )
 
 
+def nouns_at(semantics: np.ndarray) -> np.ndarray:
+    """Maps (..., SEMANTIC_CHANNELS) -> 1 + the noun's number at each place, or 0; int32."""
+    found = semantics[..., :CODE_CHANNELS] @ codes().T
+    nearest = 1 + np.argmax(found, axis=-1)
+    return np.where(found.max(-1) > CODE_NORM**2 / 2, nearest, 0).astype(np.int32)
+
+
 def semantic_map(scene: Scene, factor: int) -> np.ndarray:
     """Codes and places of the things at the latents' places; 0 where none is.
 
