@@ -91,9 +91,9 @@ def parse() -> argparse.Namespace:
     add(
         "--semantic-latents",
         action="store_true",
-        help="add 10 latent channels with a code of the noun and the place in it, or train those "
-        "of MODEL, and the decoder; --latent-channels counts the others, which stay as they are; "
-        "needs stickers of 240 nouns at most, such as stickers:nouns=200 (default: off)",
+        help="add 10 latent channels, a code of the noun and the place in it, or train those of "
+        "MODEL; trains the decoder too and freezes all other latents, the ones that "
+        "--latent-channels counts; needs at most 240 nouns: stickers:nouns=200 (default: off)",
     )
     add(
         "--encoder",
