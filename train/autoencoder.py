@@ -229,8 +229,8 @@ def semantic_batch(
     pictures, semantics = semantic_crops(
         source, number, count=args.batch_size, size=args.crop, seed=args.seed, factor=factor
     )
-    regions = mx.array(nouns_at(np.array(semantics)))
-    return {"pictures": pictures, "semantics": semantics, "regions": regions}
+    maps = {"semantics": semantics, "regions": nouns_at(semantics)}
+    return {"pictures": pictures} | {name: mx.array(value) for name, value in maps.items()}
 
 
 def main() -> int:

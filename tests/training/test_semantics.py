@@ -85,7 +85,7 @@ def test_crops_and_their_maps_belong_together(fluent_pictures):
             (i, j)
             for i in range(whole_maps.shape[1] - 5)
             for j in range(whole_maps.shape[2] - 5)
-            if np.array_equal(whole_maps[k, i : i + 6, j : j + 6], np.array(maps[k]))
+            if np.array_equal(whole_maps[k, i : i + 6, j : j + 6], maps[k])
         ]
         crop = to_uint8(pictures)[k]
         assert any(
@@ -94,7 +94,7 @@ def test_crops_and_their_maps_belong_together(fluent_pictures):
         )
     again, same = semantic_crops(source, number, count=4, size=100, seed=0, factor=16)
     np.testing.assert_array_equal(np.array(again), np.array(pictures))
-    np.testing.assert_array_equal(np.array(same), np.array(maps))
+    np.testing.assert_array_equal(same, maps)
 
 
 def test_only_collections_with_enough_codes():

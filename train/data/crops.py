@@ -21,19 +21,19 @@ def crops(source: PictureSource, number: int, *, count: int, size: int, seed: in
 
 def semantic_crops(
     source: SemanticSource, number: int, *, count: int, size: int, seed: int, factor: int
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, np.ndarray]:
     """As `crops`, at multiples of `factor` pixels, and what is where in them.
 
     Returns:
         pictures: (count, size, size, C) in [-1, 1].
-        semantics: (count, size / factor, size / factor, S).
+        semantics: float32 (count, size / factor, size / factor, S).
     """
     pictures, _ = source.batch(number, count)
     maps = source.semantics(number, count, factor=factor)
     side = min(size // factor, *maps.shape[1:3])
     corners = _corners(maps, side, Stream.CROPS.generator(seed, number))
     found = _cut(pictures, corners * factor, side * factor)
-    return from_uint8(found), mx.array(_cut(maps, corners, side))
+    return from_uint8(found), _cut(maps, corners, side)
 
 
 def _corners(arrays: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
