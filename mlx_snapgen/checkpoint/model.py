@@ -26,9 +26,9 @@ from mlx_snapgen.checkpoint.module import (
     FORMAT_VERSION,
     Quantization,
     check_quantization,
+    file_matrices,
     load_stored,
     materialize,
-    matrices,
     on_device,
     read_part,
 )
@@ -165,9 +165,9 @@ def save_pretrained(
     Args:
         folder: must not exist, or be empty.
         components: the model; the configs of its modules are written.
-        quantize: component -> how to quantize its matrices whose last dimension divides by
-            `group_size`. This makes the file smaller. It makes the loaded model smaller only if
-            that has one width, because packed weights cannot be sliced.
+        quantize: component -> how to quantize its matrices and convolutions whose last dimension
+            divides by `group_size`. This makes the file smaller. It makes the loaded model smaller
+            only if that has one width, because packed weights cannot be sliced.
         dtype: floating type to store parameters in; None keeps theirs.
         texts: more text files by name, such as {"README.md": ..., "LICENSE": ...}.
 
@@ -225,7 +225,7 @@ def _stored(
         stored = {name: value.astype(dtype) for name, value in stored.items()}
     if quantize:
         bits, group_size = quantize["bits"], quantize["group_size"]
-        for name in matrices(module, group_size):
+        for name in file_matrices(module, group_size):
             packed, scales, biases = mx.quantize(
                 stored[f"{name}.weight"], group_size=group_size, bits=bits
             )

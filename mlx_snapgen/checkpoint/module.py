@@ -82,6 +82,16 @@ def matrices(module: nn.Module, group_size: int) -> list[str]:
     ]
 
 
+def file_matrices(module: nn.Module, group_size: int) -> list[str]:
+    """`matrices` and convolutions: what a quantized file packs. A convolution is used unpacked."""
+    convolutions = [
+        path
+        for path, m in module.named_modules()
+        if isinstance(m, nn.Conv2d) and m.weight.shape[-1] % group_size == 0
+    ]
+    return matrices(module, group_size) + convolutions
+
+
 def load_stored(module: nn.Module, part: Part, *, packed: bool = False) -> None:
     """Load the weights of `part` into `module`; names and shapes must agree exactly.
 

@@ -16,12 +16,13 @@ from mlx_snapgen.checkpoint.config import ModelFolder, load_config, load_vocabul
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.formats import DESCRIPTIONS
+from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, extract
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.quantize import runtime
 from mlx_snapgen.quantize.runtime import quantize_transformer
-from tests.tiny import COMMIT, velocity, write_hub_cache
+from tests.tiny import AUTOENCODER, COMMIT, velocity, write_hub_cache
 
 
 def assert_same_weights(a, b):
@@ -98,30 +99,41 @@ def test_bfloat16_is_stored_and_computed_in_on_a_gpu_alone(components, tmp_path,
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_storage_is_off_by_at_most_a_step(components, tmp_path, bits):
+@pytest.mark.parametrize(
+    ("part", "packed_layer", "whole_layer"),
+    [
+        ("transformer", "down_blocks.0.self_attention.q_proj", "patch_embed"),
+        ("autoencoder", "decoder.blocks1.0.conv1", "decoder.inp"),
+    ],
+)
+def test_quantized_storage_is_off_by_at_most_a_step(
+    part, packed_layer, whole_layer, components, tmp_path, bits
+):
     folder = tmp_path / "m"
-    how = {"transformer": {"bits": bits, "group_size": 32}}
+    how = {part: {"bits": bits, "group_size": 32}}
+    # Of a group's size at least.
+    wide = dataclasses.replace(AUTOENCODER, decoder_channels=(32, 8, 8))
+    components = dataclasses.replace(components, autoencoder=make_autoencoder(wide))
     save_pretrained(folder, components, quantize=how)
-    stored = mx.load(str(folder / "transformer.safetensors"))
+    stored = mx.load(str(folder / f"{part}.safetensors"))
     packed = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
-    assert "down_blocks.0.self_attention.q_proj" in packed
-    assert stored["down_blocks.0.self_attention.q_proj.weight"].dtype == mx.uint32
-    assert not any("modulation.members" in name for name in packed)
+    assert packed_layer in packed
+    assert stored[f"{packed_layer}.weight"].dtype == mx.uint32
+    assert not any("modulation.members" in name or name == whole_layer for name in packed)
     loaded = load_pretrained(folder)
     assert loaded.config.quantization == how
-    ours = flat_parameters(components.transformer)
-    for name, value in flat_parameters(loaded.transformer).items():
+    before, after = (flat_parameters(c.modules()[part]) for c in (components, loaded))
+    for name, value in after.items():
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in packed:
-            error = mx.abs(value - ours[name]).reshape(*value.shape[:-1], -1, 32)
+            error = mx.abs(value - before[name]).reshape(*value.shape[:-1], -1, 32)
             assert (error <= mx.abs(stored[f"{layer}.scales"])[..., None] * 1.001).all(), name
-            assert error.max() > 0
         else:
-            assert mx.array_equal(value, ours[name]), name
+            assert mx.array_equal(value, before[name]), name
+    changed = after[f"{packed_layer}.weight"] - before[f"{packed_layer}.weight"]
+    assert mx.abs(changed).max() > 0
     # A layer's own bias is not mistaken for the biases of its groups.
-    assert mx.array_equal(
-        loaded.transformer.patch_embed.bias, components.transformer.patch_embed.bias
-    )
+    assert mx.array_equal(after[f"{whole_layer}.bias"], before[f"{whole_layer}.bias"])
     save_pretrained(tmp_path / "again", loaded)
     assert load_config(tmp_path / "again").quantization is None
 

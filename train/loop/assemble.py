@@ -174,21 +174,18 @@ def save_model(
     bits: int = 0,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model folder in bfloat16; only the autoencoder keeps weights that this would change.
-
-    So the latents of an exported model are those that it was trained on.
+    """Write a model folder in bfloat16.
 
     Args:
-        bits: of the weights of transformer and own text encoders; 0 does not quantize.
+        bits: of the weights; 0 does not quantize, and the autoencoder keeps weights that bfloat16
+            would change: its latents stay those that others are trained on.
     """
-    how = {"bits": bits, "group_size": 32}
     stored = components.modules()
-    quantize = {name: how for name in stored if name != "autoencoder"} if bits else None
-    autoencoder = stored.pop("autoencoder")
-    for module in stored.values():
-        cast(module, DTYPE)
-    if _fits(autoencoder, DTYPE):
-        cast(autoencoder, DTYPE)
+    how = {"bits": bits, "group_size": 32}
+    quantize = dict.fromkeys(stored, how) if bits else None
+    for name, module in stored.items():
+        if bits or name != "autoencoder" or _fits(module, DTYPE):
+            cast(module, DTYPE)
     save_pretrained(folder, components, quantize=quantize, texts=texts)
 
 
