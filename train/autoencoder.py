@@ -41,7 +41,7 @@ from train.data.crops import crops, semantic_crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch, SemanticSource, Source
-from train.data.stickers.semantics import SEMANTIC_CHANNELS, check_semantics, nouns_at
+from train.data.stickers.semantics import SEMANTIC_CHANNELS, check_semantics, things_at
 from train.data.stickers.source import Stickers
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import (
@@ -158,6 +158,11 @@ def open_models(
             raise UserError(
                 f"{start} has semantic latents: give --semantic-latents or --decoder-only"
             )
+        if given not in (0, SEMANTIC_CHANNELS):
+            raise UserError(
+                f"{start} has {given} semantic latents, this version trains {SEMANTIC_CHANNELS}: "
+                "give another --init-from"
+            )
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
         new = SEMANTIC_CHANNELS if args.semantic_latents and not given else 0
@@ -229,7 +234,7 @@ def semantic_batch(
     pictures, semantics = semantic_crops(
         source, number, count=args.batch_size, size=args.crop, seed=args.seed, factor=factor
     )
-    maps = {"semantics": semantics, "regions": nouns_at(semantics)}
+    maps = {"semantics": semantics, "regions": things_at(semantics)}
     return {"pictures": pictures} | {name: mx.array(value) for name, value in maps.items()}
 
 

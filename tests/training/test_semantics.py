@@ -12,34 +12,40 @@ from train.data.stickers import render as rendering
 from train.data.stickers.scenes import sample_scene
 from train.data.stickers.semantics import (
     CODE_CHANNELS,
+    COLOR,
+    COLOR_CHANNELS,
+    PLACE,
+    SEMANTIC_CHANNELS,
     check_semantics,
     codes,
-    nouns_at,
     semantic_map,
+    things_at,
 )
 from train.data.stickers.source import Stickers
 from train.data.stickers.vocabulary import FLUENT
 
 
-def test_codes_are_far_apart():
-    """240 vectors of norm sqrt(8), at least 60 degrees from each other."""
-    found = codes()
-    assert found.shape == (240, CODE_CHANNELS)
+@pytest.mark.parametrize(("channels", "count"), [(8, 240), (4, 24)])
+def test_codes_are_far_apart(channels, count):
+    """Vectors of mean square 1, at least 60 degrees from each other."""
+    found = codes(channels)
+    assert found.shape == (count, channels)
     products = found @ found.T
-    np.testing.assert_allclose(np.diag(products), 8)
-    assert (products - 8 * np.eye(240)).max() <= 4.001
+    np.testing.assert_allclose(np.diag(products), channels, rtol=1e-6)
+    assert (products - channels * np.eye(count)).max() <= channels / 2 + 1e-3
     # Balanced, so that latents of mean 0 and variance 1 hardly move them.
     np.testing.assert_allclose(found.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(np.square(found).mean(0), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (192, 320)])
-def test_a_map_has_each_things_code_and_the_place_in_it(size):
-    """Read back from the map: the nouns, where they are, how large they are; nothing elsewhere."""
+def test_a_map_has_each_things_code_color_and_the_place_in_it(size):
+    """Read back from the map: nouns, colors, where they are, how large; nothing elsewhere."""
+    seen = set()
     for seed in range(20):
         scene = sample_scene(np.random.default_rng(seed), size=size, collection=FLUENT)
         found = semantic_map(scene, 16)
-        assert found.shape == (size[0] // 16, size[1] // 16, CODE_CHANNELS + 2)
+        assert found.shape == (size[0] // 16, size[1] // 16, SEMANTIC_CHANNELS)
         rest = np.ones(found.shape[:2], bool)
         for placed in scene.placed:
             rows = np.arange(found.shape[0]) * 16 + 8
@@ -50,7 +56,7 @@ def test_a_map_has_each_things_code_and_the_place_in_it(size):
             assert found[inside].size
             nearest = np.argmax(found[inside][..., :CODE_CHANNELS] @ codes().T, -1)
             assert (nearest == FLUENT.nouns.index(placed.noun)).all()
-            right, down = np.moveaxis(found[inside][..., CODE_CHANNELS:], -1, 0) / 1.7
+            right, down = np.moveaxis(found[inside][..., PLACE], -1, 0) / 1.7
             np.testing.assert_allclose(
                 right + 0 * down,
                 (columns[x] - placed.center[0]) / (placed.size_px / 2) + 0 * down,
@@ -59,15 +65,21 @@ def test_a_map_has_each_things_code_and_the_place_in_it(size):
             np.testing.assert_allclose(
                 down.T, (rows[y] - placed.center[1]) / (placed.size_px / 2) + 0 * down.T, atol=1e-5
             )
-            assert (nouns_at(found)[inside] == 1 + nearest).all()
+            color = 0 if placed.color is None else 1 + list(FLUENT.colors).index(placed.color)
+            expected = codes(COLOR_CHANNELS)[color - 1] if color else np.zeros(COLOR_CHANNELS)
+            assert (found[inside][..., COLOR] == expected).all()
+            assert (things_at(found)[inside] == 25 * (1 + nearest) + color).all()
+            seen.add(color > 0)
             rest[inside] = False
-        assert not found[rest].any() and not nouns_at(found)[rest].any()
+        assert not found[rest].any() and not things_at(found)[rest].any()
+    assert seen == {False, True}
 
 
-def test_trained_models_depend_on_the_order_of_codes_and_nouns():
-    names = ",".join(noun.name for noun in FLUENT.nouns)
-    found = hashlib.sha256((2 * codes()).astype(np.int8).tobytes() + names.encode()).hexdigest()
-    assert found[:16] == "291a78293ecb32e0"
+def test_trained_models_depend_on_the_order_of_codes_nouns_and_colors():
+    names = ",".join([*(noun.name for noun in FLUENT.nouns), *FLUENT.colors])
+    numbers = [(2 * codes(n)).astype(np.int8).tobytes() for n in (CODE_CHANNELS, COLOR_CHANNELS)]
+    found = hashlib.sha256(b"".join(numbers) + names.encode()).hexdigest()
+    assert found[:16] == "25a3d0cef3d72be8"
 
 
 def test_crops_and_their_maps_belong_together(fluent_pictures):
@@ -77,7 +89,7 @@ def test_crops_and_their_maps_belong_together(fluent_pictures):
     shapes = {source.batch(k, 1)[0].shape[1:3]: k for k in range(16)}
     number = next(k for shape, k in shapes.items() if shape[0] < shape[1])
     pictures, maps = semantic_crops(source, number, count=4, size=100, seed=0, factor=16)
-    assert pictures.shape == (4, 96, 96, 4) and maps.shape == (4, 6, 6, 10)
+    assert pictures.shape == (4, 96, 96, 4) and maps.shape == (4, 6, 6, 14)
     whole, _ = source.batch(number, 4)
     whole_maps = source.semantics(number, 4, factor=16)
     for k in range(4):
@@ -100,5 +112,5 @@ def test_crops_and_their_maps_belong_together(fluent_pictures):
 def test_only_collections_with_enough_codes():
     with pytest.raises(UserError, match="at most 240 nouns apart, not 363: --data stickers:nouns="):
         Stickers().semantics(0, 1, factor=8)
-    assert Stickers(num_nouns=100).semantics(0, 2, factor=8).shape == (2, 16, 16, 10)
+    assert Stickers(num_nouns=100).semantics(0, 2, factor=8).shape == (2, 16, 16, 14)
     check_semantics(len(FLUENT.nouns))

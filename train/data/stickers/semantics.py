@@ -14,33 +14,35 @@ import numpy as np
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
 
-CODE_CHANNELS = 8
-"""A code for each noun."""
-SEMANTIC_CHANNELS = CODE_CHANNELS + 2
-"""The code, then how far right of the thing's center and how far below it."""
-CODE_NORM = 8**0.5
-"""So that a number of a code has mean square 1."""
+CODE_CHANNELS, COLOR_CHANNELS = 8, 4
+"""A code for each noun, and one for each color that a noun is painted in; its own color is 0."""
+PLACE = slice(CODE_CHANNELS, CODE_CHANNELS + 2)
+"""How far right of the thing's center and how far below it."""
+COLOR = slice(PLACE.stop, PLACE.stop + COLOR_CHANNELS)
+SEMANTIC_CHANNELS = COLOR.stop
 PLACE_SCALE = 1.7
 """The place at the edge of a thing's square: about root mean square 1 within it."""
 _ORDER_SEED = 8
 
 
 @cache
-def codes() -> np.ndarray:
-    """One code per noun, (240, 8): the shortest vectors of the E8 lattice, shuffled.
+def codes(channels: int = CODE_CHANNELS) -> np.ndarray:
+    """Codes (240, 8) or (24, 4): the shortest vectors of the lattices E8 and D4, shuffled.
 
-    No more vectors than these can be 60 degrees or more apart from each other in 8 dimensions.
+    They are at least 60 degrees apart from each other; no more vectors than these can be in so many
+    dimensions. A number of a code has mean square 1.
     """
     found = []
-    for pair in itertools.combinations(range(CODE_CHANNELS), 2):
+    for pair in itertools.combinations(range(channels), 2):
         for signs in itertools.product((1, -1), repeat=2):
-            vector = np.zeros(CODE_CHANNELS)
+            vector = np.zeros(channels)
             vector[list(pair)] = signs
             found.append(vector)
-    halves = itertools.product((0.5, -0.5), repeat=CODE_CHANNELS)
-    found += [np.array(h) for h in halves if sum(value < 0 for value in h) % 2 == 0]
+    if channels == CODE_CHANNELS:
+        halves = itertools.product((0.5, -0.5), repeat=channels)
+        found += [np.array(h) for h in halves if sum(value < 0 for value in h) % 2 == 0]
     order = np.random.default_rng(_ORDER_SEED).permutation(len(found))
-    return (np.stack(found)[order] * (CODE_NORM / 2**0.5)).astype(np.float32)
+    return (np.stack(found)[order] * (channels / 2) ** 0.5).astype(np.float32)
 
 
 def check_semantics(num_nouns: int) -> None:
@@ -52,15 +54,23 @@ def check_semantics(num_nouns: int) -> None:
         )
 
 
-def nouns_at(semantics: np.ndarray) -> np.ndarray:
-    """Maps (..., SEMANTIC_CHANNELS) -> 1 + the noun's number at each place, or 0; int32."""
-    found = semantics[..., :CODE_CHANNELS] @ codes().T
+def things_at(semantics: np.ndarray) -> np.ndarray:
+    """Maps (..., SEMANTIC_CHANNELS) -> a number for noun and color at each place, or 0; int32."""
+    nouns = _nearest(semantics[..., :CODE_CHANNELS])
+    colors = _nearest(semantics[..., COLOR])
+    return np.where(nouns > 0, nouns * (1 + len(codes(COLOR_CHANNELS))) + colors, 0)
+
+
+def _nearest(numbers: np.ndarray) -> np.ndarray:
+    """1 + the number of the nearest code, or 0 where none is near."""
+    channels = numbers.shape[-1]
+    found = numbers @ codes(channels).T
     nearest = 1 + np.argmax(found, axis=-1)
-    return np.where(found.max(-1) > CODE_NORM**2 / 2, nearest, 0).astype(np.int32)
+    return np.where(found.max(-1) > channels / 2, nearest, 0).astype(np.int32)
 
 
 def semantic_map(scene: Scene, factor: int) -> np.ndarray:
-    """Codes and places of the things at the latents' places; 0 where none is.
+    """Codes, places and colors of the things at the latents' places; 0 where none is.
 
     Args:
         factor: side of the picture, divided by that of its latents.
@@ -80,5 +90,8 @@ def semantic_map(scene: Scene, factor: int) -> np.ndarray:
         inside = (np.abs(right) < 1) & (np.abs(down) < 1)
         found[inside, :CODE_CHANNELS] = codes()[scene.collection.nouns.index(placed.noun)]
         place = np.stack([right, down], -1)
-        found[inside, CODE_CHANNELS:] = PLACE_SCALE * place[inside]
+        found[inside, PLACE] = PLACE_SCALE * place[inside]
+        if placed.color is not None:
+            color = list(scene.collection.colors).index(placed.color)
+            found[inside, COLOR] = codes(COLOR_CHANNELS)[color]
     return found
