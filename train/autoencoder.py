@@ -36,12 +36,17 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.pictures import contact_sheet, psnr
+from mlx_snapgen.pictures import contact_sheet, from_uint8, psnr
 from train.data.crops import crops, semantic_crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch, SemanticSource, Source
-from train.data.stickers.semantics import SEMANTIC_CHANNELS, check_semantics, things_at
+from train.data.stickers.semantics import (
+    SEMANTIC_CHANNELS,
+    check_semantics,
+    right_share,
+    things_at,
+)
 from train.data.stickers.source import Stickers
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import (
@@ -259,7 +264,13 @@ def main() -> int:
         labels = ["picture", "decoded"]
         sheet = contact_sheet(rows, np.repeat(labels, len(rows) // 2).tolist(), len(rows) // 2)
         sheet.save(trainer.sample_path("reconstructions"))
-        return {metric: psnr(decoded, validation)}
+        found = {metric: psnr(decoded, validation)}
+        if args.semantic_latents:
+            true = held_out.semantics(0, VALIDATION_PICTURES, factor=model.config.downsampling)
+            read = [np.array(model.encoder(from_uint8(x[None]))[0]) for x in validation]
+            semantics = np.concatenate(read)[..., -SEMANTIC_CHANNELS:]
+            found["validation_right"] = right_share(semantics, true)
+        return found
 
     if not args.init_from and latest_checkpoint(args.run_dir) is None:
         with announce("finding the principal components of the pictures ..."):
@@ -284,6 +295,7 @@ def main() -> int:
             accumulate=args.accumulate,
             checkpoint_every=args.checkpoint_every,
             learning_rate=args.learning_rate,
+            optimizer=args.optimizer,
             weight_decay=0.0,
             warmup_steps=warmup_of(args.steps, 300),
             seed=args.seed,

@@ -506,7 +506,7 @@ def test_a_decoder_of_semantic_latents_gets_the_truth_and_mostly_means(monkeypat
 
 
 def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path, monkeypatch):
-    """The run starts again, its latents are those of the start and 10 more, and train on."""
+    """The run starts again, its latents are those of the start and 14 more, and train on."""
     data = f"stickers:pictures={fluent_pictures},nouns=12"
     monkeypatch.setattr(command, "VALIDATION_PICTURES", 2)
     few = functools.partial(measure_latents, count=16)
@@ -523,16 +523,18 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     given += ["--latent-channels", 4, "--decoder-blocks", 3]
     run("semantic", *given)
     run("semantic", *given, steps=2)
+    run("muon", *given, "--optimizer", "muon")
     entry = read_log(tmp_path / "semantic")[-1]
     assert entry["step"] == 2 and "validation_psnr" in entry
+    assert entry["validation_right"] == 0  # zeros, almost
     source = open_data([data], size=(256, 256), unit=32, seed=1)
     before, after = (load_autoencoder(tmp_path / n, source) for n in ("start", "semantic"))
-    assert (after.config.latent_channels, after.config.semantic_channels) == (14, 10)
+    assert (after.config.latent_channels, after.config.semantic_channels) == (18, 14)
     picture = mx.random.uniform(-1, 1, (1, 64, 64, 4))
     kept = np.array(before.encoder(picture)[0])[..., :4]
     np.testing.assert_allclose(np.array(after.encoder(picture)[0])[..., :4], kept, atol=1e-5)
     run("on", "--semantic-latents", "--init-from", tmp_path / "semantic", "--crop", 64)
-    assert load_autoencoder(tmp_path / "on", source).config.semantic_channels == 10
+    assert load_autoencoder(tmp_path / "on", source).config.semantic_channels == 14
     with pytest.raises(UserError, match="a run with other --semantic-latents"):
         run("on", "--decoder-only", "--init-from", tmp_path / "semantic", "--crop", 64, steps=2)
     run("decoder", "--decoder-only", "--init-from", tmp_path / "semantic", "--crop", 64)
@@ -545,6 +547,10 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
         run("none", *given, "--crop", 40)
     with pytest.raises(UserError, match="has semantic latents: give --semantic-latents or"):
         run("none", "--init-from", tmp_path / "semantic", "--crop", 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "SEMANTIC_CHANNELS", 10)
+        with pytest.raises(UserError, match="has 14 semantic latents, this version trains 10"):
+            run("none", "--semantic-latents", "--init-from", tmp_path / "semantic", "--crop", 64)
     folder = tmp_path / "folder"
     write_pictures(folder, 3)
     with pytest.raises(UserError, match="--semantic-latents needs --data stickers alone"):

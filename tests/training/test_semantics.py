@@ -18,10 +18,11 @@ from train.data.stickers.semantics import (
     SEMANTIC_CHANNELS,
     check_semantics,
     codes,
+    right_share,
     semantic_map,
     things_at,
 )
-from train.data.stickers.source import Stickers
+from train.data.stickers.source import Stickers, ValidationStickers
 from train.data.stickers.vocabulary import FLUENT
 
 
@@ -73,6 +74,20 @@ def test_a_map_has_each_things_code_color_and_the_place_in_it(size):
             rest[inside] = False
         assert not found[rest].any() and not things_at(found)[rest].any()
     assert seen == {False, True}
+
+
+def test_the_share_of_places_with_the_right_noun_and_color(fluent_pictures):
+    source = ValidationStickers(num_nouns=12, pictures=rendering.find_pictures(fluent_pictures))
+    true = source.semantics(0, 16, factor=16)
+    np.testing.assert_array_equal(true[3], semantic_map(source.scenes(1, 3)[0], 16))
+    assert right_share(true, true) == right_share(0.9 * true - 0.1, true) == 1
+    assert right_share(0 * true, true) == 0
+    things = things_at(true) > 0
+    colored = things & (things_at(true) % 25 > 0)
+    assert 0 < colored.sum() < things.sum()
+    plain = np.array(true)
+    plain[..., COLOR] = 0
+    assert right_share(plain, true) == pytest.approx(1 - colored.sum() / things.sum())
 
 
 def test_trained_models_depend_on_the_order_of_codes_nouns_and_colors():

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import save_tensors
 from mlx_snapgen.networks import attention
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
+from tests.tiny import make_components
 from train.loop import optimizer
 from train.loop.checkpoint import append_log, checkpoints, latest_checkpoint, load_ema, read_log
 from train.loop.config import TrainingConfig, warmup_of
@@ -889,6 +891,7 @@ def test_schedule_warms_up_and_decays():
 def test_muon_steps_are_those_of_mlx(monkeypatch):
     # Groups of several matrices, of two after a full one, and of one.
     shapes = [(8, 8)] * 5 + [(8, 24)] * 3 + [(24, 8)] * 2 + [(12, 4)]
+    shapes += [(8, 3, 3, 8)] * 2  # convolutions
     monkeypatch.setattr(optimizer, "BATCHED", 3 * 64)
     mx.random.seed(0)
     start = {"layers": [{"weight": mx.random.normal(shape)} for shape in shapes]}
@@ -903,6 +906,13 @@ def test_muon_steps_are_those_of_mlx(monkeypatch):
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         np.testing.assert_allclose(found[1][name], value, atol=1e-6, err_msg=name)
+
+
+def test_muon_takes_the_convolutions_of_an_autoencoders_blocks():
+    model = make_components().autoencoder
+    taken = [n for n, w in tree_flatten(model.parameters()) if optimizer.is_hidden_matrix(n, w)]
+    assert len(taken) == 10
+    assert all(re.search(r"coder\.blocks\d\.0\.conv\d\.weight$", name) for name in taken)
 
 
 def test_muon_takes_the_matrices_inside_blocks_and_resumes_exactly(tmp_path):

@@ -1,5 +1,6 @@
 """Optimizers and learning rates."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -47,18 +48,23 @@ class Muon(optim.Muon):
         super().__init__(learning_rate, weight_decay=0.0)
 
     def apply_gradients(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> Any:
-        """The new parameters, all of them matrices; see `optim.Optimizer.apply_gradients`."""
+        """The new parameters; see `optim.Optimizer.apply_gradients`.
+
+        All are matrices or convolutions, which count as matrices with a row per output channel.
+        """
         self.state["step"] = self.step + 1
         updates = dict(tree_flatten(tree_map(self._momentum, gradients, self.state)))
         shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for path, update in updates.items():
             shapes[update.shape].append(path)
-        for (rows, columns), paths in shapes.items():
+        for shape, paths in shapes.items():
+            rows, columns = shape[0], math.prod(shape[1:])
             rate = self.learning_rate * max(1, rows / columns) ** 0.5
             count = max(1, BATCHED // (rows * columns))
             for k in range(0, len(paths), count):
                 some = paths[k : k + count]
-                found = rate * orthogonalize(mx.stack([updates[path] for path in some]))
+                stacked = mx.stack([updates[path].reshape(rows, columns) for path in some])
+                found = (rate * orthogonalize(stacked)).reshape(-1, *shape)
                 updates.update(zip(some, found, strict=True))
         return tree_map(
             lambda _, p, u: p - u, gradients, parameters, tree_unflatten(list(updates.items()))
@@ -184,7 +190,9 @@ class Optimizers:
 
 
 def is_hidden_matrix(path: str, weight: mx.array) -> bool:
-    """Whether Muon trains a parameter: a matrix from hidden to hidden, no table or embedding."""
+    """Whether Muon trains a parameter: a matrix or convolution from hidden to hidden, no table."""
+    if weight.ndim == 4:
+        return re.search(r"blocks\d*\.", path) is not None
     inside = ("blocks.", "layers.", "long_skips.", "sample.")
     return weight.ndim == 2 and "modulation" not in path and any(p in path for p in inside)
 

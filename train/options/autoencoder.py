@@ -11,6 +11,7 @@ from train.loop.autoencoder import DEFAULT, SIZES
 from train.options.common import (
     REMOVED_OF_STICKERS,
     add_number,
+    add_optimizer,
     add_removed,
     add_run_dir,
     add_seed,
@@ -44,7 +45,10 @@ def parse() -> argparse.Namespace:
         64,
         "side of a crop in pixels, or the shorter side of a picture if that is less",
     )
-    add_number(parser, "--learning-rate", 1e-3, "AdamW learning rate")
+    add_number(
+        parser, "--learning-rate", 1e-3, "AdamW learning rate; convolutions under Muon use 20x"
+    )
+    add_optimizer(parser, "adamw")
     add_number(parser, "--kl-weight", 1e-3, "weight of the KL term in the loss")
     add_number(
         parser, "--checkpoint-every", 500, "steps between checkpoints, each with a validation"
@@ -91,8 +95,8 @@ def parse() -> argparse.Namespace:
     add(
         "--semantic-latents",
         action="store_true",
-        help="add 10 latent channels, a code of the noun and the place in it, or train those of "
-        "MODEL; trains the decoder too and freezes all other latents, the ones that "
+        help="add 14 latent channels, codes of noun and color and the place in the thing, or train "
+        "those of MODEL; trains the decoder too and freezes all other latents, the ones that "
         "--latent-channels counts; needs at most 240 nouns: stickers:nouns=200 (default: off)",
     )
     add(

@@ -100,6 +100,17 @@ def add_number(
     )
 
 
+def add_optimizer(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--optimizer`."""
+    parser.add_argument(
+        "--optimizer",
+        choices=["muon", "adamw"],
+        default=default,
+        help="optimizer; muon needs fewer steps, but on a CPU each step takes 1/3 longer "
+        "(default: %(default)s)",
+    )
+
+
 def add_channel_weights(parser: argparse.ArgumentParser) -> None:
     """`--channel-weights`, see `channel_weights`; `check_channel_weights` has its limits."""
     add_number(

@@ -12,6 +12,7 @@ from train.options.common import (
     REMOVED_OF_STICKERS,
     add_channel_weights,
     add_number,
+    add_optimizer,
     add_removed,
     add_run_dir,
     add_seed,
@@ -61,13 +62,7 @@ def new_parser(prog: str, description: str) -> Parser:
         "AdamW learning rate; matrix parameters under Muon use 20x; above 1e-3 the loss rises",
     )
     add_number(parser, "--final-learning-rate", 1e-5, "learning rate of the last step")
-    add(
-        "--optimizer",
-        choices=["muon", "adamw"],
-        default="muon",
-        help="optimizer; muon needs fewer steps, but on a CPU each step takes 1/3 longer "
-        "(default: %(default)s)",
-    )
+    add_optimizer(parser, "muon")
     add(
         "--warmup-steps",
         type=integer(0, MOST),

@@ -61,6 +61,12 @@ def things_at(semantics: np.ndarray) -> np.ndarray:
     return np.where(nouns > 0, nouns * (1 + len(codes(COLOR_CHANNELS))) + colors, 0)
 
 
+def right_share(semantics: np.ndarray, expected: np.ndarray) -> float:
+    """Share of the places of things at which noun and color are the nearest."""
+    things = things_at(expected)
+    return float((things_at(semantics) == things)[things > 0].mean())
+
+
 def _nearest(numbers: np.ndarray) -> np.ndarray:
     """1 + the number of the nearest code, or 0 where none is near."""
     channels = numbers.shape[-1]

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.cli.options import integer
 from mlx_snapgen.errors import UserError
-from train.data.source import PictureSource, SemanticSource, shares_of
+from train.data.source import SemanticSource, shares_of
 from train.data.stickers.captions import Scene
 from train.data.stickers.scenes import training_scene, validation_scene
 from train.data.stickers.semantics import check_semantics, semantic_map
@@ -151,7 +151,7 @@ def _size(collection: Collection, seed: int, number: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class ValidationStickers(PictureSource):
+class ValidationStickers(SemanticSource):
     """The fixed validation scenes, squares.
 
     Every fourth is a held-out combination.
@@ -165,16 +165,21 @@ class ValidationStickers(PictureSource):
         """Of the pictures."""
         return 4 if collection_in(self.pictures).has_alpha else 3
 
+    def scenes(self, number: int, count: int) -> list[Scene]:
+        """The scenes of a batch."""
+        collection = collection_in(self.pictures)
+        return [
+            validation_scene(k, self.num_nouns, collection=collection)
+            for k in range(number * count, (number + 1) * count)
+        ]
+
     def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
         """See `PictureSource`."""
-        start = number * count
-        collection = collection_in(self.pictures)
-        return draw_scenes(
-            [
-                validation_scene(start + k, self.num_nouns, collection=collection)
-                for k in range(count)
-            ]
-        )
+        return draw_scenes(self.scenes(number, count))
+
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
+        """See `SemanticSource`."""
+        return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
 
     def settings(self) -> dict[str, Any]:
         """See `Source`."""
