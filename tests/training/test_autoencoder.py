@@ -40,7 +40,7 @@ from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.loop.principal_components import start_from_components
 from train.loop.run import claim
 from train.objectives import autoencoder as objectives
-from train.objectives.autoencoder import Reconstruction, decoder_noise, means_in
+from train.objectives.autoencoder import Reconstruction, decoder_noise, noisy_means
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
 
@@ -473,15 +473,29 @@ def test_configs_of_semantic_latents(options, message):
         AutoencoderConfig(**options)
 
 
-def test_means_in_regions():
-    latents = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
-    regions = np.array([[[0, 1, 1, 2]] * 3, [[5, 5, 0, 0], [0] * 4, [3] * 4]])
-    found = np.array(means_in(mx.array(latents), mx.array(regions)))
-    for k in range(2):
-        for number in np.unique(regions[k]):
-            inside = regions[k] == number
-            expected = np.broadcast_to(latents[k][inside].mean(0), (inside.sum(), 5))
-            np.testing.assert_allclose(found[k][inside], expected, atol=1e-6)
+def test_means_in_things_have_noise_that_is_the_same_in_a_thing(monkeypatch):
+    """Uniform from 0 to `THING_NOISE` times a normal number, and none where no thing is."""
+    latents = np.random.default_rng(0).normal(size=(500, 3, 4, 2)).astype(np.float32)
+    latents[..., 1] *= 3
+    regions = np.array([[[0, 1, 1, 2]] * 3, [[5, 5, 0, 0], [0] * 4, [3] * 4]] * 250)
+    given = mx.array(latents), mx.array(regions), mx.random.key(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "THING_NOISE", 0.0)
+        means = np.array(noisy_means(*given))
+    noise = np.array(noisy_means(*given)) - means
+    of_things = []
+    for k, numbers in enumerate(regions):
+        for number in np.unique(numbers):
+            inside = numbers == number
+            mean = np.broadcast_to(latents[k][inside].mean(0), (inside.sum(), 2))
+            np.testing.assert_allclose(means[k][inside], mean, atol=1e-6)
+            same = np.broadcast_to(noise[k][inside][0], (inside.sum(), 2))
+            np.testing.assert_allclose(noise[k][inside], same, atol=1e-5)
+            of_things += [noise[k][inside][0]] if number else []
+        assert not noise[k][numbers == 0].any()
+    # The mean square of a uniform number is 1/3.
+    found = np.std(of_things, axis=0) * 3**0.5
+    np.testing.assert_allclose(found, [1, 3], rtol=0.1)
 
 
 def test_a_decoder_of_semantic_latents_gets_the_truth_and_mostly_means(monkeypatch):
@@ -489,6 +503,7 @@ def test_a_decoder_of_semantic_latents_gets_the_truth_and_mostly_means(monkeypat
     model, seen = randomize(semantic_start()[1], 5), []
     monkeypatch.setattr(objectives, "SEMANTIC_NOISE", 0.0)
     monkeypatch.setattr(objectives, "APPEARANCE_NOISE", 0.0)
+    monkeypatch.setattr(objectives, "THING_NOISE", 0.0)
     decoder = model.decoder
     monkeypatch.setattr(model, "decoder", lambda x: seen.append(x) or decoder(x))
     pictures = mx.random.uniform(-1, 1, (200, 16, 16, 3), key=mx.random.key(0))

@@ -17,6 +17,9 @@ FLAT_SHARE = 0.8
 """Share of the pictures of which the decoder gets only the means of the other latents in each thing
 and around them. It then learns what the things look like, while from noisy latents it copies what a
 transformer blurs."""
+THING_NOISE = 1.0
+"""The most noise on those means that is the same in a whole thing, in standard deviations of a
+channel. The decoder then takes a thing's color from its code where the means say another."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Reconstruction(LossObjective[Autoencoder, None]):
         if (semantics := batch.get("semantics")) is not None:
             semantic_mse = mx.square(mean[..., -semantics.shape[-1] :] - semantics).mean()
             appearance = mean[..., : -semantics.shape[-1]]
-            flat = mx.random.uniform(shape=(len(x), 1, 1, 1), key=mx.random.split(key)[0])
-            means = means_in(appearance, batch["regions"])
+            keys = mx.random.split(mx.random.split(key)[0])
+            flat = mx.random.uniform(shape=(len(x), 1, 1, 1), key=keys[0])
+            means = noisy_means(appearance, batch["regions"], keys[1])
             appearance = mx.where(flat < FLAT_SHARE, means, appearance)
             mean = mx.concatenate([appearance, semantics], axis=-1)
         if self.decoder_only:
@@ -77,16 +81,25 @@ class Reconstruction(LossObjective[Autoencoder, None]):
         return loss, parts if semantics is None else parts | {"semantic_mse": semantic_mse}
 
 
-def means_in(latents: mx.array, regions: mx.array) -> mx.array:
+def noisy_means(latents: mx.array, regions: mx.array, key: mx.array) -> mx.array:
     """Latents (B, h, w, C), each replaced by the mean over the places with its number.
 
+    In things it gets noise that is the same in the whole thing: from picture to picture up to
+    `THING_NOISE` standard deviations.
+
     Args:
-        regions: numbers (B, h, w).
+        regions: numbers (B, h, w), 0 where no thing is.
     """
     flat = regions.reshape(len(regions), -1)
     same = (flat[:, :, None] == flat[:, None, :]).astype(latents.dtype)
-    means = same @ latents.reshape(*flat.shape, -1) / same.sum(-1, keepdims=True)
-    return means.reshape(latents.shape)
+    counts = same.sum(-1, keepdims=True)
+    values = latents.reshape(*flat.shape, -1)
+    keys = mx.random.split(key)
+    most = mx.sqrt(mx.var(latents, axis=(0, 1, 2))) * (flat[..., None] > 0)
+    share = THING_NOISE * mx.random.uniform(shape=(len(flat), 1, 1), key=keys[0])
+    # A sum of n normal numbers has the standard deviation sqrt(n).
+    noise = same @ mx.random.normal(values.shape, key=keys[1]) / mx.sqrt(counts)
+    return (same @ values / counts + share * most * noise).reshape(latents.shape)
 
 
 def decoder_noise(config: AutoencoderConfig, count: int, key: mx.array) -> mx.array:
