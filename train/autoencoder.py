@@ -163,6 +163,8 @@ def open_models(
             raise UserError(
                 f"{start} has semantic latents: give --semantic-latents or --decoder-only"
             )
+        if args.decoder_only and args.semantic_latents and not given:
+            raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
         if given not in (0, SEMANTIC_CHANNELS):
             raise UserError(
                 f"{start} has {given} semantic latents, this version trains {SEMANTIC_CHANNELS}: "
@@ -287,7 +289,11 @@ def main() -> int:
 
     trainer = Trainer(
         model,
-        Reconstruction(args.kl_weight, args.decoder_only or args.semantic_latents),
+        Reconstruction(
+            args.kl_weight,
+            decoder_only=args.decoder_only or args.semantic_latents,
+            semantics_frozen=args.decoder_only,
+        ),
         batches=batches,
         config=TrainingConfig(
             steps=args.steps,

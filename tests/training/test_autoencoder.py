@@ -441,6 +441,9 @@ def test_semantic_latents_learn_alone():
     # Of a mean over 10 channels of squared distances of -0.1.
     bias = np.array(other["encoder.semantics.out.bias"])
     np.testing.assert_allclose(bias, -2 * 0.1 / 10, atol=1e-6)
+    objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)
+    for name, value in gradients(met + 0.1)[0].items():
+        assert (mx.abs(value).max().item() > 0) == name.startswith("decoder"), name
 
 
 def test_a_decoder_of_semantic_latents_hears_more_noise():
@@ -556,6 +559,12 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     alone = load_autoencoder(tmp_path / "decoder", source)
     kept = np.array(after.encoder(picture)[0])
     np.testing.assert_allclose(np.array(alone.encoder(picture)[0]), kept, atol=1e-5)
+    run("codes", "--decoder-only", *given[:2], tmp_path / "semantic", "--crop", 64)
+    codes = load_autoencoder(tmp_path / "codes", source)
+    np.testing.assert_allclose(np.array(codes.encoder(picture)[0]), kept, atol=1e-5)
+    assert not mx.array_equal(codes.decoder.inp.weight, after.decoder.inp.weight)
+    with pytest.raises(UserError, match="start has no semantic latents yet: omit --decoder-only"):
+        run("none", *given, "--decoder-only")
     two = ["--data", data, f"{data},categories=colors", "--steps", 1]
     run("mixture", *given, *two)
     with pytest.raises(UserError, match=r"must be a multiple of 16 for .*start, got 40"):
@@ -579,7 +588,6 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     ("options", "message"),
     [
         ("--semantic-latents", "--semantic-latents needs --init-from"),
-        ("--semantic-latents --decoder-only --init-from x", "trains latents too"),
         ("--latent-channels 3 --init-from x", "needs --decoder-only or --semantic-latents"),
     ],
 )

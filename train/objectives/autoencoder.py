@@ -33,10 +33,12 @@ class Reconstruction(LossObjective[Autoencoder, None]):
     Attributes:
         decoder_only: no gradient of the pictures reaches the encoder: only its semantic latents
             change, and only with `semantics`.
+        semantics_frozen: they do not change either.
     """
 
     kl_weight: float
     decoder_only: bool = False
+    semantics_frozen: bool = False
 
     def loss(
         self, model: Autoencoder, batch: Batch, key: mx.array, step: None
@@ -76,7 +78,9 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             first = slice(model.config.latent_channels - model.config.semantic_channels)
             mean, log_var = mean[..., first], log_var[..., first]
             kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
-        loss = l1 + 0.5 * edges + self.kl_weight * kl + semantic_mse
+        loss = l1 + 0.5 * edges + self.kl_weight * kl
+        if not self.semantics_frozen:
+            loss += semantic_mse
         parts = {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
         return loss, parts if semantics is None else parts | {"semantic_mse": semantic_mse}
 

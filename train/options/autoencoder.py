@@ -97,7 +97,8 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="add 14 latent channels, codes of noun and color and the place in the thing, or train "
         "those of MODEL; trains the decoder too and freezes all other latents, the ones that "
-        "--latent-channels counts; needs at most 240 nouns: stickers:nouns=200 (default: off)",
+        "--latent-channels counts; with --decoder-only the decoder learns alone from the codes of "
+        "the scenes; needs at most 240 nouns: stickers:nouns=200 (default: off)",
     )
     add(
         "--encoder",
@@ -118,8 +119,6 @@ def parse() -> argparse.Namespace:
     if args.init_from and (args.channels or args.factor):
         raise UserError("--init-from has its own sizes: omit --channels and --factor")
     frozen = args.decoder_only or args.semantic_latents
-    if args.decoder_only and args.semantic_latents:
-        raise UserError("--semantic-latents trains latents too: omit --decoder-only")
     if args.init_from and (args.latent_channels or args.decoder_blocks) and not frozen:
         raise UserError(
             "--init-from with other latents or blocks needs --decoder-only or --semantic-latents"
