@@ -113,6 +113,11 @@ class TransformerConfig:
         return self.widths.index(share)
 
 
+PLACE = slice(8, 10)
+"""Of the semantic latents, which tell what is where: how far right of a thing's center and how far
+below it. The others are codes of what it is."""
+
+
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Convolutional autoencoder.
@@ -142,6 +147,10 @@ class AutoencoderConfig:
     "convolutional" only)."""
     semantic_blocks: int = 0
     """Residual blocks of the encoder for these latents alone."""
+    semantic_keys: int = 0
+    """Keys of the decoder's table of what these latents mean, one for each of their codes."""
+    semantic_rank: int = 0
+    """Rank of the table; 0: there is none."""
 
     @property
     def downsampling(self) -> int:
@@ -166,8 +175,13 @@ class AutoencoderConfig:
             )
         if self.semantic_channels and self.kind != "convolutional":
             raise UserError(f"latents of the kind {self.kind} are not semantic")
-        if self.semantic_blocks and not self.semantic_channels:
-            raise UserError("semantic_blocks need semantic_channels")
+        for name in ("semantic_blocks", "semantic_keys", "semantic_rank"):
+            if getattr(self, name) and not self.semantic_channels:
+                raise UserError(f"{name} need semantic_channels")
+        if self.semantic_rank and self.semantic_channels <= PLACE.stop:
+            raise UserError(f"a table takes more than {PLACE.stop} semantic_channels")
+        if self.semantic_rank % 4 or (self.semantic_rank > 0) != (self.semantic_keys > 0):
+            raise UserError("semantic_rank is a multiple of 4, and takes semantic_keys")
         each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
         count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):

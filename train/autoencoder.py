@@ -45,6 +45,7 @@ from train.data.stickers.semantics import (
     SEMANTIC_CHANNELS,
     check_semantics,
     right_share,
+    table_keys,
     things_at,
 )
 from train.data.stickers.source import Stickers
@@ -178,6 +179,7 @@ def open_models(
                 model,
                 latent_channels=args.latent_channels,
                 semantic_channels=new,
+                keys=table_keys() if new else None,
                 decoder_blocks=args.decoder_blocks,
             )
         if model.config.kind == DEFAULT.kind:

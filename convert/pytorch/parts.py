@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convert.pytorch.attention import Attend, attend_fused
 from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bias
-from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
+from mlx_snapgen.config import PLACE, AutoencoderConfig, TextEncoderConfig
 
 
 class ResidualBlock(nn.Module):
@@ -46,6 +46,25 @@ class LatentDecoder(nn.Module):
         return latents * self.std + self.mean
 
 
+class SemanticTable(nn.Module):
+    """Semantic latents (B, S, h, w) -> features (B, C, h, w) of what they mean at a place."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig):
+        super().__init__()
+        keys, rank = config.semantic_keys, config.semantic_rank
+        self.key = linear(config.semantic_channels - (PLACE.stop - PLACE.start), keys)
+        self.things = linear(keys, rank)
+        self.waves = linear(2, rank // 4, bias=False)
+        self.places = linear(rank // 2, rank)
+        self.out = linear(rank, channels)
+
+    def forward(self, semantics: Tensor) -> Tensor:
+        codes = torch.cat([semantics[:, : PLACE.start], semantics[:, PLACE.stop :]], dim=1)
+        waves = self.waves(semantics[:, PLACE])
+        places = self.places(torch.cat([torch.sin(waves), torch.cos(waves)], dim=1))
+        return self.out(self.things(torch.sigmoid(self.key(codes))) * places)
+
+
 class Decoder(LatentDecoder):
     """Normalized latents (B, C, h, w) -> pictures (B, 3, f h, f w), about [-1, 1], not clipped."""
 
@@ -53,6 +72,8 @@ class Decoder(LatentDecoder):
         super().__init__(config)
         channels, self.levels = config.decoder_channels, len(config.decoder_channels)
         self.inp = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        if config.semantic_rank:
+            self.table = SemanticTable(channels[0], config)
         for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
             blocks = nn.ModuleList(ResidualBlock(width) for _ in range(count))
             self.add_module(f"blocks{i}", blocks)
@@ -61,7 +82,10 @@ class Decoder(LatentDecoder):
         self.out = nn.Conv2d(channels[-1], 4 * config.picture_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.inp(self.denormalize(latents))
+        latents = self.denormalize(latents)
+        x = self.inp(latents)
+        if self.config.semantic_rank:
+            x = x + self.table(latents[:, -self.config.semantic_channels :])
         for i in range(1, self.levels + 1):
             for block in self.get_submodule(f"blocks{i}").children():
                 x = block(x)

@@ -145,20 +145,31 @@ RGBA_16 = {
 }
 
 
+SEMANTIC = {
+    "latent_channels": 16,
+    "semantic_channels": 13,
+    "semantic_keys": 10,
+    "semantic_rank": 8,
+    "latents_mean": (0.1,) * 16,
+    "latents_std": (0.7,) * 16,
+}
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         {"decoder_channels": (16, 12, 8), "decoder_blocks": (2, 1, 1)},
         {"latents_mean": (), "latents_std": ()},
         RGBA_16,
+        SEMANTIC,
     ],
-    ids=["uneven", "not normalized", "factor 16 with alpha"],
+    ids=["uneven", "not normalized", "factor 16 with alpha", "semantic latents"],
 )
 def test_the_decoder_is_mlx_s(changed):
     config = dataclasses.replace(AUTOENCODER, **changed)
     autoencoder = randomize(ConvolutionalAutoencoder(config), 5)
     twin = filled(parts.Decoder(config), autoencoder.decoder)
-    latents = mx.random.normal((2, 3, 5, 4), key=mx.random.key(0))
+    latents = mx.random.normal((2, 3, 5, config.latent_channels), key=mx.random.key(0))
     actual = twin(torch.tensor(np.array(latents)).permute(0, 3, 1, 2))
     assert_close(actual.permute(0, 2, 3, 1), autoencoder.decode(latents))
 

@@ -29,6 +29,7 @@ from tests.training.test_prepare import write_pictures
 from train import autoencoder as command
 from train import new
 from train.data.open import open_data
+from train.data.stickers.semantics import table_keys
 from train.loop.autoencoder import (
     keep_statistics,
     kept_statistics,
@@ -178,6 +179,7 @@ def test_the_start_of_pictures_of_several_shapes(uncompiled, tmp_path, monkeypat
 # --- training the decoder alone -----------------------------------------------------------------
 
 FOUR = {"latent_channels": 4, "encoder_channels": (8, 8, 8, 8), "decoder_channels": (8, 8, 8, 8)}
+TABLE = {"latent_channels": 16, "semantic_channels": 14, "semantic_keys": 8, "semantic_rank": 8}
 KINDS = {
     "convolutional": CONFIG,
     "qwen-image": AutoencoderConfig(
@@ -373,19 +375,19 @@ def test_fewer_latents_are_the_first_ones_and_new_blocks_the_identity():
 
 
 def semantic_start():
-    """An autoencoder of 4 latents and one with 2 of them and 10 semantic ones."""
+    """An autoencoder of 4 latents and one with 2 of them and 14 semantic ones."""
     config = dataclasses.replace(CONFIG, latents_mean=(0.5, 0, 1, -1), latents_std=(2, 0.5, 1, 3))
     large = randomize(ConvolutionalAutoencoder(config), 0)
-    more = {"semantic_channels": 10, "decoder_blocks": 4}
+    more = {"semantic_channels": 14, "keys": table_keys(), "decoder_blocks": 4}
     return large, with_other_latents(large, latent_channels=2, **more)
 
 
 def test_semantic_latents_start_as_zero_and_the_others_as_they_were():
     large, found = semantic_start()
     config = found.config
-    assert (config.latent_channels, config.semantic_channels) == (12, 10)
+    assert (config.latent_channels, config.semantic_channels) == (16, 14)
     assert (config.encoder_blocks, config.decoder_blocks) == ((1, 2), (4, 2, 1))
-    assert config.latents_std == (2, 0.5, *[1] * 10)
+    assert config.latents_std == (2, 0.5, *[1] * 14)
     pictures = mx.random.uniform(-1, 1, (2, 16, 24, 3))
     mean, log_var = found.encoder(pictures)
     assert log_var.shape == mean.shape
@@ -438,9 +440,9 @@ def test_semantic_latents_learn_alone():
         size, change = (mx.abs(v).max().item() for v in (value, other[name] - value))
         assert (size > 1e-6) == name.startswith("decoder"), name
         assert (change > 1e-6) == name.startswith(("encoder.semantics", "decoder")), name
-    # Of a mean over 10 channels of squared distances of -0.1.
+    # Of a mean over 14 channels of squared distances of -0.1.
     bias = np.array(other["encoder.semantics.out.bias"])
-    np.testing.assert_allclose(bias, -2 * 0.1 / 10, atol=1e-6)
+    np.testing.assert_allclose(bias, -2 * 0.1 / 14, atol=1e-6)
     objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)
     for name, value in gradients(met + 0.1)[0].items():
         assert (mx.abs(value).max().item() > 0) == name.startswith("decoder"), name
@@ -450,9 +452,9 @@ def test_a_decoder_of_semantic_latents_hears_more_noise():
     """Up to .7 standard deviations on the first ones, up to .3 on the semantic ones."""
     config = semantic_start()[1].config
     noise = np.array(decoder_noise(config, 1000, mx.random.key(0)))
-    assert noise.shape == (1000, 1, 1, 12)
-    np.testing.assert_allclose(noise.max((0, 1, 2)), [0.7] * 2 + [0.3] * 10, rtol=0.01)
-    np.testing.assert_allclose(noise.mean((0, 1, 2)), [0.35] * 2 + [0.15] * 10, rtol=0.1)
+    assert noise.shape == (1000, 1, 1, 16)
+    np.testing.assert_allclose(noise.max((0, 1, 2)), [0.7] * 2 + [0.3] * 14, rtol=0.01)
+    np.testing.assert_allclose(noise.mean((0, 1, 2)), [0.35] * 2 + [0.15] * 14, rtol=0.1)
     assert (noise[..., 0] == noise[..., 1]).all() and (noise[..., 2:] == noise[..., 2:3]).all()
     assert decoder_noise(CONFIG, 1000, mx.random.key(0)).item() == pytest.approx(0.1)
 
@@ -469,6 +471,10 @@ def test_semantic_latents_of_many_latents_and_few_features():
         ({"kind": "taehv", "semantic_channels": 3, **FOUR}, "of the kind taehv are not semantic"),
         ({"semantic_channels": 8}, "8 of 8 latent channels cannot be semantic"),
         ({"semantic_blocks": 2}, "semantic_blocks need semantic_channels"),
+        ({"semantic_keys": 2}, "semantic_keys need semantic_channels"),
+        (TABLE | {"semantic_channels": 10}, "a table takes more than 10 semantic_channels"),
+        (TABLE | {"semantic_rank": 6}, "semantic_rank is a multiple of 4, and takes semantic_keys"),
+        (TABLE | {"semantic_keys": 0}, "semantic_rank is a multiple of 4, and takes semantic_keys"),
     ],
 )
 def test_configs_of_semantic_latents(options, message):
@@ -510,7 +516,7 @@ def test_a_decoder_of_semantic_latents_gets_the_truth_and_mostly_means(monkeypat
     decoder = model.decoder
     monkeypatch.setattr(model, "decoder", lambda x: seen.append(x) or decoder(x))
     pictures = mx.random.uniform(-1, 1, (200, 16, 16, 3), key=mx.random.key(0))
-    batch = {"pictures": pictures, "semantics": mx.random.normal((200, 2, 2, 10))}
+    batch = {"pictures": pictures, "semantics": mx.random.normal((200, 2, 2, 14))}
     batch["regions"] = mx.array([[[0, 0], [1, 2]]] * 200)
     Reconstruction(1e-3, decoder_only=True).loss(model, batch, mx.random.key(1), None)
     latents = np.array(seen[0])
@@ -548,6 +554,7 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     source = open_data([data], size=(256, 256), unit=32, seed=1)
     before, after = (load_autoencoder(tmp_path / n, source) for n in ("start", "semantic"))
     assert (after.config.latent_channels, after.config.semantic_channels) == (18, 14)
+    assert (after.config.semantic_keys, after.config.semantic_rank) == (264, 512)
     picture = mx.random.uniform(-1, 1, (1, 64, 64, 4))
     kept = np.array(before.encoder(picture)[0])[..., :4]
     np.testing.assert_allclose(np.array(after.encoder(picture)[0])[..., :4], kept, atol=1e-5)

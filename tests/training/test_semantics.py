@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from mlx_snapgen.config import PLACE
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.pictures import to_uint8
 from train.data.crops import semantic_crops
@@ -14,12 +15,12 @@ from train.data.stickers.semantics import (
     CODE_CHANNELS,
     COLOR,
     COLOR_CHANNELS,
-    PLACE,
     SEMANTIC_CHANNELS,
     check_semantics,
     codes,
     right_share,
     semantic_map,
+    table_keys,
     things_at,
 )
 from train.data.stickers.source import Stickers, ValidationStickers
@@ -37,6 +38,17 @@ def test_codes_are_far_apart(channels, count):
     # Balanced, so that latents of mean 0 and variance 1 hardly move them.
     np.testing.assert_allclose(found.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(np.square(found).mean(0), 1, atol=1e-6)
+
+
+def test_each_key_answers_to_its_code_alone():
+    weight, bias = table_keys()
+    for nouns, colors in ((codes(8), np.zeros((240, 4))), (np.zeros((24, 8)), codes(4))):
+        values = np.concatenate([nouns, colors], axis=1) @ weight.T + bias
+        answers = 1 / (1 + np.exp(-values))
+        own = np.arange(len(nouns)) + (0 if len(nouns) == 240 else 240)
+        assert (answers[np.arange(len(nouns)), own] > 0.997).all()
+        answers[np.arange(len(nouns)), own] = 0
+        assert answers.max() < 0.0025
 
 
 @pytest.mark.parametrize("size", [(256, 256), (192, 320)])

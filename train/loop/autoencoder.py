@@ -41,6 +41,8 @@ STATISTICS = "latents.json"
 OTHER_RUN = "{} is a run of {}: give one of train.autoencoder, or a model"
 SEMANTIC_BLOCKS = 4
 """Residual blocks of the encoder for semantic latents."""
+SEMANTIC_RANK = 512
+"""Of the decoder's table of what these mean."""
 STATISTICS_FIELDS = ("latents_mean", "latents_std")
 
 
@@ -104,6 +106,7 @@ def with_other_latents(
     *,
     latent_channels: int | None = None,
     semantic_channels: int = 0,
+    keys: tuple[np.ndarray, np.ndarray] | None = None,
     decoder_blocks: int | None = None,
 ) -> Autoencoder:
     """A convolutional autoencoder of the first latents of `model` and of new ones, to train.
@@ -115,6 +118,7 @@ def with_other_latents(
     Args:
         latent_channels: how many are kept; None: all.
         semantic_channels: how many are new.
+        keys: weight and bias of those of the decoder's table of the new ones; None: no table.
         decoder_blocks: residual blocks of the decoder at the latents' scale; None: as in `model`.
             The additional ones come first and start as the identity.
 
@@ -142,6 +146,8 @@ def with_other_latents(
         latent_channels=kept + semantic_channels,
         semantic_channels=config.semantic_channels or semantic_channels,
         semantic_blocks=SEMANTIC_BLOCKS if semantic_channels else config.semantic_blocks,
+        semantic_keys=config.semantic_keys if keys is None else len(keys[1]),
+        semantic_rank=config.semantic_rank if keys is None else SEMANTIC_RANK,
         decoder_blocks=(blocks, *config.decoder_blocks[1:]),
         **statistics,
     )
@@ -158,6 +164,9 @@ def with_other_latents(
     if semantic_channels:
         weight, bias = _on_latents(model)
         weights |= {"encoder.semantics.inp.weight": weight, "encoder.semantics.inp.bias": bias}
+    if keys is not None:
+        names = ("decoder.table.key.weight", "decoder.table.key.bias")
+        weights |= zip(names, map(mx.array, keys), strict=True)
     found.update(dict(tree_unflatten(list(weights.items()))))
     return found
 

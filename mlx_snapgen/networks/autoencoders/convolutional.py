@@ -10,12 +10,15 @@ space-to-depth (or back) around a linear layer: the same family of functions as 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_snapgen.config import AutoencoderConfig
+from mlx_snapgen.config import PLACE, AutoencoderConfig
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 
 MIN_LOG_VAR = -12.0
 """Least logarithm of a latent's variance, and that of semantic latents."""
+FREQUENCY = 2.8
+"""Standard deviation of the frequencies of places, in radians: 1.5 waves between the edges of a
+thing, which are at -1.7 and 1.7."""
 
 
 class ResidualBlock(nn.Module):
@@ -50,6 +53,39 @@ class SemanticHead(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.out(x)
+
+
+class SemanticTable(nn.Module):
+    """What semantic latents mean at a place: (B, h, w, S) -> features (B, h, w, C).
+
+    It is a table of rank R with a row for each key and a column for each place in a thing. A key is
+    the answer to one of the codes, near 1 or 0. Places are Fourier features (Tancik et al. 2020,
+    arXiv:2006.10739), from which networks learn details sooner than from coordinates.
+    """
+
+    def __init__(self, channels: int, config: AutoencoderConfig):
+        super().__init__()
+        keys, rank = config.semantic_keys, config.semantic_rank
+        codes = config.semantic_channels - (PLACE.stop - PLACE.start)
+        self.key = nn.Linear(codes, keys)
+        self.things = nn.Linear(keys, rank)
+        # Few keys answer at a time.
+        self.things.weight = mx.random.normal((rank, keys))
+        self.waves = nn.Linear(2, rank // 4, bias=False)
+        self.waves.weight = FREQUENCY * mx.random.normal(self.waves.weight.shape)
+        self.places = nn.Linear(rank // 2, rank)
+        self.out = nn.Linear(rank, channels)
+        # The decoder does not change at first.
+        self.out.weight = mx.zeros_like(self.out.weight)
+        self.out.bias = mx.zeros_like(self.out.bias)
+
+    def __call__(self, semantics: mx.array) -> mx.array:
+        codes = mx.concatenate(
+            [semantics[..., : PLACE.start], semantics[..., PLACE.stop :]], axis=-1
+        )
+        waves = self.waves(semantics[..., PLACE])
+        places = self.places(mx.concatenate([mx.sin(waves), mx.cos(waves)], axis=-1))
+        return self.out(self.things(mx.sigmoid(self.key(codes))) * places)
 
 
 class Encoder(nn.Module):
@@ -108,12 +144,14 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.decoder_channels
         self.inp = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        if config.semantic_rank:
+            self.table = SemanticTable(channels[0], config)
         for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
             self[f"blocks{i}"] = [ResidualBlock(width) for _ in range(count)]
             if i < len(channels):
                 self[f"up{i}"] = nn.Linear(width, 4 * channels[i])
         self.out = nn.Conv2d(channels[-1], 4 * config.picture_channels, 3, padding=1)
-        self._levels = len(channels)
+        self._levels, self._semantics = len(channels), config.semantic_channels
 
     def projections(self) -> list[nn.Linear | nn.Conv2d]:
         """The layer before the first level, those after each level, and the last one."""
@@ -121,6 +159,8 @@ class Decoder(nn.Module):
 
     def __call__(self, latents: mx.array) -> mx.array:
         x = self.inp(latents)
+        if "table" in self:
+            x = x + self.table(latents[..., -self._semantics :])
         for i in range(1, self._levels + 1):
             for block in self[f"blocks{i}"]:
                 x = block(x)

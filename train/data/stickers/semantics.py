@@ -11,17 +11,18 @@ from functools import cache
 
 import numpy as np
 
+from mlx_snapgen.config import PLACE
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
 
 CODE_CHANNELS, COLOR_CHANNELS = 8, 4
 """A code for each noun, and one for each color that a noun is painted in; its own color is 0."""
-PLACE = slice(CODE_CHANNELS, CODE_CHANNELS + 2)
-"""How far right of the thing's center and how far below it."""
 COLOR = slice(PLACE.stop, PLACE.stop + COLOR_CHANNELS)
 SEMANTIC_CHANNELS = COLOR.stop
 PLACE_SCALE = 1.7
 """The place at the edge of a thing's square: about root mean square 1 within it."""
+KEY_GAIN = 24.0
+"""Of the keys' answer to a code."""
 _ORDER_SEED = 8
 
 
@@ -43,6 +44,19 @@ def codes(channels: int = CODE_CHANNELS) -> np.ndarray:
         found += [np.array(h) for h in halves if sum(value < 0 for value in h) % 2 == 0]
     order = np.random.default_rng(_ORDER_SEED).permutation(len(found))
     return (np.stack(found)[order] * (channels / 2) ** 0.5).astype(np.float32)
+
+
+def table_keys() -> tuple[np.ndarray, np.ndarray]:
+    """Weight (264, 12) and bias of a decoder's `SemanticTable.key` that answer to the codes.
+
+    With its own code a key's sigmoid is .998, with no other code over .003.
+    """
+    kinds = [codes(CODE_CHANNELS), codes(COLOR_CHANNELS)]
+    # The product of a code with itself is its number of channels, that with others at most half.
+    weights = [KEY_GAIN * c / c.shape[1] for c in kinds]
+    weight = np.zeros((sum(map(len, kinds)), CODE_CHANNELS + COLOR_CHANNELS), np.float32)
+    weight[: len(kinds[0]), :CODE_CHANNELS], weight[len(kinds[0]) :, CODE_CHANNELS:] = weights
+    return weight, np.full(len(weight), -0.75 * KEY_GAIN, np.float32)
 
 
 def check_semantics(num_nouns: int) -> None:
