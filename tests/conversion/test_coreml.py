@@ -205,6 +205,34 @@ def test_packages_compute_what_mlx_does(export, model, prompt):
     assert_close(found.transpose(0, 2, 3, 1), model.autoencoder.decode(x_t), 1e-2)
 
 
+def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, export, tmp_path):
+    export()  # skips without the libraries
+    config = dataclasses.replace(
+        model.autoencoder.config,
+        picture_channels=4,
+        latent_channels=16,
+        latents_mean=(0.1,) * 16,
+        latents_std=(0.7,) * 16,
+        semantic_channels=14,
+        semantic_keys=10,
+        semantic_rank=8,
+    )
+    network = dataclasses.replace(model.transformer.config, latent_channels=16)
+    changed = dataclasses.replace(
+        model.config, autoencoder=config, transformer=network, image_size=(64, 64)
+    )
+    made = dataclasses.replace(make_components(changed), vocabulary=None)
+    sharpen(made)
+    out = made.autoencoder.decoder.table.out
+    out.weight = mx.random.normal(out.weight.shape, key=mx.random.key(3))
+    exporter.export_coreml(made, tmp_path / "packages", ExportSettings())
+    latents = 2 * mx.random.normal((1, 8, 8, 16), key=mx.random.key(2))
+    given = {"latents": latents.transpose(0, 3, 1, 2)}
+    found = run(tmp_path / "packages" / "Decoder.mlpackage", **given)["picture"]
+    assert found.shape == (1, 4, 64, 64)
+    assert_close(found.transpose(0, 2, 3, 1), made.autoencoder.decode(latents), 1e-2)
+
+
 def test_widths_and_chunks_are_the_whole(export, model):
     """In float32, two widths in tiles and two chunks are what MLX computes at each width."""
     folder = export(IN_CHUNKS)
