@@ -148,7 +148,7 @@ class AutoencoderConfig:
     semantic_blocks: int = 0
     """Residual blocks of the encoder for these latents alone."""
     semantic_keys: int = 0
-    """Keys of the decoder's table of what these latents mean, one for each of their codes."""
+    """Rows of the decoder's table of what these latents mean, one for each of their codes."""
     semantic_rank: int = 0
     """Rank of the table; 0: there is none."""
 
@@ -179,9 +179,9 @@ class AutoencoderConfig:
             if getattr(self, name) and not self.semantic_channels:
                 raise UserError(f"{name} need semantic_channels")
         if self.semantic_rank and self.semantic_channels <= PLACE.stop:
-            raise UserError(f"a table takes more than {PLACE.stop} semantic_channels")
+            raise UserError(f"semantic_rank needs more than {PLACE.stop} semantic_channels")
         if self.semantic_rank % 4 or (self.semantic_rank > 0) != (self.semantic_keys > 0):
-            raise UserError("semantic_rank is a multiple of 4, and takes semantic_keys")
+            raise UserError("semantic_rank needs semantic_keys and must be a multiple of 4")
         each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
         count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):

@@ -15,11 +15,12 @@ and with `--decoder-blocks` it gets more blocks for it. Where the pictures show 
 again and again, it then knows their details, and a transformer needs to learn only the rest. Crops
 must be large enough to tell what they show: `--crop 128`.
 
-`--semantic-latents --init-from MODEL` adds latents, after the others, with a code of the noun and
-the place in the thing. A transformer learns them earliest, and the decoder draws what they say even
-where the other latents are wrong: of most pictures it gets only the means of those in each thing. A
-part of the encoder learns the new ones from the layouts of the scenes, which only stickers have.
-The other latents do not change.
+`--semantic-latents --init-from MODEL` adds latents, after the others, with codes of noun and color
+and the place in the thing. A transformer learns them earliest, and the decoder draws what they say
+even where the other latents are wrong: of most pictures it gets only the means of those in each
+thing. A part of the encoder learns the new ones from the layouts of the scenes, which only stickers
+have. The other latents do not change. With `--decoder-only` none changes, and the decoder learns
+alone; `train.export --decoder` puts it into a model.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
 from train.data.source import MAY_CHANGE, Batch, SemanticSource, Source
 from train.data.stickers.semantics import (
+    LOSS_WEIGHTS,
     SEMANTIC_CHANNELS,
     check_semantics,
     right_share,
@@ -72,8 +74,8 @@ SHOWN = 8
 """Of these, on the sheet after a checkpoint."""
 START_CROP = 64
 """Side in pixels of the crops whose principal components are the start."""
-SEMANTIC = "semantic_latents"
-"""Setting of runs that train these."""
+SEMANTIC, DECODER = "semantic_latents", "decoder_only"
+"""Settings of runs: what they train."""
 PICTURES_ONLY = "pictures_only"
 """Setting of runs that also use pictures without a caption."""
 
@@ -164,9 +166,7 @@ def open_models(
             raise UserError(
                 f"{start} has semantic latents: give --semantic-latents or --decoder-only"
             )
-        if args.decoder_only and args.semantic_latents and not given:
-            raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
-        if given not in (0, SEMANTIC_CHANNELS):
+        if args.semantic_latents and given not in (0, SEMANTIC_CHANNELS):
             raise UserError(
                 f"{start} has {given} semantic latents, this version trains {SEMANTIC_CHANNELS}: "
                 "give another --init-from"
@@ -174,6 +174,10 @@ def open_models(
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
         new = SEMANTIC_CHANNELS if args.semantic_latents and not given else 0
+        if new and model.config.kind != DEFAULT.kind:
+            raise UserError(f"a {model.config.kind} autoencoder has no semantic latents")
+        if new and args.decoder_only:
+            raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
         if new or args.latent_channels or args.decoder_blocks:
             model = with_other_latents(
                 model,
@@ -220,10 +224,10 @@ def claim_run(args: argparse.Namespace, source: Source, model: Autoencoder) -> N
     settings |= {"autoencoder": described, "specs": args.data, "resolution": side(args)}
     claim(
         args.run_dir,
-        settings | {SEMANTIC: args.semantic_latents},
+        settings | {SEMANTIC: args.semantic_latents, DECODER: args.decoder_only},
         steps=args.steps,
         may_change=(*MAY_CHANGE, "specs", "resolution"),
-        newer=(SEMANTIC,),
+        newer=(SEMANTIC, DECODER),
         unrecorded={"data": "stickers", "autoencoder": described},
     )
 
@@ -261,19 +265,23 @@ def main() -> int:
     validation, _ = (held_out or source).batch(0, VALIDATION_PICTURES)
     metric = "validation_psnr" if held_out else "psnr"
 
+    true = None
+    if args.semantic_latents:
+        true = held_out.semantics(0, VALIDATION_PICTURES, factor=model.config.downsampling)
+
     def validate(trainer: Trainer) -> dict[str, float]:
         with trainer.averaged():
             decoded = reconstruct(model, validation, encoder)
+            if true is not None:
+                each = [np.array(model.encoder(from_uint8(x[None]))[0]) for x in validation]
+                read = np.concatenate(each)
         rows = [*validation[:SHOWN], *decoded[:SHOWN]]
         labels = ["picture", "decoded"]
         sheet = contact_sheet(rows, np.repeat(labels, len(rows) // 2).tolist(), len(rows) // 2)
         sheet.save(trainer.sample_path("reconstructions"))
         found = {metric: psnr(decoded, validation)}
-        if args.semantic_latents:
-            true = held_out.semantics(0, VALIDATION_PICTURES, factor=model.config.downsampling)
-            read = [np.array(model.encoder(from_uint8(x[None]))[0]) for x in validation]
-            semantics = np.concatenate(read)[..., -SEMANTIC_CHANNELS:]
-            found["validation_right"] = right_share(semantics, true)
+        if true is not None:
+            found["validation_right"] = right_share(read[..., -SEMANTIC_CHANNELS:], true)
         return found
 
     if not args.init_from and latest_checkpoint(args.run_dir) is None:
@@ -295,6 +303,7 @@ def main() -> int:
             args.kl_weight,
             decoder_only=args.decoder_only or args.semantic_latents,
             semantics_frozen=args.decoder_only,
+            semantic_weights=LOSS_WEIGHTS,
         ),
         batches=batches,
         config=TrainingConfig(

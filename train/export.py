@@ -25,6 +25,7 @@ from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICES
 from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
 from train.loop.assemble import save_model
+from train.loop.autoencoder import with_decoder
 from train.loop.checkpoint import trained_checkpoint
 from train.loop.run import recorded, start_from
 from train.objectives.elastic import TextToLatents
@@ -133,6 +134,13 @@ def parse() -> argparse.Namespace:
         help="bits per stored weight: 8, or none for bfloat16 (default: 8)",
     )
     add(
+        "--decoder",
+        type=Path,
+        metavar="DIR",
+        help="run folder of train.autoencoder --decoder-only --init-from MODEL, whose decoder to "
+        "take (default: the model's)",
+    )
+    add(
         "--few-step-lora",
         type=Path,
         metavar="FILE",
@@ -190,6 +198,8 @@ def main() -> None:
         trained_sizes=config.trained_sizes,
         sampler=config.sampler,
     )
+    if args.decoder:
+        components.autoencoder = with_decoder(components.autoencoder, args.decoder)
     texts = {}
     if collection := COLLECTIONS.get(record.get("data", "")):
         components.vocabulary = vocabulary_file(record.get("num_nouns"), collection)

@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_snapgen.checkpoint.model import Components, load_pretrained
-from mlx_snapgen.checkpoint.module import cast
 from mlx_snapgen.checkpoint.text_encoders import encoder_names
 from mlx_snapgen.cli.notices import announce
 from mlx_snapgen.errors import run_command
@@ -27,13 +26,13 @@ from train.data.prepared import Prepared
 from train.data.text import is_trained
 from train.evaluation.memory import training_memory
 from train.loop.assemble import (
-    DTYPE,
     check_converted,
     check_sides,
     count_weights,
     new_model,
     own_encoder,
     public_encoder,
+    round_autoencoder,
     save_model,
 )
 from train.loop.autoencoder import (
@@ -224,8 +223,7 @@ def main() -> None:
     for spec in sources if prepared else ():
         Prepared(expanded(spec)).check_autoencoder(autoencoder)
     if preset.round_autoencoder:
-        cast(autoencoder, DTYPE)
-        cast(autoencoder, mx.float32)
+        round_autoencoder(autoencoder)
     components = new_model(
         preset.transformer,
         autoencoder,

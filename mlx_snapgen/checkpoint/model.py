@@ -23,9 +23,11 @@ import mlx.nn as nn
 
 from mlx_snapgen.checkpoint.config import Model, ModelFolder, load_vocabulary
 from mlx_snapgen.checkpoint.module import (
+    EIGHT_BITS,
     FORMAT_VERSION,
     Quantization,
     check_quantization,
+    even_steps,
     file_matrices,
     load_stored,
     materialize,
@@ -166,8 +168,9 @@ def save_pretrained(
         folder: must not exist, or be empty.
         components: the model; the configs of its modules are written.
         quantize: component -> how to quantize its matrices and convolutions whose last dimension
-            divides by `group_size`. This makes the file smaller. It makes the loaded model smaller
-            only if that has one width, because packed weights cannot be sliced.
+            divides by `group_size`; an autoencoder in `EIGHT_BITS` by `even_steps`. This makes the
+            file smaller. Of the loaded model, it makes only a transformer of one width smaller:
+            packed weights can be neither sliced nor convolved.
         dtype: floating type to store parameters in; None keeps theirs.
         texts: more text files by name, such as {"README.md": ..., "LICENSE": ...}.
 
@@ -225,10 +228,13 @@ def _stored(
         stored = {name: value.astype(dtype) for name, value in stored.items()}
     if quantize:
         bits, group_size = quantize["bits"], quantize["group_size"]
+        evenly = isinstance(module, Autoencoder) and quantize == EIGHT_BITS
         for name in file_matrices(module, group_size):
-            packed, scales, biases = mx.quantize(
-                stored[f"{name}.weight"], group_size=group_size, bits=bits
-            )
+            weight = stored[f"{name}.weight"]
+            if evenly:
+                packed, scales, biases = even_steps(weight)
+            else:
+                packed, scales, biases = mx.quantize(weight, group_size=group_size, bits=bits)
             stored |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
     return stored
 

@@ -10,6 +10,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, naming, nearest
 from mlx_snapgen.files import check_link
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.reading import read_object
@@ -29,7 +30,7 @@ class Part(NamedTuple):
     config: Any
     """Its config: a dataclass, or JSON values if `read_part` returned it."""
     quantization: dict[str, int] | None
-    """How its matrices are stored, {"bits", "group_size"}; None if not quantized."""
+    """How its matrices and convolutions are stored, {"bits", "group_size"}; None: unquantized."""
 
 
 def check_version(
@@ -114,7 +115,7 @@ def load_stored(module: nn.Module, part: Part, *, packed: bool = False) -> None:
                 class_predicate=lambda p, _: f"{p}.scales" in found,
             )
         elif how is not None:
-            found = dequantized(found, how)
+            found = dequantized(found, how, exact=isinstance(module, Autoencoder))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{where} is damaged ({error}): get it again") from None
     whole = [
@@ -180,14 +181,48 @@ def listed(fault: str, keys: Sequence[str]) -> str:
     return f"{fault} {keys[0]}{more}" if keys else ""
 
 
-def dequantized(weights: Mapping[str, mx.array], how: Mapping[str, int]) -> dict[str, mx.array]:
-    """Replace every packed `X.weight`, `X.scales`, `X.biases` by a floating `X.weight`."""
+EIGHT_BITS = {"bits": 8, "group_size": 32}
+
+
+def even_steps(weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """A weight (..., N) in `EIGHT_BITS`, packed as by `mx.quantize`: weight, scales, biases.
+
+    A group's numbers are multiples, -127 to 127, of a bfloat16 number. So they stay the same when
+    they are quantized again, which those of `mx.quantize` do not.
+    """
+    groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, EIGHT_BITS["group_size"])
+    scales = (mx.abs(groups).max(-1) / 127).astype(mx.bfloat16)
+    steps = mx.where(scales == 0, 1, scales.astype(mx.float32))
+    whole = mx.clip(mx.round(groups / steps[..., None]), -127, 127) + 128
+    packed = whole.astype(mx.uint8).reshape(weight.shape).view(mx.uint32)
+    return packed, scales, -128 * scales
+
+
+def rounded(weight: mx.array) -> mx.array:
+    """A weight as it is after `even_steps`, in float32."""
+    packed, scales, biases = even_steps(weight)
+    found = dequantized(
+        {"x.weight": packed, "x.scales": scales, "x.biases": biases}, EIGHT_BITS, exact=True
+    )
+    return found["x.weight"]
+
+
+def dequantized(
+    weights: Mapping[str, mx.array], how: Mapping[str, int], *, exact: bool = False
+) -> dict[str, mx.array]:
+    """Replace every packed `X.weight`, `X.scales`, `X.biases` by a floating `X.weight`.
+
+    Args:
+        exact: in float32, also if the scales have another type.
+    """
     weights = dict(weights)
     for key in [k for k in weights if k.endswith(".scales")]:
         name = key.removesuffix(".scales")
         scales, biases = weights.pop(key), weights.pop(f"{name}.biases", None)
         if biases is None or f"{name}.weight" not in weights:
             raise ValueError(f"{key} has no {name}.weight and {name}.biases beside it")
+        if exact:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weights[f"{name}.weight"] = mx.dequantize(
             weights[f"{name}.weight"],
             scales,

@@ -8,12 +8,14 @@ import sys
 
 import huggingface_hub
 import mlx.core as mx
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
 from mlx_snapgen.checkpoint import hub, model
 from mlx_snapgen.checkpoint.config import ModelFolder, load_config, load_vocabulary
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
+from mlx_snapgen.checkpoint.module import EIGHT_BITS, even_steps, rounded
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.formats import DESCRIPTIONS
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
@@ -136,6 +138,43 @@ def test_quantized_storage_is_off_by_at_most_a_step(
     assert mx.array_equal(after[f"{whole_layer}.bias"], before[f"{whole_layer}.bias"])
     save_pretrained(tmp_path / "again", loaded)
     assert load_config(tmp_path / "again").quantization is None
+
+
+def test_even_steps_are_the_same_when_done_again():
+    """Also where MLX's own are not; off by half a step of the largest number / 127 at most."""
+    mx.random.seed(0)
+    weight = mx.random.normal((256, 3, 64)) * mx.exp(mx.random.normal((256, 1, 1)))
+    weight[5] = 0
+    weight[6] = mx.arange(64) - 31.5
+    once = rounded(weight)
+    assert mx.array_equal(rounded(once), once)
+    groups = [x.reshape(-1, 32) for x in (weight, once)]
+    steps = mx.abs(groups[0]).max(-1, keepdims=True) / 127
+    error = mx.abs(groups[1] - groups[0])
+    assert (error <= 0.76 * steps).all() and (error > 0.4 * steps).any()
+    packed, scales, biases = even_steps(weight)
+    assert (packed.dtype, scales.dtype) == (mx.uint32, mx.bfloat16)
+    whole = np.array(packed).view(np.uint8).reshape(-1, 32) - 128.0
+    scales = np.array(scales.astype(mx.float32)).reshape(-1, 1)
+    np.testing.assert_array_equal(whole * scales, np.array(once).reshape(-1, 32))
+    assert mx.array_equal(biases, -128 * even_steps(weight)[1])
+    own = mx.dequantize(*mx.quantize(weight, **EIGHT_BITS), **EIGHT_BITS)
+    again = mx.dequantize(*mx.quantize(own, **EIGHT_BITS), **EIGHT_BITS)
+    assert not mx.array_equal(again, own)
+
+
+def test_an_autoencoder_in_8_bits_stays_the_same_when_saved_again(components, tmp_path):
+    wide = dataclasses.replace(AUTOENCODER, encoder_channels=(32, 64), decoder_channels=(32, 8, 8))
+    components = dataclasses.replace(components, autoencoder=make_autoencoder(wide))
+    how = {"autoencoder": EIGHT_BITS}
+    loaded = []
+    for name in "abc":
+        save_pretrained(tmp_path / name, components, quantize=how)
+        components = load_pretrained(tmp_path / name)
+        loaded.append(flat_parameters(components.autoencoder))
+    for name, value in loaded[0].items():
+        assert value.dtype == mx.float32
+        assert all(mx.array_equal(other[name], value) for other in loaded[1:]), name
 
 
 def test_quantized_files_are_smaller(components, model_folder, tmp_path):

@@ -394,6 +394,9 @@ def test_semantic_latents_start_as_zero_and_the_others_as_they_were():
     expected = np.array(large.encoder(pictures)[0])[..., :2]
     np.testing.assert_allclose(np.array(mean)[..., :2], expected, atol=1e-6)
     assert not np.array(mean)[..., 2:].any()
+    key = found.decoder.table.key
+    for value, expected in zip((key.weight, key.bias), table_keys(), strict=True):
+        np.testing.assert_array_equal(np.array(value), expected)
     first = mx.pad(mean[..., :2], [(0, 0), (0, 0), (0, 0), (0, 2)])
     noisy = mean.at[..., 2:].add(1)
     np.testing.assert_allclose(
@@ -472,9 +475,9 @@ def test_semantic_latents_of_many_latents_and_few_features():
         ({"semantic_channels": 8}, "8 of 8 latent channels cannot be semantic"),
         ({"semantic_blocks": 2}, "semantic_blocks need semantic_channels"),
         ({"semantic_keys": 2}, "semantic_keys need semantic_channels"),
-        (TABLE | {"semantic_channels": 10}, "a table takes more than 10 semantic_channels"),
-        (TABLE | {"semantic_rank": 6}, "semantic_rank is a multiple of 4, and takes semantic_keys"),
-        (TABLE | {"semantic_keys": 0}, "semantic_rank is a multiple of 4, and takes semantic_keys"),
+        (TABLE | {"semantic_channels": 10}, "semantic_rank needs more than 10 semantic_channels"),
+        (TABLE | {"semantic_rank": 6}, "semantic_rank needs semantic_keys and must be a multiple"),
+        (TABLE | {"semantic_keys": 0}, "semantic_rank needs semantic_keys and must be a multiple"),
     ],
 )
 def test_configs_of_semantic_latents(options, message):
@@ -546,15 +549,26 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     given = ["--semantic-latents", "--init-from", tmp_path / "start", "--crop", 64]
     given += ["--latent-channels", 4, "--decoder-blocks", 3]
     run("semantic", *given)
-    run("semantic", *given, steps=2)
-    run("muon", *given, "--optimizer", "muon")
+    scored = []
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "right_share", lambda *maps: scored.append(maps) or 0.25)
+        run("semantic", *given, steps=2)
     entry = read_log(tmp_path / "semantic")[-1]
     assert entry["step"] == 2 and "validation_psnr" in entry
-    assert entry["validation_right"] == 0  # zeros, almost
+    assert entry["validation_right"] == 0.25
+    for steps in (1, 2):
+        run("muon", *given, "--optimizer", "muon", steps=steps)
+    with pytest.raises(UserError, match="was trained with --optimizer muon, not adamw"):
+        run("muon", *given, steps=3)
     source = open_data([data], size=(256, 256), unit=32, seed=1)
     before, after = (load_autoencoder(tmp_path / n, source) for n in ("start", "semantic"))
     assert (after.config.latent_channels, after.config.semantic_channels) == (18, 14)
     assert (after.config.semantic_keys, after.config.semantic_rank) == (264, 512)
+    pictures, _ = source.validation().batch(0, 2)
+    read = np.array(after.encoder(from_uint8(pictures))[0])[..., 4:]
+    np.testing.assert_allclose(scored[-1][0], read, atol=1e-5)  # of the averages, as loaded
+    true = source.validation().semantics(0, 2, factor=16)
+    np.testing.assert_array_equal(scored[-1][1], true)
     picture = mx.random.uniform(-1, 1, (1, 64, 64, 4))
     kept = np.array(before.encoder(picture)[0])[..., :4]
     np.testing.assert_allclose(np.array(after.encoder(picture)[0])[..., :4], kept, atol=1e-5)
@@ -568,7 +582,7 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     np.testing.assert_allclose(np.array(alone.encoder(picture)[0]), kept, atol=1e-5)
     run("codes", "--decoder-only", *given[:2], tmp_path / "semantic", "--crop", 64)
     codes = load_autoencoder(tmp_path / "codes", source)
-    np.testing.assert_allclose(np.array(codes.encoder(picture)[0]), kept, atol=1e-5)
+    np.testing.assert_array_equal(np.array(codes.encoder(picture)[0]), kept)
     assert not mx.array_equal(codes.decoder.inp.weight, after.decoder.inp.weight)
     with pytest.raises(UserError, match="start has no semantic latents yet: omit --decoder-only"):
         run("none", *given, "--decoder-only")
@@ -582,6 +596,9 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
         patch.setattr(command, "SEMANTIC_CHANNELS", 10)
         with pytest.raises(UserError, match="has 14 semantic latents, this version trains 10"):
             run("none", "--semantic-latents", "--init-from", tmp_path / "semantic", "--crop", 64)
+        run("other", "--decoder-only", "--init-from", tmp_path / "semantic", "--crop", 64)
+    with pytest.raises(UserError, match="a run with other --decoder-only"):
+        run("codes", *given[:2], tmp_path / "semantic", "--crop", 64, steps=2)
     folder = tmp_path / "folder"
     write_pictures(folder, 3)
     with pytest.raises(UserError, match="--semantic-latents needs --data stickers alone"):

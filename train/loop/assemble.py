@@ -7,12 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint import clip
 from mlx_snapgen.checkpoint.hub import find_model, local_folder
 from mlx_snapgen.checkpoint.language_models import GEMMA_FILES, GEMMA_TYPES
 from mlx_snapgen.checkpoint.model import Components, save_pretrained
-from mlx_snapgen.checkpoint.module import cast, read_part
+from mlx_snapgen.checkpoint.module import EIGHT_BITS, cast, file_matrices, read_part, rounded
 from mlx_snapgen.checkpoint.text_encoders import load_source, load_tokenizer, new_text_encoder
 from mlx_snapgen.config import ModelConfig, TextEncoderConfig, TransformerConfig
 from mlx_snapgen.errors import UserError, naming
@@ -176,25 +177,39 @@ def save_model(
 ) -> None:
     """Write a model folder in bfloat16.
 
+    The autoencoder has 8 or 16 bits only if these keep its weights, as after `round_autoencoder`:
+    a model's latents do not change once something was trained on them.
+
     Args:
-        bits: of the weights; 0 does not quantize, and the autoencoder keeps weights that bfloat16
-            would change: its latents stay those that others are trained on.
+        bits: of the weights of transformer and own text encoders; 0 does not quantize.
     """
     stored = components.modules()
+    autoencoder = stored.pop("autoencoder")
     how = {"bits": bits, "group_size": 32}
-    quantize = dict.fromkeys(stored, how) if bits else None
-    for name, module in stored.items():
-        if bits or name != "autoencoder" or _fits(module, DTYPE):
-            cast(module, DTYPE)
+    quantize = dict.fromkeys(stored, how) if bits else {}
+    for module in stored.values():
+        cast(module, DTYPE)
+    weights, packed = flat_parameters(autoencoder), packed_weights(autoencoder)
+    if packed and all(mx.array_equal(rounded(weights[n]), weights[n]).item() for n in packed):
+        quantize["autoencoder"] = EIGHT_BITS
+        weights = {name: value for name, value in weights.items() if name not in packed}
+    short = {name: value.astype(DTYPE) for name, value in weights.items()}
+    if all(mx.array_equal(short[n].astype(v.dtype), v).item() for n, v in weights.items()):
+        autoencoder.update(tree_unflatten(list(short.items())))
     save_pretrained(folder, components, quantize=quantize, texts=texts)
 
 
-def _fits(module: nn.Module, dtype: mx.Dtype) -> bool:
-    """Whether the weights keep their values in this type."""
-    return all(
-        mx.array_equal(value.astype(dtype).astype(value.dtype), value).item()
-        for value in flat_parameters(module).values()
-    )
+def packed_weights(module: nn.Module) -> set[str]:
+    """Names of the weights that a quantized file packs."""
+    return {f"{name}.weight" for name in file_matrices(module, EIGHT_BITS["group_size"])}
+
+
+def round_autoencoder(autoencoder: Autoencoder) -> None:
+    """Round the weights to 8 bits, or to bfloat16 where there are no groups to pack."""
+    packed = packed_weights(autoencoder)
+    for name, value in flat_parameters(autoencoder).items():
+        value = rounded(value) if name in packed else value.astype(DTYPE).astype(mx.float32)
+        autoencoder.update(tree_unflatten([(name, value)]))
 
 
 def count_weights(module: nn.Module) -> int:

@@ -101,6 +101,26 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     return model
 
 
+def with_decoder(model: Autoencoder, run: Path) -> Autoencoder:
+    """The encoder of `model` with the averaged decoder of a run of train.autoencoder.
+
+    Raises:
+        UserError: the run has another encoder.
+    """
+    check_autoencoder_run(run)
+    statistics = {name: getattr(model.config, name) for name in STATISTICS_FIELDS}
+    found = make_autoencoder(dataclasses.replace(config_of(run), **statistics))
+    found.update(dict(tree_unflatten(list(load_ema(run).items()))))
+    own, other = flat_parameters(model.encoder), flat_parameters(found.encoder)
+    same = {name for name in own if name in other and mx.array_equal(own[name], other[name])}
+    if own.keys() != same or other.keys() != same:
+        raise UserError(
+            f"{run} has other latents: give a run of train.autoencoder --decoder-only that "
+            "began with --init-from this model"
+        )
+    return found
+
+
 def with_other_latents(
     model: Autoencoder,
     *,
@@ -118,7 +138,7 @@ def with_other_latents(
     Args:
         latent_channels: how many are kept; None: all.
         semantic_channels: how many are new.
-        keys: weight and bias of those of the decoder's table of the new ones; None: no table.
+        keys: start of the `SemanticTable.key` of the decoder, weight and bias; None: no table.
         decoder_blocks: residual blocks of the decoder at the latents' scale; None: as in `model`.
             The additional ones come first and start as the identity.
 

@@ -85,8 +85,8 @@ class TrainingConfig:
     Args:
         batch_size: samples in a micro-batch, which must fit in memory.
         accumulate: micro-batches of each process in a step.
-        optimizer: "adamw", or "muon": matrices inside the blocks by Muon at `MUON_RATE` times the
-            learning rate, all else by AdamW.
+        optimizer: "adamw", or "muon": matrices and convolutions inside the blocks by Muon at
+            `MUON_RATE` times the learning rate, all else by AdamW.
         keep_checkpoints: older ones are deleted; 0 keeps all.
     """
 

@@ -63,7 +63,8 @@ class CompiledStep:
             count = step.astype(mx.float32) + 1
             decay = mx.minimum(config.ema_decay, (1 + count) / (10 + count))
             self._averages["ema"] = tree_map(
-                lambda a, p: decay * a + (1 - decay) * p,
+                # Exact where they are equal: the averages of frozen weights do not drift.
+                lambda a, p: a + (1 - decay) * (p - a),
                 self.averages,
                 model.trainable_parameters(),
             )

@@ -34,11 +34,13 @@ class Reconstruction(LossObjective[Autoencoder, None]):
         decoder_only: no gradient of the pictures reaches the encoder: only its semantic latents
             change, and only with `semantics`.
         semantics_frozen: they do not change either.
+        semantic_weights: of their channels in the loss; () for 1.
     """
 
     kl_weight: float
     decoder_only: bool = False
     semantics_frozen: bool = False
+    semantic_weights: tuple[float, ...] = ()
 
     def loss(
         self, model: Autoencoder, batch: Batch, key: mx.array, step: None
@@ -51,7 +53,9 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             mean, log_var = model.encoder(x)
         semantic_mse = mx.array(0.0)
         if (semantics := batch.get("semantics")) is not None:
-            semantic_mse = mx.square(mean[..., -semantics.shape[-1] :] - semantics).mean()
+            squares = mx.square(mean[..., -semantics.shape[-1] :] - semantics)
+            weights = mx.array(self.semantic_weights or (1.0,))
+            semantic_mse = (weights * squares).mean()
             appearance = mean[..., : -semantics.shape[-1]]
             keys = mx.random.split(mx.random.split(key)[0])
             flat = mx.random.uniform(shape=(len(x), 1, 1, 1), key=keys[0])

@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
         "side of a crop in pixels, or the shorter side of a picture if that is less",
     )
     add_number(
-        parser, "--learning-rate", 1e-3, "AdamW learning rate; convolutions under Muon use 20x"
+        parser, "--learning-rate", 1e-3, "AdamW learning rate; Muon, for the blocks, uses 20x"
     )
     add_optimizer(parser, "adamw")
     add_number(parser, "--kl-weight", 1e-3, "weight of the KL term in the loss")

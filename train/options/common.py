@@ -106,8 +106,8 @@ def add_optimizer(parser: argparse.ArgumentParser, default: str) -> None:
         "--optimizer",
         choices=["muon", "adamw"],
         default=default,
-        help="optimizer; muon needs fewer steps, but on a CPU each step takes 1/3 longer "
-        "(default: %(default)s)",
+        help="optimizer; muon needs fewer steps, but on a CPU a step of a transformer takes 1/3 "
+        "longer (default: %(default)s)",
     )
 
 

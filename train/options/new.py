@@ -54,7 +54,7 @@ class Preset:
         own: of the text encoder that is trained with the model.
         size: (height, width) of the pictures in pixels.
         downsampling: that the autoencoder must have; None for any.
-        round_autoencoder: to bfloat16, so that the model stores it in 16 bits. Others keep 32.
+        round_autoencoder: so that the model stores it in 8 bits. Others keep 32.
     """
 
     transformer: TransformerConfig

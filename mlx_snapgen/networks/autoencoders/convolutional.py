@@ -58,9 +58,9 @@ class SemanticHead(nn.Module):
 class SemanticTable(nn.Module):
     """What semantic latents mean at a place: (B, h, w, S) -> features (B, h, w, C).
 
-    It is a table of rank R with a row for each key and a column for each place in a thing. A key is
-    the answer to one of the codes, near 1 or 0. Places are Fourier features (Tancik et al. 2020,
-    arXiv:2006.10739), from which networks learn details sooner than from coordinates.
+    It is a table of rank R with a row for each code and a column for each place in a thing. `key`
+    says which codes are there, with numbers near 1 or 0. Places are Fourier features (Tancik et al.
+    2020, arXiv:2006.10739), from which networks learn details sooner than from coordinates.
     """
 
     def __init__(self, channels: int, config: AutoencoderConfig):
@@ -69,7 +69,7 @@ class SemanticTable(nn.Module):
         codes = config.semantic_channels - (PLACE.stop - PLACE.start)
         self.key = nn.Linear(codes, keys)
         self.things = nn.Linear(keys, rank)
-        # Few keys answer at a time.
+        # Of one row or two at a time, so that their sums are about 1 in size.
         self.things.weight = mx.random.normal((rank, keys))
         self.waves = nn.Linear(2, rank // 4, bias=False)
         self.waves.weight = FREQUENCY * mx.random.normal(self.waves.weight.shape)

@@ -15,14 +15,16 @@ from mlx_snapgen.config import PLACE
 from mlx_snapgen.errors import UserError
 from train.data.stickers.captions import Scene
 
-CODE_CHANNELS, COLOR_CHANNELS = 8, 4
+CODE_CHANNELS, COLOR_CHANNELS = PLACE.start, 4
 """A code for each noun, and one for each color that a noun is painted in; its own color is 0."""
 COLOR = slice(PLACE.stop, PLACE.stop + COLOR_CHANNELS)
 SEMANTIC_CHANNELS = COLOR.stop
+LOSS_WEIGHTS = (1.0,) * COLOR.start + (6.0,) * COLOR_CHANNELS
+"""Of the channels: few things are painted, so that the colors' variance is small."""
 PLACE_SCALE = 1.7
 """The place at the edge of a thing's square: about root mean square 1 within it."""
 KEY_GAIN = 24.0
-"""Of the keys' answer to a code."""
+"""Factor of `table_keys`."""
 _ORDER_SEED = 8
 
 
@@ -47,9 +49,9 @@ def codes(channels: int = CODE_CHANNELS) -> np.ndarray:
 
 
 def table_keys() -> tuple[np.ndarray, np.ndarray]:
-    """Weight (264, 12) and bias of a decoder's `SemanticTable.key` that answer to the codes.
+    """Weight (264, 12) and bias of `SemanticTable.key`, a row for each code.
 
-    With its own code a key's sigmoid is .998, with no other code over .003.
+    The sigmoid of a row is .998 for its own code, and at most .003 for any other.
     """
     kinds = [codes(CODE_CHANNELS), codes(COLOR_CHANNELS)]
     # The product of a code with itself is its number of channels, that with others at most half.
@@ -76,13 +78,13 @@ def things_at(semantics: np.ndarray) -> np.ndarray:
 
 
 def right_share(semantics: np.ndarray, expected: np.ndarray) -> float:
-    """Share of the places of things at which noun and color are the nearest."""
+    """Share of the places of things with the right noun and color; see `things_at`."""
     things = things_at(expected)
     return float((things_at(semantics) == things)[things > 0].mean())
 
 
 def _nearest(numbers: np.ndarray) -> np.ndarray:
-    """1 + the number of the nearest code, or 0 where none is near."""
+    """1 + the number of the nearest code, or 0 where none is within 60 degrees or so."""
     channels = numbers.shape[-1]
     found = numbers @ codes(channels).T
     nearest = 1 + np.argmax(found, axis=-1)
