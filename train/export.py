@@ -24,7 +24,7 @@ from mlx_snapgen.reading import read_text
 from mlx_snapgen.settings import check_size
 from train.data.stickers.source import NOTICES
 from train.data.stickers.vocabulary import COLLECTIONS, vocabulary_file
-from train.loop.assemble import save_model
+from train.loop.assemble import round_autoencoder, save_model
 from train.loop.autoencoder import with_decoder
 from train.loop.checkpoint import trained_checkpoint
 from train.loop.run import recorded, start_from
@@ -200,6 +200,8 @@ def main() -> None:
     )
     if args.decoder:
         components.autoencoder = with_decoder(components.autoencoder, args.decoder)
+        if "autoencoder" in (model.config.quantization or {}):
+            round_autoencoder(components.autoencoder)  # the encoder is rounded already
     texts = {}
     if collection := COLLECTIONS.get(record.get("data", "")):
         components.vocabulary = vocabulary_file(record.get("num_nouns"), collection)

@@ -162,7 +162,7 @@ def test_another_decoder_and_the_same_latents(made, data, tmp_path):
         run(export, *given, tmp_path / "other", "--decoder", tmp_path / "b")
 
 
-def test_the_preset_rounds_the_autoencoder_once(made, tmp_path, monkeypatch):
+def test_the_preset_rounds_the_autoencoder_once(made, data, tmp_path, monkeypatch):
     small = new_options.Preset(load_config(made / "model").transformer, round_autoencoder=True)
     monkeypatch.setattr(new_options, "read_preset", lambda name: small)
     assert new_options.PRESETS["fluent"].round_autoencoder
@@ -181,6 +181,15 @@ def test_the_preset_rounds_the_autoencoder_once(made, tmp_path, monkeypatch):
         step = np.abs(value).max() / 127
         error = np.abs(np.array(after[name]) - np.array(value))
         assert (error <= np.maximum(4e-3 * np.abs(value), 0.51 * step) + 1e-6).all(), name
+    # A new decoder is rounded too, and the latents stay the same.
+    alone = ["--data", data, "--decoder-only", "--crop", 32, "--batch-size", 2, "--steps", 1]
+    run(autoencoder, *alone, "--init-from", tmp_path / "a", "--run-dir", tmp_path / "run")
+    given = ["--model", tmp_path / "a", "--decoder", tmp_path / "run"]
+    run(export, *given, "--output", tmp_path / "c")
+    assert load_config(tmp_path / "c").quantization["autoencoder"] == EIGHT_BITS
+    old, changed = (load_pretrained(tmp_path / name).autoencoder for name in "ac")
+    assert describe_autoencoder(old) == describe_autoencoder(changed)
+    assert not mx.array_equal(old.decoder.inp.weight, changed.decoder.inp.weight)
 
 
 def test_the_preset_has_the_autoencoder_of_the_factor():
