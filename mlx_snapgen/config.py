@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_snapgen.description import Abilities, choose_mode
 from mlx_snapgen.errors import UserError, check_faults, nearest
+from mlx_snapgen.semantics import CHANNELS, SemanticConfig
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,6 @@ class TransformerConfig:
         return self.widths.index(share)
 
 
-PLACE = slice(8, 10)
-"""Of the semantic latents, which tell what is where: how far right of a thing's center and how far
-below it. The others are codes of what it is."""
-
-
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """Convolutional autoencoder.
@@ -142,15 +138,14 @@ class AutoencoderConfig:
     latents_std: tuple[float, ...] = ()
     picture_channels: int = 3
     """3 for RGB; 4, with alpha, for the kind "convolutional" only."""
-    semantic_channels: int = 0
-    """So many of the latents, the last ones, tell what is where instead of how it looks (kind
-    "convolutional" only)."""
-    semantic_blocks: int = 0
-    """Residual blocks of the encoder for these latents alone."""
-    semantic_keys: int = 0
-    """Rows of the decoder's table of what these latents mean, one for each of their codes."""
-    semantic_rank: int = 0
-    """Rank of the table; 0: there is none."""
+    semantics: SemanticConfig | None = None
+    """The last latents tell what is where, and the others how it looks where that is not enough
+    (kind "convolutional" only)."""
+
+    @property
+    def appearance_channels(self) -> int:
+        """Latents of the encoder and for the decoder's first level, without semantic ones."""
+        return self.semantics.appearance_channels if self.semantics else self.latent_channels
 
     @property
     def downsampling(self) -> int:
@@ -168,20 +163,17 @@ class AutoencoderConfig:
             sizes = (*self.encoder_channels, *self.decoder_channels)
             if any(size % 32 for size in sizes):
                 raise UserError(f"channels of the kind {self.kind} divide by 32, not {sizes}")
-        if not 0 <= self.semantic_channels < self.latent_channels:
-            raise UserError(
-                f"{self.semantic_channels} of {self.latent_channels} latent channels cannot be "
-                "semantic"
-            )
-        if self.semantic_channels and self.kind != "convolutional":
-            raise UserError(f"latents of the kind {self.kind} are not semantic")
-        for name in ("semantic_blocks", "semantic_keys", "semantic_rank"):
-            if getattr(self, name) and not self.semantic_channels:
-                raise UserError(f"{name} need semantic_channels")
-        if self.semantic_rank and self.semantic_channels <= PLACE.stop:
-            raise UserError(f"semantic_rank needs more than {PLACE.stop} semantic_channels")
-        if self.semantic_rank % 4 or (self.semantic_rank > 0) != (self.semantic_keys > 0):
-            raise UserError("semantic_rank needs semantic_keys and must be a multiple of 4")
+        if self.semantics is not None:
+            if self.kind != "convolutional":
+                raise UserError(f"latents of the kind {self.kind} are not semantic")
+            if self.picture_channels != 4:
+                raise UserError("semantic latents need pictures with alpha: picture_channels 4")
+            most = CHANNELS + self.semantics.appearance_channels
+            if not CHANNELS < self.latent_channels <= most:
+                raise UserError(
+                    f"with semantics there are {CHANNELS + 1} to {most} latent_channels, not "
+                    f"{self.latent_channels}"
+                )
         each = "channel of a 2x2 patch" if self.kind == "flux2" else "channel"
         count = self.latent_channels * (4 if self.kind == "flux2" else 1)
         for name in ("latents_mean", "latents_std"):

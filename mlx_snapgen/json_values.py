@@ -19,7 +19,7 @@ MOST = {int: 2**22, float: 1e9, str: 4096, tuple: 4096}
 """The largest number in a config, and the greatest length of a text or list."""
 MOST_FAULTS = 50
 """Of a config that are looked for."""
-MAY_BE_ZERO = ("band_radius", "rope_axes", "semantic_channels", "semantic_keys", "semantic_rank")
+MAY_BE_ZERO = ("band_radius", "rope_axes")
 """Whole numbers that may be 0, besides those of blocks and layers."""
 MOST_LAYERS = 256
 """Of one network. Each is built in memory before its weights are read."""

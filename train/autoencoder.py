@@ -15,12 +15,12 @@ and with `--decoder-blocks` it gets more blocks for it. Where the pictures show 
 again and again, it then knows their details, and a transformer needs to learn only the rest. Crops
 must be large enough to tell what they show: `--crop 128`.
 
-`--semantic-latents --init-from MODEL` adds latents, after the others, with codes of noun and color
-and the place in the thing. A transformer learns them earliest, and the decoder draws what they say
-even where the other latents are wrong: of most pictures it gets only the means of those in each
-thing. A part of the encoder learns the new ones from the layouts of the scenes, which only stickers
-have. The other latents do not change. With `--decoder-only` none changes, and the decoder learns
-alone; `train.export --decoder` puts it into a model.
+`--semantic-latents --init-from MODEL` adds latents with codes of noun, color and background, and
+the place in the thing. A transformer learns them earliest. The decoder gets a table of how the
+known things look, and a part of the encoder learns the new latents from the layouts of the scenes,
+which only stickers have. The other latents, whose number --latent-channels sets, tell what is not
+known. With `--decoder-only` the decoder learns alone; `train.export --decoder` puts it into a
+model.
 """
 
 import argparse
@@ -38,18 +38,13 @@ from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import contact_sheet, from_uint8, psnr
-from train.data.crops import crops, semantic_crops
+from mlx_snapgen.semantics import CHANNELS, SemanticConfig
+from train.data.crops import crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
-from train.data.source import MAY_CHANGE, Batch, SemanticSource, Source
-from train.data.stickers.semantics import (
-    LOSS_WEIGHTS,
-    SEMANTIC_CHANNELS,
-    check_semantics,
-    right_share,
-    table_keys,
-    things_at,
-)
+from train.data.source import MAY_CHANGE, Batch, Source
+from train.data.stickers.known_things import semantic_source, semantics_of, start_known_things
+from train.data.stickers.semantics import loss_weights, right_share
 from train.data.stickers.source import Stickers
 from train.evaluation.reconstruction import reconstruct
 from train.loop.autoencoder import (
@@ -146,12 +141,18 @@ def sizes(
 
 
 def open_models(
-    args: argparse.Namespace, start: Path | None, latents: Path | None, *, picture_channels: int
+    args: argparse.Namespace,
+    start: Path | None,
+    latents: Path | None,
+    *,
+    picture_channels: int,
+    stickers: Stickers | None = None,
 ) -> tuple[Autoencoder, Autoencoder | None]:
     """The autoencoder to train, and that of --encoder; `UserError` if they do not fit.
 
     Args:
         start, latents: folders of --init-from and --encoder.
+        stickers: those of --semantic-latents.
     """
     measured = None
     if start or latents:
@@ -161,32 +162,23 @@ def open_models(
         check_channels(model.config, picture_channels)
         if args.crop % (factor := model.config.downsampling):
             raise UserError(f"--crop must be a multiple of {factor} for {start}, got {args.crop}")
-        given = model.config.semantic_channels
-        if given and not (args.decoder_only or args.semantic_latents):
-            raise UserError(
-                f"{start} has semantic latents: give --semantic-latents or --decoder-only"
-            )
-        if args.semantic_latents and given not in (0, SEMANTIC_CHANNELS):
-            raise UserError(
-                f"{start} has {given} semantic latents, this version trains {SEMANTIC_CHANNELS}: "
-                "give another --init-from"
-            )
+        given, new = model.config.semantics, None
+        if given and not stickers:
+            raise UserError(f"{start} has semantic latents: give --semantic-latents")
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
-        new = SEMANTIC_CHANNELS if args.semantic_latents and not given else 0
-        if new and model.config.kind != DEFAULT.kind:
-            raise UserError(f"a {model.config.kind} autoencoder has no semantic latents")
-        if new and args.decoder_only:
-            raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
+        if stickers:
+            new = new_semantics(args, start, model, stickers)
         if new or args.latent_channels or args.decoder_blocks:
             model = with_other_latents(
                 model,
                 latent_channels=args.latent_channels,
-                semantic_channels=new,
-                keys=table_keys() if new else None,
+                semantics=new,
                 decoder_blocks=args.decoder_blocks,
             )
-        if model.config.kind == DEFAULT.kind:
+        if new and stickers and latest_checkpoint(args.run_dir) is None:
+            start_known_things(model, stickers)
+        if model.config.kind == DEFAULT.kind and not model.config.semantics:
             model.config = dataclasses.replace(model.config, latents_mean=(), latents_std=())
     else:
         model = make_autoencoder(
@@ -212,6 +204,26 @@ def open_models(
     return model, encoder
 
 
+def new_semantics(
+    args: argparse.Namespace, start: Path, model: Autoencoder, stickers: Stickers
+) -> SemanticConfig | None:
+    """The semantic latents to add to `model`; None if it has them.
+
+    Raises:
+        UserError: it cannot have them, or has others.
+    """
+    if model.config.kind != DEFAULT.kind:
+        raise UserError(f"a {model.config.kind} autoencoder has no semantic latents")
+    new, given = semantics_of(stickers, model.config.downsampling), model.config.semantics
+    if given is None and args.decoder_only:
+        raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
+    if given is not None and (given.things, given.sides) != (new.things, new.sides):
+        raise UserError(
+            f"{start} knows {given.things} things: give --data stickers:nouns={given.things}"
+        )
+    return None if given else new
+
+
 def claim_run(args: argparse.Namespace, source: Source, model: Autoencoder) -> None:
     """Record the run of an autoencoder."""
     settings = source.settings()
@@ -232,34 +244,16 @@ def claim_run(args: argparse.Namespace, source: Source, model: Autoencoder) -> N
     )
 
 
-def check_semantic_source(source: Source) -> None:
-    """`UserError` for pictures of which is not known what is where."""
-    for part in source.sources:
-        if not isinstance(part, Stickers):
-            raise UserError("--semantic-latents needs --data stickers alone")
-        check_semantics(len(part.collection.first(part.num_nouns)))
-
-
-def semantic_batch(
-    source: SemanticSource, number: int, args: argparse.Namespace, *, factor: int
-) -> Batch:
-    """Crops and what is where in them."""
-    pictures, semantics = semantic_crops(
-        source, number, count=args.batch_size, size=args.crop, seed=args.seed, factor=factor
-    )
-    maps = {"semantics": semantics, "regions": things_at(semantics)}
-    return {"pictures": pictures} | {name: mx.array(value) for name, value in maps.items()}
-
-
 def main() -> int:
     args = parse()
     start = args.init_from and find_folder(args.init_from)
     latents = args.encoder and find_folder(args.encoder)
     source = open_source(args, seed=args.seed, run_dir=args.run_dir)
-    if args.semantic_latents:
-        check_semantic_source(source)
+    stickers = semantic_source(source) if args.semantic_latents else None
     mx.random.seed(args.seed)
-    model, encoder = open_models(args, start, latents, picture_channels=source.channels)
+    model, encoder = open_models(
+        args, start, latents, picture_channels=source.channels, stickers=stickers
+    )
     claim_run(args, source, model)
     held_out = source.validation()
     validation, _ = (held_out or source).batch(0, VALIDATION_PICTURES)
@@ -281,7 +275,7 @@ def main() -> int:
         sheet.save(trainer.sample_path("reconstructions"))
         found = {metric: psnr(decoded, validation)}
         if true is not None:
-            found["validation_right"] = right_share(read[..., -SEMANTIC_CHANNELS:], true)
+            found["validation_right"] = right_share(read[..., -CHANNELS:], true)
         return found
 
     if not args.init_from and latest_checkpoint(args.run_dir) is None:
@@ -290,8 +284,10 @@ def main() -> int:
     ahead: Any = Prefetched(source)
 
     def batches(number: int) -> Batch:
-        if args.semantic_latents:
-            return semantic_batch(ahead, number, args, factor=model.config.downsampling)
+        if stickers:
+            pictures, _ = ahead.batch(number, args.batch_size)
+            maps = ahead.semantics(number, args.batch_size, factor=model.config.downsampling)
+            return {"pictures": from_uint8(pictures), "semantics": mx.array(maps)}
         pictures = crops(ahead, number, count=args.batch_size, size=args.crop, seed=args.seed)
         if encoder is None:
             return {"pictures": pictures}
@@ -303,7 +299,7 @@ def main() -> int:
             args.kl_weight,
             decoder_only=args.decoder_only or args.semantic_latents,
             semantics_frozen=args.decoder_only,
-            semantic_weights=LOSS_WEIGHTS,
+            semantic_weights=loss_weights(),
         ),
         batches=batches,
         config=TrainingConfig(

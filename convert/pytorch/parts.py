@@ -5,13 +5,27 @@ Twins of `networks.autoencoders.convolutional.Decoder` and of
 `convert.pytorch.layers`.
 """
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert.pytorch.attention import Attend, attend_fused
 from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bias
-from mlx_snapgen.config import PLACE, AutoencoderConfig, TextEncoderConfig
+from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
+from mlx_snapgen.semantics import (
+    CHANNELS,
+    COLOR,
+    EDGE,
+    GROUND,
+    MIDDLE,
+    PLACE,
+    THING,
+    SemanticConfig,
+    codes,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -46,23 +60,81 @@ class LatentDecoder(nn.Module):
         return latents * self.std + self.mean
 
 
-class SemanticTable(nn.Module):
-    """Semantic latents (B, S, h, w) -> features (B, C, h, w) of what they mean at a place."""
+def nearest(semantics: Tensor, part: slice, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """The nearest codes in the channels `part` of semantics (B, S, h, w), of the first `count`.
 
-    def __init__(self, channels: int, config: AutoencoderConfig):
+    Returns:
+        Indices, int (B, h, w), and whether the code is there, bool (B, 1, h, w).
+    """
+    channels = part.stop - part.start
+    known = torch.from_numpy(codes(channels)[:count].copy()).to(semantics)
+    found = F.conv2d(semantics[:, part], known[:, :, None, None])
+    best, index = found.max(1, keepdim=True)
+    return index[:, 0], best > channels / 2
+
+
+def looked_up(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (N, C) of a table at index (B, h, w) -> (B, C, h, w)."""
+    return F.embedding(index, rows).permute(0, 3, 1, 2)
+
+
+class ThingTable(nn.Module):
+    """How known things look: semantic latents (B, S, h, w) -> latents of appearance."""
+
+    def __init__(self, config: SemanticConfig):
         super().__init__()
-        keys, rank = config.semantic_keys, config.semantic_rank
-        self.key = linear(config.semantic_channels - (PLACE.stop - PLACE.start), keys)
-        self.things = linear(keys, rank)
-        self.waves = linear(2, rank // 4, bias=False)
-        self.places = linear(rank // 2, rank)
-        self.out = linear(rank, channels)
+        self.count, self.sides = config.things, config.sides
+        self.starts = list(itertools.accumulate((s**2 for s in config.sides), initial=0))
+        self.things = nn.Embedding(config.things * self.starts[-1], config.appearance_channels)
+        self.empty = nn.Parameter(torch.zeros(config.appearance_channels))
 
     def forward(self, semantics: Tensor) -> Tensor:
-        codes = torch.cat([semantics[:, : PLACE.start], semantics[:, PLACE.stop :]], dim=1)
-        waves = self.waves(semantics[:, PLACE])
-        places = self.places(torch.cat([torch.sin(waves), torch.cos(waves)], dim=1))
-        return self.out(self.things(torch.sigmoid(self.key(codes))) * places)
+        thing, is_there = nearest(semantics, THING, self.count)
+        place = semantics[:, PLACE]
+        sizes = torch.tensor([math.log2(side / MIDDLE) for side in self.sides]).to(place)
+        kind = (-(place[:, 2:] - sizes.reshape(1, -1, 1, 1)).abs()).argmax(1)
+        # Tables of numbers that float16 would round.
+        side = torch.tensor(self.sides)[kind]
+        column, row = (
+            torch.minimum(((place[:, i] / EDGE + 1) * 0.5 * side).floor().clamp(min=0), side - 1.0)
+            for i in (0, 1)
+        )
+        first = thing * self.starts[-1] + torch.tensor(self.starts)[kind]
+        known = looked_up(self.things.weight, first + row.int() * side + column.int())
+        return torch.where(is_there, known, self.empty.reshape(1, -1, 1, 1))
+
+
+class Paint(nn.Module):
+    """Paints known things and lays them over a background: pictures (B, 4, H, W)."""
+
+    def __init__(self, config: SemanticConfig, factor: int):
+        super().__init__()
+        width, colors = config.paint_width, len(codes(COLOR.stop - COLOR.start))
+        self.count, self.factor = config.things, factor
+        self.pixel = linear(4, width)
+        self.thing = nn.Embedding(config.things, width)
+        self.color, self.color_again = nn.Embedding(colors, width), nn.Embedding(colors, width)
+        self.layers = nn.ModuleList(linear(width, width) for _ in range(2))
+        self.out = linear(width, 4)
+        self.grounds = nn.Parameter(torch.zeros(colors, 4))
+
+    def forward(self, pictures: Tensor, semantics: Tensor) -> Tensor:
+        def enlarged(x: Tensor) -> Tensor:
+            return F.interpolate(x, scale_factor=self.factor, mode="nearest")
+
+        thing, is_thing = nearest(semantics, THING, self.count)
+        color, is_painted = nearest(semantics, COLOR)
+        both = looked_up(self.thing.weight, thing) + looked_up(self.color.weight, color)
+        x = self.layers[0](F.leaky_relu(self.pixel(pictures) + enlarged(both), 0.1))
+        x = F.leaky_relu(x + enlarged(looked_up(self.color_again.weight, color)), 0.1)
+        x = x + F.leaky_relu(self.layers[1](x), 0.1)
+        painted = enlarged((is_thing & is_painted).to(x))
+        pictures = pictures + painted * self.out(x)
+
+        ground, is_ground = nearest(semantics, GROUND)
+        below = (looked_up(self.grounds, ground) + 1) * is_ground.to(x)
+        visible = 1 - ((pictures[:, 3:] + 1) / 2).clamp(0, 1)
+        return pictures + visible * enlarged(below)
 
 
 class Decoder(LatentDecoder):
@@ -71,9 +143,13 @@ class Decoder(LatentDecoder):
     def __init__(self, config: AutoencoderConfig):
         super().__init__(config)
         channels, self.levels = config.decoder_channels, len(config.decoder_channels)
-        self.inp = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        if config.semantic_rank:
-            self.table = SemanticTable(channels[0], config)
+        self.inp = nn.Conv2d(config.appearance_channels, channels[0], 3, padding=1)
+        if config.semantics:
+            self.table, self.paint = (
+                ThingTable(config.semantics),
+                Paint(config.semantics, config.downsampling),
+            )
+            self.missing = config.appearance_channels + CHANNELS - config.latent_channels
         for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
             blocks = nn.ModuleList(ResidualBlock(width) for _ in range(count))
             self.add_module(f"blocks{i}", blocks)
@@ -83,9 +159,16 @@ class Decoder(LatentDecoder):
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = self.denormalize(latents)
+        if not self.config.semantics:
+            return self.draw(latents)
+        appearance, semantics = latents[:, :-CHANNELS], latents[:, -CHANNELS:]
+        known = self.table(semantics)
+        appearance = F.pad(appearance, (0, 0, 0, 0, 0, self.missing))
+        return self.paint(self.draw(known + appearance), semantics)
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """Pictures of latents of appearance."""
         x = self.inp(latents)
-        if self.config.semantic_rank:
-            x = x + self.table(latents[:, -self.config.semantic_channels :])
         for i in range(1, self.levels + 1):
             for block in self.get_submodule(f"blocks{i}").children():
                 x = block(x)

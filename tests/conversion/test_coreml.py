@@ -31,7 +31,8 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.pictures import psnr
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
-from tests.tiny import MODEL, TEXT, TRANSFORMER, make_components, require
+from mlx_snapgen.semantics import COLOR, GROUND, PLACE, THING, SemanticConfig, codes
+from tests.tiny import MODEL, TEXT, TRANSFORMER, make_components, randomize, require
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
@@ -210,23 +211,30 @@ def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, e
     config = dataclasses.replace(
         model.autoencoder.config,
         picture_channels=4,
-        latent_channels=16,
-        latents_mean=(0.1,) * 16,
-        latents_std=(0.7,) * 16,
-        semantic_channels=14,
-        semantic_keys=10,
-        semantic_rank=8,
+        latent_channels=25,
+        latents_mean=(0.1,) * 25,
+        latents_std=(1.5,) * 25,
+        semantics=SemanticConfig(9, (2, 4), appearance_channels=8, paint_width=6),
     )
-    network = dataclasses.replace(model.transformer.config, latent_channels=16)
+    network = dataclasses.replace(model.transformer.config, latent_channels=25)
     changed = dataclasses.replace(
         model.config, autoencoder=config, transformer=network, image_size=(64, 64)
     )
     made = dataclasses.replace(make_components(changed), vocabulary=None)
     sharpen(made)
-    out = made.autoencoder.decoder.table.out
-    out.weight = mx.random.normal(out.weight.shape, key=mx.random.key(3))
+    randomize(made.autoencoder.decoder, 3)
     exporter.export_coreml(made, tmp_path / "packages", ExportSettings())
-    latents = 2 * mx.random.normal((1, 8, 8, 16), key=mx.random.key(2))
+    # What is there, and in which place of the table, must not depend on rounding.
+    rng = np.random.default_rng(2)
+    latents = rng.normal(size=(1, 8, 8, 25))
+    for part, count in ((THING, 9), (COLOR, 24), (GROUND, 24)):
+        known = codes(part.stop - part.start)[rng.integers(count, size=(8, 8))]
+        latents[0, ..., 6:][..., part] = known * (rng.random((8, 8, 1)) < 0.7)
+    places = [(2 * k + 1) / 4 - 1 for k in range(4)]
+    latents[0, ..., 6:][..., PLACE] = np.stack(
+        [*1.7 * rng.choice(places, (2, 8, 8)), np.log2(rng.choice([2, 4], (8, 8)) / 6)], axis=-1
+    )
+    latents = (mx.array(latents.astype(np.float32)) - 0.1) / 1.5
     given = {"latents": latents.transpose(0, 3, 1, 2)}
     found = run(tmp_path / "packages" / "Decoder.mlpackage", **given)["picture"]
     assert found.shape == (1, 4, 64, 64)

@@ -22,6 +22,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.networks.text_encoders.base import TextStates
 from mlx_snapgen.networks.text_encoders.sentencepiece import ACTIVATIONS, TransformerTextEncoder
+from mlx_snapgen.semantics import SemanticConfig
 from mlx_snapgen.settings import parse_width
 from tests.tiny import AUTOENCODER, TEXT, TRANSFORMER, randomize
 
@@ -146,12 +147,11 @@ RGBA_16 = {
 
 
 SEMANTIC = {
-    "latent_channels": 16,
-    "semantic_channels": 13,
-    "semantic_keys": 10,
-    "semantic_rank": 8,
-    "latents_mean": (0.1,) * 16,
-    "latents_std": (0.7,) * 16,
+    "latent_channels": 25,
+    "picture_channels": 4,
+    "semantics": SemanticConfig(9, (2, 4), appearance_channels=8, paint_width=6),
+    "latents_mean": (0.1,) * 25,
+    "latents_std": (1.5,) * 25,
 }
 
 

@@ -41,7 +41,7 @@ FLOORS = {
         picture_files presets
         formats
         config public_config json_values files pictures reading sampling
-        alpha description vocabulary
+        alpha description semantics vocabulary
         errors
         _blas _interrupts _kernel_cache _terminal _version
     """,
@@ -59,8 +59,8 @@ FLOORS = {
         flux2 colors
         convolutional dc_ae kl pixels qwen_image taehv
         layerwise
-        residual
-        base tiling
+        residual semantics
+        base blocks tiling
     """,
     "mlx_snapgen.networks.text_encoders": """
         clip gemma qwen t5
@@ -147,6 +147,7 @@ FLOORS = {
         captions
     """,
     "train.data.stickers": """
+        known_things
         model
         source
         render

@@ -21,15 +21,28 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
+from mlx_snapgen.networks.autoencoders.semantics import Paint, nearest
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
+from mlx_snapgen.semantics import (
+    CHANNELS,
+    COLOR,
+    GROUND,
+    PLACE,
+    THING,
+    SemanticConfig,
+    codes,
+)
 from tests.tiny import randomize, tokenizer_bytes
 from tests.training.test_prepare import write_pictures
 from train import autoencoder as command
 from train import new
 from train.data.open import open_data
-from train.data.stickers.semantics import table_keys
+from train.data.stickers import render as rendering
+from train.data.stickers.known_things import known_scenes, semantics_of, start_known_things
+from train.data.stickers.semantics import semantic_map
+from train.data.stickers.source import Stickers, draw_scenes
 from train.loop.autoencoder import (
     keep_statistics,
     kept_statistics,
@@ -40,8 +53,7 @@ from train.loop.autoencoder import (
 from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.loop.principal_components import start_from_components
 from train.loop.run import claim
-from train.objectives import autoencoder as objectives
-from train.objectives.autoencoder import Reconstruction, decoder_noise, noisy_means
+from train.objectives.autoencoder import Reconstruction, semantic_latents
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
 
@@ -179,7 +191,7 @@ def test_the_start_of_pictures_of_several_shapes(uncompiled, tmp_path, monkeypat
 # --- training the decoder alone -----------------------------------------------------------------
 
 FOUR = {"latent_channels": 4, "encoder_channels": (8, 8, 8, 8), "decoder_channels": (8, 8, 8, 8)}
-TABLE = {"latent_channels": 16, "semantic_channels": 14, "semantic_keys": 8, "semantic_rank": 8}
+SEMANTIC = SemanticConfig(3, (2, 4), head_blocks=2, appearance_channels=4, paint_width=8)
 KINDS = {
     "convolutional": CONFIG,
     "qwen-image": AutoencoderConfig(
@@ -375,35 +387,133 @@ def test_fewer_latents_are_the_first_ones_and_new_blocks_the_identity():
 
 
 def semantic_start():
-    """An autoencoder of 4 latents and one with 2 of them and 14 semantic ones."""
-    config = dataclasses.replace(CONFIG, latents_mean=(0.5, 0, 1, -1), latents_std=(2, 0.5, 1, 3))
+    """An autoencoder of 4 latents and one with 2 of them and semantic ones for 3 things."""
+    config = dataclasses.replace(
+        CONFIG,
+        picture_channels=4,
+        latents_mean=(0.5, 0, 1, -1),
+        latents_std=(2, 0.5, 1, 3),
+    )
     large = randomize(ConvolutionalAutoencoder(config), 0)
-    more = {"semantic_channels": 14, "keys": table_keys(), "decoder_blocks": 4}
-    return large, with_other_latents(large, latent_channels=2, **more)
+    return large, with_other_latents(large, latent_channels=2, semantics=SEMANTIC, decoder_blocks=4)
 
 
-def test_semantic_latents_start_as_zero_and_the_others_as_they_were():
+def maps_of(things, colors=None, grounds=None):
+    """Semantic latents (B, h, w, 19) of numbers (B, h, w) of things, from 1, in the middle of 2x2.
+
+    Colors and grounds are numbers from 1 too; 0 is none.
+    """
+    things = np.array(things)
+    parts = [(THING, things), (COLOR, colors), (GROUND, grounds)]
+    found = np.zeros((*things.shape, CHANNELS), np.float32)
+    for part, numbers in parts:
+        known = np.concatenate(
+            [np.zeros((1, part.stop - part.start)), codes(part.stop - part.start)]
+        )
+        found[..., part] = known[np.zeros_like(things) if numbers is None else np.array(numbers)]
+    found[..., PLACE] = 0.1, 0.1, np.log2(2 / 6)
+    return mx.array(found)
+
+
+def test_semantic_latents_leave_the_others_as_they_were():
+    """Nothing is known where there is no code: the other latents are those of before there, less
+    the ones of an empty place, and the decoder draws from these what it drew before."""
     large, found = semantic_start()
     config = found.config
-    assert (config.latent_channels, config.semantic_channels) == (16, 14)
+    assert (config.latent_channels, config.appearance_channels) == (21, 4)
     assert (config.encoder_blocks, config.decoder_blocks) == ((1, 2), (4, 2, 1))
-    assert config.latents_std == (2, 0.5, *[1] * 14)
-    pictures = mx.random.uniform(-1, 1, (2, 16, 24, 3))
+    assert config.latents_mean == (0,) * 21 and config.latents_std == (2, 0.5, *[1] * 19)
+    found.encoder.semantics.out.weight *= 0
+    found.encoder.semantics.out.bias *= 0
+    found.decoder.table.empty = mx.array([0.1, 0.2, 0.3, 0.4])
+    pictures = mx.random.uniform(-1, 1, (2, 16, 24, 4))
     mean, log_var = found.encoder(pictures)
-    assert log_var.shape == mean.shape
-    expected = np.array(large.encoder(pictures)[0])[..., :2]
-    np.testing.assert_allclose(np.array(mean)[..., :2], expected, atol=1e-6)
-    assert not np.array(mean)[..., 2:].any()
-    key = found.decoder.table.key
-    for value, expected in zip((key.weight, key.bias), table_keys(), strict=True):
-        np.testing.assert_array_equal(np.array(value), expected)
-    first = mx.pad(mean[..., :2], [(0, 0), (0, 0), (0, 0), (0, 2)])
-    noisy = mean.at[..., 2:].add(1)
+    assert log_var.shape == mean.shape == (2, 2, 3, 23)
+    before = large.encoder(pictures)[0]
+    np.testing.assert_allclose(np.array(mean)[..., :4], np.array(before), atol=1e-6)
+    latents = found.latents(pictures)
     np.testing.assert_allclose(
-        np.array(found.decoder(noisy)), np.array(large.decoder(first)), atol=1e-5
+        np.array(latents)[..., :2], np.array(before)[..., :2] - [0.1, 0.2], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        np.array(found.encode(pictures))[..., :2], np.array(latents)[..., :2] / [2, 0.5], atol=1e-6
+    )
+    seen = mx.concatenate(
+        [before[..., :2], mx.broadcast_to(mx.array([0.3, 0.4]), (2, 2, 3, 2))], -1
+    )
+    np.testing.assert_allclose(
+        np.array(found.decoder(latents)), np.array(large.decoder(seen)), atol=1e-5
     )
     with pytest.raises(UserError, match="there already: omit --latent-channels"):
         with_other_latents(found, latent_channels=1)
+
+
+def test_latents_of_appearance_are_zero_where_a_code_tells_all():
+    """The background's code tells whether all is known at a place."""
+    found = semantic_start()[1]
+    found.encoder.semantics.out.weight *= 0
+    bias = np.zeros(CHANNELS, np.float32)
+    bias[GROUND] = 0.9 * codes(4)[7]
+    pictures = mx.random.uniform(-1, 1, (1, 16, 16, 4))
+    found.encoder.semantics.out.bias = mx.array(bias)
+    assert not np.array(found.latents(pictures))[..., :2].any()
+    found.encoder.semantics.out.bias = mx.array(0.5 * bias)
+    assert np.array(found.latents(pictures))[..., :2].all()
+
+
+def test_the_table_has_a_row_for_each_thing_size_and_place(fluent_pictures):
+    """All are met once in the scenes it starts with; a row is what the encoder sees there, also if
+    the codes and places are not exact."""
+    source = Stickers(num_nouns=12, pictures=rendering.find_pictures(fluent_pictures))
+    config = dataclasses.replace(
+        FLUENT_AUTOENCODER, latent_channels=6, encoder_channels=(8, 8, 8), latents_std=(1,) * 6
+    )
+    model = with_other_latents(
+        randomize(ConvolutionalAutoencoder(dataclasses.replace(config, latents_mean=(0,) * 6)), 0),
+        semantics=semantics_of(source, 16),
+    )
+    start_known_things(model, source)
+    table, rng = model.decoder.table, np.random.default_rng(0)
+    rows = np.array(table.things.weight)
+    assert len(rows) == 12 * sum(side**2 for side in (2, 4, 6, 8, 10, 12, 14, 16))
+    met = np.zeros(len(rows), int)
+    for scene in known_scenes(source):
+        latents = np.array(model.encoder(from_uint8(draw_scenes([scene])[0]))[0])[..., :6]
+        true = semantic_map(scene, 16)
+        noisy = mx.array(true + rng.uniform(-0.04, 0.04, true.shape).astype(np.float32))[None]
+        thing, is_there = nearest(noisy[..., THING], 12)
+        found = np.array(table.rows(thing, noisy[..., PLACE]))[np.array(is_there)]
+        met[found] += 1
+        np.testing.assert_allclose(rows[found], latents[np.array(is_there)], atol=1e-4)
+        empty = np.array(table(noisy) - table.empty)[~np.array(is_there)]
+        assert not empty.any()
+    assert (met == 1).all()
+    grounds = np.array(model.decoder.paint.grounds)
+    named = list(source.collection.backgrounds)
+    np.testing.assert_allclose(grounds[named.index("white")], 1)
+    np.testing.assert_allclose(
+        grounds[named.index("red")], np.array([222, 52, 46, 255]) / 127.5 - 1, atol=1e-6
+    )
+    np.testing.assert_allclose(grounds[named.index("transparent")], -1)
+
+
+def test_things_are_painted_where_they_have_a_color_and_lie_on_the_background():
+    """Half-transparent pictures over a background of a code; only painted things change more."""
+    paint = randomize(Paint(SEMANTIC), 2)
+    pictures = mx.random.uniform(-1, 1, (1, 8, 8, 4), key=mx.random.key(0))
+    plain = maps_of([[[0, 2], [2, 0]]])
+    np.testing.assert_allclose(np.array(paint(pictures, plain)), np.array(pictures), atol=1e-6)
+    colored = maps_of([[[0, 2], [2, 0]]], colors=[[[3, 3], [0, 0]]])
+    changed = np.abs(np.array(paint(pictures, colored) - pictures)).max(-1)[0] > 1e-6
+    expected = np.zeros((8, 8), bool)
+    expected[:4, 4:] = True
+    np.testing.assert_array_equal(changed, expected)
+    other = np.array(paint(pictures, maps_of([[[0, 3], [2, 0]]], colors=[[[3, 3], [0, 0]]])))
+    assert np.abs(other - np.array(paint(pictures, colored)))[0, :4, 4:].max() > 1e-3
+    on_ground = np.array(paint(pictures, maps_of([[[0, 2], [2, 0]]], grounds=[[[5] * 2] * 2])))
+    alpha = (np.array(pictures)[..., 3:] + 1) / 2
+    over = np.array(pictures) + 1 + (1 - alpha) * (np.array(paint.grounds)[4] + 1) - 1
+    np.testing.assert_allclose(on_ground, over, atol=1e-5)
 
 
 def test_semantic_latents_are_made_of_all_normalized_latents():
@@ -426,110 +536,70 @@ def test_semantic_latents_learn_alone():
     """What is where reaches their part of the encoder, the pictures the decoder; nothing reaches
     what makes the other latents."""
     model = randomize(semantic_start()[1], 5)
-    pictures = mx.random.uniform(-1, 1, (2, 16, 16, 3), key=mx.random.key(0))
-    met = model.encoder(pictures)[0][..., 2:]
+    pictures = mx.random.uniform(-1, 1, (2, 16, 16, 4), key=mx.random.key(0))
+    true = maps_of([[[0, 2], [1, 0]], [[3, 0], [0, 1]]], [[[2] * 2] * 2] * 2, [[[4] * 2] * 2] * 2)
     objective = Reconstruction(1e-3, decoder_only=True)
 
     def gradients(semantics):
-        batch = {"pictures": pictures, "semantics": semantics, "regions": mx.zeros((2, 2, 2))}
+        batch = {"pictures": pictures, "semantics": semantics}
         grads, metrics = objective.gradients(model, batch, mx.random.key(1), None)
         return dict(tree_flatten(grads)), metrics
 
-    same, metrics = gradients(met)
-    other, worse = gradients(met + 0.1)
-    assert metrics["semantic_mse"].item() < 1e-10
-    np.testing.assert_allclose(worse["semantic_mse"].item(), 0.01, rtol=1e-3)
-    for name, value in same.items():
-        size, change = (mx.abs(v).max().item() for v in (value, other[name] - value))
-        assert (size > 1e-6) == name.startswith("decoder"), name
-        assert (change > 1e-6) == name.startswith(("encoder.semantics", "decoder")), name
-    # Of a mean over 14 channels of squared distances of -0.1.
-    bias = np.array(other["encoder.semantics.out.bias"])
-    np.testing.assert_allclose(bias, -2 * 0.1 / 14, atol=1e-6)
+    read = model.encoder(pictures)[0][..., -CHANNELS:]
+    found, metrics = gradients(true)
+    error = np.array(read - true)
+    np.testing.assert_allclose(metrics["semantic_mse"].item(), np.square(error).mean(), rtol=1e-4)
+    for name, value in found.items():
+        size = mx.abs(value).max().item()
+        assert (size > 0) == name.startswith(("encoder.semantics", "decoder")), name
+    bias = np.array(found["encoder.semantics.out.bias"])
+    np.testing.assert_allclose(bias, 2 * error.mean((0, 1, 2)) / CHANNELS, atol=1e-5)
     objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)
-    for name, value in gradients(met + 0.1)[0].items():
+    for name, value in gradients(true)[0].items():
         assert (mx.abs(value).max().item() > 0) == name.startswith("decoder"), name
 
 
-def test_a_decoder_of_semantic_latents_hears_more_noise():
-    """Up to .7 standard deviations on the first ones, up to .3 on the semantic ones."""
-    config = semantic_start()[1].config
-    noise = np.array(decoder_noise(config, 1000, mx.random.key(0)))
-    assert noise.shape == (1000, 1, 1, 16)
-    np.testing.assert_allclose(noise.max((0, 1, 2)), [0.7] * 2 + [0.3] * 14, rtol=0.01)
-    np.testing.assert_allclose(noise.mean((0, 1, 2)), [0.35] * 2 + [0.15] * 14, rtol=0.1)
-    assert (noise[..., 0] == noise[..., 1]).all() and (noise[..., 2:] == noise[..., 2:3]).all()
-    assert decoder_noise(CONFIG, 1000, mx.random.key(0)).item() == pytest.approx(0.1)
+def test_a_decoder_gets_codes_or_latents_of_appearance():
+    """In .3 of the pictures nothing is known, and elsewhere nothing where the background has no
+    code."""
+    model = randomize(semantic_start()[1], 5)
+    appearance = mx.random.normal((400, 2, 2, 4), key=mx.random.key(1))
+    true = maps_of([[[0, 2], [1, 0]]] * 400, grounds=[[[0, 4], [4, 4]]] * 400)
+    found = np.array(semantic_latents(model, appearance, true, mx.random.key(2)))
+    other = np.array(appearance - model.decoder.table.empty)[..., :2]
+    unknown = ~found[..., 2:].any(-1)
+    assert unknown[:, 0, 0].all() and (unknown[:, 0, 1] == unknown[:, 1, 1]).all()
+    assert 0.2 < unknown[:, 0, 1].mean() < 0.4
+    np.testing.assert_allclose(found[unknown][:, :2], other[unknown], atol=1e-6)
+    assert not found[~unknown][:, :2].any()
+    np.testing.assert_array_equal(found[~unknown][:, 2:], np.array(true)[~unknown])
 
 
-def test_semantic_latents_of_many_latents_and_few_features():
-    config = AutoencoderConfig(latent_channels=32, encoder_channels=(8, 8), latents_std=(2,) * 32)
-    model = with_other_latents(randomize(ConvolutionalAutoencoder(config), 0), semantic_channels=10)
-    assert model.encode(mx.zeros((1, 16, 16, 3))).shape == (1, 2, 2, 42)
+SEMANTIC_16 = {"latent_channels": 21, "picture_channels": 4, "semantics": SEMANTIC}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "taehv", "semantic_channels": 3, **FOUR}, "of the kind taehv are not semantic"),
-        ({"semantic_channels": 8}, "8 of 8 latent channels cannot be semantic"),
-        ({"semantic_blocks": 2}, "semantic_blocks need semantic_channels"),
-        ({"semantic_keys": 2}, "semantic_keys need semantic_channels"),
-        (TABLE | {"semantic_channels": 10}, "semantic_rank needs more than 10 semantic_channels"),
-        (TABLE | {"semantic_rank": 6}, "semantic_rank needs semantic_keys and must be a multiple"),
-        (TABLE | {"semantic_keys": 0}, "semantic_rank needs semantic_keys and must be a multiple"),
+        (FOUR | {"kind": "taehv", "semantics": SEMANTIC}, "of the kind taehv are not semantic"),
+        (SEMANTIC_16 | {"picture_channels": 3}, "semantic latents need pictures with alpha"),
+        (SEMANTIC_16 | {"latent_channels": 19}, "there are 20 to 23 latent_channels, not 19"),
+        (SEMANTIC_16 | {"latent_channels": 24}, "there are 20 to 23 latent_channels, not 24"),
     ],
 )
 def test_configs_of_semantic_latents(options, message):
+    assert AutoencoderConfig(**SEMANTIC_16).appearance_channels == 4
     with pytest.raises(UserError, match=message):
         AutoencoderConfig(**options)
 
 
-def test_means_in_things_have_noise_that_is_the_same_in_a_thing(monkeypatch):
-    """Uniform from 0 to `THING_NOISE` times a normal number, and none where no thing is."""
-    latents = np.random.default_rng(0).normal(size=(500, 3, 4, 2)).astype(np.float32)
-    latents[..., 1] *= 3
-    regions = np.array([[[0, 1, 1, 2]] * 3, [[5, 5, 0, 0], [0] * 4, [3] * 4]] * 250)
-    given = mx.array(latents), mx.array(regions), mx.random.key(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(objectives, "THING_NOISE", 0.0)
-        means = np.array(noisy_means(*given))
-    noise = np.array(noisy_means(*given)) - means
-    of_things = []
-    for k, numbers in enumerate(regions):
-        for number in np.unique(numbers):
-            inside = numbers == number
-            mean = np.broadcast_to(latents[k][inside].mean(0), (inside.sum(), 2))
-            np.testing.assert_allclose(means[k][inside], mean, atol=1e-6)
-            same = np.broadcast_to(noise[k][inside][0], (inside.sum(), 2))
-            np.testing.assert_allclose(noise[k][inside], same, atol=1e-5)
-            of_things += [noise[k][inside][0]] if number else []
-        assert not noise[k][numbers == 0].any()
-    # The mean square of a uniform number is 1/3.
-    found = np.std(of_things, axis=0) * 3**0.5
-    np.testing.assert_allclose(found, [1, 3], rtol=0.1)
-
-
-def test_a_decoder_of_semantic_latents_gets_the_truth_and_mostly_means(monkeypatch):
-    """What is where as given, not as encoded; the other latents as means in .8 of the pictures."""
-    model, seen = randomize(semantic_start()[1], 5), []
-    monkeypatch.setattr(objectives, "SEMANTIC_NOISE", 0.0)
-    monkeypatch.setattr(objectives, "APPEARANCE_NOISE", 0.0)
-    monkeypatch.setattr(objectives, "THING_NOISE", 0.0)
-    decoder = model.decoder
-    monkeypatch.setattr(model, "decoder", lambda x: seen.append(x) or decoder(x))
-    pictures = mx.random.uniform(-1, 1, (200, 16, 16, 3), key=mx.random.key(0))
-    batch = {"pictures": pictures, "semantics": mx.random.normal((200, 2, 2, 14))}
-    batch["regions"] = mx.array([[[0, 0], [1, 2]]] * 200)
-    Reconstruction(1e-3, decoder_only=True).loss(model, batch, mx.random.key(1), None)
-    latents = np.array(seen[0])
-    np.testing.assert_array_equal(latents[..., 2:], np.array(batch["semantics"]))
-    encoded = np.array(model.encoder(pictures)[0])[..., :2]
-    as_means = encoded.copy()
-    as_means[:, 0] = encoded[:, 0].mean(1, keepdims=True)
-    is_mean = np.abs(latents[..., :2] - as_means).max((1, 2, 3)) < 1e-5
-    is_same = np.abs(latents[..., :2] - encoded).max((1, 2, 3)) < 1e-5
-    assert (is_mean ^ is_same).all() and 0.7 < is_mean.mean() < 0.9
+@pytest.mark.parametrize(
+    ("things", "sides", "message"),
+    [(0, (2,), "codes for 1 to 240 things"), (241, (2,), "codes for 1 to 240"), (3, (), "sides")],
+)
+def test_sizes_of_semantic_latents(things, sides, message):
+    with pytest.raises(UserError, match=message):
+        SemanticConfig(things, sides)
 
 
 def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path, monkeypatch):
@@ -546,64 +616,59 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
         command.main()
 
     run("start", "--crop", 32, "--factor", 16, "--channels", 8, "--latent-channels", 6)
-    given = ["--semantic-latents", "--init-from", tmp_path / "start", "--crop", 64]
-    given += ["--latent-channels", 4, "--decoder-blocks", 3]
-    run("semantic", *given)
+    given = ["--semantic-latents", "--init-from", tmp_path / "start"]
+    more = [*given, "--latent-channels", 4, "--decoder-blocks", 3]
+    run("semantic", *more)
     scored = []
     with monkeypatch.context() as patch:
         patch.setattr(command, "right_share", lambda *maps: scored.append(maps) or 0.25)
-        run("semantic", *given, steps=2)
+        run("semantic", *more, steps=2)
     entry = read_log(tmp_path / "semantic")[-1]
     assert entry["step"] == 2 and "validation_psnr" in entry
     assert entry["validation_right"] == 0.25
-    for steps in (1, 2):
-        run("muon", *given, "--optimizer", "muon", steps=steps)
-    with pytest.raises(UserError, match="was trained with --optimizer muon, not adamw"):
-        run("muon", *given, steps=3)
     source = open_data([data], size=(256, 256), unit=32, seed=1)
     before, after = (load_autoencoder(tmp_path / n, source) for n in ("start", "semantic"))
-    assert (after.config.latent_channels, after.config.semantic_channels) == (18, 14)
-    assert (after.config.semantic_keys, after.config.semantic_rank) == (264, 512)
+    config = after.config
+    assert (config.latent_channels, config.semantics.things) == (23, 12)
+    assert config.semantics.sides == (2, 4, 6, 8, 10, 12, 14, 16)
+    assert config.latents_mean == (0,) * 23 and config.latents_std[4:] == (1,) * 19
+    assert all(0.1 < std < 2 for std in config.latents_std[:4])
     pictures, _ = source.validation().batch(0, 2)
-    read = np.array(after.encoder(from_uint8(pictures))[0])[..., 4:]
+    read = np.array(after.encoder(from_uint8(pictures))[0])[..., -19:]
     np.testing.assert_allclose(scored[-1][0], read, atol=1e-5)  # of the averages, as loaded
     true = source.validation().semantics(0, 2, factor=16)
     np.testing.assert_array_equal(scored[-1][1], true)
     picture = mx.random.uniform(-1, 1, (1, 64, 64, 4))
-    kept = np.array(before.encoder(picture)[0])[..., :4]
-    np.testing.assert_allclose(np.array(after.encoder(picture)[0])[..., :4], kept, atol=1e-5)
-    run("on", "--semantic-latents", "--init-from", tmp_path / "semantic", "--crop", 64)
-    assert load_autoencoder(tmp_path / "on", source).config.semantic_channels == 14
-    with pytest.raises(UserError, match="a run with other --semantic-latents"):
-        run("on", "--decoder-only", "--init-from", tmp_path / "semantic", "--crop", 64, steps=2)
-    run("decoder", "--decoder-only", "--init-from", tmp_path / "semantic", "--crop", 64)
-    alone = load_autoencoder(tmp_path / "decoder", source)
-    kept = np.array(after.encoder(picture)[0])
-    np.testing.assert_allclose(np.array(alone.encoder(picture)[0]), kept, atol=1e-5)
-    run("codes", "--decoder-only", *given[:2], tmp_path / "semantic", "--crop", 64)
+    kept = np.array(before.encoder(picture)[0])
+    np.testing.assert_allclose(np.array(after.encoder(picture)[0])[..., :6], kept, atol=1e-5)
+    # The table started with what the encoder sees, and hardly moved.
+    table = np.array(after.decoder.table.things.weight)
+    start_known_things(after, source.sources[0])
+    np.testing.assert_allclose(table, np.array(after.decoder.table.things.weight), atol=0.01)
+    again = ["--semantic-latents", "--init-from", tmp_path / "semantic"]
+    run("on", *again)
+    assert load_autoencoder(tmp_path / "on", source).config == config
+    with pytest.raises(UserError, match="a run with other --decoder-only"):
+        run("on", "--decoder-only", *again, steps=2)
+    run("codes", "--decoder-only", *again)
     codes = load_autoencoder(tmp_path / "codes", source)
+    kept = np.array(load_autoencoder(tmp_path / "semantic", source).encoder(picture)[0])
     np.testing.assert_array_equal(np.array(codes.encoder(picture)[0]), kept)
     assert not mx.array_equal(codes.decoder.inp.weight, after.decoder.inp.weight)
     with pytest.raises(UserError, match="start has no semantic latents yet: omit --decoder-only"):
         run("none", *given, "--decoder-only")
     two = ["--data", data, f"{data},categories=colors", "--steps", 1]
     run("mixture", *given, *two)
-    with pytest.raises(UserError, match=r"must be a multiple of 16 for .*start, got 40"):
-        run("none", *given, "--crop", 40)
-    with pytest.raises(UserError, match="has semantic latents: give --semantic-latents or"):
-        run("none", "--init-from", tmp_path / "semantic", "--crop", 64)
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "SEMANTIC_CHANNELS", 10)
-        with pytest.raises(UserError, match="has 14 semantic latents, this version trains 10"):
-            run("none", "--semantic-latents", "--init-from", tmp_path / "semantic", "--crop", 64)
-        run("other", "--decoder-only", "--init-from", tmp_path / "semantic", "--crop", 64)
-    with pytest.raises(UserError, match="a run with other --decoder-only"):
-        run("codes", *given[:2], tmp_path / "semantic", "--crop", 64, steps=2)
+    for options in ((), ("--decoder-only",)):
+        with pytest.raises(UserError, match="has semantic latents: give --semantic-latents"):
+            run("none", "--init-from", tmp_path / "semantic", "--crop", 64, *options)
+    with pytest.raises(UserError, match="knows 12 things: give --data stickers:nouns=12"):
+        run("none", *again, data=data.replace("12", "13"))
     folder = tmp_path / "folder"
     write_pictures(folder, 3)
     with pytest.raises(UserError, match="--semantic-latents needs --data stickers alone"):
         run("none", *given, data=folder)
-    with pytest.raises(UserError, match="at most 240 nouns apart, not 363"):
+    with pytest.raises(UserError, match="needs Fluent Emoji: --data stickers:pictures=FOLDER"):
         run("none", *given, data="stickers")
     assert not (tmp_path / "none" / "settings.json").exists()
 

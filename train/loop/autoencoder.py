@@ -23,6 +23,7 @@ from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
 from mlx_snapgen.reading import read_object
+from mlx_snapgen.semantics import CHANNELS, SemanticConfig
 from train.data.source import PictureSource
 from train.loop.assemble import check_converted
 from train.loop.checkpoint import latest_checkpoint, load_ema, runs_in, trained_checkpoint
@@ -39,10 +40,6 @@ STATISTICS_SEED = 12345
 STATISTICS = "latents.json"
 """File in a checkpoint with the statistics of its latents, see `keep_statistics`."""
 OTHER_RUN = "{} is a run of {}: give one of train.autoencoder, or a model"
-SEMANTIC_BLOCKS = 4
-"""Residual blocks of the encoder for semantic latents."""
-SEMANTIC_RANK = 512
-"""Of the decoder's table of what these mean."""
 STATISTICS_FIELDS = ("latents_mean", "latents_std")
 
 
@@ -86,7 +83,7 @@ def load_autoencoder(folder: Path, source: PictureSource | None) -> Autoencoder:
     if not weights.keys() <= flat_parameters(model).keys():
         raise UserError(OTHER_RUN.format(folder, "another command"))
     model.update(dict(tree_unflatten(list(weights.items()))))
-    if model.config.kind != DEFAULT.kind:
+    if model.config.kind != DEFAULT.kind or model.config.semantics:
         return model  # its latents are not trained, and their statistics are in its config
     found = kept_statistics(folder)
     if found is None and source is None:
@@ -125,20 +122,18 @@ def with_other_latents(
     model: Autoencoder,
     *,
     latent_channels: int | None = None,
-    semantic_channels: int = 0,
-    keys: tuple[np.ndarray, np.ndarray] | None = None,
+    semantics: SemanticConfig | None = None,
     decoder_blocks: int | None = None,
 ) -> Autoencoder:
     """A convolutional autoencoder of the first latents of `model` and of new ones, to train.
 
     It starts as `model` whose other latents are zero, which are details: the channels of
-    `train.autoencoder` begin with the principal components of the pictures. The new latents, the
-    last ones, start as zero, and the decoder ignores them; they are made of all latents of `model`.
+    `train.autoencoder` begin with the principal components of the pictures. Semantic latents, the
+    last ones, start as random numbers, which the encoder makes of all latents of `model`.
 
     Args:
         latent_channels: how many are kept; None: all.
-        semantic_channels: how many are new.
-        keys: start of the `SemanticTable.key` of the decoder, weight and bias; None: no table.
+        semantics: of the latents that are added.
         decoder_blocks: residual blocks of the decoder at the latents' scale; None: as in `model`.
             The additional ones come first and start as the identity.
 
@@ -149,7 +144,7 @@ def with_other_latents(
     config = model.config
     if config.kind != DEFAULT.kind:
         raise UserError(f"a {config.kind} autoencoder keeps its latents and blocks")
-    if config.semantic_channels and (semantic_channels or latent_channels):
+    if config.semantics and (semantics or latent_channels):
         raise UserError("semantic latents are there already: omit --latent-channels")
     kept = latent_channels or config.latent_channels
     if kept > config.latent_channels:
@@ -157,36 +152,32 @@ def with_other_latents(
     blocks = decoder_blocks or config.decoder_blocks[0]
     if blocks < (given := config.decoder_blocks[0]):
         raise UserError(f"{given} blocks at the latents' scale cannot become {blocks}")
-    statistics = {}
-    for name, new in zip(STATISTICS_FIELDS, (0.0, 1.0), strict=True):
-        if old := getattr(config, name):
-            statistics[name] = (*old[:kept], *[new] * semantic_channels)
+    mean, std = config.latents_mean[:kept], config.latents_std[:kept]
+    if semantics:
+        semantics = dataclasses.replace(semantics, appearance_channels=config.latent_channels)
+        # Those of appearance are differences from an empty place.
+        mean, std = (0.0,) * (kept + CHANNELS), (*std, *(1.0,) * CHANNELS)
     config = dataclasses.replace(
         config,
-        latent_channels=kept + semantic_channels,
-        semantic_channels=config.semantic_channels or semantic_channels,
-        semantic_blocks=SEMANTIC_BLOCKS if semantic_channels else config.semantic_blocks,
-        semantic_keys=config.semantic_keys if keys is None else len(keys[1]),
-        semantic_rank=config.semantic_rank if keys is None else SEMANTIC_RANK,
+        latent_channels=kept + (CHANNELS if semantics else 0),
+        semantics=semantics or config.semantics,
         decoder_blocks=(blocks, *config.decoder_blocks[1:]),
-        **statistics,
+        latents_mean=mean,
+        latents_std=std,
     )
     found = make_autoencoder(config)
     weights = flat_parameters(found)
     for name, value in flat_parameters(model).items():
-        if name.startswith("encoder.out."):  # means, then logarithms of variances
+        if name.startswith("encoder.out.") and not config.semantics:  # means, then log variances
             value = mx.concatenate([part[:kept] for part in mx.split(value, 2)])
-        elif name == "decoder.inp.weight":
-            value = mx.pad(value[..., :kept], [(0, 0)] * 3 + [(0, semantic_channels)])
+        elif name == "decoder.inp.weight" and not config.semantics:
+            value = value[..., :kept]
         elif parts := re.fullmatch(r"decoder\.blocks1\.(\d+)\.(.*)", name):
             name = f"decoder.blocks1.{int(parts[1]) + blocks - given}.{parts[2]}"
         weights[name] = value
-    if semantic_channels:
+    if semantics:
         weight, bias = _on_latents(model)
         weights |= {"encoder.semantics.inp.weight": weight, "encoder.semantics.inp.bias": bias}
-    if keys is not None:
-        names = ("decoder.table.key.weight", "decoder.table.key.bias")
-        weights |= zip(names, map(mx.array, keys), strict=True)
     found.update(dict(tree_unflatten(list(weights.items()))))
     return found
 

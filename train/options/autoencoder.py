@@ -95,10 +95,10 @@ def parse() -> argparse.Namespace:
     add(
         "--semantic-latents",
         action="store_true",
-        help="add 14 latent channels, codes of noun and color and the place in the thing, or train "
-        "those of MODEL; trains the decoder too and freezes all other latents, the ones that "
-        "--latent-channels counts; with --decoder-only the decoder learns alone from the codes of "
-        "the scenes; needs at most 240 nouns: stickers:nouns=200 (default: off)",
+        help="add 19 latent channels, codes of noun, color and background and the place in the "
+        "thing, or train those of MODEL, on whole pictures; the encoder's other latents do not "
+        "change; with --decoder-only the decoder learns alone from the codes of the scenes; needs "
+        "--data stickers:pictures=FOLDER of at most 240 nouns (default: off)",
     )
     add(
         "--encoder",

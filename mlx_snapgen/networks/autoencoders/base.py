@@ -24,7 +24,11 @@ class Autoencoder(nn.Module):
         self.decoder: Any = decoder
 
     def encode(self, pictures: mx.array, *, in_tiles: bool = False) -> mx.array:
-        """Pictures (B, H, W, 3) in [-1, 1] -> normalized latents (B, H/f, W/f, C).
+        """Normalized `latents` (B, H/f, W/f, C); arguments and errors are the same."""
+        return self.normalize(self.latents(pictures, in_tiles=in_tiles))
+
+    def latents(self, pictures: mx.array, *, in_tiles: bool = False) -> mx.array:
+        """Pictures (B, H, W, 3) in [-1, 1] -> the decoder's input (B, H/f, W/f, C).
 
         f is `config.downsampling`.
 
@@ -41,7 +45,7 @@ class Autoencoder(nn.Module):
             raise UserError(f"a picture of {h}x{w} pixels does not divide by {factor}")
         encoder = getattr(self.encoder, "in_tiles", self.encoder) if in_tiles else self.encoder
         mean, _ = encoder(pictures)
-        return self.normalize(mean)
+        return mean
 
     def decode(self, latents: mx.array) -> mx.array:
         """Normalized latents (B, h, w, C) -> pictures (B, f h, f w, 3), about [-1, 1]."""
@@ -51,7 +55,7 @@ class Autoencoder(nn.Module):
         return mx.array(self.config.latents_mean or (0.0,)), mx.array(self.config.latents_std)
 
     def normalize(self, latents: mx.array) -> mx.array:
-        """The encoder's latents -> normalized ones."""
+        """The decoder's input -> normalized latents."""
         if not self.config.latents_std:
             return latents
         mean, std = self._statistics()

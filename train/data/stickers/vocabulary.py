@@ -310,11 +310,11 @@ FLUENT = Collection(
         "background": 0.03,
         "mixed": 0.04,
     },
-    alone={None: 144 / 256, "small": 64 / 256, "big": 200 / 256, "huge": 248 / 256},
-    shared={None: 0.834, "small": 0.5, "big": 0.97, "huge": 1.3},
-    # With its center on a token of 16 px, a glyph of one size has the same latents everywhere.
+    alone={None: 160 / 256, "small": 64 / 256, "big": 224 / 256, "huge": 1.0},
+    shared={None: 0.834, "small": 0.5, "big": 1.0, "huge": 1.3},
+    # The squares of the glyphs are made of whole latents of 16 px.
     cell_unit=16,
-    sides=(32, 48, 64, 80, 92, 104, 120, 144, 200, 248),
+    sides=(32, 64, 96, 128, 160, 192, 224, 256),
     shapes={
         (256, 256): 0.48,
         **dict.fromkeys(((192, 320), (320, 192), (256, 384), (384, 256)), 0.13),

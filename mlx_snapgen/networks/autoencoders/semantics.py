@@ -1,0 +1,131 @@
+"""Parts of the convolutional autoencoder for semantic latents, see `mlx_snapgen.semantics`.
+
+The decoder looks up how a known thing looks at a place, draws it in its own colors on transparent
+ground, paints it pixel by pixel, and lays it over the background. Everything else is in the latents
+of appearance.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_snapgen.networks.autoencoders.blocks import ResidualBlock
+from mlx_snapgen.semantics import (
+    CHANNELS,
+    COLOR,
+    EDGE,
+    GROUND,
+    MIDDLE,
+    PLACE,
+    THING,
+    SemanticConfig,
+    codes,
+)
+
+
+def nearest(numbers: mx.array, count: int | None = None) -> tuple[mx.array, mx.array]:
+    """The codes nearest to numbers (..., C), with 8 or 4 channels.
+
+    Args:
+        count: of the codes to choose from, the first ones; None: all.
+
+    Returns:
+        Indices, int32 (...), and whether the code is there, bool (...): within 60 degrees or so.
+    """
+    known = mx.array(codes(numbers.shape[-1])[:count])
+    found = numbers.astype(mx.float32) @ known.T
+    return mx.argmax(found, axis=-1).astype(mx.int32), mx.max(found, axis=-1) > known.shape[-1] / 2
+
+
+class SemanticHead(nn.Module):
+    """What is where: features (B, h, w, C) of an encoder -> semantic latents (B, h, w, S)."""
+
+    def __init__(self, channels: int, config: SemanticConfig):
+        super().__init__()
+        self.inp = nn.Linear(channels, channels)
+        self.blocks = [ResidualBlock(channels) for _ in range(config.head_blocks)]
+        self.out = nn.Linear(channels, CHANNELS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+class ThingTable(nn.Module):
+    """How known things look: semantic latents (B, h, w, S) -> latents of appearance (B, h, w, A).
+
+    `things` has a row for each thing, size and place in the thing; `empty` is what is elsewhere.
+    """
+
+    def __init__(self, config: SemanticConfig):
+        super().__init__()
+        self._count, self._sides = config.things, config.sides
+        self._starts = np.cumsum([0, *(side**2 for side in config.sides)]).tolist()
+        self.things = nn.Embedding(config.things * self._starts[-1], config.appearance_channels)
+        self.empty = mx.zeros(config.appearance_channels)
+
+    def rows(self, thing: mx.array, place: mx.array) -> mx.array:
+        """Numbers of things (...) and their places (..., 3) -> rows of the table, int32 (...)."""
+        sides, starts = mx.array(self._sides), mx.array(self._starts)
+        place = place.astype(mx.float32)
+        kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(sides / MIDDLE)), axis=-1)
+        side = sides[kind]
+        column, row = (
+            mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1).astype(mx.int32)
+            for i in (0, 1)
+        )
+        return thing * self._starts[-1] + starts[kind] + row * side + column
+
+    def __call__(self, semantics: mx.array) -> mx.array:
+        thing, is_there = nearest(semantics[..., THING], self._count)
+        rows = self.rows(thing, semantics[..., PLACE])
+        return mx.where(is_there[..., None], self.things(rows), self.empty)
+
+
+def is_known(semantics: mx.array) -> mx.array:
+    """Where semantic latents (B, h, w, S) tell all that is to be seen, bool (B, h, w, 1)."""
+    return nearest(semantics[..., GROUND])[1][..., None]
+
+
+class Paint(nn.Module):
+    """Paints known things and lays them over a background: pictures (B, H, W, 4) -> the same shape.
+
+    A network for each pixel paints: its input is the pixel, with alpha, the thing and the color.
+    """
+
+    def __init__(self, config: SemanticConfig):
+        super().__init__()
+        self._count = config.things
+        width, colors = config.paint_width, len(codes(COLOR.stop - COLOR.start))
+        self.pixel = nn.Linear(4, width)
+        self.thing = nn.Embedding(config.things, width)
+        self.color = nn.Embedding(colors, width)
+        self.layers = [nn.Linear(width, width) for _ in range(2)]
+        self.color_again = nn.Embedding(colors, width)
+        self.out = nn.Linear(width, 4)
+        # Starts without a change.
+        self.out.weight = mx.zeros_like(self.out.weight)
+        self.out.bias = mx.zeros_like(self.out.bias)
+        self.grounds = -mx.ones((colors, 4))
+
+    def __call__(self, pictures: mx.array, semantics: mx.array) -> mx.array:
+        factor = pictures.shape[1] // semantics.shape[1]
+
+        def enlarged(x: mx.array) -> mx.array:
+            return mx.repeat(mx.repeat(x, factor, axis=1), factor, axis=2)
+
+        thing, is_thing = nearest(semantics[..., THING], self._count)
+        color, is_painted = nearest(semantics[..., COLOR])
+        x = self.pixel(pictures) + enlarged(self.thing(thing) + self.color(color))
+        x = self.layers[0](nn.leaky_relu(x, 0.1)) + enlarged(self.color_again(color))
+        x = nn.leaky_relu(x, 0.1)
+        x = x + nn.leaky_relu(self.layers[1](x), 0.1)
+        painted = enlarged((is_thing & is_painted)[..., None])
+        pictures = pictures + mx.where(painted, self.out(x), 0)
+
+        ground, is_ground = nearest(semantics[..., GROUND])
+        below = (self.grounds[ground].astype(pictures.dtype) + 1) * is_ground[..., None]
+        visible = 1 - mx.clip((pictures[..., 3:] + 1) / 2, 0, 1)
+        return pictures + visible * enlarged(below)
