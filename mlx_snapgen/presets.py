@@ -146,9 +146,7 @@ TRANSFORMERS: dict[str, TransformerConfig] = {
         text_width=256,
     ),
 }
-TRANSFORMERS["fluent"] = dataclasses.replace(
-    TRANSFORMERS["stickers"], latent_channels=32, patch_size=1
-)
+TRANSFORMERS["fluent"] = dataclasses.replace(TRANSFORMERS["stickers"], latent_channels=32)
 TRANSFORMERS |= {
     f"{name}-f32": dataclasses.replace(
         TRANSFORMERS[name], patch_size=1, num_bands=8, latent_channels=32

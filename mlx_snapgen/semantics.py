@@ -1,7 +1,7 @@
 """Semantic latents: what is where in a picture.
 
-Each place of the latents has a code of the thing there, where in the thing it is, and codes of its
-color and of the background. A transformer learns codes far sooner than pictures.
+Each place of the latents has codes of the thing there, its color, its square and the background. A
+transformer learns codes far sooner than pictures.
 """
 
 import itertools
@@ -12,11 +12,18 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 
-THING, PLACE, COLOR, GROUND = slice(0, 8), slice(8, 11), slice(11, 15), slice(15, 19)
-"""Channels: a code of the thing; how far right of its center, how far below, and its size; a code
-of the color that it is painted in; a code of the background, also where a known thing is. 0 means
-no known thing, a thing's own color, and that the latents of appearance tell what is there."""
-CHANNELS = GROUND.stop
+THING, COLOR, GROUND = slice(0, 8), slice(8, 12), slice(12, 16)
+"""Channels: codes of the thing, the color that it is painted in, and the background, also where a
+known thing is. 0 means no known thing, a thing's own color, and that the latents of appearance tell
+what is there."""
+COLUMN, ROW, SIDE = slice(16, 20), slice(20, 24), slice(24, 28)
+"""Channels: codes of the left and top edge of the thing's square, and of its size. As all codes,
+they are the same in the whole thing, and clear though they are noisy."""
+CHANNELS = SIDE.stop
+PLACE = slice(16, 19)
+"""Instead of these three codes, what the encoder sees: how far right of the thing's center a place
+is, how far below, and the size."""
+SEEN_CHANNELS = PLACE.stop
 EDGE = 1.7
 """The place at the edges of a thing's square: about root mean square 1 within it."""
 MIDDLE = 6
@@ -30,7 +37,7 @@ class SemanticConfig:
 
     Attributes:
         things: so many are known, by their codes.
-        sides: of the things, in latents.
+        sides: of the things, in latents; at most 24.
         head_blocks: residual blocks of the encoder for the semantic latents alone.
         appearance_channels: of the encoder and for the decoder's first level. The autoencoder's
             latents have the first of them.
@@ -46,8 +53,8 @@ class SemanticConfig:
     def __post_init__(self):
         if not 0 < self.things <= len(codes(THING.stop)):
             raise UserError(f"there are codes for 1 to {len(codes(THING.stop))} things")
-        if not self.sides or any(side < 1 for side in self.sides):
-            raise UserError(f"sides of things are at least 1, not {self.sides}")
+        if not 0 < len(self.sides) <= len(codes(4)) or min(self.sides) < 1:
+            raise UserError(f"things have 1 to {len(codes(4))} sides of at least 1: {self.sides}")
 
 
 @cache

@@ -38,7 +38,7 @@ from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.pictures import contact_sheet, from_uint8, psnr
-from mlx_snapgen.semantics import CHANNELS, SemanticConfig
+from mlx_snapgen.semantics import SEEN_CHANNELS, SemanticConfig
 from train.data.crops import crops
 from train.data.encoded import check_channels
 from train.data.mixture import Prefetched
@@ -275,7 +275,7 @@ def main() -> int:
         sheet.save(trainer.sample_path("reconstructions"))
         found = {metric: psnr(decoded, validation)}
         if true is not None:
-            found["validation_right"] = right_share(read[..., -CHANNELS:], true)
+            found["validation_right"] = right_share(read[..., -SEEN_CHANNELS:], true)
         return found
 
     if not args.init_from and latest_checkpoint(args.run_dir) is None:
@@ -287,7 +287,7 @@ def main() -> int:
         if stickers:
             pictures, _ = ahead.batch(number, args.batch_size)
             maps = ahead.semantics(number, args.batch_size, factor=model.config.downsampling)
-            return {"pictures": from_uint8(pictures), "semantics": mx.array(maps)}
+            return {"pictures": from_uint8(pictures), "seen": mx.array(maps)}
         pictures = crops(ahead, number, count=args.batch_size, size=args.crop, seed=args.seed)
         if encoder is None:
             return {"pictures": pictures}

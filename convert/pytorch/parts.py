@@ -6,7 +6,6 @@ Twins of `networks.autoencoders.convolutional.Decoder` and of
 """
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,10 @@ from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
 from mlx_snapgen.semantics import (
     CHANNELS,
     COLOR,
-    EDGE,
+    COLUMN,
     GROUND,
-    MIDDLE,
-    PLACE,
+    ROW,
+    SIDE,
     THING,
     SemanticConfig,
     codes,
@@ -90,17 +89,14 @@ class ThingTable(nn.Module):
 
     def forward(self, semantics: Tensor) -> Tensor:
         thing, is_there = nearest(semantics, THING, self.count)
-        place = semantics[:, PLACE]
-        sizes = torch.tensor([math.log2(side / MIDDLE) for side in self.sides]).to(place)
-        kind = (-(place[:, 2:] - sizes.reshape(1, -1, 1, 1)).abs()).argmax(1)
-        # Tables of numbers that float16 would round.
+        kind, _ = nearest(semantics, SIDE, len(self.sides))
         side = torch.tensor(self.sides)[kind]
-        column, row = (
-            torch.minimum(((place[:, i] / EDGE + 1) * 0.5 * side).floor().clamp(min=0), side - 1.0)
-            for i in (0, 1)
-        )
+        height, width = semantics.shape[2:]
+        column = torch.arange(width)[None, None] - nearest(semantics, COLUMN)[0]
+        row = torch.arange(height)[None, :, None] - nearest(semantics, ROW)[0]
+        column, row = (torch.minimum(x.clamp(min=0), side - 1) for x in (column, row))
         first = thing * self.starts[-1] + torch.tensor(self.starts)[kind]
-        known = looked_up(self.things.weight, first + row.int() * side + column.int())
+        known = looked_up(self.things.weight, first + row * side + column)
         return torch.where(is_there, known, self.empty.reshape(1, -1, 1, 1))
 
 
@@ -162,6 +158,7 @@ class Decoder(LatentDecoder):
         if not self.config.semantics:
             return self.draw(latents)
         appearance, semantics = latents[:, :-CHANNELS], latents[:, -CHANNELS:]
+        appearance = torch.where(nearest(semantics, GROUND)[1], 0.0, appearance)
         known = self.table(semantics)
         appearance = F.pad(appearance, (0, 0, 0, 0, 0, self.missing))
         return self.paint(self.draw(known + appearance), semantics)

@@ -31,7 +31,7 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.pictures import psnr
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
-from mlx_snapgen.semantics import COLOR, GROUND, PLACE, THING, SemanticConfig, codes
+from mlx_snapgen.semantics import COLOR, COLUMN, GROUND, ROW, SIDE, THING, SemanticConfig, codes
 from tests.tiny import MODEL, TEXT, TRANSFORMER, make_components, randomize, require
 
 ROOT = Path(__file__).parents[2]
@@ -211,12 +211,12 @@ def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, e
     config = dataclasses.replace(
         model.autoencoder.config,
         picture_channels=4,
-        latent_channels=25,
-        latents_mean=(0.1,) * 25,
-        latents_std=(1.5,) * 25,
+        latent_channels=34,
+        latents_mean=(0.1,) * 34,
+        latents_std=(1.5,) * 34,
         semantics=SemanticConfig(9, (2, 4), appearance_channels=8, paint_width=6),
     )
-    network = dataclasses.replace(model.transformer.config, latent_channels=25)
+    network = dataclasses.replace(model.transformer.config, latent_channels=34)
     changed = dataclasses.replace(
         model.config, autoencoder=config, transformer=network, image_size=(64, 64)
     )
@@ -224,16 +224,13 @@ def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, e
     sharpen(made)
     randomize(made.autoencoder.decoder, 3)
     exporter.export_coreml(made, tmp_path / "packages", ExportSettings())
-    # What is there, and in which place of the table, must not depend on rounding.
+    # Which codes are there must not depend on rounding.
     rng = np.random.default_rng(2)
-    latents = rng.normal(size=(1, 8, 8, 25))
-    for part, count in ((THING, 9), (COLOR, 24), (GROUND, 24)):
+    latents = rng.normal(size=(1, 8, 8, 34))
+    for part, count in ((THING, 9), (COLOR, 24), (GROUND, 24), (COLUMN, 8), (ROW, 8), (SIDE, 2)):
         known = codes(part.stop - part.start)[rng.integers(count, size=(8, 8))]
-        latents[0, ..., 6:][..., part] = known * (rng.random((8, 8, 1)) < 0.7)
-    places = [(2 * k + 1) / 4 - 1 for k in range(4)]
-    latents[0, ..., 6:][..., PLACE] = np.stack(
-        [*1.7 * rng.choice(places, (2, 8, 8)), np.log2(rng.choice([2, 4], (8, 8)) / 6)], axis=-1
-    )
+        is_there = (rng.random((8, 8, 1)) < 0.7) | (part.start >= COLUMN.start)
+        latents[0, ..., 6:][..., part] = known * is_there
     latents = (mx.array(latents.astype(np.float32)) - 0.1) / 1.5
     given = {"latents": latents.transpose(0, 3, 1, 2)}
     found = run(tmp_path / "packages" / "Decoder.mlpackage", **given)["picture"]

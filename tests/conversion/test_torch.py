@@ -147,11 +147,11 @@ RGBA_16 = {
 
 
 SEMANTIC = {
-    "latent_channels": 25,
+    "latent_channels": 34,
     "picture_channels": 4,
     "semantics": SemanticConfig(9, (2, 4), appearance_channels=8, paint_width=6),
-    "latents_mean": (0.1,) * 25,
-    "latents_std": (1.5,) * 25,
+    "latents_mean": (0.1,) * 34,
+    "latents_std": (1.5,) * 34,
 }
 
 

@@ -599,7 +599,7 @@ def test_fluent_counts_to_six_and_size_words_mean_one_scale():
         for p in scene.placed
         if len(scene.placed) == 1 and scene.size == (256, 256)
     }
-    assert alone == {(None, 144), ("small", 64), ("big", 200), ("huge", 248)}
+    assert alone == {(None, 160), ("small", 64), ("big", 224), ("huge", 256)}
     for placed in (p for scene in SHAPED for p in scene.placed):
         x, y, side, _ = placed.cell
         assert side in FLUENT.sides and (x + side / 2) % 16 == (y + side / 2) % 16 == 0

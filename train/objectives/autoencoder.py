@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.semantics import is_known
-from mlx_snapgen.semantics import CHANNELS
+from mlx_snapgen.networks.autoencoders.semantics import as_codes, is_known
+from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS
 from train.data.source import Batch
 from train.objectives.base import LossObjective, Metrics
 
@@ -21,12 +21,12 @@ class Reconstruction(LossObjective[Autoencoder, None]):
     """L1 loss on values and on edges, and a KL term. An `Objective`.
 
     A batch holds `pictures` (B, H, W, C) in [-1, 1], and optionally normalized `latents` of them,
-    which replace those of the model's encoder, or `semantics` (B, H/f, W/f, S), which its semantic
-    latents learn and the decoder gets.
+    which replace those of the model's encoder, or `seen` (B, H/f, W/f, `SEEN_CHANNELS`), what is
+    where, which the encoder learns to see and of which the decoder gets the codes.
 
     Attributes:
         decoder_only: no gradient of the pictures reaches the encoder: only its semantic latents
-            change, and only with `semantics`.
+            change, and only with `seen`.
         semantics_frozen: they do not change either.
         semantic_weights: of their channels in the loss; () for 1.
     """
@@ -55,11 +55,11 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             std = mx.exp(0.5 * log_var)
         latents = mean + std * mx.random.normal(mean.shape, key=key)
         semantic_mse = mx.array(0.0)
-        if (semantics := batch.get("semantics")) is not None:
-            squares = mx.square(found[..., -CHANNELS:] - semantics)
+        if (seen := batch.get("seen")) is not None:
+            squares = mx.square(found[..., -SEEN_CHANNELS:] - seen)
             semantic_mse = (mx.array(self.semantic_weights or (1.0,)) * squares).mean()
-            own_key = mx.random.split(key)[0]
-            latents = semantic_latents(model, latents[..., :-CHANNELS], semantics, own_key)
+            appearance, own_key = latents[..., :-SEEN_CHANNELS], mx.random.split(key)[0]
+            latents = semantic_latents(model, appearance, seen, own_key)
         error = model.decoder(latents) - x
         edges = (
             mx.abs(error[:, 1:] - error[:, :-1]).mean()
@@ -67,27 +67,29 @@ class Reconstruction(LossObjective[Autoencoder, None]):
         )
         l1 = mx.abs(error).mean()
         kl = mx.array(0.0)
-        if log_var is not None and semantics is None:
+        if log_var is not None and seen is None:
             kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
         loss = l1 + 0.5 * edges + self.kl_weight * kl
         if not self.semantics_frozen:
             loss += semantic_mse
         parts = {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
-        return loss, parts if semantics is None else parts | {"semantic_mse": semantic_mse}
+        return loss, parts if seen is None else parts | {"semantic_mse": semantic_mse}
 
 
 def semantic_latents(
-    model: Autoencoder, appearance: mx.array, semantics: mx.array, key: mx.array
+    model: Autoencoder, appearance: mx.array, seen: mx.array, key: mx.array
 ) -> mx.array:
     """The decoder's input of known things, and, for some pictures, the same without any.
 
     Args:
         appearance: of the encoder (B, h, w, A).
-        semantics: what is where, (B, h, w, S).
+        seen: what is where, (B, h, w, `SEEN_CHANNELS`).
     """
+    assert model.config.semantics is not None
+    semantics = as_codes(seen, model.config.semantics)
     other = model.config.latent_channels - CHANNELS
     appearance = appearance - mx.stop_gradient(model.decoder.table.empty)
-    unknown = mx.random.uniform(shape=(len(semantics), 1, 1, 1), key=key) < UNKNOWN_SHARE
+    unknown = mx.random.uniform(shape=(len(seen), 1, 1, 1), key=key) < UNKNOWN_SHARE
     unknown = unknown | ~is_known(semantics)
     parts = [mx.where(unknown, appearance[..., :other], 0), mx.where(unknown, 0, semantics)]
     return mx.concatenate(parts, axis=-1)

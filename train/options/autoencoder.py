@@ -95,8 +95,8 @@ def parse() -> argparse.Namespace:
     add(
         "--semantic-latents",
         action="store_true",
-        help="add 19 latent channels, codes of noun, color and background and the place in the "
-        "thing, or train those of MODEL, on whole pictures; the encoder's other latents do not "
+        help="add 28 latent channels, codes of noun, color, background and the thing's square, "
+        "or train those of MODEL, on whole pictures; the encoder's other latents do not "
         "change; with --decoder-only the decoder learns alone from the codes of the scenes; needs "
         "--data stickers:pictures=FOLDER of at most 240 nouns (default: off)",
     )

@@ -17,10 +17,11 @@ from mlx_snapgen.networks.autoencoders.semantics import (
     Paint,
     SemanticHead,
     ThingTable,
+    as_codes,
     is_known,
 )
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
-from mlx_snapgen.semantics import CHANNELS
+from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS
 
 MIN_LOG_VAR = -12.0
 """Least logarithm of a latent's variance, and that of semantic latents."""
@@ -98,6 +99,7 @@ class Decoder(nn.Module):
         if "table" not in self:
             return self.draw(latents)
         appearance, semantics = latents[..., :-CHANNELS], latents[..., -CHANNELS:]
+        appearance = mx.where(is_known(semantics), 0, appearance)
         known = self.table(semantics)
         missing = known.shape[-1] - appearance.shape[-1]
         appearance = mx.pad(appearance, [(0, 0)] * 3 + [(0, missing)])
@@ -125,7 +127,8 @@ class ConvolutionalAutoencoder(Autoencoder):
         found = super().latents(pictures, in_tiles=in_tiles)
         if self.config.semantics is None:
             return found
-        appearance, semantics = found[..., :-CHANNELS], found[..., -CHANNELS:]
+        appearance, seen = found[..., :-SEEN_CHANNELS], found[..., -SEEN_CHANNELS:]
+        semantics = as_codes(seen, self.config.semantics)
         count = self.config.latent_channels - CHANNELS
         other = (appearance - self.decoder.table.empty)[..., :count]
         return mx.concatenate([mx.where(is_known(semantics), 0, other), semantics], axis=-1)

@@ -11,12 +11,15 @@ import numpy as np
 
 from mlx_snapgen.networks.autoencoders.blocks import ResidualBlock
 from mlx_snapgen.semantics import (
-    CHANNELS,
     COLOR,
+    COLUMN,
     EDGE,
     GROUND,
     MIDDLE,
     PLACE,
+    ROW,
+    SEEN_CHANNELS,
+    SIDE,
     THING,
     SemanticConfig,
     codes,
@@ -37,14 +40,50 @@ def nearest(numbers: mx.array, count: int | None = None) -> tuple[mx.array, mx.a
     return mx.argmax(found, axis=-1).astype(mx.int32), mx.max(found, axis=-1) > known.shape[-1] / 2
 
 
+def _known_codes(numbers: mx.array, count: int | None = None) -> mx.array:
+    """Numbers (..., C) -> the nearest code, or 0."""
+    index, is_there = nearest(numbers, count)
+    return mx.where(is_there[..., None], mx.array(codes(numbers.shape[-1]))[index], 0)
+
+
+def _positions(height: int, width: int) -> tuple[mx.array, mx.array]:
+    """Columns (1, w) and rows (h, 1) of the latents."""
+    return mx.arange(width)[None], mx.arange(height)[:, None]
+
+
+def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
+    """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> semantic latents (B, h, w, S)."""
+    _, is_there = nearest(seen[..., THING], config.things)
+    place = seen[..., PLACE].astype(mx.float32)
+    kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(mx.array(config.sides) / MIDDLE)), axis=-1)
+    side = mx.array(config.sides)[kind]
+    places = mx.array(codes(SIDE.stop - SIDE.start))
+    edges = []
+    for i, here in enumerate(_positions(*seen.shape[1:3])):
+        inside = mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1)
+        edges.append(places[mx.clip(here - inside.astype(mx.int32), 0, len(places) - 1)])
+    parts = [
+        _known_codes(seen[..., THING], config.things),
+        _known_codes(seen[..., COLOR]) * is_there[..., None],
+        _known_codes(seen[..., GROUND]),
+        mx.concatenate([*edges, places[kind]], axis=-1) * is_there[..., None],
+    ]
+    return mx.concatenate(parts, axis=-1).astype(seen.dtype)
+
+
+def is_known(semantics: mx.array) -> mx.array:
+    """Where semantic latents (B, h, w, S) tell all that is to be seen, bool (B, h, w, 1)."""
+    return nearest(semantics[..., GROUND])[1][..., None]
+
+
 class SemanticHead(nn.Module):
-    """What is where: features (B, h, w, C) of an encoder -> semantic latents (B, h, w, S)."""
+    """What is where: features (B, h, w, C) of an encoder -> (B, h, w, `SEEN_CHANNELS`)."""
 
     def __init__(self, channels: int, config: SemanticConfig):
         super().__init__()
         self.inp = nn.Linear(channels, channels)
         self.blocks = [ResidualBlock(channels) for _ in range(config.head_blocks)]
-        self.out = nn.Linear(channels, CHANNELS)
+        self.out = nn.Linear(channels, SEEN_CHANNELS)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.inp(x)
@@ -66,27 +105,20 @@ class ThingTable(nn.Module):
         self.things = nn.Embedding(config.things * self._starts[-1], config.appearance_channels)
         self.empty = mx.zeros(config.appearance_channels)
 
-    def rows(self, thing: mx.array, place: mx.array) -> mx.array:
-        """Numbers of things (...) and their places (..., 3) -> rows of the table, int32 (...)."""
-        sides, starts = mx.array(self._sides), mx.array(self._starts)
-        place = place.astype(mx.float32)
-        kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(sides / MIDDLE)), axis=-1)
-        side = sides[kind]
-        column, row = (
-            mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1).astype(mx.int32)
-            for i in (0, 1)
-        )
-        return thing * self._starts[-1] + starts[kind] + row * side + column
+    def rows(self, semantics: mx.array) -> tuple[mx.array, mx.array]:
+        """Rows of the table, int32 (B, h, w), and where things are, bool (B, h, w)."""
+        thing, is_there = nearest(semantics[..., THING], self._count)
+        kind, _ = nearest(semantics[..., SIDE], len(self._sides))
+        side = mx.array(self._sides)[kind]
+        columns, rows = _positions(*semantics.shape[1:3])
+        column = mx.clip(columns - nearest(semantics[..., COLUMN])[0], 0, side - 1)
+        row = mx.clip(rows - nearest(semantics[..., ROW])[0], 0, side - 1)
+        first = thing * self._starts[-1] + mx.array(self._starts)[kind]
+        return first + row * side + column, is_there
 
     def __call__(self, semantics: mx.array) -> mx.array:
-        thing, is_there = nearest(semantics[..., THING], self._count)
-        rows = self.rows(thing, semantics[..., PLACE])
+        rows, is_there = self.rows(semantics)
         return mx.where(is_there[..., None], self.things(rows), self.empty)
-
-
-def is_known(semantics: mx.array) -> mx.array:
-    """Where semantic latents (B, h, w, S) tell all that is to be seen, bool (B, h, w, 1)."""
-    return nearest(semantics[..., GROUND])[1][..., None]
 
 
 class Paint(nn.Module):

@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.semantics import nearest
+from mlx_snapgen.networks.autoencoders.semantics import as_codes
 from mlx_snapgen.pictures import from_uint8
-from mlx_snapgen.semantics import CHANNELS, PLACE, THING, SemanticConfig
+from mlx_snapgen.semantics import SEEN_CHANNELS, SemanticConfig
 from train.data.source import Source
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.semantics import check_semantics, semantic_map
@@ -60,16 +60,16 @@ def start_known_things(model: Autoencoder, source: Stickers) -> None:
     Args:
         model: with semantic latents for the things of `source`.
     """
-    table, factor = model.decoder.table, model.config.downsampling
+    table, factor, config = model.decoder.table, model.config.downsampling, model.config.semantics
+    assert config is not None
     found, scenes = np.array(table.things.weight), list(known_scenes(source))
     empty, count = np.zeros(found.shape[1]), 0
     bar = tqdm(range(0, len(scenes), BATCH), desc="known things", unit="batch", leave=False)
     for first in bar:
         some = scenes[first : first + BATCH]
-        latents = model.encoder(from_uint8(draw_scenes(some)[0]))[0][..., :-CHANNELS]
-        maps = mx.array(np.stack([semantic_map(scene, factor) for scene in some]))
-        thing, is_there = nearest(maps[..., THING])
-        rows, is_there = np.array(table.rows(thing, maps[..., PLACE])), np.array(is_there)
+        latents = model.encoder(from_uint8(draw_scenes(some)[0]))[0][..., :-SEEN_CHANNELS]
+        seen = mx.array(np.stack([semantic_map(scene, factor) for scene in some]))
+        rows, is_there = map(np.array, table.rows(as_codes(seen, config)))
         latents = np.array(latents)
         found[rows[is_there]] = latents[is_there]
         empty, count = empty + latents[~is_there].sum(0), count + (~is_there).sum()

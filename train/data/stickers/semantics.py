@@ -1,6 +1,6 @@
 """What is where in a scene, as maps with the latents' resolution.
 
-They are targets of an autoencoder's semantic latents. As in ReDi (Kouzelis et al. 2025,
+An autoencoder makes its semantic latents of them. As in ReDi (Kouzelis et al. 2025,
 arXiv:2504.16064) the transformer then generates what a picture shows together with how it looks.
 There the features are those of a large vision model and only help the transformer; here they are
 the scene's own, and the decoder uses them too.
@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.semantics import nearest
-from mlx_snapgen.semantics import CHANNELS, COLOR, EDGE, GROUND, MIDDLE, PLACE, THING, codes
+from mlx_snapgen.semantics import COLOR, EDGE, GROUND, MIDDLE, PLACE, SEEN_CHANNELS, THING, codes
 from train.data.stickers.captions import Scene
 
 _COLOR_CODES = COLOR.stop - COLOR.start
@@ -19,7 +19,7 @@ _COLOR_CODES = COLOR.stop - COLOR.start
 
 def loss_weights() -> tuple[float, ...]:
     """Of the channels: few things are painted, so that the colors' variance is small."""
-    weights = np.ones(CHANNELS)
+    weights = np.ones(SEEN_CHANNELS)
     weights[PLACE], weights[COLOR] = (2, 2, 4), 6
     return tuple(weights.tolist())
 
@@ -58,12 +58,12 @@ def semantic_map(scene: Scene, factor: int, num_known: int | None = None) -> np.
         num_known: the other nouns of the scene's collection have no codes; None: all have.
 
     Returns:
-        float32 (H / factor, W / factor, S).
+        float32 (H / factor, W / factor, `SEEN_CHANNELS`), what an encoder should see.
     """
     height, width = scene.size
     y = (np.arange(height // factor) + 0.5)[:, None] * factor
     x = (np.arange(width // factor) + 0.5)[None, :] * factor
-    found = np.zeros((height // factor, width // factor, CHANNELS), np.float32)
+    found = np.zeros((height // factor, width // factor, SEEN_CHANNELS), np.float32)
     colors = codes(_COLOR_CODES)
     found[..., GROUND] = colors[list(scene.collection.backgrounds).index(scene.background)]
     for placed in scene.placed:
