@@ -41,6 +41,8 @@ from tests.tiny import randomize, tokenizer_bytes
 from tests.training.test_prepare import write_pictures
 from train import autoencoder as command
 from train import new
+from train.data.encoded import CodedScenes, EncodedPictures, as_latents
+from train.data.mixture import Mixture
 from train.data.open import open_data
 from train.data.stickers import render as rendering
 from train.data.stickers.known_things import known_scenes, semantics_of, start_known_things
@@ -503,6 +505,31 @@ def test_the_table_has_a_row_for_each_thing_size_and_place(fluent_pictures):
         grounds[named.index("red")], np.array([222, 52, 46, 255]) / 127.5 - 1, atol=1e-6
     )
     np.testing.assert_allclose(grounds[named.index("transparent")], -1)
+
+
+def test_scenes_of_known_things_are_not_drawn(fluent_pictures):
+    """Their latents are the codes of what is where, and those of appearance are 0."""
+    given = {"pictures": rendering.find_pictures(fluent_pictures)}
+    source, config = Stickers(num_nouns=12, **given), FLUENT_AUTOENCODER
+    start = dataclasses.replace(config, latents_mean=(0.1,) * 32, latents_std=(2,) * 32)
+    made = make_autoencoder(start)
+    model = with_other_latents(made, latent_channels=3, semantics=semantics_of(source, 16))
+    found = as_latents(source, model)
+    samples = found.samples(3, 4)
+    assert samples.captions == source.batch(3, 4)[1]
+    latents = np.array(samples.latents)
+    assert latents.shape[-1] == 31 and not latents[..., :3].any()
+    seen = mx.array(source.semantics(3, 4, factor=16))
+    np.testing.assert_array_equal(
+        latents[..., 3:], np.array(as_codes(seen, model.config.semantics))
+    )
+    held_out = as_latents(source.validation(), model)
+    counts = [len(samples.captions) for samples in held_out.batches(4, most=6)]
+    assert counts == [4, 2] and held_out.num_samples is None
+    both = Mixture([source, dataclasses.replace(source, categories=("colors",))], [1, 1], seed=0)
+    assert isinstance(as_latents(both, model), CodedScenes)
+    for other, autoencoder in ((Stickers(num_nouns=13, **given), model), (source, made)):
+        assert isinstance(as_latents(other, autoencoder), EncodedPictures)
 
 
 def test_things_are_painted_where_they_have_a_color_and_lie_on_the_background():

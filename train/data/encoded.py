@@ -1,6 +1,7 @@
 """Batches of encoded pictures and captions."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from mlx_snapgen.checkpoint.model import Components
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
+from mlx_snapgen.networks.autoencoders.semantics import as_codes
 from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present_prompts
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
 from train.data.prepared import prepared_parts
-from train.data.source import Batch, LatentSource, PictureSource, Samples
+from train.data.source import Batch, LatentSource, PictureSource, Samples, SemanticSource
 from train.data.streams import Stream
 from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
 
@@ -90,6 +92,46 @@ class EncodedPictures:
         return Samples(latents, captions)
 
 
+class CodedScenes:
+    """A `LatentSource`: scenes of which an autoencoder knows all, so that nothing is drawn.
+
+    The latents are those of an encoder that makes no mistakes.
+    """
+
+    def __init__(self, source: SemanticSource, autoencoder: Autoencoder):
+        self.source, self.autoencoder = source, autoencoder
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of pictures; None if the source has no end."""
+        return self.source.num_samples
+
+    def samples(self, number: int, count: int) -> Samples:
+        """See `LatentSource`."""
+        config = self.autoencoder.config
+        assert config.semantics is not None
+        seen = self.source.semantics(number, count, factor=config.downsampling)
+        semantics = as_codes(mx.array(seen), config.semantics)
+        rest = config.latent_channels - semantics.shape[-1]
+        latents = mx.pad(semantics, [(0, 0)] * 3 + [(rest, 0)])
+        return Samples(self.autoencoder.normalize(latents), self.source.prompts(number, count))
+
+    def batches(self, count: int, *, most: int | None = None) -> Iterator[Samples]:
+        """See `PictureSource.batches`."""
+        numbers = itertools.count() if most is None else range(-(-most // count))
+        for number in numbers:
+            rest = count if most is None else min(count, most - number * count)
+            found = self.samples(number, count)
+            yield Samples(found.latents[:rest], found.captions[:rest])
+
+
+def _knows(autoencoder: Autoencoder, source: Any) -> bool:
+    """Whether an autoencoder has codes for all things of a source."""
+    semantics = autoencoder.config.semantics
+    counts = [getattr(part, "num_things", None) for part in source.sources]
+    return semantics is not None and all(n is not None and n <= semantics.things for n in counts)
+
+
 def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
     """A `LatentSource` of the data of `open_data`; `UserError` if its latents are others.
 
@@ -98,7 +140,8 @@ def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
     parts = prepared_parts(source)
     if not parts:
         check_channels(autoencoder.config, source.channels)
-        return EncodedPictures(source, autoencoder)
+        made = CodedScenes if _knows(autoencoder, source) else EncodedPictures
+        return made(source, autoencoder)
     for part in parts:
         part.check_autoencoder(autoencoder)
         part.check_files()

@@ -102,6 +102,11 @@ class PictureSource(Source, Protocol):
 class SemanticSource(PictureSource, Protocol):
     """Pictures of which is known what is where in them."""
 
+    @property
+    def num_things(self) -> int:
+        """How many things they show, the first ones of all codes."""
+        ...
+
     def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """What is where in the pictures of `batch`.
 
@@ -109,7 +114,7 @@ class SemanticSource(PictureSource, Protocol):
             factor: side of a picture, divided by that of its latents.
 
         Returns:
-            float32 (count, H / factor, W / factor, S).
+            float32 (count, H / factor, W / factor, `SEEN_CHANNELS`).
         """
         ...
 

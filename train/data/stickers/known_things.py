@@ -25,17 +25,17 @@ def semantic_source(source: Source) -> Stickers:
     parts = source.sources
     if not all(isinstance(part, Stickers) for part in parts):
         raise UserError("--semantic-latents needs --data stickers alone")
-    found = max(parts, key=lambda part: len(part.collection.first(part.num_nouns)))
+    found = max(parts, key=lambda part: part.num_things)
     if not found.collection.sides:
         raise UserError("--semantic-latents needs Fluent Emoji: --data stickers:pictures=FOLDER")
-    check_semantics(len(found.collection.first(found.num_nouns)))
+    check_semantics(found.num_things)
     return found
 
 
 def semantics_of(source: Stickers, factor: int) -> SemanticConfig:
     """The sizes of semantic latents for the things of a source."""
     sides = tuple(side // factor for side in source.collection.sides)
-    return SemanticConfig(len(source.collection.first(source.num_nouns)), sides)
+    return SemanticConfig(source.num_things, sides)
 
 
 def known_scenes(source: Stickers) -> Iterator[Scene]:

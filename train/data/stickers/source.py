@@ -113,9 +113,14 @@ class Stickers(SemanticSource):
         """See `PictureSource`."""
         return draw_scenes(self.scenes(number, count))
 
+    @property
+    def num_things(self) -> int:
+        """See `SemanticSource`."""
+        return len(self.collection.first(self.num_nouns))
+
     def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """See `SemanticSource`; `UserError` with too many nouns."""
-        check_semantics(len(self.collection.first(self.num_nouns)))
+        check_semantics(self.num_things)
         return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
 
     def prompts(self, number: int, count: int) -> list[str]:
@@ -177,9 +182,18 @@ class ValidationStickers(SemanticSource):
         """See `PictureSource`."""
         return draw_scenes(self.scenes(number, count))
 
+    @property
+    def num_things(self) -> int:
+        """See `SemanticSource`."""
+        return len(collection_in(self.pictures).first(self.num_nouns))
+
     def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """See `SemanticSource`."""
         return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
+
+    def prompts(self, number: int, count: int) -> list[str]:
+        """See `PromptSource`."""
+        return [scene.caption for scene in self.scenes(number, count)]
 
     def settings(self) -> dict[str, Any]:
         """See `Source`."""
