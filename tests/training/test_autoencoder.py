@@ -21,7 +21,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.json_values import to_dict
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.networks.autoencoders.semantics import Paint, as_codes
+from mlx_snapgen.networks.autoencoders.semantics import Paint, as_codes, nearest
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
@@ -588,8 +588,20 @@ def test_semantic_latents_learn_alone():
     for name, value in found.items():
         size = mx.abs(value).max().item()
         assert (size > 0) == name.startswith(("encoder.semantics", "decoder")), name
+    # Some of the random places are near a code too.
+    index, is_there = map(np.array, nearest(seen[..., THING], 3))
+    assert index[0, 0, 0] == 2 and 0 < is_there.sum() < is_there.size
+    read = np.array(model.encoder(pictures)[0][..., -SEEN_CHANNELS:])[..., THING] @ codes(8)[:3].T
+    entropy = np.log(np.exp(read).sum(-1)) - np.take_along_axis(read, index[..., None], -1)[..., 0]
+    expected = entropy[is_there].mean()
+    np.testing.assert_allclose(metrics["thing_entropy"].item(), expected, rtol=1e-4)
     bias = np.array(found["encoder.semantics.out.bias"])
-    np.testing.assert_allclose(bias, 2 * error.mean((0, 1, 2)) / SEEN_CHANNELS, atol=1e-5)
+    mean = 2 * error.mean((0, 1, 2)) / SEEN_CHANNELS
+    outside = np.arange(SEEN_CHANNELS) >= THING.stop
+    np.testing.assert_allclose(bias[outside], mean[outside], atol=1e-5)
+    share = np.exp(read) / np.exp(read).sum(-1, keepdims=True) - np.eye(3)[index]
+    mean[THING] += 0.1 * (share @ codes(8)[:3])[is_there].mean(0)
+    np.testing.assert_allclose(bias, mean, atol=1e-5)
     objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)
     for name, value in gradients()[0].items():
         assert (mx.abs(value).max().item() > 0) == name.startswith("decoder"), name

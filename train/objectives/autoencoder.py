@@ -3,15 +3,18 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
-from mlx_snapgen.networks.autoencoders.semantics import as_codes, is_known
-from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS
+from mlx_snapgen.networks.autoencoders.semantics import as_codes, is_known, nearest
+from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS, THING, codes
 from train.data.source import Batch
 from train.objectives.base import LossObjective, Metrics
 
 DECODER_NOISE = 0.1
 """Noise on the latents while the decoder trains alone, in standard deviations of a channel."""
+THING_WEIGHT = 0.1
+"""Of the cross-entropy of the things in the loss; with squares alone they are learned late."""
 UNKNOWN_SHARE = 0.3
 """Share of the pictures that a decoder with semantic latents draws from the others alone."""
 
@@ -54,10 +57,11 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             assert log_var is not None, "given latents train the decoder alone"
             std = mx.exp(0.5 * log_var)
         latents = mean + std * mx.random.normal(mean.shape, key=key)
-        semantic_mse = mx.array(0.0)
+        semantic_mse = entropy = mx.array(0.0)
         if (seen := batch.get("seen")) is not None:
             squares = mx.square(found[..., -SEEN_CHANNELS:] - seen)
             semantic_mse = (mx.array(self.semantic_weights or (1.0,)) * squares).mean()
+            entropy = thing_entropy(model, found[..., -SEEN_CHANNELS:], seen)
             appearance, own_key = latents[..., :-SEEN_CHANNELS], mx.random.split(key)[0]
             latents = semantic_latents(model, appearance, seen, own_key)
         error = model.decoder(latents) - x
@@ -71,9 +75,27 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
         loss = l1 + 0.5 * edges + self.kl_weight * kl
         if not self.semantics_frozen:
-            loss += semantic_mse
+            loss += semantic_mse + THING_WEIGHT * entropy
         parts = {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
-        return loss, parts if seen is None else parts | {"semantic_mse": semantic_mse}
+        return loss, parts if seen is None else parts | {
+            "semantic_mse": semantic_mse,
+            "thing_entropy": entropy,
+        }
+
+
+def thing_entropy(model: Autoencoder, found: mx.array, seen: mx.array) -> mx.array:
+    """Mean cross-entropy, in nats, of the things at the places where there are some.
+
+    Args:
+        found: by the encoder, (B, h, w, `SEEN_CHANNELS`).
+        seen: the truth.
+    """
+    assert model.config.semantics is not None
+    things = model.config.semantics.things
+    index, is_there = nearest(seen[..., THING], things)
+    logits = found[..., THING] @ mx.array(codes(THING.stop)[:things]).T
+    each = nn.losses.cross_entropy(logits, index) * is_there
+    return each.sum() / mx.maximum(is_there.sum(), 1)
 
 
 def semantic_latents(
