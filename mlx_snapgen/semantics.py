@@ -53,8 +53,9 @@ class SemanticConfig:
     def __post_init__(self):
         if not 0 < self.things <= len(codes(THING.stop)):
             raise UserError(f"there are codes for 1 to {len(codes(THING.stop))} things")
-        if not 0 < len(self.sides) <= len(codes(4)) or min(self.sides) < 1:
-            raise UserError(f"things have 1 to {len(codes(4))} sides of at least 1: {self.sides}")
+        most = len(codes(SIDE.stop - SIDE.start))
+        if not 0 < len(self.sides) <= most or not 1 <= min(self.sides) <= max(self.sides) <= most:
+            raise UserError(f"things have 1 to {most} sides of 1 to {most} latents: {self.sides}")
 
 
 @cache

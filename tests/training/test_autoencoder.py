@@ -649,6 +649,8 @@ def test_configs_of_semantic_latents(options, message):
         (0, (2,), "codes for 1 to 240 things"),
         (241, (2,), "codes for 1 to 240"),
         (3, (), "1 to 24 sides"),
+        (3, (2, 25), "of 1 to 24 latents"),
+        (3, (0,), "of 1 to 24"),
     ],
 )
 def test_sizes_of_semantic_latents(things, sides, message):
