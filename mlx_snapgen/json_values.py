@@ -21,6 +21,8 @@ MOST_FAULTS = 50
 """Of a config that are looked for."""
 MAY_BE_ZERO = ("band_radius", "rope_axes")
 """Whole numbers that may be 0, besides those of blocks and layers."""
+REMOVED = ("semantic_channels", "semantic_blocks", "semantic_keys", "semantic_rank")
+"""Keys of configs that were never released; 0 in those without semantic latents."""
 MOST_LAYERS = 256
 """Of one network. Each is built in memory before its weights are read."""
 
@@ -38,6 +40,8 @@ def from_dict(cls: type, values: Any) -> Any:
     faults, read = [], {}
     for key, value in values.items():
         try:
+            if key in REMOVED and value == 0:
+                continue
             if key not in fields:
                 raise UserError(f"unknown key '{key}' in {cls.__name__}{nearest(key, fields)}")
             read[key] = _read(fields[key].type, value, key)

@@ -18,7 +18,7 @@ known thing is. 0 means no known thing, a thing's own color, and that the latent
 what is there."""
 COLUMN, ROW, SIDE = slice(16, 20), slice(20, 24), slice(24, 28)
 """Channels: codes of the left and top edge of the thing's square, and of its size. As all codes,
-they are the same in the whole thing, and clear though they are noisy."""
+those of a thing are the same at all its places, and clear though they are noisy."""
 CHANNELS = SIDE.stop
 PLACE = slice(16, 19)
 """Instead of these three codes, what the encoder sees: how far right of the thing's center a place
@@ -37,7 +37,7 @@ class SemanticConfig:
 
     Attributes:
         things: so many are known, by their codes.
-        sides: of the things, in latents; at most 24.
+        sides: of the things, in latents, ascending.
         head_blocks: residual blocks of the encoder for the semantic latents alone.
         appearance_channels: of the encoder and for the decoder's first level. The autoencoder's
             latents have the first of them.
@@ -54,8 +54,8 @@ class SemanticConfig:
         if not 0 < self.things <= len(codes(THING.stop)):
             raise UserError(f"there are codes for 1 to {len(codes(THING.stop))} things")
         most = len(codes(SIDE.stop - SIDE.start))
-        if not 0 < len(self.sides) <= most or not 1 <= min(self.sides) <= max(self.sides) <= most:
-            raise UserError(f"things have 1 to {most} sides of 1 to {most} latents: {self.sides}")
+        if not self.sides or list(self.sides) != sorted({*self.sides} & {*range(1, most + 1)}):
+            raise UserError(f"sides of things are 1 to {most} latents, ascending: {self.sides}")
 
 
 @cache

@@ -16,11 +16,11 @@ again and again, it then knows their details, and a transformer needs to learn o
 must be large enough to tell what they show: `--crop 128`.
 
 `--semantic-latents --init-from MODEL` adds latents with codes of noun, color and background, and
-the place in the thing. A transformer learns them earliest. The decoder gets a table of how the
+of the thing's square. A transformer learns them earliest. The decoder gets a table of how the
 known things look, and a part of the encoder learns the new latents from the layouts of the scenes,
 which only stickers have. The other latents, whose number --latent-channels sets, tell what is not
 known. With `--decoder-only` the decoder learns alone; `train.export --decoder` puts it into a
-model.
+model. It takes whole pictures instead of crops.
 """
 
 import argparse
@@ -164,7 +164,10 @@ def open_models(
             raise UserError(f"--crop must be a multiple of {factor} for {start}, got {args.crop}")
         given, new = model.config.semantics, None
         if given and not stickers:
-            raise UserError(f"{start} has semantic latents: give --semantic-latents")
+            raise UserError(
+                f"{start} has semantic latents, which are learned from the scenes of Fluent Emoji: "
+                "give --semantic-latents and --data stickers:pictures=FOLDER"
+            )
         if model.config.kind != DEFAULT.kind and not args.decoder_only:
             raise UserError(f"a {model.config.kind} autoencoder is trained with --decoder-only")
         if stickers:
@@ -219,7 +222,8 @@ def new_semantics(
         raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
     if given is not None and (given.things, given.sides) != (new.things, new.sides):
         raise UserError(
-            f"{start} knows {given.things} things: give --data stickers:nouns={given.things}"
+            f"{start} knows {given.things} things in {len(given.sides)} sizes: give --data "
+            f"stickers:pictures=FOLDER,nouns={given.things}"
         )
     return None if given else new
 

@@ -94,7 +94,9 @@ class ThingTable(nn.Module):
         height, width = semantics.shape[2:]
         column = torch.arange(width)[None, None] - nearest(semantics, COLUMN)[0]
         row = torch.arange(height)[None, :, None] - nearest(semantics, ROW)[0]
-        column, row = (torch.minimum(x.clamp(min=0), side - 1) for x in (column, row))
+        # Whole numbers all the way: Core ML's clamp makes them float16, which ends at 65,504.
+        column, row = (torch.where(x < 0, 0, x) for x in (column, row))
+        column, row = (torch.where(x < side, x, side - 1) for x in (column, row))
         first = thing * self.starts[-1] + torch.tensor(self.starts)[kind]
         known = looked_up(self.things.weight, first + row * side + column)
         return torch.where(is_there, known, self.empty.reshape(1, -1, 1, 1))

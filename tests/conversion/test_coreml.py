@@ -214,7 +214,8 @@ def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, e
         latent_channels=34,
         latents_mean=(0.1,) * 34,
         latents_std=(1.5,) * 34,
-        semantics=SemanticConfig(9, (2, 4), appearance_channels=8, paint_width=6),
+        # More rows than float16 can count.
+        semantics=SemanticConfig(150, (2, 16, 23), appearance_channels=8, paint_width=6),
     )
     network = dataclasses.replace(model.transformer.config, latent_channels=34)
     changed = dataclasses.replace(
@@ -227,7 +228,7 @@ def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, e
     # Which codes are there must not depend on rounding.
     rng = np.random.default_rng(2)
     latents = rng.normal(size=(1, 8, 8, 34))
-    for part, count in ((THING, 9), (COLOR, 24), (GROUND, 24), (COLUMN, 8), (ROW, 8), (SIDE, 2)):
+    for part, count in ((THING, 150), (COLOR, 24), (GROUND, 24), (COLUMN, 8), (ROW, 8), (SIDE, 3)):
         known = codes(part.stop - part.start)[rng.integers(count, size=(8, 8))]
         is_there = (rng.random((8, 8, 1)) < 0.7) | (part.start >= COLUMN.start)
         latents[0, ..., 6:][..., part] = known * is_there

@@ -18,10 +18,10 @@ from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.json_values import to_dict
+from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.networks.autoencoders.convolutional import ConvolutionalAutoencoder
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
-from mlx_snapgen.networks.autoencoders.semantics import Paint, as_codes, nearest
+from mlx_snapgen.networks.autoencoders.semantics import Paint, as_codes, is_known, nearest
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.presets import FLUENT_AUTOENCODER
@@ -30,6 +30,7 @@ from mlx_snapgen.semantics import (
     COLOR,
     COLUMN,
     GROUND,
+    PLACE,
     ROW,
     SEEN_CHANNELS,
     SIDE,
@@ -49,6 +50,7 @@ from train.data.stickers.known_things import known_scenes, semantics_of, start_k
 from train.data.stickers.semantics import semantic_map
 from train.data.stickers.source import Stickers, draw_scenes
 from train.loop.autoencoder import (
+    EMPTY,
     keep_statistics,
     kept_statistics,
     load_autoencoder,
@@ -59,6 +61,7 @@ from train.loop.checkpoint import checkpoints, latest_checkpoint, read_log
 from train.loop.principal_components import start_from_components
 from train.loop.run import claim
 from train.objectives.autoencoder import Reconstruction, semantic_latents
+from train.objectives.losses import channel_weights
 
 CONFIG = AutoencoderConfig(latent_channels=4, encoder_channels=(8, 16), decoder_channels=(16, 8, 8))
 
@@ -507,6 +510,48 @@ def test_the_table_has_a_row_for_each_thing_size_and_place(fluent_pictures):
     np.testing.assert_allclose(grounds[named.index("transparent")], -1)
 
 
+def test_things_far_from_the_corner_are_not_known():
+    """There are codes for 24 columns: what begins beyond is left to the latents of appearance."""
+    seen = np.zeros((1, 2, 30, SEEN_CHANNELS), np.float32)
+    seen[..., GROUND] = codes(4)[3]
+    for left in (20, 23, 28):
+        seen[0, :, left : left + 2, THING] = codes(8)[1]
+        for i in (0, 1):
+            seen[0, :, left + i, PLACE.start] = 1.7 * (i - 0.5)
+            seen[0, i, left : left + 2, PLACE.start + 1] = 1.7 * (i - 0.5)
+        seen[0, :, left : left + 2, PLACE.stop - 1] = np.log2(2 / 6)
+    found = as_codes(mx.array(seen), SEMANTIC)
+    known = np.array(is_known(found))[0, :, :, 0]
+    things = np.array(found)[0, ..., THING].any(-1)
+    expected = np.arange(30) < 28
+    assert (known == expected).all() and not things[:, 28:].any()
+    assert things[:, [20, 21, 23, 24]].all()
+    np.testing.assert_array_equal(np.array(found)[0, 0, 24, COLUMN], codes(4)[23])
+
+
+def test_semantic_channels_have_equal_weights():
+    model = semantic_start()[1]
+    assert channel_weights(model, mx.zeros((1, 2, 2, 30)), power=0) is None
+    with pytest.raises(UserError, match="semantic latents mean the same with noise"):
+        channel_weights(model, mx.zeros((1, 2, 2, 30)), power=0.5)
+
+
+def test_an_autoencoder_of_factor_8_has_too_many_columns(fluent_pictures):
+    source = Stickers(num_nouns=12, pictures=rendering.find_pictures(fluent_pictures))
+    with pytest.raises(UserError, match="have 24 columns: give an autoencoder of --factor 16"):
+        semantics_of(source, 8)
+
+
+def test_configs_of_unreleased_versions():
+    """Without semantic latents they had zeros for them."""
+    values = to_dict(CONFIG) | {"semantic_channels": 0, "semantic_rank": 0}
+    assert from_dict(AutoencoderConfig, values) == CONFIG
+    with pytest.raises(UserError, match="unknown key 'semantic_channels'"):
+        from_dict(AutoencoderConfig, values | {"semantic_channels": 14})
+    again = AutoencoderConfig(**SEMANTIC_16)
+    assert from_dict(AutoencoderConfig, to_dict(again)) == again
+
+
 def test_scenes_of_known_things_are_not_drawn(fluent_pictures):
     """Their latents are the codes of what is where, and those of appearance are 0."""
     given = {"pictures": rendering.find_pictures(fluent_pictures)}
@@ -587,7 +632,8 @@ def test_semantic_latents_learn_alone():
     np.testing.assert_allclose(metrics["semantic_mse"].item(), np.square(error).mean(), rtol=1e-4)
     for name, value in found.items():
         size = mx.abs(value).max().item()
-        assert (size > 0) == name.startswith(("encoder.semantics", "decoder")), name
+        learns = name.startswith(("encoder.semantics", "decoder")) and name != EMPTY
+        assert (size > 0) == learns, name
     # Some of the random places are near a code too.
     index, is_there = map(np.array, nearest(seen[..., THING], 3))
     assert index[0, 0, 0] == 2 and 0 < is_there.sum() < is_there.size
@@ -604,7 +650,8 @@ def test_semantic_latents_learn_alone():
     np.testing.assert_allclose(bias, mean, atol=1e-5)
     objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)
     for name, value in gradients()[0].items():
-        assert (mx.abs(value).max().item() > 0) == name.startswith("decoder"), name
+        learns = name.startswith("decoder") and name != EMPTY
+        assert (mx.abs(value).max().item() > 0) == learns, name
 
 
 def test_a_decoder_gets_codes_or_latents_of_appearance():
@@ -648,9 +695,10 @@ def test_configs_of_semantic_latents(options, message):
     [
         (0, (2,), "codes for 1 to 240 things"),
         (241, (2,), "codes for 1 to 240"),
-        (3, (), "1 to 24 sides"),
-        (3, (2, 25), "of 1 to 24 latents"),
-        (3, (0,), "of 1 to 24"),
+        (3, (), "ascending"),
+        (3, (2, 25), "1 to 24 latents"),
+        (3, (0,), "1 to 24 latents"),
+        (3, (2, 2), "ascending"),
     ],
 )
 def test_sizes_of_semantic_latents(things, sides, message):
@@ -708,17 +756,17 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
         run("on", "--decoder-only", *again, steps=2)
     run("codes", "--decoder-only", *again)
     codes = load_autoencoder(tmp_path / "codes", source)
-    kept = np.array(load_autoencoder(tmp_path / "semantic", source).encoder(picture)[0])
-    np.testing.assert_array_equal(np.array(codes.encoder(picture)[0]), kept)
+    kept = np.array(load_autoencoder(tmp_path / "semantic", source).encode(picture))
+    np.testing.assert_array_equal(np.array(codes.encode(picture)), kept)
     assert not mx.array_equal(codes.decoder.inp.weight, after.decoder.inp.weight)
     with pytest.raises(UserError, match="start has no semantic latents yet: omit --decoder-only"):
         run("none", *given, "--decoder-only")
     two = ["--data", data, f"{data},categories=colors", "--steps", 1]
     run("mixture", *given, *two)
     for options in ((), ("--decoder-only",)):
-        with pytest.raises(UserError, match="has semantic latents: give --semantic-latents"):
+        with pytest.raises(UserError, match="has semantic latents, which are learned from"):
             run("none", "--init-from", tmp_path / "semantic", "--crop", 64, *options)
-    with pytest.raises(UserError, match="knows 12 things: give --data stickers:nouns=12"):
+    with pytest.raises(UserError, match="knows 12 things in 8 sizes: give --data"):
         run("none", *again, data=data.replace("12", "13"))
     folder = tmp_path / "folder"
     write_pictures(folder, 3)

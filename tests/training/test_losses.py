@@ -122,6 +122,8 @@ def test_tau_is_shifted_and_kept_inside():
 class Decoder:
     """Latents of 3 channels, which change the picture 1, 2 and 0 times as much as they change."""
 
+    config = SimpleNamespace(semantics=None)
+
     def decode(self, latents):
         return latents * mx.array([1.0, 2.0, 0.0])
 
@@ -140,6 +142,6 @@ def test_channels_weigh_what_they_change_in_the_picture():
 
 @pytest.mark.parametrize("scale", [0, float("inf"), float("nan")])
 def test_a_decoder_without_pictures_gives_no_weights(scale):
-    decoder = SimpleNamespace(decode=lambda latents: scale * latents)
+    decoder = SimpleNamespace(decode=lambda latents: scale * latents, config=Decoder.config)
     with pytest.raises(UserError, match="--channel-weights: the autoencoder decodes all latents"):
         channel_weights(decoder, mx.random.normal((1, 4, 4, 3)), power=0.5)

@@ -104,7 +104,7 @@ class SemanticSource(PictureSource, Protocol):
 
     @property
     def num_things(self) -> int:
-        """How many things they show, the first ones of all codes."""
+        """How many things they show; these have the first codes."""
         ...
 
     def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:

@@ -41,6 +41,7 @@ STATISTICS = "latents.json"
 """File in a checkpoint with the statistics of its latents, see `keep_statistics`."""
 OTHER_RUN = "{} is a run of {}: give one of train.autoencoder, or a model"
 STATISTICS_FIELDS = ("latents_mean", "latents_std")
+EMPTY = "decoder.table.empty"
 
 
 def measure_latents(
@@ -58,7 +59,7 @@ def measure_latents(
         batches = (batch for part in source.sources for batch in part.batches(size))
         steps = None
     bar = tqdm(batches, desc="latents' statistics", total=steps, unit="batch", leave=False)
-    means = [np.array(model.encoder(from_uint8(pictures))[0]) for pictures, _ in bar]
+    means = [np.array(model.latents(from_uint8(pictures))) for pictures, _ in bar]
     if not means:
         raise UserError("--data: none of the pictures can be read, to measure the latents on")
     flat = np.concatenate([x.reshape(-1, model.config.latent_channels) for x in means])
@@ -108,7 +109,11 @@ def with_decoder(model: Autoencoder, run: Path) -> Autoencoder:
     statistics = {name: getattr(model.config, name) for name in STATISTICS_FIELDS}
     found = make_autoencoder(dataclasses.replace(config_of(run), **statistics))
     found.update(dict(tree_unflatten(list(load_ema(run).items()))))
-    own, other = flat_parameters(model.encoder), flat_parameters(found.encoder)
+    # Latents are differences from what is empty.
+    own, other = (
+        {k: v for k, v in flat_parameters(m).items() if k.startswith(("encoder.", EMPTY))}
+        for m in (model, found)
+    )
     same = {name for name in own if name in other and mx.array_equal(own[name], other[name])}
     if own.keys() != same or other.keys() != same:
         raise UserError(
@@ -156,7 +161,8 @@ def with_other_latents(
     if semantics:
         semantics = dataclasses.replace(semantics, appearance_channels=config.latent_channels)
         # Those of appearance are differences from an empty place.
-        mean, std = (0.0,) * (kept + CHANNELS), (*std, *(1.0,) * CHANNELS)
+        mean = (0.0,) * (kept + CHANNELS)
+        std = (*(std or (1.0,) * kept), *(1.0,) * CHANNELS)
     config = dataclasses.replace(
         config,
         latent_channels=kept + (CHANNELS if semantics else 0),

@@ -41,10 +41,15 @@ def channel_weights(
         latents: (B, h, w, C) of pictures.
 
     Raises:
-        UserError: no channel changes the picture, or one does so without a limit.
+        UserError: no channel changes the picture, or one does so without a limit; semantic latents,
+            of which small changes change nothing.
     """
     if not power:
         return None
+    if autoencoder.config.semantics:
+        raise UserError(
+            "--channel-weights: semantic latents mean the same with noise: leave the option out"
+        )
     latents = latents[:, :SIDE, :SIDE].astype(mx.float32)
     plain = autoencoder.decode(latents)
     noise = NOISE * mx.random.normal(latents.shape, key=mx.random.key(0))

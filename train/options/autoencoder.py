@@ -43,7 +43,8 @@ def parse() -> argparse.Namespace:
         parser,
         "--crop",
         64,
-        "side of a crop in pixels, or the shorter side of a picture if that is less",
+        "side of a crop in pixels, or the shorter side of a picture if that is less; "
+        "--semantic-latents takes whole pictures",
     )
     add_number(
         parser, "--learning-rate", 1e-3, "AdamW learning rate; Muon, for the blocks, uses 20x"

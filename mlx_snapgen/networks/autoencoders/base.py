@@ -24,13 +24,14 @@ class Autoencoder(nn.Module):
         self.decoder: Any = decoder
 
     def encode(self, pictures: mx.array, *, in_tiles: bool = False) -> mx.array:
-        """Normalized `latents` (B, H/f, W/f, C); arguments and errors are the same."""
+        """Pictures (B, H, W, 3) in [-1, 1] -> normalized latents, see `latents`."""
         return self.normalize(self.latents(pictures, in_tiles=in_tiles))
 
     def latents(self, pictures: mx.array, *, in_tiles: bool = False) -> mx.array:
         """Pictures (B, H, W, 3) in [-1, 1] -> the decoder's input (B, H/f, W/f, C).
 
-        f is `config.downsampling`.
+        f is `config.downsampling`. With semantic latents the encoder's own output has other
+        channels.
 
         Args:
             in_tiles: encode a large picture in tiles if the encoder can (see `TiledEncoder`). This

@@ -52,23 +52,31 @@ def _positions(height: int, width: int) -> tuple[mx.array, mx.array]:
 
 
 def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
-    """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> semantic latents (B, h, w, S)."""
-    _, is_there = nearest(seen[..., THING], config.things)
+    """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> semantic latents (B, h, w, S).
+
+    Nothing is known about things whose edges have no code, more than 24 latents from the corner.
+    """
     place = seen[..., PLACE].astype(mx.float32)
     kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(mx.array(config.sides) / MIDDLE)), axis=-1)
     side = mx.array(config.sides)[kind]
     places = mx.array(codes(SIDE.stop - SIDE.start))
-    edges = []
+    edges, is_near = [], mx.array(True)
     for i, here in enumerate(_positions(*seen.shape[1:3])):
         inside = mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1)
-        edges.append(places[mx.clip(here - inside.astype(mx.int32), 0, len(places) - 1)])
-    parts = [
+        edge = here - inside.astype(mx.int32)
+        is_near = is_near & (edge < len(places))
+        edges.append(places[mx.clip(edge, 0, len(places) - 1)])
+    is_thing = nearest(seen[..., THING], config.things)[1]
+    of_thing = [
         _known_codes(seen[..., THING], config.things),
-        _known_codes(seen[..., COLOR]) * is_there[..., None],
-        _known_codes(seen[..., GROUND]),
-        mx.concatenate([*edges, places[kind]], axis=-1) * is_there[..., None],
+        _known_codes(seen[..., COLOR]),
+        *edges,
+        places[kind],
     ]
-    return mx.concatenate(parts, axis=-1).astype(seen.dtype)
+    thing, color, *square = (mx.where((is_thing & is_near)[..., None], x, 0) for x in of_thing)
+    ground = _known_codes(seen[..., GROUND])
+    ground = mx.where((is_thing & ~is_near)[..., None], 0, ground)
+    return mx.concatenate([thing, color, ground, *square], axis=-1).astype(seen.dtype)
 
 
 def is_known(semantics: mx.array) -> mx.array:
@@ -118,7 +126,8 @@ class ThingTable(nn.Module):
 
     def __call__(self, semantics: mx.array) -> mx.array:
         rows, is_there = self.rows(semantics)
-        return mx.where(is_there[..., None], self.things(rows), self.empty)
+        # Latents are differences from `empty`, so that it stays as it is.
+        return mx.where(is_there[..., None], self.things(rows), mx.stop_gradient(self.empty))
 
 
 class Paint(nn.Module):

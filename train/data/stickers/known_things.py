@@ -10,7 +10,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.semantics import as_codes
 from mlx_snapgen.pictures import from_uint8
-from mlx_snapgen.semantics import SEEN_CHANNELS, SemanticConfig
+from mlx_snapgen.semantics import COLUMN, SEEN_CHANNELS, SemanticConfig, codes
 from train.data.source import Source
 from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.semantics import check_semantics, semantic_map
@@ -33,8 +33,15 @@ def semantic_source(source: Source) -> Stickers:
 
 
 def semantics_of(source: Stickers, factor: int) -> SemanticConfig:
-    """The sizes of semantic latents for the things of a source."""
-    sides = tuple(side // factor for side in source.collection.sides)
+    """The sizes of semantic latents for the things of a source.
+
+    Raises:
+        UserError: there are no codes for some of the places.
+    """
+    collection, most = source.collection, len(codes(COLUMN.stop - COLUMN.start))
+    if max(map(max, collection.shapes)) > most * factor:
+        raise UserError(f"semantic latents have {most} columns: give an autoencoder of --factor 16")
+    sides = tuple(side // factor for side in collection.sides)
     return SemanticConfig(source.num_things, sides)
 
 
