@@ -126,7 +126,7 @@ class ThingTable(nn.Module):
 
     def __call__(self, semantics: mx.array) -> mx.array:
         rows, is_there = self.rows(semantics)
-        # Latents are differences from `empty`, so that it stays as it is.
+        # Not trained: latents are differences from it.
         return mx.where(is_there[..., None], self.things(rows), mx.stop_gradient(self.empty))
 
 
