@@ -76,16 +76,6 @@ def test_a_map_has_each_things_code_color_and_the_place_in_it(size):
     assert seen == {False, True} and len(grounds) > 2
 
 
-def test_nouns_without_codes_are_left_to_the_other_latents():
-    """Where they are nothing is known, not even the background; the rest of the map is the same."""
-    scene = sample_scene(np.random.default_rng(3), category="two_objects", collection=FLUENT)
-    numbers = [FLUENT.nouns.index(placed.noun) for placed in scene.placed]
-    whole, found = semantic_map(scene, 16), semantic_map(scene, 16, max(numbers))
-    unknown = things_at(whole) == 25 * (1 + max(numbers))
-    assert unknown.any() and not found[unknown].any()
-    np.testing.assert_array_equal(found[~unknown], whole[~unknown])
-
-
 def test_the_share_of_places_with_the_right_noun_and_color(fluent_pictures):
     source = ValidationStickers(num_nouns=12, pictures=rendering.find_pictures(fluent_pictures))
     true = source.semantics(0, 16, factor=16)

@@ -126,7 +126,7 @@ class CodedScenes:
 
 
 def _knows(autoencoder: Autoencoder, source: Any) -> bool:
-    """Whether an autoencoder has codes for all things of a source, which have its sizes."""
+    """Whether an autoencoder has codes for all things of a source."""
     semantics = autoencoder.config.semantics
     counts = [getattr(part, "num_things", None) for part in source.sources]
     return semantics is not None and all(n is not None and n <= semantics.things for n in counts)

@@ -50,12 +50,11 @@ def right_share(semantics: np.ndarray, expected: np.ndarray) -> float:
     return float((things_at(semantics) == things)[things > 0].mean())
 
 
-def semantic_map(scene: Scene, factor: int, num_known: int | None = None) -> np.ndarray:
+def semantic_map(scene: Scene, factor: int) -> np.ndarray:
     """What is where in a scene, at the latents' places.
 
     Args:
         factor: side of the picture, divided by that of its latents.
-        num_known: the other nouns of the scene's collection have no codes; None: all have.
 
     Returns:
         float32 (H / factor, W / factor, `SEEN_CHANNELS`), what an encoder should see.
@@ -73,9 +72,6 @@ def semantic_map(scene: Scene, factor: int, num_known: int | None = None) -> np.
         )
         inside = (np.abs(right) < 1) & (np.abs(down) < 1)
         number = scene.collection.nouns.index(placed.noun)
-        if num_known is not None and number >= num_known:
-            found[inside] = 0
-            continue
         size = np.full_like(right, np.log2(placed.size_px / factor / MIDDLE))
         found[inside, THING] = codes(THING.stop)[number]
         found[inside, PLACE] = np.stack([EDGE * right, EDGE * down, size], -1)[inside]
