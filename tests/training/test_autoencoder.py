@@ -637,16 +637,22 @@ def test_semantic_latents_learn_alone():
     # Some of the random places are near a code too.
     index, is_there = map(np.array, nearest(seen[..., THING], 3))
     assert index[0, 0, 0] == 2 and 0 < is_there.sum() < is_there.size
-    read = np.array(model.encoder(pictures)[0][..., -SEEN_CHANNELS:])[..., THING] @ codes(8)[:3].T
-    entropy = np.log(np.exp(read).sum(-1)) - np.take_along_axis(read, index[..., None], -1)[..., 0]
-    expected = entropy[is_there].mean()
-    np.testing.assert_allclose(metrics["thing_entropy"].item(), expected, rtol=1e-4)
-    bias = np.array(found["encoder.semantics.out.bias"])
+    read = np.array(model.encoder(pictures)[0][..., -SEEN_CHANNELS:])
     mean = 2 * error.mean((0, 1, 2)) / SEEN_CHANNELS
-    outside = np.arange(SEEN_CHANNELS) >= THING.stop
-    np.testing.assert_allclose(bias[outside], mean[outside], atol=1e-5)
-    share = np.exp(read) / np.exp(read).sum(-1, keepdims=True) - np.eye(3)[index]
-    mean[THING] += 0.1 * (share @ codes(8)[:3])[is_there].mean(0)
+    for name, part, known, threshold, weight in (
+        ("thing", THING, codes(8)[:3], 4, 0.1),
+        ("color", COLOR, codes(4), 2, 0.2),
+    ):
+        right, is_known = map(np.array, nearest(seen[..., part], len(known)))
+        one = np.concatenate([0 * known[:1], known])
+        logits = read[..., part] @ one.T
+        logits[..., 0] = threshold  # of `nearest`
+        share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        right = np.where(is_known, 1 + right, 0)
+        entropy = -np.log(np.take_along_axis(share, right[..., None], -1)[is_there]).mean()
+        np.testing.assert_allclose(metrics[f"{name}_entropy"].item(), entropy, rtol=1e-4)
+        mean[part] += weight * ((share - np.eye(len(one))[right]) @ one)[is_there].mean(0)
+    bias = np.array(found["encoder.semantics.out.bias"])
     np.testing.assert_allclose(bias, mean, atol=1e-5)
     objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)
     for name, value in gradients()[0].items():

@@ -2,11 +2,23 @@
 
 import hashlib
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.semantics import COLOR, GROUND, PLACE, SEEN_CHANNELS, THING, codes
+from mlx_snapgen.networks.autoencoders.semantics import agreed, as_codes
+from mlx_snapgen.semantics import (
+    COLOR,
+    COLUMN,
+    GROUND,
+    PLACE,
+    SEEN_CHANNELS,
+    SIDE,
+    THING,
+    SemanticConfig,
+    codes,
+)
 from train.data.stickers import render as rendering
 from train.data.stickers.scenes import sample_scene
 from train.data.stickers.semantics import (
@@ -17,6 +29,8 @@ from train.data.stickers.semantics import (
 )
 from train.data.stickers.source import Stickers, ValidationStickers
 from train.data.stickers.vocabulary import FLUENT
+
+SEMANTIC = SemanticConfig(150, (2, 4, 6, 8, 10, 12, 14, 16))
 
 
 @pytest.mark.parametrize(("channels", "count"), [(8, 240), (4, 24)])
@@ -95,6 +109,110 @@ def test_trained_models_depend_on_the_order_of_codes_and_words():
     numbers = [(2 * codes(n)).astype(np.int8).tobytes() for n in (8, 4)]
     found = hashlib.sha256(b"".join(numbers) + ",".join(names).encode()).hexdigest()
     assert found[:16] == "1068ba16687c7808"
+
+
+def scenes_maps() -> mx.array:
+    """Of 12 scenes with up to six things; float32 (12, 16, 16, S)."""
+    return mx.array(
+        np.stack(
+            [
+                semantic_map(sample_scene(np.random.default_rng(k), 150, collection=FLUENT), 16)
+                for k in range(12)
+            ]
+        )
+    )
+
+
+def test_a_thing_has_one_code_and_one_square():
+    """Exact maps stay as they are, and those in which each place errs are mended: three places of
+    ten say another square then, two of a hundred another thing."""
+    exact = scenes_maps()
+    right = np.array(as_codes(exact, SEMANTIC))
+    np.testing.assert_array_equal(np.array(as_codes(agreed(exact, SEMANTIC), SEMANTIC)), right)
+    errors = mx.random.normal(exact.shape, key=mx.random.key(0))
+    errors = errors * mx.array([1.0] * 8 + [0.5] * 8 + [0.25] * 3)
+    seen = exact + errors
+    is_thing = right[..., THING].any(-1)
+
+    def wrong_share(maps: mx.array, part: slice) -> float:
+        found = np.array(as_codes(maps, SEMANTIC))[..., part]
+        return (np.abs(found - right[..., part]).max(-1) > 1e-5)[is_thing].mean()
+
+    assert wrong_share(seen, slice(COLUMN.start, SIDE.stop)) > 0.3
+    assert wrong_share(seen, THING) > 0.02
+    mended = agreed(seen, SEMANTIC)
+    assert wrong_share(mended, slice(COLUMN.start, SIDE.stop)) == 0
+    assert wrong_share(mended, THING) == 0
+
+
+def test_votes_are_counted_as_said():
+    """The same as place by place in plain Python, for numbers of no meaning."""
+    config = SemanticConfig(3, (2, 3, 4))
+    rng = np.random.default_rng(1)
+    agreements = 0
+    for height, width, noise in ((5, 7, 0.1), (6, 5, 0.3), (4, 6, 0.9), (6, 6, 1.2), (1, 6, 0.2)):
+        seen = rng.normal(size=(1, height, width, SEEN_CHANNELS)).astype(np.float32)
+        for y, x, side in ((0, 0, 2), (2, 1, 3)):
+            part = seen[0, y : y + side, x : x + side]
+            rows, columns = np.mgrid[: part.shape[0], : part.shape[1]]
+            line = 1.7 * ((np.arange(side) + 0.5) / side * 2 - 1)
+            part[..., THING] = codes(8)[side - 1] + noise * part[..., THING]
+            true = [line[columns], line[rows], np.full(rows.shape, np.log2(side / 6))]
+            part[..., PLACE] = np.stack(true, -1) + noise * part[..., PLACE]
+        expected, count = agreed_in_loops(seen[0], 3, config.sides)
+        agreements += count
+        found = np.array(agreed(mx.array(seen), config))[0]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert agreements == 6  # of 8, and none in a map without a place for a square
+
+
+def agreed_in_loops(seen: np.ndarray, things: int, sides: tuple[int, ...]):
+    """See `agreed`. Map (h, w, S) -> the same, and the number of squares."""
+    height, width = seen.shape[:2]
+    is_thing = (seen[..., THING] @ codes(8)[:things].T).max(-1) > 4
+    squares = [
+        (y, x, side)
+        for side in sides
+        for y in range(height - side + 1)
+        for x in range(width - side + 1)
+    ]
+
+    def places(square):
+        y, x, side = square
+        return [(i, j) for i in range(y, y + side) for j in range(x, x + side)]
+
+    def says(square, i, j):
+        y, x, side = square
+        right, down = (1.7 * ((a + 0.5) / side * 2 - 1) for a in (j - x, i - y))
+        return np.array([right, down, np.log2(side / 6)])
+
+    def fit(square):
+        total = 0
+        for i, j in places(square):
+            misfit = (seen[i, j, PLACE] - says(square, i, j)) / (0.2, 0.2, 0.25)
+            total += max(6 - np.square(misfit).sum(), -3) if is_thing[i, j] else -3
+        return total
+
+    votes = {}
+    for i, j in np.argwhere(is_thing).tolist():
+        about = [square for square in squares if (i, j) in places(square)]
+        if about:
+            votes[i, j] = max(about, key=fit)
+    result = seen.copy()
+    result[..., THING] = result[..., COLOR] = result[..., PLACE] = 0
+    result[is_thing, GROUND] = 0
+    count = 0
+    for square in squares:
+        inside = places(square)
+        if sum(votes.get(place) == square for place in inside) > len(inside) / 2:
+            count += 1
+            for part in (THING, COLOR):
+                mean = np.mean([seen[i, j, part] for i, j in inside], 0)
+                for i, j in inside:
+                    result[i, j, part] = mean
+            for i, j in inside:
+                result[i, j, PLACE], result[i, j, GROUND] = says(square, i, j), seen[i, j, GROUND]
+    return result, count
 
 
 def test_only_collections_with_enough_codes():

@@ -7,14 +7,14 @@ import mlx.nn as nn
 
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.semantics import as_codes, is_known, nearest
-from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS, THING, codes
+from mlx_snapgen.semantics import CHANNELS, COLOR, SEEN_CHANNELS, THING, codes
 from train.data.source import Batch
 from train.objectives.base import LossObjective, Metrics
 
 DECODER_NOISE = 0.1
 """Noise on the latents while the decoder trains alone, in standard deviations of a channel."""
-THING_WEIGHT = 0.1
-"""Of the cross-entropy of the things in the loss; with squares alone they are learned late."""
+THING_WEIGHT, COLOR_WEIGHT = 0.1, 0.2
+"""Of cross-entropies in the loss; things are learned late from squares alone, colors hardly."""
 UNKNOWN_SHARE = 0.3
 """Share of the pictures that a decoder with semantic latents draws from the others alone."""
 
@@ -57,11 +57,11 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             assert log_var is not None, "given latents train the decoder alone"
             std = mx.exp(0.5 * log_var)
         latents = mean + std * mx.random.normal(mean.shape, key=key)
-        semantic_mse = entropy = mx.array(0.0)
+        semantic_mse = things = colors = mx.array(0.0)
         if (seen := batch.get("seen")) is not None:
             squares = mx.square(found[..., -SEEN_CHANNELS:] - seen)
             semantic_mse = (mx.array(self.semantic_weights or (1.0,)) * squares).mean()
-            entropy = thing_entropy(model, found[..., -SEEN_CHANNELS:], seen)
+            things, colors = entropies(model, found[..., -SEEN_CHANNELS:], seen)
             appearance, own_key = latents[..., :-SEEN_CHANNELS], mx.random.split(key)[0]
             latents = semantic_latents(model, appearance, seen, own_key)
         error = model.decoder(latents) - x
@@ -75,27 +75,35 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
         loss = l1 + 0.5 * edges + self.kl_weight * kl
         if not self.semantics_frozen:
-            loss += semantic_mse + THING_WEIGHT * entropy
+            loss += semantic_mse + THING_WEIGHT * things + COLOR_WEIGHT * colors
         parts = {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
         return loss, parts if seen is None else parts | {
             "semantic_mse": semantic_mse,
-            "thing_entropy": entropy,
+            "thing_entropy": things,
+            "color_entropy": colors,
         }
 
 
-def thing_entropy(model: Autoencoder, found: mx.array, seen: mx.array) -> mx.array:
-    """Mean cross-entropy, in nats, of the things at the places where there are some.
+def entropies(model: Autoencoder, found: mx.array, seen: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean cross-entropies, in nats, of the things and of their colors at the places of things.
 
     Args:
         found: by the encoder, (B, h, w, `SEEN_CHANNELS`).
         seen: the truth.
     """
     assert model.config.semantics is not None
-    things = model.config.semantics.things
-    index, is_there = nearest(seen[..., THING], things)
-    logits = found[..., THING] @ mx.array(codes(THING.stop)[:things]).T
-    each = nn.losses.cross_entropy(logits, index) * is_there
-    return each.sum() / mx.maximum(is_there.sum(), 1)
+    is_thing = nearest(seen[..., THING], model.config.semantics.things)[1]
+
+    def entropy(part: slice, count: int) -> mx.array:
+        index, is_there = nearest(seen[..., part], count)
+        logits = found[..., part] @ mx.array(codes(part.stop - part.start)[:count]).T
+        # No code is there where none has more than this, see `nearest`.
+        none = mx.full((*logits.shape[:-1], 1), (part.stop - part.start) / 2)
+        logits = mx.concatenate([none, logits], axis=-1)
+        each = nn.losses.cross_entropy(logits, mx.where(is_there, 1 + index, 0)) * is_thing
+        return each.sum() / mx.maximum(is_thing.sum(), 1)
+
+    return entropy(THING, model.config.semantics.things), entropy(COLOR, len(codes(4)))
 
 
 def semantic_latents(

@@ -17,6 +17,7 @@ from mlx_snapgen.networks.autoencoders.semantics import (
     Paint,
     SemanticHead,
     ThingTable,
+    agreed,
     as_codes,
     is_known,
 )
@@ -128,7 +129,7 @@ class ConvolutionalAutoencoder(Autoencoder):
         if self.config.semantics is None:
             return found
         appearance, seen = found[..., :-SEEN_CHANNELS], found[..., -SEEN_CHANNELS:]
-        semantics = as_codes(seen, self.config.semantics)
+        semantics = as_codes(agreed(seen, self.config.semantics), self.config.semantics)
         count = self.config.latent_channels - CHANNELS
         other = (appearance - self.decoder.table.empty)[..., :count]
         return mx.concatenate([mx.where(is_known(semantics), 0, other), semantics], axis=-1)

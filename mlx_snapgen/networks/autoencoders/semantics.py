@@ -25,6 +25,12 @@ from mlx_snapgen.semantics import (
     codes,
 )
 
+_PLACE_ERROR, _SIZE_ERROR = 0.2, 0.25
+"""Usual errors of what an encoder says about the place and size, in the units of `PLACE`."""
+_FIT, _MISS = 6.0, -3.0
+"""Of a place in a square: what it adds if it says just that, and the least, as with no thing there.
+Measured: all but .008 of the squares in 128 scenes are right then, .2 without the others' votes."""
+
 
 def nearest(numbers: mx.array, count: int | None = None) -> tuple[mx.array, mx.array]:
     """The codes nearest to numbers (..., C), with 8 or 4 channels.
@@ -77,6 +83,73 @@ def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     ground = _known_codes(seen[..., GROUND])
     ground = mx.where((is_thing & ~is_near)[..., None], 0, ground)
     return mx.concatenate([thing, color, ground, *square], axis=-1).astype(seen.dtype)
+
+
+def _windows(x: mx.array, side: int) -> mx.array:
+    """All squares of maps (B, h, w, ...) -> (B, h - side + 1, w - side + 1, side, side, ...)."""
+    strides = [1]
+    for length in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * length)
+    height, width = (length - side + 1 for length in x.shape[1:3])
+    shape = (len(x), height, width, side, side, *x.shape[3:])
+    return mx.as_strided(mx.contiguous(x), shape, [*strides[:3], *strides[1:]])
+
+
+def _best_about(squares: mx.array, side: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The greatest of the squares (B, H, W) that hold a place (h, w), and its top and left edge."""
+    edge = side - 1
+    padded = mx.pad(squares, [(0, 0), (edge, edge), (edge, edge)], constant_values=-mx.inf)
+    about = _windows(padded, side).flatten(3)
+    chosen = mx.argmax(about, axis=-1).astype(mx.int32)
+    columns, rows = _positions(*about.shape[1:3])
+    return mx.max(about, axis=-1), rows - edge + chosen // side, columns - edge + chosen % side
+
+
+def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
+    """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> the same, where a thing's places agree.
+
+    Each place votes for the square about it that fits best to what all places of the square say. A
+    square with most of its places' votes is a thing, whose codes are their means. What is in no
+    such square and looks like a thing is unknown.
+    """
+    found = seen.astype(mx.float32)
+    is_thing = nearest(found[..., THING], config.things)[1]
+    sides = [side for side in config.sides if side <= min(seen.shape[1:3])]
+    best = mx.full(seen.shape[:3], -mx.inf)
+    vote = [mx.zeros(seen.shape[:3], mx.int32)] * 3
+    for side in sides:
+        x, y, size = (_windows(found[..., i], side) for i in range(PLACE.start, PLACE.stop))
+        line = EDGE * ((2 * mx.arange(side) + 1) / side - 1)
+        misfit = ((x - line) ** 2 + (y - line[:, None]) ** 2) / _PLACE_ERROR**2
+        misfit += (size - np.log2(side / MIDDLE)) ** 2 / _SIZE_ERROR**2
+        fit = mx.where(_windows(is_thing, side), mx.maximum(_FIT - misfit, _MISS), _MISS)
+        fit, *square = _best_about(fit.sum((-2, -1)), side)
+        is_better = is_thing & (fit > best)
+        best = mx.where(is_better, fit, best)
+        vote = [mx.where(is_better, a, b) for a, b in zip([*square, side], vote, strict=True)]
+
+    things = mx.zeros_like(found[..., : COLOR.stop])
+    place = mx.zeros_like(found[..., PLACE])
+    is_agreed = mx.zeros_like(is_thing)
+    for side in sides:
+        columns, rows = _positions(*(length - side + 1 for length in seen.shape[1:3]))
+        square = (rows[..., None, None], columns[..., None, None], side)
+        votes = [_windows(a, side) == b for a, b in zip(vote, square, strict=True)]
+        share = (votes[0] & votes[1] & votes[2]).mean((-2, -1))
+        most, top, left = _best_about(share, side)
+        is_in = (most > 0.5)[..., None]
+        is_agreed = is_agreed | is_in[..., 0]
+        means = _windows(found[..., : COLOR.stop], side).mean((3, 4))
+        index = mx.clip(top, 0, None) * means.shape[2] + mx.clip(left, 0, None)
+        index = mx.minimum(index, means.shape[1] * means.shape[2] - 1)
+        means = mx.take_along_axis(means.flatten(1, 2), index.flatten(1)[..., None], axis=1)
+        things = mx.where(is_in, means.reshape(things.shape), things)
+        columns, rows = _positions(*seen.shape[1:3])
+        inside = [EDGE * ((2 * (a - b) + 1) / side - 1) for a, b in ((columns, left), (rows, top))]
+        size = mx.full(left.shape, np.log2(side / MIDDLE))
+        place = mx.where(is_in, mx.stack([*inside, size], axis=-1), place)
+    ground = mx.where((is_thing & ~is_agreed)[..., None], 0, found[..., GROUND])
+    return mx.concatenate([things, ground, place], axis=-1).astype(seen.dtype)
 
 
 def is_known(semantics: mx.array) -> mx.array:
