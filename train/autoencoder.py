@@ -217,14 +217,14 @@ def new_semantics(
     """
     if model.config.kind != DEFAULT.kind:
         raise UserError(f"a {model.config.kind} autoencoder has no semantic latents")
-    new, given = semantics_of(stickers, model.config.downsampling), model.config.semantics
+    given, things = model.config.semantics, args.known_things
+    if given is not None and things not in (None, given.things):
+        raise UserError(f"{start} knows {given.things} things: omit --known-things")
+    new = semantics_of(stickers, model.config.downsampling, given.things if given else things)
     if given is None and args.decoder_only:
         raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
-    if given is not None and (given.things, given.sides) != (new.things, new.sides):
-        raise UserError(
-            f"{start} knows {given.things} things in {len(given.sides)} sizes: give --data "
-            f"stickers:pictures=FOLDER,nouns={given.things}"
-        )
+    if given is not None and given.sides != new.sides:
+        raise UserError(f"{start} knows things in sizes that the scenes do not have")
     return None if given else new
 
 
@@ -263,9 +263,10 @@ def main() -> int:
     validation, _ = (held_out or source).batch(0, VALIDATION_PICTURES)
     metric = "validation_psnr" if held_out else "psnr"
 
-    true = None
-    if args.semantic_latents:
-        true = held_out.semantics(0, VALIDATION_PICTURES, factor=model.config.downsampling)
+    true, as_seen = None, {}
+    if (semantics := model.config.semantics) is not None:
+        as_seen = {"factor": model.config.downsampling, "things": semantics.things}
+        true = held_out.semantics(0, VALIDATION_PICTURES, **as_seen)
 
     def validate(trainer: Trainer) -> dict[str, float]:
         with trainer.averaged():
@@ -290,7 +291,7 @@ def main() -> int:
     def batches(number: int) -> Batch:
         if stickers:
             pictures, _ = ahead.batch(number, args.batch_size)
-            maps = ahead.semantics(number, args.batch_size, factor=model.config.downsampling)
+            maps = ahead.semantics(number, args.batch_size, **as_seen)
             return {"pictures": from_uint8(pictures), "seen": mx.array(maps)}
         pictures = crops(ahead, number, count=args.batch_size, size=args.crop, seed=args.seed)
         if encoder is None:

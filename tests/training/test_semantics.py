@@ -20,6 +20,7 @@ from mlx_snapgen.semantics import (
     codes,
 )
 from train.data.stickers import render as rendering
+from train.data.stickers.captions import Scene
 from train.data.stickers.scenes import sample_scene
 from train.data.stickers.semantics import (
     check_semantics,
@@ -90,6 +91,27 @@ def test_a_map_has_each_things_code_color_and_the_place_in_it(size):
     assert seen == {False, True} and len(grounds) > 2
 
 
+def test_unknown_things_have_no_codes():
+    """Nor has the background where they are; the others' are as without them."""
+    scenes = (fluent_scene(seed) for seed in range(100))
+    two_kinds = (
+        scene
+        for scene in scenes
+        if len({FLUENT.nouns.index(placed.noun) < 75 for placed in scene.placed}) == 2
+    )
+    scene = next(two_kinds)
+    known, found = semantic_map(scene, 16), semantic_map(scene, 16, 75)
+    is_unknown = np.argmax(known[..., THING] @ codes(8).T, -1) >= 75
+    is_unknown &= known[..., THING].any(-1)
+    assert 0 < is_unknown.sum() < known[..., THING].any(-1).sum()
+    assert not found[is_unknown].any()
+    np.testing.assert_array_equal(found[~is_unknown], known[~is_unknown])
+
+
+def fluent_scene(seed: int) -> Scene:
+    return sample_scene(np.random.default_rng(seed), 150, collection=FLUENT)
+
+
 def test_the_share_of_places_with_the_right_noun_and_color(fluent_pictures):
     source = ValidationStickers(num_nouns=12, pictures=rendering.find_pictures(fluent_pictures))
     true = source.semantics(0, 16, factor=16)
@@ -113,14 +135,7 @@ def test_trained_models_depend_on_the_order_of_codes_and_words():
 
 def scenes_maps() -> mx.array:
     """Of 12 scenes with up to six things; float32 (12, 16, 16, S)."""
-    return mx.array(
-        np.stack(
-            [
-                semantic_map(sample_scene(np.random.default_rng(k), 150, collection=FLUENT), 16)
-                for k in range(12)
-            ]
-        )
-    )
+    return mx.array(np.stack([semantic_map(fluent_scene(k), 16) for k in range(12)]))
 
 
 def test_a_thing_has_one_code_and_one_square():

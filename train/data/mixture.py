@@ -60,10 +60,12 @@ class Mixture:
         source, place = self.order(number)
         return self.sources[source].batch(place, count)
 
-    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
+    def semantics(
+        self, number: int, count: int, *, factor: int, things: int | None = None
+    ) -> np.ndarray:
         """See `SemanticSource`."""
         source, place = self.order(number)
-        return self.sources[source].semantics(place, count, factor=factor)
+        return self.sources[source].semantics(place, count, factor=factor, things=things)
 
     def read(self, number: int, count: int) -> Samples:
         """See `Prepared`."""

@@ -118,10 +118,14 @@ class Stickers(SemanticSource):
         """See `SemanticSource`."""
         return len(self.collection.first(self.num_nouns))
 
-    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
+    def semantics(
+        self, number: int, count: int, *, factor: int, things: int | None = None
+    ) -> np.ndarray:
         """See `SemanticSource`; `UserError` with too many nouns."""
-        check_semantics(self.num_things)
-        return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
+        check_semantics(things or self.num_things)
+        return np.stack(
+            [semantic_map(scene, factor, things) for scene in self.scenes(number, count)]
+        )
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`."""
@@ -187,9 +191,13 @@ class ValidationStickers(SemanticSource):
         """See `SemanticSource`."""
         return len(collection_in(self.pictures).first(self.num_nouns))
 
-    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
+    def semantics(
+        self, number: int, count: int, *, factor: int, things: int | None = None
+    ) -> np.ndarray:
         """See `SemanticSource`."""
-        return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
+        return np.stack(
+            [semantic_map(scene, factor, things) for scene in self.scenes(number, count)]
+        )
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`."""
