@@ -42,6 +42,17 @@ from mlx_snapgen.public_config import (
     QwenTransformerConfig,
     ZImageTransformerConfig,
 )
+from mlx_snapgen.semantics import (
+    CHANNELS,
+    COLOR,
+    COLUMN,
+    GROUND,
+    ROW,
+    SIDE,
+    THING,
+    SemanticConfig,
+    codes,
+)
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import FORMAT_VERSION, NETWORKS
 from train.objectives.distillation import Student
@@ -212,6 +223,29 @@ def tokenizer_bytes(first: int = 0) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def semantic_map_of(things, size, *, config: SemanticConfig, ground=3, wrong=0) -> np.ndarray:
+    """Semantic latents (1, h, w, S) of things (number, color, side, left, top).
+
+    Args:
+        size: h and w.
+        ground: number of the background's code.
+        wrong: in so many places, the codes of things are random ones.
+    """
+    found = np.zeros((1, *size, CHANNELS), np.float32)
+    found[..., GROUND] = codes(4)[ground]
+    rng = np.random.default_rng(0)
+    for number, color, side, left, top in things:
+        inside = found[0, top : top + side, left : left + side]
+        inside[..., THING], inside[..., COLOR] = codes(8)[number], codes(4)[color]
+        for part, value in ((COLUMN, left), (ROW, top), (SIDE, config.sides.index(side))):
+            inside[..., part] = codes(4)[value]
+    for place in rng.permutation(list(np.ndindex(size)))[:wrong]:
+        for part in (COLOR, COLUMN, ROW, SIDE):
+            found[0, *place, part] = codes(4)[rng.integers(24)]
+        found[0, *place, THING] = codes(8)[rng.integers(config.things)]
+    return found
 
 
 def make_student(feature_dims: int) -> Student:

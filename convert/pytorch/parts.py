@@ -77,6 +77,50 @@ def looked_up(rows: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, rows).permute(0, 3, 1, 2)
 
 
+def known_codes(semantics: Tensor, part: slice, count: int | None = None) -> Tensor:
+    """The nearest codes in the channels `part` of semantics (B, S, h, w), or 0."""
+    index, is_there = nearest(semantics, part, count)
+    known = torch.from_numpy(codes(part.stop - part.start).copy()).to(semantics)
+    return looked_up(known, index) * is_there.to(semantics)
+
+
+def mended(semantics: Tensor, config: SemanticConfig) -> Tensor:
+    """`networks.autoencoders.semantics.mended`: (B, S, h, w), where a thing's places agree."""
+    height, width = semantics.shape[2:]
+    is_thing = nearest(semantics, THING, config.things)[1].flatten(1)
+    parts = (SIDE, len(config.sides)), (COLUMN, None), (ROW, None)
+    square = [nearest(semantics, part, count)[0].flatten(1) for part, count in parts]
+    side = torch.tensor(config.sides)[square[0]]
+    # Of pairs of a place (second axis) and the square that another one names (third axis).
+    is_in, same = is_thing[:, None], is_thing[..., None]
+    columns = torch.arange(width).repeat(height)
+    rows = torch.arange(height).repeat_interleave(width)
+    for here, edge in ((columns, square[1]), (rows, square[2])):
+        inside = here[:, None] - edge[:, None]
+        is_in = is_in & (inside >= 0) & (inside < side[:, None])
+    for number in square:
+        same = same & (number[..., None] == number[:, None])
+    is_in, area = is_in.to(semantics), (side**2).to(semantics)
+    share = (same.to(semantics) * is_in).sum(1) / area
+    most, chosen = (is_in * share[:, None]).max(-1)
+
+    means = semantics[:, : COLOR.stop].flatten(2) @ is_in / area[:, None]
+    means = means[..., None]
+    parts = (means, THING, config.things), (means, COLOR, None)
+    places = semantics.flatten(2)[..., None]
+    found = [
+        *(known_codes(*part) for part in parts),
+        torch.zeros_like(places[:, GROUND]),
+        *(known_codes(places, part) for part in (COLUMN, ROW)),
+        known_codes(places, SIDE, len(config.sides)),
+    ]
+    found = torch.cat(found, 1)[..., 0]
+    found = found.gather(2, chosen[:, None].expand(-1, CHANNELS, -1))
+    found = (found * (most > 0.5)[:, None].to(semantics)).unflatten(2, (height, width))
+    ground = known_codes(semantics, GROUND)
+    return torch.cat([found[:, : GROUND.start], ground, found[:, GROUND.stop :]], 1)
+
+
 class ThingTable(nn.Module):
     """How known things look: semantic latents (B, S, h, w) -> latents of appearance."""
 
@@ -160,6 +204,7 @@ class Decoder(LatentDecoder):
         if not self.config.semantics:
             return self.draw(latents)
         appearance, semantics = latents[:, :-CHANNELS], latents[:, -CHANNELS:]
+        semantics = mended(semantics, self.config.semantics)
         appearance = torch.where(nearest(semantics, GROUND)[1], 0.0, appearance)
         known = self.table(semantics)
         appearance = F.pad(appearance, (0, 0, 0, 0, 0, self.missing))

@@ -31,8 +31,16 @@ from mlx_snapgen.networks.efficient_dit import EfficientDiT, encode_prompts
 from mlx_snapgen.pictures import psnr
 from mlx_snapgen.pipeline import SnapGenPipeline
 from mlx_snapgen.quantize import palettes
-from mlx_snapgen.semantics import COLOR, COLUMN, GROUND, ROW, SIDE, THING, SemanticConfig, codes
-from tests.tiny import MODEL, TEXT, TRANSFORMER, make_components, randomize, require
+from mlx_snapgen.semantics import GROUND, SemanticConfig
+from tests.tiny import (
+    MODEL,
+    TEXT,
+    TRANSFORMER,
+    make_components,
+    randomize,
+    require,
+    semantic_map_of,
+)
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red apple", ""]
@@ -226,12 +234,11 @@ def test_a_decoder_of_alpha_and_semantic_latents_computes_what_mlx_does(model, e
     randomize(made.autoencoder.decoder, 3)
     exporter.export_coreml(made, tmp_path / "packages", ExportSettings())
     # Which codes are there must not depend on rounding.
-    rng = np.random.default_rng(2)
-    latents = rng.normal(size=(1, 8, 8, 34))
-    for part, count in ((THING, 150), (COLOR, 24), (GROUND, 24), (COLUMN, 8), (ROW, 8), (SIDE, 3)):
-        known = codes(part.stop - part.start)[rng.integers(count, size=(8, 8))]
-        is_there = (rng.random((8, 8, 1)) < 0.7) | (part.start >= COLUMN.start)
-        latents[0, ..., 6:][..., part] = known * is_there
+    things = (149, 3, 2, 0, 0), (70, 11, 2, 5, 1), (3, 0, 2, 4, 6), (8, 2, 2, 2, 3)
+    known = semantic_map_of(things, (8, 8), config=config.semantics, wrong=6)
+    known[0, 5:, :3, GROUND] = 0
+    appearance = np.random.default_rng(2).normal(size=(1, 8, 8, 6))
+    latents = np.concatenate([appearance, known], -1)
     latents = (mx.array(latents.astype(np.float32)) - 0.1) / 1.5
     given = {"latents": latents.transpose(0, 3, 1, 2)}
     found = run(tmp_path / "packages" / "Decoder.mlpackage", **given)["picture"]

@@ -619,7 +619,11 @@ def test_semantic_latents_learn_alone():
     pictures = mx.random.uniform(-1, 1, (2, 16, 16, 4), key=mx.random.key(0))
     seen = mx.random.normal((2, 2, 2, SEEN_CHANNELS), key=mx.random.key(2))
     seen[..., GROUND] = mx.array(codes(4)[3])
-    seen[0, 0, 0, THING], seen[0, 0, 0, COLOR] = mx.array(codes(8)[2]), mx.array(codes(4)[1])
+    # A thing fills the first picture.
+    seen[0, ..., THING], seen[0, ..., COLOR] = mx.array(codes(8)[2]), mx.array(codes(4)[1])
+    line = mx.array([-0.85, 0.85])
+    seen[0, ..., PLACE.start], seen[0, ..., PLACE.start + 1] = line, line[:, None]
+    seen[0, ..., PLACE.stop - 1] = float(np.log2(2 / 6))
     objective = Reconstruction(1e-3, decoder_only=True)
 
     def gradients():
@@ -636,7 +640,7 @@ def test_semantic_latents_learn_alone():
         assert (size > 0) == learns, name
     # Some of the random places are near a code too.
     index, is_there = map(np.array, nearest(seen[..., THING], 3))
-    assert index[0, 0, 0] == 2 and 0 < is_there.sum() < is_there.size
+    assert (index[0] == 2).all() and 0 < is_there.sum() < is_there.size
     read = np.array(model.encoder(pictures)[0][..., -SEEN_CHANNELS:])
     mean = 2 * error.mean((0, 1, 2)) / SEEN_CHANNELS
     for name, part, known, threshold, weight in (

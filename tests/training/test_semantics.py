@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.networks.autoencoders.semantics import agreed, as_codes
+from mlx_snapgen.networks.autoencoders.semantics import agreed, as_codes, mended
 from mlx_snapgen.semantics import (
+    CHANNELS,
     COLOR,
     COLUMN,
     GROUND,
     PLACE,
+    ROW,
     SEEN_CHANNELS,
     SIDE,
     THING,
@@ -143,25 +145,31 @@ def test_a_thing_has_one_code_and_one_square():
     ten say another square then, two of a hundred another thing."""
     exact = scenes_maps()
     right = np.array(as_codes(exact, SEMANTIC))
-    np.testing.assert_array_equal(np.array(as_codes(agreed(exact, SEMANTIC), SEMANTIC)), right)
+    np.testing.assert_array_equal(np.array(agreed(exact, SEMANTIC)), right)
+    np.testing.assert_array_equal(np.array(mended(mx.array(right), SEMANTIC)), right)
     errors = mx.random.normal(exact.shape, key=mx.random.key(0))
     errors = errors * mx.array([1.0] * 8 + [0.5] * 8 + [0.25] * 3)
     seen = exact + errors
     is_thing = right[..., THING].any(-1)
 
-    def wrong_share(maps: mx.array, part: slice) -> float:
-        found = np.array(as_codes(maps, SEMANTIC))[..., part]
-        return (np.abs(found - right[..., part]).max(-1) > 1e-5)[is_thing].mean()
+    def wrong_share(found: mx.array, part: slice) -> float:
+        return (np.abs(np.array(found)[..., part] - right[..., part]).max(-1) > 1e-5)[
+            is_thing
+        ].mean()
 
-    assert wrong_share(seen, slice(COLUMN.start, SIDE.stop)) > 0.3
-    assert wrong_share(seen, THING) > 0.02
-    mended = agreed(seen, SEMANTIC)
-    assert wrong_share(mended, slice(COLUMN.start, SIDE.stop)) == 0
-    assert wrong_share(mended, THING) == 0
+    square = slice(COLUMN.start, SIDE.stop)
+    alone, together = as_codes(seen, SEMANTIC), agreed(seen, SEMANTIC)
+    assert wrong_share(alone, square) > 0.3 and wrong_share(alone, THING) > 0.02
+    assert wrong_share(together, square) == wrong_share(together, THING) == 0
+    # The decoder mends codes of which some are wrong.
+    drawn = mx.random.uniform(shape=(*right.shape[:3], 1), key=mx.random.key(1)) < 0.2
+    mixed = mx.where(drawn, mx.roll(mx.array(right), 5, axis=2), mx.array(right))
+    assert wrong_share(mixed, slice(0, CHANNELS)) > 0.1
+    assert wrong_share(mended(mixed, SEMANTIC), slice(0, CHANNELS)) < 0.005
 
 
 def test_votes_are_counted_as_said():
-    """The same as place by place in plain Python, for numbers of no meaning."""
+    """The same as place by place in plain Python, for things that hardly agree."""
     config = SemanticConfig(3, (2, 3, 4))
     rng = np.random.default_rng(1)
     agreements = 0
@@ -178,55 +186,61 @@ def test_votes_are_counted_as_said():
         agreements += count
         found = np.array(agreed(mx.array(seen), config))[0]
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert agreements == 6  # of 8, and none in a map without a place for a square
+    assert agreements == 7  # of 8; a map of one row has no place for a square
 
 
 def agreed_in_loops(seen: np.ndarray, things: int, sides: tuple[int, ...]):
-    """See `agreed`. Map (h, w, S) -> the same, and the number of squares."""
-    height, width = seen.shape[:2]
-    is_thing = (seen[..., THING] @ codes(8)[:things].T).max(-1) > 4
-    squares = [
-        (y, x, side)
-        for side in sides
-        for y in range(height - side + 1)
-        for x in range(width - side + 1)
-    ]
+    """See `agreed`. Map (h, w, S) -> semantic latents, and the number of squares."""
+    places = list(np.ndindex(seen.shape[:2]))
 
-    def places(square):
-        y, x, side = square
-        return [(i, j) for i in range(y, y + side) for j in range(x, x + side)]
+    def nearest(place, part, count=None):
+        known = codes(part.stop - part.start)[:count]
+        found = known @ seen[place][part] if isinstance(place, tuple) else known @ place
+        return known[found.argmax()] * (found.max() > known.shape[1] / 2)
 
-    def says(square, i, j):
+    def named(place):
+        x, y, size = seen[place][PLACE]
+        side = min(sides, key=lambda side: abs(size - np.log2(side / 6)))
+        right, down = (np.clip(int((v / 1.7 + 1) * side // 2), 0, side - 1) for v in (x, y))
+        return place[0] - down, place[1] - right, side
+
+    def covers(square, place):
         y, x, side = square
-        right, down = (1.7 * ((a + 0.5) / side * 2 - 1) for a in (j - x, i - y))
-        return np.array([right, down, np.log2(side / 6)])
+        return y <= place[0] < y + side and x <= place[1] < x + side
 
     def fit(square):
-        total = 0
-        for i, j in places(square):
-            misfit = (seen[i, j, PLACE] - says(square, i, j)) / (0.2, 0.2, 0.25)
-            total += max(6 - np.square(misfit).sum(), -3) if is_thing[i, j] else -3
+        y, x, side = square
+        total = -3 * side**2
+        for place in filter(is_thing.get, places):
+            if covers(square, place):
+                right, down = (1.7 * ((2 * a + 1) / side - 1) for a in (place[1] - x, place[0] - y))
+                misfit = (seen[place][PLACE] - [right, down, np.log2(side / 6)]) / (0.2, 0.2, 0.25)
+                total += max(6 - np.square(misfit).sum(), -3) + 3
         return total
 
-    votes = {}
-    for i, j in np.argwhere(is_thing).tolist():
-        about = [square for square in squares if (i, j) in places(square)]
-        if about:
-            votes[i, j] = max(about, key=fit)
-    result = seen.copy()
-    result[..., THING] = result[..., COLOR] = result[..., PLACE] = 0
-    result[is_thing, GROUND] = 0
+    is_thing = {place: nearest(place, THING, things).any() for place in places}
+    squares = [named(place) for place in filter(is_thing.get, places)]
+    votes = {
+        place: max((square for square in squares if covers(square, place)), key=fit)
+        for place in filter(is_thing.get, places)
+    }
+    result = np.zeros((*seen.shape[:2], CHANNELS), np.float32)
+    for place in places:
+        result[place][GROUND] = 0 if is_thing[place] else nearest(place, GROUND)
     count = 0
-    for square in squares:
-        inside = places(square)
-        if sum(votes.get(place) == square for place in inside) > len(inside) / 2:
-            count += 1
-            for part in (THING, COLOR):
-                mean = np.mean([seen[i, j, part] for i, j in inside], 0)
-                for i, j in inside:
-                    result[i, j, part] = mean
-            for i, j in inside:
-                result[i, j, PLACE], result[i, j, GROUND] = says(square, i, j), seen[i, j, GROUND]
+    for square in dict.fromkeys(votes.values()):
+        y, x, side = square
+        inside = [place for place in places if covers(square, place)]
+        if sum(votes.get(place) == square for place in inside) <= side**2 / 2:
+            continue
+        count += 1
+        for place in inside:
+            for part, known in ((THING, things), (COLOR, None)):
+                mean = sum(seen[other][part] for other in inside) / side**2
+                result[place][part] = nearest(mean, part, known)
+            result[place][GROUND] = nearest(place, GROUND)
+            for part, value in ((COLUMN, x), (ROW, y), (SIDE, sides.index(side))):
+                result[place][part] = codes(4)[value]
     return result, count
 
 

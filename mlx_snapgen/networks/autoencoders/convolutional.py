@@ -18,8 +18,8 @@ from mlx_snapgen.networks.autoencoders.semantics import (
     SemanticHead,
     ThingTable,
     agreed,
-    as_codes,
     is_known,
+    mended,
 )
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
 from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS
@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         self.inp = nn.Conv2d(config.appearance_channels, channels[0], 3, padding=1)
         if config.semantics is not None:
             self.table, self.paint = ThingTable(config.semantics), Paint(config.semantics)
+            self._semantics = config.semantics
         for i, (width, count) in enumerate(zip(channels, config.decoder_blocks, strict=True), 1):
             self[f"blocks{i}"] = [ResidualBlock(width) for _ in range(count)]
             if i < len(channels):
@@ -100,6 +101,7 @@ class Decoder(nn.Module):
         if "table" not in self:
             return self.draw(latents)
         appearance, semantics = latents[..., :-CHANNELS], latents[..., -CHANNELS:]
+        semantics = mended(semantics, self._semantics)
         appearance = mx.where(is_known(semantics), 0, appearance)
         known = self.table(semantics)
         missing = known.shape[-1] - appearance.shape[-1]
@@ -129,7 +131,7 @@ class ConvolutionalAutoencoder(Autoencoder):
         if self.config.semantics is None:
             return found
         appearance, seen = found[..., :-SEEN_CHANNELS], found[..., -SEEN_CHANNELS:]
-        semantics = as_codes(agreed(seen, self.config.semantics), self.config.semantics)
+        semantics = agreed(seen, self.config.semantics)
         count = self.config.latent_channels - CHANNELS
         other = (appearance - self.decoder.table.empty)[..., :count]
         return mx.concatenate([mx.where(is_known(semantics), 0, other), semantics], axis=-1)

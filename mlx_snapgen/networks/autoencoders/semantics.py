@@ -5,6 +5,10 @@ ground, paints it pixel by pixel, and lays it over the background. Everything el
 of appearance.
 """
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -57,27 +61,44 @@ def _positions(height: int, width: int) -> tuple[mx.array, mx.array]:
     return mx.arange(width)[None], mx.arange(height)[:, None]
 
 
+Square = tuple[mx.array, ...]
+"""Squares of things: their sides, as indices, and their left and top edges in latents."""
+
+
+class Inside(NamedTuple):
+    """Of pairs of a place and a square."""
+
+    right: mx.array
+    down: mx.array
+    is_in: mx.array
+
+
+def _squares(place: mx.array, config: SemanticConfig) -> Square:
+    """The squares that numbers of `PLACE` (B, h, w, 3) name."""
+    kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(mx.array(config.sides) / MIDDLE)), axis=-1)
+    side = mx.array(config.sides)[kind]
+    edges = []
+    for i, here in enumerate(_positions(*place.shape[1:3])):
+        inside = mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1)
+        edges.append(here - inside.astype(mx.int32))
+    return kind, *edges
+
+
 def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> semantic latents (B, h, w, S).
 
     Nothing is known about things whose edges have no code, more than 24 latents from the corner.
     """
-    place = seen[..., PLACE].astype(mx.float32)
-    kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(mx.array(config.sides) / MIDDLE)), axis=-1)
-    side = mx.array(config.sides)[kind]
-    places = mx.array(codes(SIDE.stop - SIDE.start))
-    edges, is_near = [], mx.array(True)
-    for i, here in enumerate(_positions(*seen.shape[1:3])):
-        inside = mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1)
-        edge = here - inside.astype(mx.int32)
-        is_near = is_near & (edge < len(places))
-        edges.append(places[mx.clip(edge, 0, len(places) - 1)])
+    kind, *corner = _squares(seen[..., PLACE].astype(mx.float32), config)
+    places = codes(SIDE.stop - SIDE.start)
+    edges = [mx.array(places)[mx.clip(edge, 0, len(places) - 1)] for edge in corner]
+    is_near = (corner[0] < len(places)) & (corner[1] < len(places))
     is_thing = nearest(seen[..., THING], config.things)[1]
     of_thing = [
         _known_codes(seen[..., THING], config.things),
         _known_codes(seen[..., COLOR]),
         *edges,
-        places[kind],
+        mx.array(places)[kind],
     ]
     thing, color, *square = (mx.where((is_thing & is_near)[..., None], x, 0) for x in of_thing)
     ground = _known_codes(seen[..., GROUND])
@@ -85,71 +106,98 @@ def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     return mx.concatenate([thing, color, ground, *square], axis=-1).astype(seen.dtype)
 
 
-def _windows(x: mx.array, side: int) -> mx.array:
-    """All squares of maps (B, h, w, ...) -> (B, h - side + 1, w - side + 1, side, side, ...)."""
-    strides = [1]
-    for length in reversed(x.shape[1:]):
-        strides.insert(0, strides[0] * length)
-    height, width = (length - side + 1 for length in x.shape[1:3])
-    shape = (len(x), height, width, side, side, *x.shape[3:])
-    return mx.as_strided(mx.contiguous(x), shape, [*strides[:3], *strides[1:]])
+def _inside(square: Square, sides: tuple[int, ...], shape: Sequence[int]) -> Inside:
+    """How far right and down places (P,) lie in squares (B, Q), and whether: (B, P, Q)."""
+    kind, *corner = square
+    side = mx.array(sides)[kind][:, None]
+    columns, rows = (mx.broadcast_to(x, shape).reshape(-1, 1) for x in _positions(*shape))
+    right, down = columns - corner[0][:, None], rows - corner[1][:, None]
+    is_in = (right >= 0) & (right < side) & (down >= 0) & (down < side)
+    return Inside(right, down, is_in)
 
 
-def _best_about(squares: mx.array, side: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The greatest of the squares (B, H, W) that hold a place (h, w), and its top and left edge."""
-    edge = side - 1
-    padded = mx.pad(squares, [(0, 0), (edge, edge), (edge, edge)], constant_values=-mx.inf)
-    about = _windows(padded, side).flatten(3)
-    chosen = mx.argmax(about, axis=-1).astype(mx.int32)
-    columns, rows = _positions(*about.shape[1:3])
-    return mx.max(about, axis=-1), rows - edge + chosen // side, columns - edge + chosen % side
+def _settled(
+    numbers: mx.array, square: Square, is_thing: mx.array, config: SemanticConfig
+) -> tuple[mx.array, mx.array]:
+    """Votes counted: a square that most of its places name is a thing, with their mean codes.
+
+    Args:
+        numbers: of `THING` and `COLOR`, (B, h, w, 12).
+        square: that each place names, (B, h w) each.
+        is_thing: whether the place may vote, (B, h w).
+
+    Returns:
+        Semantic latents (B, h, w, S), but for the background, and where such a thing is.
+    """
+    shape, places = numbers.shape[1:3], mx.array(codes(SIDE.stop - SIDE.start))
+    is_in = _inside(square, config.sides, shape).is_in & is_thing[:, None]
+    same = functools.reduce(mx.logical_and, (x[..., None] == x[:, None] for x in square))
+    area = mx.array(config.sides)[square[0]] ** 2
+    share = (same & is_in & is_thing[..., None]).sum(axis=1) / area
+    share = mx.where(functools.reduce(mx.maximum, square) < len(places), share, 0)
+    shares = mx.where(is_in, share[:, None], 0)
+    chosen = mx.argmax(shares, axis=-1)
+    is_agreed = mx.max(shares, axis=-1) > 0.5
+
+    means = mx.swapaxes(is_in, 1, 2) @ numbers.flatten(1, 2) / area[..., None]
+    thing, color = (
+        _known_codes(means[..., part], n) for part, n in ((THING, config.things), (COLOR, None))
+    )
+    kind, left, top = (places[mx.clip(x, 0, len(places) - 1)] for x in square)
+    ground = mx.zeros_like(kind)
+    found = mx.concatenate([thing, color, ground, left, top, kind], axis=-1)
+    found = mx.take_along_axis(found, chosen[..., None], axis=1)
+    found = mx.where(is_agreed[..., None], found, 0)
+    return found.reshape(*numbers.shape[:3], -1), is_agreed.reshape(numbers.shape[:3])
+
+
+def _with_ground(semantics: mx.array, ground: mx.array) -> mx.array:
+    parts = [semantics[..., : GROUND.start], ground, semantics[..., GROUND.stop :]]
+    return mx.concatenate(parts, axis=-1)
 
 
 def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
-    """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> the same, where a thing's places agree.
+    """As `as_codes`, of what an encoder sees, but all places of a thing agree.
 
-    Each place votes for the square about it that fits best to what all places of the square say. A
-    square with most of its places' votes is a thing, whose codes are their means. What is in no
-    such square and looks like a thing is unknown.
+    Each place names a square, and votes for that named one about it which fits best to what all
+    places of the square say. Where there seems to be a thing, but most places of no square agree,
+    nothing is known.
     """
     found = seen.astype(mx.float32)
-    is_thing = nearest(found[..., THING], config.things)[1]
-    sides = [side for side in config.sides if side <= min(seen.shape[1:3])]
-    best = mx.full(seen.shape[:3], -mx.inf)
-    vote = [mx.zeros(seen.shape[:3], mx.int32)] * 3
-    for side in sides:
-        x, y, size = (_windows(found[..., i], side) for i in range(PLACE.start, PLACE.stop))
-        line = EDGE * ((2 * mx.arange(side) + 1) / side - 1)
-        misfit = ((x - line) ** 2 + (y - line[:, None]) ** 2) / _PLACE_ERROR**2
-        misfit += (size - np.log2(side / MIDDLE)) ** 2 / _SIZE_ERROR**2
-        fit = mx.where(_windows(is_thing, side), mx.maximum(_FIT - misfit, _MISS), _MISS)
-        fit, *square = _best_about(fit.sum((-2, -1)), side)
-        is_better = is_thing & (fit > best)
-        best = mx.where(is_better, fit, best)
-        vote = [mx.where(is_better, a, b) for a, b in zip([*square, side], vote, strict=True)]
+    is_thing = nearest(found[..., THING], config.things)[1].flatten(1)
+    named = _squares(found[..., PLACE], config)
+    named = tuple(x.flatten(1) for x in named)
+    side = mx.array(config.sides)[named[0]][:, None]
+    inside = _inside(named, config.sides, seen.shape[1:3])
+    x, y, size = mx.split(found[..., PLACE].flatten(1, 2), 3, axis=-1)
+    right, down = (EDGE * ((2 * x + 1) / side - 1) for x in (inside.right, inside.down))
+    misfit = ((x - right) ** 2 + (y - down) ** 2) / _PLACE_ERROR**2
+    misfit += (size - mx.log2(side / MIDDLE)) ** 2 / _SIZE_ERROR**2
+    more = mx.maximum(_FIT - misfit, _MISS) - _MISS
+    fit = (more * (inside.is_in & is_thing[..., None])).sum(axis=1, keepdims=True) + _MISS * side**2
+    vote = mx.argmax(mx.where(inside.is_in & is_thing[:, None], fit, -mx.inf), axis=-1)
+    square = tuple(mx.take_along_axis(x, vote, axis=1) for x in named)
+    semantics, is_agreed = _settled(found[..., : COLOR.stop], square, is_thing, config)
+    unknown = is_thing.reshape(is_agreed.shape) & ~is_agreed
+    ground = mx.where(unknown[..., None], 0, _known_codes(found[..., GROUND]))
+    return _with_ground(semantics, ground).astype(seen.dtype)
 
-    things = mx.zeros_like(found[..., : COLOR.stop])
-    place = mx.zeros_like(found[..., PLACE])
-    is_agreed = mx.zeros_like(is_thing)
-    for side in sides:
-        columns, rows = _positions(*(length - side + 1 for length in seen.shape[1:3]))
-        square = (rows[..., None, None], columns[..., None, None], side)
-        votes = [_windows(a, side) == b for a, b in zip(vote, square, strict=True)]
-        share = (votes[0] & votes[1] & votes[2]).mean((-2, -1))
-        most, top, left = _best_about(share, side)
-        is_in = (most > 0.5)[..., None]
-        is_agreed = is_agreed | is_in[..., 0]
-        means = _windows(found[..., : COLOR.stop], side).mean((3, 4))
-        index = mx.clip(top, 0, None) * means.shape[2] + mx.clip(left, 0, None)
-        index = mx.minimum(index, means.shape[1] * means.shape[2] - 1)
-        means = mx.take_along_axis(means.flatten(1, 2), index.flatten(1)[..., None], axis=1)
-        things = mx.where(is_in, means.reshape(things.shape), things)
-        columns, rows = _positions(*seen.shape[1:3])
-        inside = [EDGE * ((2 * (a - b) + 1) / side - 1) for a, b in ((columns, left), (rows, top))]
-        size = mx.full(left.shape, np.log2(side / MIDDLE))
-        place = mx.where(is_in, mx.stack([*inside, size], axis=-1), place)
-    ground = mx.where((is_thing & ~is_agreed)[..., None], 0, found[..., GROUND])
-    return mx.concatenate([things, ground, place], axis=-1).astype(seen.dtype)
+
+def mended(semantics: mx.array, config: SemanticConfig) -> mx.array:
+    """Semantic latents (B, h, w, S) -> the codes nearest to them, where a thing's places agree.
+
+    Each place votes for the square that its codes name. Parts of things that are in no square which
+    most of its places name are left out, down to the background.
+    """
+    found = semantics.astype(mx.float32)
+    is_thing = nearest(found[..., THING], config.things)[1].flatten(1)
+    counts = len(config.sides), None, None
+    square = tuple(
+        nearest(found[..., part], count)[0].flatten(1)
+        for part, count in zip((SIDE, COLUMN, ROW), counts, strict=True)
+    )
+    known, _ = _settled(found[..., : COLOR.stop], square, is_thing, config)
+    return _with_ground(known, _known_codes(found[..., GROUND])).astype(semantics.dtype)
 
 
 def is_known(semantics: mx.array) -> mx.array:
