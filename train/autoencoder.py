@@ -41,7 +41,7 @@ from mlx_snapgen.pictures import contact_sheet, from_uint8, psnr
 from mlx_snapgen.semantics import SEEN_CHANNELS, SemanticConfig
 from train.data.crops import crops
 from train.data.encoded import check_channels
-from train.data.mixture import Prefetched
+from train.data.mixture import Mixture, Prefetched
 from train.data.source import MAY_CHANGE, Batch, Source
 from train.data.stickers.known_things import semantic_source, semantics_of, start_known_things
 from train.data.stickers.semantics import loss_weights, right_share
@@ -217,14 +217,14 @@ def new_semantics(
     """
     if model.config.kind != DEFAULT.kind:
         raise UserError(f"a {model.config.kind} autoencoder has no semantic latents")
-    given, things = model.config.semantics, args.known_things
-    if given is not None and things not in (None, given.things):
-        raise UserError(f"{start} knows {given.things} things: omit --known-things")
-    new = semantics_of(stickers, model.config.downsampling, given.things if given else things)
+    new, given = semantics_of(stickers, model.config.downsampling), model.config.semantics
     if given is None and args.decoder_only:
         raise UserError(f"{start} has no semantic latents yet: omit --decoder-only")
-    if given is not None and given.sides != new.sides:
-        raise UserError(f"{start} knows things in sizes that the scenes do not have")
+    if given is not None and (given.things, given.sides) != (new.things, new.sides):
+        raise UserError(
+            f"{start} knows {given.things} things in {len(given.sides)} sizes: give --data "
+            f"stickers:pictures=FOLDER,nouns={given.things}"
+        )
     return None if given else new
 
 
@@ -252,8 +252,12 @@ def main() -> int:
     args = parse()
     start = args.init_from and find_folder(args.init_from)
     latents = args.encoder and find_folder(args.encoder)
-    source = open_source(args, seed=args.seed, run_dir=args.run_dir)
-    stickers = semantic_source(source) if args.semantic_latents else None
+    source: Any = open_source(args, seed=args.seed, run_dir=args.run_dir)
+    stickers = None
+    if args.semantic_latents:
+        stickers = semantic_source(source)
+        parts = [dataclasses.replace(part, strangers=True) for part in source.sources]
+        source = Mixture(parts, source.weights, seed=args.seed) if len(parts) > 1 else parts[0]
     mx.random.seed(args.seed)
     model, encoder = open_models(
         args, start, latents, picture_channels=source.channels, stickers=stickers
@@ -263,10 +267,9 @@ def main() -> int:
     validation, _ = (held_out or source).batch(0, VALIDATION_PICTURES)
     metric = "validation_psnr" if held_out else "psnr"
 
-    true, as_seen = None, {}
-    if (semantics := model.config.semantics) is not None:
-        as_seen = {"factor": model.config.downsampling, "things": semantics.things}
-        true = held_out.semantics(0, VALIDATION_PICTURES, **as_seen)
+    true = None
+    if args.semantic_latents:
+        true = held_out.semantics(0, VALIDATION_PICTURES, factor=model.config.downsampling)
 
     def validate(trainer: Trainer) -> dict[str, float]:
         with trainer.averaged():
@@ -291,7 +294,7 @@ def main() -> int:
     def batches(number: int) -> Batch:
         if stickers:
             pictures, _ = ahead.batch(number, args.batch_size)
-            maps = ahead.semantics(number, args.batch_size, **as_seen)
+            maps = ahead.semantics(number, args.batch_size, factor=model.config.downsampling)
             return {"pictures": from_uint8(pictures), "seen": mx.array(maps)}
         pictures = crops(ahead, number, count=args.batch_size, size=args.crop, seed=args.seed)
         if encoder is None:

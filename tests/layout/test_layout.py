@@ -151,7 +151,7 @@ FLOORS = {
         model
         source
         render
-        semantics
+        semantics strangers
         scenes
         captions
         vocabulary

@@ -484,7 +484,7 @@ def test_the_table_has_a_row_for_each_thing_size_and_place(fluent_pictures):
     rows = np.array(table.things.weight)
     assert len(rows) == 12 * sum(side**2 for side in (2, 4, 6, 8, 10, 12, 14, 16))
     met = np.zeros(len(rows), int)
-    for scene in known_scenes(source, 12):
+    for scene in known_scenes(source):
         latents = np.array(model.encoder(from_uint8(draw_scenes([scene])[0]))[0])[..., :6]
         true = semantic_map(scene, 16)
         noisy = mx.array(true + rng.uniform(-0.04, 0.04, true.shape).astype(np.float32))[None]
@@ -772,20 +772,12 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     with pytest.raises(UserError, match="start has no semantic latents yet: omit --decoder-only"):
         run("none", *given, "--decoder-only")
     two = ["--data", data, f"{data},categories=colors", "--steps", 1]
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "right_share", lambda *maps: scored.append(maps) or 0.25)
-        run("mixture", *given, *two, "--known-things", 9)
-    found = load_autoencoder(tmp_path / "mixture", source)
-    assert found.config.semantics.things == 9
-    some = source.validation().semantics(0, 2, factor=16, things=9)
-    np.testing.assert_array_equal(scored[-1][1], some)
+    run("mixture", *given, *two)
     for options in ((), ("--decoder-only",)):
         with pytest.raises(UserError, match="has semantic latents, which are learned from"):
             run("none", "--init-from", tmp_path / "semantic", "--crop", 64, *options)
-    with pytest.raises(UserError, match="the scenes have 12 nouns, fewer than 13"):
-        run("none", *given, "--known-things", 13)
-    with pytest.raises(UserError, match="semantic knows 12 things: omit --known-things"):
-        run("none", *again, "--known-things", 11)
+    with pytest.raises(UserError, match="knows 12 things in 8 sizes: give --data"):
+        run("none", *again, data=data.replace("12", "13"))
     folder = tmp_path / "folder"
     write_pictures(folder, 3)
     with pytest.raises(UserError, match="--semantic-latents needs --data stickers alone"):
@@ -799,7 +791,6 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
     ("options", "message"),
     [
         ("--semantic-latents", "--semantic-latents needs --init-from"),
-        ("--known-things 3", "--known-things is an option of --semantic-latents"),
         ("--latent-channels 3 --init-from x", "needs --decoder-only or --semantic-latents"),
     ],
 )

@@ -1,5 +1,6 @@
 """What is where in the stickers' scenes."""
 
+import dataclasses
 import hashlib
 
 import mlx.core as mx
@@ -22,7 +23,6 @@ from mlx_snapgen.semantics import (
     codes,
 )
 from train.data.stickers import render as rendering
-from train.data.stickers.captions import Scene
 from train.data.stickers.scenes import sample_scene
 from train.data.stickers.semantics import (
     check_semantics,
@@ -31,7 +31,8 @@ from train.data.stickers.semantics import (
     things_at,
 )
 from train.data.stickers.source import Stickers, ValidationStickers
-from train.data.stickers.vocabulary import FLUENT
+from train.data.stickers.strangers import strangers
+from train.data.stickers.vocabulary import FLUENT, collection_in
 
 SEMANTIC = SemanticConfig(150, (2, 4, 6, 8, 10, 12, 14, 16))
 
@@ -93,25 +94,38 @@ def test_a_map_has_each_things_code_color_and_the_place_in_it(size):
     assert seen == {False, True} and len(grounds) > 2
 
 
-def test_unknown_things_have_no_codes():
-    """Nor has the background where they are; the others' are as without them."""
-    scenes = (fluent_scene(seed) for seed in range(100))
-    two_kinds = (
-        scene
-        for scene in scenes
-        if len({FLUENT.nouns.index(placed.noun) < 75 for placed in scene.placed}) == 2
-    )
-    scene = next(two_kinds)
-    known, found = semantic_map(scene, 16), semantic_map(scene, 16, 75)
-    is_unknown = np.argmax(known[..., THING] @ codes(8).T, -1) >= 75
-    is_unknown &= known[..., THING].any(-1)
-    assert 0 < is_unknown.sum() < known[..., THING].any(-1).sum()
-    assert not found[is_unknown].any()
-    np.testing.assert_array_equal(found[~is_unknown], known[~is_unknown])
-
-
-def fluent_scene(seed: int) -> Scene:
-    return sample_scene(np.random.default_rng(seed), 150, collection=FLUENT)
+def test_strangers_have_no_codes(tmp_path):
+    """Some kinds of things are other pictures of the folder then, in all their places, where the
+    background has no code either; all else is as without them."""
+    known = collection_in(tmp_path).first(12)
+    names = ["1f9a2", "270d-fe0f", "1f91a-1f3fe", "notes", "fffffffff"]
+    names += ["-".join(f"{ord(character):x}" for character in noun.emoji) for noun in known]
+    for name in names:
+        (tmp_path / f"{name}.webp").touch()
+    others = strangers(tmp_path, 12)
+    assert [noun.emoji for noun in others] == ["\U0001f9a2", "\u270d\ufe0f"]
+    plain = Stickers(seed=3, num_nouns=12, pictures=tmp_path)
+    source = dataclasses.replace(plain, strangers=True)
+    assert source.settings() == plain.settings() and source.prompts(0, 9) == plain.prompts(0, 9)
+    kinds = total = 0
+    for number in range(5):
+        maps = [one.semantics(number, 8, factor=16) for one in (source, plain)]
+        scenes = source.scenes(number, 8), plain.scenes(number, 8)
+        for found, before, scene, old in zip(*maps, *scenes, strict=True):
+            strange = np.zeros(found.shape[:2], bool)
+            swapped = {}
+            for one, other in zip(scene.placed, old.placed, strict=True):
+                assert swapped.setdefault(other.noun, one.noun) == one.noun
+                assert one.cell == other.cell
+                if one.noun != other.noun:
+                    assert one.noun in others and one.color is None
+                    x, y, width, height = (length // 16 for length in one.cell)
+                    strange[y : y + height, x : x + width] = True
+            kinds += len(swapped)
+            total += sum(a != b for a, b in swapped.items())
+            assert not found[strange].any()
+            np.testing.assert_array_equal(found[~strange], before[~strange])
+    assert 0.25 < total / kinds < 0.55
 
 
 def test_the_share_of_places_with_the_right_noun_and_color(fluent_pictures):
@@ -137,7 +151,8 @@ def test_trained_models_depend_on_the_order_of_codes_and_words():
 
 def scenes_maps() -> mx.array:
     """Of 12 scenes with up to six things; float32 (12, 16, 16, S)."""
-    return mx.array(np.stack([semantic_map(fluent_scene(k), 16) for k in range(12)]))
+    scenes = (sample_scene(np.random.default_rng(k), 150, collection=FLUENT) for k in range(12))
+    return mx.array(np.stack([semantic_map(scene, 16) for scene in scenes]))
 
 
 def test_a_thing_has_one_code_and_one_square():
@@ -163,7 +178,7 @@ def test_a_thing_has_one_code_and_one_square():
     assert wrong_share(together, square) == wrong_share(together, THING) == 0
     # The decoder mends codes of which some are wrong.
     drawn = mx.random.uniform(shape=(*right.shape[:3], 1), key=mx.random.key(1)) < 0.2
-    mixed = mx.where(drawn, mx.roll(mx.array(right), 5, axis=2), mx.array(right))
+    mixed = mx.where(drawn, mx.array(np.roll(right, 5, axis=2)), mx.array(right))
     assert wrong_share(mixed, slice(0, CHANNELS)) > 0.1
     assert wrong_share(mended(mixed, SEMANTIC), slice(0, CHANNELS)) < 0.005
 

@@ -110,9 +110,7 @@ class CodedScenes:
         """See `LatentSource`."""
         config = self.autoencoder.config
         assert config.semantics is not None
-        seen = self.source.semantics(
-            number, count, factor=config.downsampling, things=config.semantics.things
-        )
+        seen = self.source.semantics(number, count, factor=config.downsampling)
         semantics = as_codes(mx.array(seen), config.semantics)
         rest = config.latent_channels - semantics.shape[-1]
         latents = mx.pad(semantics, [(0, 0)] * 3 + [(rest, 0)])

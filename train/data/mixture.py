@@ -60,12 +60,10 @@ class Mixture:
         source, place = self.order(number)
         return self.sources[source].batch(place, count)
 
-    def semantics(
-        self, number: int, count: int, *, factor: int, things: int | None = None
-    ) -> np.ndarray:
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """See `SemanticSource`."""
         source, place = self.order(number)
-        return self.sources[source].semantics(place, count, factor=factor, things=things)
+        return self.sources[source].semantics(place, count, factor=factor)
 
     def read(self, number: int, count: int) -> Samples:
         """See `Prepared`."""

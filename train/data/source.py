@@ -107,14 +107,11 @@ class SemanticSource(PictureSource, Protocol):
         """How many things they show; these have the first codes."""
         ...
 
-    def semantics(
-        self, number: int, count: int, *, factor: int, things: int | None = None
-    ) -> np.ndarray:
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """What is where in the pictures of `batch`.
 
         Args:
             factor: side of a picture, divided by that of its latents.
-            things: so many of the things are known; None: all.
 
         Returns:
             float32 (count, H / factor, W / factor, `SEEN_CHANNELS`).

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mlx_snapgen.cli.options import Parser, integer
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.semantics import THING, codes
 from mlx_snapgen.settings import BYTES_PER_PIXEL, check_pixels
 from train.data.open import is_prepared
 from train.loop.autoencoder import DEFAULT, SIZES
@@ -100,14 +99,7 @@ def parse() -> argparse.Namespace:
         help="add 28 latent channels, codes of noun, color, background and the thing's square, "
         "or train those of MODEL, on whole pictures; the encoder's other latents do not "
         "change; with --decoder-only the decoder learns alone from the codes of the scenes; needs "
-        "--data stickers:pictures=FOLDER (default: off)",
-    )
-    add(
-        "--known-things",
-        type=integer(1, len(codes(THING.stop))),
-        metavar="N",
-        help="with --semantic-latents: the first N nouns of the data have codes, the others are "
-        "left to the other latents, as own pictures will be (default: all)",
+        "--data stickers:pictures=FOLDER of at most 240 nouns (default: off)",
     )
     add(
         "--encoder",
@@ -119,9 +111,7 @@ def parse() -> argparse.Namespace:
     add_seed(parser)
     add_removed(parser, REMOVED_OF_STICKERS)
     args = parser.parse_args()
-    check_at_least(
-        args, 1, "steps", "batch_size", "accumulate", "checkpoint_every", "crop", "known_things"
-    )
+    check_at_least(args, 1, "steps", "batch_size", "accumulate", "checkpoint_every", "crop")
     check_at_least(args, 0, "seed", "kl_weight")
     check_learning_rate(args.learning_rate)
     factor = args.factor or DEFAULT.downsampling
@@ -139,8 +129,6 @@ def parse() -> argparse.Namespace:
     for spec in args.data:
         if is_prepared(spec):
             raise UserError(f"--data: {spec} holds latents; give the pictures themselves")
-    if args.known_things and not args.semantic_latents:
-        raise UserError("--known-things is an option of --semantic-latents")
     if args.encoder and not args.decoder_only:
         raise UserError("--encoder needs --decoder-only, since it brings the latents")
     if frozen and not args.init_from:

@@ -28,35 +28,28 @@ def semantic_source(source: Source) -> Stickers:
     found = max(parts, key=lambda part: part.num_things)
     if not found.collection.sides:
         raise UserError("--semantic-latents needs Fluent Emoji: --data stickers:pictures=FOLDER")
+    check_semantics(found.num_things)
     return found
 
 
-def semantics_of(source: Stickers, factor: int, things: int | None = None) -> SemanticConfig:
-    """The sizes of semantic latents for the first things of a source.
-
-    Args:
-        things: so many; None: all.
+def semantics_of(source: Stickers, factor: int) -> SemanticConfig:
+    """The sizes of semantic latents for the things of a source.
 
     Raises:
-        UserError: there are not so many things, or no codes for some of them or of the places.
+        UserError: there are no codes for some of the places.
     """
-    if things is None:
-        things = source.num_things
-    if things > source.num_things:
-        raise UserError(f"the scenes have {source.num_things} nouns, fewer than {things}")
-    check_semantics(things)
     collection, most = source.collection, len(codes(COLUMN.stop - COLUMN.start))
     if max(map(max, collection.shapes)) > most * factor:
         raise UserError(f"semantic latents have {most} columns: give an autoencoder of --factor 16")
     sides = tuple(side // factor for side in collection.sides)
-    return SemanticConfig(things, sides)
+    return SemanticConfig(source.num_things, sides)
 
 
-def known_scenes(source: Stickers, things: int) -> Iterator[Scene]:
-    """Each of the first things in each size once, side by side on the plain background."""
+def known_scenes(source: Stickers) -> Iterator[Scene]:
+    """Each thing in each size once, side by side on the plain background."""
     collection = source.collection
     height, width = collection.size
-    nouns = collection.nouns[:things]
+    nouns = collection.first(source.num_nouns)
     for side in collection.sides:
         places = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
         places = [(x, y) for x, y in places if max(x + side - width, y + side - height) <= 0]
@@ -72,11 +65,11 @@ def start_known_things(model: Autoencoder, source: Stickers) -> None:
     """Set the table of an autoencoder's decoder to the latents of its encoder, and the backgrounds.
 
     Args:
-        model: with semantic latents for the first things of `source`.
+        model: with semantic latents for the things of `source`.
     """
     table, factor, config = model.decoder.table, model.config.downsampling, model.config.semantics
     assert config is not None
-    found, scenes = np.array(table.things.weight), list(known_scenes(source, config.things))
+    found, scenes = np.array(table.things.weight), list(known_scenes(source))
     empty, count = np.zeros(found.shape[1]), 0
     bar = tqdm(range(0, len(scenes), BATCH), desc="known things", unit="batch", leave=False)
     for first in bar:

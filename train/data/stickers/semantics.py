@@ -50,15 +50,15 @@ def right_share(semantics: np.ndarray, expected: np.ndarray) -> float:
     return float((things_at(semantics) == things)[things > 0].mean())
 
 
-def semantic_map(scene: Scene, factor: int, things: int | None = None) -> np.ndarray:
+def semantic_map(scene: Scene, factor: int) -> np.ndarray:
     """What is where in a scene, at the latents' places.
 
     Args:
         factor: side of the picture, divided by that of its latents.
-        things: so many of the collection's are known; None: all. Elsewhere all codes are 0.
 
     Returns:
-        float32 (H / factor, W / factor, `SEEN_CHANNELS`), what an encoder should see.
+        float32 (H / factor, W / factor, `SEEN_CHANNELS`), what an encoder should see. Where a
+        thing is none of the collection's, all codes are 0.
     """
     height, width = scene.size
     y = (np.arange(height // factor) + 0.5)[:, None] * factor
@@ -72,10 +72,10 @@ def semantic_map(scene: Scene, factor: int, things: int | None = None) -> np.nda
             (x - center_x) / (placed.size_px / 2), (y - center_y) / (placed.size_px / 2)
         )
         inside = (np.abs(right) < 1) & (np.abs(down) < 1)
-        number = scene.collection.nouns.index(placed.noun)
-        if things is not None and number >= things:
+        if placed.noun not in scene.collection.nouns:
             found[inside, GROUND] = 0
             continue
+        number = scene.collection.nouns.index(placed.noun)
         size = np.full_like(right, np.log2(placed.size_px / factor / MIDDLE))
         found[inside, THING] = codes(THING.stop)[number]
         found[inside, PLACE] = np.stack([EDGE * right, EDGE * down, size], -1)[inside]

@@ -15,6 +15,7 @@ from train.data.source import SemanticSource, shares_of
 from train.data.stickers.captions import Scene
 from train.data.stickers.scenes import training_scene, validation_scene
 from train.data.stickers.semantics import check_semantics, semantic_map
+from train.data.stickers.strangers import strangers, with_strangers
 from train.data.stickers.vocabulary import (
     Collection,
     collection_in,
@@ -67,12 +68,14 @@ class Stickers(SemanticSource):
         num_nouns: number of nouns to use, from the first; None for all.
         categories: of the collection; None for all.
         pictures: folder of Fluent Emoji's pictures, see `find_pictures`; None for the font.
+        strangers: some things are others of the folder, which the captions do not name.
     """
 
     seed: int = 0
     num_nouns: int | None = None
     categories: tuple[str, ...] | None = None
     pictures: Path | None = None
+    strangers: bool = False
 
     def __post_init__(self):
         self.collection.first(self.num_nouns)
@@ -97,7 +100,7 @@ class Stickers(SemanticSource):
         """The scenes of a batch."""
         start = number * count
         size = _size(self.collection, self.seed, number)
-        return [
+        scenes = [
             training_scene(
                 self.seed,
                 k,
@@ -108,6 +111,13 @@ class Stickers(SemanticSource):
             )
             for k in range(start, start + count)
         ]
+        if not (self.strangers and self.pictures):
+            return scenes
+        others = strangers(self.pictures, self.num_nouns)
+        if not others:
+            return scenes
+        rng = Stream.STRANGERS.generator(self.seed, number)
+        return [with_strangers(scene, others, rng) for scene in scenes]
 
     def batch(self, number: int, count: int) -> tuple[np.ndarray, list[str]]:
         """See `PictureSource`."""
@@ -118,14 +128,10 @@ class Stickers(SemanticSource):
         """See `SemanticSource`."""
         return len(self.collection.first(self.num_nouns))
 
-    def semantics(
-        self, number: int, count: int, *, factor: int, things: int | None = None
-    ) -> np.ndarray:
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """See `SemanticSource`; `UserError` with too many nouns."""
-        check_semantics(things or self.num_things)
-        return np.stack(
-            [semantic_map(scene, factor, things) for scene in self.scenes(number, count)]
-        )
+        check_semantics(self.num_things)
+        return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`."""
@@ -191,13 +197,9 @@ class ValidationStickers(SemanticSource):
         """See `SemanticSource`."""
         return len(collection_in(self.pictures).first(self.num_nouns))
 
-    def semantics(
-        self, number: int, count: int, *, factor: int, things: int | None = None
-    ) -> np.ndarray:
+    def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
         """See `SemanticSource`."""
-        return np.stack(
-            [semantic_map(scene, factor, things) for scene in self.scenes(number, count)]
-        )
+        return np.stack([semantic_map(scene, factor) for scene in self.scenes(number, count)])
 
     def prompts(self, number: int, count: int) -> list[str]:
         """See `PromptSource`."""
