@@ -619,6 +619,7 @@ def test_semantic_latents_learn_alone():
     pictures = mx.random.uniform(-1, 1, (2, 16, 16, 4), key=mx.random.key(0))
     seen = mx.random.normal((2, 2, 2, SEEN_CHANNELS), key=mx.random.key(2))
     seen[..., GROUND] = mx.array(codes(4)[3])
+    seen[1, 0] = 0
     # A thing fills the first picture.
     seen[0, ..., THING], seen[0, ..., COLOR] = mx.array(codes(8)[2]), mx.array(codes(4)[1])
     line = mx.array([-0.85, 0.85])
@@ -643,19 +644,21 @@ def test_semantic_latents_learn_alone():
     assert (index[0] == 2).all() and 0 < is_there.sum() < is_there.size
     read = np.array(model.encoder(pictures)[0][..., -SEEN_CHANNELS:])
     mean = 2 * error.mean((0, 1, 2)) / SEEN_CHANNELS
-    for name, part, known, threshold, weight in (
-        ("thing", THING, codes(8)[:3], 4, 0.1),
-        ("color", COLOR, codes(4), 2, 0.2),
+    is_known = np.array(nearest(seen[..., GROUND])[1])
+    for name, part, known, threshold, weight, at in (
+        ("thing", THING, codes(8)[:3], 4, 0.1, is_there | ~is_known),
+        ("color", COLOR, codes(4), 2, 0.2, is_there),
+        ("ground", GROUND, codes(4), 2, 0.2, np.ones_like(is_there)),
     ):
-        right, is_known = map(np.array, nearest(seen[..., part], len(known)))
+        right, has_code = map(np.array, nearest(seen[..., part], len(known)))
         one = np.concatenate([0 * known[:1], known])
         logits = read[..., part] @ one.T
         logits[..., 0] = threshold  # of `nearest`
         share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        right = np.where(is_known, 1 + right, 0)
-        entropy = -np.log(np.take_along_axis(share, right[..., None], -1)[is_there]).mean()
+        right = np.where(has_code, 1 + right, 0)
+        entropy = -np.log(np.take_along_axis(share, right[..., None], -1)[at]).mean()
         np.testing.assert_allclose(metrics[f"{name}_entropy"].item(), entropy, rtol=1e-4)
-        mean[part] += weight * ((share - np.eye(len(one))[right]) @ one)[is_there].mean(0)
+        mean[part] += weight * ((share - np.eye(len(one))[right]) @ one)[at].mean(0)
     bias = np.array(found["encoder.semantics.out.bias"])
     np.testing.assert_allclose(bias, mean, atol=1e-5)
     objective = Reconstruction(1e-3, decoder_only=True, semantics_frozen=True)

@@ -7,14 +7,15 @@ import mlx.nn as nn
 
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.autoencoders.semantics import as_codes, is_known, nearest
-from mlx_snapgen.semantics import CHANNELS, COLOR, SEEN_CHANNELS, THING, codes
+from mlx_snapgen.semantics import CHANNELS, COLOR, GROUND, SEEN_CHANNELS, THING, codes
 from train.data.source import Batch
 from train.objectives.base import LossObjective, Metrics
 
 DECODER_NOISE = 0.1
 """Noise on the latents while the decoder trains alone, in standard deviations of a channel."""
-THING_WEIGHT, COLOR_WEIGHT = 0.1, 0.2
-"""Of cross-entropies in the loss; things are learned late from squares alone, colors hardly."""
+ENTROPIES = {"thing": (THING, 0.1), "color": (COLOR, 0.2), "ground": (GROUND, 0.2)}
+"""Channels and weights of cross-entropies in the loss: things are learned late from squares alone,
+colors hardly, and the background is seen through what is unknown."""
 UNKNOWN_SHARE = 0.3
 """Share of the pictures that a decoder with semantic latents draws from the others alone."""
 
@@ -57,11 +58,11 @@ class Reconstruction(LossObjective[Autoencoder, None]):
             assert log_var is not None, "given latents train the decoder alone"
             std = mx.exp(0.5 * log_var)
         latents = mean + std * mx.random.normal(mean.shape, key=key)
-        semantic_mse = things = colors = mx.array(0.0)
+        semantic: Metrics = {}
         if (seen := batch.get("seen")) is not None:
             squares = mx.square(found[..., -SEEN_CHANNELS:] - seen)
-            semantic_mse = (mx.array(self.semantic_weights or (1.0,)) * squares).mean()
-            things, colors = entropies(model, found[..., -SEEN_CHANNELS:], seen)
+            semantic["semantic_mse"] = (mx.array(self.semantic_weights or (1.0,)) * squares).mean()
+            semantic |= entropies(model, found[..., -SEEN_CHANNELS:], seen)
             appearance, own_key = latents[..., :-SEEN_CHANNELS], mx.random.split(key)[0]
             latents = semantic_latents(model, appearance, seen, own_key)
         error = model.decoder(latents) - x
@@ -74,36 +75,40 @@ class Reconstruction(LossObjective[Autoencoder, None]):
         if log_var is not None and seen is None:
             kl = 0.5 * (mean.square() + mx.exp(log_var) - 1 - log_var).mean()
         loss = l1 + 0.5 * edges + self.kl_weight * kl
-        if not self.semantics_frozen:
-            loss += semantic_mse + THING_WEIGHT * things + COLOR_WEIGHT * colors
+        if semantic and not self.semantics_frozen:
+            loss += semantic["semantic_mse"]
+            for name, (_, weight) in ENTROPIES.items():
+                loss += weight * semantic[f"{name}_entropy"]
         parts = {"l1": l1, "edges": edges, "kl": kl, "noise": std.mean()}
-        return loss, parts if seen is None else parts | {
-            "semantic_mse": semantic_mse,
-            "thing_entropy": things,
-            "color_entropy": colors,
-        }
+        return loss, parts | semantic
 
 
-def entropies(model: Autoencoder, found: mx.array, seen: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean cross-entropies, in nats, of the things and of their colors at the places of things.
+def entropies(model: Autoencoder, found: mx.array, seen: mx.array) -> Metrics:
+    """Mean cross-entropies of `ENTROPIES`, in nats; no code at all counts as one more.
+
+    Things are also compared where nothing is known, colors only where things are.
 
     Args:
         found: by the encoder, (B, h, w, `SEEN_CHANNELS`).
         seen: the truth.
     """
     assert model.config.semantics is not None
-    is_thing = nearest(seen[..., THING], model.config.semantics.things)[1]
-
-    def entropy(part: slice, count: int) -> mx.array:
-        index, is_there = nearest(seen[..., part], count)
-        logits = found[..., part] @ mx.array(codes(part.stop - part.start)[:count]).T
+    things = model.config.semantics.things
+    is_thing = nearest(seen[..., THING], things)[1]
+    where = {"thing": is_thing | ~is_known(seen)[..., 0], "color": is_thing}
+    result = {}
+    for name, (part, _) in ENTROPIES.items():
+        size = part.stop - part.start
+        known = codes(size)[: things if name == "thing" else None]
+        index, is_there = nearest(seen[..., part], len(known))
+        logits = found[..., part] @ mx.array(known).T
         # No code is there where none has more than this, see `nearest`.
-        none = mx.full((*logits.shape[:-1], 1), (part.stop - part.start) / 2)
+        none = mx.full((*logits.shape[:-1], 1), size / 2)
         logits = mx.concatenate([none, logits], axis=-1)
-        each = nn.losses.cross_entropy(logits, mx.where(is_there, 1 + index, 0)) * is_thing
-        return each.sum() / mx.maximum(is_thing.sum(), 1)
-
-    return entropy(THING, model.config.semantics.things), entropy(COLOR, len(codes(4)))
+        each = nn.losses.cross_entropy(logits, mx.where(is_there, 1 + index, 0))
+        at = where.get(name, mx.ones_like(is_thing))
+        result[f"{name}_entropy"] = (each * at).sum() / mx.maximum(at.sum(), 1)
+    return result
 
 
 def semantic_latents(
