@@ -43,7 +43,7 @@ from tests.training.test_prepare import write_pictures
 from train import autoencoder as command
 from train import new
 from train.data.encoded import CodedScenes, EncodedPictures, as_latents
-from train.data.mixture import Mixture
+from train.data.mixture import Mixture, Prefetched
 from train.data.open import open_data
 from train.data.stickers import render as rendering
 from train.data.stickers.known_things import known_scenes, semantics_of, start_known_things
@@ -573,6 +573,18 @@ def test_scenes_of_known_things_are_not_drawn(fluent_pictures):
     assert counts == [4, 2] and held_out.num_samples is None
     both = Mixture([source, dataclasses.replace(source, categories=("colors",))], [1, 1], seed=0)
     assert isinstance(as_latents(both, model), CodedScenes)
+    # Of several sources, only those with other things are drawn.
+    mixed = Mixture([source, Stickers(num_nouns=13, **given)], [1, 1], seed=0)
+    for found in (as_latents(mixed, model), as_latents(Prefetched(mixed), model)):
+        kinds = set()
+        for number in range(6):
+            part, place = mixed.order(number)
+            alone = as_latents(mixed.sources[part], model)
+            kinds.add(type(alone))
+            expected, samples = alone.samples(place, 2), found.samples(number, 2)
+            assert samples.captions == expected.captions
+            np.testing.assert_array_equal(np.array(samples.latents), np.array(expected.latents))
+        assert kinds == {CodedScenes, EncodedPictures}
     for other, autoencoder in ((Stickers(num_nouns=13, **given), model), (source, made)):
         assert isinstance(as_latents(other, autoencoder), EncodedPictures)
 

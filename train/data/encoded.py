@@ -17,6 +17,7 @@ from mlx_snapgen.networks.text_encoders.base import Prompt, TextEncoder, present
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
+from train.data.mixture import Mixture, Prefetched
 from train.data.prepared import prepared_parts
 from train.data.source import Batch, LatentSource, PictureSource, Samples, SemanticSource
 from train.data.streams import Stream
@@ -140,8 +141,13 @@ def as_latents(source: Any, autoencoder: Autoencoder) -> Any:
     parts = prepared_parts(source)
     if not parts:
         check_channels(autoencoder.config, source.channels)
-        made = CodedScenes if _knows(autoencoder, source) else EncodedPictures
-        return made(source, autoencoder)
+        if _knows(autoencoder, source):
+            return CodedScenes(source, autoencoder)
+        if any(_knows(autoencoder, part) for part in source.sources):
+            given = source.source if isinstance(source, Prefetched) else source
+            found = [as_latents(Prefetched(part), autoencoder) for part in given.sources]
+            return Mixture(found, given.weights, seed=given.seed)
+        return EncodedPictures(source, autoencoder)
     for part in parts:
         part.check_autoencoder(autoencoder)
         part.check_files()
