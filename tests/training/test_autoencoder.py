@@ -686,6 +686,7 @@ def test_a_decoder_gets_codes_or_latents_of_appearance():
     appearance = mx.random.normal((400, 2, 2, 4), key=mx.random.key(1))
     seen = np.zeros((400, 2, 2, SEEN_CHANNELS), np.float32)
     seen[:, 1, :, THING], seen[:, :, 1, GROUND] = codes(8)[2], codes(4)[3]
+    seen[:, 1, :, PLACE] = [[-0.85, 0.85, np.log2(2 / 6)], [0.85, 0.85, np.log2(2 / 6)]]
     true = np.array(as_codes(mx.array(seen), SEMANTIC))
     found = np.array(semantic_latents(model, appearance, mx.array(seen), mx.random.key(2)))
     other = np.array(appearance - model.decoder.table.empty)[..., :2]

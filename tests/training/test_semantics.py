@@ -22,6 +22,7 @@ from mlx_snapgen.semantics import (
     SemanticConfig,
     codes,
 )
+from tests.tiny import semantic_map_of
 from train.data.stickers import render as rendering
 from train.data.stickers.scenes import sample_scene
 from train.data.stickers.semantics import (
@@ -183,6 +184,34 @@ def test_a_thing_has_one_code_and_one_square():
     assert wrong_share(mended(mixed, SEMANTIC), slice(0, CHANNELS)) < 0.005
 
 
+def test_things_far_from_the_corner_are_unknown():
+    """Large pictures have no pairs of all their places; what is near the corner stays."""
+    config = SemanticConfig(3, (2, 4))
+    things = (1, 3, 4, 2, 3), (2, 5, 2, 23, 20)
+    known = mx.array(semantic_map_of(things, (9, 25), config=config))
+    near = np.array(mended(known, config))
+    rest = [(0, 0), (0, 41), (0, 25), (0, 0)]
+    far = mx.pad(known, rest) + mx.pad(mx.zeros_like(known), rest, constant_values=0.01)
+    far[0, 40:44, 30:34, THING] = mx.array(codes(8)[0])
+    found = np.array(mended(far, config))
+    np.testing.assert_array_equal(found[:, :9, :25], near)
+    assert near[..., THING].any() and not found[:, 9:].any() and not found[:, :, 25:].any()
+    # A thing that the encoder sees there is unknown, and one that is cut off by the edge.
+    seen = np.zeros((1, 45, 50, SEEN_CHANNELS), np.float32)
+    seen[..., GROUND] = codes(4)[3]
+    line = 1.7 * np.array([-0.75, -0.25, 0.25, 0.75])
+    for y, x in ((20, 20), (40, 44), (0, 10)):
+        part = seen[0, y : y + 4, x : x + 4]
+        part[..., THING], part[..., PLACE.stop - 1] = codes(8)[1], np.log2(4 / 6)
+        part[..., PLACE.start], part[..., PLACE.start + 1] = line, line[:, None]
+    seen[0, :3, 10:14], seen[0, 3, 10:14] = seen[0, 1:4, 10:14].copy(), 0
+    for function in (agreed, as_codes):
+        found = np.array(function(mx.array(seen), config))[0]
+        is_thing = found[..., THING].any(-1)
+        assert is_thing[20:24, 20:24].all() and is_thing.sum() == 16, function
+        assert not found[40:44, 44:48].any() and not found[:3, 10:14].any(), function
+
+
 def test_votes_are_counted_as_said():
     """The same as place by place in plain Python, for things that hardly agree."""
     config = SemanticConfig(3, (2, 3, 4))
@@ -246,7 +275,7 @@ def agreed_in_loops(seen: np.ndarray, things: int, sides: tuple[int, ...]):
     for square in dict.fromkeys(votes.values()):
         y, x, side = square
         inside = [place for place in places if covers(square, place)]
-        if sum(votes.get(place) == square for place in inside) <= side**2 / 2:
+        if min(y, x) < 0 or sum(votes.get(place) == square for place in inside) <= side**2 / 2:
             continue
         count += 1
         for place in inside:

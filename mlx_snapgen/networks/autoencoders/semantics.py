@@ -84,15 +84,22 @@ def _squares(place: mx.array, config: SemanticConfig) -> Square:
     return kind, *edges
 
 
+def _has_codes(edges: Sequence[mx.array]) -> mx.array:
+    """Whether left and top edges have codes: squares begin in the picture, near its corner."""
+    count = len(codes(COLUMN.stop - COLUMN.start))
+    return functools.reduce(mx.logical_and, ((x >= 0) & (x < count) for x in edges))
+
+
 def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     """What an encoder sees (B, h, w, `SEEN_CHANNELS`) -> semantic latents (B, h, w, S).
 
-    Nothing is known about things whose edges have no code, more than 24 latents from the corner.
+    Nothing is known about things whose edges have no code, more than 24 latents from the corner or
+    outside of the picture.
     """
     kind, *corner = _squares(seen[..., PLACE].astype(mx.float32), config)
     places = codes(SIDE.stop - SIDE.start)
     edges = [mx.array(places)[mx.clip(edge, 0, len(places) - 1)] for edge in corner]
-    is_near = (corner[0] < len(places)) & (corner[1] < len(places))
+    is_near = _has_codes(corner)
     is_thing = nearest(seen[..., THING], config.things)[1]
     of_thing = [
         _known_codes(seen[..., THING], config.things),
@@ -134,7 +141,7 @@ def _settled(
     same = functools.reduce(mx.logical_and, (x[..., None] == x[:, None] for x in square))
     area = mx.array(config.sides)[square[0]] ** 2
     share = (same & is_in & is_thing[..., None]).sum(axis=1) / area
-    share = mx.where(functools.reduce(mx.maximum, square) < len(places), share, 0)
+    share = mx.where(_has_codes(square[1:]), share, 0)
     shares = mx.where(is_in, share[:, None], 0)
     chosen = mx.argmax(shares, axis=-1)
     is_agreed = mx.max(shares, axis=-1) > 0.5
@@ -151,8 +158,17 @@ def _settled(
     return found.reshape(*numbers.shape[:3], -1), is_agreed.reshape(numbers.shape[:3])
 
 
+def _corner(x: mx.array, config: SemanticConfig) -> mx.array:
+    """The part of maps (B, h, w, C) in which squares have codes; pairs of all places are many."""
+    most = len(codes(COLUMN.stop - COLUMN.start)) + config.sides[-1]
+    return x[:, :most, :most]
+
+
 def _with_ground(semantics: mx.array, ground: mx.array) -> mx.array:
-    parts = [semantics[..., : GROUND.start], ground, semantics[..., GROUND.stop :]]
+    """Codes of a corner, and of the background everywhere."""
+    missing = [(0, a - b) for a, b in zip(ground.shape[:3], semantics.shape[:3], strict=True)]
+    known = mx.pad(semantics, [*missing, (0, 0)])
+    parts = [known[..., : GROUND.start], ground, known[..., GROUND.stop :]]
     return mx.concatenate(parts, axis=-1)
 
 
@@ -163,12 +179,12 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     places of the square say. Where there seems to be a thing, but most places of no square agree,
     nothing is known.
     """
-    found = seen.astype(mx.float32)
+    found = _corner(seen.astype(mx.float32), config)
     is_thing = nearest(found[..., THING], config.things)[1].flatten(1)
     named = _squares(found[..., PLACE], config)
     named = tuple(x.flatten(1) for x in named)
     side = mx.array(config.sides)[named[0]][:, None]
-    inside = _inside(named, config.sides, seen.shape[1:3])
+    inside = _inside(named, config.sides, found.shape[1:3])
     x, y, size = mx.split(found[..., PLACE].flatten(1, 2), 3, axis=-1)
     right, down = (EDGE * ((2 * x + 1) / side - 1) for x in (inside.right, inside.down))
     misfit = ((x - right) ** 2 + (y - down) ** 2) / _PLACE_ERROR**2
@@ -178,8 +194,9 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     vote = mx.argmax(mx.where(inside.is_in & is_thing[:, None], fit, -mx.inf), axis=-1)
     square = tuple(mx.take_along_axis(x, vote, axis=1) for x in named)
     semantics, is_agreed = _settled(found[..., : COLOR.stop], square, is_thing, config)
-    unknown = is_thing.reshape(is_agreed.shape) & ~is_agreed
-    ground = mx.where(unknown[..., None], 0, _known_codes(found[..., GROUND]))
+    missing = [(0, a - b) for a, b in zip(seen.shape[:3], found.shape[:3], strict=True)]
+    unknown = nearest(seen[..., THING], config.things)[1] & ~mx.pad(is_agreed, missing)
+    ground = mx.where(unknown[..., None], 0, _known_codes(seen[..., GROUND].astype(mx.float32)))
     return _with_ground(semantics, ground).astype(seen.dtype)
 
 
@@ -189,7 +206,8 @@ def mended(semantics: mx.array, config: SemanticConfig) -> mx.array:
     Each place votes for the square that its codes name. Parts of things that are in no square which
     most of its places name are left out, down to the background.
     """
-    found = semantics.astype(mx.float32)
+    ground = _known_codes(semantics[..., GROUND].astype(mx.float32))
+    found = _corner(semantics.astype(mx.float32), config)
     is_thing = nearest(found[..., THING], config.things)[1].flatten(1)
     counts = len(config.sides), None, None
     square = tuple(
@@ -197,7 +215,7 @@ def mended(semantics: mx.array, config: SemanticConfig) -> mx.array:
         for part, count in zip((SIDE, COLUMN, ROW), counts, strict=True)
     )
     known, _ = _settled(found[..., : COLOR.stop], square, is_thing, config)
-    return _with_ground(known, _known_codes(found[..., GROUND])).astype(semantics.dtype)
+    return _with_ground(known, ground).astype(semantics.dtype)
 
 
 def is_known(semantics: mx.array) -> mx.array:
