@@ -590,7 +590,8 @@ def test_scenes_of_known_things_are_not_drawn(fluent_pictures):
 
 
 def test_things_are_painted_where_they_have_a_color_and_lie_on_the_background():
-    """Half-transparent pictures over a background of a code; only painted things change more."""
+    """Half-transparent pictures over a background of a code, which is all there is beside things;
+    only painted things change more."""
     paint = randomize(Paint(SEMANTIC), 2)
     pictures = mx.random.uniform(-1, 1, (1, 8, 8, 4), key=mx.random.key(0))
     plain = maps_of([[[0, 2], [2, 0]]])
@@ -605,7 +606,9 @@ def test_things_are_painted_where_they_have_a_color_and_lie_on_the_background():
     on_ground = np.array(paint(pictures, maps_of([[[0, 2], [2, 0]]], grounds=[[[5] * 2] * 2])))
     alpha = (np.array(pictures)[..., 3:] + 1) / 2
     over = np.array(pictures) + 1 + (1 - alpha) * (np.array(paint.grounds)[4] + 1) - 1
-    np.testing.assert_allclose(on_ground, over, atol=1e-5)
+    is_thing = np.repeat(np.repeat([[[0, 1], [1, 0]]], 4, axis=1), 4, axis=2)[..., None]
+    beside = np.broadcast_to(np.array(paint.grounds)[4], over.shape)
+    np.testing.assert_allclose(on_ground, np.where(is_thing, over, beside), atol=1e-5)
 
 
 def test_semantic_latents_are_made_of_all_normalized_latents():

@@ -306,6 +306,8 @@ class Paint(nn.Module):
         pictures = pictures + mx.where(painted, self.out(x), 0)
 
         ground, is_ground = nearest(semantics[..., GROUND])
+        # Nothing of a thing's edges, nor of a decoder's noise, is beside things.
+        pictures = mx.where(enlarged((is_ground & ~is_thing)[..., None]), -1, pictures)
         below = (self.grounds[ground].astype(pictures.dtype) + 1) * is_ground[..., None]
         visible = 1 - mx.clip((pictures[..., 3:] + 1) / 2, 0, 1)
         return pictures + visible * enlarged(below)
