@@ -33,7 +33,7 @@ _PLACE_ERROR, _SIZE_ERROR = 0.2, 0.25
 """Usual errors of what an encoder says about the place and size, in the units of `PLACE`."""
 _FIT, _MISS = 6.0, -3.0
 """Of a place in a square: what it adds if it says just that, and the least, as with no thing there.
-Measured: all but .008 of the squares in 128 scenes are right then, .2 without the others' votes."""
+Measured: .001 of the edges in 128 scenes are wrong then, .14 and more without the others' votes."""
 
 
 def nearest(numbers: mx.array, count: int | None = None) -> tuple[mx.array, mx.array]:
@@ -164,10 +164,15 @@ def _corner(x: mx.array, config: SemanticConfig) -> mx.array:
     return x[:, :most, :most]
 
 
+def _whole(corner: mx.array, maps: mx.array) -> mx.array:
+    """A corner (B, ...), and zeros up to the height and width of `maps`."""
+    missing = [(0, maps.shape[axis] - corner.shape[axis]) for axis in (1, 2)]
+    return mx.pad(corner, [(0, 0), *missing, *[(0, 0)] * (corner.ndim - 3)])
+
+
 def _with_ground(semantics: mx.array, ground: mx.array) -> mx.array:
     """Codes of a corner, and of the background everywhere."""
-    missing = [(0, a - b) for a, b in zip(ground.shape[:3], semantics.shape[:3], strict=True)]
-    known = mx.pad(semantics, [*missing, (0, 0)])
+    known = _whole(semantics, ground)
     parts = [known[..., : GROUND.start], ground, known[..., GROUND.stop :]]
     return mx.concatenate(parts, axis=-1)
 
@@ -194,8 +199,7 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     vote = mx.argmax(mx.where(inside.is_in & is_thing[:, None], fit, -mx.inf), axis=-1)
     square = tuple(mx.take_along_axis(x, vote, axis=1) for x in named)
     semantics, is_agreed = _settled(found[..., : COLOR.stop], square, is_thing, config)
-    missing = [(0, a - b) for a, b in zip(seen.shape[:3], found.shape[:3], strict=True)]
-    unknown = nearest(seen[..., THING], config.things)[1] & ~mx.pad(is_agreed, missing)
+    unknown = nearest(seen[..., THING], config.things)[1] & ~_whole(is_agreed, seen)
     ground = mx.where(unknown[..., None], 0, _known_codes(seen[..., GROUND].astype(mx.float32)))
     return _with_ground(semantics, ground).astype(seen.dtype)
 
