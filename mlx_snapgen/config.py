@@ -13,6 +13,8 @@ from mlx_snapgen.description import Abilities, choose_mode
 from mlx_snapgen.errors import UserError, check_faults, nearest
 from mlx_snapgen.semantics import CHANNELS, SemanticConfig
 
+PREDICTIONS = ("velocity", "x0")
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -47,6 +49,10 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     widths: tuple[float, ...] = (1.0, 0.5, 0.375)
     """Widths this network can run at, the widest first."""
+    prediction: str = "velocity"
+    """What the last layer gives: the "velocity", or the clean latents "x0", from which it is
+    computed (`networks.base.velocity_to`). A width with fewer channels than a patch has numbers
+    learns only "x0": a velocity contains all the noise of the patch."""
 
     def __post_init__(self):
         check_faults([*self._faults(), *self._faults_of_heads()])
@@ -55,6 +61,8 @@ class TransformerConfig:
         falling = list(self.widths) == sorted(self.widths, reverse=True)
         if self.widths[:1] != (1.0,) or not falling or self.widths[-1] <= 0:
             yield f"widths must start with 1.0 and fall, above 0, got {self.widths}"
+        if self.prediction not in PREDICTIONS:
+            yield f"unknown prediction '{self.prediction}'{nearest(self.prediction, PREDICTIONS)}"
         if self.frequency_dim % 2:
             yield f"frequency_dim must be even, got {self.frequency_dim}"
         if len(self.blocks) != 3 or len(self.ffn_ratio) != 3:

@@ -146,7 +146,9 @@ TRANSFORMERS: dict[str, TransformerConfig] = {
         text_width=256,
     ),
 }
-TRANSFORMERS["fluent"] = dataclasses.replace(TRANSFORMERS["stickers"], latent_channels=32)
+TRANSFORMERS["fluent"] = dataclasses.replace(
+    TRANSFORMERS["stickers"], latent_channels=32, prediction="x0"
+)
 TRANSFORMERS |= {
     f"{name}-f32": dataclasses.replace(
         TRANSFORMERS[name], patch_size=1, num_bands=8, latent_channels=32

@@ -27,7 +27,14 @@ from convert.pytorch.attention import (
     attend_fused,
 )
 from convert.pytorch.folder import read_config, twin_files
-from convert.pytorch.layers import RMSNorm, linear, normalized, text_bias, tokens
+from convert.pytorch.layers import (
+    RMSNorm,
+    linear,
+    normalized,
+    text_bias,
+    tokens,
+    velocity_to,
+)
 from convert.pytorch.parts import Decoder, LatentDecoder, TextEncoder
 from mlx_snapgen.config import ModelConfig, TransformerConfig
 from mlx_snapgen.errors import UserError
@@ -165,7 +172,7 @@ class TextProjection(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated norm, a linear layer to the velocity of a patch, and patches to pixels."""
+    """Modulated norm, a linear layer to what is predicted of a patch, and patches to pixels."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -327,7 +334,14 @@ class EfficientDiT(nn.Module):
             for block in self.up_blocks:
                 add_block(block, grid, cells)
         head = self.head
-        add(lambda x, embedding: head(x, embedding, grid), ("embedding",), head, "velocity")
+        if self.config.prediction == "velocity":
+            add(lambda x, embedding: head(x, embedding, grid), ("embedding",), head, "velocity")
+        else:
+
+            def finish(x: Tensor, embedding: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+                return velocity_to(head(x, embedding, grid), x_t, t)
+
+            add(finish, ("embedding", "x_t", "t"), head, "velocity")
         return steps
 
 

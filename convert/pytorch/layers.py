@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+LEAST_T = 0.05
+"""See `velocity_to`."""
+
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
     """A linear layer over channels."""
@@ -84,3 +87,8 @@ def text_bias(mask: Tensor) -> Tensor:
 def tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 1, H * W)."""
     return x.reshape(x.shape[0], x.shape[1], 1, x.shape[2] * x.shape[3])
+
+
+def velocity_to(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """v = (x_t - x0) / max(t, 0.05) of predicted clean latents x0 (B, C, H, W), t (B,)."""
+    return (x_t - x0) / t.clamp(min=LEAST_T).reshape(-1, 1, 1, 1).to(x_t.dtype)

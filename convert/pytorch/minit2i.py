@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert.pytorch.layers import norm_scale
+from convert.pytorch.layers import LEAST_T, norm_scale, velocity_to
 
 PREFIX = "model.net."
 THETA = 10000.0
 NOISE = 2.0
-LEAST = 0.05
 EPS = 1e-6
 
 
@@ -210,7 +209,7 @@ class MiniT2I(nn.Module):
 
     def velocity(self, pictures: Tensor, t: float, text: Tensor, mask: Tensor) -> Tensor:
         """Towards the picture, in pixels per time."""
-        return (self(pictures, text, mask) - pictures) / max(1 - t, LEAST)
+        return (self(pictures, text, mask) - pictures) / max(1 - t, LEAST_T)
 
     @torch.no_grad()
     def draw(
@@ -240,4 +239,4 @@ class Velocity(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """x_t (1, 3, S, S), t (1), text (1, L, D), mask (1, L)."""
         x0 = self.network(NOISE * x_t, text, mask) / NOISE
-        return (x_t - x0) / t.clamp(min=LEAST).reshape(1, 1, 1, 1)
+        return velocity_to(x0, x_t, t)

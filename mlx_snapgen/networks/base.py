@@ -4,6 +4,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+LEAST_T = 0.05
+"""A velocity is the distance to the predicted clean latents divided by t, or by this if t is less
+(JiT, arXiv 2511.13720)."""
+
 
 class VelocityNetwork(Protocol):
     """Velocity v = eps - x0 of latents x_t = (1 - t) x0 + t eps."""
@@ -39,3 +43,9 @@ class VelocityNetwork(Protocol):
         gradients do not change. Memory decreases; time increases by about one forward pass.
         """
         ...
+
+
+def velocity_to(x0: mx.array, x_t: mx.array, t: mx.array) -> mx.array:
+    """The velocity of x_t towards predicted clean latents x0 (B, H, W, C), in the type of x_t."""
+    away = mx.maximum(t.astype(mx.float32), LEAST_T)[:, None, None, None]
+    return ((x_t.astype(mx.float32) - x0.astype(mx.float32)) / away).astype(x_t.dtype)

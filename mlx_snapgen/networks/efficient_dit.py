@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_snapgen.config import TransformerConfig
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.attention import CrossAttention, Grid, SelfAttention, SparseSelfAttention
+from mlx_snapgen.networks.base import velocity_to
 from mlx_snapgen.networks.elastic import ElasticLinear, PerWidth, Table
 from mlx_snapgen.networks.exponentials import gelu, silu
 from mlx_snapgen.networks.layers import (
@@ -180,7 +181,7 @@ class TextProjection(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated norm and the linear layer to the velocity of a patch."""
+    """Modulated norm and the linear layer to what is predicted of a patch."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -318,8 +319,12 @@ class EfficientDiT(nn.Module):
             x = self.upsample(x, skip, grid=grid, share=share)
             for i, block in enumerate(self.up_blocks):
                 x = run(block, x, grid, modulate_attention and i % 2 == 1)
-        v = self.head(x, embedding, share=share)
-        v = depth_to_space(v.reshape(b, grid.height, grid.width, -1), patch).astype(x_t.dtype)
+        found = self.head(x, embedding, share=share)
+        found = depth_to_space(found.reshape(b, grid.height, grid.width, -1), patch)
+        if config.prediction == "velocity":
+            v = found.astype(x_t.dtype)
+        else:
+            v = velocity_to(found, x_t, t)
         return (v, x.astype(x_t.dtype)) if return_features else v
 
     def _middle(

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_snapgen.networks.attention import Grid, attend_all, rope_table, rotate_halves
+from mlx_snapgen.networks.base import velocity_to
 from mlx_snapgen.networks.cached import bounded_cache
 from mlx_snapgen.networks.exponentials import silu
 from mlx_snapgen.networks.layers import (
@@ -30,8 +31,6 @@ from mlx_snapgen.public_config import MiniT2ITransformerConfig
 
 NOISE_SCALE = PIXELS.latents_std[0]
 """Pixels in [-1, 1] are this times the latents, whose noise has unit variance."""
-LEAST_T = 0.05
-"""The velocity is the distance to the predicted picture divided by t, or by this if t is less."""
 THETA = 10000.0
 EPS = 1e-6
 
@@ -209,8 +208,7 @@ class MiniT2ITransformer(nn.Module):
                 x, h = block(**inputs, rope=(cos, sin))
         found = self.final_layer(x).astype(mx.float32).reshape(b, grid.height, grid.width, -1)
         x0 = depth_to_space(found, config.patch_size) / NOISE_SCALE
-        away = mx.maximum(t.astype(mx.float32), LEAST_T)[:, None, None, None]
-        v = ((x_t.astype(mx.float32) - x0) / away).astype(x_t.dtype)
+        v = velocity_to(x0, x_t, t)
         return (v, x.astype(x_t.dtype)) if return_features else v
 
     def _padded(self, text: mx.array, mask: mx.array | None) -> mx.array:

@@ -22,7 +22,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.generate import main
 from mlx_snapgen.lora.files import load_lora
 from mlx_snapgen.metadata import read_metadata
-from mlx_snapgen.networks import minit2i
+from mlx_snapgen.networks import base, minit2i
 from mlx_snapgen.networks.attention import Grid, rope_table
 from mlx_snapgen.networks.minit2i import MiniT2ITransformer
 from mlx_snapgen.networks.text_encoders import t5 as t5_module
@@ -260,7 +260,7 @@ def one_sided(length, *, count, max_distance):
     ("kind", "where", "mistake"),
     [
         ("minit2i", (minit2i, "rope_table"), columns_first),
-        ("minit2i", (minit2i, "LEAST_T"), 0.001),
+        ("minit2i", (base, "LEAST_T"), 0.001),
         ("minit2i", (minit2i, "NOISE_SCALE"), 1.0),
         ("t5", (t5_module, "buckets"), one_sided),
     ],

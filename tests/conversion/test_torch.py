@@ -45,6 +45,7 @@ CONFIG = dataclasses.replace(
 GROUPED = dataclasses.replace(CONFIG, head_dim=4, num_kv_heads=8, num_cross_kv_heads=2)
 DENSE = dataclasses.replace(CONFIG, sparse_attention=False, long_skips=False, widths=(1.0,))
 MULTI_QUERY = dataclasses.replace(CONFIG, num_kv_heads=1, num_bands=3, band_radius=2)
+OF_X0 = dataclasses.replace(CONFIG, prediction="x0")
 ONE_STAGE = dataclasses.replace(CONFIG, blocks=(3, 0, 0), num_cross_kv_heads=16, patch_size=1)
 
 
@@ -71,7 +72,7 @@ def velocities(network, twin, height, width, seed=0):
     keys = mx.random.split(mx.random.key(seed), 3)
     config = network.config
     x_t = mx.random.normal((3, height, width, config.latent_channels), key=keys[0])
-    t = mx.array([0.21, 0.97, 0.5])
+    t = mx.array([0.21, 0.97, 0.02])
     states = [
         TextStates(
             mx.random.normal((3, n, dims), key=key),
@@ -97,6 +98,7 @@ def velocities(network, twin, height, width, seed=0):
         (DENSE, (12, 8)),
         (MULTI_QUERY, (20, 12)),
         (ONE_STAGE, (6, 10)),
+        (OF_X0, (8, 12)),
     ],
 )
 def test_the_transformer_is_mlx_s_at_every_width(config, size, attend):
