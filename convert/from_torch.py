@@ -31,6 +31,7 @@ from mlx_snapgen.files import check_new
 from mlx_snapgen.public.convert import DTYPES, convert
 from mlx_snapgen.public.kinds import KINDS, find_kind
 from mlx_snapgen.public.source import Source, find_source
+from mlx_snapgen.settings import BUILT_IN
 
 
 def _quantization(args: argparse.Namespace) -> dict[str, int] | None:
@@ -91,7 +92,7 @@ def make_parser() -> Parser:
         "--model",
         metavar="MODEL",
         help="needed if convert.to_torch wrote SOURCE: the original model, as folder, Hugging Face "
-        "repository, or stickers for the built-in one (default: none)",
+        f"repository, or {BUILT_IN} for the built-in one (default: none)",
     )
     return parser
 

@@ -24,6 +24,7 @@ from mlx_snapgen.files import expanded, is_unicode, whole_file
 from mlx_snapgen.picture_files import describe_picture, picture_hash
 from mlx_snapgen.reading import open_regular
 from mlx_snapgen.settings import (
+    BUILT_IN,
     MAX_SEED,
     MAX_STEPS,
     WIDTH_NAMES,
@@ -281,7 +282,7 @@ def foreign(recorded: ModelChoice, used: ModelChoice) -> str:
     """The model, revision and LoRAs of a picture that are not those in use, as text; "" if none."""
     parts = []
     if recorded.model != used.model:
-        parts.append(f"the model {recorded.model or 'stickers'}")
+        parts.append(f"the model {recorded.model or BUILT_IN}")
     if recorded.base is not None and recorded.base != used.base:
         parts.append(f"the base {recorded.base}")
     if recorded.revision is not None and recorded.revision != used.revision:

@@ -15,7 +15,7 @@ from mlx_snapgen.files import expanded
 from mlx_snapgen.formats import DESCRIPTIONS, INDEX, is_public, is_teacher
 from mlx_snapgen.lora.adapters import remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
-from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
+from mlx_snapgen.settings import BUILT_IN, DrawSettings, ModelChoice, check_choice
 from mlx_snapgen.tensor_files import read_header
 
 # The modules of public models are imported when there is one: they take longer than all others.
@@ -51,9 +51,7 @@ def open_model(
     for path, _ in choice.loras:
         read_lora(path)
     if choice.base is not None or is_file(choice.model):
-        model = describe_file(
-            choice.model or "stickers", base=choice.base, revision=choice.revision
-        )
+        model = describe_file(choice.model or BUILT_IN, base=choice.base, revision=choice.revision)
         return _open_public(
             model, choice, settings=settings, progress=progress, converting=converting, say=say
         )
@@ -96,7 +94,7 @@ def describe_model(choice: ModelChoice) -> Description:
         UserError: no such model, or a damaged config.
     """
     if choice.base is not None or is_file(choice.model):
-        model = choice.model or "stickers"
+        model = choice.model or BUILT_IN
         return describe_file(model, base=choice.base, revision=choice.revision).config
     folder, commit = _described(choice.model, choice.revision)
     if is_teacher(folder):
@@ -119,7 +117,7 @@ def find_description(choice: ModelChoice) -> Path:
     if choice.base is None and not is_file(choice.model):
         folder, _ = _described(choice.model, choice.revision)
         return folder if is_teacher(folder) or is_public(folder) else open_model(choice).path
-    model = choice.model or "stickers"
+    model = choice.model or BUILT_IN
     return describe_file(model, base=choice.base, revision=choice.revision).folder
 
 

@@ -183,12 +183,16 @@ def _control_group() -> list[str]:
     return []
 
 
+BUILT_IN = "stickers"
+"""Name of the model that comes with the package."""
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """Which model to load and how. Equal choices load the same pipeline."""
 
     model: str | None = None
-    """Folder, Hugging Face repository "owner/name", or None for the built-in model."""
+    """Folder, Hugging Face repository "owner/name", or None or `BUILT_IN`."""
     revision: str | None = None
     """Branch, tag or commit of a repository."""
     base: str | None = None

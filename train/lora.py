@@ -25,7 +25,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import MOST_WORDS, save_lora
 from mlx_snapgen.open_model import open_model
-from mlx_snapgen.settings import has_memory, machine_memory
+from mlx_snapgen.settings import BUILT_IN, has_memory, machine_memory
 from mlx_snapgen.teachers.config import NAMES
 from mlx_snapgen.teachers.folder import TeacherFolder, load_network
 from train.data.encoded import EncodedFolder
@@ -266,7 +266,7 @@ def finish(
                 widths=widths,
                 with_alpha=with_alpha,
             )
-        words = [captions[0], *([] if args.model == "stickers" else ["--model", args.model])]
+        words = [captions[0], *([] if args.model == BUILT_IN else ["--model", args.model])]
         for name in ("revision", "base"):
             if (value := getattr(args, name)) is not None:
                 words += [f"--{name}", value]

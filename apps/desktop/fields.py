@@ -7,9 +7,9 @@ from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
 from mlx_snapgen.fitting import nearest_size
-from mlx_snapgen.settings import ModelChoice, trained_size, trained_sizes
+from mlx_snapgen.settings import BUILT_IN, ModelChoice, trained_size, trained_sizes
 
-DEFAULT_MODEL = "Default (stickers)"
+DEFAULT_MODEL = f"Default ({BUILT_IN})"
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 """Offered shapes of pictures, width : height."""
 

@@ -28,7 +28,7 @@ from mlx_snapgen.cli.options import (
 )
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError, plural, run_command
-from mlx_snapgen.settings import ModelChoice
+from mlx_snapgen.settings import BUILT_IN, ModelChoice
 
 KEY_VARIABLE = "MLX_SNAPGEN_API_KEY"
 
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=MODEL",
-        help="another name for a model, such as gpt-image-1=stickers; repeat the option to give "
+        help=f"another name for a model, such as gpt-image-1={BUILT_IN}; repeat the option to give "
         "several (default: none)",
     )
     model.add_argument(
@@ -255,7 +255,7 @@ async def open_models(jobs: Jobs, args: argparse.Namespace) -> dict[str, Served]
     for fetch in (False, True):
         opened = list[tuple[ModelChoice, Description]]()
         for choice in wanted:
-            with announce(f"opening {choice.model or 'stickers'} ..."):
+            with announce(f"opening {choice.model or BUILT_IN} ..."):
                 config = await _open(jobs, Job(choice, load=False, fetch=fetch))
             opened.append((choice, config))
         named = name_models(opened, widths=args.model_widths, aliases=args.aliases)

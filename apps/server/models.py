@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_snapgen.description import Description
 from mlx_snapgen.errors import UserError
-from mlx_snapgen.settings import ModelChoice, check_choice, held_widths, parse_width
+from mlx_snapgen.settings import BUILT_IN, ModelChoice, check_choice, held_widths, parse_width
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def name_models(
     ]
     models: dict[str, Served] = {}
     for choice, config in opened:
-        own = config.name if names[config.name] == 1 else choice.model or "stickers"
+        own = config.name if names[config.name] == 1 else choice.model or BUILT_IN
         held = [name for name, width in wanted.items() if width in held_widths(config)]
         for width in missing or held or wanted:
             check_choice(config, chosen := replace(choice, model_width=width))
@@ -73,7 +73,7 @@ def find_served(models: Mapping[str, Served], name: str) -> str | None:
     if there is none."""
     if name in models:
         return name
-    given = ((key, served.choice.model or "stickers") for key, served in models.items())
+    given = ((key, served.choice.model or BUILT_IN) for key, served in models.items())
     return next((key for key, model in given if model == name), None)
 
 
@@ -82,7 +82,7 @@ def _find_short(models: Mapping[str, Served], name: str) -> str | None:
     what --model was given as; None if there is none."""
 
     def names(key: str) -> set[str]:
-        given = models[key].choice.model or "stickers"
+        given = models[key].choice.model or BUILT_IN
         last = Path(given).name
         return {n.casefold() for n in (key, given, last, last.removesuffix(".safetensors"))}
 

@@ -12,9 +12,7 @@ from typing import Any
 from mlx_snapgen.errors import UserError, show_as
 from mlx_snapgen.files import check_link, expanded
 from mlx_snapgen.formats import DESCRIPTIONS
-
-BUILT_IN = "stickers"
-"""Name of the model that comes with the package."""
+from mlx_snapgen.settings import BUILT_IN
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model")
 """Patterns of the files to download from a model's repository."""
@@ -71,7 +69,7 @@ def find_model(
     """Folder of a model; a repository is downloaded once and then found in the cache.
 
     Args:
-        model: folder, Hugging Face repository "owner/name", or "stickers" or None for the model
+        model: folder, Hugging Face repository "owner/name", or `BUILT_IN` or None for the model
             that comes with the package. A folder of that name in the current directory takes
             precedence if it holds a model.
         revision: branch, tag or commit of a repository; None for its main branch.

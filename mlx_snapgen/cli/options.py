@@ -14,7 +14,14 @@ from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.files import check_writable, expanded
 from mlx_snapgen.fitting import FITS
 from mlx_snapgen.picture_files import picture_size
-from mlx_snapgen.settings import MAX_SEED, MAX_STEPS, WIDTH_NAMES, DrawSettings, ModelChoice
+from mlx_snapgen.settings import (
+    BUILT_IN,
+    MAX_SEED,
+    MAX_STEPS,
+    WIDTH_NAMES,
+    DrawSettings,
+    ModelChoice,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-MODEL_HELP = "model: folder, Hugging Face repository, or stickers for the built-in one"
+MODEL_HELP = f"model: folder, Hugging Face repository, or {BUILT_IN} for the built-in one"
 BASE_HELP = (
     "of one .safetensors file with a transformer, such as ComfyUI's: the model whose text encoder, "
     "autoencoder and settings it uses, a folder in diffusers' format or a Hugging Face repository "
@@ -85,7 +92,7 @@ BASE_HELP = (
 
 
 def add_model(
-    parser: argparse._ActionsContainer, *, default: str | None = "stickers", several: bool = False
+    parser: argparse._ActionsContainer, *, default: str | None = BUILT_IN, several: bool = False
 ) -> None:
     """`--model`, for `checkpoint.hub.find_model`; required without a default."""
     more = "; several may be given, the first is the default one" if several else ""

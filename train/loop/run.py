@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.hub import BUILT_IN, find_model
+from mlx_snapgen.checkpoint.hub import find_model
 from mlx_snapgen.checkpoint.model import load_pretrained
 from mlx_snapgen.checkpoint.module import check_fit, load_weights, shapes
 from mlx_snapgen.checkpoint.runs import OPTIONS, SETTINGS, command_of
@@ -21,6 +21,7 @@ from mlx_snapgen.errors import UserError, naming
 from mlx_snapgen.files import expanded, whole_file
 from mlx_snapgen.json_values import from_dict, to_dict
 from mlx_snapgen.reading import open_regular, read_object
+from mlx_snapgen.settings import BUILT_IN
 from train.data.source import MAY_CHANGE
 from train.data.text import is_trained
 from train.loop.assemble import check_converted

@@ -16,7 +16,7 @@ from mlx_snapgen.config import ModelConfig
 from mlx_snapgen.errors import UserError, plural
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.layers import flat_parameters
-from mlx_snapgen.settings import has_memory, machine_memory
+from mlx_snapgen.settings import BUILT_IN, has_memory, machine_memory
 from train.data.encoded import EncodedBatches, as_latents, check_encoding
 from train.data.mixture import Prefetched
 from train.data.prepared import describe_autoencoder, prepared_parts
@@ -43,7 +43,7 @@ def load_model(args: argparse.Namespace, folder: ModelFolder, source: Source) ->
     parts = prepared_parts(source)
     for part in parts:
         part.check_text_states(folder.config.text_encoders)
-    with announce(f"loading {folder.source or 'stickers'} ..."):
+    with announce(f"loading {folder.source or BUILT_IN} ..."):
         components = load_pretrained(folder)
         encoders = components.text_encoders
         for i in range(len(encoders)):
