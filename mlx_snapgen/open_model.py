@@ -15,6 +15,7 @@ from mlx_snapgen.files import expanded
 from mlx_snapgen.formats import DESCRIPTIONS, INDEX, is_public, is_teacher
 from mlx_snapgen.lora.adapters import remove_lora
 from mlx_snapgen.lora.files import load_lora, read_lora
+from mlx_snapgen.lora.things import check_thing, read_thing
 from mlx_snapgen.settings import BUILT_IN, DrawSettings, ModelChoice, check_choice
 from mlx_snapgen.tensor_files import read_header
 
@@ -219,6 +220,10 @@ def _check(
     config: Description, choice: ModelChoice, *, settings: DrawSettings | None
 ) -> DrawSettings | None:
     """Resolved settings; `UserError` for what the model of `config` does not support."""
+    for path, _ in choice.loras:
+        if (thing := read_thing(path, read_lora(path)[1])) is not None:
+            parts = getattr(config, "autoencoder", None)
+            check_thing(path, thing, getattr(parts, "semantics", None))
     with of_settings():
         check_choice(config, choice)
         return settings and settings.resolved(config)

@@ -26,13 +26,14 @@ from mlx_snapgen.draw import batch_texts, denoise_latents, encode_for, in_mode
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.lora.adapters import fuse_lora, remove_lora
 from mlx_snapgen.lora.files import check_lora_width, load_lora, lora_words, read_lora
+from mlx_snapgen.lora.things import read_thing
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline_base import Given, Pipeline
 from mlx_snapgen.prompt_check import PromptWarning, check_prompts
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
-from mlx_snapgen.vocabulary import translate
+from mlx_snapgen.vocabulary import translate, with_thing
 
 if TYPE_CHECKING:
     from mlx_snapgen.teachers.folder import TeacherFolder
@@ -233,8 +234,11 @@ class SnapGenPipeline(Pipeline):
 def _with_loras(
     components: Components, loras: tuple[tuple[str, float], ...], *, share: float
 ) -> Components:
-    """`components` with LoRAs merged into the transformer, which is reduced to one width."""
-    transformer = components.transformer
+    """`components` with LoRAs merged into the transformer, which is reduced to one width.
+
+    The autoencoder's decoder gets the things that they teach, and the vocabulary their names.
+    """
+    transformer, vocabulary = components.transformer, components.vocabulary
     for i, (path, weight) in enumerate(loras):
         load_lora(
             path,
@@ -242,12 +246,21 @@ def _with_loras(
             weight=weight,
             name=f"lora_{i}",
             base_model=components.config.name,
+            autoencoder=components.autoencoder,
         )
+        if (thing := read_thing(path, read_lora(path)[1])) and vocabulary:
+            vocabulary = with_thing(vocabulary, thing.name, thing.plural)
     fuse_lora(transformer)
     remove_lora(transformer, [f"lora_{i}" for i in range(len(loras))])
     if len(transformer.config.widths) > 1:
         transformer = extract(transformer, share)
         # A slice would keep the whole original tensor in memory.
         mx.eval(transformer.apply(mx.contiguous).parameters())
-    config = dataclasses.replace(components.config, transformer=transformer.config)
-    return dataclasses.replace(components, config=config, transformer=transformer)
+    config = dataclasses.replace(
+        components.config,
+        transformer=transformer.config,
+        autoencoder=components.autoencoder.config,
+    )
+    return dataclasses.replace(
+        components, config=config, transformer=transformer, vocabulary=vocabulary
+    )

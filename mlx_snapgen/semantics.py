@@ -5,6 +5,7 @@ transformer learns codes far sooner than pictures.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +43,7 @@ class SemanticConfig:
         appearance_channels: of the encoder and for the decoder's first level. The autoencoder's
             latents have the first of them.
         paint_width: hidden channels of the network that paints things.
+        own: numbers of the codes of more things, which a user added.
     """
 
     things: int
@@ -49,13 +51,37 @@ class SemanticConfig:
     head_blocks: int = 4
     appearance_channels: int = 32
     paint_width: int = 48
+    own: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not 0 < self.things <= len(codes(THING.stop)):
             raise UserError(f"there are codes for 1 to {len(codes(THING.stop))} things")
+        if len({*self.own}) < len(self.own) or not {*self.own} <= {*self.free()}:
+            raise UserError(
+                f"codes of more things are {self.things} to {len(codes(THING.stop)) - 1}, each "
+                f"once: {self.own}"
+            )
         most = len(codes(SIDE.stop - SIDE.start))
         if not self.sides or list(self.sides) != sorted({*self.sides} & {*range(1, most + 1)}):
             raise UserError(f"sides of things are 1 to {most} latents, ascending: {self.sides}")
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Numbers of the codes of all things, in the order of their rows in tables."""
+        return (*range(self.things), *self.own)
+
+    @property
+    def looks(self) -> int:
+        """Rows of a table for one thing: one for each side and place."""
+        return sum(side**2 for side in self.sides)
+
+    def free(self) -> range:
+        """Numbers of the codes that more things can have."""
+        return range(self.things, len(codes(THING.stop)))
+
+
+Which = int | Sequence[int] | None
+"""Codes to choose from: so many, the first ones, those of these numbers, or all."""
 
 
 @cache
@@ -76,3 +102,9 @@ def codes(channels: int) -> np.ndarray:
         found += [np.array(h) for h in halves if sum(value < 0 for value in h) % 2 == 0]
     order = np.random.default_rng(_ORDER_SEED).permutation(len(found))
     return (np.stack(found)[order] * (channels / 2) ** 0.5).astype(np.float32)
+
+
+def some_codes(channels: int, which: Which = None) -> np.ndarray:
+    """The first codes, those of the numbers `which`, or all."""
+    found = codes(channels)
+    return found[:which] if which is None or isinstance(which, int) else found[list(which)]

@@ -85,6 +85,13 @@ def nouns(vocabulary: Mapping[str, Any]) -> dict[str, Word]:
     return found
 
 
+def with_thing(vocabulary: Mapping[str, Any], name: str, plural: str) -> dict[str, Any]:
+    """A vocabulary with one more noun."""
+    others = vocabulary.get("other_words", [])
+    others = others | {plural: name} if isinstance(others, dict) else [*others, plural]
+    return {**vocabulary, "nouns": [*vocabulary.get("nouns", []), name], "other_words": others}
+
+
 def replacements(vocabulary: Mapping[str, Any]) -> dict[str, str]:
     """The category "replaced", words -> words that the model was trained on, and plurals of it."""
     known, given = nouns(vocabulary), vocabulary.get("replaced", {})

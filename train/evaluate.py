@@ -351,7 +351,13 @@ def _load(args: argparse.Namespace) -> MeasuredModel:
     warn_untrained(components.transformer, args.model)
     if args.lora:
         name = components.config.name
-        load_lora(args.lora, components.transformer, name="scored", base_model=name)
+        load_lora(
+            args.lora,
+            components.transformer,
+            name="scored",
+            base_model=name,
+            autoencoder=components.autoencoder,
+        )
     return OwnModel(components)
 
 

@@ -3,9 +3,14 @@
 A LoRA is trained on the pictures of a folder (train/data/imagefolder.py) at every width; prior
 preservation limits forgetting (train/objectives/finetune.py). A public model is trained on frozen
 weights, quantized or not.
+
+With `--thing`, the pictures are cut-outs of one thing, which gets a code and rows of the decoder's
+table (mlx_snapgen/lora/things.py); the LoRA is trained on scenes that are not drawn
+(train/data/stickers/own_thing.py).
 """
 
 import argparse
+import dataclasses
 import re
 import shlex
 import sys
@@ -14,21 +19,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from PIL.Image import Image
 
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import load_pretrained, warn_untrained
+from mlx_snapgen.checkpoint.model import Components, load_pretrained, warn_untrained
 from mlx_snapgen.checkpoint.module import on_device
-from mlx_snapgen.cli.notices import announce
+from mlx_snapgen.cli.notices import announce, picture_bar
 from mlx_snapgen.cli.options import model_choice
 from mlx_snapgen.cli.prompts_file import read_prompts
-from mlx_snapgen.errors import UserError, run_command
+from mlx_snapgen.errors import UserError, one_line, run_command
+from mlx_snapgen.errors import plural as number_of
 from mlx_snapgen.lora.adapters import add_lora, train_only
 from mlx_snapgen.lora.files import MOST_WORDS, save_lora
+from mlx_snapgen.lora.things import Thing, add_thing
+from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.settings import BUILT_IN, has_memory, machine_memory
 from mlx_snapgen.teachers.config import NAMES
 from mlx_snapgen.teachers.folder import TeacherFolder, load_network
-from train.data.encoded import EncodedFolder
+from mlx_snapgen.vocabulary import with_article
+from train.data.encoded import CodedBatches, EncodedFolder, TuningBatches
 from train.data.imagefolder import (
     Example,
     PictureFolder,
@@ -40,6 +50,19 @@ from train.data.imagefolder import (
 from train.data.prior import draw_prior
 from train.data.prompts import spread
 from train.data.public import PublicPictures
+from train.data.stickers.own_thing import (
+    MOST_LOOKS,
+    OwnThing,
+    check_names,
+    examples_of,
+    fitted,
+    is_cutout,
+    known_scenes_of,
+    num_free,
+    read_cutouts,
+    spare_codes,
+    table_rows,
+)
 from train.data.stickers.source import known_prompts
 from train.evaluation.drift import Validation
 from train.evaluation.estimate import Estimate, estimate, num_trainable
@@ -176,33 +199,26 @@ def train_public(args: argparse.Namespace, folder: TeacherFolder) -> int:
 def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
     """Train a LoRA of a model of this project."""
     given = list(read_prompts(args.prior_prompts)) if args.prior_prompts else None
+    if args.thing is not None and folder.config.autoencoder.semantics is None:
+        raise UserError(f"--thing takes a model with semantic latents: {args.model} has none")
     with announce(f"loading {args.model} ..."):
         components = load_pretrained(folder)
     network, config = components.transformer, components.config
     warn_untrained(network, args.model, result="with a LoRA it still draws noise")
     trained = widths_of(args, config)
     shares, widths = [width.share for width in trained], [width.name for width in trained]
-    examples = read_examples(
-        args,
-        size=config.image_size,
-        unit=config.size_unit,
-        has_alpha=config.autoencoder.picture_channels == 4,
-    )
-    claim_run(args, examples, model_widths=widths)
+    lessons = (_of_pictures if args.thing is None else _of_thing)(args, components, widths)
+    data, captions = lessons.data, lessons.captions
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
     train_only(network, NAME)
     network.checkpoint_blocks(args.save_memory)
-    pictures = PictureFolder(examples, seed=args.seed, flip=args.flip)
-    with announce("encoding the pictures ..."):
-        data = EncodedFolder(
-            components, pictures, batch_size=args.batch_size, drop_caption=args.drop_caption
-        )
-    wanted = args.prior_pictures if args.prior_weight else 0
+    # With a thing, scenes of known things need not be drawn.
+    wanted = args.prior_pictures if args.prior_weight and lessons.thing is None else 0
     prior_prompts = known_prompts(components, wanted) if given is None else given[:wanted]
     if wanted and not prior_prompts:
         print("no prior preservation without prompts: give --prior-prompts", file=sys.stderr)
-    captions = [example.caption for example in examples]
-    prompts = args.validation_prompts or [*spread(captions, 4), *spread(prior_prompts, 2)]
+    others = prior_prompts if lessons.thing is None else known_prompts(components, 2)
+    prompts = args.validation_prompts or [*spread(captions, 4), *spread(others, 2)]
 
     def arguments(step: int) -> ShareStep:
         return ShareStep(step_share(shares, seed=args.seed, step=step))
@@ -213,7 +229,8 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         flush=True,
     )
     # Prior samples do not exist yet; other pictures take the same time.
-    data.prior = data.buckets[0] if prior_prompts else None
+    if prior_prompts:
+        data.prior = data.buckets[0]
     steps = Counter(arguments(k).share for k in range(1000))
     often = {share: count / steps.total() for share, count in steps.items()}
     with announce("measuring a step ..."):
@@ -222,7 +239,8 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
     _print_estimate(args, needed, pictures=len(prior_prompts) + validations * len(prompts))
     if args.dry_run:
         return 0
-    data.prior = draw_prior(components, prior_prompts) if prior_prompts else None
+    if prior_prompts:
+        data.prior = draw_prior(components, prior_prompts)
     trainer = Trainer(
         network,
         FineTuning(config.time_shift(*config.image_size), args.prior_weight),
@@ -238,7 +256,94 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         base_model=config.name,
         captions=captions,
         widths=widths,
+        thing=lessons.thing,
+        rows=lessons.rows,
     )
+
+
+@dataclasses.dataclass
+class Lessons:
+    """What a LoRA of a model of this project is trained on.
+
+    Attributes:
+        captions: examples of them.
+        thing: a new one, or None, with its `rows` of the decoder's table.
+    """
+
+    data: TuningBatches
+    captions: list[str]
+    thing: Thing | None = None
+    rows: mx.array | None = None
+
+
+def _of_pictures(args: argparse.Namespace, components: Components, widths: list[str]) -> Lessons:
+    """Pictures with captions; the run is recorded."""
+    config = components.config
+    examples = read_examples(
+        args,
+        size=config.image_size,
+        unit=config.size_unit,
+        has_alpha=config.autoencoder.picture_channels == 4,
+    )
+    if num_free(config.autoencoder.semantics) and all(is_cutout(e.pixels) for e in examples):
+        print(
+            "note: these pictures are cut-outs; if they show one thing, --thing NOUN teaches it "
+            "with less blur, and needs no captions",
+            file=sys.stderr,
+        )
+    claim_run(args, examples, model_widths=widths)
+    pictures = PictureFolder(examples, seed=args.seed, flip=args.flip)
+    with announce("encoding the pictures ..."):
+        data = EncodedFolder(
+            components, pictures, batch_size=args.batch_size, drop_caption=args.drop_caption
+        )
+    return Lessons(data, [example.caption for example in examples])
+
+
+def _of_thing(args: argparse.Namespace, components: Components, widths: list[str]) -> Lessons:
+    """Scenes with a new thing, which the autoencoder gets; the run is recorded."""
+    name, plural = check_names(components, args.thing, args.plural)
+    known = known_scenes_of(components, seed=args.seed)
+    autoencoder = components.autoencoder
+    semantics = autoencoder.config.semantics
+    assert semantics is not None
+    cutouts, skipped = read_cutouts(args.data)
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    codes = spare_codes(semantics, name, min(MOST_LOOKS, len(cutouts)), seed=args.seed)
+    used, rest = cutouts[: len(codes)], cutouts[len(codes) :]
+    print(f"{name}, {plural}: {number_of(len(used), 'look')}, {len(skipped)} skipped")
+    if rest:
+        left_out = one_line(", ".join(path.name for path, _ in rest), 200)
+        print(f"left out, a thing has at most {len(used)} looks: {left_out}", file=sys.stderr)
+    side = semantics.sides[-1] * autoencoder.config.downsampling
+    claim_run(args, examples_of(used, side=side), model_widths=widths, thing=name, plural=plural)
+    thing = Thing(name, plural, codes, semantics.things, semantics.sides)
+    rows = _rows(autoencoder, [picture for _, picture in used], fit=not args.dry_run)
+    add_thing(autoencoder, thing, rows)
+    data = CodedBatches(
+        components,
+        OwnThing(known, thing),
+        prior=known if args.prior_weight else None,
+        batch_size=args.batch_size,
+        drop_caption=args.drop_caption,
+        seed=args.seed,
+    )
+    one, three = with_article(name), f"three {plural}"
+    captions = [one, three, f"{one} to the left of a cat", f"a big {name} on a blue background"]
+    return Lessons(data, captions, thing, rows)
+
+
+def _rows(autoencoder: Autoencoder, cutouts: Sequence[Image], *, fit: bool) -> mx.array:
+    """The rows of the decoder's table for cut-outs, which are also fitted to it if `fit`."""
+    found = []
+    with picture_bar(len(cutouts), "encoding the pictures") as progress:
+        for cutout in cutouts:
+            rows = table_rows(autoencoder, cutout)
+            found.append(fitted(autoencoder, cutout, rows) if fit else rows)
+            mx.eval(found)
+            progress(1)
+    return mx.concatenate(found)
 
 
 def finish(
@@ -249,11 +354,14 @@ def finish(
     captions: Sequence[str],
     widths: Sequence[str] = (),
     with_alpha: bool = True,
+    thing: Thing | None = None,
+    rows: mx.array | None = None,
 ) -> int:
     """Train, and write the LoRA; returns the exit code.
 
     Args:
         widths: names of those of an elastic network.
+        thing, rows: see `Lessons`.
     """
     if trainer.run() and trainer.is_main:
         with trainer.averaged(), announce(f"writing {args.output} ..."):
@@ -262,9 +370,11 @@ def finish(
                 trainer.model,
                 name=NAME,
                 base_model=base_model,
-                words=caption_words(captions),
+                words=caption_words(captions) if thing is None else thing.words,
                 widths=widths,
                 with_alpha=with_alpha,
+                thing=thing,
+                rows=rows,
             )
         words = [captions[0], *([] if args.model == BUILT_IN else ["--model", args.model])]
         for name in ("revision", "base"):

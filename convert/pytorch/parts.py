@@ -23,7 +23,9 @@ from mlx_snapgen.semantics import (
     SIDE,
     THING,
     SemanticConfig,
+    Which,
     codes,
+    some_codes,
 )
 
 
@@ -59,14 +61,14 @@ class LatentDecoder(nn.Module):
         return latents * self.std + self.mean
 
 
-def nearest(semantics: Tensor, part: slice, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """The nearest codes in the channels `part` of semantics (B, S, h, w), of the first `count`.
+def nearest(semantics: Tensor, part: slice, which: Which = None) -> tuple[Tensor, Tensor]:
+    """The nearest codes in the channels `part` of semantics (B, S, h, w), out of `which`.
 
     Returns:
-        Indices, int (B, h, w), and whether the code is there, bool (B, 1, h, w).
+        Indices into these codes, int (B, h, w), and whether the code is there, bool (B, 1, h, w).
     """
     channels = part.stop - part.start
-    known = torch.from_numpy(codes(channels)[:count].copy()).to(semantics)
+    known = torch.from_numpy(some_codes(channels, which).copy()).to(semantics)
     found = F.conv2d(semantics[:, part], known[:, :, None, None])
     best, index = found.max(1, keepdim=True)
     return index[:, 0], best > channels / 2
@@ -77,17 +79,17 @@ def looked_up(rows: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, rows).permute(0, 3, 1, 2)
 
 
-def known_codes(semantics: Tensor, part: slice, count: int | None = None) -> Tensor:
+def known_codes(semantics: Tensor, part: slice, which: Which = None) -> Tensor:
     """The nearest codes in the channels `part` of semantics (B, S, h, w), or 0."""
-    index, is_there = nearest(semantics, part, count)
-    known = torch.from_numpy(codes(part.stop - part.start).copy()).to(semantics)
+    index, is_there = nearest(semantics, part, which)
+    known = torch.from_numpy(some_codes(part.stop - part.start, which).copy()).to(semantics)
     return looked_up(known, index) * is_there.to(semantics)
 
 
 def mended(semantics: Tensor, config: SemanticConfig) -> Tensor:
     """`networks.autoencoders.semantics.mended`: (B, S, h, w), where a thing's places agree."""
     height, width = semantics.shape[2:]
-    is_thing = nearest(semantics, THING, config.things)[1].flatten(1)
+    is_thing = nearest(semantics, THING, config.known)[1].flatten(1)
     parts = (SIDE, len(config.sides)), (COLUMN, None), (ROW, None)
     square = [nearest(semantics, part, count)[0].flatten(1) for part, count in parts]
     side = torch.tensor(config.sides)[square[0]]
@@ -106,7 +108,7 @@ def mended(semantics: Tensor, config: SemanticConfig) -> Tensor:
 
     means = semantics[:, : COLOR.stop].flatten(2) @ is_in / area[:, None]
     means = means[..., None]
-    parts = (means, THING, config.things), (means, COLOR, None)
+    parts = (means, THING, config.known), (means, COLOR, None)
     places = semantics.flatten(2)[..., None]
     found = [
         *(known_codes(*part) for part in parts),
@@ -126,13 +128,13 @@ class ThingTable(nn.Module):
 
     def __init__(self, config: SemanticConfig):
         super().__init__()
-        self.count, self.sides = config.things, config.sides
+        self.known, self.sides = config.known, config.sides
         self.starts = list(itertools.accumulate((s**2 for s in config.sides), initial=0))
-        self.things = nn.Embedding(config.things * self.starts[-1], config.appearance_channels)
+        self.things = nn.Embedding(len(config.known) * config.looks, config.appearance_channels)
         self.empty = nn.Parameter(torch.zeros(config.appearance_channels))
 
     def forward(self, semantics: Tensor) -> Tensor:
-        thing, is_there = nearest(semantics, THING, self.count)
+        thing, is_there = nearest(semantics, THING, self.known)
         kind, _ = nearest(semantics, SIDE, len(self.sides))
         side = torch.tensor(self.sides)[kind]
         height, width = semantics.shape[2:]
@@ -152,9 +154,9 @@ class Paint(nn.Module):
     def __init__(self, config: SemanticConfig, factor: int):
         super().__init__()
         width, colors = config.paint_width, len(codes(COLOR.stop - COLOR.start))
-        self.count, self.factor = config.things, factor
+        self.known, self.factor = config.known, factor
         self.pixel = linear(4, width)
-        self.thing = nn.Embedding(config.things, width)
+        self.thing = nn.Embedding(len(config.known), width)
         self.color, self.color_again = nn.Embedding(colors, width), nn.Embedding(colors, width)
         self.layers = nn.ModuleList(linear(width, width) for _ in range(2))
         self.out = linear(width, 4)
@@ -164,7 +166,7 @@ class Paint(nn.Module):
         def enlarged(x: Tensor) -> Tensor:
             return F.interpolate(x, scale_factor=self.factor, mode="nearest")
 
-        thing, is_thing = nearest(semantics, THING, self.count)
+        thing, is_thing = nearest(semantics, THING, self.known)
         color, is_painted = nearest(semantics, COLOR)
         both = looked_up(self.thing.weight, thing) + looked_up(self.color.weight, color)
         x = self.layers[0](F.leaky_relu(self.pixel(pictures) + enlarged(both), 0.1))

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_snapgen.errors import UserError, nearest
+from mlx_snapgen.lora.things import remove_things
 from mlx_snapgen.networks.efficient_dit import EfficientDiT
 from mlx_snapgen.networks.elastic import ElasticLinear, QuantizedElasticLinear, sliced_parameters
 from mlx_snapgen.networks.products import product
@@ -34,14 +35,22 @@ class Adapter(nn.Module):
         alpha: the update is scaled by alpha / rank.
         weight: a further factor, a plain number; at 0 the layer ignores the adapter.
         widths: names of the network's widths that it was trained at, with commas; "": not known.
+        codes: numbers of the codes of a thing that it teaches, see `lora.things`.
     """
 
     def __init__(
-        self, a: mx.array, b: mx.array, *, alpha: float, weight: float = 1.0, widths: str = ""
+        self,
+        a: mx.array,
+        b: mx.array,
+        *,
+        alpha: float,
+        weight: float = 1.0,
+        widths: str = "",
+        codes: tuple[int, ...] = (),
     ):
         super().__init__()
         self.a, self.b = a, b
-        self.alpha, self.weight, self.widths = alpha, weight, widths
+        self.alpha, self.weight, self.widths, self.codes = alpha, weight, widths, codes
 
     @property
     def rank(self) -> int:
@@ -103,7 +112,11 @@ class LoRALinear(nn.Module):
         for name, adapter in self.adapters.items():
             pair = self.matrices(adapter, share)
             other.adapters[name] = Adapter(
-                *pair, alpha=adapter.alpha, weight=adapter.weight, widths=adapter.widths
+                *pair,
+                alpha=adapter.alpha,
+                weight=adapter.weight,
+                widths=adapter.widths,
+                codes=adapter.codes,
             )
         return other
 
@@ -223,13 +236,23 @@ def with_lora_weights(module: nn.Module, weights: Mapping[str, float]) -> Callab
     return call
 
 
-def remove_lora(module: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Remove adapters (all by default); a layer without adapters becomes its base layer."""
+def remove_lora(
+    module: nn.Module, names: Sequence[str] | None = None, *, autoencoder: Any = None
+) -> None:
+    """Remove adapters (all by default); a layer without adapters becomes its base layer.
+
+    Args:
+        autoencoder: that has their things, which are removed too; None: none has.
+    """
+    codes: set[int] = set()
     for path, layer in adapted_layers(module).items():
         for name in list(layer.adapters) if names is None else names:
-            layer.adapters.pop(name, None)
+            removed = layer.adapters.pop(name, None)
+            codes |= {*(removed.codes if removed else ())}
         if not layer.adapters:
             module.update_modules(tree_unflatten([(path, layer.linear)]))
+    if codes and autoencoder is not None:
+        remove_things(autoencoder, sorted(codes))
 
 
 def fuse_lora(module: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +31,7 @@ from mlx_snapgen.lora.adapters import (
 )
 from mlx_snapgen.lora.layouts import Place, original_names
 from mlx_snapgen.lora.peft import MOST_ALPHA, PEFT_FILES, config_beside, peft_alphas, peft_config
+from mlx_snapgen.lora.things import KEY, Thing, add_thing, check_rows, check_thing, read_thing
 from mlx_snapgen.presets import FOUR_STEPS
 from mlx_snapgen.reading import parse_json
 from mlx_snapgen.tensor_files import load_tensors, read_header
@@ -61,6 +63,8 @@ def save_lora(
     widths: Sequence[str] = (),
     dtype: mx.Dtype | None = None,
     with_alpha: bool = True,
+    thing: Thing | None = None,
+    rows: mx.array | None = None,
 ) -> None:
     """Write one adapter to a new .safetensors file, whole or not at all.
 
@@ -71,6 +75,9 @@ def save_lora(
     adapter's weight is not written: it is the user's choice. `dtype` is
     the floating type to store; None keeps the adapter's. Without alpha, B is scaled instead:
     diffusers refuses alphas beside the keys of FLUX.2, and takes them wrongly for Z-Image.
+
+    Args:
+        thing: that it teaches, with its `rows`, see `lora.things`.
 
     Raises:
         UserError: no such adapter, a file that exists, or one that cannot be written.
@@ -99,6 +106,10 @@ def save_lora(
         header["base_model"] = base_model
     if few_step is not None:
         header["few_step"] = json.dumps(to_dict(few_step))
+    if thing is not None:
+        assert rows is not None
+        tensors[KEY] = rows
+        header |= thing.header()
     if words:
         header["words"] = json.dumps(list(words))
     if trained := ",".join(widths) or next(iter(found.values())).widths:
@@ -258,6 +269,7 @@ def load_lora(
     weight: float = 1.0,
     name: str | None = None,
     base_model: str | None = None,
+    autoencoder: Any = None,
 ) -> list[str]:
     """Add the adapter in a file to the layers of `module`, frozen and in their floating type.
 
@@ -272,13 +284,15 @@ def load_lora(
         weight: the adapter's; 0 loads it switched off.
         name: the adapter's; None takes the file's.
         base_model: name of the network's model; a warning is issued for a file made for another.
+        autoencoder: of the model; its decoder gets the rows of a thing (see `lora.things`). None:
+            such a LoRA is refused.
 
     Returns:
         Paths of the layers that have it.
 
     Raises:
-        UserError: the file is no LoRA, or its keys or shapes do not fit the network; the network is
-            unchanged.
+        UserError: the file is no LoRA, or its keys, shapes or thing do not fit the model; the model
+            is unchanged.
     """
     path = expanded(path)
     tensors, header = read_lora(path)
@@ -287,6 +301,13 @@ def load_lora(
     if name is None:
         name = re.sub(r"^[^a-zA-Z]+", "", re.sub(r"[^\w-]", "_", path.stem, flags=re.A)) or "lora"
     layers = linear_layers(module)
+    thing, rows = read_thing(path, header), None
+    if thing is not None:
+        found = None if autoencoder is None else autoencoder.config
+        check_thing(path, thing, found and found.semantics)
+        assert found is not None
+        channels = found.appearance_channels
+        rows = check_rows(path, thing, tensors.pop(KEY, None), channels=channels)
     config = peft_config(path, header)
     unused = getattr(module, "UNUSED", ())
     by_layer = _by_layer(tensors, layers, path=path, unused=unused)
@@ -303,7 +324,14 @@ def load_lora(
         dtype = layer_dtype(layers[layer])
         a, b = parts["a"].astype(dtype), parts["b"].astype(dtype)
         trained = header.get("model_widths", "")
-        adapters[layer] = Adapter(a, b, alpha=alphas[layer], weight=float(weight), widths=trained)
+        adapters[layer] = Adapter(
+            a,
+            b,
+            alpha=alphas[layer],
+            weight=float(weight),
+            widths=trained,
+            codes=() if thing is None else thing.codes,
+        )
         stored += [mx.isfinite(parts[part]).all() for part in "ab"]
         kept += [mx.isfinite(a).all(), mx.isfinite(b).all()]
     if not mx.all(mx.array(stored)).item():
@@ -315,6 +343,8 @@ def load_lora(
         text = f"{path} was made for the model '{one_line(made_for, 60)}', not '{base_model}'"
         warnings.warn(text, stacklevel=2)
     attach(module, adapters, name=name)
+    if thing is not None and rows is not None:
+        add_thing(autoencoder, thing, rows)
     for adapter in adapters.values():
         adapter.freeze()
     return list(adapters)

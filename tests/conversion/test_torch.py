@@ -178,17 +178,23 @@ def test_the_decoder_is_mlx_s(changed):
     assert_close(actual.permute(0, 2, 3, 1), autoencoder.decode(latents))
 
 
-def test_a_decoder_of_things_is_mlx_s():
+@pytest.mark.parametrize("own", [(), (100, 77, 20)], ids=["known things", "things of a LoRA"])
+def test_a_decoder_of_things_is_mlx_s(own):
     """Some places disagree: most of a thing's decide, and one without a majority is not drawn."""
-    config = dataclasses.replace(AUTOENCODER, **SEMANTIC)
-    autoencoder = randomize(ConvolutionalAutoencoder(config), 5)
+    autoencoder = ConvolutionalAutoencoder(dataclasses.replace(AUTOENCODER, **SEMANTIC))
+    autoencoder.set_own_things(own, mx.zeros((len(own) * SEMANTICS.looks, 8)))
+    config, semantics = autoencoder.config, dataclasses.replace(SEMANTICS, own=own)
+    assert config.semantics == semantics
+    autoencoder = randomize(autoencoder, 5)
     twin = filled(parts.Decoder(config), autoencoder.decoder)
     # Most of the first thing is hidden by the second.
-    things = (5, 3, 4, 0, 0), (7, 2, 4, 1, 1), (8, 11, 2, 6, 0), (2, 0, 2, 4, 6), (1, 7, 2, 7, 5)
+    second, last = (77, 20) if own else (7, 1)
+    things = (5, 3, 4, 0, 0), (second, 2, 4, 1, 1), (8, 11, 2, 6, 0), (2, 0, 2, 4, 6)
+    things += ((last, 7, 2, 7, 5),)
     exact = semantic_map_of(things[1:], (8, 9), config=SEMANTICS)
     found = semantic_map_of(things, (8, 9), config=SEMANTICS, wrong=12)
-    ours = np.array(mended(mx.array(found), SEMANTICS))
-    theirs = parts.mended(torch.tensor(found).permute(0, 3, 1, 2), SEMANTICS)
+    ours = np.array(mended(mx.array(found), semantics))
+    theirs = parts.mended(torch.tensor(found).permute(0, 3, 1, 2), semantics)
     np.testing.assert_allclose(theirs.permute(0, 2, 3, 1).numpy(), ours, atol=1e-5)
     right = (np.abs(ours - exact) < 1e-5).all(-1)
     given = (np.abs(found - exact) < 1e-5).all(-1)

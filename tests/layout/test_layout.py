@@ -76,6 +76,7 @@ FLOORS = {
     "mlx_snapgen.lora": """
         files
         adapters layouts peft
+        things
     """,
     "mlx_snapgen.quantize": """
         sensitivity runtime
@@ -135,7 +136,8 @@ FLOORS = {
         pictures prepared
         crops simulation index shards
         conditions selection
-        imagefolder mixture prompts stickers
+        stickers
+        imagefolder mixture prompts
         readers
         headers source
         streams order text
@@ -147,7 +149,7 @@ FLOORS = {
         captions
     """,
     "train.data.stickers": """
-        known_things
+        known_things own_thing
         model
         source
         render

@@ -19,7 +19,7 @@ from mlx_snapgen.settings import has_memory, machine_memory
 from train.data.imagefolder import PictureFolder, choose, some
 from train.data.mixture import Mixture, Prefetched
 from train.data.prepared import prepared_parts
-from train.data.source import Batch, LatentSource, PictureSource, Samples, SemanticSource
+from train.data.source import Batch, CodedSource, LatentSource, PictureSource, Samples
 from train.data.streams import Stream
 from train.data.text import FrozenStates, is_trained, kept_captions, padded_states
 
@@ -99,7 +99,7 @@ class CodedScenes:
     The latents are those of an encoder that makes no mistakes.
     """
 
-    def __init__(self, source: SemanticSource, autoencoder: Autoencoder):
+    def __init__(self, source: CodedSource, autoencoder: Autoencoder):
         self.source, self.autoencoder = source, autoencoder
 
     @property
@@ -298,14 +298,47 @@ def rows(batch: Batch, chosen: Sequence[int] | slice) -> Batch:
     return {name: value[index] for name, value in batch.items()}
 
 
-class EncodedFolder:
-    """Batches of a folder's pictures, each batch of one size, optionally with prior samples.
+class TuningBatches:
+    """Batches of captioned latents for fine-tuning, optionally with prior samples.
+
+    Args:
+        seed: of the choice of samples, and of the dropped captions.
+        drop_caption: share of captions replaced by the model's unconditional text, for guidance.
+
+    Attributes:
+        buckets: samples of each size.
+        prior: prior samples, or None.
+    """
+
+    def __init__(self, components: Components, *, batch_size: int, drop_caption: float, seed: int):
+        self.batch_size, self.seed, self.drop_caption = batch_size, seed, drop_caption
+        self.buckets: list[Batch] = []
+        self.prior: Batch | None = None
+        self.empty = encode_captions(
+            components.text_encoders, [components.config.unconditional_prompt]
+        )
+
+    def __call__(self, number: int) -> Batch:
+        """Batch `number` of the stream; it depends on the number alone."""
+        raise NotImplementedError
+
+    def _dropped(self, rng: np.random.Generator, batch: Batch) -> Batch:
+        """The captions of a batch, some of them replaced by the unconditional text."""
+        dropped = mx.array((rng.random(len(batch["latents"])) < self.drop_caption).tolist())
+        return {
+            name: mx.where(dropped.reshape(-1, *[1] * (empty.ndim - 1)), empty, batch[name])
+            for name, empty in self.empty.items()
+        }
+
+
+class EncodedFolder(TuningBatches):
+    """Batches of a folder's pictures, each batch of one size.
 
     Pictures and captions are encoded once, here.
 
     Args:
         prior: from `draw_prior`, or None; half a batch of them is added to every batch.
-        drop_caption: share of captions replaced by the model's unconditional text, for guidance.
+        drop_caption: see `TuningBatches`.
     """
 
     def __init__(
@@ -317,11 +350,10 @@ class EncodedFolder:
         drop_caption: float = 0.1,
         prior: Batch | None = None,
     ):
-        self.batch_size, self.seed, self.drop_caption = batch_size, folder.seed, drop_caption
-        self.prior: Batch | None = prior
-        self.buckets: list[Batch] = []
-        encoders = components.text_encoders
-        self.empty = encode_captions(encoders, [components.config.unconditional_prompt])
+        super().__init__(
+            components, batch_size=batch_size, drop_caption=drop_caption, seed=folder.seed
+        )
+        self.prior, encoders = prior, components.text_encoders
         for bucket in folder.buckets:
             latents = encode_pictures(components.autoencoder, [e.pixels for e in bucket])
             captions = encode_captions(encoders, [e.caption for e in bucket])
@@ -341,10 +373,47 @@ class EncodedFolder:
             batch |= {f"prior_{name}": value for name, value in prior.items()}
         return batch
 
-    def _dropped(self, rng: np.random.Generator, batch: Batch) -> Batch:
-        """The captions of a batch, some of them replaced by the unconditional text."""
-        dropped = mx.array((rng.random(len(batch["latents"])) < self.drop_caption).tolist())
-        return {
-            name: mx.where(dropped.reshape(-1, *[1] * (empty.ndim - 1)), empty, batch[name])
-            for name, empty in self.empty.items()
-        }
+
+class CodedBatches(TuningBatches):
+    """Batches of scenes of which an autoencoder knows all, with as many or fewer prior samples.
+
+    Args:
+        source: of the scenes to learn.
+        prior: of the prior samples, half a batch; None: without.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        source: CodedSource,
+        *,
+        prior: CodedSource | None,
+        batch_size: int,
+        drop_caption: float,
+        seed: int,
+    ):
+        super().__init__(components, batch_size=batch_size, drop_caption=drop_caption, seed=seed)
+        self._encoders = components.text_encoders
+        self._scenes = CodedScenes(source, components.autoencoder)
+        self._others = None if prior is None else CodedScenes(prior, components.autoencoder)
+        self.buckets = [self._encoded(self._scenes, 0, SHOWN)]
+        self.prior = None if self._others is None else self._encoded(self._others, 0, SHOWN)
+
+    def __call__(self, number: int) -> Batch:
+        """See `TuningBatches`."""
+        rng = Stream.DROPPED_CAPTIONS.generator(self.seed, number)
+        batch = self._encoded(self._scenes, number, self.batch_size)
+        batch |= self._dropped(rng, batch)
+        if self._others is not None:
+            prior = self._encoded(self._others, number, max(1, self.batch_size // 2))
+            prior |= self._dropped(rng, prior)
+            batch |= {f"prior_{name}": value for name, value in prior.items()}
+        return batch
+
+    def _encoded(self, scenes: CodedScenes, number: int, count: int) -> Batch:
+        samples = scenes.samples(number, count)
+        return {"latents": samples.latents} | encode_captions(self._encoders, samples.captions)
+
+
+SHOWN = 12
+"""Scenes in the buckets of `CodedBatches`, for validation."""

@@ -99,8 +99,8 @@ class PictureSource(Source, Protocol):
         return self.batch(number, count)[1]
 
 
-class SemanticSource(PictureSource, Protocol):
-    """Pictures of which is known what is where in them."""
+class CodedSource(Source, Protocol):
+    """Captions, and what is where in their pictures."""
 
     @property
     def num_things(self) -> int:
@@ -108,7 +108,7 @@ class SemanticSource(PictureSource, Protocol):
         ...
 
     def semantics(self, number: int, count: int, *, factor: int) -> np.ndarray:
-        """What is where in the pictures of `batch`.
+        """What is where in the pictures of batch `number`.
 
         Args:
             factor: side of a picture, divided by that of its latents.
@@ -117,6 +117,10 @@ class SemanticSource(PictureSource, Protocol):
             float32 (count, H / factor, W / factor, `SEEN_CHANNELS`).
         """
         ...
+
+
+class SemanticSource(CodedSource, PictureSource, Protocol):
+    """Pictures of which is known what is where in them."""
 
 
 MAY_CHANGE = ("where", "num_nouns", "categories")

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     SIMULATED_SIZES = 31
     STICKER_SIZES = 41
     STRANGERS = 42
+    OWN_THING = 43
 
     def generator(self, seed: int, number: int) -> np.random.Generator:
         """The random numbers of batch or step `number` in a run with this seed."""

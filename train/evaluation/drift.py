@@ -10,7 +10,7 @@ from mlx_snapgen.cli.notices import picture_bar
 from mlx_snapgen.lora.adapters import active_adapters
 from mlx_snapgen.sampling import Progress, add_noise
 from mlx_snapgen.settings import parse_width
-from train.data.encoded import CHUNK, EncodedFolder, rows
+from train.data.encoded import CHUNK, TuningBatches, rows
 from train.data.source import Batch
 from train.evaluation.previews import Previews
 from train.loop.trainer import Trainer
@@ -26,7 +26,7 @@ class Validation:
     def __init__(
         self,
         components: Components,
-        data: EncodedFolder,
+        data: TuningBatches,
         prompts: Sequence[str],
         *,
         width: str = "full",

@@ -12,6 +12,7 @@ from mlx_snapgen.cli.options import (
     add_model_widths,
     finite_number,
     integer,
+    option_of,
 )
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import expanded
@@ -19,6 +20,7 @@ from mlx_snapgen.metadata import slug
 from mlx_snapgen.settings import check_size
 from mlx_snapgen.teachers.config import TeacherConfig
 from train.data.readers.folder import check_template
+from train.data.stickers.own_thing import MOST_LOOKS
 from train.loop.run import check_run_folder
 from train.options.common import (
     MOST_RANK,
@@ -47,6 +49,10 @@ OWN: dict[str, Any] = {
     **{"steps": 400, "batch_size": 8, "checkpoint_every": 100, "learning_rate": 1e-3},
     **{"prior_weight": 4.0, "drop_caption": 0.1, "targets": TARGETS},
 }
+THING: dict[str, Any] = {
+    **{"steps": 600, "checkpoint_every": 200, "learning_rate": 3e-3, "prior_weight": 2.0},
+}
+"""Other defaults with --thing."""
 PUBLIC: dict[str, Any] = {
     **{"steps": 1000, "batch_size": 1, "checkpoint_every": 250, "learning_rate": 1e-4},
     **{"prior_weight": 0.0, "resolution": 512},
@@ -76,6 +82,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of pictures with captions",
     )
     add_caption_template(parser)
+    add(
+        "--thing",
+        metavar="NOUN",
+        help="teach a new thing with this name: the pictures are cut-outs of it, with transparent "
+        f"surroundings and without captions, at most {MOST_LOOKS}; only for "
+        "models with semantic latents; with other defaults, "
+        + ", ".join(f"{option_of(name)} {value:g}" for name, value in THING.items())
+        + " (default: train on pictures with captions)",
+    )
+    add("--plural", metavar="NOUN", help="plural of --thing (default: the regular one)")
     add_model(parser)
     add_model_source(parser, quantize="train on 4 or 8 bits per weight of a public model, or none")
     add_output(parser, "LoRA file to write (default: FOLDER.safetensors)", required=False)
@@ -121,7 +137,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser,
         "--prior-pictures",
         96,
-        "pictures of other prompts to draw first, for prior preservation",
+        "pictures of other prompts to draw first, for prior preservation; none with --thing",
     )
     add(
         "--prior-prompts",
@@ -170,6 +186,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         check_run_folder(args.run_dir, "train.lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
     check_tuning(args)
+    _check_thing(args)
     check_at_least(args, 1, "accumulate", "rank")
     check_at_most(args, MOST_RANK, "rank")
     check_at_least(args, 0, "prior_weight", "prior_pictures")
@@ -177,6 +194,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")
     check_new_lora(args.output, dry_run=args.dry_run)
     return args
+
+
+def _check_thing(args: argparse.Namespace) -> None:
+    """`UserError` for options that --thing does not take, or --plural without it."""
+    if args.thing is None and args.plural is not None:
+        raise UserError("--plural is of --thing: give both")
+    given = {name: getattr(args, name) for name in ("caption_template", "flip", "prior_prompts")}
+    wrong = [option_of(name) for name, value in given.items() if value not in (None, False)]
+    if args.thing is not None and wrong:
+        raise UserError(f"--thing takes no {' and no '.join(wrong)}: leave it out")
 
 
 def fill(args: argparse.Namespace, public: TeacherConfig | None) -> None:
@@ -187,7 +214,9 @@ def fill(args: argparse.Namespace, public: TeacherConfig | None) -> None:
     """
     if public is None and (args.quantize, args.resolution) != (None, None):
         raise UserError("--quantize and --resolution are for public models: leave them out")
-    defaults = OWN
+    if public is not None and args.thing is not None:
+        raise UserError(f"--thing takes a model with semantic latents, which {public.name} has not")
+    defaults = OWN if args.thing is None else OWN | THING
     if public is not None:
         dropped = 0.0 if public.is_distilled else OWN["drop_caption"]
         defaults = PUBLIC | {"targets": PUBLIC_TARGETS[public.kind], "drop_caption": dropped}
@@ -208,7 +237,7 @@ with lines {"file_name": "cat.png", "text": "a cat"}, or a metadata.csv with the
 --caption-template the names of the subfolders. 10 to 50 pictures of one thing are enough. Use the
 same new word for the thing in every caption. Also describe the rest of the picture: you can then
 change it in a prompt. Pictures may have any size and shape: the command crops each to the nearest
-of a few shapes.
+of a few shapes. With --thing, one cut-out of the thing is enough, and captions are ignored.
 
 Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) are always trained with --save-memory. Of
 pictures for MiniT2I, the largest square is used.

@@ -7,6 +7,8 @@ space-to-depth (or back) around a linear layer: the same family of functions as 
 (transposed) convolution, with fast gradients on every MLX backend.
 """
 
+import dataclasses
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -22,7 +24,7 @@ from mlx_snapgen.networks.autoencoders.semantics import (
     mended,
 )
 from mlx_snapgen.networks.layers import depth_to_space, space_to_depth, split
-from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS
+from mlx_snapgen.semantics import CHANNELS, SEEN_CHANNELS, SemanticConfig
 
 MIN_LOG_VAR = -12.0
 """Least logarithm of a latent's variance, and that of semantic latents."""
@@ -108,6 +110,12 @@ class Decoder(nn.Module):
         appearance = mx.pad(appearance, [(0, 0)] * 3 + [(0, missing)])
         return self.paint(self.draw(known + appearance), semantics)
 
+    def set_own(self, config: SemanticConfig, rows: mx.array) -> None:
+        """See `ConvolutionalAutoencoder.set_own_things`."""
+        self.table.set_own(config, rows)
+        self.paint.set_own(config)
+        self._semantics = config
+
     def draw(self, latents: mx.array) -> mx.array:
         """Pictures of latents of appearance."""
         x = self.inp(latents)
@@ -135,3 +143,16 @@ class ConvolutionalAutoencoder(Autoencoder):
         count = self.config.latent_channels - CHANNELS
         other = (appearance - self.decoder.table.empty)[..., :count]
         return mx.concatenate([mx.where(is_known(semantics), 0, other), semantics], axis=-1)
+
+    def own_things(self) -> tuple[tuple[int, ...], mx.array]:
+        """Numbers of the codes of `SemanticConfig.own`, and their rows (N * looks, A)."""
+        config = self.config.semantics
+        assert config is not None
+        return config.own, self.decoder.table.own(config)
+
+    def set_own_things(self, own: tuple[int, ...], rows: mx.array) -> None:
+        """Replace the things that a user added by others, with these codes and rows."""
+        assert self.config.semantics is not None
+        semantics = dataclasses.replace(self.config.semantics, own=own)
+        self.decoder.set_own(semantics, rows)
+        self.config = dataclasses.replace(self.config, semantics=semantics)

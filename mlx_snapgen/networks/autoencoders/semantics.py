@@ -26,7 +26,9 @@ from mlx_snapgen.semantics import (
     SIDE,
     THING,
     SemanticConfig,
+    Which,
     codes,
+    some_codes,
 )
 
 _PLACE_ERROR, _SIZE_ERROR = 0.2, 0.25
@@ -36,24 +38,26 @@ _FIT, _MISS = 6.0, -3.0
 Measured: .001 of the edges in 128 scenes are wrong then, .14 and more without the others' votes."""
 
 
-def nearest(numbers: mx.array, count: int | None = None) -> tuple[mx.array, mx.array]:
+def nearest(numbers: mx.array, which: Which = None) -> tuple[mx.array, mx.array]:
     """The codes nearest to numbers (..., C), with 8 or 4 channels.
 
     Args:
-        count: of the codes to choose from, the first ones; None: all.
+        which: the codes to choose from: their numbers, or so many, the first ones; None: all.
 
     Returns:
-        Indices, int32 (...), and whether the code is there, bool (...): within 60 degrees or so.
+        Indices into these codes, int32 (...), and whether the code is there, bool (...): within 60
+        degrees or so.
     """
-    known = mx.array(codes(numbers.shape[-1])[:count])
+    known = mx.array(some_codes(numbers.shape[-1], which))
     found = numbers.astype(mx.float32) @ known.T
     return mx.argmax(found, axis=-1).astype(mx.int32), mx.max(found, axis=-1) > known.shape[-1] / 2
 
 
-def _known_codes(numbers: mx.array, count: int | None = None) -> mx.array:
+def _known_codes(numbers: mx.array, which: Which = None) -> mx.array:
     """Numbers (..., C) -> the nearest code, or 0."""
-    index, is_there = nearest(numbers, count)
-    return mx.where(is_there[..., None], mx.array(codes(numbers.shape[-1]))[index], 0)
+    index, is_there = nearest(numbers, which)
+    known = mx.array(some_codes(numbers.shape[-1], which))
+    return mx.where(is_there[..., None], known[index], 0)
 
 
 def _positions(height: int, width: int) -> tuple[mx.array, mx.array]:
@@ -100,9 +104,9 @@ def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     places = codes(SIDE.stop - SIDE.start)
     edges = [mx.array(places)[mx.clip(edge, 0, len(places) - 1)] for edge in corner]
     is_near = _has_codes(corner)
-    is_thing = nearest(seen[..., THING], config.things)[1]
+    is_thing = nearest(seen[..., THING], config.known)[1]
     of_thing = [
-        _known_codes(seen[..., THING], config.things),
+        _known_codes(seen[..., THING], config.known),
         _known_codes(seen[..., COLOR]),
         *edges,
         mx.array(places)[kind],
@@ -148,7 +152,7 @@ def _settled(
 
     means = mx.swapaxes(is_in, 1, 2) @ numbers.flatten(1, 2) / area[..., None]
     thing, color = (
-        _known_codes(means[..., part], n) for part, n in ((THING, config.things), (COLOR, None))
+        _known_codes(means[..., part], n) for part, n in ((THING, config.known), (COLOR, None))
     )
     kind, left, top = (places[mx.clip(x, 0, len(places) - 1)] for x in square)
     ground = mx.zeros_like(kind)
@@ -185,7 +189,7 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     nothing is known.
     """
     found = _corner(seen.astype(mx.float32), config)
-    is_thing = nearest(found[..., THING], config.things)[1].flatten(1)
+    is_thing = nearest(found[..., THING], config.known)[1].flatten(1)
     named = _squares(found[..., PLACE], config)
     named = tuple(x.flatten(1) for x in named)
     side = mx.array(config.sides)[named[0]][:, None]
@@ -199,7 +203,7 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     vote = mx.argmax(mx.where(inside.is_in & is_thing[:, None], fit, -mx.inf), axis=-1)
     square = tuple(mx.take_along_axis(x, vote, axis=1) for x in named)
     semantics, is_agreed = _settled(found[..., : COLOR.stop], square, is_thing, config)
-    unknown = nearest(seen[..., THING], config.things)[1] & ~_whole(is_agreed, seen)
+    unknown = nearest(seen[..., THING], config.known)[1] & ~_whole(is_agreed, seen)
     ground = mx.where(unknown[..., None], 0, _known_codes(seen[..., GROUND].astype(mx.float32)))
     return _with_ground(semantics, ground).astype(seen.dtype)
 
@@ -212,7 +216,7 @@ def mended(semantics: mx.array, config: SemanticConfig) -> mx.array:
     """
     ground = _known_codes(semantics[..., GROUND].astype(mx.float32))
     found = _corner(semantics.astype(mx.float32), config)
-    is_thing = nearest(found[..., THING], config.things)[1].flatten(1)
+    is_thing = nearest(found[..., THING], config.known)[1].flatten(1)
     counts = len(config.sides), None, None
     square = tuple(
         nearest(found[..., part], count)[0].flatten(1)
@@ -251,14 +255,24 @@ class ThingTable(nn.Module):
 
     def __init__(self, config: SemanticConfig):
         super().__init__()
-        self._count, self._sides = config.things, config.sides
+        self._known, self._sides = config.known, config.sides
         self._starts = np.cumsum([0, *(side**2 for side in config.sides)]).tolist()
-        self.things = nn.Embedding(config.things * self._starts[-1], config.appearance_channels)
+        self.things = nn.Embedding(len(config.known) * config.looks, config.appearance_channels)
         self.empty = mx.zeros(config.appearance_channels)
+
+    def own(self, config: SemanticConfig) -> mx.array:
+        """The rows of `SemanticConfig.own`."""
+        return self.things.weight[config.things * config.looks :]
+
+    def set_own(self, config: SemanticConfig, rows: mx.array) -> None:
+        """Replace the rows of `SemanticConfig.own`."""
+        known = self.things.weight[: config.things * config.looks]
+        self.things.weight = mx.concatenate([known, rows.astype(known.dtype)])
+        self._known = config.known
 
     def rows(self, semantics: mx.array) -> tuple[mx.array, mx.array]:
         """Rows of the table, int32 (B, h, w), and where things are, bool (B, h, w)."""
-        thing, is_there = nearest(semantics[..., THING], self._count)
+        thing, is_there = nearest(semantics[..., THING], self._known)
         kind, _ = nearest(semantics[..., SIDE], len(self._sides))
         side = mx.array(self._sides)[kind]
         columns, rows = _positions(*semantics.shape[1:3])
@@ -281,10 +295,10 @@ class Paint(nn.Module):
 
     def __init__(self, config: SemanticConfig):
         super().__init__()
-        self._count = config.things
+        self._known = config.known
         width, colors = config.paint_width, len(codes(COLOR.stop - COLOR.start))
         self.pixel = nn.Linear(4, width)
-        self.thing = nn.Embedding(config.things, width)
+        self.thing = nn.Embedding(len(config.known), width)
         self.color = nn.Embedding(colors, width)
         self.layers = [nn.Linear(width, width) for _ in range(2)]
         self.color_again = nn.Embedding(colors, width)
@@ -294,13 +308,20 @@ class Paint(nn.Module):
         self.out.bias = mx.zeros_like(self.out.bias)
         self.grounds = -mx.ones((colors, 4))
 
+    def set_own(self, config: SemanticConfig) -> None:
+        """Paint the things of `SemanticConfig.own` as the mean of the others."""
+        known = self.thing.weight[: config.things]
+        mean = mx.repeat(known.mean(axis=0, keepdims=True), len(config.own), axis=0)
+        self.thing.weight = mx.concatenate([known, mean])
+        self._known = config.known
+
     def __call__(self, pictures: mx.array, semantics: mx.array) -> mx.array:
         factor = pictures.shape[1] // semantics.shape[1]
 
         def enlarged(x: mx.array) -> mx.array:
             return mx.repeat(mx.repeat(x, factor, axis=1), factor, axis=2)
 
-        thing, is_thing = nearest(semantics[..., THING], self._count)
+        thing, is_thing = nearest(semantics[..., THING], self._known)
         color, is_painted = nearest(semantics[..., COLOR])
         x = self.pixel(pictures) + enlarged(self.thing(thing) + self.color(color))
         x = self.layers[0](nn.leaky_relu(x, 0.1)) + enlarged(self.color_again(color))

@@ -243,7 +243,7 @@ def _sprite(
     size_px: int,
     font: str | Path | None,
 ) -> Sprite:
-    return _scaled(_recolored(font, noun, target), size_px, Image.Resampling.BICUBIC)
+    return scaled(_recolored(font, noun, target), size_px, Image.Resampling.BICUBIC)
 
 
 @functools.lru_cache(maxsize=KEPT // 2 // 60_000)
@@ -254,10 +254,10 @@ def _large_sprite(
     font: str | Path | None,
 ) -> Sprite:
     # Bicubic filters leave a bright rim on what is smooth up to its edge.
-    return _scaled(_recolored_large(font, noun, target), size_px, Image.Resampling.HAMMING)
+    return scaled(_recolored_large(font, noun, target), size_px, Image.Resampling.HAMMING)
 
 
-def _scaled(glyph: Image.Image, size_px: int, how: Image.Resampling) -> Sprite:
+def scaled(glyph: Image.Image, size_px: int, how: Image.Resampling) -> Sprite:
     """A premultiplied glyph with its longer side `size_px` pixels."""
     scale = size_px / max(glyph.size)
     width, height = (max(round(side * scale), 1) for side in glyph.size)

@@ -6,6 +6,8 @@ There the features are those of a large vision model and only help the transform
 the scene's own, and the decoder uses them too.
 """
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import numpy as np
 
@@ -13,6 +15,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.semantics import nearest
 from mlx_snapgen.semantics import COLOR, EDGE, GROUND, MIDDLE, PLACE, SEEN_CHANNELS, THING, codes
 from train.data.stickers.captions import Scene
+from train.data.stickers.vocabulary import Noun
 
 _COLOR_CODES = COLOR.stop - COLOR.start
 
@@ -50,15 +53,18 @@ def right_share(semantics: np.ndarray, expected: np.ndarray) -> float:
     return float((things_at(semantics) == things)[things > 0].mean())
 
 
-def semantic_map(scene: Scene, factor: int) -> np.ndarray:
+def semantic_map(
+    scene: Scene, factor: int, *, more: Mapping[Noun, int] | None = None
+) -> np.ndarray:
     """What is where in a scene, at the latents' places.
 
     Args:
         factor: side of the picture, divided by that of its latents.
+        more: nouns that are none of the collection's -> numbers of their codes.
 
     Returns:
         float32 (H / factor, W / factor, `SEEN_CHANNELS`), what an encoder should see. Where a
-        thing is none of the collection's, all codes are 0.
+        thing is none of these, all codes are 0.
     """
     height, width = scene.size
     y = (np.arange(height // factor) + 0.5)[:, None] * factor
@@ -72,10 +78,12 @@ def semantic_map(scene: Scene, factor: int) -> np.ndarray:
             (x - center_x) / (placed.size_px / 2), (y - center_y) / (placed.size_px / 2)
         )
         inside = (np.abs(right) < 1) & (np.abs(down) < 1)
-        if placed.noun not in scene.collection.nouns:
+        number = (more or {}).get(placed.noun)
+        if number is None and placed.noun not in scene.collection.nouns:
             found[inside, GROUND] = 0
             continue
-        number = scene.collection.nouns.index(placed.noun)
+        if number is None:
+            number = scene.collection.nouns.index(placed.noun)
         size = np.full_like(right, np.log2(placed.size_px / factor / MIDDLE))
         found[inside, THING] = codes(THING.stop)[number]
         found[inside, PLACE] = np.stack([EDGE * right, EDGE * down, size], -1)[inside]
