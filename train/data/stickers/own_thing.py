@@ -26,7 +26,6 @@ from train.data.imagefolder import Example, read_picture
 from train.data.readers.folder import PictureFolderRecords
 from train.data.source import CodedSource, Skipped, describe_skipped
 from train.data.stickers.captions import Scene, caption, pick
-from train.data.stickers.render import scaled
 from train.data.stickers.semantics import semantic_map
 from train.data.stickers.source import Stickers
 from train.data.stickers.vocabulary import Noun, collection_of
@@ -86,6 +85,8 @@ def cropped(picture: Image.Image) -> Image.Image:
 
 def in_square(cutout: Image.Image, side: int) -> np.ndarray:
     """A cut-out in the middle of a square of `side` pixels: uint8 RGBA, colors times alpha."""
+    from train.data.stickers.render import scaled  # which also reads the font: only if needed
+
     drawn = scaled(cutout.convert("RGBa"), side, Image.Resampling.HAMMING)
     height, width = drawn.rgb.shape[:2]
     y, x = (side - height) // 2, (side - width) // 2
