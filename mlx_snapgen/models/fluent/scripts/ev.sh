@@ -1,1 +1,0 @@
-cd .; rm -rf work/$2; OPENBLAS_NUM_THREADS=1 timeout 590 python -m train.evaluate --data stickers:pictures=fluent/package --per-category 20 --validation-scenes 16 --no-ceilings --output work/$2 --model work/$1 "${@:3}" 2>/dev/null | tail -3
