@@ -442,7 +442,7 @@ def test_mistakes_are_said(folder, monkeypatch, options, message):
 
 def test_other_pictures_and_models_are_said(folder, model_folder, monkeypatch, capsys):
     wrong = "--thing", "capybara", "--model", str(model_folder)
-    with pytest.raises(UserError, match=r"--thing takes a model with semantic latents: .* has none"):
+    with pytest.raises(UserError, match=r"--thing takes a model with semantic latents: .* none"):
         run(monkeypatch, folder, *wrong)
     for picture in (folder / "capybara").iterdir():
         picture.with_suffix(".txt").write_text("a capybara")
