@@ -1,5 +1,6 @@
 """Batches of encoded pictures and captions."""
 
+import abc
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -298,7 +299,7 @@ def rows(batch: Batch, chosen: Sequence[int] | slice) -> Batch:
     return {name: value[index] for name, value in batch.items()}
 
 
-class TuningBatches:
+class TuningBatches(abc.ABC):
     """Batches of captioned latents for fine-tuning, optionally with prior samples.
 
     Args:
@@ -318,9 +319,9 @@ class TuningBatches:
             components.text_encoders, [components.config.unconditional_prompt]
         )
 
+    @abc.abstractmethod
     def __call__(self, number: int) -> Batch:
         """Batch `number` of the stream; it depends on the number alone."""
-        raise NotImplementedError
 
     def _dropped(self, rng: np.random.Generator, batch: Batch) -> Batch:
         """The captions of a batch, some of them replaced by the unconditional text."""
