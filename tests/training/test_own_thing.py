@@ -176,6 +176,26 @@ def test_fitted_rows_draw_the_cutout_better(model, folder, monkeypatch):
     np.testing.assert_array_equal(np.array(after), np.array(fitted(autoencoder, cutout, before)))
 
 
+def test_fitting_goes_down_the_error_of_what_is_drawn(model, folder):
+    """The first step of Adam moves each number by the sign of its gradient."""
+    cutout = Image.open(folder / "capybara" / "1.png")
+    cutout = cutout.crop(cutout.getbbox())
+    autoencoder, side, places = model.autoencoder, 4, slice(4, 20)
+    rows = table_rows(autoencoder, cutout)
+    true = from_uint8(in_square(cutout, 16 * side)[None])
+
+    def error(part):
+        around = mx.broadcast_to(autoencoder.decoder.table.empty, (1, 8, 8, 8))
+        around[0, 2:6, 2:6] = part.reshape(4, 4, 8)
+        return (autoencoder.decoder.draw(around)[:, 32:96, 32:96] - true).square().mean()
+
+    gradient = np.array(mx.grad(error)(rows[places]))
+    moved = np.array(fitted(autoencoder, cutout, rows) - rows)[places]
+    clear = np.abs(gradient) > 1e-6
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(np.sign(moved)[clear], -np.sign(gradient)[clear])
+
+
 def test_a_new_code_draws_its_rows(model):
     """Two looks with other codes between them, and a known thing, which is as before."""
     rows = random_rows(2)
