@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp", "thumbs up")
 IRREGULAR = {
     **{"mouse": "mice", "cactus": "cacti", "man": "men", "leaf": "leaves", "loaf": "loaves"},
-    "wolf": "wolves",
+    **{"wolf": "wolves", "knife": "knives", "scarf": "scarves", "tooth": "teeth"},
+    **{"tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes", "volcano": "volcanoes"},
 }
 """Endings whose plural `pluralize` does not derive."""
 
@@ -77,7 +78,8 @@ def nouns(vocabulary: Mapping[str, Any]) -> dict[str, Word]:
     meanings: dict[str, str | None] = dict(others) if isinstance(others, dict) else {}
     meanings = dict.fromkeys(others) | meanings | dict(zip(names, names, strict=True))
     plurals = {pluralize(word): word for word in meanings if pluralize(word) != word}
-    found = {word: Word(noun, word in plurals) for word, noun in meanings.items()}
+    wrong = vocabulary.get("misspelled", ())  # plurals that older models were trained on
+    found = {word: Word(noun, word in plurals or word in wrong) for word, noun in meanings.items()}
     if not isinstance(others, dict):
         for plural, word in plurals.items():
             if word not in plurals:
@@ -136,8 +138,8 @@ def translate(
     Args:
         lora_words: words of the LoRAs in use, which stay; None: any word may be one.
 
-    >>> translate("two tomatoes", {"replaced": {"tomatoes": "tomatos"}})
-    'two tomatos'
+    >>> translate("two doggies", {"nouns": ["dog"], "replaced": {"doggies": "dogs"}})
+    'two dogs'
     >>> translate("🐱🐱 on blue", {"nouns": ["cat"], "emoji": {"🐱": "cat"}})
     'two cats on blue'
     """

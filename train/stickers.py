@@ -1,10 +1,11 @@
-"""Show the default model's training pictures: `python -m train.stickers --output sheet.png`.
+"""Show training pictures of stickers: `python -m train.stickers --output sheet.png`.
 
 Scenes of one to four glyphs of the Noto Color Emoji font on a plain background, with captions in
 everyday English (train/data/stickers/). `--pictures FOLDER` takes the pictures of Fluent Emoji in
-3D instead, on transparent ground. `--noun` writes an imagefolder of one noun, to try fine-tuning:
+3D instead, on transparent ground. `--noun` writes an imagefolder of one noun, and `--cut-out` its
+picture alone, to try fine-tuning:
 
-    python -m train.stickers --noun zebra --count 20 --output runs/zebra
+    python -m train.stickers --noun castle --cut-out --output runs/castle
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import UserError, plural, run_command
 from mlx_snapgen.files import check_new, whole_file
 from mlx_snapgen.pictures import contact_sheet
+from mlx_snapgen.vocabulary import with_article
 from train.data.stickers.render import (
     INSTALL,
     PICTURES,
@@ -22,9 +24,10 @@ from train.data.stickers.render import (
     find_pictures,
     glyph_scenes,
     render,
+    write_cutout,
     write_imagefolder,
 )
-from train.data.stickers.scenes import noun_scene, training_scene, validation_scene
+from train.data.stickers.scenes import find_noun, noun_scene, training_scene, validation_scene
 from train.data.stickers.source import add_num_nouns
 from train.data.stickers.vocabulary import collection_in
 from train.options.common import (
@@ -53,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help="write a folder with pictures of this noun and their captions in metadata.jsonl "
         "(default: none, write a contact sheet)",
+    )
+    add(
+        "--cut-out",
+        action="store_true",
+        help="write one picture into the folder: the noun alone on transparent ground, for "
+        "train.lora --thing (default: off)",
     )
     add_number(parser, "--count", 64, "number of scenes")
     add_seed(parser)
@@ -84,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     output = args.output
+    if args.cut_out and not args.noun:
+        raise UserError("--cut-out is the picture of one noun: add --noun")
+    of_sheets = {"--glyphs": args.glyphs, "--validation": args.validation, "--size": args.size}
+    for option in (option for option, given in of_sheets.items() if given and args.noun):
+        raise UserError(f"--noun takes no {option}: leave it out")
     (check_new if args.noun else check_new_file)(output)
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent}; create it first")
@@ -101,10 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = ", ".join(f"{height}x{width}" for height, width in collection.shapes)
         raise UserError(f"--size: no scenes of this size: {known}")
     numbers = range(args.count)
+    if args.cut_out:
+        noun = find_noun(args.noun, collection)
+        write_cutout(output, noun, args.font, collection=collection)
+        print(f"{output}: a picture of {with_article(noun.name)}, cut out")
+        return
     if args.noun:
         shown = [noun_scene(args.noun, args.seed, k, collection=collection) for k in numbers]
         write_imagefolder(output, shown, args.font)
-        print(f"{output}: {plural(len(shown), 'picture')} of a {args.noun}")
+        print(f"{output}: {plural(len(shown), 'picture')} of {with_article(args.noun)}")
         return
     if args.glyphs:
         shown = glyph_scenes(args.num_nouns, collection)

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from mlx_snapgen.alpha import over, straight
-from mlx_snapgen.checkpoint.config import ModelFolder, load_vocabulary
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.prompt_check import check_prompts
 from mlx_snapgen.settings import DrawSettings
@@ -23,8 +22,10 @@ from train.data.stickers import captions
 from train.data.stickers import render as rendering
 from train.data.stickers import scenes as sampling
 from train.data.stickers.captions import plain_caption
+from train.data.stickers.own_thing import read_cutouts
 from train.data.stickers.render import drawn_box, find_font, render, sprite
 from train.data.stickers.scenes import (
+    find_noun,
     is_held_out_color,
     is_held_out_pair,
     noun_scene,
@@ -113,13 +114,11 @@ def test_captions_have_known_words_only():
         assert not notes or scene.category == "mixed", (scene.caption, notes)
 
 
-def test_the_vocabulary_of_the_built_in_model_is_written():
-    stored = load_vocabulary(ModelFolder.open(None).path)
-    assert stored == vocabulary_file(100) | {"drawn_badly": stored["drawn_badly"]}
+def test_the_vocabulary_of_some_nouns_or_all():
     emoji = vocabulary_file(None)["emoji"]
     assert len(emoji) > len(NOUNS) and emoji["\N{FOX FACE}"] == "fox"
     small = vocabulary_file(20)
-    assert set(small["replaced"].values()) & {"airplane", "tomatos"} == {"airplane"}
+    assert set(small["replaced"].values()) & {"airplane", "piece of cheese"} == {"airplane"}
     assert set(small["other_words"].values()) <= set(small["nouns"])
 
 
@@ -215,6 +214,17 @@ def test_cells_lie_inside_and_apart():
         for a, b in itertools.combinations(scene.placed, 2):
             (ax, ay, aw, ah), (bx, by, bw, bh) = a.cell, b.cell
             assert ax + aw <= bx or bx + bw <= ax or ay + ah <= by or by + bh <= ay
+
+
+@pytest.mark.parametrize("collection", [NOTO, FLUENT], ids=["noto", "fluent"])
+def test_a_prompt_has_one_layout(collection):
+    layouts = {}
+    for k in range(1500):
+        scene = training_scene(3, k, collection=collection)
+        words = tuple(placed.size_word for placed in scene.placed)
+        layout = [(*placed.cell[:2], placed.size_px) for placed in scene.placed]
+        assert layouts.setdefault((scene.relation, words), layout) == layout, scene.caption
+    assert len(layouts) > 10
 
 
 def test_categories_show_what_they_promise():
@@ -538,6 +548,21 @@ def test_one_noun_makes_an_imagefolder(font, tmp_path):
         np.testing.assert_array_equal(example.pixels, render(scene))
     with pytest.raises(UserError, match="did you mean 'zebra'"):
         stickers.main(["--noun", "zebr", "--output", str(tmp_path / "b")])
+
+
+def test_a_cut_out_of_one_noun(font, tmp_path):
+    folder = tmp_path / "castle"
+    stickers.main(["--noun", "castle", "--cut-out", "--output", str(folder)])
+    ((path, cutout),), skipped = read_cutouts(folder)
+    assert path.name == "castle.png" and cutout.mode == "RGBA" and not skipped
+    noun = find_noun("castle")
+    alpha = np.asarray(cutout)[..., 3] / 255
+    seen = 1 - sprite(noun, None, max(cutout.size)).keep[..., 0] / 256
+    np.testing.assert_allclose(alpha, seen, atol=1 / 256)
+    with pytest.raises(UserError, match="add --noun"):
+        stickers.main(["--cut-out", "--output", str(tmp_path / "b")])
+    with pytest.raises(UserError, match="did you mean 'castle'"):
+        stickers.main(["--noun", "castel", "--cut-out", "--output", str(tmp_path / "b")])
 
 
 def test_users_mistake_is_one_line_and_code_2(tmp_path):

@@ -68,7 +68,7 @@ COUNTING = (
     "{n} of the same {s}",
     "just {n} {p}",
 )
-COUNTING_TWO = ("a couple of {p}", "a {s} and another {s}")
+COUNTING_TWO = ("a couple of {p}", "{one} and another {s}")
 
 # {a} and {b} are noun phrases in the order of the picture.
 TWO_OBJECTS = (
@@ -137,11 +137,11 @@ ABOVE_BELOW_SENTENCES = (
 )
 
 ON_BACKGROUND = (
-    "{x} on a {c} background",
-    "{x} on a {c} background",
-    "{x} with a {c} background",
-    "{x} against a {c} background",
-    "{x} in front of a {c} background",
+    "{x} on {a_c} background",
+    "{x} on {a_c} background",
+    "{x} with {a_c} background",
+    "{x} against {a_c} background",
+    "{x} in front of {a_c} background",
     "{x} on {c}",
     "{x}, {c} background",
     "{c} background, {x}",
@@ -292,7 +292,12 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
         if count > 1 and not (item.color or item.size_word) and style < 0.4:
             number = str(count) if rng.random() < 0.4 else scene.collection.numbers[count - 1]
             forms = COUNTING + COUNTING_TWO if count == 2 else COUNTING
-            form = pick(rng, forms).format(n=number, p=item.noun.plural, s=item.noun.name)
+            form = pick(rng, forms).format(
+                n=number,
+                p=item.noun.plural,
+                s=item.noun.name,
+                one=with_article(item.noun.name),
+            )
             return form, True
         phrase = _noun_phrase(count, item, rng, collection=scene.collection, determiner=determiner)
         return phrase, True
@@ -329,7 +334,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         if name == "grey" and rng.random() < 0.5:
             name = "gray"
         form = pick(rng, ON_BACKGROUND) if is_phrase else "{x}, {c} background"
-        text = form.format(x=text, c=name)
+        text = form.format(x=text, c=name, a_c=with_article(name))
         is_phrase = is_phrase and not form.startswith("{c}")
     if is_phrase and rng.random() < 0.45:
         wrappers = WRAPPERS + SINGULAR_WRAPPERS if len(scene.placed) == 1 else WRAPPERS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mlx_snapgen.alpha import straight
 from mlx_snapgen.errors import UserError
@@ -349,3 +349,14 @@ def write_imagefolder(folder: Path, shown: Sequence[Scene], font: str | Path | N
             Image.fromarray(straight(render(scene, font=font))).save(partial / name)
             lines.append(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
         (partial / "metadata.jsonl").write_text("".join(lines))
+
+
+def write_cutout(
+    folder: Path, noun: Noun, font: str | Path | None = None, *, collection: Collection = NOTO
+) -> None:
+    """Write the noun's picture alone, RGBA, on transparent ground, into a new folder."""
+    glyph = _glyph(font or collection.pictures, noun.emoji)
+    # A thing that fills its box is a cut-out too.
+    cutout = ImageOps.expand(glyph, border=2, fill=(0, 0, 0, 0))
+    with new_folder(folder) as partial:
+        cutout.save(partial / f"{noun.name.replace(' ', '-')}.png")

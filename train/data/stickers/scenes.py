@@ -173,17 +173,13 @@ def _size_words(
 
 
 def _cells(
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    count: int,
-    relation: str | None,
-    *,
-    unit: int,
+    size: tuple[int, int], count: int, relation: str | None, *, unit: int
 ) -> tuple[list[tuple[float, float]], int]:
     """Centers (x, y) of `count` squares that do not overlap, and their side in pixels.
 
     They are as large as possible and in reading order, which is the caption's, except for some
-    relations. The side is a multiple of `unit`, except that of a single square.
+    relations; a shorter row is the top one. The side is a multiple of `unit`, except that of a
+    single square.
     """
     height, width = size
     shapes = [(-(-count // columns), columns) for columns in range(1, count + 1)]
@@ -195,7 +191,6 @@ def _cells(
     lengths = [columns] * rows
     if count % columns:
         lengths[0] = count - (rows - 1) * columns
-        lengths = pick(rng, (lengths, lengths[::-1]))
     centers = [
         (width / 2 + (x - (length - 1) / 2) * side, height / 2 + (y - (rows - 1) / 2) * side)
         for y, length in enumerate(lengths)
@@ -205,7 +200,6 @@ def _cells(
 
 
 def _layout(
-    rng: np.random.Generator,
     collection: Collection,
     size: tuple[int, int],
     *,
@@ -214,7 +208,7 @@ def _layout(
 ) -> list[tuple[int, int, int]]:
     """(side, x, y) of each glyph's square; they do not overlap and lie inside the picture."""
     unit = collection.cell_unit
-    centers, cell = _cells(rng, size, len(words), relation, unit=unit)
+    centers, cell = _cells(size, len(words), relation, unit=unit)
     shares = collection.alone if len(words) == 1 else collection.shared
     largest = max(shares[word] for word in words)
     if largest > 1:
@@ -307,7 +301,7 @@ def _composed(
         category == "mixed" and len(subjects) == 2 and subjects[0] != subjects[1]
     ):
         relation = pick(rng, tuple(RELATIONS))
-    squares = _layout(rng, collection, size, words=words, relation=relation)
+    squares = _layout(collection, size, words=words, relation=relation)
     background, named = _background(rng, collection, category, subjects)
     placed = tuple(
         Placed(noun, color, *square, word)
@@ -347,8 +341,8 @@ def training_scene(
     return sample_scene(rng, num_nouns, category=chosen, collection=collection, size=size)
 
 
-def noun_scene(name: str, seed: int, k: int, *, collection: Collection = NOTO) -> Scene:
-    """Scene number k of a seed that shows one noun alone, in its own colors.
+def find_noun(name: str, collection: Collection = NOTO) -> Noun:
+    """The collection's noun of this name.
 
     Raises:
         UserError: no such noun.
@@ -356,9 +350,19 @@ def noun_scene(name: str, seed: int, k: int, *, collection: Collection = NOTO) -
     nouns = {noun.name: noun for noun in collection.nouns}
     if name not in nouns:
         raise UserError(f"unknown noun '{name}'{nearest(name, nouns)}")
+    return nouns[name]
+
+
+def noun_scene(name: str, seed: int, k: int, *, collection: Collection = NOTO) -> Scene:
+    """Scene number k of a seed that shows one noun alone, in its own colors.
+
+    Raises:
+        UserError: no such noun.
+    """
+    noun = find_noun(name, collection)
     rng = np.random.default_rng((ONE_NOUN, seed, k))
     category = pick(rng, ("single_object", "single_object", "single_object", "background", "size"))
-    return _composed(rng, category, [(nouns[name], None)], collection=collection)
+    return _composed(rng, category, [(noun, None)], collection=collection)
 
 
 def validation_scene(

@@ -122,12 +122,9 @@ COLOR_LOST_ON: dict[str, tuple[str, ...]] = {
 
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
-# Plurals of captions that nobody should copy.
-MISSPELLED = ("tomatos",)
 # Words that captions do not have -> words of captions. Only what means the same is here: the note
 # about a prompt names other words.
 REPLACED = {
-    "tomatoes": "tomatos",
     **{"octopi": "octopuses", "cactuses": "cacti", "fishes": "fish", "mouses": "mice"},
     **{"aeroplane": "airplane", "aircraft": "airplane", "auto": "car", "motorcar": "car"},
     **{"doggy": "dog", "doggie": "dog", "bunny rabbit": "bunny", "piglet": "pig", "piggy": "pig"},
@@ -377,15 +374,22 @@ def vocabulary_file(num_nouns: int | None, collection: Collection = NOTO) -> dic
         "backgrounds": list(collection.backgrounds),
         "numbers": list(collection.numbers),
         "emoji": emoji,
-        "misspelled": [word for word in MISSPELLED if word in others],
         "ignored": list(IGNORED),
         "replaced": {word: to for word, to in replaced.items() if not {word, to} & things},
     }
 
 
-def collection_of(components: Components) -> Collection:
-    """The collection that a model was trained on."""
-    return FLUENT if components.config.autoencoder.picture_channels == 4 else NOTO
+def collection_of(components: Components, pictures: Path | None = None) -> Collection:
+    """The collection that a model was trained on; of FLUENT with its folder of `pictures`."""
+    if components.config.autoencoder.picture_channels != 4:
+        return NOTO
+    return replace(FLUENT, pictures=pictures)
+
+
+def check_drawable(components: Components, pictures: Path | None, option: str) -> None:
+    """`UserError` if scenes of the model's collection cannot be drawn without its pictures."""
+    if pictures is None and collection_of(components) is not NOTO:
+        raise UserError(f"the model learned from pictures of Fluent Emoji: give {option}")
 
 
 def known_nouns(components: Components) -> int:
