@@ -27,6 +27,7 @@ from train.loop.optimizer import Optimizers, Role
 from train.loop.run import start_from
 from train.loop.trainer import Trainer
 from train.objectives.elastic import (
+    EARLY,
     ElasticStep,
     TextToLatents,
     add_balanced,
@@ -226,6 +227,18 @@ def test_a_compiled_step_may_compute_attention_in_parts(monkeypatch):
     found, _ = mx.compile(step, inputs=[long.state])(inputs, key)
     for (name, a), (_, b) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
         assert mx.allclose(a, b, rtol=1e-3, atol=1e-5).item(), name
+
+
+def test_a_share_of_the_noise_levels_is_early(even_batch):
+    x0, key = mx.repeat(even_batch["latents"][:1], 4000, axis=0), mx.random.key(3)
+    _, usual, _ = noisy(x0, key, shift=1.0)
+    x_t, t, v = noisy(x0, key, shift=1.0, early=0.25)
+    early = t != usual
+    assert 0.22 < early.mean().item() < 0.28
+    levels = np.sort(np.array(t)[np.array(early)])
+    assert levels[0] > EARLY and levels[-1] <= 1
+    assert abs((1 - levels).mean() - (1 - EARLY) / 3) < 0.005
+    assert mx.allclose(x_t, x0 + t[:, None, None, None] * v, atol=1e-5)
 
 
 def test_masking_weighs_whole_and_masked_scenes_alike(model, even_batch):

@@ -78,7 +78,9 @@ class Distillation:
     ) -> tuple[dict[str, Any], Metrics]:
         """See `Objective`."""
         patch = model.transformer.config.patch_size
-        x_t, t, v = noisy(batch["latents"], key, shift=step.shift, patch_size=patch)
+        x_t, t, v = noisy(
+            batch["latents"], key, shift=step.shift, patch_size=patch, early=step.early
+        )
         x_teacher = x_t if self.same_latents else for_teacher(batch, t, key)
         v_teacher, teacher_features = teacher_targets(
             self.teacher,

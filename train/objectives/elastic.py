@@ -101,6 +101,8 @@ class ElasticStep(NamedTuple):
     """Of the sampled sub-networks; if empty, only the full network is trained."""
     shift: float | None
     """Timestep shift of the noise levels; None: by the resolution of the batch."""
+    early: float = 0.0
+    """Share of the samples at noise levels of `EARLY` and above."""
 
 
 def sampled_shares(
@@ -116,8 +118,17 @@ def sampled_shares(
     return tuple(sorted(map(float, chosen), reverse=True))
 
 
+EARLY = 0.88
+"""The least of the noise levels at which a picture's layout is decided."""
+
+
 def noisy(
-    x0: mx.array, key: mx.array, *, shift: float | None, patch_size: int = 2
+    x0: mx.array,
+    key: mx.array,
+    *,
+    shift: float | None,
+    patch_size: int = 2,
+    early: float = 0.0,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Latents x0 with noise: x_t, the noise levels t (B,), and the velocity there.
 
@@ -125,11 +136,15 @@ def noisy(
 
     Args:
         shift: None: by the number of tokens, patches of `patch_size`.
+        early: share of the samples whose t is from `EARLY` to 1, mostly near 1, instead.
     """
     if shift is None:
         shift = latents_shift(x0, patch_size=patch_size)
     key_t, key_eps = mx.random.split(key)
     t = shift_time(mx.sigmoid(mx.random.normal((x0.shape[0],), key=key_t)), shift)
+    if early:
+        which, level = mx.random.uniform(shape=(2, len(x0)), key=mx.random.split(key, 4)[3])
+        t = mx.where(which < early, 1 - (1 - EARLY) * level.square(), t)
     eps = mx.random.normal(x0.shape, key=key_eps)
     return add_noise(x0, eps, expand(t, x0)), t, eps - x0
 

@@ -32,22 +32,25 @@ class FineTuning(LossObjective[EfficientDiT, ShareStep]):
     Attributes:
         shift: timestep shift.
         prior_weight: of the prior samples' loss.
+        early: see `noisy`.
     """
 
     shift: float
     prior_weight: float
+    early: float = 0.0
 
     def loss(
         self, model: EfficientDiT, batch: Batch, key: mx.array, step: ShareStep
     ) -> tuple[mx.array, Metrics]:
         """See `LossObjective`."""
         keys, share = mx.random.split(key), step.share
-        x_t, t, v = noisy(batch["latents"], keys[0], shift=self.shift)
+        x_t, t, v = noisy(batch["latents"], keys[0], shift=self.shift, early=self.early)
         diffusion = per_sample(velocity(model, batch, x_t, t=t, share=share) - v).mean()
         metrics = {f"loss_{share:g}": diffusion}
         if "prior_latents" not in batch:
             return diffusion, metrics
-        x_t, t, _ = noisy(batch["prior_latents"], keys[1], shift=self.shift)
+        prior = batch["prior_latents"]
+        x_t, t, _ = noisy(prior, keys[1], shift=self.shift, early=self.early)
         with active_adapters(model):
             before = velocity(model, batch, x_t, t=t, share=share, part="prior_")
         change = velocity(model, batch, x_t, t=t, share=share, part="prior_")

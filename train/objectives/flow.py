@@ -40,7 +40,7 @@ class Flow:
         """
         x0 = batch["latents"]
         patch, keep = model.transformer.config.patch_size, None
-        x_t, t, v = noisy(x0, key, shift=step.shift, patch_size=patch)
+        x_t, t, v = noisy(x0, key, shift=step.shift, patch_size=patch, early=step.early)
         if self.mask_ratio:
             # A further key, so that t and the noise are the same as without masking.
             key_mask = mx.random.split(key, 3)[2]

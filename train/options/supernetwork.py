@@ -7,6 +7,7 @@ from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.cli.options import Parser, add_model, add_model_widths, finite_number, integer
 from mlx_snapgen.errors import UserError
 from train.loop.config import TrainingConfig, warmup_of
+from train.objectives.elastic import EARLY
 from train.options.common import (
     MOST,
     REMOVED_OF_STICKERS,
@@ -99,6 +100,13 @@ def new_parser(prog: str, description: str) -> Parser:
         help="shift of the noise levels; a higher value trains more on very noisy latents, where "
         "the prompt matters most (default: the model's)",
     )
+    add_number(
+        parser,
+        "--early-share",
+        0.0,
+        f"share of the samples at noise levels of {EARLY} to 1, mostly near 1: for data whose "
+        "prompts leave little open, such as stickers",
+    )
     also = "; every step trains full too, but validation and previews are of these alone"
     add_model_widths(parser, default=None, more=also)
     add_channel_weights(parser)
@@ -127,8 +135,8 @@ def check(args: argparse.Namespace) -> ModelFolder:
     at_least_1 = ("steps", "batch_size", "accumulate", "noises_per_picture", "checkpoint_every")
     check_at_least(args, 1, *at_least_1, "sub_networks")
     check_at_least(args, 0, "seed", "drop_caption", "final_learning_rate")
-    check_at_least(args, 0, "ema_decay", "validation_pictures")
-    check_at_most(args, 1, "drop_caption", "ema_decay", "final_learning_rate")
+    check_at_least(args, 0, "ema_decay", "validation_pictures", "early_share")
+    check_at_most(args, 1, "early_share", "drop_caption", "ema_decay", "final_learning_rate")
     check_channel_weights(args)
     check_learning_rate(args.learning_rate)
     if args.time_shift is not None and args.time_shift <= 0:

@@ -163,6 +163,7 @@ def claim_run(
         options={
             "drop_caption": args.drop_caption,
             "time_shift": args.time_shift,
+            "early_share": args.early_share,
             "model_widths": [width.name for width in widths_of(args, folder.config)],
             "sub_networks": args.sub_networks,
             "channel_weights": args.channel_weights,
@@ -205,7 +206,9 @@ def step_arguments(args: argparse.Namespace, config: ModelConfig) -> Callable[[i
     """Step -> the arguments of an elastic objective."""
     shares = [width.share for width in widths_of(args, config)]
     return lambda step: ElasticStep(
-        sampled_shares(shares, seed=args.seed, step=step, count=args.sub_networks), args.time_shift
+        sampled_shares(shares, seed=args.seed, step=step, count=args.sub_networks),
+        args.time_shift,
+        args.early_share,
     )
 
 
