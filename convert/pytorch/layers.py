@@ -5,7 +5,7 @@ latents are (B, C, H, W). Every linear layer is a 1x1 convolution, as in SnapGen
 as Apple recommends for the Neural Engine.
 
 Norms divide their input by `norm_scale` before they square it. An engine may square or sum in
-float16, whose largest number is 65504, and the residual's sums of squares reach 900,000 at t = 1.
+float16, whose largest number is 65504, and the residual's sums of squares reach 8 million at t = 1.
 The divisor is a power of two, so in float32 no bit of the result changes.
 """
 
@@ -24,10 +24,8 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
 
 
 def norm_scale(channels: int) -> int:
-    """The power of two from sqrt(channels) on: x / scale has squares whose sum is at most x's mean
-    square.
-    """
-    return 2 ** math.ceil(math.log2(channels) / 2)
+    """A power of two: x / scale has squares whose sum is at most a sixteenth of x's mean square."""
+    return 2 ** (2 + math.ceil(math.log2(channels) / 2))
 
 
 def normalized(x: Tensor, channels: int, *, eps: float, dim: int = 1) -> Tensor:
