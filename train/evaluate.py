@@ -3,7 +3,7 @@
     python -m train.evaluate --model MODEL --data PREPARED --clip openai/clip-vit-base-patch32
     python -m train.evaluate --model MODEL --geneval evaluation_metadata.jsonl --output OUT
     python -m train.evaluate --model MODEL --dpg prompts --output OUT
-    python -m train.evaluate --model stickers
+    python -m train.evaluate --data stickers:pictures=package
 
 On the part of --data that is kept for validation: flow validation loss, the error of the predicted
 velocity on fixed latents, fixed noise and fixed noise levels, for each width. With --clip also CLIP
@@ -53,7 +53,7 @@ from train.data.open import open_data
 from train.data.prepared import prepared_parts
 from train.data.source import Samples
 from train.data.stickers.source import Stickers
-from train.data.stickers.vocabulary import known_nouns
+from train.data.stickers.vocabulary import check_drawable, known_nouns
 from train.evaluation.measures import Measurement
 from train.evaluation.models import MeasuredModel, OwnModel, PublicModel
 from train.evaluation.prompt_lists import (
@@ -255,6 +255,7 @@ def _num_nouns(args: argparse.Namespace, components: Components, source: Sticker
 
 def _score_stickers(args: argparse.Namespace, components: Components, widths: list[Width]) -> None:
     source = _sticker_source(args)
+    check_drawable(components, source.pictures, "--data stickers:pictures=FOLDER")
     check_channels(components.config.autoencoder, source.channels)
     evaluation = Evaluation(
         components,

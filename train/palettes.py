@@ -31,7 +31,7 @@ from mlx_snapgen.quantize.sensitivity import choose_palettes
 from mlx_snapgen.settings import check_width, parse_width
 from train.data.prompts import spread
 from train.data.stickers.source import known_prompts
-from train.data.stickers.vocabulary import known_nouns
+from train.data.stickers.vocabulary import check_drawable, known_nouns
 from train.data.trajectories import Trajectories
 from train.evaluation.estimate import num_trainable
 from train.evaluation.palettes import HELD_OUT_SEED, Validation, compare, in_float16
@@ -63,7 +63,13 @@ def main() -> int:
         components = load_alone(folder, args.model_widths, name=args.model)
     warn_untrained(components.transformer, args.model, result="palettes of it are of no use")
     if args.score:
-        known_nouns(components)  # fails early, before sampling
+        # Fail early, before sampling.
+        known_nouns(components)
+        check_drawable(components, args.score_with, "--score-with FOLDER")
+    if args.score_with:
+        from train.data.stickers.render import find_pictures  # reads the font
+
+        args.score_with = find_pictures(args.score_with)
     # In a model of one width, that width has share 1.
     alone = len(args.model_widths) == 1
     widths = {name: 1.0 if alone else parse_width(name).share for name in args.model_widths}
@@ -116,7 +122,11 @@ def main() -> int:
             f"{args.quantize:g} bits, palettes alone": before,
             f"{args.quantize:g} bits, fine-tuned": network,
         }
-        score = functools.partial(score_cell, per_category=args.score) if args.score else None
+        score = (
+            functools.partial(score_cell, per_category=args.score, pictures=args.score_with)
+            if args.score
+            else None
+        )
         table = compare(components, networks, held_out, captions=held, widths=widths, score=score)
         with writing(args.run_dir), whole_file(args.run_dir / "table.md") as partial:
             partial.write_text(table)

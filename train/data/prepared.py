@@ -104,8 +104,12 @@ def describe_autoencoder(autoencoder: Autoencoder) -> dict[str, Any]:
     kept = {name: config[name] for name in ("kind", "latent_channels")}
     for name in ("latents_mean", "latents_std"):
         kept[name] = [float(np.float32(x)) for x in config[name]]
+    parts = flat_parameters(autoencoder.encoder)
+    if config.get("semantics"):
+        kept["semantics"] = config["semantics"]
+        parts["decoder.table.empty"] = autoencoder.decoder.table.empty
     state.update(json.dumps(kept, sort_keys=True).encode())
-    for name, value in sorted(flat_parameters(autoencoder.encoder).items()):
+    for name, value in sorted(parts.items()):
         state.update(f"{name}{tuple(value.shape)}".encode())
         state.update(np.array(value.astype(mx.float32)).data)
     return {"config": config, "digest": state.hexdigest()}

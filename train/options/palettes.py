@@ -59,6 +59,13 @@ def parse(description: str | None) -> argparse.Namespace:
         0,
         "add a GenEval-style score over N prompts of each category to the table; 0 is off",
     )
+    add(
+        "--score-with",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with the pictures of Fluent Emoji, which --score needs for a model of them "
+        "(default: none)",
+    )
     args = parser.parse_args()
     args.output = expanded(args.output)
     args.run_dir = expanded(args.run_dir or Path("runs") / args.output.name)

@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,17 +96,20 @@ def quick_score(
     per_category: int = 8,
     steps: int = SCORED_STEPS,
     share: float = 1.0,
+    pictures: Path | None = None,
 ) -> dict[str, Any]:
-    """The accuracies of one width over few prompts."""
-    collection = collection_of(components)
+    """The accuracies of one width over few prompts; `pictures` are those of Fluent Emoji."""
+    collection = collection_of(components, pictures)
     prompts = fixed_prompts(per_category, num_nouns, collection=collection)
     settings = DrawSettings(num_inference_steps=steps)
-    pictures = draw(components, prompts, settings=settings, share=share)
-    correct, _ = judge(prompts, pictures, num_nouns=num_nouns, collection=collection)
+    drawn = draw(components, prompts, settings=settings, share=share)
+    correct, _ = judge(prompts, drawn, num_nouns=num_nouns, collection=collection)
     return accuracies(prompts, correct)
 
 
-def score_cell(components: Components, share: float, *, per_category: int) -> str:
+def score_cell(
+    components: Components, share: float, *, per_category: int, pictures: Path | None = None
+) -> str:
     """`quick_score` of a model in its own vocabulary, in at most `SCORED_STEPS`, for a table."""
     scores = quick_score(
         components,
@@ -113,6 +117,7 @@ def score_cell(components: Components, share: float, *, per_category: int) -> st
         per_category=per_category,
         steps=min(SCORED_STEPS, components.config.sampler.num_inference_steps),
         share=share,
+        pictures=pictures,
     )
     return f"{scores['overall']:.3f} ± {scores['overall_error']:.3f}"
 
