@@ -35,6 +35,7 @@ OTHER_RELATIONS = _set(
 NEGATIONS = _set("no not without never except none nothing neither nor minus isn't")
 QUANTITIES = _set("some many several few lots plenty numerous multiple dozens lot")
 SIZES = _set("big small little tiny large huge")
+
 STOPS = frozenset(",.;:&!?")
 MOST_THINGS = 2
 """Different things in one picture that the model draws well."""
@@ -43,6 +44,13 @@ MOST_LISTED = 5
 
 MOST_SHOWN = 200
 """Characters of a prompt that are quoted."""
+
+
+def words_of_captions(vocabulary: Mapping[str, Any]) -> frozenset[str]:
+    """All words that mean something in a prompt, but no thing."""
+    parts = FUNCTION_WORDS | POSITIONS | OTHER_RELATIONS | NEGATIONS | QUANTITIES | SIZES
+    named = [*vocabulary.get("colours", ()), *vocabulary.get("backgrounds", ())]
+    return parts.union(ALL_NUMBERS, *(map(str.split, named)))
 
 
 class PromptWarning(UserWarning):

@@ -1,12 +1,12 @@
 """Fine-tune a model on your own pictures: `python -m train.lora --data FOLDER`.
 
-A LoRA is trained on the pictures of a folder (train/data/imagefolder.py) at every width; prior
-preservation limits forgetting (train/objectives/finetune.py). A public model is trained on frozen
-weights, quantized or not.
+With `--thing`, which the built-in model needs, the pictures are cut-outs of one thing. It gets a
+code and rows of the decoder's table (mlx_snapgen/lora/things.py); the LoRA is trained on scenes
+that are not drawn (train/data/stickers/own_thing.py).
 
-With `--thing`, the pictures are cut-outs of one thing, which gets a code and rows of the decoder's
-table (mlx_snapgen/lora/things.py); the LoRA is trained on scenes that are not drawn
-(train/data/stickers/own_thing.py).
+Without, a LoRA is trained on the pictures of a folder and their captions
+(train/data/imagefolder.py), at every width; prior preservation limits forgetting
+(train/objectives/finetune.py). A public model is trained on frozen weights, quantized or not.
 """
 
 import argparse
@@ -75,6 +75,8 @@ from train.options.common import tuning_config, widths_of
 from train.options.lora import fill, parse
 
 NAME = "default"  # of the adapter
+EARLY_SHARE = 0.5
+"""Of a thing's scenes, whose prompts decide the layout; see `noisy`."""
 
 
 def _print_estimate(args: argparse.Namespace, needed: Estimate, *, pictures: int) -> None:
@@ -243,7 +245,11 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
         data.prior = draw_prior(components, prior_prompts)
     trainer = Trainer(
         network,
-        FineTuning(config.time_shift(*config.image_size), args.prior_weight),
+        FineTuning(
+            config.time_shift(*config.image_size),
+            args.prior_weight,
+            0.0 if lessons.thing is None else EARLY_SHARE,
+        ),
         batches=data,
         config=tuning_config(args, accumulate=args.accumulate),
         run_dir=args.run_dir,
@@ -285,10 +291,11 @@ def _of_pictures(args: argparse.Namespace, components: Components, widths: list[
         unit=config.size_unit,
         has_alpha=config.autoencoder.picture_channels == 4,
     )
-    if num_free(config.autoencoder.semantics) and all(is_cutout(e.pixels) for e in examples):
+    if num_free(config.autoencoder.semantics):
+        cut_out = all(is_cutout(example.pixels) for example in examples)
         print(
-            "note: these pictures are cut-outs; if they show one thing, --thing NOUN teaches it "
-            "with less blur, and needs no captions",
+            "note: this model draws what has no code as a blur; if the pictures show one thing, "
+            f"{'' if cut_out else 'cut it out (transparent around it) and '}add --thing NOUN",
             file=sys.stderr,
         )
     claim_run(args, examples, model_widths=widths)

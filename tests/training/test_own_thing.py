@@ -65,7 +65,7 @@ CONFIG = dataclasses.replace(
         latents_std=(1.5,) * 30,
     ),
 )
-LOOKS = SEMANTICS.looks
+LOOKS = SEMANTICS.places
 
 
 @pytest.fixture(autouse=True)
@@ -448,6 +448,8 @@ def test_more_pictures_than_looks_are_left_out(folder, monkeypatch, capsys):
     [
         (["--thing", "cat"], "--thing cat: the model knows this word"),
         (["--thing", "kitten"], "--thing kitten: the model knows this word"),
+        (["--thing", "red"], "--thing red: the model knows this word"),
+        (["--thing", "small sticker"], "--thing small sticker: the model knows this word"),
         (["--thing", "capybara", "--plural", "cats"], "--plural cats: the model knows this word"),
         (["--thing", "3"], "--thing takes a noun of at most 40 letters: '3'"),
         (["--thing", "x" * 41], "--thing takes a noun of at most 40 letters"),
@@ -467,13 +469,11 @@ def test_other_pictures_and_models_are_said(folder, model_folder, monkeypatch, c
     for picture in (folder / "capybara").iterdir():
         picture.with_suffix(".txt").write_text("a capybara")
     run(monkeypatch, folder, "--dry-run")
-    assert "these pictures are cut-outs; if they show one thing, --thing NOUN" in (
-        capsys.readouterr().err
-    )
+    assert "if the pictures show one thing, add --thing NOUN" in capsys.readouterr().err
     Image.new("RGB", (20, 20)).save(folder / "capybara" / "photo.png")
     (folder / "capybara" / "photo.txt").write_text("a photo")
     run(monkeypatch, folder, "--dry-run")
-    assert "--thing" not in capsys.readouterr().err
+    assert "cut it out (transparent around it) and add --thing NOUN" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"photo\.png has no transparent surroundings"):
         run(monkeypatch, folder, "--thing", "capybara")
 

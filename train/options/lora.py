@@ -66,9 +66,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command's options, checked; those that `fill` sets are None if they were not given."""
     parser = Parser(
         prog="python -m train.lora",
-        description="Fine-tune a model on a folder of pictures with captions. The result is a\n"
-        "LoRA for `python -m mlx_snapgen.generate PROMPT --lora FILE`. Run the same command\n"
-        "again to resume.",
+        description="Fine-tune a model on a folder of pictures: the built-in model on cut-outs of\n"
+        "one thing (--thing NOUN), others on pictures with captions. The result is a LoRA for\n"
+        "`python -m mlx_snapgen.generate PROMPT --lora FILE`. Run the same command again to\n"
+        "resume.",
         epilog=EPILOG,
         renamed={"--widths": "--model-widths"},
     )
@@ -232,12 +233,15 @@ def fill(args: argparse.Namespace, public: TeacherConfig | None) -> None:
 
 
 EPILOG = """
+With --thing, one cut-out of the thing (a PNG, transparent around it) is enough, and captions are
+ignored.
+
 Captions: a .txt file with the caption beside each picture (cat.png, cat.txt), or one metadata.jsonl
 with lines {"file_name": "cat.png", "text": "a cat"}, or a metadata.csv with these columns, or with
 --caption-template the names of the subfolders. 10 to 50 pictures of one thing are enough. Use the
 same new word for the thing in every caption. Also describe the rest of the picture: you can then
 change it in a prompt. Pictures may have any size and shape: the command crops each to the nearest
-of a few shapes. With --thing, one cut-out of the thing is enough, and captions are ignored.
+of a few shapes.
 
 Public models (MiniT2I, Z-Image, FLUX.2 klein, Qwen-Image) are always trained with --save-memory. Of
 pictures for MiniT2I, the largest square is used.

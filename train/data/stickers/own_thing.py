@@ -20,6 +20,7 @@ from mlx_snapgen.lora.things import Thing
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import normalize
 from mlx_snapgen.pictures import from_uint8
+from mlx_snapgen.prompt_check import words_of_captions
 from mlx_snapgen.semantics import SEEN_CHANNELS, SemanticConfig
 from mlx_snapgen.vocabulary import nouns, pluralize
 from train.data.imagefolder import Example, read_picture
@@ -166,12 +167,13 @@ def spare_codes(semantics: SemanticConfig, name: str, count: int, *, seed: int) 
 def check_names(components: Components, name: str, plural: str | None) -> tuple[str, str]:
     """Both names in the letters of captions; `UserError` for one that means something already."""
     words = [" ".join(normalize(word).split()) for word in (name, plural or pluralize(name))]
-    known = nouns(components.vocabulary or {})
+    vocabulary = components.vocabulary or {}
+    known, taken = nouns(vocabulary), words_of_captions(vocabulary)
     for option, word in zip(("--thing", "--plural"), words, strict=True):
         plain = word.replace(" ", "").replace("-", "").replace("'", "")
         if not (plain.isalpha() and len(word) <= MOST_LETTERS):
             raise UserError(f"{option} takes a noun of at most {MOST_LETTERS} letters: '{word}'")
-        if word in known:
+        if word in known or taken.issuperset(word.split()):
             raise UserError(f"{option} {word}: the model knows this word, choose a new one")
     return words[0], words[1]
 
