@@ -10,7 +10,8 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.picture_files import Size, Source, Unusable, read_picture, to_rgb, upright
 
 FITS = ("crop", "pad", "stretch")
-"""How a picture gets another aspect ratio: cut around its center, with white bars, or distorted."""
+"""How a picture gets another aspect ratio: cut around its center, with bars (white, or
+transparent if it has alpha), or distorted."""
 
 MAX_REFERENCE = 1 << 20
 """Pixels of a picture to edit; larger ones are scaled."""

@@ -48,7 +48,7 @@ def describe_foreign(folder: Path) -> str | None:
     if (name := _public_name(folder)) is not None:
         return (
             f"{folder} is a public model ({name}), which mlx_snapgen.generate, train.lora and "
-            "--teacher take: give a model of mlx_snapgen here, such as stickers"
+            "--teacher take: give a model of mlx_snapgen here, such as fluent"
         )
     path = folder / "config.json"
     if not (names := class_names(read_object(path) if path.is_file() else {})):

@@ -25,6 +25,7 @@ from mlx_snapgen.picture_files import describe_picture, picture_hash
 from mlx_snapgen.reading import open_regular
 from mlx_snapgen.settings import (
     BUILT_IN,
+    FORMER,
     MAX_SEED,
     MAX_STEPS,
     WIDTH_NAMES,
@@ -186,6 +187,8 @@ def read_settings(path: str | Path, *, max_pixels: int | None = MAX_PIXELS) -> R
     values: dict[str, Any] = OLDER | metadata
     # The model and its mode determine the shift.
     values.pop("time_shift", None)
+    if values.get("model") is None and values.get("model_name") in FORMER:
+        values["model"] = values["model_name"]
     with contextlib.suppress(TypeError, LookupError):
         values["loras"] = [[lora["path"], lora["weight"]] for lora in values["loras"]]
     for name in PICTURES & values.keys():

@@ -2,8 +2,8 @@
 
 Transformers `full`, `small` and `tiny` are the paper's three widths as stand-alone models, and
 `supernetwork` holds all three; with -f32 in their names they take the latents of DC-AE. `ladder-a`
-to `ladder-d` are the paper's ablation (at the small width), and `stickers` is the default model of
-this package.
+to `ladder-d` are the paper's ablation (at the small width). `fluent` is the default model of this
+package, and `stickers` the one before it.
 """
 
 import dataclasses

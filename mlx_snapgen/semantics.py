@@ -21,6 +21,8 @@ COLUMN, ROW, SIDE = slice(16, 20), slice(20, 24), slice(24, 28)
 """Channels: codes of the left and top edge of the thing's square, and of its size. As all codes,
 those of a thing are the same at all its places, and clear though they are noisy."""
 CHANNELS = SIDE.stop
+THING_CHANNELS, CODE_CHANNELS = 8, 4
+"""Of the code of a thing, and of each other code."""
 PLACE = slice(16, 19)
 """Instead of these three codes, what the encoder sees: how far right of the thing's center a place
 is, how far below, and the size."""
@@ -54,14 +56,14 @@ class SemanticConfig:
     own: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not 0 < self.things <= len(codes(THING.stop)):
-            raise UserError(f"there are codes for 1 to {len(codes(THING.stop))} things")
+        if not 0 < self.things <= len(codes(THING_CHANNELS)):
+            raise UserError(f"there are codes for 1 to {len(codes(THING_CHANNELS))} things")
         if len({*self.own}) < len(self.own) or not {*self.own} <= {*self.free()}:
             raise UserError(
-                f"codes of more things are {self.things} to {len(codes(THING.stop)) - 1}, each "
+                f"codes of more things are {self.things} to {len(codes(THING_CHANNELS)) - 1}, each "
                 f"once: {self.own}"
             )
-        most = len(codes(SIDE.stop - SIDE.start))
+        most = len(codes(CODE_CHANNELS))
         if not self.sides or list(self.sides) != sorted({*self.sides} & {*range(1, most + 1)}):
             raise UserError(f"sides of things are 1 to {most} latents, ascending: {self.sides}")
 
@@ -71,13 +73,13 @@ class SemanticConfig:
         return (*range(self.things), *self.own)
 
     @property
-    def looks(self) -> int:
+    def places(self) -> int:
         """Rows of a table for one thing: one for each side and place."""
         return sum(side**2 for side in self.sides)
 
     def free(self) -> range:
         """Numbers of the codes that more things can have."""
-        return range(self.things, len(codes(THING.stop)))
+        return range(self.things, len(codes(THING_CHANNELS)))
 
 
 Which = int | Sequence[int] | None
@@ -97,7 +99,7 @@ def codes(channels: int) -> np.ndarray:
             vector = np.zeros(channels)
             vector[list(pair)] = signs
             found.append(vector)
-    if channels == THING.stop:
+    if channels == THING_CHANNELS:
         halves = itertools.product((0.5, -0.5), repeat=channels)
         found += [np.array(h) for h in halves if sum(value < 0 for value in h) % 2 == 0]
     order = np.random.default_rng(_ORDER_SEED).permutation(len(found))

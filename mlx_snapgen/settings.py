@@ -24,7 +24,7 @@ MAX_SEED = 2**63 - 1
 MOST_PIXELS = 1 << 27
 """Of a picture. MLX counts an array's elements with 32 bits, and decoders have many per pixel."""
 BYTES_PER_PIXEL = 600
-"""Memory that drawing takes at least. Measured at 2048 x 2048: 715 with the default model, and 670
+"""Memory that drawing takes at least. Measured at 2048 x 2048: 715 with `stickers`, and 670
 with Qwen-Image's decoder alone."""
 MAX_STEPS = 1000
 MAX_BATCH = 256
@@ -183,8 +183,10 @@ def _control_group() -> list[str]:
     return []
 
 
-BUILT_IN = "stickers"
+BUILT_IN = "fluent"
 """Name of the model that comes with the package."""
+FORMER = ("stickers",)
+"""Names of those that came with earlier versions."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ mlx_snapgen computes the results. tests/applications/test_ios.py checks that the
 
 import functools
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_snapgen.alpha import straight
+from mlx_snapgen.checkpoint.config import ModelFolder
 from mlx_snapgen.cli.options import Parser
 from mlx_snapgen.errors import run_command
 from mlx_snapgen.networks.text_encoders.sentencepiece import SentencePieceTokenizer
@@ -25,8 +25,9 @@ from mlx_snapgen.pictures import to_uint8
 from mlx_snapgen.sampling import denoise, get_noise, get_schedule, guide
 
 PATH = Path(__file__).parent / "Tests/vectors.json"
-TOKENIZER = resources.files("mlx_snapgen") / "models/stickers/tokenizer_0.model"
-MAX_LENGTH = 24
+BUILT_IN = ModelFolder.open(None)
+TOKENIZER = BUILT_IN.path / "tokenizer_0.model"
+MAX_LENGTH = BUILT_IN.config.text_encoders[0].max_length
 
 PROMPTS = (
     "a red apple",
@@ -46,7 +47,7 @@ PROMPTS = (
 
 def vectors() -> dict:
     """All vectors, as plain JSON values; latents are flat, in the order (channel, row, column)."""
-    tokenizer = SentencePieceTokenizer.from_file(Path(str(TOKENIZER)), MAX_LENGTH)
+    tokenizer = SentencePieceTokenizer.from_file(TOKENIZER, MAX_LENGTH)
     tokens = []
     for prompt in PROMPTS:
         row, mask = tokenizer([prompt])

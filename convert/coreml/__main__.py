@@ -1,7 +1,7 @@
 """Export a model to Core ML, at one resolution.
 
     python -m convert.coreml my-model my-model-coreml --model-width small --height 512 --width 512
-    python -m convert.coreml stickers stickers-coreml --quantize 4.3
+    python -m convert.coreml fluent fluent-coreml --quantize 4.3
     python -m convert.coreml my-model my-model-coreml --model-widths full small tiny --target ios18
 
 The command writes Transformer.mlpackage and config.json into OUT, and report.json, which lists the

@@ -16,6 +16,7 @@ from convert.pytorch.layers import LayerNorm, RMSNorm, keys_of, linear, text_bia
 from mlx_snapgen.config import AutoencoderConfig, TextEncoderConfig
 from mlx_snapgen.semantics import (
     CHANNELS,
+    CODE_CHANNELS,
     COLOR,
     COLUMN,
     GROUND,
@@ -130,7 +131,7 @@ class ThingTable(nn.Module):
         super().__init__()
         self.known, self.sides = config.known, config.sides
         self.starts = list(itertools.accumulate((s**2 for s in config.sides), initial=0))
-        self.things = nn.Embedding(len(config.known) * config.looks, config.appearance_channels)
+        self.things = nn.Embedding(len(config.known) * config.places, config.appearance_channels)
         self.empty = nn.Parameter(torch.zeros(config.appearance_channels))
 
     def forward(self, semantics: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Paint(nn.Module):
 
     def __init__(self, config: SemanticConfig, factor: int):
         super().__init__()
-        width, colors = config.paint_width, len(codes(COLOR.stop - COLOR.start))
+        width, colors = config.paint_width, len(codes(CODE_CHANNELS))
         self.known, self.factor = config.known, factor
         self.pixel = linear(4, width)
         self.thing = nn.Embedding(len(config.known), width)

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_snapgen.errors import UserError, show_as
 from mlx_snapgen.files import check_link, expanded
 from mlx_snapgen.formats import DESCRIPTIONS
-from mlx_snapgen.settings import BUILT_IN
+from mlx_snapgen.settings import BUILT_IN, FORMER
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model")
 """Patterns of the files to download from a model's repository."""
@@ -93,7 +93,13 @@ def find_model(
     if found := re.match(rf"https?://(?:huggingface\.co|hf\.co)/({name})", repo):
         raise UserError(f"no model folder {repo}: give the repository as {found[1]}")
     if not re.fullmatch(name, repo):
-        raise UserError(f"no model folder {repo}")
+        before = (
+            f": the built-in model is {BUILT_IN} now (--model also takes the folder "
+            f"mlx_snapgen/models/{repo} of an earlier version)"
+            if repo in FORMER
+            else ""
+        )
+        raise UserError(f"no model folder {repo}{before}")
     if check is not None:
         described = _download(repo, revision=revision, files=DESCRIPTIONS, progress=quiet)
         check(described)

@@ -25,7 +25,7 @@ MOST_AT_ONCE, BATCH_PIXELS = 8, 1 << 18
 appears later."""
 DENOISING_BYTES_PER_PIXEL = 320
 """Of each picture in a call of the network, which has twice as many with guidance. Measured in
-float32 at 256 x 256: 309 for each further picture with `small`, 138 with the default model."""
+float32 at 256 x 256: 309 for each further picture with `small`, 138 with `stickers`."""
 BASE_BYTES = 1 << 28
 """Of the process without a model."""
 
@@ -73,7 +73,7 @@ def needed_bytes(
     """Estimate of the peak of drawing pictures at a time with a transformer of so many bytes.
 
     They are denoised together and decoded one by one, but for small ones, which take a core each
-    and little memory. Measured at 512 x 512 with the default model: 548 MiB of arrays for one
+    and little memory. Measured at 512 x 512 with `stickers`: 548 MiB of arrays for one
     picture and 550 for four.
     """
     denoising = pictures * (2 if guided else 1) * DENOISING_BYTES_PER_PIXEL

@@ -91,7 +91,10 @@ def print_vocabulary(vocabulary: Mapping[str, Any] | None, model: str) -> None:
         raise UserError(f"{model} has no vocabulary.json: cannot list its words")
     for title, words in listed(vocabulary).items():
         print(f"{title} ({len(words)}): {', '.join(words)}\n")
-    if vocabulary.get("backgrounds"):
+    backgrounds = vocabulary.get("backgrounds")
+    if backgrounds and "transparent" in backgrounds:
+        print("If the prompt names no background, it is transparent.")
+    elif backgrounds:
         print("If the prompt names no background, it is mostly white, with some seeds a color.")
 
 

@@ -272,8 +272,8 @@ def add_pictures(parser: argparse._ActionsContainer) -> None:
     add(
         "--fit",
         choices=FITS,
-        help="how --image and --mask get another aspect ratio: crop cuts them, pad adds white "
-        "bars, stretch distorts them (default: crop)",
+        help="how --image and --mask get another aspect ratio: crop cuts them, pad adds bars, "
+        "white or transparent, stretch distorts them (default: crop)",
     )
 
 

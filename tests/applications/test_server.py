@@ -265,11 +265,9 @@ def test_a_request_may_name_a_model_as_the_user_did(components):
         assert (job.choice.model, job.choice.model_width) == (model, width)
     with pytest.raises(RequestError, match=r"no model 'a', known: random, .*-tiny, Qwen-Image$"):
         parse_request(values | {"model": "a"}, models, Limits())
-    stickers = name_models([(ModelChoice(), ours)], widths=["full"], aliases=[("x", "stickers")])
-    assert list(stickers) == ["random", "x"]
-    assert (
-        parse_request(values | {"model": "stickers"}, stickers, Limits()).job.choice.model is None
-    )
+    models = name_models([(ModelChoice(), ours)], widths=["full"], aliases=[("x", "fluent")])
+    assert list(models) == ["random", "x"]
+    assert parse_request(values | {"model": "fluent"}, models, Limits()).job.choice.model is None
 
 
 def test_files_have_a_base_each_or_one_for_all():

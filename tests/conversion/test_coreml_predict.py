@@ -24,7 +24,7 @@ from mlx_snapgen.sampling import get_noise
 from mlx_snapgen.settings import parse_width
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "mlx_snapgen/models/stickers"
+MODEL = ROOT / "mlx_snapgen/models/fluent"
 PROMPT = "a red apple to the left of a blue car"
 SEED = 7
 LEAST_PSNR = 40.0
@@ -63,7 +63,7 @@ def exported(tmp_path_factory) -> Path:
     pytest.importorskip("coremltools", reason="needs coremltools: pip install -e '.[coreml]'")
     if folder := os.environ.get("COREML_FOLDER"):
         return Path(folder)
-    folder = tmp_path_factory.mktemp("coreml") / "stickers"
+    folder = tmp_path_factory.mktemp("coreml") / "packages"
     command = [sys.executable, "-m", "convert.coreml", str(MODEL), str(folder)]
     subprocess.run(command, cwd=ROOT, check=True)
     return folder

@@ -257,7 +257,7 @@ def test_files_that_do_not_fit_are_refused(folders, tmp_path):
     assert "no file two.safetensors" in refused("--model", "two.safetensors")
     folder = folders["klein"]
     assert "--base takes a model that is one" in refused("--model", folder, "--base", folder)
-    assert refused("--base", folder).endswith("not stickers")
+    assert refused("--base", folder).endswith("not fluent")
     assert "is not of FLUX.2 klein's kind" in refused("--model", path, "--base", folder)
     other = write(tmp_path / "other.safetensors", {"a.weight": stored(folder)["proj_out.weight"]})
     assert "is no transformer of a public model" in refused("--model", other, "--base", folder)

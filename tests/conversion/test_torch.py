@@ -182,7 +182,7 @@ def test_the_decoder_is_mlx_s(changed):
 def test_a_decoder_of_things_is_mlx_s(own):
     """Some places disagree: most of a thing's decide, and one without a majority is not drawn."""
     autoencoder = ConvolutionalAutoencoder(dataclasses.replace(AUTOENCODER, **SEMANTIC))
-    autoencoder.set_own_things(own, mx.zeros((len(own) * SEMANTICS.looks, 8)))
+    autoencoder.set_own_things(own, mx.zeros((len(own) * SEMANTICS.places, 8)))
     config, semantics = autoencoder.config, dataclasses.replace(SEMANTICS, own=own)
     assert config.semantics == semantics
     autoencoder = randomize(autoencoder, 5)
@@ -228,7 +228,7 @@ def test_the_default_model_is_the_same_in_pytorch(tmp_path):
     tokens, mask_ = torch.tensor(np.array(tokens)), torch.tensor(np.array(mask))
     assert_close(model.text_encoders[0](tokens, mask_), states)
     text, mask = network.encode_text([TextStates(states, mask)])
-    x_t = mx.random.normal((2, 16, 16, 8), key=mx.random.key(0))
+    x_t = mx.random.normal((2, 16, 16, 36), key=mx.random.key(0))
     x_t_ = torch.tensor(np.array(x_t)).permute(0, 3, 1, 2)
     text_ = torch.tensor(np.array(text)).permute(0, 2, 1)[:, :, None]
     actual = model.transformer(x_t_, torch.tensor([0.3, 1.0]), text_, mask_)

@@ -24,6 +24,7 @@ from mlx_snapgen.networks.elastic import ElasticLinear, extract
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.quantize import runtime
 from mlx_snapgen.quantize.runtime import quantize_transformer
+from mlx_snapgen.settings import BUILT_IN
 from tests.tiny import AUTOENCODER, COMMIT, velocity, write_hub_cache
 
 
@@ -389,18 +390,25 @@ def test_a_missing_default_model_says_what_to_do(tmp_path, monkeypatch):
         load_pretrained()
 
 
-def test_stickers_is_the_built_in_model_unless_a_model_of_that_name_is_here(
+def test_its_name_is_the_built_in_model_unless_a_model_of_that_name_is_here(
     tmp_path, monkeypatch, model_folder
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "stickers").mkdir()
-    assert hub.find_model("stickers") == hub.default_model_path()
-    assert ModelFolder.open("stickers").source is None
-    (tmp_path / "stickers").rmdir()
-    (tmp_path / "stickers").symlink_to(model_folder)
-    assert ModelFolder.open("stickers").config.name == "random"
-    assert ModelFolder.open("stickers").source == "stickers"
-    assert ModelFolder.open().config.name == "stickers"
+    (tmp_path / BUILT_IN).mkdir()
+    assert hub.find_model(BUILT_IN) == hub.default_model_path()
+    assert ModelFolder.open(BUILT_IN).source is None
+    (tmp_path / BUILT_IN).rmdir()
+    (tmp_path / BUILT_IN).symlink_to(model_folder)
+    assert ModelFolder.open(BUILT_IN).config.name == "random"
+    assert ModelFolder.open(BUILT_IN).source == BUILT_IN
+    assert ModelFolder.open().config.name == BUILT_IN
+
+
+def test_the_name_of_an_earlier_built_in_model_is_told():
+    with pytest.raises(
+        UserError, match="no model folder stickers: the built-in model is fluent now"
+    ):
+        ModelFolder.open("stickers")
 
 
 @pytest.fixture

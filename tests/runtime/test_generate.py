@@ -24,7 +24,7 @@ from mlx_snapgen.errors import UserError, run_command
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata, read_settings, save_picture, slug
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.settings import DrawSettings, ModelChoice, machine_memory
+from mlx_snapgen.settings import BUILT_IN, DrawSettings, ModelChoice, machine_memory
 from tests.tiny import COMMIT, write_hub_cache
 
 ROOT = Path(__file__).parents[2]
@@ -311,7 +311,7 @@ def test_pictures_of_the_first_version_are_read():
         force_size=True,
         seed=4,
     )
-    assert choice == ModelChoice(model_width="tiny", quantize=8)
+    assert choice == ModelChoice("stickers", model_width="tiny", quantize=8)
     assert values == old
     for name, bad in {"seed": None, "loras": [{"path": "x"}], "few_step": 1, "width": "w"}.items():
         save_picture(Image.new("RGB", (8, 8)), f"{name}.png", metadata=old | {name: bad})
@@ -528,10 +528,10 @@ def test_one_command_reads_the_config_once_and_looks_the_hub_up_twice(model_fold
     assert opened == [str(model_folder / "config.json")]
 
 
-def test_stickers_is_a_model_s_name(capsys):
-    assert main(["a red apple", *FAST, "--model", "stickers", "--json"]) == 0
+def test_the_built_in_model_has_a_name(capsys):
+    assert main(["a red apple", *FAST, "--model", BUILT_IN, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["model"], result["model_name"]) == (None, "stickers")
+    assert (result["model"], result["model_name"]) == (None, BUILT_IN)
 
 
 def test_drawing_imports_no_more_than_it_uses(tmp_path):

@@ -312,7 +312,7 @@ def test_what_is_no_picture_is_one_line(capsys, tmp_path):
         ("--image", "good.png", "--mask", "small.png"): "the mask has 32x16 pixels and the picture "
         "64x32: both must have the same size",
         ("--image", "good.png", "--mask", "black.png"): "the mask selects nothing to redraw",
-        ("--edit", "good.png"): "stickers cannot edit pictures: use a FLUX.2 klein model",
+        ("--edit", "good.png"): "fluent cannot edit pictures: use a FLUX.2 klein model",
         ("--image", "good.png", "--fit", "cover"): "invalid choice: 'cover'",
     }
     for options, words in cases.items():

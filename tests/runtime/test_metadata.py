@@ -17,9 +17,12 @@ from mlx_snapgen.metadata import (
     foreign,
     read_metadata,
     read_settings,
+    record_choice,
+    record_settings,
     save_picture,
 )
-from mlx_snapgen.settings import ModelChoice
+from mlx_snapgen.settings import BUILT_IN, DrawSettings, ModelChoice
+from tests.tiny import MODEL
 
 VALUES = {"mlx_snapgen": "1", "prompt": "a red apple, café 蘋果"}
 PLAIN = encode_png(Image.new("RGB", (8, 8)))
@@ -166,11 +169,23 @@ def test_the_model_of_a_stranger_is_not_fetched_unasked(tmp_path, monkeypatch):
     assert set(asked) == {"owner/other"}
 
 
+def test_a_picture_of_an_earlier_built_in_model_names_it(tmp_path):
+    settings = DrawSettings("a red apple", height=128, width=128, seed=3).resolved(MODEL)
+    for number, (name, model) in enumerate({"stickers": "stickers", BUILT_IN: None}.items()):
+        values = {"mlx_snapgen": "1", "model_name": name}
+        values |= record_settings(settings) | record_choice(ModelChoice())
+        path = tmp_path / f"{number}.png"
+        save_picture(Image.new("RGB", (8, 8)), path, metadata=values)
+        choice = read_settings(path).choice
+        assert choice.model == model
+        assert foreign(choice, ModelChoice()) == (f"the model {name}" if model else "")
+
+
 def test_foreign_names_what_is_not_in_use():
     used = ModelChoice("owner/name", loras=(("a.safetensors", 1.0),))
     assert foreign(used, used) == ""
     assert foreign(ModelChoice("owner/name", loras=(("a.safetensors", 0.5),)), used) == ""
-    assert foreign(ModelChoice(), used) == "the model stickers"
+    assert foreign(ModelChoice(), used) == f"the model {BUILT_IN}"
     assert foreign(ModelChoice("owner/name", "main"), used) == "revision main"
     loras = tuple((f"{n}.safetensors", 1.0) for n in range(60))
     assert len(foreign(ModelChoice("owner/name", loras=loras), used)) == 200

@@ -1,4 +1,4 @@
-"""What the built-in model understands of a prompt, and what a note tells."""
+"""What a model understands of a prompt, and what a note tells."""
 
 import dataclasses
 import json
@@ -17,10 +17,14 @@ from mlx_snapgen.prompt_check import PromptWarning, check_prompts
 from mlx_snapgen.settings import DrawSettings, trained_size
 from mlx_snapgen.vocabulary import listed, nouns, translate
 from tests.tiny import MODEL
+from train.data.stickers.vocabulary import FLUENT, NOTO, vocabulary_file
 
 FOLDER = ModelFolder.open(None)
-VOCABULARY = load_vocabulary(FOLDER.path)
-assert VOCABULARY is not None
+BUILT_IN = load_vocabulary(FOLDER.path)
+assert BUILT_IN is not None
+VOCABULARY = vocabulary_file(100, NOTO)
+VOCABULARY["drawn_badly"] = ["small", "little", "tiny", "big", "large", "huge"]
+"""Of a model that counts to four, and draws things badly with a word for a size."""
 OLD_NAMES = ("nouns", "other_words", "colours", "recolourable", "backgrounds")
 OLD = {name: list(VOCABULARY[name]) for name in OLD_NAMES}
 """As older models have it."""
@@ -172,9 +176,51 @@ a brown bear
 """.strip().splitlines()
 
 
+BUILT_IN_UNDERSTANDS = """
+a zebra
+five apples
+six strawberries
+a blue cat
+a grey mouse
+a cat on an orange background
+a big cat
+a tiny red car
+a huge house and a small tree
+🦊
+🐱 and 🦊
+a small red fox to the left of a huge tiger
+""".strip().splitlines()
+
+BUILT_IN_HALF_UNDERSTANDS = {
+    "seven apples": ["'seven apples' is not understood: this model counts to six"],
+    "a dozen eggs": ["'dozen eggs' is not understood: this model counts to six"],
+    "some dogs": ["'some' is not understood: give a number up to six"],
+    "three purple rainbows": [no_color("purple rainbows", "rainbows")],
+    "a watercolor drawing of a rose": [strange("watercolor (did you mean watermelon?)")],
+    "a turquoise car": [strange("turquoise (did you mean tortoise?)")],
+    "a zebr": [nothing("zebr (did you mean zebra?)")],
+    "a medium cat": [strange("medium")],
+}
+
+
 def test_there_are_enough_examples():
     assert len(HALF_UNDERSTOOD) == 49
     assert len(UNDERSTOOD) >= 40
+
+
+def test_the_built_in_model_tells_what_it_does_not_understand():
+    """Nothing that another vocabulary tells is passed over, but for what this one has more."""
+    for prompt, expected in BUILT_IN_HALF_UNDERSTANDS.items():
+        assert notes(prompt, BUILT_IN) == expected
+    silent = [prompt for prompt in HALF_UNDERSTOOD if not notes(prompt, BUILT_IN)]
+    assert silent == [prompt for prompt in BUILT_IN_UNDERSTANDS if prompt in HALF_UNDERSTOOD]
+    for prompt in (*UNDERSTOOD, *BUILT_IN_UNDERSTANDS):
+        assert notes(prompt, BUILT_IN) == []
+
+
+def test_the_built_in_vocabulary_is_that_of_its_training_data():
+    assert vocabulary_file(len(BUILT_IN["nouns"]), FLUENT) == BUILT_IN
+    assert len(BUILT_IN["nouns"]) >= 150
 
 
 @pytest.mark.parametrize(("prompt", "expected"), HALF_UNDERSTOOD.items())
@@ -198,7 +244,7 @@ def test_understood_prompts_are_drawn_without_a_note(prompt):
         ("three red automobiles", []),
         ("a bleu car", [strange("bleu (did you mean blue?)")]),
         ("a big cat", []),
-        ("two tomatoes", [nothing("tomatoes (did you mean tomatos?)")]),
+        ("two tomatoes", []),
     ],
 )
 def test_vocabularies_of_older_models_are_read(prompt, expected):
@@ -236,7 +282,8 @@ def test_unknown_words_of_a_negative_prompt_count_with_guidance():
         ("three 🐭", "three mice"),
         ("🐱🐶🐶", "a cat and two dogs"),
         ("draw🍎please", "draw an apple please"),
-        ("Two Tomatoes", "Two tomatos"),
+        ("Two Doggies", "Two dogs"),
+        ("🍅🍅", "two tomatoes"),
         ("a pair of scissors and a pair of cats", "a pair of scissors and a couple of cats"),
         ("aeroplanes on a sky  blue backdrop", "airplanes on a light blue background"),
         ("Can you draw a butterfly, please?", "Can you draw a butterfly"),
@@ -269,9 +316,9 @@ def test_other_prompts_are_not_changed():
 def test_the_list_of_words_has_correct_plurals():
     lists = listed(VOCABULARY)
     others = lists["other words for them"]
-    assert "tomatoes" in others and "tomatos" not in others
+    assert "tomatoes" in others
     assert {"loaves of bread", "mice", "bikes", "t-shirts"} <= set(others)
-    assert {*lists["nouns"], *others} >= {w for w in nouns(VOCABULARY) if w != "tomatos"}
+    assert {*lists["nouns"], *others} >= {*nouns(VOCABULARY)}
     assert "yellow banana" in lists["nouns with a color of their own"]
     assert {"🍎", "❤"} <= set(lists["emoji"])
 
@@ -393,5 +440,6 @@ def test_pictures_of_older_versions_are_drawn_again_at_their_size(tmp_path, mode
 
 
 def test_the_built_in_model_names_its_size():
-    assert FOLDER.config.trained_sizes == ((128, 128),)
-    assert trained_size(FOLDER.config, 192, 128) == (128, 128)
+    assert FOLDER.config.image_size == (256, 256)
+    assert set(FOLDER.config.trained_sizes) == set(FLUENT.shapes)
+    assert trained_size(FOLDER.config, 192, 128) == (384, 256)

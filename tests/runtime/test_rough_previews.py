@@ -59,18 +59,12 @@ def test_colors_of_a_linear_encoder_are_exact():
     assert not has_fast_decoder(config)
 
 
-def test_colors_of_the_built_in_model_resemble_its_pictures():
-    pipe = SnapGenPipeline.from_pretrained()
-    *_, last = pipe.generate("a red apple on a blue background", seed=1)
+def test_the_built_in_model_shows_what_its_decoder_makes():
+    *_, last = SnapGenPipeline.from_pretrained().generate("a red apple", seed=1)
     assert last.rough is None, "its own decoder is fast"
-    picture = np.array(last.preview(), np.float32)
-    rough = np.array(pipe._rough(last.x0), np.float32)
-    assert rough.shape == picture.shape
-    error, spread = (
-        downsampled(x, pipe.autoencoder.config.downsampling)
-        for x in (rough - picture, picture - picture.mean((0, 1)))
-    )
-    assert np.square(error).mean() < 0.15 * np.square(spread).mean()
+    picture = np.array(last.preview())
+    assert picture.shape == (256, 256, 4)
+    assert picture[0, 0, 3] == 0 and picture[128, 128, 3] > 200, "an apple on transparent ground"
 
 
 def test_previews_of_public_models_do_not_decode(folders, monkeypatch):  # noqa: F811

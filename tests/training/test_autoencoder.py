@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import train.loop.autoencoder
-from mlx_snapgen.checkpoint.hub import default_model_path
 from mlx_snapgen.checkpoint.module import FORMAT_VERSION
 from mlx_snapgen.config import AutoencoderConfig
 from mlx_snapgen.errors import UserError
@@ -267,7 +266,9 @@ def write_part(folder, model):
     return folder
 
 
-def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_path, monkeypatch):
+def test_a_run_of_a_converted_autoencoder_is_one_again(
+    font, uncompiled, model_folder, tmp_path, monkeypatch
+):
     tiny = write_part(tmp_path / "tiny", made("taehv"))
     qwen = write_part(tmp_path / "qwen", made("qwen-image"))
     monkeypatch.setattr(command, "VALIDATION_PICTURES", 2)
@@ -288,7 +289,7 @@ def test_a_run_of_a_converted_autoencoder_is_one_again(font, uncompiled, tmp_pat
     with pytest.raises(UserError, match="a taehv autoencoder is trained with --decoder-only"):
         run("b", "--init-from", tiny)
     with pytest.raises(UserError, match="latents of its own"):
-        run("b", "--decoder-only", "--init-from", default_model_path(), "--encoder", qwen)
+        run("b", "--decoder-only", "--init-from", model_folder, "--encoder", qwen)
     assert not (tmp_path / "b").exists()
 
 
@@ -796,7 +797,7 @@ def test_semantic_latents_of_fluent_scenes(uncompiled, fluent_pictures, tmp_path
         with pytest.raises(UserError, match="has semantic latents, which are learned from"):
             run("none", "--init-from", tmp_path / "semantic", "--crop", 64, *options)
     with pytest.raises(UserError, match="knows 12 things in 8 sizes: give --data"):
-        run("none", *again, data=data.replace("12", "13"))
+        run("none", *again, data=data.replace("nouns=12", "nouns=13"))
     folder = tmp_path / "folder"
     write_pictures(folder, 3)
     with pytest.raises(UserError, match="--semantic-latents needs --data stickers alone"):

@@ -56,6 +56,7 @@ def test_flow_trains_and_its_run_is_exported(
         "options": {
             "drop_caption": 0.1,
             "time_shift": MODEL.sampler.time_shift,
+            "early_share": 0.0,
             "model_widths": ["full", "small"],
             "sub_networks": 1,
             "init_from": None,

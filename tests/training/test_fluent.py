@@ -94,12 +94,12 @@ def test_pictures_are_straight_and_started_from_with_alpha(made, tmp_path):
     assert np.abs((pixels[0, 0, 0] + 1) * 127.5 - expected).max() < 1
 
 
-def test_other_data_is_refused(made, data, font, tmp_path):
+def test_other_data_is_refused(made, data, font, model_folder, tmp_path):
     options = ["--model", made / "model", "--data", "stickers", "--run-dir", tmp_path / "run"]
     with pytest.raises(UserError, match="have no alpha channel, those of the autoencoder"):
         run(flow, *options)
     with pytest.raises(UserError, match="have an alpha channel, those of the autoencoder"):
-        run(evaluate, "--model", "stickers", "--data", data)
+        run(evaluate, "--model", model_folder, "--data", data)
     options = ["--init-from", made / "model", "--data", "stickers", "--run-dir", tmp_path / "b"]
     with pytest.raises(UserError, match="have no alpha channel"):
         run(autoencoder, *options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_snapgen.cli.options import Parser, add_steps_and_guidance, integer, option_of
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.files import check_writable, expanded
-from mlx_snapgen.settings import check_pixels
+from mlx_snapgen.settings import BUILT_IN, check_pixels
 from train.loop.assemble import check_converted
 from train.loop.run import check_no_run
 from train.options.common import (
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         metavar="MODEL",
         help="model whose autoencoder encodes the pictures: folder, Hugging Face repository, "
-        "stickers, or an autoencoder of convert.from_torch (default: with --draw-with, the "
+        f"{BUILT_IN}, or an autoencoder of convert.from_torch (default: with --draw-with, the "
         "teacher)",
     )
     add_resolution(

@@ -145,7 +145,7 @@ class ConvolutionalAutoencoder(Autoencoder):
         return mx.concatenate([mx.where(is_known(semantics), 0, other), semantics], axis=-1)
 
     def own_things(self) -> tuple[tuple[int, ...], mx.array]:
-        """Numbers of the codes of `SemanticConfig.own`, and their rows (N * looks, A)."""
+        """Numbers of the codes of `SemanticConfig.own`, and their rows (N * places, A)."""
         config = self.config.semantics
         assert config is not None
         return config.own, self.decoder.table.own(config)

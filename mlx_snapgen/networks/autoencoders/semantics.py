@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_snapgen.networks.autoencoders.blocks import ResidualBlock
 from mlx_snapgen.semantics import (
+    CODE_CHANNELS,
     COLOR,
     COLUMN,
     EDGE,
@@ -101,7 +102,7 @@ def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     outside of the picture.
     """
     kind, *corner = _squares(seen[..., PLACE].astype(mx.float32), config)
-    places = codes(SIDE.stop - SIDE.start)
+    places = codes(CODE_CHANNELS)
     edges = [mx.array(places)[mx.clip(edge, 0, len(places) - 1)] for edge in corner]
     is_near = _has_codes(corner)
     is_thing = nearest(seen[..., THING], config.known)[1]
@@ -140,7 +141,7 @@ def _settled(
     Returns:
         Semantic latents (B, h, w, S), but for the background, and where such a thing is.
     """
-    shape, places = numbers.shape[1:3], mx.array(codes(SIDE.stop - SIDE.start))
+    shape, places = numbers.shape[1:3], mx.array(codes(CODE_CHANNELS))
     is_in = _inside(square, config.sides, shape).is_in & is_thing[:, None]
     same = functools.reduce(mx.logical_and, (x[..., None] == x[:, None] for x in square))
     area = mx.array(config.sides)[square[0]] ** 2
@@ -257,16 +258,16 @@ class ThingTable(nn.Module):
         super().__init__()
         self._known, self._sides = config.known, config.sides
         self._starts = np.cumsum([0, *(side**2 for side in config.sides)]).tolist()
-        self.things = nn.Embedding(len(config.known) * config.looks, config.appearance_channels)
+        self.things = nn.Embedding(len(config.known) * config.places, config.appearance_channels)
         self.empty = mx.zeros(config.appearance_channels)
 
     def own(self, config: SemanticConfig) -> mx.array:
         """The rows of `SemanticConfig.own`."""
-        return self.things.weight[config.things * config.looks :]
+        return self.things.weight[config.things * config.places :]
 
     def set_own(self, config: SemanticConfig, rows: mx.array) -> None:
         """Replace the rows of `SemanticConfig.own`."""
-        known = self.things.weight[: config.things * config.looks]
+        known = self.things.weight[: config.things * config.places]
         self.things.weight = mx.concatenate([known, rows.astype(known.dtype)])
         self._known = config.known
 
@@ -296,7 +297,7 @@ class Paint(nn.Module):
     def __init__(self, config: SemanticConfig):
         super().__init__()
         self._known = config.known
-        width, colors = config.paint_width, len(codes(COLOR.stop - COLOR.start))
+        width, colors = config.paint_width, len(codes(CODE_CHANNELS))
         self.pixel = nn.Linear(4, width)
         self.thing = nn.Embedding(len(config.known), width)
         self.color = nn.Embedding(colors, width)

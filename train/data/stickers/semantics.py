@@ -13,11 +13,20 @@ import numpy as np
 
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.autoencoders.semantics import nearest
-from mlx_snapgen.semantics import COLOR, EDGE, GROUND, MIDDLE, PLACE, SEEN_CHANNELS, THING, codes
+from mlx_snapgen.semantics import (
+    CODE_CHANNELS,
+    COLOR,
+    EDGE,
+    GROUND,
+    MIDDLE,
+    PLACE,
+    SEEN_CHANNELS,
+    THING,
+    THING_CHANNELS,
+    codes,
+)
 from train.data.stickers.captions import Scene
 from train.data.stickers.vocabulary import Noun
-
-_COLOR_CODES = COLOR.stop - COLOR.start
 
 
 def loss_weights() -> tuple[float, ...]:
@@ -29,7 +38,7 @@ def loss_weights() -> tuple[float, ...]:
 
 def check_semantics(num_nouns: int) -> None:
     """`UserError` if there are more nouns than codes."""
-    if num_nouns > (most := len(codes(THING.stop))):
+    if num_nouns > (most := len(codes(THING_CHANNELS))):
         raise UserError(
             f"semantic latents tell at most {most} nouns apart, not {num_nouns}: "
             f"--data stickers:nouns={most}"
@@ -39,7 +48,7 @@ def check_semantics(num_nouns: int) -> None:
 def things_at(semantics: np.ndarray) -> np.ndarray:
     """Maps (..., S) -> a number for noun and color at each place, or 0; int32."""
     nouns, colors = (_numbers(semantics[..., part]) for part in (THING, COLOR))
-    return np.where(nouns > 0, nouns * (1 + len(codes(_COLOR_CODES))) + colors, 0)
+    return np.where(nouns > 0, nouns * (1 + len(codes(CODE_CHANNELS))) + colors, 0)
 
 
 def _numbers(channels: np.ndarray) -> np.ndarray:
@@ -70,7 +79,7 @@ def semantic_map(
     y = (np.arange(height // factor) + 0.5)[:, None] * factor
     x = (np.arange(width // factor) + 0.5)[None, :] * factor
     found = np.zeros((height // factor, width // factor, SEEN_CHANNELS), np.float32)
-    colors = codes(_COLOR_CODES)
+    colors = codes(CODE_CHANNELS)
     found[..., GROUND] = colors[list(scene.collection.backgrounds).index(scene.background)]
     for placed in scene.placed:
         center_x, center_y = placed.center
@@ -85,7 +94,7 @@ def semantic_map(
         if number is None:
             number = scene.collection.nouns.index(placed.noun)
         size = np.full_like(right, np.log2(placed.size_px / factor / MIDDLE))
-        found[inside, THING] = codes(THING.stop)[number]
+        found[inside, THING] = codes(THING_CHANNELS)[number]
         found[inside, PLACE] = np.stack([EDGE * right, EDGE * down, size], -1)[inside]
         if placed.color is not None:
             found[inside, COLOR] = colors[list(scene.collection.colors).index(placed.color)]

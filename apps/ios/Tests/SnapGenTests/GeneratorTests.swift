@@ -7,12 +7,12 @@
     @testable import SnapGen
 
     final class GeneratorTests: XCTestCase {
-        private let length = 24
+        private let length = 32
         private var folder = URL(fileURLWithPath: "/")
 
         override func setUpWithError() throws {
             let root = URL(fileURLWithPath: #filePath).deletingLastPathComponent()
-                .appendingPathComponent("../../../../mlx_snapgen/models/stickers")
+                .appendingPathComponent("../../../../mlx_snapgen/models/fluent")
             folder = FileManager.default.temporaryDirectory.appendingPathComponent(
                 UUID().uuidString)
             try FileManager.default.createDirectory(

@@ -61,7 +61,7 @@ final class VectorTests: XCTestCase {
     }
 
     private var tokenizerFile: URL {
-        file("mlx_snapgen/models/stickers/tokenizer_0.model")
+        file("mlx_snapgen/models/fluent/tokenizer_0.model")
     }
 
     private func load() throws -> Vectors {
