@@ -316,10 +316,14 @@ def test_killed_at_random_moments_it_ends_as_if_never_killed(name, calls, proces
         process, before = start(folder)
         number, begun = rng.choice(signals) if is_command else signal.SIGKILL, time.perf_counter()
         process.join(rng.uniform(0, seconds))
-        if is_hit := process.exitcode is None:
-            os.kill(process.pid, number)
-            process.join()
-            kills += number == signal.SIGKILL
+        is_hit = process.exitcode is None
+        try:
+            if is_hit:
+                os.kill(process.pid, number)
+        except ProcessLookupError:  # it has just ended
+            is_hit = False
+        process.join()
+        kills += is_hit and number == signal.SIGKILL
         if is_hit and number != signal.SIGKILL:
             log = log_of(folder)[len(before) :]
             ends.append(check_interrupted(folder, log, code=process.exitcode, number=number))
