@@ -117,6 +117,13 @@ def test_objects_that_touch_are_told_apart(detector):
         assert sorted(d.noun for d in detector(picture)) == sorted((a, b))
 
 
+def test_objects_may_hide_most_of_the_rim():
+    picture = np.zeros((SIDE, SIDE, 4), np.uint8)
+    colors = np.random.default_rng(0).integers(0, 255, picture.shape, np.uint8)
+    picture[:, SIDE // 4 :] = colors[:, SIDE // 4 :]
+    assert (background_color(picture) == 0).all()
+
+
 def test_garbage_is_mostly_nothing(detector):
     rng = np.random.default_rng(0)
     names = [noun.name for noun in detector.nouns]

@@ -26,6 +26,7 @@ EDGE_WEIGHT = 2.0  # of edges against colors, when a box and a glyph are compare
 MAX_CUTS = 5  # in sequence, from the whole picture to an object
 MAX_BOXES = 24  # compared at each level of cuts; only chaotic pictures have more
 THICKEST = 0.4  # without a gap: limit of the thickness at a cut, relative to elsewhere
+TOUCHING = 0.75  # the same at a cut near the middle, where two big objects may touch
 GAP = 3  # empty rows or columns that a glyph without a gap does not have
 MAX_GAPS = 3  # empty runs of rows or columns that are tried for one cut
 
@@ -165,10 +166,12 @@ class Detector:
 
 
 def background_color(picture: np.ndarray) -> np.ndarray:
-    """(C,) median of the two outermost pixels all round."""
+    """(C,) the most frequent color of the two outermost pixels all round."""
     rim = np.ones(picture.shape[:2], bool)
     rim[2:-2, 2:-2] = False
-    return np.median(picture[rim], axis=0).astype(np.float32)
+    colors = picture[rim]
+    _, kinds, counts = np.unique(colors // TINT, axis=0, return_inverse=True, return_counts=True)
+    return np.median(colors[kinds.reshape(-1) == counts.argmax()], axis=0).astype(np.float32)
 
 
 def foreground(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -210,16 +213,21 @@ def _cuts(mask: np.ndarray, box: Box) -> list[list[Box]]:
 
 
 def _valleys(counts: np.ndarray) -> list[int]:
-    """Where to cut: in the widest gaps, or, without any, at the thinnest place."""
+    """Where to cut: in the widest gaps, or, without any, at thin places and near the middle."""
     edges = np.flatnonzero(np.diff(counts == 0))
     gaps = edges.reshape(-1, 2)  # the box is tight, so that both ends are filled
     if len(gaps):
         widest = np.argsort(gaps[:, 0] - gaps[:, 1], kind="stable")[:MAX_GAPS]
         return [int(gaps[k].sum()) // 2 + 1 for k in widest]
     inner = counts[SMALLEST:-SMALLEST]
-    if not len(inner) or inner.min() > THICKEST * counts.max():
+    if not len(inner):
         return []
-    return [SMALLEST + int(inner.argmin())]
+    thin = [SMALLEST + int(inner.argmin())] if inner.min() <= THICKEST * counts.max() else []
+    start = len(counts) * 2 // 5
+    middle = start + int(counts[start : len(counts) - start].argmin())
+    return list(
+        dict.fromkeys([*thin, middle] if counts[middle] <= TOUCHING * counts.max() else thin)
+    )
 
 
 Account = tuple[float, tuple[Detection, ...]]
