@@ -215,6 +215,14 @@ def _groups(scene: Scene) -> list[tuple[int, Placed]]:
     return [(len(run), run[0]) for run in (list(group) for _, group in runs)]
 
 
+def _names(noun: Noun, rng: np.random.Generator) -> tuple[str, str]:
+    """Singular and plural of a word for the noun, often its name."""
+    if noun.synonyms and rng.random() < 0.35:
+        synonym = pick(rng, noun.synonyms)
+        return synonym, pluralize(synonym)
+    return noun.name, noun.plural
+
+
 def _noun_phrase(
     count: int,
     item: Placed,
@@ -228,9 +236,7 @@ def _noun_phrase(
     singular, plural = noun.name, noun.plural
     tail = ""
     if rng is not None:
-        if noun.synonyms and rng.random() < 0.2:
-            singular = pick(rng, noun.synonyms)
-            plural = pluralize(singular)
+        singular, plural = _names(noun, rng)
         sizes = SIZE_WORDS if "huge" in collection.alone else TWO_SIZES
         size = size and pick(rng, sizes[size])
         if color == "grey" and rng.random() < 0.5:
@@ -292,12 +298,8 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
         if count > 1 and not (item.color or item.size_word) and style < 0.4:
             number = str(count) if rng.random() < 0.4 else scene.collection.numbers[count - 1]
             forms = COUNTING + COUNTING_TWO if count == 2 else COUNTING
-            form = pick(rng, forms).format(
-                n=number,
-                p=item.noun.plural,
-                s=item.noun.name,
-                one=with_article(item.noun.name),
-            )
+            name, plural = _names(item.noun, rng)
+            form = pick(rng, forms).format(n=number, p=plural, s=name, one=with_article(name))
             return form, True
         phrase = _noun_phrase(count, item, rng, collection=scene.collection, determiner=determiner)
         return phrase, True

@@ -138,7 +138,7 @@ def _subjects(rng: np.random.Generator, pool: _Pool, category: str, held_out: bo
 
 
 def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> _Subjects:
-    """Colored counts, counts of two nouns, three or four nouns, two nouns with one colored."""
+    """Colored counts, counts of two nouns, three or four nouns, two with one or both in a color."""
     kind = rng.random()
     if kind < 0.3:
         noun = pick(rng, pool.recolorable)
@@ -151,7 +151,9 @@ def _mixed_subjects(rng: np.random.Generator, pool: _Pool) -> _Subjects:
         count = 3 if rng.random() < 0.7 else 4
         return [(noun, None) for noun in _noun_set(rng, pool.nouns, count)]
     a, b = _noun_set(rng, pool.recolorable, 2)
-    pair = [(a, _color_of(rng, a, pool)), (b, None)]
+    color = _color_of(rng, a, pool)
+    alike = rng.random() < 0.3 and not is_held_out_color(b, color)
+    pair = [(a, color), (b, color if alike else None)]
     return pair if rng.random() < 0.5 else pair[::-1]
 
 
