@@ -187,6 +187,8 @@ class AutoencoderConfig:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) not in (0, count):
                 raise UserError(f"{name} needs {count} numbers, one per {each}")
+        if not all(std > 0 for std in self.latents_std):
+            raise UserError(f"latents_std must be above 0, not {min(self.latents_std):g}")
 
     def _check_levels(self) -> None:
         for part in ("encoder", "decoder"):
@@ -266,6 +268,10 @@ class SamplerConfig:
     (`ModelConfig.time_shift`)."""
     fresh_noise: bool = False
     """Add new noise to each step's estimate instead of taking Euler steps (`sampling.denoise`)."""
+
+    def __post_init__(self):
+        if self.time_shift is not None and not self.time_shift > 0:
+            raise UserError(f"time_shift must be above 0, not {self.time_shift:g}")
 
 
 def resolution_shift(tokens: int) -> float:

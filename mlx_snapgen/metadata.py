@@ -62,6 +62,9 @@ MAX_PIXELS = 1 << 22
 MAX_PROMPT, MAX_NAME, MAX_NAMES = 10_000, 1000, 64
 """Characters of prompts, characters of other texts, and LoRAs or text encoders in a picture."""
 
+DESCRIBED = {"mlx_snapgen", "mlx", "device", "dtype"}
+"""Texts about the program that drew, see `SnapGenPipeline.describe`."""
+
 PICTURES = {"image", "mask", "edit"}
 """Fields that are pictures: recorded by name and hash."""
 
@@ -200,6 +203,7 @@ def read_settings(path: str | Path, *, max_pixels: int | None = MAX_PIXELS) -> R
     for name in (*REQUIRED, *values):
         empty = name in settings and settings[name] is None
         wrong = not _in_range(name, (settings | choice).get(name))
+        wrong |= name in DESCRIBED and not isinstance(values[name], str)
         if empty or wrong or (name in fields and name not in settings | choice):
             raise UserError(f"{path} has no usable '{name}' in its settings")
     height, width = settings["height"], settings["width"]

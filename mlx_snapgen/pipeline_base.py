@@ -71,9 +71,14 @@ class GenerationStep:
     def preview(self) -> Image.Image:
         """The picture as this step estimates it; decoded at each call.
 
-        With a slow decoder it is rough before the last step; `decode` is exact.
+        With a slow decoder it is rough before the last step; `decode` is exact. A finished picture
+        that is all transparent gets a warning.
         """
-        return (self.decode if self.final or self.rough is None else self.rough)(self.x0)
+        image = (self.decode if self.final or self.rough is None else self.rough)(self.x0)
+        if self.final and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+            text = "the picture is empty: try another seed, or other words"
+            warnings.warn(PromptWarning(text, self.metadata["prompt"]), stacklevel=2)
+        return image
 
 
 @dataclass(frozen=True)
@@ -359,8 +364,8 @@ class Pipeline(ABC):
                     raise UserError(
                         f"latents are not finite at step {step.index + 1} of {step.num_steps} "
                         f"(seed {drawing.seed}): the weights are damaged, or "
-                        f"{metadata[k]['dtype']} or a guidance scale of "
-                        f"{settings.guidance_scale:g} is too much for them"
+                        f"{metadata[k]['dtype']}, a guidance scale of "
+                        f"{settings.guidance_scale:g} or a LoRA's weight is too much for them"
                         + (others if len(batch) > 1 else "")
                     )
                 over = drawing.inputs.over

@@ -209,10 +209,10 @@ def train_own(args: argparse.Namespace, folder: ModelFolder) -> int:
     warn_untrained(network, args.model, result="with a LoRA it still draws noise")
     trained = widths_of(args, config)
     shares, widths = [width.share for width in trained], [width.name for width in trained]
-    lessons = (_of_pictures if args.thing is None else _of_thing)(args, components, widths)
-    data, captions = lessons.data, lessons.captions
     add_lora(network, args.rank, alpha=args.alpha, targets=args.targets, name=NAME)
     train_only(network, NAME)
+    lessons = (_of_pictures if args.thing is None else _of_thing)(args, components, widths)
+    data, captions = lessons.data, lessons.captions
     network.checkpoint_blocks(args.save_memory)
     # With a thing, scenes of known things need not be drawn.
     wanted = args.prior_pictures if args.prior_weight and lessons.thing is None else 0

@@ -44,7 +44,9 @@ def transformer_bytes(folder: ModelFolder, choice: ModelChoice) -> int:
         for name, tensor in read_header(path)[0].items():
             packed = tensor.dtype == "U32"
             if not name.endswith((".scales", ".biases")):
-                count += math.prod(tensor.shape) * (32 // stored["bits"] if packed else 1)
+                # Packed weights of unknown bits are an error that loading reports.
+                packs = 32 // stored["bits"] if packed and stored["bits"] else 1
+                count += math.prod(tensor.shape) * packs
     # A LoRA is merged at full width, before quantization.
     share = 1.0 if choice.loras else parse_width(choice.model_width).share
     whole = 2 if on_device(None) is None else 4

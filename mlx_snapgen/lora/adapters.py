@@ -147,11 +147,14 @@ def add_lora(
         Paths of the layers that have it.
 
     Raises:
-        UserError: a pattern that matches no layer, or an invalid rank, alpha or name.
+        UserError: a pattern that matches no layer, or an invalid rank, alpha (0 trains nothing) or
+            name.
     """
     targets = [targets] if isinstance(targets, str) else targets
-    if rank < 1 or not math.isfinite(alpha):
-        raise UserError(f"a LoRA needs a rank from 1 and a finite alpha, got {rank} and {alpha}")
+    if rank < 1 or not math.isfinite(alpha) or alpha == 0:
+        raise UserError(
+            f"a LoRA needs a rank from 1 and a finite alpha but 0, got {rank} and {alpha}"
+        )
     if not targets:
         raise UserError("a LoRA needs at least one target")
     layers = linear_layers(module)

@@ -121,6 +121,9 @@ def stored(folder, **values):
         ("loras", [{"path": "x\0", "weight": 1.0}]),
         ("loras", [{"path": "x", "weight": 1.0}] * 65),
         ("text_encoders", ["x" * 1001]),
+        ("dtype", []),
+        ("device", {"type": "cpu"}),
+        ("mlx", 1),
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, name, value):

@@ -1,5 +1,7 @@
 """The memory of a model of this project, estimated before it is loaded."""
 
+import json
+
 import pytest
 
 import mlx_snapgen  # noqa: F401
@@ -10,7 +12,7 @@ import mlx.core as mx
 from mlx_snapgen import settings
 from mlx_snapgen.checkpoint import memory
 from mlx_snapgen.checkpoint.config import ModelFolder
-from mlx_snapgen.checkpoint.model import load_pretrained
+from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
 from mlx_snapgen.errors import UserError
 from mlx_snapgen.networks.layers import flat_parameters
 from mlx_snapgen.pipeline import SnapGenPipeline
@@ -31,6 +33,17 @@ def test_the_transformer_is_estimated_from_headers(model_folder):
     assert packed == int(found / 4 * (0.5 + 0.25))
     merged = ModelChoice(loras=(("a.safetensors", 1.0),), model_width="tiny", quantize=4)
     assert memory.transformer_bytes(folder, merged) == found
+
+
+@pytest.mark.parametrize("quantization", [None, {}])
+def test_packed_weights_of_unknown_bits_are_said(components, tmp_path, quantization):
+    folder = tmp_path / "packed"
+    how = {"bits": 8, "group_size": 32}
+    save_pretrained(folder, components, quantize={"transformer": how})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": quantization}))
+    with pytest.raises(UserError, match="does not fit"):
+        SnapGenPipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def parts(tmp_path):
     """Files of all parts: sizes, Qwen-Image's autoencoder, a CLIP and a tokenizer."""
     (tmp_path / "sizes.json").write_text(json.dumps(SIZES))
     (tmp_path / "own.model").write_bytes(tiny.tokenizer_bytes())
+    (tmp_path / "empty.model").touch()
     write_autoencoder(tmp_path / "qwen", tiny.QWEN_AUTOENCODER)
     write_folder(tmp_path / "clip", tiny.make_clip(MERGES, 48, num_heads=3), "hugging face")
     return tmp_path
@@ -220,6 +221,7 @@ def test_gemma_is_used_from_its_folder(parts, run):
         (["--text-encoder", "language"], "a CLIP or a Gemma 3, language is a Qwen3ForCausalLM$"),
         (["--tokenizer", "nothing"], "cannot read the tokenizer"),
         (["--tokenizer", "sizes.json"], r"sizes\.json: it is not a sentencepiece model$"),
+        (["--tokenizer", "empty.model"], r"empty\.model: it is not a sentencepiece model$"),
         (["--resolution", "100"], "100x100 do not divide by 32 pixels: .* --resolution 96 or 128"),
         (
             ["--text-encoder", "nowhere", "--resolution", "100"],

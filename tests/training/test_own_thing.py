@@ -31,6 +31,7 @@ from train.data.stickers.captions import Placed, Scene
 from train.data.stickers.own_thing import (
     MOST_LOOKS,
     OwnThing,
+    check_names,
     fitted,
     in_square,
     is_cutout,
@@ -287,7 +288,8 @@ def test_two_things_go_together_and_one_can_be_removed(model, tmp_path):
         ({"things": 11}, "a model that knows 11 things in 8 sizes, this one knows 12 things in 8"),
         ({"sides": (2, 4)}, "knows 12 things in 2 sizes, this one"),
         ({"rows": mx.zeros((3, 8))}, r"things.weight is \(3, 8\) in .*, not \(816, 8\)"),
-        ({"rows": mx.full((816, 8), mx.nan)}, "is damaged: .* not finite"),
+        ({"rows": mx.full((816, 8), mx.nan)}, "is damaged: .* numbers above 10000"),
+        ({"rows": mx.full((816, 8), -1e38)}, "is damaged: .* numbers above 10000"),
     ],
 )
 def test_things_that_do_not_fit_change_nothing(model, tmp_path, changed, message):
@@ -453,13 +455,45 @@ def test_more_pictures_than_looks_are_left_out(folder, monkeypatch, capsys):
         (["--thing", "capybara", "--plural", "cats"], "--plural cats: the model knows this word"),
         (["--thing", "3"], "--thing takes a noun of at most 40 letters: '3'"),
         (["--thing", "x" * 41], "--thing takes a noun of at most 40 letters"),
+        (["--thing", "gray"], "--thing gray: the model knows this word"),
+        (["--thing", "colour"], "--thing colour: the model knows this word"),
+        (["--thing", "two castles"], "--thing 'two castles' is no noun: leave out 'two'"),
+        (["--thing", "A Castle"], "--thing 'a castle' is no noun: leave out 'a'"),
+        (["--thing", "castle of"], "--thing 'castle of' is no noun: leave out 'of'"),
         (["--plural", "capybaras"], "--plural is of --thing"),
+        (["--thing", "capybara", "--alpha", "0"], "--alpha 0 trains nothing"),
+        (["--thing", "capybara", "--targets", "nothing"], "nothing"),
         (["--thing", "capybara", "--flip"], "--thing takes no --flip: leave it out"),
     ],
 )
 def test_mistakes_are_said(folder, monkeypatch, options, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, folder, *options)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (("BABY Capybara ", None), ("baby capybara", "baby capybaras")),
+        (("fort ", None), ("fort", "forts")),
+        (("top hat", None), ("top hat", "top hats")),
+        (("red  panda", "Red Pandas"), ("red panda", "red pandas")),
+    ],
+)
+def test_names_are_in_the_letters_of_captions(model, given, names):
+    assert check_names(model, *given) == names
+
+
+def test_captions_of_cutouts_are_not_read(folder):
+    (path, _), *_ = read_cutouts(folder / "capybara")[0]
+    path.with_suffix(".txt").write_bytes(b"\xff\xfe")
+    assert path in dict(read_cutouts(folder / "capybara")[0])
+
+
+def test_why_no_picture_is_usable_is_said(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"no usable picture in .* \(.*a\.png"):
+        read_cutouts(tmp_path)
 
 
 def test_other_pictures_and_models_are_said(folder, model_folder, monkeypatch, capsys):

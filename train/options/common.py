@@ -237,6 +237,12 @@ def add_tuning(
     add_seed(parser)
 
 
+def check_alpha(args: argparse.Namespace) -> None:
+    """`UserError` for an --alpha with which a LoRA has no effect."""
+    if args.alpha == 0:
+        raise UserError("--alpha 0 trains nothing: a LoRA is multiplied by alpha / rank")
+
+
 def check_tuning(args: argparse.Namespace) -> None:
     """`UserError` for invalid values of the options of `add_tuning`."""
     check_at_least(args, 1, "steps", "batch_size", "checkpoint_every")

@@ -30,6 +30,7 @@ from train.options.common import (
     add_run_dir,
     add_seed,
     add_teacher_source,
+    check_alpha,
     check_at_least,
     check_at_most,
     check_channel_weights,
@@ -138,6 +139,7 @@ def parse() -> argparse.Namespace:
     check_new_lora(args.output)
     check_at_least(args, 1, "steps", "student_every", "batch_size", "accumulate", "rank")
     check_at_least(args, 1, "checkpoint_every")
+    check_alpha(args)
     if args.steps < args.student_every:
         raise UserError(
             f"--steps {args.steps} never trains the student, whose turn is every "

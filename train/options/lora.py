@@ -28,6 +28,7 @@ from train.options.common import (
     add_output,
     add_run_dir,
     add_tuning,
+    check_alpha,
     check_at_least,
     check_at_most,
     check_new_lora,
@@ -186,6 +187,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.dry_run:
         check_run_folder(args.run_dir, "train.lora")
     args.alpha = args.rank if args.alpha is None else args.alpha
+    check_alpha(args)
     check_tuning(args)
     _check_thing(args)
     check_at_least(args, 1, "accumulate", "rank")

@@ -20,10 +20,13 @@ from mlx_snapgen.reading import read_bytes
 
 def load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     """The processor of a serialized model; `UserError` if it is none."""
+    processor = sentencepiece.SentencePieceProcessor()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        # The constructor ignores an empty model.
+        processor.LoadFromSerializedProto(model)
     except RuntimeError:  # its text names a line of sentencepiece's source
         raise UserError("it is not a sentencepiece model") from None
+    return processor
 
 
 class SentencePieceTokenizer:

@@ -51,6 +51,15 @@ TEMPLATE_HINT = "--caption-template 'a photo of a {}' makes one of its folder's 
 Entry = tuple[Any, ...] | Skipped
 
 
+def _caption_fault(error: OSError | ValueError, name: str) -> tuple[str, str]:
+    """Reason and detail of a caption that cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return "caption not in UTF-8", f"{name} is not readable as UTF-8"
+    if isinstance(error, OSError):
+        return "caption cannot be read", f"{name}: {error.strerror}"
+    return "damaged line of metadata", f"{name} has changed"
+
+
 class PictureFolderRecords:
     """The pictures of a folder: a `RecordSource`. Its keys are paths relative to the folder.
 
@@ -59,7 +68,7 @@ class PictureFolderRecords:
 
     Args:
         template: caption of pictures that have none, with {} for the name of their folder.
-        pictures_only: also give the pictures that have no caption.
+        pictures_only: also give the pictures that have no caption, or none that can be read.
 
     Raises:
         UserError: no such folder, or a template without {}.
@@ -96,12 +105,10 @@ class PictureFolderRecords:
             return Skipped(key, "not a picture by its name", "no picture type has this ending")
         try:
             captions = self._captions(place) or ({} if self.pictures_only else None)
-        except UnicodeDecodeError:
-            return Skipped(key, "caption not in UTF-8", f"{place[1]} is not readable as UTF-8")
-        except OSError as error:
-            return Skipped(key, "caption cannot be read", f"{place[1]}: {error.strerror}")
-        except ValueError:
-            return Skipped(key, "damaged line of metadata", f"{place[1]} has changed")
+        except (OSError, ValueError) as error:
+            if not self.pictures_only:
+                return Skipped(key, *_caption_fault(error, place[1]))
+            captions = {}
         if captions is None:
             named = os.sep in name and self.template is None
             return Skipped(key, NO_CAPTION, TEMPLATE_HINT if named else "")

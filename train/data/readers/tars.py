@@ -153,7 +153,9 @@ class TarRecords:
         try:
             captions = _captions(path, texts, lambda: self._default(number))
         except _Unreadable as error:
-            return Skipped(key, str(error), f"{sample}.{error.suffix}")
+            if not self.pictures_only:
+                return Skipped(key, str(error), f"{sample}.{error.suffix}")
+            captions = {}
         if not any(captions.values()) and not self.pictures_only:
             return Skipped(key, "empty caption")
         place = (number, sample, *([m.name, m.offset, m.size] for m in (picture, *texts)))

@@ -15,14 +15,14 @@ from mlx.optimizers import Adam
 from PIL import Image
 
 from mlx_snapgen.checkpoint.model import Components
-from mlx_snapgen.errors import UserError
+from mlx_snapgen.errors import UserError, one_line
 from mlx_snapgen.lora.things import Thing
 from mlx_snapgen.networks.autoencoders.base import Autoencoder
 from mlx_snapgen.networks.text_encoders.base import normalize
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.prompt_check import words_of_captions
 from mlx_snapgen.semantics import SEEN_CHANNELS, SemanticConfig
-from mlx_snapgen.vocabulary import nouns, pluralize
+from mlx_snapgen.vocabulary import ALL_NUMBERS, ARTICLES, nouns, pluralize
 from train.data.imagefolder import Example, read_picture
 from train.data.readers.folder import PictureFolderRecords
 from train.data.source import CodedSource, Skipped, describe_skipped
@@ -74,7 +74,8 @@ def read_cutouts(folder: Path) -> tuple[list[tuple[Path, Image.Image]], list[str
             )
         found[path] = cropped(picture)
     if not found:
-        raise UserError(f"no pictures in {folder}: give cut-outs of one thing (RGBA)")
+        why = f" ({skipped[0]})" if skipped else ""
+        raise UserError(f"no usable picture in {folder}{why}: give cut-outs of one thing (RGBA)")
     return sorted(found.items(), key=lambda one: one[0]), skipped
 
 
@@ -166,16 +167,24 @@ def spare_codes(semantics: SemanticConfig, name: str, count: int, *, seed: int) 
 
 def check_names(components: Components, name: str, plural: str | None) -> tuple[str, str]:
     """Both names in the letters of captions; `UserError` for one that means something already."""
-    words = [" ".join(normalize(word).split()) for word in (name, plural or pluralize(name))]
+    name = " ".join(normalize(name).split())
+    plural = " ".join(normalize(plural).split()) if plural else pluralize(name)
     vocabulary = components.vocabulary or {}
     known, taken = nouns(vocabulary), words_of_captions(vocabulary)
-    for option, word in zip(("--thing", "--plural"), words, strict=True):
-        plain = word.replace(" ", "").replace("-", "").replace("'", "")
+    colors = {*vocabulary.get("colours", ()), *vocabulary.get("backgrounds", ())}
+    for option, word in (("--thing", name), ("--plural", plural)):
+        parts = word.split()
+        plain = "".join(parts).replace("-", "").replace("'", "")
         if not (plain.isalpha() and len(word) <= MOST_LETTERS):
-            raise UserError(f"{option} takes a noun of at most {MOST_LETTERS} letters: '{word}'")
-        if word in known or taken.issuperset(word.split()):
+            raise UserError(
+                f"{option} takes a noun of at most {MOST_LETTERS} letters: '{one_line(word, 60)}'"
+            )
+        if word in known or taken.issuperset(parts):
             raise UserError(f"{option} {word}: the model knows this word, choose a new one")
-    return words[0], words[1]
+        if parts[0] in {*ALL_NUMBERS, *ARTICLES} or parts[-1] in taken - colors:
+            other = parts[0] if parts[0] in {*ALL_NUMBERS, *ARTICLES} else parts[-1]
+            raise UserError(f"{option} '{word}' is no noun: leave out '{other}'")
+    return name, plural
 
 
 def known_scenes_of(components: Components, *, seed: int) -> Stickers:
