@@ -93,10 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.json:
         peak = _peak_memory()
         process = peak.get("peak_process_bytes")
-        print(
-            f"peak memory: {peak['peak_mlx_bytes'] / 2**20:.0f} MiB of arrays"
-            + (f", {process / 2**20:.0f} MiB in all" if process else "")
-        )
+        # A part of the arrays is reserved, but never used.
+        of = "in all" if process else "of arrays"
+        print(f"peak memory: {(process or peak['peak_mlx_bytes']) / 2**20:.0f} MiB {of}")
     return 0
 
 

@@ -10,7 +10,16 @@ from typing import Any
 from mlx_snapgen.errors import one_line
 from mlx_snapgen.networks.text_encoders.base import normalize
 from mlx_snapgen.settings import DrawSettings
-from mlx_snapgen.vocabulary import ALL_NUMBERS, RELATIONS, nouns, numbers, pluralize, translate
+from mlx_snapgen.vocabulary import (
+    ALL_NUMBERS,
+    RELATIONS,
+    SIZES,
+    nouns,
+    numbers,
+    pluralize,
+    replacements,
+    translate,
+)
 
 
 def _set(words: str) -> frozenset[str]:
@@ -34,7 +43,6 @@ OTHER_RELATIONS = _set(
 )
 NEGATIONS = _set("no not without never except none nothing neither nor minus isn't")
 QUANTITIES = _set("some many several few lots plenty numerous multiple dozens lot")
-SIZES = _set("big small little tiny large huge")
 
 STOPS = frozenset(",.;:&!?")
 MOST_THINGS = 2
@@ -48,9 +56,9 @@ MOST_SHOWN = 200
 
 def words_of_captions(vocabulary: Mapping[str, Any]) -> frozenset[str]:
     """All words that mean something in a prompt, but no thing."""
-    parts = FUNCTION_WORDS | POSITIONS | OTHER_RELATIONS | NEGATIONS | QUANTITIES | SIZES
+    parts = FUNCTION_WORDS | POSITIONS | OTHER_RELATIONS | NEGATIONS | QUANTITIES
     named = [*vocabulary.get("colours", ()), *vocabulary.get("backgrounds", ())]
-    return parts.union(ALL_NUMBERS, *(map(str.split, named)))
+    return parts.union(ALL_NUMBERS, SIZES, ("gray", "colour"), *(map(str.split, named)))
 
 
 class PromptWarning(UserWarning):
@@ -124,9 +132,16 @@ def _listed(words: Sequence[str], known: Sequence[str]) -> str:
     """Unknown words with the nearest known ones, for a note."""
     shown = []
     for word in words[:MOST_LISTED]:
-        match = difflib.get_close_matches(word[:40], known, n=1, cutoff=0.7)
-        shown.append(f"{one_line(word, 40)}" + (f" (did you mean {match[0]}?)" if match else ""))
+        match = _nearest(word[:40], known)
+        shown.append(f"{one_line(word, 40)}" + (f" (did you mean {match}?)" if match else ""))
     return ", ".join(shown) + (" ..." if words[MOST_LISTED:] else "")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    """The known word that a misspelled one may be: also "bleu" is, "hat" and "bowl" are not."""
+    alike = [one for one in known if one[:1] == word[:1]]
+    swapped = [one for one in alike if sorted(one) == sorted(word)]
+    return next(iter(swapped or difflib.get_close_matches(word, alike, n=1, cutoff=0.77)), None)
 
 
 @dataclass
@@ -179,6 +194,11 @@ class _Parser:
         wrong = self.vocabulary.get("misspelled", ())
         hints = (
             *(n for n in self.nouns if n not in wrong),
+            *(
+                w
+                for w, noun in replacements(self.vocabulary).items()
+                if normalize(noun) in self.nouns
+            ),
             *self.colors,
             *self.lora_words,
             *POSITIONS,
@@ -323,7 +343,7 @@ def _miscounted(parsed: _Parsed, vocabulary: Mapping[str, Any]) -> Iterator[str]
         if (number or 0) > limit or quantity in ("0", "zero"):
             yield f"'{quantity} {thing.word}' is not understood: this model counts to {most}"
             return
-        if number == 0 or (number is None and thing.plural):
+        if number == 0 or (number is None and thing.plural and not parsed.negations):
             yield f"'{quantity or thing.word}' is not understood: give a number up to {most}"
             return
     kinds = {thing.noun or thing.word: thing.word for thing in parsed.things}

@@ -23,7 +23,9 @@ ALL_NUMBERS = {
     **{"couple": 2, "dozen": 12, "hundred": 100, "thousand": 1000},
 }
 ARTICLES = ("a", "an", "the", "another", "same")
-SIZES = ("big", "small", "little", "tiny", "large", "huge", "giant", "gigantic", "enormous", "mini")
+SIZES = ("small", "little", "tiny", "big", "large", "huge")
+OTHER_SIZES = ("giant", "gigantic", "enormous", "mini")
+"""Those that a model may have only as "replaced"."""
 VARIATION = "\N{VARIATION SELECTOR-16}"
 """Follows a character that is shown as an emoji."""
 
@@ -109,19 +111,25 @@ def listed(vocabulary: Mapping[str, Any]) -> dict[str, list[str]]:
     """Everything that the model understands, as lists with titles."""
     names: list[str] = vocabulary.get("nouns", [])
     wrong = vocabulary.get("misspelled", [])
-    others = sorted(word for word in nouns(vocabulary) if word not in (*names, *wrong))
+    words = nouns(vocabulary)
+    others = {
+        word: f" ({meaning})" if meaning and word != pluralize(meaning) else ""
+        for word, (meaning, _) in words.items()
+        if word not in (*names, *wrong)
+    }
     own = vocabulary.get("own_colours", {})
     replaced = {word: to for word, to in vocabulary.get("replaced", {}).items() if to not in wrong}
-    corrected = [word for word in vocabulary.get("replaced", {}) if word not in replaced]
+    others |= {word: "" for word in vocabulary.get("replaced", {}) if word not in replaced}
     lists = {
         "nouns": names,
-        "other words for them": sorted({*others, *corrected}),
+        "other words for them": [f"{word}{meaning}" for word, meaning in sorted(others.items())],
         "colors": vocabulary.get("colours", []),
         "nouns that take a color": vocabulary.get("recolourable", []),
         "nouns with a color of their own": [f"{color} {noun}" for noun, color in own.items()],
         "backgrounds": vocabulary.get("backgrounds", []),
         "numbers": numbers(vocabulary),
         "relations": list(RELATIONS),
+        "sizes": [word for word in SIZES if word not in vocabulary.get("drawn_badly", ())],
         "emoji": list(vocabulary.get("emoji", {})),
         "words with the same meaning": [f"{word} ({to})" for word, to in replaced.items()],
         "without a meaning, at the end": vocabulary.get("ignored", []),
@@ -204,7 +212,7 @@ def _spelled(
     ]
     number = int(before) if before.isdecimal() else ALL_NUMBERS.get(before)
     name, count = groups[0]
-    if count == 1 and (number or before in (*colors, *SIZES, *ARTICLES)):
+    if count == 1 and (number or before in (*colors, *SIZES, *OTHER_SIZES, *ARTICLES)):
         phrases[0] = pluralize(name) if number and number > 1 else name
     words = " and ".join((", ".join(phrases[:-1]), phrases[-1]) if phrases[1:] else phrases)
     start = "" if run.start() == 0 or run.string[run.start() - 1].isspace() else " "

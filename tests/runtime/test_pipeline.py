@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 import mlx_snapgen
 from mlx_snapgen.checkpoint.model import load_pretrained, save_pretrained
@@ -398,3 +399,17 @@ def test_the_shared_model_is_as_it_was(components, model_folder):
     for name, value in tree_flatten(fresh.transformer.parameters()):
         assert mx.array_equal(value, dict(tree_flatten(components.transformer.parameters()))[name])
     assert dataclasses.asdict(fresh.config) == dataclasses.asdict(components.config)
+
+
+def test_an_empty_picture_is_said(pipe):
+    [step] = pipe.generate("a red apple", seed=1, num_inference_steps=1)
+    for alpha, expected in (
+        (0, ["the picture is empty: try another seed, or other words"]),
+        (9, []),
+    ):
+        clear = Image.new("RGBA", (4, 4), (0, 0, 0, alpha))
+        drawn = dataclasses.replace(step, decode=lambda _, clear=clear: clear)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert drawn.preview() is clear
+        assert [warning.message.problem for warning in caught] == expected
