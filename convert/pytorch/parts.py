@@ -179,6 +179,7 @@ class Paint(nn.Module):
         ground, is_ground = nearest(semantics, GROUND)
         pictures = torch.where(enlarged((is_ground & ~is_thing).to(x)) > 0.5, -1.0, pictures)
         below = (looked_up(self.grounds, ground) + 1) * is_ground.to(x)
+        pictures = pictures + F.relu(-1 - pictures) * enlarged(is_ground.to(x))
         visible = 1 - ((pictures[:, 3:] + 1) / 2).clamp(0, 1)
         return pictures + visible * enlarged(below)
 

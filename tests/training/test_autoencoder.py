@@ -610,6 +610,10 @@ def test_things_are_painted_where_they_have_a_color_and_lie_on_the_background():
     is_thing = np.repeat(np.repeat([[[0, 1], [1, 0]]], 4, axis=1), 4, axis=2)[..., None]
     beside = np.broadcast_to(np.array(paint.grounds)[4], over.shape)
     np.testing.assert_allclose(on_ground, np.where(is_thing, over, beside), atol=1e-5)
+    # A decoder's numbers below -1, also of alpha, are as -1.
+    on = maps_of([[[2, 2], [2, 2]]], grounds=[[[5] * 2] * 2])
+    clear, less = (mx.where(pictures > 0, pictures, x) for x in (-1, pictures - 1))
+    np.testing.assert_allclose(np.array(paint(less, on)), np.array(paint(clear, on)), atol=1e-6)
 
 
 def test_semantic_latents_are_made_of_all_normalized_latents():

@@ -335,5 +335,8 @@ class Paint(nn.Module):
         # Nothing of a thing's edges, nor of a decoder's noise, is beside things.
         pictures = mx.where(enlarged((is_ground & ~is_thing)[..., None]), -1, pictures)
         below = (self.grounds[ground].astype(pictures.dtype) + 1) * is_ground[..., None]
+        # Less than nothing would be seen on a background; it is still trained.
+        missing = mx.stop_gradient(mx.maximum(-1 - pictures, 0))
+        pictures = pictures + missing * enlarged(is_ground[..., None])
         visible = 1 - mx.clip((pictures[..., 3:] + 1) / 2, 0, 1)
         return pictures + visible * enlarged(below)
