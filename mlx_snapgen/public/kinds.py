@@ -20,6 +20,7 @@ from mlx_snapgen.checkpoint.module import FORMAT_VERSION, Shapes, matrices, shap
 from mlx_snapgen.errors import UserError, nearest
 from mlx_snapgen.formats import class_names
 from mlx_snapgen.json_values import check_sizes, to_dict
+from mlx_snapgen.lora.things import KEY as THING_ROWS
 from mlx_snapgen.networks.autoencoders.registry import make_autoencoder
 from mlx_snapgen.networks.clip import Clip
 from mlx_snapgen.networks.text_encoders.clip import ClipTextEncoder
@@ -359,6 +360,11 @@ def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
     if known[best] == len(weights) and not names:
         return best
     check_no_pipeline(source)
+    if THING_ROWS in weights:
+        raise UserError(
+            f"{source.path} is a LoRA of train.lora, which needs no conversion: draw with it with "
+            "generate --lora"
+        )
     classes = {c: k for k, kind in KINDS.items() for c in kind.classes}
     called = f", '{names[0]}' in config.json{nearest(names[0], classes)}" if names else ""
     near = f"; '{best}' has {known[best]} of its {len(weights)} keys" if known[best] else ""

@@ -21,6 +21,8 @@ from mlx_snapgen.networks.autoencoders.semantics import nearest
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pictures import from_uint8
 from mlx_snapgen.pipeline import SnapGenPipeline
+from mlx_snapgen.public.kinds import find_kind
+from mlx_snapgen.public.source import Source
 from mlx_snapgen.semantics import CHANNELS, GROUND, SEEN_CHANNELS, THING, SemanticConfig, codes
 from mlx_snapgen.settings import ModelChoice
 from mlx_snapgen.vocabulary import pluralize
@@ -319,6 +321,13 @@ def test_damaged_headers_and_files_without_rows_are_said(model, tmp_path):
     mx.save_safetensors(str(path), tensors | {KEY: rows}, header)
     with pytest.raises(UserError, match="is no part of a LoRA"):
         load_lora(path, model.transformer, autoencoder=model.autoencoder)
+
+
+def test_a_lora_with_a_thing_needs_no_conversion(tmp_path):
+    path = tmp_path / "sloth.safetensors"
+    write_lora(path, (150,))
+    with pytest.raises(UserError, match="needs no conversion"):
+        find_kind(Source(path, path, (path,), None), mx.load(str(path)))
 
 
 def test_a_model_without_semantic_latents_refuses_a_thing(components, model_folder, tmp_path):
