@@ -360,12 +360,13 @@ class Pipeline(ABC):
             for k, drawing in enumerate(batch):
                 x_t = step.x_t[k : k + 1]
                 if not mx.isfinite(x_t).all().item():
+                    lora = " or a LoRA's weight" if self.choice.loras else ""
                     others = f"; the {len(batch)} pictures of its batch are lost"
                     raise UserError(
                         f"latents are not finite at step {step.index + 1} of {step.num_steps} "
                         f"(seed {drawing.seed}): the weights are damaged, or "
-                        f"{metadata[k]['dtype']}, a guidance scale of "
-                        f"{settings.guidance_scale:g} or a LoRA's weight is too much for them"
+                        f"{metadata[k]['dtype']} or a guidance scale of "
+                        f"{settings.guidance_scale:g}{lora} is too much for them"
                         + (others if len(batch) > 1 else "")
                     )
                 over = drawing.inputs.over

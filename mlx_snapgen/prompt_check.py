@@ -155,6 +155,7 @@ class _Thing:
     quantity: str = ""
     """The word for its number."""
     colors: list[str] = field(default_factory=list)
+    negated: bool = False
 
 
 @dataclass
@@ -207,19 +208,22 @@ class _Parser:
         parsed = _Parsed([*hints, "next", "beside", "background", "color", "with", "and"])
         tags = list(self._tags(self._words(text)))
         colors: list[str] = []
-        number, quantity, previous = None, "", ""
+        number, quantity, previous, before = None, "", "", ""
         for k, (kind, word) in enumerate(tags):
             after = tags[k + 1] if k + 1 < len(tags) else ("end", "")
             if kind == "color":
                 colors.append(word)
                 continue
             if kind == "noun":
-                parsed.things.append(_Thing(word, *self.nouns[word], number, quantity, colors))
-                colors, number, quantity = [], None, ""
+                negated = before == "negation"
+                thing = _Thing(word, *self.nouns[word], number, quantity, colors, negated)
+                parsed.things.append(thing)
+                colors, number, quantity, before = [], None, "", ""
                 if previous in ("in", "on", "at", "front", "against"):
                     parsed.relations.append("in front of" if previous == "front" else previous)
                     previous = ""
                 continue
+            before = kind if kind != "size" else before
             # "red and blue car", "red big car", "red-colored car"
             between = word == "and" and tags[k - 1][0] == after[0] == "color"
             joins = between or kind == "size"
@@ -343,7 +347,7 @@ def _miscounted(parsed: _Parsed, vocabulary: Mapping[str, Any]) -> Iterator[str]
         if (number or 0) > limit or quantity in ("0", "zero"):
             yield f"'{quantity} {thing.word}' is not understood: this model counts to {most}"
             return
-        if number == 0 or (number is None and thing.plural and not parsed.negations):
+        if number == 0 or (number is None and thing.plural and not thing.negated):
             yield f"'{quantity or thing.word}' is not understood: give a number up to {most}"
             return
     kinds = {thing.noun or thing.word: thing.word for thing in parsed.things}

@@ -292,6 +292,8 @@ class DrawSettings:
         shift = self.time_shift
         if shift is None:
             shift = config.time_shift(height, width, few_step=few_step, num_inference_steps=steps)
+        if not 0 < shift < math.inf:
+            raise UserError(f"time_shift must be a finite number above 0, got {shift}")
         num_images = whole_number("num_images", self.num_images, least=1)
         seed = random_seed() if self.seed is None else self.seed
         return dataclasses.replace(

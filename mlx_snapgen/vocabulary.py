@@ -6,10 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+REGULAR = ("human", "talisman", "caiman", "shaman", "ottoman", "mongoose")
+"""Endings whose plural is regular, although they look like those of `IRREGULAR`."""
 UNCHANGED = ("sheep", "fish", "deer", "squid", "shrimp", "thumbs up")
 IRREGULAR = {
     **{"mouse": "mice", "cactus": "cacti", "man": "men", "leaf": "leaves", "loaf": "loaves"},
     **{"wolf": "wolves", "knife": "knives", "scarf": "scarves", "tooth": "teeth"},
+    **{"goose": "geese", "child": "children", "foot": "feet", "shelf": "shelves", "elf": "elves"},
+    **{"quiz": "quizzes", "half": "halves", "calf": "calves"},
     **{"tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes", "volcano": "volcanoes"},
 }
 """Endings whose plural `pluralize` does not derive."""
@@ -43,7 +47,7 @@ def pluralize(phrase: str) -> str:
     if phrase.endswith(UNCHANGED):
         return phrase
     for ending, plural in IRREGULAR.items():
-        if phrase.endswith(ending):
+        if phrase.endswith(ending) and not phrase.endswith(REGULAR):
             return phrase.removesuffix(ending) + plural
     if phrase.endswith("y") and phrase[-2:-1] not in [*"aeiou", ""]:
         return phrase[:-1] + "ies"
@@ -52,8 +56,8 @@ def pluralize(phrase: str) -> str:
 
 def with_article(phrase: str) -> str:
     """The phrase with "a" or "an", by its sound: "an apple", "a unicorn", "an hourglass"."""
-    vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "ufo"))
-    return ("an " if vowel or phrase.startswith("hour") else "a ") + phrase
+    vowel = phrase[0] in "aeiou" and not phrase.startswith(("uni", "ufo", "uk", "use", "eu"))
+    return ("an " if vowel or phrase.startswith(("hour", "heir")) else "a ") + phrase
 
 
 def numbers(vocabulary: Mapping[str, Any]) -> list[str]:

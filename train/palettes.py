@@ -64,7 +64,7 @@ def main() -> int:
     warn_untrained(components.transformer, args.model, result="palettes of it are of no use")
     if args.score:
         # Fail early, before sampling.
-        known_nouns(components)
+        known_nouns(components, "leave out --score")
         check_drawable(components, args.score_with, "--score-with FOLDER")
     if args.score_with:
         from train.data.stickers.render import find_pictures  # reads the font

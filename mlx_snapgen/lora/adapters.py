@@ -153,7 +153,7 @@ def add_lora(
     targets = [targets] if isinstance(targets, str) else targets
     if rank < 1 or not math.isfinite(alpha) or alpha == 0:
         raise UserError(
-            f"a LoRA needs a rank from 1 and a finite alpha but 0, got {rank} and {alpha}"
+            f"a LoRA needs a rank from 1 and a finite alpha other than 0, got {rank} and {alpha}"
         )
     if not targets:
         raise UserError("a LoRA needs at least one target")

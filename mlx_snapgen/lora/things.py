@@ -102,7 +102,9 @@ def check_rows(path: str | Path, thing: Thing, rows: mx.array | None, *, channel
         raise UserError(f"{path} does not fit this model: {KEY} is {found}, not {expected}")
     rows = rows.astype(mx.float32)
     if not mx.all(mx.abs(rows) <= LARGEST).item():  # not a number is not
-        raise UserError(f"{path} is damaged: {KEY} has numbers above {LARGEST:g}; get it again")
+        raise UserError(
+            f"{path} is damaged: {KEY} has numbers that are not finite or larger than {LARGEST:g}"
+        )
     return rows
 
 

@@ -347,6 +347,11 @@ def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
     Raises:
         UserError: no such kind, or a checkpoint of an unknown kind.
     """
+    if THING_ROWS in weights:
+        raise UserError(
+            f"{source.path} is a LoRA of train.lora, which needs no conversion: draw with it with "
+            "generate --lora"
+        )
     if name is not None:
         if name not in KINDS:
             raise UserError(f"no kind '{name}'{nearest(name, KINDS)}, known: {', '.join(KINDS)}")
@@ -360,11 +365,6 @@ def find_kind(source: Source, weights: Weights, name: str | None = None) -> str:
     if known[best] == len(weights) and not names:
         return best
     check_no_pipeline(source)
-    if THING_ROWS in weights:
-        raise UserError(
-            f"{source.path} is a LoRA of train.lora, which needs no conversion: draw with it with "
-            "generate --lora"
-        )
     classes = {c: k for k, kind in KINDS.items() for c in kind.classes}
     called = f", '{names[0]}' in config.json{nearest(names[0], classes)}" if names else ""
     near = f"; '{best}' has {known[best]} of its {len(weights)} keys" if known[best] else ""

@@ -335,7 +335,7 @@ def test_targets_without_a_layer(network, targets, message):
     [
         ({"rank": 0}, "rank from 1"),
         ({"alpha": float("inf")}, "finite alpha"),
-        ({"alpha": 0.0}, "alpha but 0"),
+        ({"alpha": 0.0}, "alpha other than 0"),
         ({"name": "a.b"}, "letters, digits"),
         ({"name": "style"}, "'style' already"),
     ],

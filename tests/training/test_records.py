@@ -197,6 +197,22 @@ def test_parquet_with_a_caption_that_is_not_utf8_skips_its_row(tmp_path):
         first, second, third = found
         assert (first.captions, third.captions) == ({"text": "a cat"}, {"text": "a dog"})
         assert (second.key, second.reason) == ("a.parquet:1", "caption not in UTF-8")
+    records = open_records([str(tmp_path / "a.parquet")], pictures_only=True)
+    for found in (records.records(), map(records.at, [(0, 0, 0), (0, 0, 1), (0, 0, 2)])):
+        assert [record.captions["text"] for record in found] == ["a cat", "", "a dog"]
+
+
+def test_pictures_alone_do_without_captions_that_cannot_be_read(tmp_path):
+    (tmp_path / "f").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("a.png", encoded()), ("a.txt", b"\xff"), ("b.png", encoded())):
+            (tmp_path / "f" / name).write_bytes(data)
+            tar.add(tmp_path / "f" / name, name)
+    for name in ("f", "a.tar"):
+        records = open_records([str(tmp_path / name)], pictures_only=True).records()
+        assert [any(record.captions.values()) for record in records] == [False, False]
+        first = next(iter(open_records([str(tmp_path / name)]).records()))
+        assert first.reason == "caption not in UTF-8"
 
 
 def test_parquet_whose_names_are_not_utf8_is_one_line(tmp_path):

@@ -98,6 +98,10 @@ def test_vocabulary_has_its_size_and_no_word_twice():
         ("maple leaf", "maple leaves"),
         ("blowfish", "blowfish"),
         ("torch", "torches"),
+        ("snowman", "snowmen"),
+        ("human", "humans"),
+        ("goose", "geese"),
+        ("shelf", "shelves"),
     ],
 )
 def test_pluralize(one, many):
@@ -699,3 +703,16 @@ def test_sheets_of_fluent_scenes(fluent_pictures, tmp_path):
     assert Image.open(sheet).size[0] == 2 * (320 + 6)
     with pytest.raises(UserError, match=r"256x256.*192x320"):
         stickers.main([*command[:-1], str(tmp_path / "b.png"), "--size", "128x128"])
+
+
+def test_some_mixed_scenes_have_two_things_of_one_color():
+    """No held-out one; and counts in all their forms have synonyms."""
+    scenes = [training_scene(5, k, categories=["mixed"]) for k in range(1500)]
+    pairs = [s.placed for s in scenes if len({p.noun for p in s.placed}) == len(s.placed) == 2]
+    alike = [(a, b) for a, b in pairs if a.color and a.color == b.color]
+    assert len(alike) > 30
+    assert not any(is_held_out_color(p.noun, p.color) for pair in alike for p in pair)
+    counts = [training_scene(5, k, categories=["counting"]) for k in range(1500)]
+    texts = [(s.caption, s.placed[0].noun) for s in counts if " of them" in s.caption]
+    other = [noun.name for text, noun in texts if noun.plural not in text.lower()]
+    assert len(texts) > 20 and 0.05 < len(other) / len(texts) < 0.5

@@ -81,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="folder of pictures with captions",
+        help="folder of pictures with captions; with --thing of cut-outs",
     )
     add_caption_template(parser)
     add(
@@ -145,8 +145,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--prior-prompts",
         type=Path,
         metavar="FILE",
-        help="file of prompts for --prior-pictures, one per line (default: captions from the "
-        "vocabulary of the built-in model, none for other models)",
+        help="file of prompts for --prior-pictures, one per line (default: captions in the words "
+        "of the model's vocabulary, none for a model without)",
     )
     add(
         "--validation-prompts",
@@ -186,12 +186,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         check_outside("--run-dir", args.run_dir, sources=[args.data])
     if not args.dry_run:
         check_run_folder(args.run_dir, "train.lora")
-    args.alpha = args.rank if args.alpha is None else args.alpha
-    check_alpha(args)
     check_tuning(args)
     _check_thing(args)
     check_at_least(args, 1, "accumulate", "rank")
     check_at_most(args, MOST_RANK, "rank")
+    args.alpha = args.rank if args.alpha is None else args.alpha
+    check_alpha(args)
     check_at_least(args, 0, "prior_weight", "prior_pictures")
     if args.drop_caption is not None and not 0 <= args.drop_caption < 1:
         raise UserError(f"--drop-caption must be at least 0 and below 1, got {args.drop_caption}")

@@ -1,6 +1,8 @@
 """Convolutional autoencoder: pictures (B, H, W, 3) in [-1, 1] <-> latents (B, H/f, W/f, C).
 
-The factor f is 8 by default; with one more level in encoder and decoder it is 16.
+Pictures with alpha have four channels, the colors times alpha. With `semantics.py` the last latents
+are codes of what is where. The factor f is 8 by default; with one more level in encoder and decoder
+it is 16.
 
 The decoder is the tiny one that also runs on the phone. Every change of resolution is
 space-to-depth (or back) around a linear layer: the same family of functions as a strided

@@ -43,7 +43,7 @@ class ParquetRecords:
     Args:
         paths: files, in this order, all with the same columns.
         columns: of texts, to read; none for all.
-        pictures_only: also give the pictures that have no caption.
+        pictures_only: also give the pictures that have no caption, or none that can be read.
 
     Raises:
         UserError: the first file has no such columns.
@@ -90,7 +90,8 @@ class ParquetRecords:
         """See `RecordSource`; the last row groups stay in memory."""
         number, group, row = place
         table, first, columns = self._table(number, group, captions_only)
-        values = _values(table, row, columns=columns[captions_only:])
+        read = columns[captions_only:]
+        values = _values(table, row, columns=read, pictures_only=self.pictures_only)
         if values is not None and captions_only:
             values[columns[0]] = NOT_READ
         return self._record(tuple(place), first + row, values, columns=columns)
@@ -139,7 +140,7 @@ class ParquetRecords:
         try:
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
                 for k in range(batch.num_rows):
-                    values = _values(batch, k, columns=columns)
+                    values = _values(batch, k, columns=columns, pictures_only=self.pictures_only)
                     place = (number, group, row)
                     yield self._record(place, first + row, values, columns=columns)
                     row += 1
@@ -237,12 +238,19 @@ class ParquetRecords:
         return layout
 
 
-def _values(table: Any, row: int, *, columns: Sequence[str]) -> dict[str, Any] | None:
-    """The cells of a row; None if a text is not UTF-8."""
-    try:
-        return {name: table.column(name)[row].as_py() for name in columns}
-    except UnicodeDecodeError:
-        return None
+def _values(
+    table: Any, row: int, *, columns: Sequence[str], pictures_only: bool
+) -> dict[str, Any] | None:
+    """The cells of a row; None if a text is not UTF-8, which is None instead if `pictures_only`."""
+    found: dict[str, Any] = {}
+    for name in columns:
+        try:
+            found[name] = table.column(name)[row].as_py()
+        except UnicodeDecodeError:
+            if not pictures_only:
+                return None
+            found[name] = None
+    return found
 
 
 def _base(name: str, texts: Sequence[str]) -> str:

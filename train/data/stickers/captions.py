@@ -223,6 +223,17 @@ def _names(noun: Noun, rng: np.random.Generator) -> tuple[str, str]:
     return noun.name, noun.plural
 
 
+def _spelled(color: str, rng: np.random.Generator) -> str:
+    """The color; grey is gray half of the time."""
+    return "gray" if color == "grey" and rng.random() < 0.5 else color
+
+
+def _is_colored(item: Placed, rng: np.random.Generator) -> str:
+    """ "cat is red"."""
+    assert item.color is not None
+    return f"{_names(item.noun, rng)[0]} is {_spelled(item.color, rng)}"
+
+
 def _noun_phrase(
     count: int,
     item: Placed,
@@ -239,8 +250,7 @@ def _noun_phrase(
         singular, plural = _names(noun, rng)
         sizes = SIZE_WORDS if "huge" in collection.alone else TWO_SIZES
         size = size and pick(rng, sizes[size])
-        if color == "grey" and rng.random() < 0.5:
-            color = "gray"
+        color = color and _spelled(color, rng)
         if color is not None and rng.random() < 0.2:
             form = pick(rng, _COLOR_FORMS)
             if form.startswith("{c}"):
@@ -294,7 +304,7 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
         if count == 1 and style < 0.04:
             determiner = "a single"
         if count == 1 and item.color and not item.size_word and style > 0.95:
-            return f"the {item.noun.name} is {item.color}", False
+            return f"the {_is_colored(item, rng)}", False
         if count > 1 and not (item.color or item.size_word) and style < 0.4:
             number = str(count) if rng.random() < 0.4 else scene.collection.numbers[count - 1]
             forms = COUNTING + COUNTING_TWO if count == 2 else COUNTING
@@ -323,7 +333,7 @@ def _subject(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
             forms += TWO_NEIGHBORS
         if all(item.color and not item.size_word for _, item in groups) and rng.random() < 0.07:
             (_, a), (_, b) = groups
-            return f"the {a.noun.name} is {a.color} and the {b.noun.name} is {b.color}", False
+            return f"the {_is_colored(a, rng)} and the {_is_colored(b, rng)}", False
         return pick(rng, forms).format(a=phrases[0], b=phrases[1]), True
     return ", ".join(phrases) if rng.random() < 0.15 else _join(phrases), True
 
@@ -332,9 +342,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of many phrasings of what the scene shows, mostly in lower case."""
     text, is_phrase = _subject(scene, rng)
     if scene.background_named:
-        name = scene.background
-        if name == "grey" and rng.random() < 0.5:
-            name = "gray"
+        name = _spelled(scene.background, rng)
         form = pick(rng, ON_BACKGROUND) if is_phrase else "{x}, {c} background"
         text = form.format(x=text, c=name, a_c=with_article(name))
         is_phrase = is_phrase and not form.startswith("{c}")

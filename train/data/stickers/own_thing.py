@@ -36,6 +36,9 @@ MOST_LOOKS = 8
 """Pictures of a thing that are used."""
 MOST_LETTERS = 40
 """Of a thing's name."""
+NO_START = {*ARTICLES, *ALL_NUMBERS} - {"single"}
+NO_END = {*ARTICLES, *ALL_NUMBERS, "and", "at", "in", "of", "on", "to", "with", "without"}
+"""Words that no name of a thing starts or ends with."""
 OPAQUE, CLEAR_SHARE = 16, 0.1
 """Least alpha of what is to be seen, and least share of a cut-out's border that is less opaque."""
 
@@ -171,7 +174,6 @@ def check_names(components: Components, name: str, plural: str | None) -> tuple[
     plural = " ".join(normalize(plural).split()) if plural else pluralize(name)
     vocabulary = components.vocabulary or {}
     known, taken = nouns(vocabulary), words_of_captions(vocabulary)
-    colors = {*vocabulary.get("colours", ()), *vocabulary.get("backgrounds", ())}
     for option, word in (("--thing", name), ("--plural", plural)):
         parts = word.split()
         plain = "".join(parts).replace("-", "").replace("'", "")
@@ -181,9 +183,8 @@ def check_names(components: Components, name: str, plural: str | None) -> tuple[
             )
         if word in known or taken.issuperset(parts):
             raise UserError(f"{option} {word}: the model knows this word, choose a new one")
-        if parts[0] in {*ALL_NUMBERS, *ARTICLES} or parts[-1] in taken - colors:
-            other = parts[0] if parts[0] in {*ALL_NUMBERS, *ARTICLES} else parts[-1]
-            raise UserError(f"{option} '{word}' is no noun: leave out '{other}'")
+        if wrong := [*{parts[0]} & NO_START, *{parts[-1]} & NO_END]:
+            raise UserError(f"{option} '{word}' is no noun: leave out '{wrong[0]}'")
     return name, plural
 
 
@@ -200,6 +201,7 @@ def known_scenes_of(components: Components, *, seed: int) -> Stickers:
         raise UserError("--thing takes a model of Fluent Emoji with semantic latents")
     if not num_free(semantics):
         raise UserError("all codes of this model are taken: train without --thing")
+    # The folder tells the collection; nothing is drawn.
     return Stickers(seed, num_nouns=count, pictures=Path())
 
 
@@ -222,7 +224,7 @@ class OwnThing(CodedSource):
 
     @property
     def looks(self) -> dict[Noun, int]:
-        """One noun for each look, and the number of its code."""
+        """One noun for each look, and the number of its code, which is in place of an emoji."""
         name, more = self.thing.name, self.thing.plural
         return {Noun(name, more, str(c), None, (), ()): c for c in self.thing.codes}
 

@@ -392,12 +392,16 @@ def check_drawable(components: Components, pictures: Path | None, option: str) -
         raise UserError(f"the model learned from pictures of Fluent Emoji: give {option}")
 
 
-def known_nouns(components: Components) -> int:
-    """The number of the collection's nouns, from the first, that the model was trained on."""
+def known_nouns(components: Components, hint: str = "give --num-nouns") -> int:
+    """The number of the collection's nouns, from the first, that the model was trained on.
+
+    Raises:
+        UserError: that is not known; ends with the hint.
+    """
     names = (components.vocabulary or {}).get("nouns")
     if names is None:
-        raise UserError("the model has no vocabulary.json: give --num-nouns")
+        raise UserError(f"the model has no vocabulary.json: {hint}")
     nouns = collection_of(components).nouns
     if names != [noun.name for noun in nouns[: len(names)]]:
-        raise UserError("the model was trained on another vocabulary: give --num-nouns")
+        raise UserError(f"the model was trained on another vocabulary: {hint}")
     return len(names)

@@ -21,7 +21,7 @@ BASE = 0.7  # a box explains its foreground in proportion to its score above thi
 
 FOREGROUND = 20  # least difference from the background in some channel, out of 255
 MARGIN = 2  # pixels around a detection that still belong to it
-SMALLEST = 24  # pixels of an object's longer side; the scenes' glyphs have 28 and more
+SMALLEST = 24  # pixels of an object's longer side; that of the scenes' is greater
 EDGE_WEIGHT = 2.0  # of edges against colors, when a box and a glyph are compared
 MAX_CUTS = 5  # in sequence, from the whole picture to an object
 MAX_BOXES = 24  # compared at each level of cuts; only chaotic pictures have more
@@ -34,6 +34,7 @@ GRID, POOLED = 24, 8  # sides of the squares that boxes are drawn in, and of the
 DRAWN = 96  # pixels at which a glyph is drawn before it is shrunk to GRID
 INSETS = (0, 1, 2)  # pixels tried on each side, because a blurred glyph's box is too large
 SEEN = 128  # pixels of the shorter side of a square picture, to which larger ones are shrunk
+BIN, MOST_BINS = 16, 32  # width of a bin of colors, out of 255, and bins that may be the background
 TINT = 16  # background colors are rounded to multiples of this, out of 255, to cache templates
 
 Box = tuple[int, int, int, int]
@@ -170,8 +171,12 @@ def background_color(picture: np.ndarray) -> np.ndarray:
     rim = np.ones(picture.shape[:2], bool)
     rim[2:-2, 2:-2] = False
     colors = picture[rim]
-    _, kinds, counts = np.unique(colors // TINT, axis=0, return_inverse=True, return_counts=True)
-    return np.median(colors[kinds.reshape(-1) == counts.argmax()], axis=0).astype(np.float32)
+    # Of the medians of the fullest bins; the bins alone would split a color at their edges.
+    _, kinds, counts = np.unique(colors // BIN, axis=0, return_inverse=True, return_counts=True)
+    fullest = np.argsort(-counts, kind="stable")[:MOST_BINS]
+    found = np.stack([np.median(colors[kinds.reshape(-1) == k], axis=0) for k in fullest])
+    far = np.abs(colors.astype(np.float32) - found[:, None]).max(axis=-1)
+    return found[(far < FOREGROUND).sum(axis=1).argmax()].astype(np.float32)
 
 
 def foreground(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
