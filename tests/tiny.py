@@ -55,6 +55,8 @@ from mlx_snapgen.semantics import (
 )
 from mlx_snapgen.teachers.config import TeacherConfig
 from mlx_snapgen.teachers.folder import FORMAT_VERSION, NETWORKS
+from train.data.stickers.captions import Placed
+from train.data.stickers.render import sprite
 from train.objectives.distillation import Student
 
 NOUNS = ["apple", "car", "cat", "ice cream cone"]
@@ -415,3 +417,10 @@ def with_streams(count: int, monkeypatch) -> None:
     monkeypatch.setattr(parallel, "MANY_TOKENS", 1)
     monkeypatch.setattr(parallel, "LEAST_WORK", 1)
     monkeypatch.setattr(parallel, "LEAST_TOKENS", 1)
+
+
+def drawn_box(placed: Placed) -> tuple[int, int, int, int]:
+    """The box (x, y, w, h) in pixels that a glyph of the font fills."""
+    height, width = sprite(placed.noun, placed.color, placed.size_px).rgb.shape[:2]
+    x, y = placed.center
+    return int(x - width / 2), int(y - height / 2), width, height

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mlx_snapgen.errors import UserError
+from tests.tiny import drawn_box
 from train.data.stickers.captions import Placed, Scene
-from train.data.stickers.render import drawn_box, find_font, render, sprite
+from train.data.stickers.render import find_font, render, sprite
 from train.data.stickers.scenes import sample_scene
 from train.data.stickers.vocabulary import NOTO, NOUNS
 from train.evaluation.stickers.detector import Detector, background_color, foreground

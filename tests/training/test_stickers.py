@@ -16,6 +16,7 @@ from mlx_snapgen.errors import UserError
 from mlx_snapgen.prompt_check import check_prompts
 from mlx_snapgen.settings import DrawSettings
 from mlx_snapgen.vocabulary import pluralize, translate
+from tests.tiny import drawn_box
 from train import stickers
 from train.data.imagefolder import read_folder
 from train.data.stickers import captions
@@ -23,7 +24,7 @@ from train.data.stickers import render as rendering
 from train.data.stickers import scenes as sampling
 from train.data.stickers.captions import plain_caption
 from train.data.stickers.own_thing import read_cutouts
-from train.data.stickers.render import drawn_box, find_font, render, sprite
+from train.data.stickers.render import find_font, render, sprite
 from train.data.stickers.scenes import (
     find_noun,
     is_held_out_color,

@@ -66,8 +66,18 @@ def _positions(height: int, width: int) -> tuple[mx.array, mx.array]:
     return mx.arange(width)[None], mx.arange(height)[:, None]
 
 
-Square = tuple[mx.array, ...]
-"""Squares of things: their sides, as indices, and their left and top edges in latents."""
+class Square(NamedTuple):
+    """Squares of things: the numbers of their sides in `SemanticConfig.sides`, and their left and
+    top edges in latents."""
+
+    side: mx.array
+    left: mx.array
+    top: mx.array
+
+    @property
+    def edges(self) -> tuple[mx.array, mx.array]:
+        """Left and top, as the codes of `COLUMN` and `ROW`."""
+        return self.left, self.top
 
 
 class Inside(NamedTuple):
@@ -80,13 +90,13 @@ class Inside(NamedTuple):
 
 def _squares(place: mx.array, config: SemanticConfig) -> Square:
     """The squares that numbers of `PLACE` (B, h, w, 3) name."""
-    kind = mx.argmin(mx.abs(place[..., 2:] - mx.log2(mx.array(config.sides) / MIDDLE)), axis=-1)
-    side = mx.array(config.sides)[kind]
+    number = mx.argmin(mx.abs(place[..., 2:] - mx.log2(mx.array(config.sides) / MIDDLE)), axis=-1)
+    side = mx.array(config.sides)[number]
     edges = []
     for i, here in enumerate(_positions(*place.shape[1:3])):
         inside = mx.clip(mx.floor((place[..., i] / EDGE + 1) * 0.5 * side), 0, side - 1)
         edges.append(here - inside.astype(mx.int32))
-    return kind, *edges
+    return Square(number, *edges)
 
 
 def _has_codes(edges: Sequence[mx.array]) -> mx.array:
@@ -101,16 +111,16 @@ def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
     Nothing is known about things whose edges have no code, more than 24 latents from the corner or
     outside of the picture.
     """
-    kind, *corner = _squares(seen[..., PLACE].astype(mx.float32), config)
+    found = _squares(seen[..., PLACE].astype(mx.float32), config)
     places = codes(CODE_CHANNELS)
-    edges = [mx.array(places)[mx.clip(edge, 0, len(places) - 1)] for edge in corner]
-    is_near = _has_codes(corner)
+    edges = [mx.array(places)[mx.clip(edge, 0, len(places) - 1)] for edge in found.edges]
+    is_near = _has_codes(found.edges)
     is_thing = nearest(seen[..., THING], config.known)[1]
     of_thing = [
         _known_codes(seen[..., THING], config.known),
         _known_codes(seen[..., COLOR]),
         *edges,
-        mx.array(places)[kind],
+        mx.array(places)[found.side],
     ]
     thing, color, *square = (mx.where((is_thing & is_near)[..., None], x, 0) for x in of_thing)
     ground = _known_codes(seen[..., GROUND])
@@ -120,10 +130,9 @@ def as_codes(seen: mx.array, config: SemanticConfig) -> mx.array:
 
 def _inside(square: Square, sides: tuple[int, ...], shape: Sequence[int]) -> Inside:
     """How far right and down places (P,) lie in squares (B, Q), and whether: (B, P, Q)."""
-    kind, *corner = square
-    side = mx.array(sides)[kind][:, None]
+    side = mx.array(sides)[square.side][:, None]
     columns, rows = (mx.broadcast_to(x, shape).reshape(-1, 1) for x in _positions(*shape))
-    right, down = columns - corner[0][:, None], rows - corner[1][:, None]
+    right, down = columns - square.left[:, None], rows - square.top[:, None]
     is_in = (right >= 0) & (right < side) & (down >= 0) & (down < side)
     return Inside(right, down, is_in)
 
@@ -144,9 +153,9 @@ def _settled(
     shape, places = numbers.shape[1:3], mx.array(codes(CODE_CHANNELS))
     is_in = _inside(square, config.sides, shape).is_in & is_thing[:, None]
     same = functools.reduce(mx.logical_and, (x[..., None] == x[:, None] for x in square))
-    area = mx.array(config.sides)[square[0]] ** 2
+    area = mx.array(config.sides)[square.side] ** 2
     share = (same & is_in & is_thing[..., None]).sum(axis=1) / area
-    share = mx.where(_has_codes(square[1:]), share, 0)
+    share = mx.where(_has_codes(square.edges), share, 0)
     shares = mx.where(is_in, share[:, None], 0)
     chosen = mx.argmax(shares, axis=-1)
     is_agreed = mx.max(shares, axis=-1) > 0.5
@@ -155,28 +164,28 @@ def _settled(
     thing, color = (
         _known_codes(means[..., part], n) for part, n in ((THING, config.known), (COLOR, None))
     )
-    kind, left, top = (places[mx.clip(x, 0, len(places) - 1)] for x in square)
-    ground = mx.zeros_like(kind)
-    found = mx.concatenate([thing, color, ground, left, top, kind], axis=-1)
+    side, left, top = (places[mx.clip(x, 0, len(places) - 1)] for x in square)
+    ground = mx.zeros_like(side)
+    found = mx.concatenate([thing, color, ground, left, top, side], axis=-1)
     found = mx.take_along_axis(found, chosen[..., None], axis=1)
     found = mx.where(is_agreed[..., None], found, 0)
     return found.reshape(*numbers.shape[:3], -1), is_agreed.reshape(numbers.shape[:3])
 
 
-def _corner(x: mx.array, config: SemanticConfig) -> mx.array:
+def _coded_part(x: mx.array, config: SemanticConfig) -> mx.array:
     """The part of maps (B, h, w, C) in which squares have codes; pairs of all places are many."""
     most = len(codes(COLUMN.stop - COLUMN.start)) + config.sides[-1]
     return x[:, :most, :most]
 
 
-def _whole(corner: mx.array, maps: mx.array) -> mx.array:
-    """A corner (B, ...), and zeros up to the height and width of `maps`."""
-    missing = [(0, maps.shape[axis] - corner.shape[axis]) for axis in (1, 2)]
-    return mx.pad(corner, [(0, 0), *missing, *[(0, 0)] * (corner.ndim - 3)])
+def _whole(part: mx.array, maps: mx.array) -> mx.array:
+    """A part at the top left (B, ...), and zeros up to the height and width of `maps`."""
+    missing = [(0, maps.shape[axis] - part.shape[axis]) for axis in (1, 2)]
+    return mx.pad(part, [(0, 0), *missing, *[(0, 0)] * (part.ndim - 3)])
 
 
 def _with_ground(semantics: mx.array, ground: mx.array) -> mx.array:
-    """Codes of a corner, and of the background everywhere."""
+    """Codes of the part that has them, and of the background everywhere."""
     known = _whole(semantics, ground)
     parts = [known[..., : GROUND.start], ground, known[..., GROUND.stop :]]
     return mx.concatenate(parts, axis=-1)
@@ -189,11 +198,11 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     places of the square say. Where there seems to be a thing, but most places of no square agree,
     nothing is known.
     """
-    found = _corner(seen.astype(mx.float32), config)
+    found = _coded_part(seen.astype(mx.float32), config)
     is_thing = nearest(found[..., THING], config.known)[1].flatten(1)
     named = _squares(found[..., PLACE], config)
-    named = tuple(x.flatten(1) for x in named)
-    side = mx.array(config.sides)[named[0]][:, None]
+    named = Square(*(x.flatten(1) for x in named))
+    side = mx.array(config.sides)[named.side][:, None]
     inside = _inside(named, config.sides, found.shape[1:3])
     x, y, size = mx.split(found[..., PLACE].flatten(1, 2), 3, axis=-1)
     right, down = (EDGE * ((2 * x + 1) / side - 1) for x in (inside.right, inside.down))
@@ -202,7 +211,7 @@ def agreed(seen: mx.array, config: SemanticConfig) -> mx.array:
     more = mx.maximum(_FIT - misfit, _MISS) - _MISS
     fit = (more * (inside.is_in & is_thing[..., None])).sum(axis=1, keepdims=True) + _MISS * side**2
     vote = mx.argmax(mx.where(inside.is_in & is_thing[:, None], fit, -mx.inf), axis=-1)
-    square = tuple(mx.take_along_axis(x, vote, axis=1) for x in named)
+    square = Square(*(mx.take_along_axis(x, vote, axis=1) for x in named))
     semantics, is_agreed = _settled(found[..., : COLOR.stop], square, is_thing, config)
     unknown = nearest(seen[..., THING], config.known)[1] & ~_whole(is_agreed, seen)
     ground = mx.where(unknown[..., None], 0, _known_codes(seen[..., GROUND].astype(mx.float32)))
@@ -216,12 +225,14 @@ def mended(semantics: mx.array, config: SemanticConfig) -> mx.array:
     most of its places name are left out, down to the background.
     """
     ground = _known_codes(semantics[..., GROUND].astype(mx.float32))
-    found = _corner(semantics.astype(mx.float32), config)
+    found = _coded_part(semantics.astype(mx.float32), config)
     is_thing = nearest(found[..., THING], config.known)[1].flatten(1)
     counts = len(config.sides), None, None
-    square = tuple(
-        nearest(found[..., part], count)[0].flatten(1)
-        for part, count in zip((SIDE, COLUMN, ROW), counts, strict=True)
+    square = Square(
+        *(
+            nearest(found[..., part], count)[0].flatten(1)
+            for part, count in zip((SIDE, COLUMN, ROW), counts, strict=True)
+        )
     )
     known, _ = _settled(found[..., : COLOR.stop], square, is_thing, config)
     return _with_ground(known, ground).astype(semantics.dtype)

@@ -275,13 +275,6 @@ def _corner(placed: Placed, drawn: Sprite, scale: float) -> tuple[int, int]:
     return int(cx * scale - width / 2), int(cy * scale - height / 2)
 
 
-def drawn_box(placed: Placed, font: str | Path | None = None) -> tuple[int, int, int, int]:
-    """The box (x, y, w, h) in pixels that the glyph fills; its cell is at least as large."""
-    drawn = sprite(placed.noun, placed.color, placed.size_px, font)
-    height, width = drawn.rgb.shape[:2]
-    return *_corner(placed, drawn, 1.0), width, height
-
-
 @functools.lru_cache(maxsize=64)
 def _plain(collection: Collection, background: str, size: tuple[int, int]) -> np.ndarray:
     color = collection.backgrounds[background]
