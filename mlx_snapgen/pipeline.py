@@ -30,10 +30,10 @@ from mlx_snapgen.lora.things import read_thing
 from mlx_snapgen.networks.elastic import extract
 from mlx_snapgen.open_model import open_model
 from mlx_snapgen.pipeline_base import Given, Pipeline
-from mlx_snapgen.prompt_check import PromptWarning, check_prompts
+from mlx_snapgen.prompt_check import PromptWarning, check_prompts, understood
 from mlx_snapgen.sampling import Step
 from mlx_snapgen.settings import DrawSettings, ModelChoice, check_choice
-from mlx_snapgen.vocabulary import translate, with_thing
+from mlx_snapgen.vocabulary import with_thing
 
 if TYPE_CHECKING:
     from mlx_snapgen.teachers.folder import TeacherFolder
@@ -194,7 +194,7 @@ class SnapGenPipeline(Pipeline):
             yield text
 
     def _translate(self, prompt: str) -> str:
-        return translate(prompt, self.vocabulary, lora_words=self._lora_words)
+        return understood(prompt, self.vocabulary, lora_words=self._lora_words)
 
     def _batch_size(self, settings: DrawSettings) -> int:
         weights = 0 if self._folder is None else transformer_bytes(self._folder, self.choice)

@@ -19,6 +19,7 @@ from mlx_snapgen.vocabulary import (
     pluralize,
     replacements,
     translate,
+    with_article,
 )
 
 
@@ -74,6 +75,31 @@ class PromptWarning(UserWarning):
         self.problem = problem
 
 
+def understood(
+    prompt: str, vocabulary: Mapping[str, Any] | None, *, lora_words: Sequence[str] | None = ()
+) -> str:
+    """`translate`d, and without unknown words in front of a thing, for which a model would draw
+    something else; arguments as there.
+
+    >>> understood("an angry little frog", {"nouns": ["frog"]})
+    'a little frog'
+    """
+    text = translate(prompt, vocabulary, lora_words=lora_words)
+    if not _is_limited(vocabulary, lora_words):
+        return text
+    assert vocabulary is not None
+    strange = _Parser(vocabulary, lora_words or ()).unknown_adjectives(normalize(text))
+    for word in strange:
+        pattern = rf"(?<!\w){re.escape(word)}(?:-+|(?!\w))[\s,]*"
+        text = re.sub(pattern, "", normalize(text))
+    return re.sub(r"\ban?\s+(\w+)", lambda a: with_article(a[1]), text) if strange else text
+
+
+def _is_limited(vocabulary: Mapping[str, Any] | None, lora_words: Sequence[str] | None) -> bool:
+    """Whether the words that a model understands are known."""
+    return bool(vocabulary and vocabulary.get("nouns")) and lora_words is not None
+
+
 def check_prompts(
     settings: DrawSettings,
     tokenizers: Sequence[Any],
@@ -91,7 +117,7 @@ def check_prompts(
     """
     if settings.guidance_scale == 1 and settings.negative_prompt.strip():
         yield "the negative prompt has no effect at a guidance scale of 1"
-    limited = bool(vocabulary and vocabulary.get("nouns")) and lora_words is not None
+    limited = _is_limited(vocabulary, lora_words)
     for what, text in (("prompt", settings.prompt), ("negative prompt", settings.negative_prompt)):
         text, meaningless = translate(text, vocabulary, lora_words=lora_words), ""
         for tokenizer in filter(None, tokenizers):
@@ -251,6 +277,18 @@ class _Parser:
             elif word in ("of", "and", "with", "background", "is", "are", "side"):
                 previous = previous if word == "of" else ""
         return parsed
+
+    def unknown_adjectives(self, text: str) -> list[str]:
+        """Unknown words between which and a thing are only sizes, colors and more of them."""
+        found, before = [], []
+        for kind, word in self._tags(self._words(text)):
+            if kind == "unknown":
+                before.append(word)
+            elif kind == "noun":
+                found += before
+            if kind not in ("unknown", "size", "color") and word != ",":
+                before = []
+        return list(dict.fromkeys(found))
 
     def _words(self, text: str) -> list[str]:
         text = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")

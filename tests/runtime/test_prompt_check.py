@@ -13,7 +13,7 @@ from mlx_snapgen.cli.notices import short_warnings
 from mlx_snapgen.generate import main
 from mlx_snapgen.metadata import read_metadata
 from mlx_snapgen.pipeline import SnapGenPipeline
-from mlx_snapgen.prompt_check import PromptWarning, check_prompts
+from mlx_snapgen.prompt_check import PromptWarning, check_prompts, understood
 from mlx_snapgen.settings import DrawSettings, trained_size
 from mlx_snapgen.vocabulary import listed, nouns, translate
 from tests.tiny import MODEL
@@ -326,6 +326,30 @@ def test_the_list_of_words_has_correct_plurals():
     assert {"🍎", "❤"} <= set(lists["emoji"])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a friendly little frog", "a little frog"),
+        ("An angry Cat", "a cat"),
+        ("a grumpy orange", "an orange"),
+        ("a half-eaten apple", "an apple"),
+        ("two sleepy, fluffy cats on blue", "two cats on blue"),
+        ("a race car and a zebra", "a car and a zebra"),
+        ("a zebra and a red Car", None),
+        ("A  red Apple!", None),
+        ("a watercolor drawing of a rose", None),
+    ],
+)
+def test_unknown_words_before_a_thing_are_left_out(prompt, expected):
+    assert understood(prompt, VOCABULARY) == (expected or prompt)
+    assert understood(prompt, VOCABULARY, lora_words=None) == prompt
+    assert understood(prompt, None) == prompt
+
+
+def test_words_of_a_lora_before_a_thing_stay():
+    assert understood("a zorbo cat", VOCABULARY, lora_words=["zorbo"]) == "a zorbo cat"
+
+
 def test_pictures_of_replaced_words_are_those_of_the_replacement(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "m")
     vocabulary = json.loads((folder / "vocabulary.json").read_text())
@@ -337,7 +361,12 @@ def test_pictures_of_replaced_words_are_those_of_the_replacement(model_folder, t
         [step] = pipeline.generate(prompt, seed=3, num_inference_steps=1)
         return np.array(step.preview()), step.metadata
 
-    for asked, same in (("a red auto", "a red car"), ("🍎", "an apple"), ("a  red Car", None)):
+    for asked, same in (
+        ("a red auto", "a red car"),
+        ("🍎", "an apple"),
+        ("an odd car", "a car"),
+        ("a  red Car", None),
+    ):
         picture, metadata = draw(pipe, asked)
         expected, _ = draw(plain, same or asked)
         assert (picture == expected).all()
