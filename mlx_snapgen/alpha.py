@@ -7,8 +7,8 @@ is 0; files have the colors themselves ("straight").
 import numpy as np
 from PIL import Image
 
-CLEAR = 4
-"""Of 255: differences of alpha that nobody sees."""
+CLEAR, SOLID = 4, 8
+"""Of 255: differences from no alpha and from the full one that nobody sees."""
 SQUARE, SQUARES = 8, (204, 238)
 """Side in pixels and grays of a checkerboard."""
 
@@ -16,14 +16,14 @@ SQUARE, SQUARES = 8, (204, 238)
 def straight(picture: np.ndarray) -> np.ndarray:
     """A uint8 picture (H, W, C) as files have it: with an alpha channel, colors divided by alpha.
 
-    Alpha within `CLEAR` of 0 or 255 becomes 0 or 255.
+    Alpha within `CLEAR` of 0 or `SOLID` of 255 becomes 0 or 255.
     """
     if picture.shape[-1] == 3:
         return picture
     alpha = picture[..., 3:].astype(np.float32)
     colors = np.rint(picture[..., :3] * (255 / np.maximum(alpha, 1)))
     colors = np.where(alpha <= CLEAR, 0, np.minimum(colors, 255))
-    alpha = np.where(alpha <= CLEAR, 0, np.where(alpha >= 255 - CLEAR, 255, alpha))
+    alpha = np.where(alpha <= CLEAR, 0, np.where(alpha >= 255 - SOLID, 255, alpha))
     return np.concatenate([colors, alpha], axis=-1).astype(np.uint8)
 
 

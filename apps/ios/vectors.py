@@ -55,7 +55,7 @@ def vectors() -> dict:
             {"prompt": prompt, "tokens": row[0].tolist(), "mask": mask[0].astype(mx.int32).tolist()}
         )
     values = [-1.5, -1.0, -0.75, 0.0, 0.25, 0.5, 0.999, 1.0, 1.25, -0.3, 0.1, 0.7]
-    alpha = [-0.98, -0.9, 0.0, 0.97]
+    alpha = [-0.98, -0.9, 0.0, 0.945]
     cond, uncond = [0.5, -1.0, 2.0], [0.25, 1.0, 2.0]
     return {
         "max_length": MAX_LENGTH,

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from mlx_snapgen import picture_files
+from mlx_snapgen.alpha import straight
 from mlx_snapgen.picture_files import CONVERTED, OVER_WHITE, SCALED, Unusable, decode, header_size
 from tests.tiny import require
 
@@ -169,3 +170,11 @@ def test_a_photo_of_an_iphone_names_the_package_that_reads_it(monkeypatch):
     # Its sequel with another codec, which Pillow may read itself.
     with pytest.raises(Unusable, match="not a picture that can be read"):
         decode(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(99))
+
+
+def test_alpha_near_its_ends_is_put_there_and_colors_are_divided_by_it():
+    alpha = np.array([0, 4, 5, 128, 246, 247, 255], np.uint8)
+    picture = np.stack([alpha // 2, alpha, alpha * 0, alpha], axis=-1)[None]
+    file = straight(picture)[0]
+    assert file[:, 3].tolist() == [0, 0, 5, 128, 246, 255, 255]
+    assert file[3].tolist() == [128, 255, 0, 128] and file[1].tolist() == [0, 0, 0, 0]

@@ -1,8 +1,9 @@
 import CoreGraphics
 import Foundation
 
-/// Alpha this close to 0 or 255 becomes 0 or 255: nobody sees the difference.
+/// Alpha this close to 0 becomes 0, and alpha this close to 255 becomes 255: nobody sees the difference.
 private let clear: UInt8 = 4
+private let solid: UInt8 = 8
 
 /// Values (3 or 4, height, width) from -1 to 1 as bytes of red, green, blue and alpha.
 ///
@@ -23,7 +24,7 @@ func pixels(_ values: [Float], height: Int, width: Int) throws -> [UInt8] {
         let alpha = bytes[4 * place + 3]
         if alpha <= clear {
             for channel in 0..<4 { bytes[4 * place + channel] = 0 }
-        } else if alpha >= 255 - clear {
+        } else if alpha >= 255 - solid {
             bytes[4 * place + 3] = 255
         } else {
             // A color times alpha is at most alpha.
