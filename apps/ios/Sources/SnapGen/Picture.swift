@@ -1,7 +1,7 @@
 import CoreGraphics
 import Foundation
 
-/// Alpha this close to 0 becomes 0, and alpha this close to 255 becomes 255: nobody sees the difference.
+/// Alpha this close to 0 becomes 0, this close to 255 it becomes 255: nobody sees the difference.
 private let clear: UInt8 = 4
 private let solid: UInt8 = 8
 
