@@ -257,6 +257,10 @@ class ClipConfig:
     """Numbers of an embedding."""
 
 
+LEAST_SHIFT = 1e-3
+"""Of noise levels; far smaller ones leave no noise at all."""
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """A model's own sampler settings."""
@@ -270,8 +274,8 @@ class SamplerConfig:
     """Add new noise to each step's estimate instead of taking Euler steps (`sampling.denoise`)."""
 
     def __post_init__(self):
-        if self.time_shift is not None and not self.time_shift > 0:
-            raise UserError(f"time_shift must be above 0, not {self.time_shift:g}")
+        if self.time_shift is not None and not self.time_shift >= LEAST_SHIFT:
+            raise UserError(f"time_shift must be at least {LEAST_SHIFT:g}, not {self.time_shift:g}")
 
 
 def resolution_shift(tokens: int) -> float:

@@ -85,14 +85,15 @@ def understood(
     'a little frog'
     """
     text = translate(prompt, vocabulary, lora_words=lora_words)
-    if not _is_limited(vocabulary, lora_words):
+    # A LoRA may be trained on words that are not recorded.
+    if not _is_limited(vocabulary, lora_words) or lora_words:
         return text
     assert vocabulary is not None
-    strange = _Parser(vocabulary, lora_words or ()).unknown_adjectives(normalize(text))
-    for word in strange:
-        pattern = rf"(?<!\w){re.escape(word)}(?:-+|(?!\w))[\s,]*"
-        text = re.sub(pattern, "", normalize(text))
-    return re.sub(r"\ban?\s+(\w+)", lambda a: with_article(a[1]), text) if strange else text
+    plain = normalize(text)
+    spans = _Parser(vocabulary, ()).unknown_adjectives(plain)
+    for start, end in reversed(spans):
+        plain = plain[:start] + plain[end:].lstrip(" ,")
+    return re.sub(r"\ban?\s+(\w+)", lambda a: with_article(a[1]), plain) if spans else text
 
 
 def _is_limited(vocabulary: Mapping[str, Any] | None, lora_words: Sequence[str] | None) -> bool:
@@ -202,6 +203,14 @@ class _Parsed:
     """Whether it has a word of a LoRA, which may be a thing, a color or a style."""
 
 
+def _joined(text: str, start: int, end: int) -> tuple[int, int]:
+    """A part of the text, and what is joined to it by hyphens or the like."""
+    left = re.search(r"[^\s,]*$", text[:start])
+    right = re.match(r"[^\s,]*", text[end:])
+    assert left is not None and right is not None
+    return left.start(), end + right.end()
+
+
 class _Parser:
     """Reads the simple English of captions: things with numbers, colors and positions."""
 
@@ -278,17 +287,25 @@ class _Parser:
                 previous = previous if word == "of" else ""
         return parsed
 
-    def unknown_adjectives(self, text: str) -> list[str]:
-        """Unknown words between which and a thing are only sizes, colors and more of them."""
-        found, before = [], []
-        for kind, word in self._tags(self._words(text)):
+    def unknown_adjectives(self, text: str) -> list[tuple[int, int]]:
+        """Where in a normalized text unknown words are (start, end), with what is joined to them,
+        between which and a thing are only sizes, colors and more of them."""
+        found: list[tuple[int, int]] = []
+        before: list[tuple[int, int]] = []
+        end = 0
+        text = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        for kind, phrase in self._tags(self._words(text)):
+            for word in phrase.split():
+                start = text.find(word, end)
+                end = start + len(word)
             if kind == "unknown":
-                before.append(word)
+                before.append(_joined(text, start, end))
             elif kind == "noun":
-                found += before
-            if kind not in ("unknown", "size", "color") and word != ",":
+                first = text.rfind(phrase.split()[0], 0, end)
+                found += [span for span in before if span[1] <= first]
+            if kind not in ("unknown", "size", "color") and phrase != ",":
                 before = []
-        return list(dict.fromkeys(found))
+        return sorted({*found})
 
     def _words(self, text: str) -> list[str]:
         text = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
@@ -347,7 +364,9 @@ class _Parser:
             ("negation", NEGATIONS),
             ("relation", OTHER_RELATIONS),
         ):
-            if phrase in words or (kind == "negation" and phrase.endswith("n't")):
+            if phrase in words or (
+                kind == "negation" and phrase.endswith("n't") and " " not in phrase
+            ):
                 return kind
         return ""
 

@@ -277,7 +277,8 @@ def check_quantization(quantization: Quantization, components: Collection[str]) 
             raise UserError(f"no component '{name}' to quantize{nearest(name, components)}")
         if not isinstance(how, dict) or set(how) != {"bits", "group_size"}:
             raise UserError(f"quantization of {name} needs bits and group_size, got {how}")
-        if how["bits"] not in BITS or how["group_size"] not in GROUP_SIZES:
+        whole = all(type(value) is int for value in how.values())
+        if not whole or how["bits"] not in BITS or how["group_size"] not in GROUP_SIZES:
             raise UserError(
                 f"{name} cannot be quantized to {how['bits']} bits in groups of "
                 f"{how['group_size']}: bits are one of {BITS}, groups one of {GROUP_SIZES}"

@@ -335,6 +335,12 @@ def test_the_list_of_words_has_correct_plurals():
         ("a half-eaten apple", "an apple"),
         ("two sleepy, fluffy cats on blue", "two cats on blue"),
         ("a race car and a zebra", "a car and a zebra"),
+        ("an ice bear and an ice cream cone", "a bear and an ice cream cone"),
+        ("a light cat on a light blue background", "a cat on a light blue background"),
+        ("a red-eyed frog", "a frog"),
+        ('a "furry" cat', "a cat"),
+        ("a under_score cat", "a cat"),
+        ("a zorb\u0301y cat", "a cat"),
         ("a zebra and a red Car", None),
         ("A  red Apple!", None),
         ("a watercolor drawing of a rose", None),
@@ -347,7 +353,12 @@ def test_unknown_words_before_a_thing_are_left_out(prompt, expected):
 
 
 def test_words_of_a_lora_before_a_thing_stay():
-    assert understood("a zorbo cat", VOCABULARY, lora_words=["zorbo"]) == "a zorbo cat"
+    for prompt in ("a zorbo cat", "a zk9 cat"):
+        assert understood(prompt, VOCABULARY, lora_words=["zorbo"]) == prompt
+
+
+def test_negations_do_not_take_the_words_before_them():
+    assert notes("a car isn't red") == [no_effect("isn't")]
 
 
 def test_pictures_of_replaced_words_are_those_of_the_replacement(model_folder, tmp_path):
