@@ -204,11 +204,10 @@ class _Parsed:
 
 
 def _joined(text: str, start: int, end: int) -> tuple[int, int]:
-    """A part of the text, and what is joined to it by hyphens or the like."""
-    left = re.search(r"[^\s,]*$", text[:start])
-    right = re.match(r"[^\s,]*", text[end:])
-    assert left is not None and right is not None
-    return left.start(), end + right.end()
+    """A part of a normalized text, and what is joined to it by hyphens or the like."""
+    left = max(text.rfind(gap, 0, start) for gap in " ,") + 1
+    ends = [place for gap in " ," if (place := text.find(gap, end)) >= 0]
+    return left, min(ends, default=len(text))
 
 
 class _Parser:
